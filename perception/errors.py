@@ -1,0 +1,41 @@
+"""The errors a user can act on.
+
+Every message names the file, the field and the fix. Scripts turn them into one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+class PerceptionError(Exception):
+    """Base of all errors whose message is meant for the user rather than for a debugger."""
+
+
+class DataError(PerceptionError):
+    """A dataset, an image, a calibration or a submission is missing or malformed."""
+
+
+class ConfigError(PerceptionError):
+    """A configuration names something that does not exist or holds an impossible value."""
+
+
+class CheckpointError(PerceptionError):
+    """A checkpoint is missing, unreadable, or belongs to another architecture."""
+
+
+def run_script(main: Callable[[], int | None]) -> None:
+    """Runs the main function of a script and exits.
+
+    Exit code 0 (or what `main` returns), 2 with one line on stderr for a `PerceptionError`, 130 when interrupted.
+    """
+    try:
+        code = main()
+    except PerceptionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(code or 0)

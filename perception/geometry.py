@@ -1,0 +1,128 @@
+"""Pure geometry: rigid transforms, yaw, projection, polylines.
+
+Transforms are named `dst_from_src` and cancel when read: `img_from_cam @ cam_from_ego`. The functions on transforms and
+points take numpy arrays or torch tensors alike and keep their dtype; datasets work in float64, the network in float32.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+
+def _concat(parts: list, axis: int):
+    return torch.cat(parts, axis) if isinstance(parts[0], torch.Tensor) else np.concatenate(parts, axis)
+
+
+def transform_points(dst_from_src, points):
+    """Applies rigid (or any affine) transforms to points.
+
+    Args:
+        dst_from_src: [..., 4, 4].
+        points: [..., P, 3], leading dimensions broadcast against those of the transform.
+
+    Returns:
+        [..., P, 3] in the destination frame.
+    """
+    rotation = dst_from_src[..., :3, :3]
+    return points @ rotation.swapaxes(-1, -2) + dst_from_src[..., None, :3, 3]
+
+
+def invert_rigid(dst_from_src):
+    """The inverse of rigid transforms [..., 4, 4], exact for a rotation and a translation."""
+    rotation = dst_from_src[..., :3, :3].swapaxes(-1, -2)
+    translation = -(rotation @ dst_from_src[..., :3, 3:])
+    top = _concat([rotation, translation], -1)
+    return _concat([top, dst_from_src[..., 3:, :]], -2)
+
+
+def yaw_from_rotation(rotation):
+    """Yaw of rotations [..., 3+, 3+]: the angle of the turned x axis in the xy plane, radians in (-pi, pi]."""
+    lib = torch if isinstance(rotation, torch.Tensor) else np
+    return lib.arctan2(rotation[..., 1, 0], rotation[..., 0, 0])
+
+
+def wrap_angle(angle):
+    """Angles wrapped to [-pi, pi), radians."""
+    return (angle + np.pi) % (2 * np.pi) - np.pi
+
+
+def rigid_from_yaw(yaw: float, translation=(0.0, 0.0, 0.0)) -> np.ndarray:
+    """A [4, 4] float64 transform that turns by `yaw` radians about z and then moves by `translation` metres."""
+    transform = np.eye(4)
+    transform[:2, :2] = [[np.cos(yaw), -np.sin(yaw)], [np.sin(yaw), np.cos(yaw)]]
+    transform[:3, 3] = translation
+    return transform
+
+
+def rigid_from_quaternion(quaternion_wxyz, translation) -> np.ndarray:
+    """A [4, 4] float64 transform from nuScenes' rotation (w, x, y, z) and translation (metres)."""
+    w, x, y, z = np.asarray(quaternion_wxyz, dtype=np.float64) / np.linalg.norm(quaternion_wxyz)
+    transform = np.eye(4)
+    transform[:3, :3] = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+    ]
+    transform[:3, 3] = translation
+    return transform
+
+
+def project_points(img_from_cam, points_cam, min_depth: float = 0.1):
+    """Projects camera points to pixels with the pinhole model.
+
+    Args:
+        img_from_cam: [..., 3, 3].
+        points_cam: [..., P, 3] metres.
+        min_depth: depth is clamped to this before the division, so that points behind the camera stay finite.
+
+    Returns:
+        uv_img [..., P, 2] pixels, depth [..., P] metres (not clamped; negative behind the camera).
+    """
+    homogeneous = points_cam @ img_from_cam.swapaxes(-1, -2)
+    depth = points_cam[..., 2]
+    return homogeneous[..., :2] / homogeneous[..., 2:].clip(min=min_depth), depth
+
+
+def box_corners(center, size, yaw):
+    """Corners of boxes in the frame of their centres.
+
+    Args:
+        center: [..., 3]; size: [..., 3] length, width, height; yaw: [...].
+
+    Returns:
+        [..., 8, 3]: bottom face counter-clockwise seen from above, from front-left, then the top face alike.
+    """
+    lib = torch if isinstance(center, torch.Tensor) else np
+    signs = [[1, 1], [-1, 1], [-1, -1], [1, -1]]
+    half = size / 2
+    corners = []
+    for z_sign in (-1, 1):
+        for x_sign, y_sign in signs:
+            x, y = x_sign * half[..., 0], y_sign * half[..., 1]
+            turned = [lib.cos(yaw) * x - lib.sin(yaw) * y, lib.sin(yaw) * x + lib.cos(yaw) * y, z_sign * half[..., 2]]
+            corners.append(center + lib.stack(turned, -1))
+    return lib.stack(corners, -2)
+
+
+def polyline_length(points: np.ndarray) -> float:
+    """Length in metres of one polyline [P, 2 or 3]."""
+    return float(np.linalg.norm(np.diff(points, axis=0), axis=1).sum())
+
+
+def resample_polyline(points: np.ndarray, count: int) -> np.ndarray:
+    """`count` points equally spaced by arc length along one polyline, both ends included.
+
+    Args:
+        points: [P, D] with P >= 1; a zero-length line gives `count` copies of its first point.
+        count: at least 2.
+
+    Returns:
+        [count, D] float64.
+    """
+    points = np.asarray(points, dtype=np.float64)
+    steps = np.linalg.norm(np.diff(points, axis=0), axis=1)
+    keep = np.concatenate([[True], steps > 0])
+    points, arc = points[keep], np.concatenate([[0.0], np.cumsum(steps[steps > 0])])
+    wanted = np.linspace(0.0, arc[-1], count)
+    return np.stack([np.interp(wanted, arc, points[:, d]) for d in range(points.shape[1])], axis=1)

@@ -1,0 +1,89 @@
+"""The bird's-eye-view grid: `bev[b, c, i, j]` with i along ego +x and j along ego +y, no flips."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from perception.errors import ConfigError
+from perception.geometry import invert_rigid
+
+
+@dataclass(frozen=True)
+class BEVGrid:
+    """A regular grid on the ego frame's xy plane.
+
+    Args:
+        x_range: lowest and highest x in metres (cell edges).
+        y_range: lowest and highest y in metres (cell edges).
+        shape: number of cells along x and along y.
+    """
+
+    x_range: tuple[float, float]
+    y_range: tuple[float, float]
+    shape: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in (("x_range", self.x_range), ("y_range", self.y_range)):
+            if not low < high:
+                raise ConfigError(f"BEVGrid.{name} is ({low}, {high}); the first number must be below the second")
+        if min(self.shape) < 1:
+            raise ConfigError(f"BEVGrid.shape is {self.shape}; both numbers must be at least 1")
+
+    @property
+    def cell_size(self) -> tuple[float, float]:
+        """Extent of one cell along x and y, metres."""
+        return (
+            (self.x_range[1] - self.x_range[0]) / self.shape[0],
+            (self.y_range[1] - self.y_range[0]) / self.shape[1],
+        )
+
+    def cell_centers(self, device=None) -> Tensor:
+        """Centres of all cells, [X, Y, 2] metres in the ego frame."""
+        (cell_x, cell_y), (X, Y) = self.cell_size, self.shape
+        x = self.x_range[0] + (torch.arange(X, device=device, dtype=torch.float32) + 0.5) * cell_x
+        y = self.y_range[0] + (torch.arange(Y, device=device, dtype=torch.float32) + 0.5) * cell_y
+        return torch.stack(torch.meshgrid(x, y, indexing="ij"), -1)  # [X, Y, 2]
+
+    def normalize(self, points_ego: Tensor) -> Tensor:
+        """Metres to 0..1 over the grid's extent: [..., 2+] -> [..., 2], first along x."""
+        low = points_ego.new_tensor([self.x_range[0], self.y_range[0]])
+        high = points_ego.new_tensor([self.x_range[1], self.y_range[1]])
+        return (points_ego[..., :2] - low) / (high - low)
+
+    def cells(self, points_ego: Tensor) -> Tensor:
+        """Metres to fractional cell coordinates: [..., 2+] -> [..., 2]; the centre of cell (i, j) is (i, j)."""
+        return self.normalize(points_ego) * points_ego.new_tensor(self.shape) - 0.5
+
+    def sample(self, bev: Tensor, points_ego: Tensor) -> Tensor:
+        """Bilinear reading of a map at points, zero outside.
+
+        Args:
+            bev: [B, C, X, Y].
+            points_ego: [B, Q, P, 2] metres.
+
+        Returns:
+            [B, C, Q, P].
+        """
+        xy = self.normalize(points_ego) * 2 - 1
+        # grid_sample wants (along the last axis, along the one before): that is (y, x) here.
+        return F.grid_sample(bev, xy.flip(-1).to(bev.dtype), align_corners=False)
+
+    def warp(self, bev: Tensor, ego_from_prev: Tensor) -> Tensor:
+        """Carries a map from the previous ego frame into the current one, zero where nothing was known.
+
+        Args:
+            bev: [B, C, X, Y] in the previous ego frame.
+            ego_from_prev: [B, 4, 4]; only its motion in the xy plane is used.
+
+        Returns:
+            [B, C, X, Y] in the current ego frame.
+        """
+        prev_from_ego = invert_rigid(ego_from_prev.float())
+        centers = self.cell_centers(bev.device)  # [X, Y, 2]
+        rotation, translation = prev_from_ego[:, None, :2, :2], prev_from_ego[:, None, None, :2, 3]
+        points_prev = centers @ rotation.transpose(-1, -2) + translation  # [B, X, Y, 2]
+        return self.sample(bev, points_prev)
