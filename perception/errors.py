@@ -25,15 +25,29 @@ class CheckpointError(PerceptionError):
     """A checkpoint is missing, unreadable, or belongs to another architecture."""
 
 
+class TrainingError(PerceptionError):
+    """Training cannot go on: a loss or a gradient is no longer a finite number."""
+
+
+def _sentence(error: PerceptionError) -> str:
+    # torch raises the error of a DataLoader worker anew, with the worker's whole traceback as its message; the last
+    # line of that is the name of the class and the sentence.
+    message = str(error)
+    if "Original Traceback" in message:
+        message = message.strip().splitlines()[-1].partition(": ")[2]
+    return message
+
+
 def run_script(main: Callable[[], int | None]) -> None:
     """Runs the main function of a script and exits.
 
-    Exit code 0 (or what `main` returns), 2 with one line on stderr for a `PerceptionError`, 130 when interrupted.
+    Exit code 0 (or what `main` returns), 2 with one line on stderr for a `PerceptionError` (also for one that was raised in
+    a worker process of a DataLoader), 130 when interrupted.
     """
     try:
         code = main()
     except PerceptionError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_sentence(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -9,7 +9,8 @@ that is given, pixel centres at +0.5.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -113,3 +114,16 @@ class Clip(NamedTuple):
     frames: Frame  # every tensor with leading [B, T]
     truth: Scene  # every tensor with leading [B, T]
     sample_index: Tensor  # [B, T] int64 index into the dataset's tokens
+
+
+Noun = TypeVar("Noun", bound=tuple)
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], noun: Noun) -> Noun:
+    """Applies a function to every tensor of a noun, also of the nouns inside it, and keeps the types.
+
+    `map_tensors(lambda tensor: tensor[:, t], clip.frames)` is the frame at time t.
+    """
+    if isinstance(noun, Tensor):
+        return function(noun)
+    return type(noun)(*(map_tensors(function, part) for part in noun))
