@@ -24,8 +24,9 @@ def transform_points(dst_from_src, points):
     Returns:
         [..., P, 3] in the destination frame.
     """
-    rotation = dst_from_src[..., :3, :3]
-    return points @ rotation.swapaxes(-1, -2) + dst_from_src[..., None, :3, 3]
+    # Written as products and sums: autocast turns matrix products into half precision, which geometry does not survive.
+    rotation = dst_from_src[..., None, :3, :3]
+    return (rotation * points[..., None, :]).sum(-1) + dst_from_src[..., None, :3, 3]
 
 
 def invert_rigid(dst_from_src):
@@ -79,7 +80,7 @@ def project_points(img_from_cam, points_cam, min_depth: float = 0.1):
     Returns:
         uv_img [..., P, 2] pixels, depth [..., P] metres (not clamped; negative behind the camera).
     """
-    homogeneous = points_cam @ img_from_cam.swapaxes(-1, -2)
+    homogeneous = (img_from_cam[..., None, :, :] * points_cam[..., None, :]).sum(-1)
     depth = points_cam[..., 2]
     return homogeneous[..., :2] / homogeneous[..., 2:].clip(min=min_depth), depth
 

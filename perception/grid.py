@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perception.errors import ConfigError
-from perception.geometry import invert_rigid
+from perception.geometry import invert_rigid, transform_points
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,6 @@ class BEVGrid:
             [B, C, X, Y] in the current ego frame.
         """
         prev_from_ego = invert_rigid(ego_from_prev.float())
-        centers = self.cell_centers(bev.device)  # [X, Y, 2]
-        rotation, translation = prev_from_ego[:, None, :2, :2], prev_from_ego[:, None, None, :2, 3]
-        points_prev = centers @ rotation.transpose(-1, -2) + translation  # [B, X, Y, 2]
+        centers = F.pad(self.cell_centers(bev.device), (0, 1))  # [X, Y, 3] at z = 0
+        points_prev = transform_points(prev_from_ego[:, None], centers)  # [B, X, Y, 3]
         return self.sample(bev, points_prev)

@@ -1,0 +1,1 @@
+"""Networks: the flagship BEVTransformer and the parts it is made of."""

@@ -1,0 +1,204 @@
+"""From camera features to a bird's-eye view that remembers.
+
+`CameraAttention` lets each cell of the grid read the cameras that see it, `GatedMemory` fuses the result with the memory
+of the previous frame, `BEVTrunk` looks around on the grid.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from perception.geometry import invert_rigid, project_points, transform_points
+from perception.grid import BEVGrid
+from perception.ops import read_cameras, sample_cameras
+from perception.types import CameraRig
+
+CAMERAS_PER_CELL = 2  # the fields of view of a usual rig overlap at most pairwise
+NEAREST_DEPTH, FARTHEST_DEPTH = 1.0, 80.0  # metres, the range of the depth bins
+MIN_DEPTH = 0.1  # metres; nearer points count as not seen
+
+
+def see_points(rig: CameraRig, points_ego: Tensor, image_size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the cameras of a rig see points.
+
+    Args:
+        rig: calibration with leading [B, N].
+        points_ego: [P, 3] metres, the same for all of the batch.
+        image_size: height and width in pixels of the images that the rig is calibrated for.
+
+    Returns:
+        uv [B, N, P, 2] with 0..1 over the image, depth [B, N, P] metres, seen [B, N, P] bool: the camera is present, the
+        point lies in front of it and inside its image.
+    """
+    H, W = image_size
+    cam_from_ego = invert_rigid(rig.ego_from_cam.float())
+    points_cam = transform_points(cam_from_ego, points_ego)  # [B, N, P, 3]
+    uv_img, depth = project_points(rig.img_from_cam.float(), points_cam, MIN_DEPTH)
+    uv = uv_img / uv_img.new_tensor([W, H])
+    inside = ((uv > 0) & (uv < 1)).all(-1)
+    return uv, depth, inside & (depth > MIN_DEPTH) & rig.present[..., None]
+
+
+class CameraAttention(nn.Module):
+    """Each cell attends, per height of its pillar, to the two cameras that see it best.
+
+    A cell's reference points are its centre at fixed heights. Around each point's projection the cell reads a few places
+    with learned offsets; how much a reading counts depends on a learned weight and on whether the pixel is about as far
+    away as the cell: per pixel the image features carry a logit for each of some depth bins.
+
+    Args:
+        grid: the BEV grid.
+        heights: heights of the reference points above ground in metres.
+        channels: of image features and BEV alike.
+        samples: places read per height and camera.
+        depth_bins: logarithmically spaced from 1 m to 80 m.
+    """
+
+    def __init__(self, grid: BEVGrid, heights: tuple[float, ...], channels: int, samples: int, depth_bins: int) -> None:
+        super().__init__()
+        self.grid, self.samples, self.depth_bins = grid, samples, depth_bins
+        Z = len(heights)
+        centers = grid.cell_centers().reshape(-1, 1, 2).expand(-1, Z, -1)
+        z = torch.tensor(heights, dtype=torch.float32).view(1, Z, 1).expand(centers.shape[0], -1, -1)
+        self.register_buffer("points_ego", torch.cat([centers, z], -1), persistent=False)  # [X * Y, Z, 3]
+        self.value = nn.Conv2d(channels, channels + depth_bins, 1)
+        self.offset = nn.Linear(channels, Z * samples * 2)
+        self.weight = nn.Linear(channels, Z * samples)
+        self.output = nn.Linear(Z * channels, channels)
+        self.norm = nn.LayerNorm(channels)
+        nn.init.normal_(self.offset.weight, std=1e-3)
+        nn.init.zeros_(self.weight.weight)
+        nn.init.zeros_(self.weight.bias)
+        # The first place is the projection itself, the others start on a ring of one feature pixel.
+        angle = torch.arange(samples) * (2 * torch.pi / max(samples - 1, 1))
+        ring = torch.stack([angle.cos(), angle.sin()], -1) * (torch.arange(samples) > 0)[:, None]
+        with torch.no_grad():
+            self.offset.bias.copy_(ring.expand(Z, -1, -1).reshape(-1))
+
+    def forward(self, query: Tensor, features: Tensor, rig: CameraRig, image_size: tuple[int, int]) -> Tensor:
+        """Adds to the queries what the cameras see.
+
+        Args:
+            query: [B, X * Y, C].
+            features: [B, N, C, h, w].
+            rig: leading [B, N].
+            image_size: height and width in pixels.
+
+        Returns:
+            [B, X * Y, C].
+        """
+        B, N, C, h, w = features.shape
+        XY, Z, _ = self.points_ego.shape
+        S, K = self.samples, min(CAMERAS_PER_CELL, N)
+        value, depth_logits = self.value(features.flatten(0, 1)).unflatten(0, (B, N)).split([C, self.depth_bins], 2)
+
+        uv, depth, seen = see_points(rig, self.points_ego.reshape(-1, 3), image_size)  # [B, N, XY * Z, ...]
+        uv, depth, seen = (x.unflatten(2, (XY, Z)) for x in (uv, depth, seen))
+        # Rank by how many heights are seen; the distance from the image's middle settles draws, so that the choice does
+        # not depend on the order of the cameras.
+        eccentricity = (uv - 0.5).abs().amax(-1).clamp(max=1.0)  # [B, N, XY, Z]
+        score = (seen * (2 - eccentricity)).sum(-1)  # [B, N, XY]
+        camera = score.topk(K, dim=1).indices  # [B, K, XY]
+        pick = camera[..., None].expand(-1, -1, -1, Z)
+        seen, depth = seen.gather(1, pick), depth.gather(1, pick)  # [B, K, XY, Z]
+        uv = uv.gather(1, pick[..., None].expand(-1, -1, -1, -1, 2))  # [B, K, XY, Z, 2]
+
+        camera = pick.permute(0, 2, 3, 1).reshape(B, XY * Z, K)
+        uv = uv.permute(0, 2, 3, 1, 4).reshape(B, XY * Z, K, 2)
+        seen, depth = (x.permute(0, 2, 3, 1).reshape(B, XY * Z, K) for x in (seen, depth))
+        gate = self._depth_gate(read_cameras(depth_logits, uv, camera), depth)  # [B, XY * Z, K]
+
+        offset = self.offset(query).float().reshape(B, XY * Z, 1, S, 2) / query.new_tensor([w, h])
+        place = (uv[:, :, :, None] + offset).reshape(B, XY * Z, K * S, 2)
+        logit = self.weight(query).float().reshape(B, XY * Z, 1, S).expand(-1, -1, K, -1)
+        weight = logit.masked_fill(~seen[..., None], -1e4).flatten(2).softmax(-1).unflatten(2, (K, S))
+        weight = weight * (seen * gate)[..., None]  # a point that nobody sees reads nothing
+        pillar = sample_cameras(value, place, camera[..., None].expand(-1, -1, -1, S).flatten(2), weight.flatten(2))
+        return self.norm(query + self.output(pillar.reshape(B, XY, Z * C)))
+
+    def _depth_gate(self, logits: Tensor, depth: Tensor) -> Tensor:
+        """How likely a pixel [B, D, Q, K] is to be as far away as the point [B, Q, K] it is asked about."""
+        span = torch.log(depth.new_tensor(FARTHEST_DEPTH / NEAREST_DEPTH))
+        position = torch.log(depth.clamp(NEAREST_DEPTH, FARTHEST_DEPTH) / NEAREST_DEPTH) / span * (self.depth_bins - 1)
+        bins = torch.arange(self.depth_bins, device=depth.device).view(-1, 1, 1)
+        nearness = (1 - (position[:, None] - bins).abs()).clamp(min=0)  # [B, D, Q, K] linear between two bins
+        return (logits * nearness).sum(1).sigmoid()
+
+
+class GatedMemory(nn.Module):
+    """Fuses what is seen now with what was known before: a convolutional gated unit over the warped memory.
+
+    The unit is told how long ago the memory is from, so it works at any frame rate, and it starts afresh where
+    `is_first`.
+    """
+
+    def __init__(self, grid: BEVGrid, channels: int) -> None:
+        super().__init__()
+        self.grid = grid
+        self.gate = nn.Conv2d(2 * channels + 2, channels, 3, padding=1)
+        self.candidate = nn.Conv2d(2 * channels + 2, channels, 3, padding=1)
+        nn.init.constant_(self.gate.bias, 1.0)  # at first, trust the present
+
+    def forward(self, bev: Tensor, memory: Tensor, ego_from_prev: Tensor, seconds: Tensor, is_first: Tensor) -> Tensor:
+        """Returns the new memory [B, C, X, Y].
+
+        Args:
+            bev: [B, C, X, Y] what the cameras show now.
+            memory: [B, C, X, Y] in the previous ego frame.
+            ego_from_prev: [B, 4, 4].
+            seconds: [B] since the previous frame.
+            is_first: [B] bool.
+        """
+        known = (~is_first).to(bev.dtype).view(-1, 1, 1, 1)
+        # Finite but meaningless memory (a reset) must not count: select instead of multiplying.
+        memory = torch.where(is_first.view(-1, 1, 1, 1), torch.zeros_like(memory), memory)
+        warped = self.grid.warp(memory, ego_from_prev).to(bev.dtype)
+        age = seconds.to(bev.dtype).view(-1, 1, 1, 1) * known
+        told = torch.cat([known, age], 1).expand(-1, -1, *bev.shape[-2:])
+        both = torch.cat([bev, warped, told], 1)
+        gate = self.gate(both).sigmoid()
+        return gate * self.candidate(both).relu() + (1 - gate) * warped + bev
+
+
+class ConvBlock(nn.Module):
+    """Two 3x3 convolutions with a residual connection."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int = 1) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(channels, channels, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(channels),
+        )
+        same = channels_in == channels and stride == 1
+        self.skip = nn.Identity() if same else nn.Conv2d(channels_in, channels, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.body(x) + self.skip(x))
+
+
+class BEVTrunk(nn.Module):
+    """Convolutions on the grid: one fine block, then a coarser level that sees farther, added back."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.fine = ConvBlock(channels, channels)
+        self.coarse = nn.Sequential(ConvBlock(channels, 2 * channels, stride=2), ConvBlock(2 * channels, 2 * channels))
+        self.coarser = nn.Sequential(
+            ConvBlock(2 * channels, 2 * channels, stride=2), ConvBlock(2 * channels, 2 * channels)
+        )
+        self.down = nn.Conv2d(2 * channels, channels, 1)
+        self.out = ConvBlock(channels, channels)
+
+    def forward(self, bev: Tensor) -> Tensor:
+        """[B, C, X, Y] to [B, C, X, Y]."""
+        fine = self.fine(bev)
+        coarse = self.coarse(fine)
+        coarser = self.coarser(coarse)
+        coarse = coarse + F.interpolate(coarser, size=coarse.shape[-2:], mode="bilinear", align_corners=False)
+        up = F.interpolate(self.down(coarse), size=fine.shape[-2:], mode="bilinear", align_corners=False)
+        return self.out(fine + up)

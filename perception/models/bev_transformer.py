@@ -1,0 +1,198 @@
+"""The flagship: one recurrent BEV transformer for boxes and lines.
+
+    model = BEVTransformer(ModelConfig.nano())
+    state = model.initial_state(batch_size=1)
+    for frame in frames:
+        prediction, state = model(frame, state)
+        scene = decode(prediction)
+
+The same `forward` is unrolled in training, called in live use and flattened for export.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from perception.errors import CheckpointError, ConfigError
+from perception.grid import BEVGrid
+from perception.models.backbone import ResNetFPN
+from perception.models.bev_encoder import BEVTrunk, CameraAttention, GatedMemory
+from perception.models.decoder import BoxDecoder, LineDecoder
+from perception.types import BOX_CLASSES, LINE_CLASSES, Frame, Prediction, State
+
+FORMAT = "perception-1"  # of checkpoint files; changes when old files can no longer be read
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that decides the shape of the network. Lengths in metres, in the ego frame."""
+
+    image_size: tuple[int, int] = (160, 288)  # height and width of the input
+    backbone: str = "resnet18"
+    backbone_stages: int = 3
+    feature_stride: int = 8
+    channels: int = 64
+    x_range: tuple[float, float] = (-51.2, 51.2)
+    y_range: tuple[float, float] = (-51.2, 51.2)
+    grid: tuple[int, int] = (80, 80)  # BEV cells along x and y
+    heights: tuple[float, ...] = (0.0, 0.6, 1.2, 2.4)  # of the reference points of a pillar, above ground
+    camera_samples: int = 2  # places read per height and camera
+    depth_bins: int = 16
+    map_x_range: tuple[float, float] = (-30.0, 30.0)
+    map_y_range: tuple[float, float] = (-15.0, 15.0)
+    heads: int = 4
+    decoder_layers: int = 3
+    box_queries: int = 100
+    line_queries: int = 40
+    line_points: int = 20
+
+    @classmethod
+    def nano(cls) -> ModelConfig:
+        """Trains on two CPU cores; ResNet-18 without its last stage, 160x288 images."""
+        return cls()
+
+    @classmethod
+    def tiny(cls) -> ModelConfig:
+        """ResNet-18, 256x448 images, a finer grid."""
+        return cls(
+            image_size=(256, 448), backbone_stages=4, channels=128, grid=(128, 128), heads=8, camera_samples=4,
+            depth_bins=32, decoder_layers=4, box_queries=200, line_queries=50,
+        )  # fmt: skip
+
+    @classmethod
+    def base(cls) -> ModelConfig:
+        """ResNet-50, 256x704 images: boxes on 102.4 x 102.4 m, lines on 60 x 30 m."""
+        return cls(
+            image_size=(256, 704), backbone="resnet50", backbone_stages=4, feature_stride=16, channels=256,
+            grid=(128, 128), heads=8, camera_samples=4, depth_bins=64, decoder_layers=6, box_queries=300, line_queries=50,
+        )  # fmt: skip
+
+    @classmethod
+    def preset(cls, name: str, **changes) -> ModelConfig:
+        """A preset by name with some fields changed.
+
+        Raises:
+            ConfigError: for an unknown preset or field.
+        """
+        presets = {"nano": cls.nano, "tiny": cls.tiny, "base": cls.base}
+        if name not in presets:
+            raise ConfigError(f"model preset is {name!r}; use one of {', '.join(presets)}")
+        known = {field.name for field in fields(cls)}
+        for key in changes:
+            if key not in known:
+                raise ConfigError(
+                    f"model.{key} does not exist; the fields of ModelConfig are {', '.join(sorted(known))}"
+                )
+        return replace(presets[name](), **{k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()})
+
+
+class BEVTransformer(nn.Module):
+    """Calibrated images in, raw boxes and lines out, with a memory that is passed in and out."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        C, classes, line_classes = config.channels, len(BOX_CLASSES), len(LINE_CLASSES)
+        self.grid = BEVGrid(config.x_range, config.y_range, config.grid)
+        self.image_encoder = ResNetFPN(config.backbone, config.backbone_stages, config.feature_stride, C)
+        self.cell = nn.Parameter(0.1 * torch.randn(1, config.grid[0] * config.grid[1], C))
+        self.camera_attention = CameraAttention(self.grid, config.heights, C, config.camera_samples, config.depth_bins)
+        self.memory = GatedMemory(self.grid, C)
+        self.trunk = BEVTrunk(C)
+        self.box_decoder = BoxDecoder(self.grid, C, config.heads, config.decoder_layers, config.box_queries, classes)
+        self.line_decoder = LineDecoder(
+            self.grid, C, config.heads, config.decoder_layers, config.line_queries, config.line_points, line_classes,
+            config.map_x_range, config.map_y_range,
+        )  # fmt: skip
+
+    def initial_state(self, batch_size: int) -> State:
+        """The memory of a network that has seen nothing, on the device of the weights."""
+        return State(self.cell.new_zeros(batch_size, self.config.channels, *self.config.grid))
+
+    def forward(self, frame: Frame, state: State) -> tuple[Prediction, State]:
+        """One moment.
+
+        Args:
+            frame: leading [B]; images [B, N, 3, H, W] of the configured size, any number of cameras.
+            state: what the previous call returned, or `initial_state`.
+
+        Returns:
+            The raw outputs of every decoder layer, and the memory for the next call.
+        """
+        B, N, _, H, W = frame.images.shape
+        features = self.image_encoder(frame.images.flatten(0, 1)).unflatten(0, (B, N))  # [B, N, C, h, w]
+        seen = self.camera_attention(self.cell.expand(B, -1, -1), features, frame.rig, (H, W))  # [B, X * Y, C]
+        bev = seen.transpose(1, 2).unflatten(2, self.config.grid)  # [B, C, X, Y]
+        memory = self.memory(bev, state.bev, frame.ego_from_prev, frame.seconds_since_prev, frame.is_first)
+        bev = self.trunk(memory)
+        box_logits, box_params, heatmap_logits = self.box_decoder(bev)
+        line_logits, line_points, raster_logits = self.line_decoder(bev)
+        return (
+            Prediction(box_logits, box_params, line_logits, line_points, heatmap_logits, raster_logits),
+            State(memory),
+        )
+
+
+def save_checkpoint(path: str | Path, model: BEVTransformer, metrics: dict[str, float]) -> None:
+    """Writes weights, configuration and metrics into one safetensors file, beside and renamed.
+
+    Args:
+        path: file to write, ends in .safetensors.
+        model: the network.
+        metrics: numbers that were measured with these weights, stored as given.
+    """
+    path = Path(path)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    metadata = {"format": FORMAT, "config": json.dumps(asdict(model.config)), "metrics": json.dumps(metrics)}
+    beside = path.with_name(path.name + ".tmp")
+    safetensors.torch.save_file(tensors, beside, metadata)
+    os.replace(beside, path)
+
+
+def load_checkpoint(path: str | Path) -> tuple[BEVTransformer, dict[str, float]]:
+    """Reads a file of `save_checkpoint`.
+
+    Returns:
+        The network in evaluation mode on the CPU, and the metrics stored with it.
+
+    Raises:
+        CheckpointError: if the file is missing, is no such file, or does not fit its own configuration.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint; give the path of a .safetensors file that training wrote")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error}); write it again") from error
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: format is {metadata.get('format')!r}, not {FORMAT!r}; train or import it again")
+    try:
+        config = json.loads(metadata["config"])
+        config = ModelConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
+    except TypeError as error:
+        raise CheckpointError(f"{path}: config does not fit this version ({error}); train it again") from error
+    model = BEVTransformer(config)
+    _load_exactly(model, tensors, path)
+    return model.eval(), json.loads(metadata["metrics"])
+
+
+def _load_exactly(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Loads a state dict, or raises a CheckpointError that names the first key that does not fit."""
+    wanted = model.state_dict()
+    for name in sorted(wanted.keys() | tensors.keys()):
+        if name not in tensors or name not in wanted or tensors[name].shape != wanted[name].shape:
+            has = f"has shape {tuple(tensors[name].shape)}" if name in tensors else "is missing"
+            wants = f"shape {tuple(wanted[name].shape)} is needed" if name in wanted else "the network has no such key"
+            raise CheckpointError(f"{path}: {name} {has}, {wants}; the checkpoint belongs to another configuration")
+    model.load_state_dict(tensors)

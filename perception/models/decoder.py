@@ -1,0 +1,313 @@
+"""Two query decoders on one BEV map, one for boxes and one for lines, and the way from their outputs to a Scene.
+
+Both are DETR-like sets of queries (https://arxiv.org/abs/2005.12872) with deformable attention on the BEV and a
+refinement per layer. Box queries start at the peaks of the dense centre heat map, as in TransFusion
+(https://arxiv.org/abs/2203.11496); line queries are instances times points, as in MapTR
+(https://arxiv.org/abs/2208.14437), and start from anchor lines that are learned.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from perception.grid import BEVGrid
+from perception.ops import sample_bev
+from perception.types import Boxes, Polylines, Prediction, Scene
+
+PRIOR_LOGIT = -4.0  # initial class logits: almost everything is background
+CLOSED_GAP = 1.0  # metres between first and last point below which a predicted line counts as closed
+
+
+def _mlp(channels_in: int, channels: int, channels_out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(channels_in, channels), nn.ReLU(inplace=True), nn.Linear(channels, channels_out))
+
+
+def encode_position(position: Tensor, channels: int) -> Tensor:
+    """Sines and cosines of positions: [..., 2] in 0..1 to [..., channels], channels divisible by 4."""
+    frequency = torch.pi * 2.0 ** torch.linspace(0, 6, channels // 4, device=position.device)
+    phase = position[..., None].float() * frequency  # [..., 2, channels / 4]
+    return torch.cat([phase.sin(), phase.cos()], -1).flatten(-2)
+
+
+class BEVAttention(nn.Module):
+    """Deformable attention from queries with a reference point to the BEV map.
+
+    Args:
+        grid: where the cells of the map lie.
+        channels: of queries and map.
+        heads: number of heads.
+        samples: places read per head.
+        reach: metres; the places of a head start spread over this distance in a direction of its own.
+    """
+
+    def __init__(self, grid: BEVGrid, channels: int, heads: int, samples: int, reach: float) -> None:
+        super().__init__()
+        self.grid, self.heads, self.samples = grid, heads, samples
+        self.offset = nn.Linear(channels, heads * samples * 2)
+        self.weight = nn.Linear(channels, heads * samples)
+        self.output = nn.Linear(channels, channels)
+        nn.init.normal_(self.offset.weight, std=1e-3)
+        nn.init.zeros_(self.weight.weight)
+        nn.init.zeros_(self.weight.bias)
+        angle = torch.arange(heads) * (2 * torch.pi / heads)
+        direction = torch.stack([angle.cos(), angle.sin()], -1)[:, None]  # [heads, 1, 2]
+        radius = torch.arange(samples)[None, :, None] * (reach / max(samples - 1, 1))
+        with torch.no_grad():
+            self.offset.bias.copy_((direction * radius).reshape(-1))
+
+    def forward(self, query: Tensor, reference: Tensor, value: Tensor) -> Tensor:
+        """query [B, Q, C], reference [B, Q, 2] metres in the ego frame, value [B, C, X, Y] -> [B, Q, C]."""
+        B, Q, C = query.shape
+        offset = self.offset(query).float().reshape(B, Q, self.heads, self.samples, 2)
+        weight = self.weight(query).float().reshape(B, Q, self.heads, self.samples).softmax(-1)
+        points_ego = reference[:, :, None, None] + offset  # [B, Q, heads, S, 2]
+        return self.output(sample_bev(value, self.grid, points_ego, weight))
+
+
+class SelfAttention(nn.Module):
+    """Pre-norm multi-head attention among queries, with the positions added to queries and keys."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(channels)
+        self.query_key = nn.Linear(channels, 2 * channels)
+        self.value = nn.Linear(channels, channels)
+        self.output = nn.Linear(channels, channels)
+
+    def forward(self, query: Tensor, position: Tensor) -> Tensor:
+        """query and position [B, Q, C] -> what to add to the query, [B, Q, C]."""
+        x = self.norm(query)
+        q, k = self.query_key(x + position).chunk(2, -1)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, self.value(x)))
+        return self.output(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class BoxDecoder(nn.Module):
+    """Boxes from the peaks of a centre heat map, refined layer by layer.
+
+    Args:
+        grid: of the BEV map.
+        channels, heads, layers: size of the decoder.
+        queries: how many peaks are followed up.
+        classes: number of box classes.
+    """
+
+    def __init__(self, grid: BEVGrid, channels: int, heads: int, layers: int, queries: int, classes: int) -> None:
+        super().__init__()
+        self.grid, self.queries = grid, queries
+        self.heatmap = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(channels, classes, 1)
+        )
+        nn.init.constant_(self.heatmap[-1].bias, PRIOR_LOGIT)
+        self.content = nn.Linear(channels + classes, channels)
+        self.position = _mlp(channels, channels, channels)
+        self.value = nn.Conv2d(channels, channels, 1)
+        self.layers = nn.ModuleList()
+        for _ in range(layers):
+            layer = nn.ModuleDict(
+                {
+                    "self_attention": SelfAttention(channels, heads),
+                    "norm": nn.LayerNorm(channels),
+                    "bev_attention": BEVAttention(grid, channels, heads, samples=4, reach=3.0),
+                    "feed_forward": nn.Sequential(nn.LayerNorm(channels), _mlp(channels, 2 * channels, channels)),
+                    "to_class": _mlp(channels, channels, classes),
+                    "to_box": _mlp(channels, channels, 10),
+                }
+            )
+            nn.init.zeros_(layer["to_box"][-1].weight)
+            nn.init.zeros_(layer["to_box"][-1].bias)
+            nn.init.zeros_(layer["to_class"][-1].weight)
+            nn.init.zeros_(layer["to_class"][-1].bias)
+            self.layers.append(layer)
+        # Where a box starts before anything is known of it: on the ground, the size of a small car, standing, heading
+        # along x.
+        self.register_buffer(
+            "prior", torch.tensor([0.0, 0.0, 0.8, 0.7, 0.2, 0.4, 0.0, 1.0, 0.0, 0.0]), persistent=False
+        )
+
+    def forward(self, bev: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """bev [B, C, X, Y] -> box_logits [L, B, Q, K], box_params [L, B, Q, 10], heatmap_logits [B, K, X, Y].
+
+        The meaning of box_params is that of `perception.types.Prediction`.
+        """
+        B, C, X, Y = bev.shape
+        heatmap_logits = self.heatmap(bev)
+        heat = heatmap_logits.detach().float().amax(1, keepdim=True)  # [B, 1, X, Y]
+        # Equality with the 3x3 maximum is a non-maximum suppression that needs no loop.
+        peak = torch.where(heat == F.max_pool2d(heat, 3, 1, 1), heat, heat - 20.0)
+        cell = peak.flatten(1).topk(self.queries, dim=1).indices  # [B, Q]
+        logits = heatmap_logits.detach().flatten(2).gather(2, cell[:, None].expand(-1, heatmap_logits.shape[1], -1))
+        logits = logits.transpose(1, 2).float()  # [B, Q, K]
+        feature = bev.flatten(2).gather(2, cell[:, None].expand(-1, C, -1)).transpose(1, 2)  # [B, Q, C]
+        query = self.content(torch.cat([feature, logits.sigmoid().to(feature.dtype)], -1))
+        value = self.value(bev)
+
+        center = self.grid.cell_centers(bev.device).reshape(-1, 2)[cell]  # [B, Q, 2]
+        params = torch.cat([center, self.prior[2:].expand(B, self.queries, -1)], -1)
+        all_logits, all_params = [], []
+        for layer in self.layers:
+            reference = params[..., :2]
+            position = self.position(encode_position(self.grid.normalize(reference), C))
+            query = query + layer["self_attention"](query, position)
+            query = query + layer["bev_attention"](layer["norm"](query) + position, reference, value)
+            query = query + layer["feed_forward"](query)
+            logits = logits + layer["to_class"](query).float()
+            refined = params + layer["to_box"](query).float()
+            all_logits.append(logits)
+            all_params.append(refined)
+            params = refined.detach()
+        return torch.stack(all_logits), torch.stack(all_params), heatmap_logits
+
+
+def anchor_lines(count: int, points: int, x_range: tuple[float, float], y_range: tuple[float, float]) -> Tensor:
+    """Straight lines and rings spread over the map range: where line queries start. Returns [count, P, 2] metres.
+
+    Half of them run along x (where the ego drives), on the rear or the front half of the range; a quarter run along y; a
+    quarter are rings the size of a crossing.
+    """
+    along, across = count // 2, count // 4
+    length_x, length_y = x_range[1] - x_range[0], y_range[1] - y_range[0]
+    lines = []
+    t = torch.linspace(0, 1, points)
+    for k in range(along):
+        y = y_range[0] + length_y * (k // 2 + 0.5) / ((along + 1) // 2)
+        x = x_range[0] + length_x * (0.5 * t + 0.5 * (k % 2))
+        lines.append(torch.stack([x, torch.full_like(t, y)], -1))
+    for k in range(across):
+        x = x_range[0] + length_x * (k + 0.5) / across
+        lines.append(torch.stack([torch.full_like(t, x), y_range[0] + length_y * t], -1))
+    rings = count - len(lines)
+    for k in range(rings):
+        x = x_range[0] + length_x * (k + 0.5) / rings
+        y = (y_range[0] + y_range[1]) / 2 + (0.2 * length_y if k % 2 else -0.2 * length_y)
+        angle = 2 * torch.pi * t
+        lines.append(torch.stack([x + 2.0 * angle.cos(), y + 4.0 * angle.sin()], -1))
+    return torch.stack(lines)
+
+
+class LineDecoder(nn.Module):
+    """Vector lines: instance queries times points, with attention between instances and along each line.
+
+    Args:
+        grid: of the BEV map.
+        channels, heads, layers: size of the decoder.
+        queries: number of line instances; points: points per line.
+        classes: number of line classes.
+        x_range, y_range: metres, the part of the ego frame in which lines are sought.
+    """
+
+    def __init__(
+        self,
+        grid: BEVGrid,
+        channels: int,
+        heads: int,
+        layers: int,
+        queries: int,
+        points: int,
+        classes: int,
+        x_range: tuple[float, float],
+        y_range: tuple[float, float],
+    ) -> None:
+        super().__init__()
+        self.grid = grid
+        self.raster = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(channels, classes, 1)
+        )
+        nn.init.constant_(self.raster[-1].bias, PRIOR_LOGIT)
+        self.value = nn.Conv2d(channels + classes, channels, 1)
+        self.anchors = nn.Parameter(
+            anchor_lines(queries, points, x_range, y_range) / 10
+        )  # [Q, P, 2] in 10 m, as learned
+        self.instance = nn.Parameter(0.1 * torch.randn(queries, 1, channels))
+        self.point = nn.Parameter(0.1 * torch.randn(1, points, channels))
+        self.position = _mlp(channels, channels, channels)
+        self.layers = nn.ModuleList()
+        for _ in range(layers):
+            layer = nn.ModuleDict(
+                {
+                    "between": SelfAttention(channels, heads),
+                    "along": SelfAttention(channels, heads),
+                    "norm": nn.LayerNorm(channels),
+                    "bev_attention": BEVAttention(grid, channels, heads, samples=4, reach=4.0),
+                    "feed_forward": nn.Sequential(nn.LayerNorm(channels), _mlp(channels, 2 * channels, channels)),
+                    "to_class": nn.Sequential(nn.LayerNorm(channels), _mlp(channels, channels, classes)),
+                    "to_shift": _mlp(channels, channels, 2),
+                }
+            )
+            nn.init.constant_(layer["to_class"][-1][-1].bias, PRIOR_LOGIT)
+            nn.init.zeros_(layer["to_shift"][-1].weight)
+            nn.init.zeros_(layer["to_shift"][-1].bias)
+            self.layers.append(layer)
+
+    def forward(self, bev: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """bev [B, C, X, Y] -> line_logits [L, B, Q, K], line_points [L, B, Q, P, 2] metres, raster_logits [B, K, X, Y]."""
+        B, C, X, Y = bev.shape
+        Q, P, _ = self.anchors.shape
+        raster_logits = self.raster(bev)
+        value = self.value(torch.cat([bev, raster_logits.detach().sigmoid()], 1))
+
+        query = (self.instance + self.point).expand(B, -1, -1, -1)  # [B, Q, P, C]
+        points = (10 * self.anchors).expand(B, -1, -1, -1)  # [B, Q, P, 2]
+        all_logits, all_points = [], []
+        for layer in self.layers:
+            position = self.position(encode_position(self.grid.normalize(points), C))  # [B, Q, P, C]
+            # Between instances, point by point; then along each instance.
+            across, across_position = (x.transpose(1, 2).flatten(0, 1) for x in (query, position))  # [B * P, Q, C]
+            query = query + layer["between"](across, across_position).unflatten(0, (B, P)).transpose(1, 2)
+            query = query + layer["along"](query.flatten(0, 1), position.flatten(0, 1)).unflatten(0, (B, Q))
+            flat = (layer["norm"](query) + position).flatten(1, 2)  # [B, Q * P, C]
+            query = query + layer["bev_attention"](flat, points.flatten(1, 2), value).unflatten(1, (Q, P))
+            query = query + layer["feed_forward"](query)
+            refined = points + 10 * layer["to_shift"](query).float()
+            all_logits.append(layer["to_class"](query.mean(2)).float())
+            all_points.append(refined)
+            points = refined.detach()
+        return torch.stack(all_logits), torch.stack(all_points), raster_logits
+
+
+def decode(prediction: Prediction) -> Scene:
+    """The last decoder layer as a Scene, best score first.
+
+    As many boxes and lines come out as there are queries; a query may appear under several classes. Nothing is
+    filtered: `valid` is True everywhere and the user chooses a score threshold.
+
+    Args:
+        prediction: with leading [L, B]; velocities, sizes and frames as in `Prediction`.
+
+    Returns:
+        A Scene with leading [B]; `attribute` is -1, for the network does not predict it.
+    """
+    logits, params = prediction.box_logits[-1].float(), prediction.box_params[-1].float()
+    score, query, label = _best(logits)
+    params = params.gather(1, query[..., None].expand(-1, -1, params.shape[-1]))  # [B, M, 10]
+    boxes = Boxes(
+        center=params[..., 0:3],
+        size=params[..., 3:6].clamp(-3, 4).exp(),
+        yaw=torch.atan2(params[..., 6], params[..., 7]),
+        velocity=params[..., 8:10],
+        label=label,
+        attribute=torch.full_like(label, -1),
+        score=score,
+        valid=torch.ones_like(score, dtype=torch.bool),
+    )
+    points = prediction.line_points[-1].float()  # [B, Q, P, 2]
+    score, query, label = _best(prediction.line_logits[-1].float())
+    points = points.gather(1, query[..., None, None].expand(-1, -1, *points.shape[2:]))
+    lines = Polylines(
+        points=points,
+        closed=(points[..., 0, :] - points[..., -1, :]).norm(dim=-1) < CLOSED_GAP,
+        label=label,
+        score=score,
+        valid=torch.ones_like(score, dtype=torch.bool),
+    )
+    return Scene(boxes, lines)
+
+
+def _best(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The Q best (query, class) pairs of logits [B, Q, K]: score, query and label, each [B, Q]."""
+    B, Q, K = logits.shape
+    score, index = logits.sigmoid().flatten(1).topk(Q, dim=1)
+    return score, torch.div(index, K, rounding_mode="floor"), index % K
