@@ -1,0 +1,172 @@
+"""Districts: the world of one scene of the synthetic town.
+
+A district is a piece of road network about 220 x 220 m with everything that stands and moves on it. All geometry is in
+global map metres, float64, on flat ground z = 0; yaw turns from +x to +y. The same seed gives the same district.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from shapely.geometry import Polygon
+from shapely.geometry.base import BaseGeometry
+
+# Below this speed (m/s) an actor counts as standing still.
+STILL_SPEED = 0.2
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """A path through time, linear between its samples and constant before the first and after the last.
+
+    Args:
+        times: [T] seconds from the scene's start, increasing; T = 1 for something that never moves.
+        xy: [T, 2] global metres.
+        yaw: [T] radians, unwrapped (no jumps of 2 pi), so that it may be interpolated.
+    """
+
+    times: np.ndarray
+    xy: np.ndarray
+    yaw: np.ndarray
+
+    @property
+    def static(self) -> bool:
+        """True where there is only one sample."""
+        return len(self.times) == 1
+
+    def at(self, t: float) -> tuple[np.ndarray, float]:
+        """Position [2] in global metres and yaw in radians at time `t` seconds."""
+        xy = np.array([np.interp(t, self.times, self.xy[:, d]) for d in range(2)])
+        return xy, float(np.interp(t, self.times, self.yaw))
+
+    def velocity(self, t: float, half_step: float = 0.05) -> np.ndarray:
+        """Velocity [2] in m/s along global x and y: the central difference of `at` over `2 * half_step` seconds."""
+        if self.static:
+            return np.zeros(2)
+        low, high = max(t - half_step, self.times[0]), min(t + half_step, self.times[-1])
+        if high <= low:
+            return np.zeros(2)
+        return (self.at(high)[0] - self.at(low)[0]) / (high - low)
+
+
+@dataclass(frozen=True, eq=False)
+class Actor:
+    """One thing that gets a 3D box.
+
+    Args:
+        name: unique within the district.
+        category: nuScenes category, such as `vehicle.car` or `human.pedestrian.adult`.
+        size: length (along the heading), width, height in metres; a barrier is short and wide.
+        color: RGB, 0..1.
+        trajectory: of the centre of the footprint.
+        rider: for bicycles and motorcycles, whether somebody sits on it.
+    """
+
+    name: str
+    category: str
+    size: tuple[float, float, float]
+    color: tuple[float, float, float]
+    trajectory: Trajectory
+    rider: bool = False
+
+    def attribute(self, t: float) -> str:
+        """The nuScenes attribute at time `t`, '' for cones and barriers. Vehicles that never move are parked."""
+        moving = bool(np.linalg.norm(self.trajectory.velocity(t)) > STILL_SPEED)
+        if self.category in ("vehicle.bicycle", "vehicle.motorcycle"):
+            return "cycle.with_rider" if self.rider else "cycle.without_rider"
+        if self.category.startswith("human.pedestrian"):
+            return "pedestrian.moving" if moving else "pedestrian.standing"
+        if self.category.startswith("vehicle"):
+            if moving:
+                return "vehicle.moving"
+            return "vehicle.parked" if self.trajectory.static else "vehicle.stopped"
+        return ""
+
+
+@dataclass(frozen=True, eq=False)
+class Building:
+    """A block with vertical walls. `window_seed` chooses the pattern of its windows."""
+
+    footprint: np.ndarray  # [P, 2] counter-clockwise, first point not repeated
+    height: float
+    color: tuple[float, float, float]
+    window_seed: int
+
+
+@dataclass(frozen=True, eq=False)
+class Tree:
+    """A trunk (cylinder) with a round crown on its top."""
+
+    xy: np.ndarray  # [2]
+    trunk_height: float
+    trunk_radius: float
+    crown_radius: float
+
+
+@dataclass(frozen=True, eq=False)
+class Pole:
+    """A vertical cylinder: a lamp post or a sign post."""
+
+    xy: np.ndarray  # [2]
+    height: float
+    radius: float
+
+
+@dataclass(frozen=True, eq=False)
+class Surface:
+    """A piece of ground, painted in list order: later ones cover earlier ones.
+
+    `material` is one of 'grass', 'walkway', 'asphalt', 'parking', 'concrete'.
+    """
+
+    polygon: Polygon
+    material: str
+
+
+@dataclass(frozen=True, eq=False)
+class Marking:
+    """Road paint ('white' or 'yellow'), laid over all surfaces: every dash and every zebra bar is one polygon."""
+
+    polygon: Polygon
+    color: str
+
+
+@dataclass(frozen=True, eq=False)
+class Kerb:
+    """The centre line of kerb stones along the road's boundary; a closed one repeats its first point last."""
+
+    line: np.ndarray  # [P, 2]
+
+
+@dataclass(frozen=True, eq=False)
+class Light:
+    """Illumination of the whole scene. `sun_direction` is a unit vector from the ground towards the sun."""
+
+    sun_direction: np.ndarray  # [3]
+    sun_color: tuple[float, float, float]
+    sky_color: tuple[float, float, float]
+    ambient: float  # 0..1 share of light that comes from everywhere
+    fog_density: float  # 1/m: what is d metres away is seen through exp(-fog_density * d)
+    exposure: float  # factor on all brightness
+
+
+@dataclass(frozen=True, eq=False)
+class District:
+    """The world of one scene. `layers` holds the shapely geometries of the nuScenes map layers by layer name."""
+
+    seed: int
+    location: str
+    name: str
+    layers: dict[str, list[BaseGeometry]]
+    intersections: tuple[bool, ...]  # one per polygon of layers["road_segment"]
+    surfaces: list[Surface]
+    markings: list[Marking]
+    kerbs: list[Kerb]
+    buildings: list[Building]
+    trees: list[Tree]
+    poles: list[Pole]
+    actors: list[Actor]
+    ego: Trajectory
+    light: Light
+    duration: float
