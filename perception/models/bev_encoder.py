@@ -1,7 +1,7 @@
 """From camera features to a bird's-eye view that remembers.
 
-`CameraAttention` lets each cell of the grid read the cameras that see it, `GatedMemory` fuses the result with the memory
-of the previous frame, `BEVTrunk` looks around on the grid.
+`CameraAttention` lets each cell of the grid read the cameras that see it, `GatedMemory` fuses the result with the
+memory of the previous frame, `BEVTrunk` looks around on the grid.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def see_points(rig: CameraRig, points_ego: Tensor, image_size: tuple[int, int]) 
         image_size: height and width in pixels of the images that the rig is calibrated for.
 
     Returns:
-        uv [B, N, P, 2] with 0..1 over the image, depth [B, N, P] metres, seen [B, N, P] bool: the camera is present, the
-        point lies in front of it and inside its image.
+        uv [B, N, P, 2] with 0..1 over the image, depth [B, N, P] metres, seen [B, N, P] bool: the camera is present,
+        the point lies in front of it and inside its image.
     """
     H, W = image_size
     cam_from_ego = invert_rigid(rig.ego_from_cam.float())
@@ -44,9 +44,9 @@ def see_points(rig: CameraRig, points_ego: Tensor, image_size: tuple[int, int]) 
 class CameraAttention(nn.Module):
     """Each cell attends, per height of its pillar, to the two cameras that see it best.
 
-    A cell's reference points are its centre at fixed heights. Around each point's projection the cell reads a few places
-    with learned offsets; how much a reading counts depends on a learned weight and on whether the pixel is about as far
-    away as the cell: per pixel the image features carry a logit for each of some depth bins.
+    A cell's reference points are its centre at fixed heights. Around each point's projection the cell reads a few
+    places with learned offsets; how much a reading counts depends on a learned weight and on whether the pixel is about
+    as far away as the cell: per pixel the image features carry a logit for each of some depth bins.
 
     Args:
         grid: the BEV grid.
@@ -186,12 +186,11 @@ class BEVTrunk(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        wide = 2 * channels
         self.fine = ConvBlock(channels, channels)
-        self.coarse = nn.Sequential(ConvBlock(channels, 2 * channels, stride=2), ConvBlock(2 * channels, 2 * channels))
-        self.coarser = nn.Sequential(
-            ConvBlock(2 * channels, 2 * channels, stride=2), ConvBlock(2 * channels, 2 * channels)
-        )
-        self.down = nn.Conv2d(2 * channels, channels, 1)
+        self.coarse = nn.Sequential(ConvBlock(channels, wide, stride=2), ConvBlock(wide, wide))
+        self.coarser = nn.Sequential(ConvBlock(wide, wide, stride=2), ConvBlock(wide, wide))
+        self.down = nn.Conv2d(wide, channels, 1)
         self.out = ConvBlock(channels, channels)
 
     def forward(self, bev: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from perception.errors import CheckpointError, ConfigError
 from perception.grid import BEVGrid
 from perception.models.backbone import ResNetFPN
 from perception.models.bev_encoder import BEVTrunk, CameraAttention, GatedMemory
-from perception.models.decoder import BoxDecoder, LineDecoder
+from perception.models.decoder import BoxDecoder, LineDecoder, encode_position
 from perception.types import BOX_CLASSES, LINE_CLASSES, Frame, Prediction, State
 
 FORMAT = "perception-1"  # of checkpoint files; changes when old files can no longer be read
@@ -72,7 +72,8 @@ class ModelConfig:
         """ResNet-50, 256x704 images: boxes on 102.4 x 102.4 m, lines on 60 x 30 m."""
         return cls(
             image_size=(256, 704), backbone="resnet50", backbone_stages=4, feature_stride=16, channels=256,
-            grid=(128, 128), heads=8, camera_samples=4, depth_bins=64, decoder_layers=6, box_queries=300, line_queries=50,
+            grid=(128, 128), heads=8, camera_samples=4, depth_bins=64, decoder_layers=6, box_queries=300,
+            line_queries=50,
         )  # fmt: skip
 
     @classmethod
@@ -88,9 +89,7 @@ class ModelConfig:
         known = {field.name for field in fields(cls)}
         for key in changes:
             if key not in known:
-                raise ConfigError(
-                    f"model.{key} does not exist; the fields of ModelConfig are {', '.join(sorted(known))}"
-                )
+                raise ConfigError(f"model.{key} does not exist; ModelConfig has {', '.join(sorted(known))}")
         return replace(presets[name](), **{k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()})
 
 
@@ -103,7 +102,7 @@ class BEVTransformer(nn.Module):
         C, classes, line_classes = config.channels, len(BOX_CLASSES), len(LINE_CLASSES)
         self.grid = BEVGrid(config.x_range, config.y_range, config.grid)
         self.image_encoder = ResNetFPN(config.backbone, config.backbone_stages, config.feature_stride, C)
-        self.cell = nn.Parameter(0.1 * torch.randn(1, config.grid[0] * config.grid[1], C))
+        self.cell_position = nn.Linear(C, C)
         self.camera_attention = CameraAttention(self.grid, config.heights, C, config.camera_samples, config.depth_bins)
         self.memory = GatedMemory(self.grid, C)
         self.trunk = BEVTrunk(C)
@@ -115,7 +114,7 @@ class BEVTransformer(nn.Module):
 
     def initial_state(self, batch_size: int) -> State:
         """The memory of a network that has seen nothing, on the device of the weights."""
-        return State(self.cell.new_zeros(batch_size, self.config.channels, *self.config.grid))
+        return State(self.cell_position.weight.new_zeros(batch_size, self.config.channels, *self.config.grid))
 
     def forward(self, frame: Frame, state: State) -> tuple[Prediction, State]:
         """One moment.
@@ -129,7 +128,9 @@ class BEVTransformer(nn.Module):
         """
         B, N, _, H, W = frame.images.shape
         features = self.image_encoder(frame.images.flatten(0, 1)).unflatten(0, (B, N))  # [B, N, C, h, w]
-        seen = self.camera_attention(self.cell.expand(B, -1, -1), features, frame.rig, (H, W))  # [B, X * Y, C]
+        place = self.grid.normalize(self.grid.cell_centers(features.device)).flatten(0, 1)  # [X * Y, 2]
+        query = self.cell_position(encode_position(place, self.config.channels)).expand(B, -1, -1)
+        seen = self.camera_attention(query, features, frame.rig, (H, W))  # [B, X * Y, C]
         bev = seen.transpose(1, 2).unflatten(2, self.config.grid)  # [B, C, X, Y]
         memory = self.memory(bev, state.bev, frame.ego_from_prev, frame.seconds_since_prev, frame.is_first)
         bev = self.trunk(memory)

@@ -165,8 +165,8 @@ class BoxDecoder(nn.Module):
 def anchor_lines(count: int, points: int, x_range: tuple[float, float], y_range: tuple[float, float]) -> Tensor:
     """Straight lines and rings spread over the map range: where line queries start. Returns [count, P, 2] metres.
 
-    Half of them run along x (where the ego drives), on the rear or the front half of the range; a quarter run along y; a
-    quarter are rings the size of a crossing.
+    Half of them run along x (where the ego drives), on the rear or the front half of the range; a quarter run along y;
+    a quarter are rings the size of a crossing.
     """
     along, across = count // 2, count // 4
     length_x, length_y = x_range[1] - x_range[0], y_range[1] - y_range[0]
@@ -243,7 +243,7 @@ class LineDecoder(nn.Module):
             self.layers.append(layer)
 
     def forward(self, bev: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """bev [B, C, X, Y] -> line_logits [L, B, Q, K], line_points [L, B, Q, P, 2] metres, raster_logits [B, K, X, Y]."""
+        """bev [B, C, X, Y] -> line_logits [L, B, Q, K], line_points [L, B, Q, P, 2], raster_logits [B, K, X, Y]."""
         B, C, X, Y = bev.shape
         Q, P, _ = self.anchors.shape
         raster_logits = self.raster(bev)

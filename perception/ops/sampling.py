@@ -16,8 +16,8 @@ from perception.grid import BEVGrid
 def read_cameras(features: Tensor, uv: Tensor, camera: Tensor) -> Tensor:
     """Bilinear reading of camera feature maps, each sample from a camera of its own choice.
 
-    The cameras are stacked into one tall map, which makes the choice of a camera a vertical offset. Places are clamped to
-    the centres of the border pixels, so a sample never bleeds into the neighbour in the stack.
+    The cameras are stacked into one tall map, which makes the choice of a camera a vertical offset. Places are clamped
+    to the centres of the border pixels, so a sample never bleeds into the neighbour in the stack.
 
     Args:
         features: [B, N, C, h, w].

@@ -1,0 +1,266 @@
+"""Matching and losses: what a Prediction should have been, given the true Scene.
+
+Every decoder layer is matched anew with the truth, one query to one object (the Hungarian method, DETR,
+https://arxiv.org/abs/2005.12872). A line is the same line when it is walked backwards, and a ring the same ring from
+whichever vertex it starts (MapTR, https://arxiv.org/abs/2208.14437), so lines are compared in the ordering that fits
+best. Two dense losses on the BEV, a centre heat map and a raster of the lines, train the map itself.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from perception.grid import BEVGrid
+from perception.types import Boxes, Polylines, Prediction, Scene
+
+FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0  # https://arxiv.org/abs/1708.02002
+# Weights of the ten box parameters (centre, log size, sin cos yaw, velocity) in cost and loss.
+BOX_WEIGHTS = (1.0, 1.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.2, 0.2)
+LOSS_WEIGHTS = {
+    "box_class": 2.0, "box_params": 0.25, "heatmap": 1.0,
+    "line_class": 2.0, "line_points": 0.5, "line_direction": 0.1, "raster": 1.0,
+}  # fmt: skip
+
+
+class Match(NamedTuple):
+    """Pairs of one decoder layer over a whole batch; all tensors have the length of the number of pairs."""
+
+    batch: Tensor  # index of the scene
+    query: Tensor  # index of the query in its scene
+    target: Tensor  # index of the object in the padded truth
+
+
+def set_losses(prediction: Prediction, truth: Scene, grid: BEVGrid) -> dict[str, Tensor]:
+    """All losses of one moment, weighted, averaged over the decoder layers.
+
+    Args:
+        prediction: leading [L, B].
+        truth: leading [B].
+        grid: the grid of the dense outputs.
+
+    Returns:
+        Scalars by name; their sum is what to minimise. Nothing is hidden: a NaN in the prediction or the truth of a
+        matched object is a NaN here, except velocities, whose truth is NaN where it is not known.
+    """
+    L = prediction.box_logits.shape[0]
+    boxes = _inside(truth.boxes, grid)
+    box_targets = encode_boxes(boxes)
+    orderings, exists = line_orderings(truth.lines)
+    sums: dict[str, Tensor] = {}
+    for layer in range(L):
+        losses = box_losses(prediction.box_logits[layer], prediction.box_params[layer], boxes, box_targets)
+        losses |= line_losses(
+            prediction.line_logits[layer], prediction.line_points[layer], truth.lines, orderings, exists
+        )
+        for name, loss in losses.items():
+            sums[name] = sums.get(name, 0.0) + loss / L
+    sums["heatmap"] = heatmap_loss(prediction.heatmap_logits, boxes, grid)
+    sums["raster"] = raster_loss(prediction.raster_logits, truth.lines, grid)
+    return {name: LOSS_WEIGHTS[name] * loss for name, loss in sums.items()}
+
+
+def _inside(boxes: Boxes, grid: BEVGrid) -> Boxes:
+    """Only boxes whose centre lies on the grid can be found, so only they are asked for."""
+    place = grid.normalize(boxes.center)
+    return boxes._replace(valid=boxes.valid & ((place >= 0) & (place < 1)).all(-1))
+
+
+# ---------------------------------------------------------------------------------------------------------------- boxes
+
+
+def encode_boxes(boxes: Boxes) -> Tensor:
+    """True boxes [B, M] as the network's parameters [B, M, 10] (see `Prediction.box_params`)."""
+    turn = torch.stack([boxes.yaw.sin(), boxes.yaw.cos()], -1)
+    return torch.cat([boxes.center, boxes.size.clamp(min=1e-2).log(), turn, boxes.velocity], -1)
+
+
+def box_losses(logits: Tensor, params: Tensor, boxes: Boxes, targets: Tensor) -> dict[str, Tensor]:
+    """Focal loss of the classes and L1 of the parameters of matched boxes, one layer.
+
+    Args:
+        logits: [B, Q, K]; params: [B, Q, 10].
+        boxes: the truth [B, M]; targets: [B, M, 10] from `encode_boxes`.
+    """
+    weights = params.new_tensor(BOX_WEIGHTS)
+    with torch.no_grad():
+        # Velocity does not decide who is who; its truth may be unknown.
+        distance = (params[:, :, None, :8] - targets[:, None, :, :8]).abs()  # [B, Q, M, 8]
+        cost = LOSS_WEIGHTS["box_class"] * focal_cost(logits, boxes.label)
+        cost = cost + LOSS_WEIGHTS["box_params"] * (distance * weights[:8]).sum(-1)
+        match = hungarian(cost, boxes.valid)
+    count = max(len(match.query), 1)
+    wanted = torch.zeros_like(logits)
+    wanted[match.batch, match.query, boxes.label[match.batch, match.target]] = 1.0
+    target = targets[match.batch, match.target]
+    known = ~target.isnan()
+    difference = torch.where(known, params[match.batch, match.query] - target.nan_to_num(), 0.0).abs()
+    return {
+        "box_class": focal_loss(logits, wanted).sum() / count,
+        "box_params": (difference * weights).sum() / count,
+    }
+
+
+def heatmap_loss(logits: Tensor, boxes: Boxes, grid: BEVGrid) -> Tensor:
+    """Penalty-reduced focal loss of CenterNet (https://arxiv.org/abs/1904.07850) on [B, K, X, Y]."""
+    target = draw_heatmap(boxes, grid, logits.shape[1])
+    probability = logits.float().sigmoid().clamp(1e-4, 1 - 1e-4)
+    positive = target == 1
+    hit = -((1 - probability) ** 2) * probability.log() * positive
+    miss = -((1 - target) ** 4) * probability**2 * (1 - probability).log() * ~positive
+    return (hit.sum() + miss.sum()) / positive.sum().clamp(min=1)
+
+
+def draw_heatmap(boxes: Boxes, grid: BEVGrid, classes: int) -> Tensor:
+    """Gaussian bumps at the centres: [B, K, X, Y], 1 at the cell that holds a centre, the highest where bumps meet."""
+    B = boxes.valid.shape[0]
+    X, Y = grid.shape
+    device = boxes.center.device
+    heat = torch.zeros(B, classes, X, Y, device=device)
+    cell = grid.cells(boxes.center).round()  # [B, M, 2]
+    # Bumps as wide as the object, but at least about one cell.
+    sigma = (boxes.size[..., :2].amax(-1) / (6 * min(grid.cell_size))).clamp(0.7, 2.0)
+    radius = 5
+    window = torch.arange(-radius, radius + 1, device=device)
+    for b, m in boxes.valid.nonzero().tolist():
+        i, j = cell[b, m].long().tolist()
+        bump = torch.exp(-(window**2) / (2 * sigma[b, m] ** 2))
+        bump = bump[:, None] * bump[None]
+        top, left = max(i - radius, 0), max(j - radius, 0)
+        bottom, right = min(i + radius + 1, X), min(j + radius + 1, Y)
+        part = heat[b, boxes.label[b, m], top:bottom, left:right]
+        start_i, start_j = top - i + radius, left - j + radius
+        bump = bump[start_i : start_i + bottom - top, start_j : start_j + right - left]
+        torch.maximum(part, bump, out=part)
+    return heat
+
+
+# ---------------------------------------------------------------------------------------------------------------- lines
+
+
+def line_orderings(lines: Polylines) -> tuple[Tensor, Tensor]:
+    """All equivalent orderings of true lines.
+
+    An open line has two, a ring of P points (the last repeats the first) has 2 (P - 1).
+
+    Args:
+        lines: [B, M] lines of P points.
+
+    Returns:
+        points [B, M, O, P, 2] with O = 2 (P - 1), and exists [B, M, O] bool.
+    """
+    points = lines.points  # [B, M, P, 2]
+    P = points.shape[-2]
+    start = torch.arange(P - 1, device=points.device)
+    ring = torch.cat([(start[:, None] + start) % (P - 1), start[:, None]], 1)  # [P - 1, P]
+    forward = points[..., ring, :]  # [B, M, P - 1, P, 2]
+    rings = torch.cat([forward, forward.flip(-2)], 2)  # [B, M, O, P, 2]
+    open_lines = torch.stack([points, points.flip(-2)], 2).repeat_interleave(P - 1, 2)
+    exists = torch.zeros(2 * (P - 1), dtype=torch.bool, device=points.device)
+    exists[0] = exists[P - 1] = True
+    closed = lines.closed[..., None]
+    return torch.where(closed[..., None, None], rings, open_lines), closed | exists
+
+
+def line_losses(
+    logits: Tensor, points: Tensor, lines: Polylines, orderings: Tensor, exists: Tensor
+) -> dict[str, Tensor]:
+    """Focal loss of the classes, L1 of the points and cosine of the edges of matched lines, one layer.
+
+    Args:
+        logits: [B, Q, K]; points: [B, Q, P, 2] metres.
+        lines: the truth [B, M]; orderings, exists: from `line_orderings`.
+    """
+    B, Q, P, _ = points.shape
+    with torch.no_grad():
+        M, O = exists.shape[1:]
+        distance = torch.cdist(points.float().flatten(2), orderings.flatten(3).flatten(1, 2), p=1)  # [B, Q, M * O]
+        distance = distance.unflatten(2, (M, O)) / P  # mean L1 distance of a point, metres
+        distance, ordering = distance.masked_fill(~exists[:, None], math.inf).min(-1)  # [B, Q, M]
+        cost = LOSS_WEIGHTS["line_class"] * focal_cost(logits, lines.label) + LOSS_WEIGHTS["line_points"] * distance
+        match = hungarian(cost, lines.valid)
+    count = max(len(match.query), 1)
+    wanted = torch.zeros_like(logits)
+    wanted[match.batch, match.query, lines.label[match.batch, match.target]] = 1.0
+    best = ordering[match.batch, match.query, match.target]
+    target = orderings[match.batch, match.target, best]  # [pairs, P, 2]
+    found = points[match.batch, match.query]
+    cosine = F.cosine_similarity(found.diff(dim=1), target.diff(dim=1), dim=-1, eps=1e-3)
+    return {
+        "line_class": focal_loss(logits, wanted).sum() / count,
+        "line_points": (found - target).abs().sum(-1).mean(-1).sum() / count,
+        "line_direction": (1 - cosine).mean(-1).sum() / count,
+    }
+
+
+def raster_loss(logits: Tensor, lines: Polylines, grid: BEVGrid) -> Tensor:
+    """Focal loss of the dense raster [B, K, X, Y], per cell that a line crosses."""
+    target = draw_raster(lines, grid, logits.shape[1])
+    return focal_loss(logits.float(), target, alpha=0.5).sum() / target.sum().clamp(min=1) * 2
+
+
+def draw_raster(lines: Polylines, grid: BEVGrid, classes: int) -> Tensor:
+    """1 in every cell that a line passes, [B, K, X, Y]: lines are sampled at a quarter of a cell."""
+    B, M, P, _ = lines.points.shape
+    X, Y = grid.shape
+    longest = lines.points.diff(dim=2).norm(dim=-1)[lines.valid].amax().item() if lines.valid.any() else 0.0
+    steps = max(2, math.ceil(longest / (min(grid.cell_size) / 4)) + 1)
+    t = torch.linspace(0, 1, steps, device=lines.points.device)
+    dense = torch.lerp(lines.points[:, :, :-1, None], lines.points[:, :, 1:, None], t[:, None])  # [B, M, P - 1, S, 2]
+    cell = grid.cells(dense.flatten(2, 3)).round().long()  # [B, M, (P - 1) * S, 2]
+    inside = ((cell >= 0) & (cell < cell.new_tensor([X, Y]))).all(-1) & lines.valid[..., None]
+    b = torch.arange(B, device=cell.device).view(B, 1, 1).expand_as(inside)
+    label = lines.label[..., None].expand_as(inside)
+    raster = torch.zeros(B, classes, X, Y, device=cell.device)
+    raster[b[inside], label[inside], cell[..., 0][inside], cell[..., 1][inside]] = 1.0
+    return raster
+
+
+# --------------------------------------------------------------------------------------------------------------- shared
+
+
+def focal_loss(logits: Tensor, target: Tensor, alpha: float = FOCAL_ALPHA) -> Tensor:
+    """Sigmoid focal loss of each element; target is 0 or 1."""
+    logits = logits.float()
+    probability = logits.sigmoid()
+    entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    wrong = torch.where(target > 0.5, 1 - probability, probability)
+    return torch.where(target > 0.5, alpha, 1 - alpha) * wrong**FOCAL_GAMMA * entropy
+
+
+def focal_cost(logits: Tensor, label: Tensor) -> Tensor:
+    """What calling query q by the class of object m would cost more than calling it background: [B, Q, M]."""
+    one, zero = torch.ones_like(logits), torch.zeros_like(logits)
+    gain = focal_loss(logits, one) - focal_loss(logits, zero)  # [B, Q, K]
+    return gain.gather(2, label[:, None].expand(-1, logits.shape[1], -1))
+
+
+def hungarian(cost: Tensor, valid: Tensor) -> Match:
+    """The cheapest one-to-one matching of queries and valid objects, scene by scene.
+
+    Args:
+        cost: [B, Q, M].
+        valid: [B, M] bool.
+
+    Raises:
+        FloatingPointError: if the cost of a valid object is not finite: the network's output already is not.
+    """
+    device = cost.device
+    cost_cpu, valid_cpu = cost.float().cpu().numpy(), valid.cpu().numpy()
+    batch, query, target = [], [], []
+    for b, (scene_cost, scene_valid) in enumerate(zip(cost_cpu, valid_cpu, strict=True)):
+        objects = np.flatnonzero(scene_valid)
+        scene_cost = scene_cost[:, objects]
+        if not np.isfinite(scene_cost).all():
+            raise FloatingPointError(f"matching cost of scene {b} of the batch is not finite")
+        rows, columns = linear_sum_assignment(scene_cost)
+        batch.append(np.full(len(rows), b))
+        query.append(rows)
+        target.append(objects[columns])
+    return Match(*(torch.as_tensor(np.concatenate(x), dtype=torch.long, device=device) for x in (batch, query, target)))
