@@ -1,0 +1,337 @@
+"""The official nuScenes detection score, computed by the devkit's own code (config `detection_cvpr_2019`).
+
+This file only carries boxes across the border: from Scene (ego frame, length-width-height, yaw) to the devkit's
+submission (global frame, width-length-height, quaternion, one attribute per box) and back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from nuscenes import NuScenes
+from nuscenes.eval.common.config import config_factory
+from nuscenes.eval.common.loaders import get_samples_of_scenes
+from nuscenes.eval.detection.evaluate import DetectionEval
+from nuscenes.eval.detection.utils import category_to_detection_name
+from nuscenes.utils.splits import get_scenes_of_split, is_predefined_split
+from pyquaternion import Quaternion
+
+from perception.errors import DataError
+from perception.geometry import invert_rigid, transform_points, yaw_from_rotation
+from perception.types import ATTRIBUTES, BOX_CLASSES, Boxes, Scene
+
+_CONFIG = "detection_cvpr_2019"
+_MAX_BOXES = 500
+# The devkit's names of the true-positive errors and the ones that papers print.
+_ERRORS = {"trans_err": "mATE", "scale_err": "mASE", "orient_err": "mAOE", "vel_err": "mAVE", "attr_err": "mAAE"}
+_MOVING_SPEED = 0.2  # m/s
+
+
+@dataclass(frozen=True)
+class DetectionResult:
+    """nuScenes detection scores of one split.
+
+    Args:
+        nds: nuScenes detection score, 0..1.
+        mean_ap: mean AP over ten classes and four distances, 0..1.
+        errors: mATE (m), mASE (1 - IoU), mAOE (rad), mAVE (m/s), mAAE (1 - accuracy).
+        class_ap: AP per class name, mean over the four distances.
+        class_errors: the five errors per class name, NaN where one is not defined for a class.
+        samples: number of samples that were compared.
+    """
+
+    nds: float
+    mean_ap: float
+    errors: dict[str, float]
+    class_ap: dict[str, float]
+    class_errors: dict[str, dict[str, float]]
+    samples: int
+
+    def as_dict(self) -> dict:
+        """The result as plain JSON values; undefined errors become None."""
+        return {
+            "protocol": _CONFIG,
+            "nds": self.nds,
+            "mean_ap": self.mean_ap,
+            **self.errors,
+            "class_ap": dict(self.class_ap),
+            "class_errors": {
+                name: {key: None if np.isnan(value) else value for key, value in row.items()}
+                for name, row in self.class_errors.items()
+            },
+            "samples": self.samples,
+        }
+
+    def table(self) -> str:
+        """The result as text for a terminal."""
+        heads = "".join(f"{key[1:]:>8}" for key in self.errors)
+        rows = [f"{'boxes (nuScenes)':<22}{'AP':>8}{heads}"]
+        for name, ap in self.class_ap.items():
+            cells = "".join(f"{'-' if np.isnan(v) else format(v, '.3f'):>8}" for v in self.class_errors[name].values())
+            rows.append(f"{name:<22}{ap:8.3f}{cells}")
+        rows.append(f"{'mean':<22}{self.mean_ap:8.3f}" + "".join(f"{v:8.3f}" for v in self.errors.values()))
+        rows.append(f"{'NDS':<22}{self.nds:8.3f}")
+        return "\n".join(rows)
+
+
+def evaluate_detection(
+    dataroot: str | os.PathLike,
+    version: str,
+    split: str,
+    scenes: Mapping[str, Scene],
+    ego_poses: Mapping[str, np.ndarray],
+    *,
+    nusc: NuScenes | None = None,
+    out_dir: str | os.PathLike | None = None,
+) -> DetectionResult:
+    """Runs the official nuScenes detection evaluation on decoded scenes.
+
+    Args:
+        dataroot: root of a nuScenes-format dataset.
+        version: folder of its tables, e.g. "v1.0-trainval".
+        split: an official split or one listed in `splits.json` beside the tables.
+        scenes: per sample token of the split, the predicted Scene without batch dimension (boxes [M, ...]).
+        ego_poses: per sample token, global_from_ego [4, 4] float64 of the scene's ego frame.
+        nusc: the loaded tables, if they are at hand; loading them takes most of the time.
+        out_dir: where to leave `submission.json` and `metrics.json`; nothing is kept without it.
+
+    Raises:
+        DataError: the dataset or the split does not exist, has no boxes, or the scenes are not those of the split.
+    """
+    nusc = nusc or load_tables(dataroot, version)
+    tokens = _split_tokens(nusc, split)
+    _check_tokens(scenes, tokens, split)
+    categories = {
+        nusc.get("sample_annotation", ann)["category_name"] for t in tokens for ann in nusc.get("sample", t)["anns"]
+    }
+    if not any(map(category_to_detection_name, categories)):
+        raise DataError(
+            f"split {split} of {nusc.table_root} has no annotation of the ten classes; choose another split"
+        )
+    submission = submission_from_scenes(scenes, ego_poses)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "submission.json"
+        path.write_text(json.dumps(_never_empty(submission)))
+        # The devkit shows a progress bar on stderr whatever `verbose` says.
+        with contextlib.redirect_stderr(io.StringIO()):
+            evaluation = DetectionEval(nusc, config_factory(_CONFIG), str(path), split, scratch, verbose=False)
+            metrics, _ = evaluation.evaluate()
+    summary = metrics.serialize()
+    result = DetectionResult(
+        nds=float(summary["nd_score"]),
+        mean_ap=float(summary["mean_ap"]),
+        errors={name: float(summary["tp_errors"][key]) for key, name in _ERRORS.items()},
+        class_ap={name: float(summary["mean_dist_aps"][name]) for name in BOX_CLASSES},
+        class_errors={
+            name: {short: float(summary["label_tp_errors"][name][key]) for key, short in _ERRORS.items()}
+            for name in BOX_CLASSES
+        },
+        samples=len(tokens),
+    )
+    if out_dir is not None:
+        _write_json(Path(out_dir) / "submission.json", submission)
+        _write_json(Path(out_dir) / "metrics.json", result.as_dict())
+    return result
+
+
+def load_tables(dataroot: str | os.PathLike, version: str) -> NuScenes:
+    """The devkit's tables of a nuScenes-format dataset, loaded quietly.
+
+    Raises:
+        DataError: a table is missing or malformed.
+    """
+    folder = Path(dataroot) / version
+    if not folder.is_dir():
+        raise DataError(f"{folder} does not exist; give the root of a nuScenes-format dataset and its version folder")
+    try:
+        return NuScenes(version=version, dataroot=str(dataroot), verbose=False)
+    except (OSError, ValueError, KeyError, IndexError, AssertionError) as error:
+        reason = f"{type(error).__name__}: {error}".replace("\n", " ")
+        raise DataError(f"the nuScenes tables in {folder} cannot be read ({reason}); restore the dataset") from error
+
+
+def submission_from_scenes(scenes: Mapping[str, Scene], ego_poses: Mapping[str, np.ndarray]) -> dict:
+    """The nuScenes detection submission of scenes: global frame, at most the 500 best boxes of each sample.
+
+    A box whose attribute is -1 gets the one that its class and speed make likely. A velocity that is not known (NaN)
+    becomes 0, because the devkit would leave such a box out of the velocity error.
+
+    Args:
+        scenes: per sample token a Scene without batch dimension; only valid boxes are used.
+        ego_poses: per sample token global_from_ego [4, 4] float64.
+
+    Raises:
+        DataError: a pose is missing or not rigid, or a box holds a number that is not finite or a size not above 0.
+    """
+    results = {token: _records(token, scene.boxes, _pose(ego_poses, token)) for token, scene in scenes.items()}
+    sensors = {"use_camera": True, "use_lidar": False, "use_radar": False, "use_map": False, "use_external": False}
+    return {"meta": sensors, "results": results}
+
+
+def boxes_from_submission(records: Sequence[Mapping], global_from_ego: np.ndarray) -> Boxes:
+    """The way back: boxes of one sample of a submission in the ego frame.
+
+    Args:
+        records: the sample's list under "results".
+        global_from_ego: [4, 4] float64.
+
+    Returns:
+        Boxes [M, ...] in float32, all valid, in the order of the records.
+    """
+    ego_from_global = invert_rigid(np.asarray(global_from_ego, dtype=np.float64))
+    count = len(records)
+
+    def column(field: str, width: int) -> np.ndarray:
+        return np.array([r[field] for r in records], dtype=np.float64).reshape(count, width)
+
+    velocity = np.pad(column("velocity", 2), ((0, 0), (0, 1)))  # [M, 3]
+    rotations = [ego_from_global[:3, :3] @ Quaternion(r["rotation"]).rotation_matrix for r in records]
+    return Boxes(
+        center=torch.tensor(transform_points(ego_from_global, column("translation", 3)), dtype=torch.float32),
+        size=torch.tensor(column("size", 3)[:, [1, 0, 2]], dtype=torch.float32),
+        yaw=torch.tensor(yaw_from_rotation(np.array(rotations).reshape(count, 3, 3)), dtype=torch.float32),
+        velocity=torch.tensor((velocity @ ego_from_global[:3, :3].T)[:, :2], dtype=torch.float32),
+        label=torch.tensor([BOX_CLASSES.index(r["detection_name"]) for r in records], dtype=torch.int64),
+        attribute=torch.tensor(
+            [ATTRIBUTES.index(r["attribute_name"]) if r["attribute_name"] else -1 for r in records], dtype=torch.int64
+        ),
+        score=torch.tensor([r["detection_score"] for r in records], dtype=torch.float32),
+        valid=torch.ones(count, dtype=torch.bool),
+    )
+
+
+def _records(token: str, boxes: Boxes, global_from_ego: np.ndarray) -> list[dict]:
+    """The submission entries of one sample, best score first."""
+    if boxes.valid.ndim != 1:
+        raise DataError(
+            f"the scene of sample {token} has boxes of shape {tuple(boxes.valid.shape)}; "
+            "pass one Scene per sample, without batch dimensions"
+        )
+    valid = boxes.valid.cpu()
+    boxes = Boxes(*(field.detach().cpu()[valid].double().numpy() for field in boxes))
+    numbers = np.concatenate([boxes.center, boxes.size, boxes.yaw[:, None], boxes.score[:, None]], 1)  # [M, 8]
+    bad = np.nonzero(~np.isfinite(numbers).all(1) | (boxes.size <= 0).any(1) | np.isinf(boxes.velocity).any(1))[0]
+    if len(bad):
+        raise DataError(
+            f"box {bad[0]} of sample {token} has a number that is not finite or a size that is not positive; "
+            "check the network's output for NaN"
+        )
+    order = np.argsort(-boxes.score, kind="stable")[:_MAX_BOXES]
+    boxes = Boxes(*(field[order] for field in boxes))
+    centers = transform_points(global_from_ego, boxes.center)  # [M, 3]
+    velocities_ego = np.pad(np.nan_to_num(boxes.velocity), ((0, 0), (0, 1)))  # [M, 3]
+    velocities = velocities_ego @ global_from_ego[:3, :3].T  # [M, 3]
+    turn = Quaternion(matrix=global_from_ego[:3, :3], rtol=1e-4, atol=1e-5)
+    return [
+        {
+            "sample_token": token,
+            "translation": centers[i].tolist(),
+            "size": boxes.size[i, [1, 0, 2]].tolist(),
+            "rotation": (turn * Quaternion(axis=(0, 0, 1), radians=boxes.yaw[i])).elements.tolist(),
+            "velocity": velocities[i, :2].tolist(),
+            "detection_name": BOX_CLASSES[int(boxes.label[i])],
+            "detection_score": float(boxes.score[i]),
+            "attribute_name": _attribute(boxes, i),
+        }
+        for i in range(len(order))
+    ]
+
+
+def _attribute(boxes: Boxes, i: int) -> str:
+    """The box's own attribute, else the commoner one of its class at its speed."""
+    if boxes.attribute[i] >= 0:
+        return ATTRIBUTES[int(boxes.attribute[i])]
+    name = BOX_CLASSES[int(boxes.label[i])]
+    moving = np.linalg.norm(np.nan_to_num(boxes.velocity[i])) > _MOVING_SPEED
+    if name in ("barrier", "traffic_cone"):
+        return ""
+    if name == "pedestrian":
+        return "pedestrian.moving" if moving else "pedestrian.standing"
+    if name in ("bicycle", "motorcycle"):
+        return "cycle.with_rider" if moving else "cycle.without_rider"
+    if moving:
+        return "vehicle.moving"
+    return "vehicle.stopped" if name == "bus" else "vehicle.parked"  # a bus at rest mostly waits at its stop
+
+
+def _pose(ego_poses: Mapping[str, np.ndarray], token: str) -> np.ndarray:
+    if token not in ego_poses:
+        raise DataError(f"there is no ego pose for sample {token}; give global_from_ego [4, 4] for every scene")
+    pose = np.asarray(ego_poses[token], dtype=np.float64)
+    rigid = pose.shape == (4, 4) and np.allclose(pose[:3, :3] @ pose[:3, :3].T, np.eye(3), rtol=0, atol=1e-5)
+    if not rigid or not np.isfinite(pose).all():
+        raise DataError(f"the ego pose of sample {token} is not a rigid [4, 4] transform; check the ego_pose table")
+    return pose
+
+
+def _never_empty(submission: dict) -> dict:
+    """The submission as the devkit can read it.
+
+    The devkit fails on a submission without a single box, as an untrained network gives. One box a thousand kilometres
+    away lets it run, and its own range filter drops that box before anything is counted.
+    """
+    results = submission["results"]
+    if any(results.values()):
+        return submission
+    token = next(iter(results))
+    far_box = {
+        "sample_token": token,
+        "translation": [1e6, 1e6, 0.0],
+        "size": [1.0, 1.0, 1.0],
+        "rotation": [1.0, 0.0, 0.0, 0.0],
+        "velocity": [0.0, 0.0],
+        "detection_name": "car",
+        "detection_score": 0.0,
+        "attribute_name": "vehicle.parked",
+    }
+    return {**submission, "results": {**results, token: [far_box]}}
+
+
+def _split_tokens(nusc: NuScenes, split: str) -> list[str]:
+    """The split's sample tokens by the devkit's own rules."""
+    if is_predefined_split(split):
+        wanted = "mini" if split.startswith("mini") else "test" if split == "test" else "trainval"
+        if not nusc.version.endswith(wanted):
+            raise DataError(
+                f"split {split} is an official one, which the devkit only accepts for a version ending in {wanted}, "
+                f"not for {nusc.version}; list your scenes under another name in {nusc.table_root}/splits.json"
+            )
+    try:
+        names = get_scenes_of_split(split, nusc)
+    except (ValueError, AssertionError) as error:  # a missing or malformed splits.json, an unknown split
+        raise DataError(f"{nusc.table_root}/splits.json does not list the scenes of split {split} ({error})") from error
+    tokens = get_samples_of_scenes(names, nusc)
+    if not tokens:
+        raise DataError(f"split {split} names no scene of {nusc.table_root}; choose another split or version")
+    return tokens
+
+
+def _check_tokens(scenes: Mapping[str, Scene], tokens: list[str], split: str) -> None:
+    missing, extra = set(tokens) - scenes.keys(), scenes.keys() - set(tokens)
+    if missing:
+        raise DataError(
+            f"{len(missing)} of the {len(tokens)} samples of split {split} have no prediction, {min(missing)} among "
+            "them; give every sample a Scene, one without valid boxes where nothing was found"
+        )
+    if extra:
+        raise DataError(
+            f"{len(extra)} predictions belong to samples outside split {split}, {min(extra)} among them; "
+            "predict on the split that is evaluated"
+        )
+
+
+def _write_json(path: Path, content: dict) -> None:
+    """Written beside and renamed, so that a reader never meets half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text(json.dumps(content))
+    os.replace(scratch, path)

@@ -1,0 +1,363 @@
+"""The official detection score on a hand-made dataset of three samples, and the conversions around it."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from nuscenes import NuScenes
+from nuscenes.utils.data_classes import Box
+from PIL import Image
+from pyquaternion import Quaternion
+
+from perception.errors import DataError
+from perception.evaluation.detection import (
+    boxes_from_submission,
+    evaluate_detection,
+    load_tables,
+    submission_from_scenes,
+)
+from perception.geometry import rigid_from_quaternion
+from perception.types import ATTRIBUTES, BOX_CLASSES, Boxes, Polylines, Scene
+
+VERSION, SPLIT = "v1.0-hand", "hand_val"
+STEP = 0.5  # seconds between samples
+
+# One object of each class in the ego frame of the first sample:
+# class, category, attribute, x, y, z, length, width, height, yaw, speed along the box.
+OBJECTS = [
+    ("car", "vehicle.car", "vehicle.moving", 12.0, 3.0, 0.9, 4.6, 1.9, 1.7, 0.4, 6.0),
+    ("truck", "vehicle.truck", "vehicle.parked", -15.0, 8.0, 1.5, 8.0, 2.6, 3.0, 2.8, 0.0),
+    ("trailer", "vehicle.trailer", "vehicle.parked", 25.0, -12.0, 2.0, 12.0, 2.9, 3.9, -1.2, 0.0),
+    ("bus", "vehicle.bus.rigid", "vehicle.stopped", 18.0, 14.0, 1.7, 11.0, 2.9, 3.4, 1.0, 0.0),
+    ("construction_vehicle", "vehicle.construction", "vehicle.moving", -20.0, -9.0, 1.6, 6.0, 2.7, 3.2, 0.1, 1.0),
+    ("bicycle", "vehicle.bicycle", "cycle.with_rider", 7.0, -6.0, 0.7, 1.8, 0.6, 1.5, -2.0, 4.0),
+    ("motorcycle", "vehicle.motorcycle", "cycle.without_rider", -6.0, 5.0, 0.7, 2.1, 0.8, 1.4, 3.0, 0.0),
+    ("pedestrian", "human.pedestrian.adult", "pedestrian.sitting_lying_down", 9.0, 8.0, 0.9, 0.7, 0.6, 1.2, 0.9, 0.0),
+    ("traffic_cone", "movable_object.trafficcone", "", 10.0, -2.0, 0.5, 0.4, 0.5, 1.0, 0.0, 0.0),
+    ("barrier", "movable_object.barrier", "", 14.0, -4.0, 0.5, 0.5, 2.4, 1.0, 1.3, 0.0),
+]
+EGO_YAW = 2.2  # the car drives into the map's upper left; a mix-up of ego and global axes cannot hide
+
+
+def ego_pose(k):
+    """Rotation and translation of sample k, as the ego_pose table holds them; the car drives 3 m/s ahead."""
+    along = np.array([math.cos(EGO_YAW), math.sin(EGO_YAW), 0.0]) * 3.0 * STEP * k
+    return Quaternion(axis=(0, 0, 1), radians=EGO_YAW), np.array([600.0, 1600.0, 0.0]) + along
+
+
+def global_box(item, k):
+    """The devkit's own Box of an object at sample k in the global frame."""
+    _, _, _, x, y, z, length, width, height, yaw, speed = item
+    box = Box([x, y, z], [width, length, height], Quaternion(axis=(0, 0, 1), radians=yaw))
+    box.translate(np.array([math.cos(yaw), math.sin(yaw), 0.0]) * speed * STEP * k)
+    rotation, _ = ego_pose(0)
+    box.rotate(rotation)
+    box.translate(ego_pose(0)[1])
+    return box
+
+
+def write_dataset(root, samples=3):
+    """nuScenes tables of one scene, written by hand and by the devkit's Box alone."""
+
+    def table(name, rows):
+        (root / VERSION / f"{name}.json").write_text(json.dumps(rows))
+
+    (root / VERSION).mkdir(parents=True)
+    Image.new("L", (2, 2)).save(root / "map.png")
+    (root / VERSION / "splits.json").write_text(json.dumps({SPLIT: ["scene-hand"], "nowhere": ["scene-other"]}))
+    names = [item[1] for item in OBJECTS]
+    table("category", [{"token": n, "name": n, "description": ""} for n in names])
+    table("attribute", [{"token": n, "name": n, "description": ""} for n in ATTRIBUTES])
+    table("visibility", [{"token": "4", "level": "v80-100", "description": ""}])
+    table("sensor", [{"token": "lidar", "channel": "LIDAR_TOP", "modality": "lidar"}])
+    mounting = {"translation": [0.9, 0.0, 1.8], "rotation": [1.0, 0.0, 0.0, 0.0], "camera_intrinsic": []}
+    table("calibrated_sensor", [{"token": "cs", "sensor_token": "lidar", **mounting}])
+    table("log", [{"token": "log", "logfile": "", "vehicle": "", "date_captured": "", "location": "boston-seaport"}])
+    table("map", [{"token": "map", "log_tokens": ["log"], "category": "semantic_prior", "filename": "map.png"}])
+    times = [1_600_000_000_000_000 + int(k * STEP * 1e6) for k in range(samples)]
+    table(
+        "ego_pose",
+        [
+            {
+                "token": f"pose{k}",
+                "timestamp": times[k],
+                "rotation": ego_pose(k)[0].elements.tolist(),
+                "translation": ego_pose(k)[1].tolist(),
+            }
+            for k in range(samples)
+        ],
+    )
+    ends = {"first_sample_token": "s0", "last_sample_token": f"s{samples - 1}", "nbr_samples": samples}
+    table("scene", [{"token": "scene", "log_token": "log", "name": "scene-hand", "description": "", **ends}])
+
+    def chain(prefix, k):
+        return {"prev": f"{prefix}{k - 1}" if k else "", "next": f"{prefix}{k + 1}" if k + 1 < samples else ""}
+
+    table(
+        "sample",
+        [{"token": f"s{k}", "timestamp": times[k], "scene_token": "scene", **chain("s", k)} for k in range(samples)],
+    )
+    table(
+        "sample_data",
+        [
+            {
+                "token": f"d{k}",
+                "sample_token": f"s{k}",
+                "ego_pose_token": f"pose{k}",
+                "calibrated_sensor_token": "cs",
+                "timestamp": times[k],
+                "fileformat": "pcd",
+                "is_key_frame": True,
+                "height": 0,
+                "width": 0,
+                "filename": f"samples/LIDAR_TOP/{k}.pcd.bin",
+                **chain("d", k),
+            }
+            for k in range(samples)
+        ],
+    )
+    instances, annotations = [], []
+    for number, item in enumerate(OBJECTS):
+        prefix = f"a{number}_"
+        ends = {"first_annotation_token": f"{prefix}0", "last_annotation_token": f"{prefix}{samples - 1}"}
+        instances.append({"token": f"i{number}", "category_token": item[1], "nbr_annotations": samples, **ends})
+        for k in range(samples):
+            box = global_box(item, k)
+            annotations.append(
+                {
+                    "token": f"{prefix}{k}",
+                    "sample_token": f"s{k}",
+                    "instance_token": f"i{number}",
+                    "visibility_token": "4",
+                    "attribute_tokens": [item[2]] if item[2] else [],
+                    "translation": box.center.tolist(),
+                    "size": box.wlh.tolist(),
+                    "rotation": box.orientation.elements.tolist(),
+                    "num_lidar_pts": 9,
+                    "num_radar_pts": 0,
+                    **chain(prefix, k),
+                }
+            )
+    table("instance", instances)
+    table("sample_annotation", annotations)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    root = tmp_path_factory.mktemp("hand")
+    write_dataset(root)
+    poses = {f"s{k}": rigid_from_quaternion(ego_pose(k)[0].elements, ego_pose(k)[1]) for k in range(3)}
+    return root, NuScenes(VERSION, str(root), verbose=False), poses
+
+
+def true_scenes():
+    """What a perfect network returns: in each sample's own ego frame, by plain trigonometry."""
+    scenes = {}
+    for k in range(3):
+        rows = []
+        for name, _, attribute, x, y, z, length, width, height, yaw, speed in OBJECTS:
+            vx, vy = speed * math.cos(yaw), speed * math.sin(yaw)
+            label, attribute = BOX_CLASSES.index(name), ATTRIBUTES.index(attribute) if attribute else -1
+            # The ego moves 3 m/s along its own x, so the world slides back by that.
+            position = (x + (vx - 3.0) * STEP * k, y + vy * STEP * k, z)
+            rows.append((*position, length, width, height, yaw, vx, vy, label, attribute))
+        rows = torch.tensor(rows)
+        padding = torch.full((2, rows.shape[1]), float("nan"))
+        padding[:, 9:] = -1
+        rows = torch.cat([rows, padding])
+        boxes = Boxes(
+            center=rows[:, 0:3],
+            size=rows[:, 3:6],
+            yaw=rows[:, 6],
+            velocity=rows[:, 7:9],
+            label=rows[:, 9].long(),
+            attribute=rows[:, 10].long(),
+            score=torch.linspace(0.9, 0.5, len(rows)),
+            valid=torch.arange(len(rows)) < len(OBJECTS),
+        )
+        lines = Polylines(
+            torch.zeros(0, 2, 2), torch.zeros(0).bool(), torch.zeros(0).long(), torch.zeros(0), torch.zeros(0).bool()
+        )
+        scenes[f"s{k}"] = Scene(boxes, lines)
+    return scenes
+
+
+def changed(scenes, **changes):
+    """The scenes with box fields replaced by functions of the boxes."""
+    return {
+        token: scene._replace(boxes=scene.boxes._replace(**{name: f(scene.boxes) for name, f in changes.items()}))
+        for token, scene in scenes.items()
+    }
+
+
+def score(dataset, scenes):
+    root, nusc, poses = dataset
+    return evaluate_detection(root, VERSION, SPLIT, scenes, poses, nusc=nusc)
+
+
+def test_perfect_predictions_score_one(dataset, tmp_path, capfd):
+    root, _, poses = dataset
+    result = evaluate_detection(root, VERSION, SPLIT, true_scenes(), poses, out_dir=tmp_path / "out")
+    assert result.nds == pytest.approx(1.0, abs=1e-5)
+    assert result.mean_ap == pytest.approx(1.0, abs=1e-9)
+    assert result.errors == pytest.approx(dict.fromkeys(("mATE", "mASE", "mAOE", "mAVE", "mAAE"), 0.0), abs=1e-5)
+    assert result.class_ap == pytest.approx(dict.fromkeys(BOX_CLASSES, 1.0))
+    assert result.samples == 3
+    assert capfd.readouterr() == ("", "")
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["nds"] == result.nds
+    assert len(json.loads((tmp_path / "out" / "submission.json").read_text())["results"]["s0"]) == len(OBJECTS)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["metrics.json", "submission.json"]
+
+
+def test_swapped_length_and_width_show_in_the_scale_error_alone(dataset):
+    result = score(dataset, changed(true_scenes(), size=lambda b: b.size[:, [1, 0, 2]]))
+    # Boxes of footprint l x w and w x l overlap in w x w: mean over classes of 1 - w / (2 l - w), where w < l.
+    expected = np.mean([1 - min(i[6:8]) / (2 * max(i[6:8]) - min(i[6:8])) for i in OBJECTS])
+    assert result.errors["mASE"] == pytest.approx(expected, abs=1e-5) and expected > 0.5
+    assert result.errors["mAOE"] == pytest.approx(0.0, abs=1e-5)
+    assert result.mean_ap == pytest.approx(1.0)
+
+
+def test_yaw_turned_by_90_degrees_shows_in_the_orientation_error_alone(dataset):
+    result = score(dataset, changed(true_scenes(), yaw=lambda b: b.yaw + math.pi / 2))
+    assert result.errors["mAOE"] == pytest.approx(math.pi / 2, abs=1e-5)
+    assert result.errors["mASE"] == pytest.approx(0.0, abs=1e-5)
+    assert result.nds == pytest.approx(0.9, abs=1e-5)
+
+
+def test_velocity_in_wrong_axes_shows_in_the_velocity_error_alone(dataset):
+    turned = changed(true_scenes(), velocity=lambda b: torch.stack([-b.velocity[:, 1], b.velocity[:, 0]], 1))
+    result = score(dataset, turned)
+    # A vector turned by 90 degrees is off by sqrt(2) of its length; eight classes have a velocity error.
+    expected = math.sqrt(2) * sum(i[10] for i in OBJECTS) / 8
+    assert result.errors["mAVE"] == pytest.approx(expected, abs=1e-4)
+    assert result.errors["mATE"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_unknown_attributes_follow_class_and_speed(dataset):
+    result = score(dataset, changed(true_scenes(), attribute=lambda b: torch.full_like(b.attribute, -1)))
+    # Every object of the table behaves as the rule expects, except for the pedestrian who sits.
+    assert result.errors["mAAE"] == pytest.approx(1 / 8, abs=1e-6)
+    assert result.class_errors["pedestrian"]["mAAE"] == pytest.approx(1.0)
+
+
+def test_a_shifted_box_is_off_by_the_shift(dataset):
+    shifted = changed(true_scenes(), center=lambda b: b.center + torch.tensor([0.36, 0.48, 0.0]))
+    result = score(dataset, shifted)
+    assert result.errors["mATE"] == pytest.approx(0.6, abs=1e-5)
+    assert result.mean_ap == pytest.approx(0.75)  # too far for the 0.5 m threshold, near enough for 1, 2 and 4 m
+
+
+def test_no_box_at_all_scores_zero(dataset):
+    result = score(dataset, changed(true_scenes(), valid=lambda b: torch.zeros_like(b.valid)))
+    assert result.nds == 0.0 and result.mean_ap == 0.0
+    assert result.errors["mATE"] == 1.0
+
+
+def test_boxes_cross_the_border_and_come_back():
+    """nuScenes Box in the global frame -> ego Boxes -> submission: the same numbers, on a tilted ego pose."""
+    rng = np.random.default_rng(4)
+    turn = Quaternion(axis=(0, 0, 1), radians=2.0) * Quaternion(axis=(0.6, 0.8, 0), radians=0.03)
+    pose = rigid_from_quaternion(turn.elements, [1010.0, 640.0, 2.0])
+    records, devkit_boxes = [], []
+    for index in range(6):
+        # Upright in the ego frame, so that yaw alone describes the box.
+        box = Box(rng.uniform(-40, 40, 3), rng.uniform(0.5, 9, 3), Quaternion(axis=(0, 0, 1), radians=index - 3.0))
+        devkit_boxes.append(box.copy())
+        box.rotate(turn)
+        box.translate(pose[:3, 3])
+        record = {"translation": box.center.tolist(), "size": box.wlh.tolist()}
+        record |= {"rotation": box.orientation.elements.tolist(), "velocity": [1.0 + index, -2.0]}
+        record |= {"detection_name": BOX_CLASSES[index], "detection_score": 0.9 - index / 10}
+        records.append({"sample_token": "t", **record, "attribute_name": ATTRIBUTES[index]})
+    boxes = boxes_from_submission(records, pose)
+    for index, box in enumerate(devkit_boxes):
+        assert boxes.center[index].numpy() == pytest.approx(box.center, abs=1e-4)
+        assert boxes.size[index].numpy() == pytest.approx(box.wlh[[1, 0, 2]], abs=1e-5)
+        assert math.sin(boxes.yaw[index] - (index - 3.0)) == pytest.approx(0, abs=1e-5)
+        assert math.cos(boxes.yaw[index] - (index - 3.0)) > 0.99
+        # Turned by -2 rad about z, up to the small tilt.
+        c, s = math.cos(-2.0), math.sin(-2.0)
+        vx, vy = 1.0 + index, -2.0
+        assert boxes.velocity[index].numpy() == pytest.approx([c * vx - s * vy, s * vx + c * vy], abs=0.05)
+    back = submission_from_scenes({"t": Scene(boxes, None)}, {"t": pose})["results"]["t"]
+    for record, again in zip(records, back, strict=True):
+        assert again["translation"] == pytest.approx(record["translation"], abs=1e-4)
+        assert again["size"] == pytest.approx(record["size"], abs=1e-5)
+        assert abs(np.dot(again["rotation"], record["rotation"])) == pytest.approx(1.0, abs=1e-6)
+        assert again["velocity"] == pytest.approx(record["velocity"], abs=0.01)  # the tilt's vertical part is lost
+        for field in ("detection_name", "attribute_name", "sample_token"):
+            assert again[field] == record[field]
+    assert len(boxes_from_submission([], pose).valid) == 0
+
+
+def test_only_the_500_best_boxes_are_sent():
+    count = 600
+    boxes = Boxes(
+        center=torch.zeros(count, 3),
+        size=torch.ones(count, 3),
+        yaw=torch.zeros(count),
+        velocity=torch.full((count, 2), float("nan")),
+        label=torch.zeros(count, dtype=torch.int64),
+        attribute=torch.full((count,), -1),
+        score=torch.linspace(0, 1, count),
+        valid=torch.ones(count, dtype=torch.bool),
+    )
+    records = submission_from_scenes({"t": Scene(boxes, None)}, {"t": np.eye(4)})["results"]["t"]
+    assert len(records) == 500
+    assert min(r["detection_score"] for r in records) == pytest.approx(100 / 599, abs=1e-6)
+    assert records[0]["velocity"] == [0.0, 0.0] and records[0]["attribute_name"] == "vehicle.parked"
+
+
+def test_bad_input_is_told_in_a_sentence(dataset, tmp_path):
+    root, nusc, poses = dataset
+    scenes = true_scenes()
+
+    def run(scenes, split=SPLIT, poses=poses):
+        return evaluate_detection(root, VERSION, split, scenes, poses, nusc=nusc)
+
+    with pytest.raises(DataError, match=r"1 of the 3 samples.*s1"):
+        run({token: scene for token, scene in scenes.items() if token != "s1"})
+    with pytest.raises(DataError, match="outside split hand_val, alien"):
+        run({**scenes, "alien": scenes["s0"]})
+    with pytest.raises(DataError, match=r"splits\.json does not list.*unknown"):
+        run(scenes, split="unknown")
+    with pytest.raises(DataError, match="ending in trainval"):
+        run(scenes, split="val")
+    with pytest.raises(DataError, match="names no scene"):
+        run(scenes, split="nowhere")
+    with pytest.raises(DataError, match="no ego pose for sample s0"):
+        run(scenes, poses={})
+    with pytest.raises(DataError, match="ego pose of sample s2"):
+        run(scenes, poses={**poses, "s2": np.full((4, 4), np.nan)})
+    with pytest.raises(DataError, match="ego pose of sample s2"):
+        run(scenes, poses={**poses, "s2": np.diag([2.0, 1.0, 1.0, 1.0])})
+    with pytest.raises(DataError, match="box 0 of sample s0"):
+        run(changed(scenes, center=lambda b: b.center * float("nan")))
+    with pytest.raises(DataError, match="box 0 of sample s0"):
+        run(changed(scenes, size=lambda b: -b.size))
+    with pytest.raises(DataError, match="without batch dimensions"):
+        run({t: Scene(Boxes(*(f[None] for f in s.boxes)), s.lines) for t, s in scenes.items()})
+    with pytest.raises(DataError, match="does not exist"):
+        load_tables(tmp_path, VERSION)
+    (tmp_path / VERSION).mkdir()
+    with pytest.raises(DataError, match=r"category\.json"):
+        load_tables(tmp_path, VERSION)
+
+
+def test_a_split_without_annotations_is_refused(tmp_path):
+    write_dataset(tmp_path)
+    (tmp_path / VERSION / "sample_annotation.json").write_text("[]")
+    with pytest.raises(DataError, match="no annotation of the ten classes"):
+        evaluate_detection(tmp_path, VERSION, SPLIT, true_scenes(), {})
+
+
+def test_result_as_json_and_as_table(dataset):
+    result = score(dataset, true_scenes())
+    record = json.loads(json.dumps(result.as_dict(), allow_nan=False))
+    assert record["class_errors"]["traffic_cone"]["mAOE"] is None
+    assert record["mATE"] == result.errors["mATE"]
+    table = result.table()
+    assert "NDS" in table and "construction_vehicle" in table and "1.000" in table
