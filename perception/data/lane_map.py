@@ -1,14 +1,15 @@
 """Vector lines from a nuScenes map-expansion file.
 
 `LaneMap` parses the JSON (format 1.3) once into shapely geometry with a spatial index per layer, then cuts out the
-lines around any pose. The rules are those of the MapTR / VectorMapNet ground truth: dividers are the pieces of every divider
-inside the patch, crossings are the outlines of united crossings, boundaries are the outlines of the united road surface
-with the patch's own border taken away.
+lines around any pose. The rules are those of the MapTR / VectorMapNet ground truth: dividers are the pieces of every
+divider inside the patch, crossings are the outlines of united crossings, boundaries are the outlines of the united road
+surface with the patch's own border taken away.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -113,9 +114,43 @@ class LaneMap:
             (_BOUNDARY, SURFACE_LAYERS, -PATCH_MARGIN),
         ):
             polygons = [polygon for name in layers for polygon in cut[name]]
-            window = shapely.box(*(-half - margin), *(half + margin))
-            result.extend(MapLine(label, points) for points in _outlines(polygons, window))
+            result.extend(MapLine(label, points) for points in _outlines(polygons, _window(size, margin)))
         return result
+
+
+def cut_lines(lines: Sequence[MapLine], size: tuple[float, float]) -> list[MapLine]:
+    """Cuts the lines of a larger patch to a smaller one around the same origin.
+
+    Args:
+        lines: what `LaneMap.lines` returned for a patch that holds the wanted one, possibly turned and moved since.
+        size: extent of the wanted patch along x and y, metres.
+
+    Returns:
+        The same lines that `LaneMap.lines` would have given for the smaller patch.
+    """
+    window = _window(size, 0.0)
+    result = []
+    for line in lines:
+        if line.label == _DIVIDER:
+            cut = shapely.get_parts(shapely.intersection(shapely.linestrings(line.points), window))
+            cut = cut[shapely.get_dimensions(cut) == 1]
+            result.extend(line._replace(points=shapely.get_coordinates(piece)) for piece in cut)
+    rings = [shapely.linearrings(line.points) for line in lines if line.label == _CROSSING]
+    outer = shapely.union_all([shapely.polygons(ring) for ring in rings if not shapely.is_ccw(ring)])
+    holes = shapely.union_all([shapely.polygons(ring) for ring in rings if shapely.is_ccw(ring)])
+    crossings = shapely.get_parts(shapely.intersection(shapely.difference(outer, holes), window))
+    crossings = [piece for piece in crossings if piece.geom_type == "Polygon"]
+    result.extend(MapLine(_CROSSING, points) for points in _outlines(crossings, _window(size, PATCH_MARGIN)))
+    for line in lines:
+        if line.label == _BOUNDARY:
+            result.extend(MapLine(_BOUNDARY, points) for points in _clip(line.points, _window(size, -PATCH_MARGIN)))
+    return result
+
+
+def _window(size: tuple[float, float], margin: float) -> BaseGeometry:
+    """The rectangle of a patch around the origin, enlarged by a margin on every side."""
+    x, y = size[0] / 2 + margin, size[1] / 2 + margin
+    return shapely.box(-x, -y, x, y)
 
 
 def _polyline(nodes: dict, node_tokens: list[str]) -> BaseGeometry | None:
@@ -135,17 +170,19 @@ def _polygon(nodes: dict, record: dict) -> BaseGeometry | None:
 
 def _outlines(polygons: list[BaseGeometry], window: BaseGeometry) -> list[np.ndarray]:
     """Outlines of the union of polygons inside a window, each ring's pieces merged, the surface on their right."""
-    united = shapely.get_parts(shapely.union_all(polygons)) if polygons else []
     outlines = []
-    for polygon in united:
+    for polygon in shapely.get_parts(shapely.union_all(polygons)) if polygons else []:
         for is_hole, ring in [(False, polygon.exterior), *((True, hole) for hole in polygon.interiors)]:
             points = shapely.get_coordinates(ring)
-            if shapely.is_ccw(ring) != is_hole:
-                points = points[::-1]
-            pieces = shapely.get_parts(shapely.intersection(shapely.linestrings(points), window))
-            pieces = pieces[shapely.get_dimensions(pieces) == 1]
-            if len(pieces) > 1:
-                # A ring is cut at its start vertex too: put those two pieces together again.
-                pieces = shapely.get_parts(shapely.line_merge(shapely.multilinestrings(pieces), directed=True))
-            outlines.extend(shapely.get_coordinates(piece) for piece in pieces)
+            outlines.extend(_clip(points if shapely.is_ccw(ring) == is_hole else points[::-1], window))
     return outlines
+
+
+def _clip(points: np.ndarray, window: BaseGeometry) -> list[np.ndarray]:
+    """The pieces of a polyline [P, 2] inside a window."""
+    pieces = shapely.get_parts(shapely.intersection(shapely.linestrings(points), window))
+    pieces = pieces[shapely.get_dimensions(pieces) == 1]  # a touched corner is no line
+    if len(pieces) > 1:
+        # A ring is cut at its start vertex too: put those two pieces together again.
+        pieces = shapely.get_parts(shapely.line_merge(shapely.multilinestrings(pieces), directed=True))
+    return [shapely.get_coordinates(piece) for piece in pieces]

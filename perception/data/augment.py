@@ -1,0 +1,187 @@
+"""Augmentation without special fields: a changed image is a new camera, a changed ground plane is a new ego frame.
+
+Everything is the same over the frames of a clip, so what stands still goes on standing still.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from perception.data.index import PATCH_SIZE, WIDE_PATCH_SIZE
+from perception.data.lane_map import cut_lines
+from perception.data.loader import pad_lines
+from perception.errors import ConfigError
+from perception.geometry import invert_rigid, rigid_from_yaw, transform_points
+from perception.types import Boxes, Clip, Frame, MapLine
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random changes of training clips; each number is how far a draw may go, 0 switches it off.
+
+    Args:
+        mirror: probability that left and right of the world are swapped.
+        yaw_deg: the ego frame is turned by up to this, either way.
+        shift: the ego frame is moved by up to this along x and along y, metres.
+        zoom: each camera's picture shows up to this fraction more or less, somewhere in the original one.
+        color: gain, contrast and gamma of each camera, and the balance of its channels, change by up to this fraction.
+
+    Raises:
+        ConfigError: a number is negative, or the turned map patch would reach beyond the lines that the index keeps.
+    """
+
+    mirror: float = 0.5
+    yaw_deg: float = 10.0
+    shift: float = 1.0
+    zoom: float = 0.1
+    color: float = 0.2
+
+    def __post_init__(self) -> None:
+        for name in ("mirror", "yaw_deg", "shift", "zoom", "color"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"Augment.{name} is {getattr(self, name)}; it must not be negative")
+        angle = np.radians(min(self.yaw_deg, 90.0))
+        turn = np.array([[np.cos(angle), np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        if np.any(turn @ PATCH_SIZE / 2 + self.shift > np.array(WIDE_PATCH_SIZE) / 2):
+            raise ConfigError(
+                f"Augment.yaw_deg {self.yaw_deg} with shift {self.shift} is too far for the map; use less"
+            )
+
+    def __call__(
+        self,
+        clip: Clip,
+        wide_lines: Sequence[Sequence[MapLine]],
+        ego_from_patch: Sequence[np.ndarray],
+        rng: np.random.Generator,
+    ) -> Clip:
+        """A changed copy of one clip.
+
+        Args:
+            clip: with leading [T].
+            wide_lines: T lists of exact lines in the ego frame, from a patch larger than the wanted one.
+            ego_from_patch: T transforms [4, 4]; where the truth's patch lies in the (old and new) ego frame.
+            rng: all randomness comes from here.
+
+        Returns:
+            The clip with new images, rig, motion and truth.
+        """
+        moved_from_ego = rigid_from_yaw(
+            np.radians(rng.uniform(-self.yaw_deg, self.yaw_deg)), (*rng.uniform(-self.shift, self.shift, 2), 0.0)
+        )
+        if rng.random() < self.mirror:
+            moved_from_ego = moved_from_ego @ np.diag([1.0, -1.0, 1.0, 1.0])
+        frames = move_frames(clip.frames, moved_from_ego)
+        lines = [
+            move_lines(lines, moved_from_ego, patch) for lines, patch in zip(wide_lines, ego_from_patch, strict=True)
+        ]
+        old = clip.truth.lines
+        truth = clip.truth._replace(
+            boxes=move_boxes(clip.truth.boxes, moved_from_ego),
+            lines=pad_lines(lines, old.points.shape[-2], old.label.shape[-1]),
+        )
+        frames = change_colors(zoom_cameras(frames, self.zoom, rng), self.color, rng)
+        return clip._replace(frames=frames, truth=truth)
+
+
+def move_frames(frames: Frame, moved_from_ego: np.ndarray) -> Frame:
+    """The frames of a clip seen from another ego frame.
+
+    A transform that mirrors (negative determinant) mirrors the images too: a camera whose x axis is turned round sees
+    the mirrored world in the mirrored image, and its pose stays a proper rotation.
+
+    Args:
+        frames: with leading [T].
+        moved_from_ego: [4, 4] rigid, or rigid times a mirroring.
+    """
+    moved = torch.from_numpy(moved_from_ego)
+    rig, images = frames.rig, frames.images
+    ego_from_cam = moved @ rig.ego_from_cam.double()
+    img_from_cam = rig.img_from_cam.double()
+    if np.linalg.det(moved_from_ego[:3, :3]) < 0:
+        images = images.flip(-1)
+        turned = torch.diag(torch.tensor([-1.0, 1.0, 1.0, 1.0], dtype=torch.float64))
+        mirrored_from_img = torch.eye(3, dtype=torch.float64)
+        mirrored_from_img[0, 0], mirrored_from_img[0, 2] = -1.0, images.shape[-1]  # u' = W - u
+        ego_from_cam = ego_from_cam @ turned
+        img_from_cam = mirrored_from_img @ img_from_cam @ turned[:3, :3]
+    ego_from_prev = moved @ frames.ego_from_prev.double() @ torch.linalg.inv(moved)
+    return frames._replace(
+        images=images,
+        rig=rig._replace(img_from_cam=img_from_cam.float(), ego_from_cam=ego_from_cam.float()),
+        ego_from_prev=ego_from_prev.float(),
+    )
+
+
+def move_boxes(boxes: Boxes, moved_from_ego: np.ndarray) -> Boxes:
+    """Boxes [T, M] in another ego frame, mirrored if the transform mirrors."""
+    moved = torch.from_numpy(moved_from_ego).float()
+    turn = moved[:2, :2]
+    heading = torch.stack([torch.cos(boxes.yaw), torch.sin(boxes.yaw)], -1) @ turn.T  # [T, M, 2]
+    return boxes._replace(
+        center=transform_points(moved, boxes.center),
+        yaw=torch.atan2(heading[..., 1], heading[..., 0]),
+        velocity=boxes.velocity @ turn.T,
+    )
+
+
+def move_lines(lines: Sequence[MapLine], moved_from_ego: np.ndarray, ego_from_patch: np.ndarray) -> list[MapLine]:
+    """Lines of a large patch in another ego frame, cut anew by the patch of the truth, which moves along."""
+    patch_from_ego = invert_rigid(ego_from_patch)
+    patch_from_old = patch_from_ego @ moved_from_ego
+    step = -1 if np.linalg.det(moved_from_ego[:3, :3]) < 0 else 1  # the road stays on the right of its boundary
+    in_patch = [line._replace(points=_transform_2d(patch_from_old, line.points)[::step]) for line in lines]
+    return [
+        line._replace(points=_transform_2d(ego_from_patch, line.points)) for line in cut_lines(in_patch, PATCH_SIZE)
+    ]
+
+
+def _transform_2d(dst_from_src: np.ndarray, points: np.ndarray) -> np.ndarray:
+    return points @ dst_from_src[:2, :2].T + dst_from_src[:2, 3]
+
+
+def zoom_cameras(frames: Frame, amount: float, rng: np.random.Generator) -> Frame:
+    """Cuts a random part out of each camera's image, or puts it into a black border, and scales it to the old size."""
+    if amount == 0:
+        return frames
+    H, W = frames.images.shape[-2:]
+    images, scales = [], []
+    for camera in range(frames.images.shape[1]):
+        part = rng.uniform(1 - amount, 1 + amount)
+        h, w = round(H * part), round(W * part)
+        top = int(rng.integers(min(0, H - h), max(0, H - h) + 1))
+        left = int(rng.integers(min(0, W - w), max(0, W - w) + 1))
+        cut = F.pad(frames.images[:, camera], (-left, left + w - W, -top, top + h - H))  # [T, 3, h, w]
+        images.append(F.interpolate(cut, size=(H, W), mode="bilinear", antialias=True))
+        scales.append([[W / w, 0, -left * W / w], [0, H / h, -top * H / h], [0, 0, 1]])
+    img_from_cam = torch.tensor(scales, dtype=torch.float64) @ frames.rig.img_from_cam.double()  # [T, N, 3, 3]
+    return frames._replace(
+        images=torch.stack(images, dim=1), rig=frames.rig._replace(img_from_cam=img_from_cam.float())
+    )
+
+
+def change_colors(frames: Frame, amount: float, rng: np.random.Generator) -> Frame:
+    """Another exposure, contrast, gamma and white balance for each camera, by a table per channel."""
+    if amount == 0:
+        return frames
+    N = frames.images.shape[1]
+    value = np.arange(256) / 255
+    gain, contrast, gamma = 1 + rng.uniform(-amount, amount, (3, N, 1, 1))
+    balance = 1 + rng.uniform(-amount, amount, (N, 3, 1)) / 2
+    tables = gain * balance * ((value**gamma - 0.5) * contrast + 0.5)  # [N, 3, 256]
+    tables = torch.from_numpy((tables * 255).round().clip(0, 255).astype(np.uint8))
+    images = torch.empty_like(frames.images)
+    for camera in range(N):
+        for channel in range(3):
+            images[:, camera, channel] = _look_up(tables[camera, channel], frames.images[:, camera, channel])
+    return frames._replace(images=images)
+
+
+def _look_up(table: Tensor, pixels: Tensor) -> Tensor:
+    # numpy's take on uint8 is several times faster than torch's indexing, which wants int64.
+    return torch.from_numpy(np.take(table.numpy(), pixels.numpy()))

@@ -1,0 +1,391 @@
+"""The flat index of nuScenes-format tables: everything a dataset needs, as a few numpy arrays.
+
+The official devkit keeps millions of dicts, which take minutes to load and are copied into every worker. `load_index`
+reads the tables through the devkit once, keeps the numbers in arrays, and caches those in one `.npz` file whose name is
+a hash of the bytes of everything that went into it: the tables, the maps, and the code that read them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zipfile
+from importlib.metadata import version as package_version
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from perception import geometry, types
+from perception.data import lane_map
+from perception.data.lane_map import LaneMap
+from perception.errors import DataError
+from perception.geometry import invert_rigid, rigid_from_quaternion, rigid_from_yaw, yaw_from_rotation
+from perception.types import ATTRIBUTES, BOX_CLASSES, MapLine
+
+TABLES = (
+    "category", "attribute", "visibility", "instance", "sensor", "calibrated_sensor", "ego_pose",
+    "log", "scene", "sample", "sample_data", "sample_annotation", "map",
+)  # fmt: skip
+
+PATCH_SIZE = (60.0, 30.0)  # metres ahead x across, the published map task
+# Lines are also kept for a larger patch, so that augmentation can turn and move the ego frame and cut the lines anew.
+WIDE_PATCH_SIZE = (84.0, 60.0)
+
+
+class Lines(NamedTuple):
+    """The vector lines of all samples, flat."""
+
+    sample_offset: np.ndarray  # [S+1] int64: sample i owns lines sample_offset[i] to sample_offset[i+1]
+    label: np.ndarray  # [lines] int8 index into LINE_CLASSES
+    vertex_offset: np.ndarray  # [lines+1] int64
+    vertices: np.ndarray  # [vertices, 2] float32 metres, ego frame
+
+    def of_sample(self, i: int) -> list[MapLine]:
+        """The lines of one sample, float64."""
+        return [
+            MapLine(
+                int(self.label[k]), self.vertices[self.vertex_offset[k] : self.vertex_offset[k + 1]].astype(np.float64)
+            )
+            for k in range(self.sample_offset[i], self.sample_offset[i + 1])
+        ]
+
+
+class Index(NamedTuple):
+    """S samples in scene order, N cameras."""
+
+    token: np.ndarray  # [S] bytes
+    timestamp_us: np.ndarray  # [S] int64, the LiDAR's: the reference time
+    global_from_ego: np.ndarray  # [S, 4, 4] float64 at the reference time
+    ego_from_lidar: np.ndarray  # [S, 4, 4] float64
+    scene: np.ndarray  # [S] int64 index into scene_name
+    previous: np.ndarray  # [S] int64 index of the previous keyframe of the scene, -1 at its start
+    scene_name: np.ndarray  # [scenes] bytes
+    scene_token: np.ndarray  # [scenes] bytes
+    image_path: np.ndarray  # [S, N] bytes, empty where the camera is missing
+    image_size: np.ndarray  # [S, N, 2] int32 height, width
+    img_from_cam: np.ndarray  # [S, N, 3, 3] float64 pixels of the original image
+    ego_from_cam: np.ndarray  # [S, N, 4, 4] float64, the exposure's pose carried to the reference time
+    box_offset: np.ndarray  # [S+1] int64
+    box_center: np.ndarray  # [boxes, 3] float32 ego
+    box_size: np.ndarray  # [boxes, 3] float32 length, width, height
+    box_yaw: np.ndarray  # [boxes] float32 ego
+    box_velocity: np.ndarray  # [boxes, 2] float32 ego axes, NaN where unknown
+    box_label: np.ndarray  # [boxes] int64 index into BOX_CLASSES
+    box_attribute: np.ndarray  # [boxes] int64 index into ATTRIBUTES, -1 for none
+    box_points: np.ndarray  # [boxes] int64 LiDAR and radar points on the object
+    lines: Lines  # of PATCH_SIZE
+    wide_lines: Lines  # of WIDE_PATCH_SIZE
+
+
+def load_index(dataroot: Path, version: str, split: str, cameras: tuple[str, ...], cache_dir: Path | None) -> Index:
+    """The index of one split of one nuScenes-format root, from the cache where it is there.
+
+    Args:
+        dataroot: folder with `<version>/*.json`, `samples/` and `maps/expansion/*.json`.
+        version: name of the folder of tables, such as `v1.0-trainval`.
+        split: an official split or one of `<version>/splits.json`.
+        cameras: channels, in the order wanted.
+        cache_dir: where the index is kept; None: `$XDG_CACHE_HOME/perception` or `~/.cache/perception`.
+
+    Raises:
+        DataError: something is missing or malformed.
+    """
+    tables = dataroot / version
+    if not dataroot.is_dir():
+        raise DataError(f"{dataroot} is not a folder: give the root of a nuScenes-format dataset as dataroot")
+    if not tables.is_dir():
+        found = sorted(path.parent.name for path in dataroot.glob("*/sample.json"))
+        raise DataError(
+            f"{tables} is not a folder: version '{version}' is not there, versions found: {found or 'none'}"
+        )
+    for table in TABLES:
+        if not (tables / f"{table}.json").is_file():
+            raise DataError(f"{tables / f'{table}.json'} is missing: unpack the dataset's metadata again")
+    if cache_dir is None:
+        cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "perception"
+
+    cache = cache_dir / f"index-{_content_hash(dataroot, version, split, cameras)}.npz"
+    if cache.is_file():
+        try:
+            return _read(cache)
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            pass  # damaged on disk: build it again
+    index = _build(dataroot, version, split, cameras)
+    _write(cache, index)
+    return index
+
+
+def concatenate(indices: list[Index], roots: list[Path]) -> Index:
+    """One index out of those of several roots; image paths become absolute."""
+    sample_start = np.cumsum([0, *(len(index.token) for index in indices)])
+    scene_start = np.cumsum([0, *(len(index.scene_name) for index in indices)])
+    moved = []
+    for index, root, samples, scenes in zip(indices, roots, sample_start, scene_start, strict=False):
+        absolute = [os.path.join(os.fsencode(root), path) if path else b"" for path in index.image_path.ravel()]
+        moved.append(
+            index._replace(
+                scene=index.scene + scenes,
+                previous=np.where(index.previous < 0, -1, index.previous + samples),
+                image_path=np.array(absolute).reshape(index.image_path.shape),
+            )
+        )
+    return _join(moved)
+
+
+def _join(parts: list):
+    """Concatenates NamedTuples of arrays field by field; fields named *_offset count on."""
+    joined = {}
+    for name in parts[0]._fields:
+        values = [getattr(part, name) for part in parts]
+        if isinstance(values[0], tuple):
+            joined[name] = _join(values)
+        elif name.endswith("_offset"):
+            starts = np.cumsum([0, *(value[-1] for value in values)])
+            joined[name] = np.concatenate(
+                [[0], *(value[1:] + start for value, start in zip(values, starts, strict=False))]
+            )
+        else:
+            joined[name] = np.concatenate(values)
+    return type(parts[0])(**joined)
+
+
+def _content_hash(dataroot: Path, version: str, split: str, cameras: tuple[str, ...]) -> str:
+    """A hash of everything the index depends on."""
+    digest = hashlib.blake2b(digest_size=20)
+    facts = [version, split, *cameras, package_version("nuscenes-devkit"), package_version("shapely")]
+    digest.update(json.dumps(facts).encode())
+    files = [dataroot / version / f"{table}.json" for table in TABLES]
+    files += [path for path in [dataroot / version / "splits.json"] if path.is_file()]
+    files += sorted((dataroot / "maps" / "expansion").glob("*.json"))
+    code = [Path(module) for module in (__file__, lane_map.__file__, geometry.__file__, types.__file__)]
+    for path in files + code:
+        digest.update(json.dumps([path.name, path.stat().st_size]).encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _write(path: Path, index: Index) -> None:
+    arrays = {name: value for name, value in index._asdict().items() if not isinstance(value, Lines)}
+    for name in ("lines", "wide_lines"):
+        arrays |= {f"{name}.{field}": value for field, value in getattr(index, name)._asdict().items()}
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("wb") as file:
+            np.savez(file, **arrays)
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise DataError(
+            f"{path.parent} cannot be written ({error.strerror}): give another folder as cache_dir"
+        ) from None
+
+
+def _read(path: Path) -> Index:
+    with np.load(path, allow_pickle=False) as arrays:
+        lines = {
+            name: Lines(*(arrays[f"{name}.{field}"] for field in Lines._fields)) for name in ("lines", "wide_lines")
+        }
+        return Index(*(lines[name] if name in lines else arrays[name] for name in Index._fields))
+
+
+def _build(dataroot: Path, version: str, split: str, cameras: tuple[str, ...]) -> Index:
+    nusc = _open_tables(dataroot, version)
+    tables = dataroot / version
+    wanted = set(_scene_names(nusc, tables, split))
+    scenes = [scene for scene in nusc.scene if scene["name"] in wanted]
+    if not scenes:
+        raise DataError(f"{tables / 'scene.json'} holds no scene of split '{split}': give another split or version")
+    lane_maps: dict[str, LaneMap] = {}
+    samples, boxes, lines, wide_lines = [], [], [], []
+    for scene_number, scene in enumerate(tqdm(scenes, desc=f"indexing {version} {split}", unit="scene", delay=2)):
+        location = nusc.get("log", scene["log_token"])["location"]
+        if location not in lane_maps:
+            lane_maps[location] = LaneMap(dataroot / "maps" / "expansion" / f"{location}.json")
+        token, previous = scene["first_sample_token"], -1
+        while token:
+            record = nusc.get("sample", token)
+            sample = _sample(nusc, tables, record, cameras) | {"scene": scene_number, "previous": previous}
+            previous, token = len(samples), record["next"]
+            samples.append(sample)
+            boxes.append(_boxes(nusc, tables, record, sample["global_from_ego"]))
+            lines.append(_lines(lane_maps[location], sample, PATCH_SIZE))
+            wide_lines.append(_lines(lane_maps[location], sample, WIDE_PATCH_SIZE))
+    flat = {name: np.array([sample[name] for sample in samples]) for name in samples[0]}
+    names = {f"scene_{field}": np.array([scene[field].encode() for scene in scenes]) for field in ("name", "token")}
+    box_offset = np.cumsum([0, *(len(sample["box_label"]) for sample in boxes)])
+    flat_boxes = {name: np.concatenate([sample[name] for sample in boxes]) for name in boxes[0]}
+    return Index(**flat, **names, box_offset=box_offset, **flat_boxes, lines=_flat(lines), wide_lines=_flat(wide_lines))
+
+
+def _open_tables(dataroot: Path, version: str):
+    """The devkit's view of the tables."""
+    from nuscenes.nuscenes import NuScenes  # slow to import, and not needed when the cache is warm
+
+    try:
+        return NuScenes(version, str(dataroot), verbose=False)
+    except Exception as error:
+        for table in TABLES:
+            path = dataroot / version / f"{table}.json"
+            try:
+                json.loads(path.read_bytes())
+            except ValueError as broken:
+                raise DataError(f"{path} is not valid JSON ({broken}): unpack the metadata again") from None
+        reason = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
+        raise DataError(f"{dataroot / version} cannot be read by the nuScenes devkit: {reason}") from error
+
+
+def _scene_names(nusc, tables: Path, split: str) -> list[str]:
+    """Scenes of a split: a custom one of `splits.json` beside the tables, else an official one."""
+    from nuscenes.utils.splits import create_splits_scenes
+
+    path = tables / "splits.json"
+    try:
+        custom = json.loads(path.read_bytes()) if path.is_file() else {}
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON ({error})") from None
+    splits = create_splits_scenes() | custom
+    if split not in splits:
+        raise DataError(f"{path} has no split '{split}': known are {sorted(splits)}")
+    return splits[split]
+
+
+def _sample(nusc, tables: Path, record: dict, cameras: tuple[str, ...]) -> dict:
+    """Poses, calibration and file names of one sample."""
+    if "LIDAR_TOP" not in record["data"]:
+        raise DataError(f"{tables / 'sample_data.json'} has no LIDAR_TOP keyframe for sample {record['token']}")
+    lidar = nusc.get("sample_data", record["data"]["LIDAR_TOP"])
+    global_from_ego = _pose(tables, "ego_pose", nusc.get("ego_pose", lidar["ego_pose_token"]))
+    calibration = nusc.get("calibrated_sensor", lidar["calibrated_sensor_token"])
+    sample = {
+        "token": record["token"].encode(),
+        "timestamp_us": lidar["timestamp"],
+        "global_from_ego": global_from_ego,
+        "ego_from_lidar": _pose(tables, "calibrated_sensor", calibration),
+    }
+    paths, sizes, intrinsics, poses = [], [], [], []
+    for camera in cameras:
+        if camera not in record["data"]:
+            paths.append(b"")
+            sizes.append((0, 0))
+            intrinsics.append(np.eye(3))
+            poses.append(np.eye(4))
+            continue
+        data = nusc.get("sample_data", record["data"][camera])
+        calibration = nusc.get("calibrated_sensor", data["calibrated_sensor_token"])
+        global_from_exposure = _pose(tables, "ego_pose", nusc.get("ego_pose", data["ego_pose_token"]))
+        exposure_from_cam = _pose(tables, "calibrated_sensor", calibration)
+        paths.append(os.fsencode(data["filename"]))
+        sizes.append((data["height"], data["width"]))
+        intrinsics.append(_numbers(tables, "calibrated_sensor", calibration, "camera_intrinsic", (3, 3)))
+        poses.append(invert_rigid(global_from_ego) @ global_from_exposure @ exposure_from_cam)
+    return sample | {
+        "image_path": np.array(paths),
+        "image_size": np.array(sizes, dtype=np.int32),
+        "img_from_cam": np.array(intrinsics),
+        "ego_from_cam": np.array(poses),
+    }
+
+
+def _numbers(tables: Path, table: str, record: dict, field: str, shape: tuple[int, ...]) -> np.ndarray:
+    """One field of a record as finite float64 numbers of a given shape."""
+    try:
+        value = np.array(record[field], dtype=np.float64)
+    except (TypeError, ValueError, KeyError):
+        value = np.array(None, dtype=np.float64)
+    if value.shape != shape or not np.isfinite(value).all():
+        wanted = " x ".join(map(str, shape))
+        raise DataError(
+            f"{tables / f'{table}.json'}: record {record['token']} needs {wanted} finite numbers as '{field}', "
+            f"but holds {record.get(field)}"
+        )
+    return value
+
+
+def _pose(tables: Path, table: str, record: dict) -> np.ndarray:
+    rotation = _numbers(tables, table, record, "rotation", (4,))
+    if abs(np.linalg.norm(rotation) - 1) > 1e-2:
+        raise DataError(
+            f"{tables / f'{table}.json'}: record {record['token']} needs a unit quaternion as 'rotation', "
+            f"but holds {record['rotation']}"
+        )
+    return rigid_from_quaternion(rotation, _numbers(tables, table, record, "translation", (3,)))
+
+
+def _boxes(nusc, tables: Path, record: dict, global_from_ego: np.ndarray) -> dict[str, np.ndarray]:
+    """The boxes of the ten detection classes in the ego frame."""
+    from nuscenes.eval.detection.utils import category_to_detection_name
+
+    ego_from_global = invert_rigid(global_from_ego)
+    rows = []
+    for token in record["anns"]:
+        box = nusc.get("sample_annotation", token)
+        name = category_to_detection_name(box["category_name"])
+        if name is None:
+            continue
+        width, length, height = _numbers(tables, "sample_annotation", box, "size", (3,))
+        ego_from_box = ego_from_global @ _pose(tables, "sample_annotation", box)
+        velocity = ego_from_global[:3, :3] @ nusc.box_velocity(token)
+        attributes = [nusc.get("attribute", attribute)["name"] for attribute in box["attribute_tokens"]]
+        attribute = ATTRIBUTES.index(attributes[0]) if attributes and attributes[0] in ATTRIBUTES else -1
+        points = box["num_lidar_pts"] + box["num_radar_pts"]
+        yaw = yaw_from_rotation(ego_from_box)
+        rows.append(
+            (
+                *ego_from_box[:3, 3],
+                length,
+                width,
+                height,
+                yaw,
+                *velocity[:2],
+                BOX_CLASSES.index(name),
+                attribute,
+                points,
+            )
+        )
+    table = np.array(rows, dtype=np.float64).reshape(-1, 12)
+    return {
+        "box_center": table[:, 0:3].astype(np.float32),
+        "box_size": table[:, 3:6].astype(np.float32),
+        "box_yaw": table[:, 6].astype(np.float32),
+        "box_velocity": table[:, 7:9].astype(np.float32),
+        "box_label": table[:, 9].astype(np.int64),
+        "box_attribute": table[:, 10].astype(np.int64),
+        "box_points": table[:, 11].astype(np.int64),
+    }
+
+
+def ego_from_patch(global_from_ego: np.ndarray, ego_from_lidar: np.ndarray) -> np.ndarray:
+    """Where the published map patch lies in the ego frame: [4, 4], x ahead, y left, centred at LIDAR_TOP.
+
+    The patch takes LIDAR_TOP's position and yaw. A map has no heights, so both frames are taken as their position and
+    yaw in the global xy plane.
+    """
+    global_from_lidar = global_from_ego @ ego_from_lidar
+    ahead = yaw_from_rotation(global_from_lidar) + np.pi / 2  # LiDAR y looks ahead
+    global_from_patch = rigid_from_yaw(ahead, (*global_from_lidar[:2, 3], 0.0))
+    level_from_global = invert_rigid(rigid_from_yaw(yaw_from_rotation(global_from_ego), (*global_from_ego[:2, 3], 0.0)))
+    return level_from_global @ global_from_patch
+
+
+def _lines(lanes: LaneMap, sample: dict, size: tuple[float, float]) -> list[MapLine]:
+    """Lines of a patch around the LiDAR, as published, carried into the ego frame."""
+    global_from_lidar = sample["global_from_ego"] @ sample["ego_from_lidar"]
+    ego_from = ego_from_patch(sample["global_from_ego"], sample["ego_from_lidar"])
+    lines = lanes.lines(*global_from_lidar[:2, 3], yaw_from_rotation(global_from_lidar) + np.pi / 2, size)
+    return [line._replace(points=line.points @ ego_from[:2, :2].T + ego_from[:2, 3]) for line in lines]
+
+
+def _flat(lines_of_samples: list[list[MapLine]]) -> Lines:
+    lines = [line for sample in lines_of_samples for line in sample]
+    return Lines(
+        sample_offset=np.cumsum([0, *map(len, lines_of_samples)]),
+        label=np.array([line.label for line in lines], dtype=np.int8),
+        vertex_offset=np.cumsum([0, *(len(line.points) for line in lines)]),
+        vertices=np.concatenate([np.zeros((0, 2)), *(line.points for line in lines)]).astype(np.float32),
+    )

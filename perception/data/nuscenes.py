@@ -1,0 +1,186 @@
+"""nuScenes-format datasets, real or generated, as clips of frames with their truth."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from perception.data.augment import Augment
+from perception.data.index import concatenate, ego_from_patch, load_index
+from perception.data.loader import Draw, decode_image, pad_boxes, pad_lines
+from perception.errors import ConfigError
+from perception.geometry import invert_rigid
+from perception.types import BOX_CLASSES, Boxes, CameraRig, Clip, Frame, MapLine, Scene
+
+NUSCENES_CAMERAS = (
+    "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT",
+)  # fmt: skip
+
+
+class NuScenesDataset(Dataset):
+    """Clips of consecutive keyframes of a nuScenes-format dataset.
+
+    With `clip_length` 1 every sample is an item, in scene order: made for streaming, so a frame carries the motion
+    since the previous keyframe and is first only at the start of a scene. With longer clips an item is one that fits
+    into its scene, and its first frame is first: made for training, where memory starts empty.
+
+    Lines are those of the MapTR flavour: 60 m ahead and behind together, 30 m across, around LIDAR_TOP.
+
+    Args:
+        dataroot: folder of the dataset, or several folders that are read as one dataset.
+        version: name of the folder of tables, such as `v1.0-trainval`.
+        split: an official split, or one of `<version>/splits.json`.
+        image_size: height and width of the images; see `decode_image` for how others are fitted.
+        clip_length: T, keyframes per item.
+        cameras: channels, in order. One that a sample lacks is marked as not present.
+        points_per_line: P of the truth lines.
+        cache_dir: where the index is kept, see `load_index`.
+        augment: changes each clip; a `Draw` names its random numbers, a plain index always gives the same ones.
+
+    Raises:
+        DataError: anything is missing or malformed, here or when an item is read.
+        ConfigError: no clip of this length fits into any scene.
+    """
+
+    classes = BOX_CLASSES
+
+    def __init__(
+        self,
+        dataroot: str | Path | Sequence[str | Path],
+        version: str,
+        split: str,
+        *,
+        image_size: tuple[int, int],
+        clip_length: int = 1,
+        cameras: Sequence[str] = NUSCENES_CAMERAS,
+        points_per_line: int = 20,
+        cache_dir: str | Path | None = None,
+        augment: Augment | None = None,
+    ) -> None:
+        roots = [Path(root) for root in ([dataroot] if isinstance(dataroot, str | Path) else dataroot)]
+        cache = None if cache_dir is None else Path(cache_dir)
+        indices = [load_index(root, version, split, tuple(cameras), cache) for root in roots]
+        self._index = index = concatenate(indices, roots)
+        self.roots, self.version, self.split = tuple(roots), version, split
+        self.image_size = tuple(image_size)
+        self.clip_length = clip_length
+        self.points_per_line = points_per_line
+        self.augment = augment
+        self.cameras = tuple(cameras)
+        self.max_boxes = int(np.diff(index.box_offset).max())
+        self.max_lines = int(np.diff(index.lines.sample_offset).max())
+        # The samples of each clip, one column per frame, -1 where the scene starts too late.
+        columns = [np.arange(len(index.token))]
+        for _ in range(clip_length - 1):
+            columns.insert(0, np.where(columns[0] < 0, -1, index.previous[columns[0]]))
+        clips = np.stack(columns, axis=1)  # [clips, T]
+        self._clips = clips[clips[:, 0] >= 0]
+        if len(self._clips) == 0:
+            raise ConfigError(f"clip_length is {clip_length}, but no scene of split '{split}' has that many keyframes")
+
+    def __len__(self) -> int:
+        return len(self._clips)
+
+    @property
+    def tokens(self) -> list[str]:
+        """Sample tokens; `Clip.sample_index` points here."""
+        return [token.decode() for token in self._index.token]
+
+    @property
+    def scene_of_sample(self) -> np.ndarray:
+        """[S] index into `scene_names` and `scene_tokens`."""
+        return self._index.scene
+
+    @property
+    def scene_names(self) -> list[str]:
+        return [name.decode() for name in self._index.scene_name]
+
+    @property
+    def scene_tokens(self) -> list[str]:
+        return [token.decode() for token in self._index.scene_token]
+
+    @property
+    def timestamps(self) -> np.ndarray:
+        """[S] float64 seconds, the LiDAR's: the reference time of each sample."""
+        return self._index.timestamp_us * 1e-6
+
+    def ego_pose(self, i: int) -> np.ndarray:
+        """global_from_ego [4, 4] float64 of sample i at its reference time."""
+        return self._index.global_from_ego[i]
+
+    def ego_from_lidar(self, i: int) -> np.ndarray:
+        """[4, 4] float64 of sample i."""
+        return self._index.ego_from_lidar[i]
+
+    def truth_lines(self, i: int) -> list[MapLine]:
+        """Lines of sample i with exact vertices, ego frame."""
+        return self._index.lines.of_sample(i)
+
+    def truth_boxes(self, i: int) -> Boxes:
+        """Boxes [M] of sample i, not padded; valid where LiDAR or radar points prove them, as the evaluation counts."""
+        index = self._index
+        rows = slice(index.box_offset[i], index.box_offset[i + 1])
+        return Boxes(
+            center=torch.from_numpy(index.box_center[rows]),
+            size=torch.from_numpy(index.box_size[rows]),
+            yaw=torch.from_numpy(index.box_yaw[rows]),
+            velocity=torch.from_numpy(index.box_velocity[rows]),
+            label=torch.from_numpy(index.box_label[rows]),
+            attribute=torch.from_numpy(index.box_attribute[rows]),
+            score=torch.ones(rows.stop - rows.start),
+            valid=torch.from_numpy(index.box_points[rows] > 0),
+        )
+
+    def __getitem__(self, item: int | Draw) -> Clip:
+        number = item.index if isinstance(item, Draw) else item
+        samples = self._clips[number]  # [T]
+        truth = Scene(
+            pad_boxes([self.truth_boxes(i) for i in samples], self.max_boxes),
+            pad_lines([self.truth_lines(i) for i in samples], self.points_per_line, self.max_lines),
+        )
+        clip = Clip(self._frames(samples), truth, torch.from_numpy(samples))
+        if self.augment is None:
+            return clip
+        rng = np.random.default_rng(item.seed if isinstance(item, Draw) else number)
+        patches = [ego_from_patch(self.ego_pose(i), self.ego_from_lidar(i)) for i in samples]
+        return self.augment(clip, [self._index.wide_lines.of_sample(i) for i in samples], patches, rng)
+
+    def _frames(self, samples: np.ndarray) -> Frame:
+        index = self._index
+        previous = index.previous[samples]
+        if self.clip_length > 1:
+            previous = np.where(np.arange(len(samples)) == 0, -1, previous)
+        is_first = previous < 0
+        ego_from_prev = invert_rigid(index.global_from_ego[samples]) @ index.global_from_ego[previous]
+        ego_from_prev[is_first] = np.eye(4)
+        seconds = np.where(is_first, 0.0, (index.timestamp_us[samples] - index.timestamp_us[previous]) * 1e-6)
+        images, img_from_cam = zip(*(self._images(i) for i in samples), strict=True)
+        present = np.char.str_len(index.image_path[samples]) > 0
+        return Frame(
+            images=torch.stack(images),  # [T, N, 3, H, W]
+            rig=CameraRig(
+                img_from_cam=torch.from_numpy(np.stack(img_from_cam)).float(),  # [T, N, 3, 3]
+                ego_from_cam=torch.from_numpy(index.ego_from_cam[samples]).float(),  # [T, N, 4, 4]
+                present=torch.from_numpy(present),  # [T, N]
+            ),
+            ego_from_prev=torch.from_numpy(ego_from_prev).float(),  # [T, 4, 4]
+            seconds_since_prev=torch.from_numpy(seconds).float(),  # [T]
+            is_first=torch.from_numpy(is_first),  # [T]
+        )
+
+    def _images(self, i: int) -> tuple[torch.Tensor, np.ndarray]:
+        """All cameras of one sample: [N, 3, H, W] uint8 and [N, 3, 3]."""
+        index = self._index
+        images = torch.zeros(len(self.cameras), 3, *self.image_size, dtype=torch.uint8)
+        img_from_cam = index.img_from_cam[i].copy()
+        for camera, path in enumerate(index.image_path[i]):
+            if path:
+                images[camera], img_from_cam[camera] = decode_image(
+                    os.fsdecode(path), img_from_cam[camera], self.image_size, tuple(index.image_size[i, camera])
+                )
+        return images, img_from_cam
