@@ -18,7 +18,6 @@ from pathlib import Path
 
 import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor, nn
 
 from perception.errors import CheckpointError, ConfigError

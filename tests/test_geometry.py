@@ -1,0 +1,74 @@
+"""Closed forms worked by hand."""
+
+import numpy as np
+import pytest
+import torch
+from pyquaternion import Quaternion
+
+from perception.geometry import (
+    box_corners,
+    invert_rigid,
+    polyline_length,
+    project_points,
+    resample_polyline,
+    rigid_from_quaternion,
+    rigid_from_yaw,
+    transform_points,
+    wrap_angle,
+    yaw_from_rotation,
+)
+
+
+def test_quarter_turn_takes_x_to_y_and_then_moves():
+    transform = rigid_from_yaw(np.pi / 2, (10, 20, 30))
+    np.testing.assert_allclose(transform_points(transform, np.array([[1.0, 0, 0]])), [[10, 21, 30]], atol=1e-12)
+    np.testing.assert_allclose(yaw_from_rotation(transform), np.pi / 2)
+
+
+def test_inverse_undoes_for_numpy_and_torch_batches():
+    rng = np.random.default_rng(0)
+    transforms = np.stack([rigid_from_quaternion(rng.normal(size=4), rng.normal(size=3)) for _ in range(5)])
+    np.testing.assert_allclose(invert_rigid(transforms) @ transforms, np.broadcast_to(np.eye(4), (5, 4, 4)), atol=1e-12)
+    points = rng.normal(size=(5, 7, 3))
+    there = transform_points(torch.from_numpy(transforms), torch.from_numpy(points))
+    back = transform_points(invert_rigid(torch.from_numpy(transforms)), there)
+    np.testing.assert_allclose(back.numpy(), points, atol=1e-12)
+
+
+def test_quaternions_agree_with_pyquaternion():
+    rng = np.random.default_rng(1)
+    for _ in range(10):
+        q = rng.normal(size=4)
+        expected = Quaternion(q).normalised.rotation_matrix
+        np.testing.assert_allclose(rigid_from_quaternion(q, (0, 0, 0))[:3, :3], expected, atol=1e-12)
+
+
+def test_projection_of_a_point_by_hand():
+    # 2 m right, 1 m down, 4 m ahead; focal 100 px, middle (50, 40): u = 50 + 100 * 2 / 4, v = 40 + 100 * 1 / 4
+    img_from_cam = np.array([[100.0, 0, 50], [0, 100, 40], [0, 0, 1]])
+    uv, depth = project_points(img_from_cam, np.array([[2.0, 1, 4], [2.0, 1, -4]]))
+    np.testing.assert_allclose(uv[0], [100, 65])
+    np.testing.assert_allclose(depth, [4, -4])
+    assert np.isfinite(uv).all()
+
+
+def test_box_corners_of_a_turned_box():
+    corners = box_corners(np.array([1.0, 2, 3]), np.array([4.0, 2, 6]), np.array(np.pi / 2))
+    # turned by 90 degrees, front-left (2, 1) comes to (-1, 2)
+    np.testing.assert_allclose(corners[0], [1 - 1, 2 + 2, 3 - 3], atol=1e-12)
+    np.testing.assert_allclose(corners[4], [0, 4, 6], atol=1e-12)
+    np.testing.assert_allclose(corners.mean(0), [1, 2, 3], atol=1e-12)
+
+
+@pytest.mark.parametrize("angle, wrapped", [(0.0, 0.0), (np.pi, -np.pi), (-np.pi, -np.pi), (7.0, 7.0 - 2 * np.pi)])
+def test_wrap_angle(angle, wrapped):
+    assert wrap_angle(angle) == pytest.approx(wrapped)
+
+
+def test_resampling_is_by_arc_length():
+    corner = np.array([[0.0, 0], [3, 0], [3, 1]])
+    assert polyline_length(corner) == pytest.approx(4)
+    np.testing.assert_allclose(resample_polyline(corner, 5), [[0, 0], [1, 0], [2, 0], [3, 0], [3, 1]])
+    # repeated vertices and a line without length do no harm
+    np.testing.assert_allclose(resample_polyline(corner[[0, 0, 1, 1, 2]], 5), resample_polyline(corner, 5))
+    np.testing.assert_allclose(resample_polyline(np.array([[1.0, 2], [1, 2]]), 3), [[1, 2]] * 3)

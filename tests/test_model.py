@@ -1,0 +1,229 @@
+"""The network: frames by hand-computed cases, batches, cameras, memory, checkpoints."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from perception.errors import CheckpointError, ConfigError
+from perception.geometry import rigid_from_yaw
+from perception.grid import BEVGrid
+from perception.models.backbone import ResNetFPN
+from perception.models.bev_encoder import CameraAttention, GatedMemory, see_points
+from perception.models.bev_transformer import BEVTransformer, ModelConfig, load_checkpoint, save_checkpoint
+from perception.models.decoder import decode
+from perception.types import CameraRig, Frame, Prediction
+
+CONFIG = ModelConfig.preset(
+    "nano", image_size=(48, 80), channels=16, grid=(20, 20), heads=2, depth_bins=6, decoder_layers=2,
+    box_queries=12, line_queries=8, line_points=6,
+)  # fmt: skip
+
+
+def make_rig(cameras: int, image_size, yaws=None) -> CameraRig:
+    """Cameras 1.5 m above ground, looking outwards at even angles from straight ahead."""
+    H, W = image_size
+    yaws = [2 * math.pi * n / cameras for n in range(cameras)] if yaws is None else yaws
+    ahead = np.array([[0.0, 0, 1, 0], [-1, 0, 0, 0], [0, -1, 0, 1.5], [0, 0, 0, 1]])  # ego_from_cam, looking along x
+    ego_from_cam = torch.from_numpy(np.stack([rigid_from_yaw(yaw) @ ahead for yaw in yaws])).float()
+    focal = 0.6 * W
+    img_from_cam = torch.tensor([[focal, 0, W / 2], [0, focal, H / 2], [0, 0, 1]]).expand(cameras, 3, 3)
+    return CameraRig(img_from_cam[None], ego_from_cam[None], torch.ones(1, cameras, dtype=torch.bool))
+
+
+def make_frame(batch: int = 1, cameras: int = 6, config: ModelConfig = CONFIG, seed: int = 0) -> Frame:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (batch, cameras, 3, *config.image_size), generator=generator, dtype=torch.uint8)
+    rig = make_rig(cameras, config.image_size)
+    rig = CameraRig(*(x.expand(batch, *x.shape[1:]).clone() for x in rig))
+    return Frame(images, rig, torch.eye(4).expand(batch, 4, 4), torch.zeros(batch), torch.ones(batch, dtype=torch.bool))
+
+
+@pytest.fixture(scope="module")
+def model() -> BEVTransformer:
+    """A small network in evaluation mode whose every layer does something (many start at zero)."""
+    torch.manual_seed(0)
+    model = BEVTransformer(CONFIG).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def test_point_seen_by_hand():
+    rig = make_rig(4, (100, 200))
+    # 10 m ahead, 2 m left, 0.5 m above ground. In the front camera: 2 m left of the axis, 1 m below it.
+    uv, depth, seen = see_points(rig, torch.tensor([[10.0, 2.0, 0.5]]), (100, 200))
+    assert uv[0, 0, 0].tolist() == pytest.approx([0.5 - 0.6 * 2 / 10, 0.5 + 0.6 * 200 / 100 * 1 / 10])
+    assert depth[0, :, 0].tolist() == pytest.approx([10, 2, -10, -2], abs=1e-5)
+    assert seen[0, :, 0].tolist() == [True, False, False, False]
+    absent = rig._replace(present=torch.tensor([[False, True, True, True]]))
+    assert not see_points(absent, torch.tensor([[10.0, 2.0, 0.5]]), (100, 200))[2].any()
+
+
+def test_shapes(model):
+    prediction, state = model(make_frame(batch=2), model.initial_state(2))
+    assert prediction.box_logits.shape == (2, 2, 12, 10)
+    assert prediction.box_params.shape == (2, 2, 12, 10)
+    assert prediction.line_logits.shape == (2, 2, 8, 3)
+    assert prediction.line_points.shape == (2, 2, 8, 6, 2)
+    assert prediction.heatmap_logits.shape == (2, 10, 20, 20)
+    assert prediction.raster_logits.shape == (2, 3, 20, 20)
+    assert state.bev.shape == (2, 16, 20, 20)
+
+
+def test_every_parameter_gets_a_gradient(model):
+    torch.manual_seed(2)
+    frame = make_frame()
+    model.zero_grad()
+    _, state = model(frame, model.initial_state(1))
+    prediction, _ = model(frame._replace(is_first=torch.zeros(1, dtype=torch.bool)), state)
+    sum((x * torch.randn_like(x)).sum() for x in prediction).backward()
+    missing = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    model.zero_grad()
+    assert missing == []
+
+
+@torch.no_grad()
+def test_batch_element_equals_it_alone(model):
+    frame = make_frame(batch=3, seed=4)
+    together, _ = model(frame, model.initial_state(3))
+    alone_frame = Frame(frame.images[1:2], CameraRig(*(x[1:2] for x in frame.rig)), *(x[1:2] for x in frame[2:]))
+    alone, _ = model(alone_frame, model.initial_state(1))
+    torch.testing.assert_close(together.box_params[:, 1:2], alone.box_params, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(together.line_points[:, 1:2], alone.line_points, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_order_of_cameras_does_not_matter(model):
+    frame = make_frame(seed=5)
+    order = [3, 0, 5, 1, 4, 2]
+    shuffled = frame._replace(images=frame.images[:, order], rig=CameraRig(*(x[:, order] for x in frame.rig)))
+    expected, _ = model(frame, model.initial_state(1))
+    result, _ = model(shuffled, model.initial_state(1))
+    for a, b in zip(result, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_any_number_of_cameras_and_a_missing_one_is_not_looked_at(model):
+    for cameras in (1, 3, 8):
+        prediction, _ = model(make_frame(cameras=cameras), model.initial_state(1))
+        assert prediction.box_params.isfinite().all()
+    frame = make_frame(seed=6)
+    present = torch.ones(1, 6, dtype=torch.bool)
+    present[0, 2] = False
+    missing = frame._replace(rig=frame.rig._replace(present=present))
+    images = missing.images.clone()
+    images[:, 2] = 0
+    expected, _ = model(missing, model.initial_state(1))
+    result, _ = model(missing._replace(images=images), model.initial_state(1))
+    torch.testing.assert_close(result.box_params, expected.box_params)
+    # six cameras of which one is missing are the same as the five others
+    five = [0, 1, 3, 4, 5]
+    without = frame._replace(images=frame.images[:, five], rig=CameraRig(*(x[:, five] for x in frame.rig)))
+    result, _ = model(without, model.initial_state(1))
+    torch.testing.assert_close(result.box_params, expected.box_params, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_rotated_rig_gives_a_rotated_bev():
+    """Turning the rig by 90 degrees on the car turns what the camera attention sees by 90 degrees."""
+    torch.manual_seed(0)
+    grid = BEVGrid((-16.0, 16.0), (-16.0, 16.0), (16, 16))
+    attention = CameraAttention(grid, (0.0, 1.0), channels=8, samples=3, depth_bins=4)
+    features = torch.randn(1, 4, 8, 6, 10)
+    query = torch.zeros(1, 256, 8)  # the same query everywhere, so only geometry tells cells apart
+    rig = make_rig(4, (48, 80))
+    turned = make_rig(4, (48, 80), yaws=[math.pi / 2 * (n + 1) for n in range(4)])
+    bev = attention(query, features, rig, (48, 80)).reshape(16, 16, 8)
+    bev_turned = attention(query, features, turned, (48, 80)).reshape(16, 16, 8)
+    assert bev.std(dim=(0, 1)).min() > 1e-3
+    # turning from +x to +y is a quarter turn from the first to the second axis of [X, Y]
+    torch.testing.assert_close(bev_turned, bev.rot90(1, (0, 1)), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_memory_is_carried_and_reset(model):
+    frame = make_frame(seed=7)
+    _, state = model(make_frame(seed=8), model.initial_state(1))
+    fresh, _ = model(frame, model.initial_state(1))
+    reset, _ = model(frame, type(state)(torch.full_like(state.bev, float("nan"))))
+    torch.testing.assert_close(reset.box_params, fresh.box_params)
+    carried, _ = model(frame._replace(is_first=torch.zeros(1, dtype=torch.bool)), state)
+    assert (carried.box_params - fresh.box_params).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_memory_knows_how_long_ago():
+    torch.manual_seed(0)
+    memory = GatedMemory(BEVGrid((-4.0, 4.0), (-4.0, 4.0), (8, 8)), 4)
+    bev, old, eye = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8), torch.eye(4)[None]
+    known = torch.zeros(1, dtype=torch.bool)
+    slow = memory(bev, old, eye, torch.tensor([0.5]), known)
+    fast = memory(bev, old, eye, torch.tensor([0.1]), known)
+    assert (slow - fast).abs().max() > 1e-4
+
+
+def test_decode_by_hand():
+    def inverse_sigmoid(p):
+        return math.log(p / (1 - p))
+
+    box_logits = torch.full((1, 1, 2, 10), -9.0)
+    box_logits[0, 0, 1, 3] = inverse_sigmoid(0.8)
+    box_logits[0, 0, 0, 7] = inverse_sigmoid(0.6)
+    params = torch.zeros(1, 1, 2, 10)
+    params[0, 0, 1] = torch.tensor([1, 2, 3, math.log(11), math.log(3), math.log(4), 1, 0, 5, 6])
+    params[0, 0, 0, 7] = 1.0
+    line_logits = torch.full((1, 1, 1, 3), -9.0)
+    line_logits[..., 2] = inverse_sigmoid(0.7)
+    points = torch.tensor([[0.0, 0], [10, 0], [10, 5], [0, 0.5]]).reshape(1, 1, 1, 4, 2)
+    dense = torch.zeros(1, 1, 2, 2)
+    scene = decode(Prediction(box_logits, params, line_logits, points, dense, dense))
+    assert scene.boxes.label[0].tolist() == [3, 7]
+    assert scene.boxes.score[0].tolist() == pytest.approx([0.8, 0.6])
+    assert scene.boxes.center[0, 0].tolist() == [1, 2, 3]
+    assert scene.boxes.size[0, 0].tolist() == pytest.approx([11, 3, 4])
+    assert scene.boxes.yaw[0].tolist() == pytest.approx([math.pi / 2, 0])
+    assert scene.boxes.velocity[0, 0].tolist() == [5, 6]
+    assert scene.lines.label[0].tolist() == [2]
+    assert scene.lines.closed[0].tolist() == [True]  # the ends are 0.5 m apart
+
+
+def test_checkpoint_round_trip_and_refusals(model, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(path, model, {"nds": 0.5})
+    loaded, metrics = load_checkpoint(path)
+    assert metrics == {"nds": 0.5} and loaded.config == CONFIG
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name], tensor, rtol=0, atol=0)
+    assert list(tmp_path.iterdir()) == [path]
+
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        load_checkpoint(tmp_path / "absent.safetensors")
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+        load_checkpoint(path)
+
+
+def test_config_refuses_what_does_not_exist():
+    with pytest.raises(ConfigError, match="preset"):
+        ModelConfig.preset("huge")
+    with pytest.raises(ConfigError, match=r"model\.chanels"):
+        ModelConfig.preset("nano", chanels=3)
+    with pytest.raises(ConfigError, match="backbone"):
+        ResNetFPN("vgg", 3, 8, 16)
+    with pytest.raises(ConfigError, match="feature_stride"):
+        ResNetFPN("resnet18", 2, 16, 16)
+
+
+@pytest.mark.parametrize("preset", ["nano", "tiny", "base"])
+def test_presets_build(preset):
+    config = ModelConfig.preset(preset)
+    with torch.device("meta"):
+        encoder = ResNetFPN(config.backbone, config.backbone_stages, config.feature_stride, config.channels)
+        images = torch.empty(6, 3, *config.image_size)
+        assert encoder(images).shape[-1] == config.image_size[1] // config.feature_stride
+    assert sum(p.numel() for p in BEVTransformer(ModelConfig.nano()).parameters()) * 4 < 20e6

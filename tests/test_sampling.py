@@ -1,0 +1,64 @@
+"""The fast sampling against loops in numpy, forward and backward."""
+
+import numpy as np
+import torch
+
+from perception.grid import BEVGrid
+from perception.ops import sample_bev, sample_cameras
+
+
+def bilinear(image: np.ndarray, row: float, column: float, border: bool) -> np.ndarray:
+    """One bilinear reading of [C, h, w]; row and column in pixels with centres at whole numbers."""
+    C, h, w = image.shape
+    if border:
+        row, column = np.clip(row, 0, h - 1), np.clip(column, 0, w - 1)
+    top, left = int(np.floor(row)), int(np.floor(column))
+    value = np.zeros(C)
+    for r in (top, top + 1):
+        for c in (left, left + 1):
+            if 0 <= r < h and 0 <= c < w:
+                value += image[:, r, c] * (1 - abs(row - r)) * (1 - abs(column - c))
+    return value
+
+
+def test_sample_cameras_equals_a_loop():
+    rng = np.random.default_rng(0)
+    B, N, C, h, w, Q, S = 2, 3, 4, 5, 7, 6, 3
+    features = rng.normal(size=(B, N, C, h, w))
+    uv = rng.uniform(-0.2, 1.2, size=(B, Q, S, 2))
+    camera = rng.integers(0, N, size=(B, Q, S))
+    weight = rng.uniform(size=(B, Q, S))
+    expected = np.zeros((B, Q, C))
+    for b, q, s in np.ndindex(B, Q, S):
+        u, v = uv[b, q, s]
+        reading = bilinear(features[b, camera[b, q, s]], v * h - 0.5, u * w - 0.5, border=True)
+        expected[b, q] += weight[b, q, s] * reading
+    result = sample_cameras(*(torch.from_numpy(x) for x in (features, uv, camera, weight)))
+    np.testing.assert_allclose(result.numpy(), expected, atol=1e-10)
+
+
+def test_sample_bev_equals_a_loop():
+    rng = np.random.default_rng(1)
+    B, heads, C, Q, S = 2, 2, 6, 5, 3
+    grid = BEVGrid((-6.0, 6.0), (-4.0, 4.0), (8, 10))
+    bev = rng.normal(size=(B, C, 8, 10))
+    points = rng.uniform(-7, 7, size=(B, Q, heads, S, 2))
+    weight = rng.uniform(size=(B, Q, heads, S))
+    expected = np.zeros((B, Q, C))
+    for b, q, head, s in np.ndindex(B, Q, heads, S):
+        x, y = points[b, q, head, s]
+        channels = slice(head * 3, head * 3 + 3)
+        reading = bilinear(bev[b, channels], (x + 6) / 1.5 - 0.5, (y + 4) / 0.8 - 0.5, border=False)
+        expected[b, q, channels] += weight[b, q, head, s] * reading
+    result = sample_bev(torch.from_numpy(bev), grid, torch.from_numpy(points), torch.from_numpy(weight))
+    np.testing.assert_allclose(result.numpy(), expected, atol=1e-10)
+
+
+def test_gradients_equal_finite_differences():
+    torch.manual_seed(0)
+    features = torch.randn(1, 2, 2, 4, 5, dtype=torch.float64, requires_grad=True)
+    # inside the image and away from pixel centres, where bilinear reading has kinks
+    uv = (torch.rand(1, 3, 2, 2, dtype=torch.float64) * 0.5 + 0.25).requires_grad_()
+    camera = torch.randint(0, 2, (1, 3, 2))
+    weight = torch.rand(1, 3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda f, p, w: sample_cameras(f, p, camera, w), (features, uv, weight))
