@@ -1,0 +1,278 @@
+"""Who is on the road: routes through the network, car following, and everything that stands or walks.
+
+Works in the district's own frame (see `roads`). Vehicles follow lane centres and keep their distance: each step, a
+vehicle may be as fast as lets it brake in time for the nearest thing in its way, for a stop line at red, and for the
+next bend. What still collides afterwards is dropped by `drop_collisions`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import shapely
+from shapely.geometry import LineString
+
+from perception.synthetic.district import Actor, Trajectory
+from perception.synthetic.roads import Arm, Network
+
+STEP = 0.1  # s between samples of moving trajectories
+# The recording car: its origin is the rear axle, its body reaches from EGO_BACK behind to EGO_FRONT ahead of it.
+EGO_BACK, EGO_FRONT, EGO_WIDTH = 1.0, 3.9, 1.85
+_BRAKE, _ACCELERATION, _SIDEWAYS = 2.6, 1.6, 1.9  # m/s2
+
+# Mean length, width, height in metres and their relative spread, near nuScenes' statistics.
+SIZES = {
+    "vehicle.car": ((4.6, 1.95, 1.73), 0.07),
+    "vehicle.truck": ((6.9, 2.5, 2.8), 0.12),
+    "vehicle.bus.rigid": ((11.0, 2.9, 3.5), 0.06),
+    "vehicle.trailer": ((12.3, 2.9, 3.9), 0.12),
+    "vehicle.construction": ((6.4, 2.9, 3.2), 0.12),
+    "vehicle.bicycle": ((1.7, 0.6, 1.3), 0.07),
+    "vehicle.motorcycle": ((2.1, 0.8, 1.5), 0.08),
+    "human.pedestrian.adult": ((0.73, 0.67, 1.77), 0.07),
+    "human.pedestrian.child": ((0.5, 0.5, 1.25), 0.08),
+    "human.pedestrian.construction_worker": ((0.73, 0.7, 1.76), 0.05),
+    "movable_object.trafficcone": ((0.41, 0.41, 1.07), 0.08),
+    "movable_object.barrier": ((0.5, 2.5, 0.98), 0.06),
+}
+_PAINTS = np.array([
+    (0.93, 0.93, 0.93), (0.08, 0.08, 0.09), (0.45, 0.46, 0.48), (0.7, 0.71, 0.73), (0.65, 0.08, 0.08), (0.1, 0.2, 0.55),
+    (0.1, 0.35, 0.2), (0.85, 0.7, 0.15), (0.45, 0.3, 0.2), (0.8, 0.4, 0.1), (0.25, 0.45, 0.65), (0.3, 0.3, 0.32),
+])  # fmt: skip
+
+
+def draw_size(rng: np.random.Generator, category: str) -> tuple[float, float, float]:
+    """Length, width and height of one more thing of this category."""
+    mean, spread = SIZES[category]
+    whole, each = rng.normal(0, spread * 0.8), rng.normal(0, spread * 0.6, 3)
+    return tuple(float(m * np.clip(1 + whole + e, 0.75, 1.3)) for m, e in zip(mean, each, strict=True))
+
+
+def draw_color(rng: np.random.Generator, category: str) -> tuple[float, float, float]:
+    """RGB of one more thing of this category."""
+    if category == "movable_object.trafficcone":
+        base = np.array([0.95, 0.35, 0.08])
+    elif category == "movable_object.barrier":
+        base = np.array([(0.9, 0.42, 0.1), (0.85, 0.85, 0.85), (0.8, 0.15, 0.12)])[rng.integers(3)]
+    elif category == "vehicle.construction":
+        base = np.array([0.95, 0.7, 0.1])
+    elif category.startswith("human"):
+        base = rng.uniform(0.05, 0.85, 3)
+    else:
+        base = _PAINTS[rng.integers(len(_PAINTS))]
+    return tuple(float(c) for c in np.clip(base + rng.normal(0, 0.03, 3), 0.02, 1))
+
+
+def still(xy: np.ndarray, yaw: float) -> Trajectory:
+    """A trajectory that stays at one place."""
+    return Trajectory(np.zeros(1), np.asarray(xy, dtype=np.float64).reshape(1, 2), np.array([float(yaw)]))
+
+
+@dataclass(eq=False)
+class Mover:
+    """A vehicle in the simulation: its path [P, 2] and its state along it."""
+
+    path: np.ndarray
+    stop_lines: list[tuple[float, int, int]]  # station on the path, junction, road it comes from
+    station: float
+    cruise: float
+    front: float  # from the reference point to the bumper
+    back: float
+    width: float
+    ego: bool = False
+
+    def __post_init__(self) -> None:
+        tail = self.path[-1] + (self.path[-1] - self.path[-2]) * 80.0 / np.linalg.norm(self.path[-1] - self.path[-2])
+        line = LineString(np.concatenate([self.path, tail[None]]))
+        stations = np.arange(0.0, line.length, 0.5)
+        self.path = shapely.get_coordinates(shapely.line_interpolate_point(line, stations))  # [P, 2]
+        heading = np.unwrap(np.arctan2(*np.gradient(self.path, axis=0).T[::-1]))
+        # The steering wheel needs a moment: headings are averaged over a few metres.
+        kernel = np.ones(5) / 5
+        self.heading = np.convolve(np.pad(heading, 2, mode="edge"), kernel, "valid")
+        bend = abs(np.convolve(np.pad(np.gradient(self.heading, 0.5), 4, mode="edge"), np.ones(9) / 9, "valid"))
+        limit = np.minimum(self.cruise, np.sqrt(_SIDEWAYS / np.maximum(bend, 1e-4)))
+        for i in range(len(limit) - 2, -1, -1):  # brake before the bend
+            limit[i] = min(limit[i], np.sqrt(limit[i + 1] ** 2 + 2 * 0.6 * _BRAKE * 0.5))
+        self.limit, self.stations = limit, stations
+        self.speed = float(np.interp(self.station, stations, limit))
+
+    def pose(self) -> tuple[np.ndarray, float]:
+        """Position [2] and heading at the current station."""
+        xy = np.array([np.interp(self.station, self.stations, self.path[:, d]) for d in range(2)])
+        return xy, float(np.interp(self.station, self.stations, self.heading))
+
+
+def route(
+    network: Network, road: int, direction: int, lane_offset: float, start: float, length: float, pick_turn
+) -> tuple[np.ndarray, list[tuple[float, int, int]], list[bool]]:
+    """A path along lanes from one station on.
+
+    Args:
+        network: where to drive.
+        road: index of the first road.
+        direction: +1 along its line, -1 against it.
+        lane_offset: lateral offset of the path on the first road.
+        start: station on the first road.
+        length: metres wanted; the path ends earlier where the road ends.
+        pick_turn: given a list of -1 (right), 0 (straight), 1 (left), returns the index of one.
+
+    Returns:
+        The path [P, 2], stop lines as (station on the path, junction, road), and for each junction whether it turned.
+    """
+    points, stop_lines, turned, total = [], [], [], 0.0
+    station, offset = start, lane_offset
+    while total < length:
+        line = network.roads[road]
+        ahead = [
+            (arm.cut, index)
+            for index, junction in enumerate(network.junctions)
+            for arm in junction.arms
+            if arm.road == road and arm.sign == -direction and (arm.cut - station) * direction > 0
+        ]
+        if not ahead:
+            points.append(line.along(station, line.length if direction > 0 else 0.0, offset))
+            break
+        cut, index = min(ahead, key=lambda item: abs(item[0] - station))
+        points.append(line.along(station, cut, offset))
+        total += abs(cut - station)
+        section = next(s for s in network.sections if s.road == road and cut in (s.start, s.stop))
+        line_at = section.runs[-1][1] if direction > 0 else section.runs[0][0]
+        stop_lines.append((total - abs(cut - line_at), index, road))
+        entry, heading = line.point(cut, offset), line.heading(cut) + (0 if direction > 0 else np.pi)
+        exits: list[tuple[int, Arm]] = []
+        for arm in network.junctions[index].arms:
+            if not network.roads[arm.road].lanes(arm.sign) or (arm.road == road and arm.sign == -direction):
+                continue
+            away = network.roads[arm.road].heading(arm.cut) + (0 if arm.sign > 0 else np.pi)
+            angle = (away - heading + np.pi) % (2 * np.pi) - np.pi
+            exits.append((0 if arm.road == road else int(np.sign(angle)), arm))
+        if not exits:
+            break
+        turn, arm = exits[pick_turn([option for option, _ in exits])]
+        turned.append(turn != 0)
+        new = network.roads[arm.road]
+        if turn:
+            # Right turns keep to the outermost lane, left turns to the innermost one.
+            offset = new.lane_center(arm.sign, new.lanes(arm.sign) - 1 if turn < 0 else 0)
+            leave, away = new.point(arm.cut, offset), new.heading(arm.cut) + (0 if arm.sign > 0 else np.pi)
+            points.append(_turn(entry, heading, leave, away))
+        else:
+            points.append(line.along(cut, arm.cut, offset))
+        total += np.linalg.norm(np.diff(points[-1], axis=0), axis=1).sum()
+        road, direction, station = arm.road, arm.sign, arm.cut
+    path = np.concatenate(points)
+    keep = np.concatenate([[True], np.linalg.norm(np.diff(path, axis=0), axis=1) > 1e-3])
+    return path[keep], stop_lines, turned
+
+
+def _turn(entry: np.ndarray, heading: float, leave: np.ndarray, away: float) -> np.ndarray:
+    """A cubic curve [P, 2] from one heading to another that is close to a circle's arc."""
+    first, last = (np.array([np.cos(a), np.sin(a)]) for a in (heading, away))
+    # Where the two tangents meet; handles of 0.58 of the way there make a cubic nearly round.
+    solved = np.linalg.solve(np.stack([first, last], axis=1), leave - entry)
+    handles = np.clip(0.58 * solved, 0.25 * np.linalg.norm(leave - entry), np.linalg.norm(leave - entry))
+    u = np.linspace(0, 1, 40)[:, None]
+    a, b = entry + handles[0] * first, leave - handles[1] * last
+    return (1 - u) ** 3 * entry + 3 * u * (1 - u) ** 2 * a + 3 * u**2 * (1 - u) * b + u**3 * leave
+
+
+def _spine(xy: np.ndarray, yaw: float, back: float, front: float) -> np.ndarray:
+    """Points [P, 2] along the middle of a vehicle, no more than 2 m apart."""
+    reach = np.linspace(-back, front, int((front + back) / 2) + 2)
+    return xy + reach[:, None] * np.array([np.cos(yaw), np.sin(yaw)])
+
+
+def simulate_movers(movers: list[Mover], walkers: list[Actor], green, duration: float) -> list[Trajectory]:
+    """Drives all movers at once.
+
+    Args:
+        movers: vehicles; their state is advanced in place.
+        walkers: pedestrians for whom vehicles brake.
+        green: (junction, road, time) -> bool, whether one may enter the junction from that road.
+        duration: seconds.
+
+    Returns:
+        One trajectory per mover, sampled every `STEP` seconds from 0 to `duration`.
+    """
+    steps = int(np.ceil(duration / STEP)) + 1
+    records = np.zeros((len(movers), steps, 3))  # x, y, yaw of each reference point
+    for step in range(steps):
+        t = step * STEP
+        poses = [mover.pose() for mover in movers]
+        spines = [_spine(xy, yaw, m.back, m.front) for (xy, yaw), m in zip(poses, movers, strict=True)]
+        on_foot = [walker.trajectory.at(t)[0] for walker in walkers]
+        others = np.concatenate([*spines, np.array(on_foot).reshape(-1, 2)])  # [Q, 2]
+        owner = np.concatenate([np.full(len(s), i) for i, s in enumerate(spines)] + [np.full(len(on_foot), -1)])
+        half = np.concatenate([np.full(len(s), m.width / 2) for s, m in zip(spines, movers, strict=True)]
+                              + [np.full(len(on_foot), 0.5)])  # fmt: skip
+        drive = np.array([[m.speed * np.cos(p[1]), m.speed * np.sin(p[1])] for m, p in zip(movers, poses, strict=True)])
+        for i, mover in enumerate(movers):
+            records[i, step] = (*poses[i][0], poses[i][1])
+            wanted = float(np.interp(mover.station + 0.5, mover.stations, mover.limit))
+            nose = mover.station + mover.front
+            window = slice(*np.searchsorted(mover.stations, [nose - 1.0, nose + 4 + 3 * mover.speed]))
+            way, stations = mover.path[window][::2], mover.stations[window][::2]
+            if len(way):
+                distance = np.linalg.norm(way[:, None] - others[None], axis=-1)  # [P, Q]
+                hit = (distance < half + mover.width / 2 + 0.15) & (owner != i)
+                for q in np.unique(np.nonzero(hit)[1]):
+                    p = int(np.argmax(hit[:, q]))
+                    yaw = np.interp(stations[p], mover.stations, mover.heading)
+                    along = drive[owner[q]] @ [np.cos(yaw), np.sin(yaw)] if owner[q] >= 0 else 0.0
+                    if mover.ego and owner[q] >= 0 and along < 0.5 * np.linalg.norm(drive[owner[q]]) - 0.1:
+                        continue  # crossing traffic gives way to the recording car
+                    gap = max(stations[p] - nose - 2.0 - half[q], 0.0)
+                    wanted = min(wanted, np.sqrt(max(along, 0.0) ** 2 + 2 * 0.8 * _BRAKE * gap))
+            for at, junction, origin in mover.stop_lines:
+                room = at - 0.5 - nose
+                if room > -1.5 and not green(junction, origin, t):
+                    wanted = min(wanted, np.sqrt(2 * 0.8 * _BRAKE * max(room, 0.0)))
+            brake = 2.2 * _BRAKE if wanted < mover.speed - 2.0 else _BRAKE
+            change = np.clip(wanted - mover.speed, -brake * STEP, _ACCELERATION * STEP)
+            mover.speed = float(max(mover.speed + change, 0.0))
+        for mover in movers:
+            mover.station += mover.speed * STEP
+    times = np.arange(steps) * STEP
+    return [Trajectory(times, record[:, :2].copy(), np.unwrap(record[:, 2])) for record in records]
+
+
+def _footprints(actors: list[Actor], ego: Trajectory, t: float, margin: float) -> np.ndarray:
+    """Polygons [1 + actors] of the ground that the recording car and all actors cover at one time."""
+    xy, yaw = ego.at(t)
+    middle = xy + (EGO_FRONT - EGO_BACK) / 2 * np.array([np.cos(yaw), np.sin(yaw)])
+    rows = [(middle, yaw, EGO_FRONT + EGO_BACK, EGO_WIDTH)]
+    rows += [(*actor.trajectory.at(t), actor.size[0], actor.size[1]) for actor in actors]
+    centers = np.array([row[0] for row in rows])
+    yaws, lengths, widths = (np.array([row[k] for row in rows]) for k in (1, 2, 3))
+    signs = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]])
+    half = np.stack([lengths, widths], axis=1) / 2 + margin
+    local = half[:, None] * signs  # [A, 4, 2]
+    cos, sin = np.cos(yaws)[:, None], np.sin(yaws)[:, None]
+    turned = np.stack([cos * local[..., 0] - sin * local[..., 1], sin * local[..., 0] + cos * local[..., 1]], axis=-1)
+    return shapely.polygons(centers[:, None] + turned)
+
+
+def drop_collisions(actors: list[Actor], ego: Trajectory, duration: float, obstacles: list) -> list[Actor]:
+    """Keeps the actors that at no time touch the recording car, an obstacle, or an actor earlier in the list.
+
+    Args:
+        actors: in order of importance.
+        ego: of the rear axle.
+        duration: seconds that are checked, every 0.2 s.
+        obstacles: shapely polygons that never move.
+    """
+    pairs: set[tuple[int, int]] = set()
+    walls = shapely.STRtree(obstacles)
+    blocked: set[int] = set()
+    for t in np.arange(0.0, duration + 1e-6, 0.2):
+        shapes = _footprints(actors, ego, t, 0.08)
+        first, second = shapely.STRtree(shapes).query(shapes, predicate="intersects")
+        pairs |= set(zip(first[first < second].tolist(), second[first < second].tolist(), strict=True))
+        blocked |= set(walls.query(shapes, predicate="intersects")[0].tolist())
+    kept = {0}
+    for index in range(1, len(actors) + 1):
+        if index not in blocked and not any((other, index) in pairs for other in kept):
+            kept.add(index)
+    return [actor for index, actor in enumerate(actors, start=1) if index in kept]
