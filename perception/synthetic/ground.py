@@ -1,0 +1,198 @@
+"""The ground as a picture: surfaces and paint drawn from above, and read back without aliasing at any distance."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+from shapely.geometry import box
+from shapely.geometry.base import BaseGeometry
+
+from perception.synthetic.district import District
+from perception.synthetic.mesh import Material
+
+_MATERIALS = {
+    "grass": Material.GRASS,
+    "walkway": Material.WALKWAY,
+    "asphalt": Material.ASPHALT,
+    "parking": Material.PARKING,
+    "concrete": Material.CONCRETE,
+}
+_PAINT = {"white": (0.90, 0.90, 0.87), "yellow": (0.88, 0.68, 0.13)}
+# The side of the noise tiles: a multiple of both the paving stones' and the slabs' period in pixels.
+_TILE = 480
+_STONE, _SLAB = 12, 60
+_LEVELS = 8
+
+
+def smooth_noise(rng: np.random.Generator, side: int, octaves: tuple[float, ...]) -> np.ndarray:
+    """Noise that repeats without a seam, [side, side] float32 with mean 0 and deviation 1.
+
+    Args:
+        rng: source.
+        side: pixels.
+        octaves: blur widths in pixels (0 for none) that are added with equal weight.
+    """
+    total = np.zeros((side, side), np.float32)
+    for sigma in octaves:
+        noise = rng.standard_normal((side, side), dtype=np.float32)
+        if sigma > 0:
+            pad = min(side, int(4 * sigma) + 1)
+            wrapped = cv2.copyMakeBorder(noise, pad, pad, pad, pad, cv2.BORDER_WRAP)
+            noise = cv2.GaussianBlur(wrapped, (0, 0), sigma)[pad:-pad, pad:-pad]
+        total += noise / noise.std()
+    return total / total.std()
+
+
+def _polygons(geometry: BaseGeometry) -> list:
+    if geometry.geom_type == "Polygon":
+        return [] if geometry.is_empty else [geometry]
+    return [p for part in getattr(geometry, "geoms", []) for p in _polygons(part)]
+
+
+class Ground:
+    """A colour picture of the plane z = 0 around a path, as a pyramid in one image.
+
+    Args:
+        district: its surfaces are painted in order, its markings over them.
+        path: [P, 2] global metres; the picture covers everything within `margin` of it.
+        rng: source of the texture.
+        margin: metres.
+        resolution: metres per pixel of the finest level.
+    """
+
+    def __init__(
+        self, district: District, path: np.ndarray, rng: np.random.Generator, margin: float = 75.0, resolution=0.05
+    ) -> None:
+        self.resolution = resolution
+        step = resolution * 2 ** (_LEVELS - 1)
+        self.low = np.floor((path.min(0) - margin) / step) * step  # [2] global metres
+        high = np.ceil((path.max(0) + margin) / step) * step
+        self.shape = tuple(np.round((high - self.low) / resolution).astype(int)[::-1])  # rows along y, columns along x
+        self.material, color = self._paint(district, rng)
+        self._atlas, self._origins, self._limits = _stack_pyramid(color)
+
+    def _paint(self, district: District, rng) -> tuple[np.ndarray, np.ndarray]:
+        """Draws materials [rows, columns] uint8 and colours [rows, columns, 3] uint8."""
+        rows, columns = self.shape
+        window = box(*self.low, *(self.low + np.array([columns, rows]) * self.resolution))
+        material = np.full((rows, columns), Material.GRASS, np.uint8)
+        for surface in district.surfaces:
+            for polygon in _polygons(surface.polygon.intersection(window)):
+                self._fill(material, polygon, int(_MATERIALS[surface.material]))
+        paint = {name: np.zeros((rows, columns), np.uint8) for name in _PAINT}
+        for marking in district.markings:
+            if marking.polygon.intersects(window):
+                for polygon in _polygons(marking.polygon):
+                    self._fill(paint[marking.color], polygon, 255)
+
+        base = np.zeros((8, 3), np.float32)  # colour and strength of the texture per material
+        base[Material.GRASS] = np.array([0.30, 0.37, 0.17]) * rng.uniform(0.75, 1.2) + rng.uniform(-0.03, 0.03, 3)
+        base[Material.WALKWAY] = rng.uniform(0.50, 0.66) * np.array([1.0, 0.97, 0.92])
+        base[Material.ASPHALT] = rng.uniform(0.25, 0.42) + rng.uniform(-0.015, 0.015, 3)
+        base[Material.PARKING] = base[Material.ASPHALT] * rng.uniform(0.85, 1.2)
+        base[Material.CONCRETE] = rng.uniform(0.52, 0.62) + rng.uniform(-0.02, 0.02, 3)
+        grain = np.array([0, 0.17, 0.05, 0.06, 0.06, 0.05, 0, 0], np.float32)
+        blotch = np.array([0, 0.14, 0.05, 0.07, 0.08, 0.05, 0, 0], np.float32)
+        fine = smooth_noise(rng, _TILE, (0, 0.8, 2))
+        coarse = smooth_noise(rng, _TILE * 3 // 2, (8, 25, 60))
+        joints = np.ones((_TILE, _TILE), np.float32)
+        joints[::_STONE], joints[:, ::_STONE] = 0.8, 0.8
+        slabs = np.ones((_TILE, _TILE), np.float32)
+        slabs[::_SLAB], slabs[:, ::_SLAB] = 0.72, 0.72
+        patches = self._patches(rng)
+
+        color = np.empty((rows, columns, 3), np.uint8)
+        for top in range(0, rows, _TILE):  # in strips: the whole picture in floats would be large
+            part = slice(top, min(top + _TILE, rows))
+            kind = material[part]  # [strip, columns]
+            shade = 1 + grain[kind] * self._tiled(fine, top, kind.shape)
+            shade += blotch[kind] * self._tiled(coarse, top, kind.shape)
+            shade *= np.where(kind == Material.WALKWAY, self._tiled(joints, top, kind.shape), 1)
+            shade *= np.where(kind == Material.CONCRETE, self._tiled(slabs, top, kind.shape), 1)
+            shade *= np.where((kind == Material.ASPHALT) | (kind == Material.PARKING), patches[part], 1)
+            strip = base[kind] * shade[..., None]  # [strip, columns, 3]
+            for name, mask in paint.items():
+                worn = np.clip(0.93 + 0.10 * self._tiled(coarse, top + 100, kind.shape), 0.55, 1)
+                alpha = (mask[part].astype(np.float32) / 255 * worn)[..., None]
+                strip += alpha * (np.array(_PAINT[name], np.float32) - strip)
+            color[part] = np.clip(strip * 255, 0, 255).astype(np.uint8)
+        for mask in paint.values():
+            material[mask > 127] = Material.MARKING
+        return material, color
+
+    def _patches(self, rng) -> np.ndarray:
+        """Repairs, stains and manhole covers: a factor on the asphalt, [rows, columns] float16."""
+        rows, columns = self.shape
+        factor = np.ones((rows, columns), np.float32)
+        for _ in range(int(rows * columns * self.resolution**2 / 220)):
+            center = rng.uniform(0, [columns, rows])
+            half = np.array([rng.uniform(0.4, 4.0), rng.uniform(0.3, 1.2)]) / self.resolution
+            angle = np.degrees(rng.uniform(0, np.pi))
+            corners = cv2.boxPoints((tuple(center), tuple(2 * half), angle)).astype(np.int32)
+            cv2.fillPoly(factor, [corners], rng.uniform(0.78, 1.1))
+        for _ in range(int(rows * columns * self.resolution**2 / 900)):
+            center = tuple(int(c) for c in rng.uniform(0, [columns, rows]))
+            cv2.circle(factor, center, int(0.35 / self.resolution), 0.6, -1)
+            cv2.circle(factor, center, int(0.29 / self.resolution), 0.8, -1)
+        return factor.astype(np.float16)
+
+    def _tiled(self, tile: np.ndarray, top: int, shape: tuple[int, int]) -> np.ndarray:
+        rows = (np.arange(shape[0]) + top) % tile.shape[0]
+        repeats = -(-shape[1] // tile.shape[1])
+        return np.tile(tile[rows], (1, repeats))[:, : shape[1]]
+
+    def _fill(self, image: np.ndarray, polygon, value: int) -> None:
+        """Fills one polygon; holes come out through the even-odd rule. Vertices are exact to 1/16 pixel."""
+        rings = [polygon.exterior, *polygon.interiors]
+        # fillPoly also paints its outline's pixels; pixel centres are whole numbers there, hence the half.
+        points = [((np.array(r.coords)[:, :2] - self.low) / self.resolution - 0.5) * 16 for r in rings]
+        smooth = cv2.LINE_AA if value == 255 else cv2.LINE_8
+        cv2.fillPoly(image, [np.round(p).astype(np.int32) for p in points], value, smooth, 4)
+
+    def colors(self, x: np.ndarray, y: np.ndarray, footprint: np.ndarray) -> np.ndarray:
+        """Colours at points, each averaged over about its footprint.
+
+        Args:
+            x, y: [H, W] float32 metres from `low`.
+            footprint: [H, W] metres.
+
+        Returns:
+            [H, W, 3] uint8 RGB.
+        """
+        level = np.log2(np.maximum(footprint, 1e-6) * (1 / self.resolution)).round().clip(0, _LEVELS - 1)
+        level = level.astype(np.int8)
+        scale = np.float32(1 / self.resolution) / (1 << level).astype(np.float32)
+        u = np.clip(x * scale - 0.5, 0, self._limits[0][level]) + self._origins[0][level]
+        v = np.clip(y * scale - 0.5, 0, self._limits[1][level]) + self._origins[1][level]
+        return cv2.remap(self._atlas, u, v, cv2.INTER_LINEAR)
+
+    def materials(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """Material at points given in metres from `low`, same shape, uint8; grass beyond the picture."""
+        column = np.clip(x * (1 / self.resolution), -1, self.shape[1]).astype(np.int32)
+        row = np.clip(y * (1 / self.resolution), -1, self.shape[0]).astype(np.int32)
+        inside = (x >= 0) & (y >= 0) & (column < self.shape[1]) & (row < self.shape[0])
+        found = self.material[row.clip(0, self.shape[0] - 1), column.clip(0, self.shape[1] - 1)]
+        return np.where(inside, found, np.uint8(Material.GRASS))
+
+
+def _stack_pyramid(color: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All levels in one image: the finest on the left, the others one under the other on its right.
+
+    Returns:
+        atlas [rows, 1.5 columns, 3] uint8, origins [2, levels] and limits [2, levels] float32: where each level's
+        first pixel lies and the last coordinate within it, columns first.
+    """
+    rows, columns = color.shape[:2]
+    atlas = np.zeros((rows, columns + columns // 2, 3), np.uint8)
+    atlas[:, :columns] = color
+    origins, limits = np.zeros((2, _LEVELS), np.float32), np.zeros((2, _LEVELS), np.float32)
+    limits[:, 0] = columns - 1, rows - 1
+    top, level = 0, color
+    for i in range(1, _LEVELS):
+        level = cv2.resize(level, (level.shape[1] // 2, level.shape[0] // 2), interpolation=cv2.INTER_AREA)
+        h, w = level.shape[:2]
+        atlas[top : top + h, columns : columns + w] = level
+        origins[:, i] = columns, top
+        limits[:, i] = w - 1, h - 1
+        top += h
+    return atlas, origins, limits
