@@ -1,0 +1,395 @@
+"""Scenes drawn onto camera images and onto a bird's-eye view; the only place where axes are flipped.
+
+Everything is drawn at twice the size and shrunk, which smooths the edges. Predictions are solid in the colour of their
+class, truth is thin, dashed and white. In the bird's-eye view the car looks up: ego x runs upwards, ego y to the left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from perception.errors import DataError
+from perception.geometry import box_corners, invert_rigid, transform_points
+from perception.types import BOX_CLASSES, LINE_CLASSES, Boxes, CameraRig, Frame, Polylines, Scene
+
+BOX_COLORS = dict(
+    zip(
+        BOX_CLASSES,
+        (
+            (56, 189, 248), (251, 146, 60), (199, 125, 72), (250, 204, 21), (163, 230, 53),
+            (244, 114, 182), (232, 89, 249), (167, 139, 250), (255, 94, 58), (45, 212, 191),
+        ),
+        strict=True,
+    )
+)  # fmt: skip
+LINE_COLORS = dict(zip(LINE_CLASSES, ((253, 224, 110), (74, 222, 128), (248, 90, 90)), strict=True))
+
+_TRUTH = (236, 240, 246)
+_BACKGROUND, _PANEL, _GRID, _TEXT, _FAINT = (13, 17, 23), (22, 27, 34), (44, 53, 66), (223, 228, 236), (125, 138, 155)
+_SUPERSAMPLING = 2
+_NEAR = 0.1  # metres before the camera where lines are cut off
+_GAP = 8  # pixels between the tiles of a composite
+_LINE_DASH, _BOX_DASH = (7.0, 5.0), (3.5, 2.5)  # pixels drawn and left out
+
+# Edges of geometry.box_corners: the bottom and top rings and the four posts; corners 0, 3, 7, 4 are the front face.
+_EDGES = np.array([[i, (i + 1) % 4] for i in range(4)] + [[i + 4, (i + 1) % 4 + 4] for i in range(4)]
+                  + [[i, i + 4] for i in range(4)])  # fmt: skip
+_FRONT = [0, 3, 7, 4]
+
+# Where the usual six cameras go in the composite: row, column.
+_PLACES = {
+    "CAM_FRONT_LEFT": (0, 0), "CAM_FRONT": (0, 1), "CAM_FRONT_RIGHT": (0, 2),
+    "CAM_BACK_LEFT": (1, 0), "CAM_BACK": (1, 1), "CAM_BACK_RIGHT": (1, 2),
+}  # fmt: skip
+
+
+def draw_frame(
+    frame: Frame,
+    scene: Scene,
+    truth: Scene | None = None,
+    *,
+    cameras: Sequence[str] = (),
+    caption: str = "",
+    min_score: float = 0.3,
+    x_range: tuple[float, float] = (-51.2, 51.2),
+    y_range: tuple[float, float] = (-51.2, 51.2),
+    camera_width: int = 480,
+) -> Image.Image:
+    """One picture of a moment: all cameras, the bird's-eye view beside them, a legend and a caption.
+
+    Args:
+        frame: one frame without batch dimension: images [N, 3, H, W], rig [N, ...].
+        scene: what is drawn solid, without batch dimension.
+        truth: what is drawn dashed above it.
+        cameras: names of the cameras; nuScenes' six are laid out as they sit on the car.
+        caption: one line of text for the top.
+        min_score: predictions below this are left out.
+        x_range, y_range: extent of the bird's-eye view in metres.
+        camera_width: width of one camera's tile in pixels.
+
+    Raises:
+        DataError: the frame or a scene has a batch dimension, or the names do not fit the cameras.
+    """
+    tiles = draw_cameras(frame.images, frame.rig, scene, truth, min_score=min_score, width=camera_width)
+    if cameras and len(cameras) != len(tiles):
+        raise DataError(
+            f"there are {len(tiles)} camera images but {len(cameras)} camera names; give one name per image"
+        )
+    names = list(cameras) or [f"camera {index}" for index in range(len(tiles))]
+    if set(_PLACES) == set(names):
+        places = [_PLACES[name] for name in names]
+    else:
+        places = [divmod(index, 3) for index in range(len(tiles))]
+    columns, rows = 1 + max(column for _, column in places), 1 + max(row for row, _ in places)
+    tile_width, tile_height = tiles[0].size
+    wall_width, wall_height = columns * (tile_width + _GAP) - _GAP, rows * (tile_height + _GAP) - _GAP
+
+    legend = _legend(wall_width, truth is not None)
+    height = max(wall_height + _GAP + legend.height, 360)
+    bev = draw_bev(scene, truth, x_range=x_range, y_range=y_range, height=height, min_score=min_score)
+    top = 44
+    picture = Image.new("RGB", (wall_width + bev.width + 3 * _GAP, top + height + _GAP), _BACKGROUND)
+    for tile, name, present, (row, column) in zip(tiles, names, frame.rig.present, places, strict=True):
+        _tag(tile, name.removeprefix("CAM_").replace("_", " ").lower() + ("" if present else " (no image)"))
+        picture.paste(tile, (_GAP + column * (tile_width + _GAP), top + row * (tile_height + _GAP)))
+    picture.paste(legend, (_GAP, top + height - legend.height))
+    picture.paste(bev, (wall_width + 2 * _GAP, top))
+    pen = ImageDraw.Draw(picture)
+    pen.text((_GAP + 4, top / 2), caption, fill=_TEXT, font=ImageFont.load_default(19), anchor="lm")
+    return picture
+
+
+def draw_cameras(
+    images: Tensor,
+    rig: CameraRig,
+    scene: Scene,
+    truth: Scene | None = None,
+    *,
+    min_score: float = 0.3,
+    width: int = 480,
+) -> list[Image.Image]:
+    """Boxes as wire frames with a tinted front, and lines on the ground plane z = 0, drawn into camera images.
+
+    Args:
+        images: [N, 3, H, W] RGB 0..255, uint8 or float.
+        rig: calibration of these images, [N, ...]; a camera that is not present gives an empty tile.
+        scene: drawn solid, without batch dimension, in the ego frame of the rig.
+        truth: drawn dashed above it.
+        min_score: predictions below this are left out.
+        width: width of the pictures; the height keeps the aspect ratio.
+
+    Returns:
+        One RGB picture per camera.
+
+    Raises:
+        DataError: the images or a scene have a batch dimension.
+    """
+    if images.ndim != 4 or rig.img_from_cam.ndim != 3:
+        raise DataError(f"the images have shape {tuple(images.shape)}; drawing takes one frame, [N, 3, H, W]")
+    N, _, H, W = images.shape
+    layers = _layers(scene, truth, min_score)
+    size = (width, round(width * H / W))
+    pictures = []
+    for camera in range(N):
+        if not rig.present[camera]:
+            pictures.append(Image.new("RGB", size, _PANEL))
+            continue
+        pixels = images[camera].clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()  # [H, W, 3]
+        canvas = _Canvas(Image.fromarray(pixels).resize([_SUPERSAMPLING * s for s in size], Image.Resampling.LANCZOS))
+        scale = canvas.image.width / W
+        canvas_from_cam = np.diag([scale, canvas.image.height / H, 1.0]) @ _numpy(rig.img_from_cam[camera])
+        cam_from_ego = invert_rigid(_numpy(rig.ego_from_cam[camera]))
+        for layer in layers:
+            for color, points, _ in layer.lines:
+                points_cam = transform_points(cam_from_ego, np.pad(points, ((0, 0), (0, 1))))  # [P, 3]
+                chain = np.stack([points_cam[:-1], points_cam[1:]], 1)  # [segments, 2, 3]
+                canvas.stroke(
+                    _clip(chain, canvas_from_cam, canvas.image.size), color, layer.line_width, layer.line_dash
+                )
+            # The nearest box last: it lies above those that it hides.
+            by_depth = [(transform_points(cam_from_ego, corners), color) for color, corners, _ in layer.boxes]
+            for corners_cam, color in sorted(by_depth, key=lambda item: -np.linalg.norm(item[0].mean(0))):
+                segments = _clip(corners_cam[_EDGES], canvas_from_cam, canvas.image.size)
+                if len(segments) and layer.box_dash is None and (corners_cam[_FRONT, 2] > _NEAR).all():
+                    front = corners_cam[_FRONT] @ canvas_from_cam.T
+                    canvas.fill(front[:, :2] / front[:, 2:], (*color, 70))
+                canvas.stroke(segments, color, layer.box_width, layer.box_dash)
+        pictures.append(canvas.finished())
+    return pictures
+
+
+def draw_bev(
+    scene: Scene,
+    truth: Scene | None = None,
+    *,
+    x_range: tuple[float, float] = (-51.2, 51.2),
+    y_range: tuple[float, float] = (-51.2, 51.2),
+    height: int = 640,
+    min_score: float = 0.3,
+) -> Image.Image:
+    """The scene from above, the car in the middle looking up; arrows show how far a box moves in one second.
+
+    Args:
+        scene: drawn solid, without batch dimension.
+        truth: drawn dashed above it.
+        x_range, y_range: extent in metres, along ego x (upwards) and ego y (to the left).
+        height: height of the picture in pixels; the width follows from the extent.
+        min_score: predictions below this are left out.
+
+    Raises:
+        DataError: a scene has a batch dimension, or a range is empty.
+    """
+    for name, (low, high) in (("x_range", x_range), ("y_range", y_range)):
+        if not low < high:
+            raise DataError(f"{name} of the bird's-eye view is ({low}, {high}); the first number must be the smaller")
+    scale = _SUPERSAMPLING * height / (x_range[1] - x_range[0])  # canvas pixels per metre
+    width = max(round((y_range[1] - y_range[0]) * scale / _SUPERSAMPLING), 1)
+    canvas = _Canvas(Image.new("RGB", (_SUPERSAMPLING * width, _SUPERSAMPLING * height), _PANEL))
+
+    def flip(points_ego: np.ndarray) -> np.ndarray:
+        """Ego metres [..., 2+] to canvas pixels [..., 2]: x up, y left."""
+        return np.stack([y_range[1] - points_ego[..., 1], x_range[1] - points_ego[..., 0]], -1) * scale
+
+    _rings(canvas, flip(np.zeros(2)), scale)
+    layers = _layers(scene, truth, min_score)
+    for layer in layers:
+        for color, points, _ in layer.lines:
+            corners = flip(points)
+            canvas.stroke(np.stack([corners[:-1], corners[1:]], 1), color, layer.line_width, layer.line_dash)
+    _ego_marker(canvas, flip)
+    for layer in layers:
+        for color, corners, velocity in layer.boxes:
+            ground = flip(corners[:4])  # [4, 2]
+            center, nose = ground.mean(0), ground[[0, 3]].mean(0)
+            if layer.box_dash is None:
+                canvas.fill(ground, (*color, 70))
+            outline = np.stack([ground, np.roll(ground, -1, 0)], 1)  # [4, 2, 2]
+            canvas.stroke(outline, color, layer.box_width, layer.box_dash)
+            canvas.stroke(np.array([[center, nose]]), color, layer.box_width, None)
+            if np.linalg.norm(velocity) > 0.5:
+                canvas.arrow(nose, nose + flip(velocity) - flip(np.zeros(2)), color, layer.box_width)
+    return canvas.finished()
+
+
+class _Layer(NamedTuple):
+    """What is drawn in one style: per box or line a colour, its geometry in ego metres and (boxes) its velocity."""
+
+    boxes: list[tuple[tuple, np.ndarray, np.ndarray]]  # corners [8, 3], velocity [2]
+    lines: list[tuple[tuple, np.ndarray, None]]  # points [P, 2]
+    box_width: float
+    box_dash: tuple[float, float] | None
+    line_width: float
+    line_dash: tuple[float, float] | None
+
+
+def _layers(scene: Scene, truth: Scene | None, min_score: float) -> list[_Layer]:
+    layers = [_Layer(list(_boxes(scene.boxes, min_score)), list(_lines(scene.lines, min_score)), 1.6, None, 2.2, None)]
+    if truth is not None:
+        boxes = [(_TRUTH, corners, velocity) for _, corners, velocity in _boxes(truth.boxes, 0.0)]
+        lines = [(_TRUTH, points, None) for _, points, _ in _lines(truth.lines, 0.0)]
+        layers.append(_Layer(boxes, lines, 1.0, _BOX_DASH, 1.5, _LINE_DASH))
+    return layers
+
+
+def _boxes(boxes: Boxes, min_score: float) -> Iterator[tuple[tuple, np.ndarray, np.ndarray]]:
+    if boxes.valid.ndim != 1:
+        raise DataError(f"the boxes have shape {tuple(boxes.valid.shape)}; drawing takes one scene, boxes [M, ...]")
+    boxes = Boxes(*map(_numpy, boxes))
+    corners = box_corners(boxes.center, boxes.size, boxes.yaw)  # [M, 8, 3]
+    for index in np.nonzero(boxes.valid.astype(bool) & (boxes.score >= min_score))[0]:
+        color = BOX_COLORS[BOX_CLASSES[int(boxes.label[index])]]
+        yield color, corners[index], np.nan_to_num(boxes.velocity[index])
+
+
+def _lines(lines: Polylines, min_score: float) -> Iterator[tuple[tuple, np.ndarray, None]]:
+    if lines.valid.ndim != 1:
+        raise DataError(f"the lines have shape {tuple(lines.valid.shape)}; drawing takes one scene, lines [M, ...]")
+    lines = Polylines(*map(_numpy, lines))
+    for index in np.nonzero(lines.valid.astype(bool) & (lines.score >= min_score))[0]:
+        yield LINE_COLORS[LINE_CLASSES[int(lines.label[index])]], lines.points[index], None
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().double().numpy()
+
+
+def _clip(segments_cam: np.ndarray, img_from_cam: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The visible parts of segments, in pixels.
+
+    The cut is made before the division by depth, against the near plane and the four planes through the image's border,
+    so that nothing behind the camera turns up and no coordinate is huge.
+
+    Args:
+        segments_cam: [S, 2, 3] metres.
+        img_from_cam: [3, 3].
+        size: width and height of the image in pixels.
+
+    Returns:
+        [S', 2, 2] pixels; segments that are out of sight are dropped.
+    """
+    margin = 8.0  # pixels, so that a stroke's width is not cut at the border
+    u, v, z = np.moveaxis(segments_cam @ img_from_cam.T, -1, 0)  # [S, 2] each, u and v times depth
+    borders = [u + margin * z, (size[0] + margin) * z - u, v + margin * z, (size[1] + margin) * z - v]
+    planes = np.stack([z - _NEAR, *borders])  # [5, S, 2], positive inside
+    start, end = planes[..., 0], planes[..., 1]  # [5, S]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        crossing = start / (start - end)
+    enter = np.where((start < 0) & (end >= 0), crossing, 0.0).max(0)  # [S] fractions of the segment
+    leave = np.where((start >= 0) & (end < 0), crossing, 1.0).min(0)
+    seen = ~((start < 0) & (end < 0)).any(0) & (enter < leave)
+    ends = np.stack([enter, leave], 1)[seen, :, None]  # [S', 2, 1]
+    first, last = segments_cam[seen, :1], segments_cam[seen, 1:]
+    homogeneous = (first + ends * (last - first)) @ img_from_cam.T  # [S', 2, 3]
+    return homogeneous[..., :2] / homogeneous[..., 2:]
+
+
+class _Canvas:
+    """An RGB image at `_SUPERSAMPLING` times its final size, with pens whose widths are in final pixels."""
+
+    def __init__(self, image: Image.Image) -> None:
+        self.image = image
+        self._pen = ImageDraw.Draw(image, "RGBA")
+
+    def stroke(self, segments: np.ndarray, color: tuple, width: float, dash: tuple[float, float] | None) -> None:
+        """Segments [S, 2, 2] in canvas pixels; a dash pattern runs on from one segment into the next."""
+        width = max(round(width * _SUPERSAMPLING), 1)
+        phase = 0.0
+        for start, end in segments:
+            length = float(np.linalg.norm(end - start))
+            if length == 0:
+                continue
+            pieces = [(0.0, 1.0)]
+            if dash is not None:
+                on, period = dash[0] * _SUPERSAMPLING, sum(dash) * _SUPERSAMPLING
+                begins = np.arange(-phase, length, period)
+                pieces = [(max(b, 0) / length, min(b + on, length) / length) for b in begins if b + on > 0]
+                phase = (phase + length) % period
+            for a, b in pieces:
+                ends = [tuple(start + t * (end - start)) for t in (a, b)]
+                self._pen.line(ends, fill=color, width=width)
+            if dash is None and width > 2:  # round the joints
+                self._pen.circle(tuple(end), (width - 1) / 2, fill=color)
+
+    def fill(self, corners: np.ndarray, color: tuple) -> None:
+        """A polygon [P, 2] in canvas pixels, blended if the colour has an alpha value."""
+        self._pen.polygon([tuple(corner) for corner in corners], fill=color)
+
+    def arrow(self, start: np.ndarray, end: np.ndarray, color: tuple, width: float) -> None:
+        along = (end - start) / np.linalg.norm(end - start)
+        across = np.array([-along[1], along[0]])
+        head = 4.5 * _SUPERSAMPLING
+        self.stroke(np.array([[start, end]]), color, width * 0.75, None)
+        self.fill(np.array([end + along * head, end + across * head / 2, end - across * head / 2]), color)
+
+    def circle(self, center: np.ndarray, radius: float, color: tuple) -> None:
+        self._pen.circle(tuple(center), radius, outline=color, width=_SUPERSAMPLING)
+
+    def text(self, position: np.ndarray, text: str, color: tuple, size: int) -> None:
+        font = ImageFont.load_default(size * _SUPERSAMPLING)
+        self._pen.text(tuple(position), text, fill=color, font=font, anchor="mm")
+
+    def finished(self) -> Image.Image:
+        return self.image.reduce(_SUPERSAMPLING)
+
+
+def _rings(canvas: _Canvas, center: np.ndarray, scale: float) -> None:
+    """Circles of distance around the car, labelled in metres on the upper right."""
+    reach = max(canvas.image.size) / scale
+    step = next(s for s in (5, 10, 20, 50, 100, 1000) if reach / s <= 8)
+    slant = np.array([np.sin(np.pi / 4), -np.cos(np.pi / 4)])
+    for radius in range(step, int(reach) + step, step):
+        canvas.circle(center, radius * scale, _GRID)
+        canvas.text(center + slant * radius * scale, f"{radius} m", _FAINT, 11)
+
+
+def _ego_marker(canvas: _Canvas, flip) -> None:
+    """The car itself: an arrow head of its usual size, its origin on the rear axle."""
+    canvas.fill(flip(np.array([[3.6, 0.0], [-1.0, 1.1], [-0.2, 0.0], [-1.0, -1.1]])), _TEXT)
+
+
+def _tag(tile: Image.Image, name: str) -> None:
+    """The camera's name on a dark plate in the upper left corner."""
+    pen = ImageDraw.Draw(tile, "RGBA")
+    font = ImageFont.load_default(13)
+    right = 8 + pen.textlength(name, font=font) + 14
+    pen.rounded_rectangle((8, 8, right, 29), radius=5, fill=(*_BACKGROUND, 190))
+    pen.text((15, 18), name, fill=_TEXT, font=font, anchor="lm")
+
+
+def _legend(width: int, with_truth: bool) -> Image.Image:
+    """Colours of the box classes, then of the line classes and the two styles, in as many rows as the width needs."""
+    font = ImageFont.load_default(13 * _SUPERSAMPLING)
+    boxes = [(name, color, "box") for name, color in BOX_COLORS.items()]
+    lines = [(name, color, "solid") for name, color in LINE_COLORS.items()]
+    lines += [("prediction", _TEXT, "solid"), ("truth", _TRUTH, "dashed")] if with_truth else []
+    placed, row = [], -1
+    for group in (boxes, lines):
+        x, row = 14, row + 1
+        for name, color, kind in group:
+            text = name.replace("_", " ")
+            advance = 30 + font.getlength(text) / _SUPERSAMPLING + 18
+            if x + advance > width and x > 14:
+                x, row = 14, row + 1
+            placed.append((x, row, text, color, kind))
+            x += advance
+    canvas = _Canvas(Image.new("RGB", (_SUPERSAMPLING * width, _SUPERSAMPLING * (16 + 24 * (row + 1))), _PANEL))
+    pen = ImageDraw.Draw(canvas.image)
+    for x, row, text, color, kind in placed:
+        y = 8 + 24 * row + 12
+        if kind == "box":
+            corners = np.array([[x, y - 5], [x + 20, y - 5], [x + 20, y + 5], [x, y + 5]]) * float(_SUPERSAMPLING)
+            canvas.fill(corners, (*color, 70))
+            canvas.stroke(np.stack([corners, np.roll(corners, -1, 0)], 1), color, 1.6, None)
+        else:
+            stroke = np.array([[[x, y], [x + 20, y]]]) * float(_SUPERSAMPLING)
+            width_px, dash = (2.4, None) if kind == "solid" else (1.2, (5.0, 2.5))
+            canvas.stroke(stroke, color, width_px, dash)
+        at = ((x + 28) * _SUPERSAMPLING, y * _SUPERSAMPLING)
+        pen.text(at, text, fill=_TEXT, font=font, anchor="lm")
+    return canvas.finished()
