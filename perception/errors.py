@@ -41,8 +41,8 @@ def _sentence(error: PerceptionError) -> str:
 def run_script(main: Callable[[], int | None]) -> None:
     """Runs the main function of a script and exits.
 
-    Exit code 0 (or what `main` returns), 2 with one line on stderr for a `PerceptionError` (also for one that was raised in
-    a worker process of a DataLoader), 130 when interrupted.
+    Exit code 0 (or what `main` returns), 2 with one line on stderr for a `PerceptionError` (also for one that was
+    raised in a worker process of a DataLoader), 130 when interrupted.
     """
     try:
         code = main()

@@ -1,0 +1,16 @@
+"""Training with MMEngine; the only package that imports it."""
+
+from perception.engine.config import DataSection, TrainConfig, TrainSection, build_dataset, load_config, parse_options
+from perception.engine.training import TrainingModel, load_weights, train
+
+__all__ = [
+    "DataSection",
+    "TrainConfig",
+    "TrainSection",
+    "TrainingModel",
+    "build_dataset",
+    "load_config",
+    "load_weights",
+    "parse_options",
+    "train",
+]

@@ -1,0 +1,11 @@
+"""What the trainings share. Every config sets epochs, batch_size and lr on top."""
+
+train = dict(
+    weight_decay=0.01,
+    warmup_iters=200,
+    grad_clip=10.0,
+    ema_momentum=0.002,
+    val_every=2,
+    log_every=20,
+    workers=2,
+)

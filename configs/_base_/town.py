@@ -1,0 +1,16 @@
+"""The synthetic town: one set of scenes to train on, another to validate on, made from different seeds."""
+
+train_data = dict(
+    dataroot="out/town_train",
+    version="v1.0-synthetic",
+    split="train",
+    clip_length=2,
+    augment=dict(),
+    make_with="python scripts/simulate.py --out out/town_train --scenes 200 --seed 1000 --split train",
+)
+val_data = dict(
+    dataroot="out/town_val",
+    version="v1.0-synthetic",
+    split="val",
+    make_with="python scripts/simulate.py --out out/town_val --scenes 10 --seed 5000 --split val",
+)

@@ -1,0 +1,190 @@
+"""Reading and checking the config files of training and evaluation.
+
+A config is a plain MMEngine Python config (`_base_` inheritance and `--cfg-options` work as usual) with four sections:
+`model`, `train_data`, `val_data` and `train`. Each section is parsed into a frozen dataclass here, so a key that
+nothing reads, a missing key or a value of the wrong type is an error before anything runs.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmengine.config import Config
+
+from perception.data.augment import Augment
+from perception.data.nuscenes import NuScenesDataset
+from perception.errors import ConfigError, DataError
+from perception.models.bev_transformer import ModelConfig
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """Where the samples come from: `train_data` and `val_data` of a config."""
+
+    dataroot: str  # root of a nuScenes-format dataset
+    version: str  # folder of its tables, e.g. v1.0-trainval
+    split: str  # an official split or one of the dataset's own splits.json
+    clip_length: int = 1  # consecutive frames of a training clip; evaluation streams whole scenes instead
+    augment: Augment | None = None  # in a config: dict(), with those fields of Augment that differ from its defaults
+    make_with: str = ""  # the command that makes or fetches the dataset, told to whoever lacks it
+
+
+@dataclass(frozen=True)
+class TrainSection:
+    """How to train: `train` of a config. Iterations are counted over the whole training."""
+
+    epochs: int
+    batch_size: int  # clips per process
+    lr: float  # peak learning rate of AdamW
+    weight_decay: float
+    warmup_iters: int  # linear warm-up, then a cosine down to 1 % of the peak
+    grad_clip: float  # largest norm of the gradient
+    ema_momentum: float  # weight of the newest weights in the exponential moving average; 0 for none
+    val_every: int  # epochs between two validations; the last epoch is always validated
+    log_every: int  # iterations between two lines of the log
+    workers: int  # processes that load clips; 0 loads them in the training process
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A whole config, parsed."""
+
+    name: str  # of the file, without .py; names the exported weights
+    model: ModelConfig
+    train_data: DataSection
+    val_data: DataSection
+    train: TrainSection
+    source: Config  # as read, for the copy in the work directory
+
+
+def load_config(path: str | Path, options: dict | None = None) -> TrainConfig:
+    """Reads a config file.
+
+    Args:
+        path: of a Python config.
+        options: overrides with dotted keys, e.g. `{"train.lr": 1e-3}`.
+
+    Raises:
+        ConfigError: the file is missing or broken, a key is unknown or missing, or a value has the wrong type.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"config file {path} does not exist; the shipped ones lie under configs/")
+    try:
+        source = Config.fromfile(path)
+    except Exception as error:  # the file is a program: anything can go wrong in it
+        raise ConfigError(
+            f"{path}: {type(error).__name__}: {str(error).splitlines()[0]}; fix the config file"
+        ) from None
+    try:
+        source.merge_from_dict(options or {})
+    except (TypeError, KeyError, AssertionError, IndexError) as error:
+        raise ConfigError(
+            f"--cfg-options {options} does not fit {path} ({error}); write section.key=value, e.g. train.lr=1e-4"
+        ) from None
+    sections = {"model": None, "train_data": DataSection, "val_data": DataSection, "train": TrainSection}
+    source_dict = source.to_dict()
+    _check_keys(path, "", source_dict, set(sections), set(sections))
+    parsed = {name: _parse(path, name, source_dict[name], kind) for name, kind in sections.items() if kind}
+    model = model_config(source_dict["model"], str(path))
+    return TrainConfig(name=path.stem, model=model, source=source, **parsed)
+
+
+def parse_options(pairs: list[str]) -> dict:
+    """`--cfg-options` KEY=VALUE pairs as a dict for `load_config`; values are Python literals, anything else is text.
+
+    Raises:
+        ConfigError: a pair has no `=`.
+    """
+    options = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not (key and equals):
+            raise ConfigError(f"--cfg-options {pair!r} is not KEY=VALUE; write e.g. train.lr=1e-4")
+        try:
+            options[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[key] = value
+    return options
+
+
+def model_config(section: dict, where: str) -> ModelConfig:
+    """A ModelConfig from a preset and overrides.
+
+    Args:
+        section: `preset` ("nano", "tiny" or "base") and any fields of ModelConfig.
+        where: the file that holds the section, for errors.
+
+    Raises:
+        ConfigError: the preset or a field does not exist, or a value has the wrong type.
+    """
+    hints = typing.get_type_hints(ModelConfig)
+    _check_keys(where, "model", section, {"preset", *hints}, {"preset"})
+    changes = {key: _typed(f"{where}: model.{key}", value, hints.get(key, str)) for key, value in section.items()}
+    return ModelConfig.preset(changes.pop("preset"), **changes)
+
+
+def build_dataset(section: DataSection, model: ModelConfig) -> NuScenesDataset:
+    """The dataset of a section, with images of the size that the model wants.
+
+    Raises:
+        DataError: the root or one of its files is missing or malformed.
+    """
+    if section.make_with and not Path(section.dataroot, section.version).is_dir():
+        raise DataError(
+            f"dataset {Path(section.dataroot, section.version)} does not exist; make it with: {section.make_with}"
+        )
+    return NuScenesDataset(
+        section.dataroot,
+        section.version,
+        section.split,
+        image_size=model.image_size,
+        clip_length=section.clip_length,
+        points_per_line=model.line_points,
+        augment=section.augment,
+    )
+
+
+def _check_keys(path: str | Path, where: str, section: object, allowed: set[str], required: set[str]) -> None:
+    dot = f"{where}." if where else ""
+    if not isinstance(section, dict):
+        raise ConfigError(f"{path}: {where} is {section!r}; it must be a dict(...)")
+    for key in section:
+        if key not in allowed:
+            near = difflib.get_close_matches(key, allowed, n=1)
+            fix = f"did you mean {dot}{near[0]}?" if near else f"the keys there are {', '.join(sorted(allowed))}"
+            raise ConfigError(f"{path}: unknown key {dot}{key}; {fix}")
+    for key in sorted(required - set(section)):
+        raise ConfigError(f"{path}: {dot}{key} is missing; add it")
+
+
+def _parse(path: Path, where: str, section: dict, kind: type):
+    fields = dataclasses.fields(kind)
+    required = {field.name for field in fields if field.default is dataclasses.MISSING}
+    _check_keys(path, where, section, {field.name for field in fields}, required)
+    hints = typing.get_type_hints(kind)
+    return kind(**{key: _typed(f"{path}: {where}.{key}", value, hints[key]) for key, value in section.items()})
+
+
+def _typed(where: str, value, kind):
+    """`value` as `kind` (an int becomes a float, a list a tuple, a dict a dataclass), or a ConfigError."""
+    if kind == Augment | None:
+        path, _, key = where.partition(": ")
+        return None if value is None else _parse(path, key, value, Augment)
+    origin = typing.get_origin(kind)
+    if origin is tuple and isinstance(value, list | tuple):
+        inner = typing.get_args(kind)
+        inner = inner[:1] * len(value) if inner[-1:] == (Ellipsis,) else inner
+        if len(inner) == len(value):
+            return tuple(_typed(f"{where}[{i}]", v, k) for i, (v, k) in enumerate(zip(value, inner, strict=True)))
+    elif kind is float and type(value) in (int, float):
+        return float(value)
+    elif type(value) is kind:
+        return value
+    name = kind.__name__ if isinstance(kind, type) and origin is None else str(kind)
+    raise ConfigError(f"{where} is {value!r}; it must be of type {name}")

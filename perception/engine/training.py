@@ -1,0 +1,357 @@
+"""Training with MMEngine's Runner: the adapter between the core library and the engine.
+
+The core knows nothing of the engine. What the engine needs is here: a model that unrolls a clip and returns losses,
+loops that name the samples of a failed step and validate by streaming, and hooks for the frame rate and the exported
+weights. Loops and hooks are handed to the Runner as classes; nothing is registered by name.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmengine.dist import all_gather_object, broadcast_object_list, get_dist_info, init_dist, is_distributed
+from mmengine.hooks import Hook
+from mmengine.model import BaseModel
+from mmengine.optim import OptimWrapper
+from mmengine.runner import BaseLoop, EpochBasedTrainLoop, Runner, find_latest_checkpoint, set_random_seed
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from perception.data.loader import ShuffledSampler, collate
+from perception.engine.config import TrainConfig, TrainSection, build_dataset
+from perception.errors import CheckpointError, ConfigError, TrainingError
+from perception.evaluation.streaming import evaluate_scenes, predict_stream
+from perception.losses import set_losses
+from perception.models.bev_transformer import BEVTransformer, ModelConfig, load_checkpoint, save_checkpoint
+from perception.types import Clip, Frame, Scene, map_tensors
+
+
+class TrainingModel(BaseModel):
+    """The core network as MMEngine wants it: a clip in, losses out.
+
+    Args:
+        core: the network.
+    """
+
+    def __init__(self, core: BEVTransformer) -> None:
+        super().__init__()
+        self.core = core
+
+    def forward(self, frames: Frame, truth: Scene, sample_index: Tensor, mode: str = "loss") -> dict[str, Tensor]:
+        """Unrolls clips from an empty memory and sums each loss over time.
+
+        Args:
+            frames, truth, sample_index: the fields of a batched Clip, leading [B, T].
+            mode: only "loss"; evaluation streams instead (perception.evaluation.streaming).
+
+        Raises:
+            FloatingPointError: a loss or the cost of a match is NaN or infinite.
+        """
+        clip = Clip(frames, truth, sample_index)
+        B, T = sample_index.shape
+        state = self.core.initial_state(B)
+        losses: dict[str, Tensor] = {}
+        for t in range(T):
+            now = map_tensors(lambda tensor, t=t: tensor[:, t], clip)
+            prediction, state = self.core(now.frames, state)
+            # Matching and losses stay in float32 whatever the network runs in.
+            with torch.autocast(sample_index.device.type, enabled=False):
+                prediction = map_tensors(Tensor.float, prediction)
+                for name, loss in set_losses(prediction, now.truth, self.core.grid).items():
+                    losses[name] = losses[name] + loss / T if name in losses else loss / T
+        finite = torch.stack(list(losses.values())).isfinite().tolist()
+        for name, ok in zip(losses, finite, strict=True):
+            if not ok:
+                raise FloatingPointError(f"loss {name} is {losses[name].item()}")
+        return losses
+
+    def parse_losses(self, losses: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum of all losses, and what to log."""
+        total = sum(losses.values())
+        return total, {"loss": total, **losses}
+
+
+class CheckedOptimWrapper(OptimWrapper):
+    """Refuses to step along a gradient that is not finite; runs the forward pass in bfloat16 where asked to.
+
+    bfloat16 has float32's range, so no loss scaling is needed, and it is the same on CPU and GPU.
+    """
+
+    def __init__(self, optimizer, clip_grad: dict, device_type: str, bfloat16: bool) -> None:
+        super().__init__(optimizer, clip_grad=clip_grad)
+        self.autocast = {"device_type": device_type, "dtype": torch.bfloat16, "enabled": bfloat16}
+
+    def optim_context(self, model: nn.Module):
+        """The context of the forward pass."""
+        return torch.autocast(**self.autocast)
+
+    def _clip_grad(self) -> None:
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = nn.utils.clip_grad_norm_(parameters, **self.clip_grad_kwargs)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"the gradient has norm {norm.item()} although every loss is finite")
+        self.message_hub.update_scalar("train/grad_norm", float(norm))
+
+
+class ClipTrainLoop(EpochBasedTrainLoop):
+    """Epochs over clips; a step that is not finite ends training with the names of its samples."""
+
+    def run_iter(self, idx: int, data_batch: Clip) -> None:
+        try:
+            super().run_iter(idx, data_batch)
+        except FloatingPointError as error:
+            tokens = [self.dataloader.dataset.tokens[i] for i in data_batch.sample_index.flatten().tolist()]
+            raise TrainingError(
+                f"training stopped at iteration {self.iter + 1}: {error} for the samples {', '.join(tokens)}; look at "
+                "their annotations and calibration, or lower train.lr"
+            ) from None
+
+
+class StreamValLoop(BaseLoop):
+    """Streams the validation split in scene order, scenes shared out among the processes, and evaluates all of it once.
+
+    Args:
+        runner: the Runner.
+        dataloader: holds the dataset to stream.
+        evaluator: nothing; MMEngine passes one.
+    """
+
+    def __init__(self, runner: Runner, dataloader: DataLoader, evaluator: object) -> None:
+        super().__init__(runner, dataloader)
+
+    def run(self) -> dict[str, float]:
+        runner, dataset = self.runner, self.dataloader.dataset
+        runner.call_hook("before_val")
+        runner.call_hook("before_val_epoch")
+        rank, world = get_dist_info()
+        model = runner.model.module if hasattr(runner.model, "module") else runner.model
+        model.eval()
+        stream = predict_stream(model.core, dataset, rank=rank, world_size=world, workers=self.dataloader.num_workers)
+        scenes = {token: scene for part in all_gather_object(stream.scenes) for token, scene in part.items()}
+        told = [evaluate_scenes(dataset, scenes).metrics() if rank == 0 else None]
+        broadcast_object_list(told)
+        metrics = told[0] | {"fps": 1 / stream.seconds_per_frame}
+        runner.call_hook("after_val_epoch", metrics=metrics)
+        runner.call_hook("after_val")
+        return metrics
+
+
+class FrameRateHook(Hook):
+    """Logs the frames trained on per second, over all processes."""
+
+    priority = "LOW"
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Clip, outputs: dict | None = None) -> None:
+        seconds = runner.message_hub.get_scalar("train/time").current()
+        _, world = get_dist_info()
+        runner.message_hub.update_scalar("train/frames_per_s", data_batch.sample_index.numel() * world / seconds)
+
+
+class PlainCheckpointHook(Hook):
+    """Keeps checkpoints to tensors and plain values, which torch.load reads without running code from the file.
+
+    MMEngine 0.10.7 also pickles histories of logged scalars, objects with bound methods that torch >= 2.6 refuses for
+    good reason. They only smooth the log, so a resumed training starts them afresh.
+    """
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        hub = checkpoint["message_hub"]
+        hub["log_scalars"] = {}
+        hub["runtime_info"] = {
+            key: value.item() if isinstance(value, np.generic) else value for key, value in hub["runtime_info"].items()
+        }
+
+
+class ExportHook(Hook):
+    """Writes the validated weights (the averaged ones where there is an average) for use without the engine.
+
+    `<name>-last.safetensors` after every validation, `<name>.safetensors` where the score is the best so far.
+
+    Args:
+        name: of the files in the work directory.
+    """
+
+    priority = "HIGH"  # before the averaged weights are swapped out again
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        if get_dist_info()[0] != 0:
+            return
+        core = (runner.model.module if hasattr(runner.model, "module") else runner.model).core
+        told = metrics | {"epoch": runner.epoch}
+        save_checkpoint(Path(runner.work_dir, f"{self.name}-last.safetensors"), core, told)
+        if metrics["score"] > runner.message_hub.runtime_info.get("best_score", -math.inf):
+            save_checkpoint(Path(runner.work_dir, f"{self.name}.safetensors"), core, told)
+
+
+def train(
+    config: TrainConfig,
+    work_dir: str | Path,
+    *,
+    seed: int = 0,
+    resume: bool = False,
+    amp: bool = False,
+    launcher: str = "none",
+) -> BEVTransformer:
+    """Trains a network as a config says.
+
+    Leaves in the work directory: checkpoints of the last two epochs, `<name>.safetensors` (best by the mean of NDS and
+    lane mAP) and `<name>-last.safetensors`, TensorBoard scalars, the log and a copy of the config.
+
+    Args:
+        config: from `load_config`.
+        work_dir: made where it does not exist.
+        seed: of the initial weights, the order of samples and all augmentation. The same seed gives the same weights,
+            also when training was interrupted and resumed (bit for bit on CPU with the same number of threads).
+        resume: goes on from the newest checkpoint in the work directory, from the start where there is none.
+        amp: runs the network in bfloat16; losses and weights stay in float32.
+        launcher: "none", or "pytorch", "slurm" or "mpi" for one process per GPU.
+
+    Returns:
+        The network after the last epoch (raw weights, not their average).
+
+    Raises:
+        ConfigError: the work directory holds another training, or there are too few samples.
+        DataError: the dataset is missing or malformed.
+        TrainingError: a loss or a gradient is not finite.
+    """
+    work_dir = Path(work_dir)
+    if not resume and find_latest_checkpoint(str(work_dir)):
+        raise ConfigError(
+            f"{work_dir} already holds checkpoints of a training; add --resume or choose another --work-dir"
+        )
+    set_random_seed(seed)
+    train_set, val_set = build_dataset(config.train_data, config.model), build_dataset(config.val_data, config.model)
+    model = TrainingModel(BEVTransformer(config.model))
+    runner = _build_runner(config, work_dir, model, train_set, val_set, seed, resume, amp, launcher)
+    runner.train()
+    return model.core
+
+
+def load_weights(path: str | Path, model_config: ModelConfig) -> BEVTransformer:
+    """A network in evaluation mode with the weights of a file.
+
+    Args:
+        path: weights exported by training (`.safetensors`) or a training checkpoint (`.pth`).
+        model_config: the network that is wanted.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable, or belongs to another architecture.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        core, _ = load_checkpoint(path)
+        for field in fields(ModelConfig):
+            has, wants = getattr(core.config, field.name), getattr(model_config, field.name)
+            if has != wants:
+                raise CheckpointError(
+                    f"{path}: its network has {field.name}={has}, the config's model has {wants}; use the config "
+                    "it was trained with"
+                )
+        return core
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint; give a .safetensors or .pth file that training wrote")
+    model = TrainingModel(BEVTransformer(model_config))
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    except Exception as error:  # whatever unpickling foreign bytes may raise
+        raise CheckpointError(
+            f"{path}: not a readable training checkpoint ({type(error).__name__}); give a file that training wrote"
+        ) from None
+    wanted = model.state_dict()
+    for name in sorted(wanted.keys() | weights.keys()):
+        if name not in weights or name not in wanted or weights[name].shape != wanted[name].shape:
+            raise CheckpointError(
+                f"{path}: its {name} does not fit the config's model; evaluate with the config it was trained with"
+            )
+    model.load_state_dict(weights)
+    return model.core.eval()
+
+
+def _build_runner(config, work_dir, model, train_set, val_set, seed, resume, amp, launcher) -> Runner:
+    section: TrainSection = config.train
+    cuda = torch.cuda.is_available()
+    backend = "nccl" if cuda else "gloo"
+    if launcher != "none" and not is_distributed():
+        init_dist(launcher, backend=backend)  # before the sampler, which asks how many processes there are
+    loading = {"collate_fn": collate, "num_workers": section.workers}
+    train_loader = DataLoader(
+        train_set,
+        batch_size=section.batch_size,
+        sampler=ShuffledSampler(len(train_set), seed, *get_dist_info()),
+        pin_memory=cuda,
+        **loading,
+    )
+    iterations = section.epochs * len(train_loader)
+    if iterations <= section.warmup_iters:
+        raise ConfigError(
+            f"{section.epochs} epochs of {len(train_set)} clips are {iterations} iterations, not more than "
+            f"train.warmup_iters={section.warmup_iters}; lower it or train longer"
+        )
+    hooks = [{"type": FrameRateHook}, {"type": PlainCheckpointHook}, {"type": ExportHook, "name": config.name}]
+    if section.ema_momentum > 0:
+        hooks.append({"type": "EMAHook", "momentum": section.ema_momentum, "strict_load": True})
+    return Runner(
+        model=model,
+        work_dir=str(work_dir),
+        train_dataloader=train_loader,
+        train_cfg={"type": ClipTrainLoop, "max_epochs": section.epochs, "val_interval": section.val_every},
+        val_dataloader=DataLoader(val_set, batch_size=1, **loading),
+        val_cfg={"type": StreamValLoop},
+        val_evaluator={},
+        optim_wrapper={
+            "type": CheckedOptimWrapper,
+            "optimizer": _adamw(model, section),
+            "clip_grad": {"max_norm": section.grad_clip},
+            "device_type": "cuda" if cuda else "cpu",
+            "bfloat16": amp,
+        },
+        param_scheduler=[
+            {"type": "LinearLR", "start_factor": 0.01, "by_epoch": False, "begin": 0, "end": section.warmup_iters},
+            {
+                "type": "CosineAnnealingLR",
+                "T_max": iterations - section.warmup_iters,
+                "eta_min_ratio": 0.01,
+                "by_epoch": False,
+                "begin": section.warmup_iters,
+                "end": iterations,
+            },
+        ],
+        default_hooks={
+            "logger": {"type": "LoggerHook", "interval": section.log_every},
+            "checkpoint": {
+                "type": "CheckpointHook",
+                "interval": 1,
+                "max_keep_ckpts": 2,
+                "save_best": "score",
+                "rule": "greater",
+            },
+        },
+        custom_hooks=hooks,
+        visualizer={
+            "type": "Visualizer",
+            "vis_backends": [{"type": "TensorboardVisBackend"}, {"type": "LocalVisBackend"}],
+        },
+        log_processor={"window_size": section.log_every},
+        env_cfg={"dist_cfg": {"backend": backend}},
+        randomness={"seed": seed},
+        launcher=launcher,
+        resume=resume,
+        # MMEngine finds logs and hubs again by this name, so two trainings in one process must not share it.
+        experiment_name=f"{config.name} {work_dir.resolve()}",
+        cfg=config.source,
+    )
+
+
+def _adamw(model: nn.Module, section: TrainSection) -> torch.optim.AdamW:
+    """AdamW that leaves biases and the scales of norms alone with its decay."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=section.lr, weight_decay=section.weight_decay)

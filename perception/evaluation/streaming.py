@@ -1,0 +1,162 @@
+"""Predicting and evaluating a dataset the way a vehicle sees it: frame after frame, with memory.
+
+Needs neither the training engine nor a config: a network and a dataset.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from perception.data.loader import SceneStreamSampler, collate
+from perception.data.nuscenes import NuScenesDataset
+from perception.errors import ConfigError
+from perception.evaluation.detection import DetectionResult, evaluate_detection
+from perception.evaluation.lanes import MAPTR_THRESHOLDS, STRICT_THRESHOLDS, LaneResult, evaluate_lanes
+from perception.models.bev_transformer import BEVTransformer
+from perception.models.decoder import decode
+from perception.types import MapLine, Polylines, Scene, map_tensors
+
+
+class Stream(NamedTuple):
+    """What a network made of a dataset."""
+
+    scenes: dict[str, Scene]  # per sample token, on the CPU, without a batch dimension
+    lines: dict[str, list[MapLine]]  # per sample token, the lines of the same scene
+    seconds_per_frame: float  # network and decoding, without the loading of images; the first frame is left out
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Boxes and lines of one split against the truth.
+
+    Args:
+        detection: by the official devkit.
+        lanes: at the published thresholds 0.5, 1.0 and 1.5 m.
+        strict_lanes: at 0.2, 0.5 and 1.0 m.
+    """
+
+    detection: DetectionResult
+    lanes: LaneResult
+    strict_lanes: LaneResult
+
+    def metrics(self) -> dict[str, float]:
+        """The headline numbers by name; `score` is the mean of NDS and lane mAP."""
+        nds, lane_map = self.detection.nds, self.lanes.mean_ap
+        return {
+            "nds": nds,
+            "map": self.detection.mean_ap,
+            **{name: float(error) for name, error in self.detection.errors.items()},
+            "lane_map": lane_map,
+            "lane_map_strict": self.strict_lanes.mean_ap,
+            "score": (nds + lane_map) / 2,
+        }
+
+    def as_dict(self) -> dict:
+        """Headline numbers and all details as plain JSON values."""
+        details = {"detection": self.detection, "lanes": self.lanes, "strict_lanes": self.strict_lanes}
+        return self.metrics() | {name: result.as_dict() for name, result in details.items()}
+
+    def table(self) -> str:
+        """All of it as text for a terminal."""
+        return "\n\n".join(result.table() for result in (self.detection, self.lanes, self.strict_lanes))
+
+
+def map_lines(lines: Polylines) -> list[MapLine]:
+    """The valid lines of one moment (no leading dimension) as a list."""
+    label, score, points = (x[lines.valid].cpu().numpy() for x in (lines.label, lines.score, lines.points))
+    return [MapLine(int(k), p.astype(np.float64), float(s)) for k, p, s in zip(label, points, score, strict=True)]
+
+
+@torch.inference_mode()
+def predict_stream(
+    model: BEVTransformer,
+    dataset: NuScenesDataset,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+    progress: bool = False,
+) -> Stream:
+    """Runs a network over a dataset scene by scene, one frame at a time, on the device of its weights.
+
+    The memory starts afresh at each scene's first frame.
+
+    Args:
+        model: in evaluation mode.
+        dataset: with clip_length 1.
+        rank, world_size: where several processes share the work, each takes its share of whole scenes.
+        workers: processes that load images.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        ConfigError: the dataset's clips are longer than one frame.
+        DataError: an image or a calibration is missing or malformed.
+    """
+    if dataset.clip_length != 1:
+        raise ConfigError(f"clip_length of the dataset is {dataset.clip_length}; evaluation streams with clip_length=1")
+    device = next(model.parameters()).device
+    sampler = SceneStreamSampler(dataset.scene_of_sample, rank, world_size)
+    loader = DataLoader(dataset, batch_size=1, sampler=sampler, collate_fn=collate, num_workers=workers)
+    tokens = dataset.tokens
+    scenes, lines, seconds = {}, {}, []
+    state = model.initial_state(1)
+    for clip in tqdm(loader, desc="frames", unit="frame", disable=not progress):
+        frame = map_tensors(lambda tensor: tensor[:, 0].to(device), clip.frames)
+        start = _now(device)
+        prediction, state = model(frame, state)
+        scene = decode(prediction)
+        seconds.append(_now(device) - start)
+        token = tokens[int(clip.sample_index)]
+        scenes[token] = map_tensors(_first_on_cpu, scene)
+        lines[token] = map_lines(scenes[token].lines)
+    return Stream(scenes, lines, float(np.mean(seconds[1:] or seconds or [np.nan])))
+
+
+def evaluate_scenes(dataset: NuScenesDataset, scenes: dict[str, Scene]) -> Evaluation:
+    """Compares a Scene per sample token of a dataset with its truth.
+
+    Raises:
+        ConfigError: the dataset was made from several roots; the official evaluation knows one.
+        DataError: scenes are missing, or hold numbers that are not finite.
+    """
+    if len(dataset.roots) != 1:
+        raise ConfigError(f"the dataset has {len(dataset.roots)} roots; evaluate one root at a time")
+    tokens = dataset.tokens
+    poses = {token: dataset.ego_pose(i) for i, token in enumerate(tokens)}
+    true_lines = {token: dataset.truth_lines(i) for i, token in enumerate(tokens)}
+    lines = {token: map_lines(scene.lines) for token, scene in scenes.items()}
+    return Evaluation(
+        evaluate_detection(dataset.roots[0], dataset.version, dataset.split, scenes, poses),
+        evaluate_lanes(lines, true_lines, thresholds=MAPTR_THRESHOLDS),
+        evaluate_lanes(lines, true_lines, thresholds=STRICT_THRESHOLDS),
+    )
+
+
+def evaluate_stream(
+    model: BEVTransformer, dataset: NuScenesDataset, *, workers: int = 0, progress: bool = False
+) -> tuple[Evaluation, Stream]:
+    """Streams a dataset through a network and evaluates what comes out.
+
+    Args:
+        model, dataset, workers, progress: as in `predict_stream`.
+    """
+    stream = predict_stream(model, dataset, workers=workers, progress=progress)
+    return evaluate_scenes(dataset, stream.scenes), stream
+
+
+def _first_on_cpu(tensor: Tensor) -> Tensor:
+    return tensor[0].cpu()
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
