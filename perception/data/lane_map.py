@@ -42,9 +42,8 @@ class _Layer:
         found = np.sort(self.tree.query(patch_global, predicate="intersects"))
         if len(found) == 0:
             return []
-        pieces = shapely.get_parts(shapely.intersection(self.geometries[found], patch_global))
-        # A patch that only touches a geometry leaves points, or lines of a polygon: neither is a part of the layer.
-        pieces = pieces[shapely.get_dimensions(pieces) == shapely.get_dimensions(self.geometries[found[0]])]
+        dimensions = int(shapely.get_dimensions(self.geometries[found[0]]))
+        pieces = _parts(shapely.intersection(self.geometries[found], patch_global), dimensions)
         turn = np.array([[np.cos(yaw), -np.sin(yaw)], [np.sin(yaw), np.cos(yaw)]])  # global_from_patch
         return list(shapely.transform(pieces, lambda points: (points - center) @ turn))
 
@@ -132,19 +131,23 @@ def cut_lines(lines: Sequence[MapLine], size: tuple[float, float]) -> list[MapLi
     result = []
     for line in lines:
         if line.label == _DIVIDER:
-            cut = shapely.get_parts(shapely.intersection(shapely.linestrings(line.points), window))
-            cut = cut[shapely.get_dimensions(cut) == 1]
-            result.extend(line._replace(points=shapely.get_coordinates(piece)) for piece in cut)
+            pieces = _parts(shapely.intersection(shapely.linestrings(line.points), window), 1)
+            result.extend(line._replace(points=shapely.get_coordinates(piece)) for piece in pieces)
     rings = [shapely.linearrings(line.points) for line in lines if line.label == _CROSSING]
     outer = shapely.union_all([shapely.polygons(ring) for ring in rings if not shapely.is_ccw(ring)])
     holes = shapely.union_all([shapely.polygons(ring) for ring in rings if shapely.is_ccw(ring)])
-    crossings = shapely.get_parts(shapely.intersection(shapely.difference(outer, holes), window))
-    crossings = [piece for piece in crossings if piece.geom_type == "Polygon"]
+    crossings = _parts(shapely.intersection(shapely.difference(outer, holes), window), 2)
     result.extend(MapLine(_CROSSING, points) for points in _outlines(crossings, _window(size, PATCH_MARGIN)))
     for line in lines:
         if line.label == _BOUNDARY:
             result.extend(MapLine(_BOUNDARY, points) for points in _clip(line.points, _window(size, -PATCH_MARGIN)))
     return result
+
+
+def _parts(geometry, dimensions: int) -> np.ndarray:
+    """The lines (1) or polygons (2) of cut geometry; where a window only touches, points or edges are left over."""
+    parts = shapely.get_parts(geometry)
+    return parts[(shapely.get_dimensions(parts) == dimensions) & ~shapely.is_empty(parts)]
 
 
 def _window(size: tuple[float, float], margin: float) -> BaseGeometry:
@@ -180,8 +183,7 @@ def _outlines(polygons: list[BaseGeometry], window: BaseGeometry) -> list[np.nda
 
 def _clip(points: np.ndarray, window: BaseGeometry) -> list[np.ndarray]:
     """The pieces of a polyline [P, 2] inside a window."""
-    pieces = shapely.get_parts(shapely.intersection(shapely.linestrings(points), window))
-    pieces = pieces[shapely.get_dimensions(pieces) == 1]  # a touched corner is no line
+    pieces = _parts(shapely.intersection(shapely.linestrings(points), window), 1)
     if len(pieces) > 1:
         # A ring is cut at its start vertex too: put those two pieces together again.
         pieces = shapely.get_parts(shapely.line_merge(shapely.multilinestrings(pieces), directed=True))
