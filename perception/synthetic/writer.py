@@ -1,0 +1,365 @@
+"""Writes generated districts as a dataset in nuScenes' own format, which nuscenes-devkit 1.2.0 reads unchanged.
+
+Format: the thirteen tables of https://www.nuscenes.org/nuscenes#data-format, JPEGs, LiDAR sweeps as `.pcd.bin`, a map
+expansion 1.3 per location, and `splits.json` beside the tables for the devkit's evaluation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from nuscenes.utils.splits import is_predefined_split
+from PIL import Image
+from pyquaternion import Quaternion
+from tqdm import tqdm
+
+from perception.errors import ConfigError, DataError
+from perception.synthetic.district import District
+from perception.synthetic.map_expansion import write_map_expansion
+from perception.synthetic.render import TownRenderer
+from perception.synthetic.sensors import CAMERA_NAMES, LIDAR_NAME, Camera, Lidar, make_cameras, make_lidar
+from perception.synthetic.town import LOCATIONS, make_district
+from perception.types import ATTRIBUTES
+
+VERSION = "v1.0-synthetic"
+CATEGORIES = (
+    "human.pedestrian.adult", "human.pedestrian.child", "human.pedestrian.wheelchair", "human.pedestrian.stroller",
+    "human.pedestrian.personal_mobility", "human.pedestrian.police_officer", "human.pedestrian.construction_worker",
+    "animal", "vehicle.car", "vehicle.motorcycle", "vehicle.bicycle", "vehicle.bus.bendy", "vehicle.bus.rigid",
+    "vehicle.truck", "vehicle.construction", "vehicle.emergency.ambulance", "vehicle.emergency.police",
+    "vehicle.trailer", "movable_object.barrier", "movable_object.trafficcone", "movable_object.pushable_pullable",
+    "movable_object.debris", "static_object.bicycle_rack",
+)  # fmt: skip
+_VISIBILITIES = ("v0-40", "v40-60", "v60-80", "v80-100")
+
+KEYFRAME_US = 500_000
+SWEEPS_PER_KEYFRAME = 5  # cameras at 10 Hz
+# The first keyframe comes a little after the scene's start, because some cameras fire before the LiDAR.
+_LEAD_US = 100_000
+# Boxes are annotated up to this distance from the car, metres.
+ANNOTATION_RANGE = 60.0
+_JPEG_QUALITY = 92
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Everything that one scene depends on, so that a worker may do it alone."""
+
+    root: Path
+    seed: int
+    index: int
+    keyframes: int
+    image_size: tuple[int, int]
+    sweeps: bool
+
+    @property
+    def name(self) -> str:
+        return f"scene-{self.seed:04d}-{self.index:04d}"
+
+    @property
+    def log(self) -> str:
+        return f"town-{self.seed:04d}-{self.index:04d}"
+
+    def token(self, *parts) -> str:
+        return _token(self.seed, self.index, *parts)
+
+
+def simulate(
+    out: str | Path,
+    *,
+    scenes: int,
+    seed: int,
+    keyframes: int = 10,
+    image_size: tuple[int, int] = (256, 448),
+    split: str = "town_val",
+    workers: int | None = None,
+    sweeps: bool = False,
+) -> None:
+    """Generates a dataset in nuScenes format (version `v1.0-synthetic`).
+
+    Scene i of seed S depends on `numpy.random.SeedSequence([S, i])` and on the arguments alone: the same arguments give
+    the same bytes, whatever the number of workers. The folder appears when it is complete, never before.
+
+    Args:
+        out: dataset root to create; it must not exist or be empty.
+        scenes: number of scenes, each in a district of its own.
+        seed: of the whole dataset; different seeds share no scene.
+        keyframes: annotated samples per scene, at 2 Hz.
+        image_size: height and width of the pictures in pixels.
+        split: name under which `splits.json` lists the scenes. The devkit keeps its own names (`train`, `val`, `test`,
+            ...) for the real dataset's scenes, so they cannot be used.
+        workers: processes; all CPU cores if None. 1 works in this process.
+        sweeps: also write camera pictures between keyframes, at 10 Hz altogether.
+
+    Raises:
+        ConfigError: for an impossible argument.
+        DataError: where `out` holds something already.
+    """
+    out = Path(out)
+    for field, value in (("scenes", scenes), ("keyframes", keyframes), ("workers", workers or 1)):
+        if value < 1:
+            raise ConfigError(f"simulate: {field} is {value}; give at least 1")
+    if seed < 0:
+        raise ConfigError(f"simulate: seed is {seed}; give 0 or more")
+    if min(image_size) < 16:
+        raise ConfigError(f"simulate: image_size is {image_size}; give a height and a width of at least 16 pixels")
+    if is_predefined_split(split):
+        raise ConfigError(
+            f"simulate: split {split!r} is nuScenes' own in the devkit; choose another name, as town_{split}"
+        )
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out}: exists and is not empty; remove it or give another folder")
+
+    root = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    shutil.rmtree(root, ignore_errors=True)
+    try:
+        for channel in (*CAMERA_NAMES, LIDAR_NAME):
+            (root / "samples" / channel).mkdir(parents=True)
+            if sweeps and channel != LIDAR_NAME:
+                (root / "sweeps" / channel).mkdir(parents=True)
+        jobs = [_Job(root, seed, i, keyframes, tuple(image_size), sweeps) for i in range(scenes)]
+        parts, districts = [], []
+        for tables, district in tqdm(_run(jobs, workers or os.cpu_count() or 1), total=scenes, desc="scenes"):
+            parts.append(tables)
+            districts.append(district)
+        _write_tables(root, seed, parts, split)
+        for location in LOCATIONS:
+            here = [d for d in districts if d.location == location]
+            if here:
+                (root / "maps" / "expansion").mkdir(parents=True, exist_ok=True)
+                write_map_expansion(here, root / "maps" / "expansion" / f"{location}.json")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(root, out)
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def _run(jobs: list[_Job], workers: int):
+    """Results of all jobs in their order."""
+    if min(workers, len(jobs)) == 1:
+        yield from map(_simulate_scene, jobs)
+        return
+    # Fresh processes: a forked one may inherit a lock of some thread that it does not have.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=cv2.setNumThreads, initargs=(1,)) as pool:
+        futures = [pool.submit(_simulate_scene, job) for job in jobs]
+        try:
+            for future in futures:
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _token(*parts) -> str:
+    return hashlib.md5("/".join(map(str, parts)).encode()).hexdigest()
+
+
+def scene_location(index: int) -> tuple[str, tuple[float, float]]:
+    """Where scene `index` of a dataset lies: the locations take turns, districts keep 300 m apart on each map."""
+    place = index // len(LOCATIONS)
+    return LOCATIONS[index % len(LOCATIONS)], (250.0 + 300.0 * (place % 10), 250.0 + 300.0 * (place // 10))
+
+
+def scene_district(seed: int, index: int, keyframes: int) -> District:
+    """The district of scene `index` of the dataset with this seed and length."""
+    location, origin = scene_location(index)
+    duration = (_LEAD_US + KEYFRAME_US * (keyframes - 1)) * 1e-6
+    return make_district(int(_sequence(seed, index).generate_state(1)[0]), origin, location, duration)
+
+
+def _sequence(seed: int, index: int, *purpose: int) -> np.random.SeedSequence:
+    return np.random.SeedSequence([seed, index], spawn_key=purpose)
+
+
+def scene_renderer(
+    seed: int, index: int, district: District, image_size
+) -> tuple[TownRenderer, tuple[Camera, ...], Lidar]:
+    """The renderer, the cameras and the LiDAR with which scene `index` was recorded."""
+    rng = np.random.default_rng(_sequence(seed, index, 1))
+    cameras, lidar = make_cameras(rng, image_size), make_lidar(rng)
+    return TownRenderer(district, np.random.default_rng(_sequence(seed, index, 2))), cameras, lidar
+
+
+def _simulate_scene(job: _Job) -> tuple[dict[str, list[dict]], District]:
+    """Renders one scene, writes its files and returns its rows of the tables."""
+    district = scene_district(job.seed, job.index, job.keyframes)
+    renderer, cameras, lidar = scene_renderer(job.seed, job.index, district, job.image_size)
+    start_us = 1_600_000_000_000_000 + (job.seed % 100_000) * 1_000_000_000 + job.index * 60_000_000
+    start_us += _LEAD_US
+    sample_us = [start_us + KEYFRAME_US * k for k in range(job.keyframes)]
+    tables: dict[str, list[dict]] = {"ego_pose": [], "sample_data": [], "sample_annotation": []}
+    tables["sample"] = _linked(
+        [
+            {"token": job.token("sample", k), "timestamp": time, "scene_token": job.token("scene")}
+            for k, time in enumerate(sample_us)
+        ]
+    )
+
+    def record(channel: str, time_us: int, k: int, key: bool, suffix: str, size: tuple[int, int]) -> Path:
+        """Adds the pose and the sample_data row of one file and returns where the file goes."""
+        token = job.token("sample_data", channel, time_us)
+        file = f"{'samples' if key else 'sweeps'}/{channel}/{job.log}__{channel}__{time_us}.{suffix}"
+        pose = renderer.global_from_ego((time_us - start_us + _LEAD_US) * 1e-6)
+        tables["ego_pose"].append({"token": token, "timestamp": time_us, **_pose_fields(pose)})
+        row = {"token": token, "sample_token": job.token("sample", k), "ego_pose_token": token}
+        row |= {"calibrated_sensor_token": job.token("calibrated_sensor", channel), "timestamp": time_us}
+        row |= {"fileformat": suffix.split(".")[0], "is_key_frame": key, "height": size[0], "width": size[1]}
+        streams[channel].append(row | {"filename": file})
+        return job.root / file
+
+    streams: dict[str, list[dict]] = {channel: [] for channel in (*CAMERA_NAMES, LIDAR_NAME)}
+    for c, camera in enumerate(cameras):
+        for step in range(0, SWEEPS_PER_KEYFRAME * (job.keyframes - 1) + 1, 1 if job.sweeps else SWEEPS_PER_KEYFRAME):
+            key = step % SWEEPS_PER_KEYFRAME == 0
+            time_us = start_us + step * (KEYFRAME_US // SWEEPS_PER_KEYFRAME) + camera.delay_us
+            # A picture between keyframes belongs to the next one, as in nuScenes.
+            path = record(camera.name, time_us, -(-step // SWEEPS_PER_KEYFRAME), key, "jpg", job.image_size)
+            noise = np.random.default_rng(_sequence(job.seed, job.index, 3, c, step))
+            picture = renderer.camera(camera, (time_us - start_us + _LEAD_US) * 1e-6, noise)
+            Image.fromarray(picture.rgb).save(path, quality=_JPEG_QUALITY)
+    for k, time_us in enumerate(sample_us):
+        seconds = (time_us - start_us + _LEAD_US) * 1e-6
+        path = record(LIDAR_NAME, time_us, k, True, "pcd.bin", (0, 0))
+        sweep = renderer.lidar(lidar, seconds, np.random.default_rng(_sequence(job.seed, job.index, 4, k)))
+        sweep.points_lidar.tofile(path)
+        visible = renderer.visibility(cameras, seconds)
+        tables["sample_annotation"] += _annotate(job, district, k, seconds, sweep.actor, visible)
+    for rows in streams.values():
+        tables["sample_data"] += _linked(rows)
+    tables["instance"] = _link_instances(job, district, tables["sample_annotation"])
+    tables["calibrated_sensor"] = _calibration(job, cameras, lidar)
+    tables["scene"] = [
+        {
+            "token": job.token("scene"),
+            "log_token": job.token("log"),
+            "nbr_samples": job.keyframes,
+            "first_sample_token": job.token("sample", 0),
+            "last_sample_token": job.token("sample", job.keyframes - 1),
+            "name": job.name,
+            "description": f"generated town, seed {job.seed}, scene {job.index}: {district.name}",
+        }
+    ]
+    tables["log"] = [
+        {
+            "token": job.token("log"),
+            "logfile": job.log,
+            "vehicle": "town",
+            "date_captured": "2020-09-13",
+            "location": district.location,
+        }
+    ]
+    return tables, district
+
+
+def _linked(rows: list[dict]) -> list[dict]:
+    """Adds prev and next to rows that follow each other."""
+    tokens = ["", *(row["token"] for row in rows), ""]
+    return [row | {"prev": tokens[i], "next": tokens[i + 2]} for i, row in enumerate(rows)]
+
+
+def _pose_fields(pose: np.ndarray) -> dict:
+    return {"rotation": Quaternion(matrix=pose, atol=1e-6).elements.tolist(), "translation": pose[:3, 3].tolist()}
+
+
+def _calibration(job: _Job, cameras: tuple[Camera, ...], lidar: Lidar) -> list[dict]:
+    mounts = [(c.name, c.ego_from_cam, c.img_from_cam.tolist()) for c in cameras]
+    rows = []
+    for channel, ego_from_sensor, intrinsic in [*mounts, (LIDAR_NAME, lidar.ego_from_lidar, [])]:
+        row = {"token": job.token("calibrated_sensor", channel), "sensor_token": _token("sensor", channel)}
+        rows.append(row | _pose_fields(ego_from_sensor) | {"camera_intrinsic": intrinsic})
+    return rows
+
+
+def _annotate(
+    job: _Job, district: District, k: int, seconds: float, hit: np.ndarray, visible: np.ndarray
+) -> list[dict]:
+    """Rows of all actors near the car at keyframe k; prev and next come later."""
+    counts = np.bincount(hit[hit >= 0], minlength=len(district.actors))
+    ego_xy, _ = district.ego.at(seconds)
+    rows = []
+    for a, actor in enumerate(district.actors):
+        xy, yaw = actor.trajectory.at(seconds)
+        if np.linalg.norm(xy - ego_xy) > ANNOTATION_RANGE:
+            continue
+        length, width, height = actor.size
+        attribute = actor.attribute(seconds)
+        level = int(np.searchsorted([0.4, 0.6, 0.8], visible[a], side="right"))
+        rows.append(
+            {
+                "token": job.token("sample_annotation", k, actor.name),
+                "sample_token": job.token("sample", k),
+                "instance_token": job.token("instance", actor.name),
+                "visibility_token": str(level + 1),
+                "attribute_tokens": [_token("attribute", attribute)] if attribute else [],
+                "translation": [float(xy[0]), float(xy[1]), height / 2],
+                "size": [float(width), float(length), float(height)],
+                "rotation": Quaternion(axis=[0, 0, 1], radians=yaw).elements.tolist(),
+                "num_lidar_pts": int(counts[a]),
+                "num_radar_pts": 0,
+            }
+        )
+    return rows
+
+
+def _link_instances(job: _Job, district: District, annotations: list[dict]) -> list[dict]:
+    """Sets prev and next of the annotations in place and returns the instance rows."""
+    instances = []
+    for actor in district.actors:
+        token = job.token("instance", actor.name)
+        mine = [row for row in annotations if row["instance_token"] == token]
+        if not mine:
+            continue
+        for row, linked in zip(mine, _linked(mine), strict=True):
+            row.update(linked)
+        first, last = mine[0]["token"], mine[-1]["token"]
+        row = {"token": token, "category_token": _token("category", actor.category), "nbr_annotations": len(mine)}
+        instances.append(row | {"first_annotation_token": first, "last_annotation_token": last})
+    return instances
+
+
+def _write_tables(root: Path, seed: int, parts: list[dict[str, list[dict]]], split: str) -> None:
+    """Writes the thirteen tables, `splits.json` and the map pictures that the devkit insists on."""
+    tables = {name: [row for part in parts for row in part[name]] for name in parts[0]}
+    tables["category"] = [
+        {"token": _token("category", name), "name": name, "description": "", "index": i + 1}
+        for i, name in enumerate(CATEGORIES)
+    ]
+    tables["attribute"] = [{"token": _token("attribute", name), "name": name, "description": ""} for name in ATTRIBUTES]
+    tables["visibility"] = [
+        {"token": str(i + 1), "level": level, "description": f"visible share of the object: {level[1:]} %"}
+        for i, level in enumerate(_VISIBILITIES)
+    ]
+    tables["sensor"] = [
+        {
+            "token": _token("sensor", channel),
+            "channel": channel,
+            "modality": "lidar" if "LIDAR" in channel else "camera",
+        }
+        for channel in (*CAMERA_NAMES, LIDAR_NAME)
+    ]
+    tables["map"] = []
+    for location in LOCATIONS:
+        logs = [row["token"] for row in tables["log"] if row["location"] == location]
+        if not logs:
+            continue
+        token = _token(seed, "map", location)
+        file = f"maps/{token}.png"
+        (root / "maps").mkdir(exist_ok=True)
+        # The devkit wants the file to exist; what the map shows is in the expansion.
+        Image.new("L", (1, 1)).save(root / file)
+        tables["map"].append({"category": "semantic_prior", "token": token, "filename": file, "log_tokens": logs})
+    folder = root / VERSION
+    folder.mkdir()
+    for name, rows in tables.items():
+        (folder / f"{name}.json").write_text(json.dumps(rows, indent=0), encoding="utf-8")
+    names = [row["name"] for row in tables["scene"]]
+    (folder / "splits.json").write_text(json.dumps({split: names}, indent=0), encoding="utf-8")
