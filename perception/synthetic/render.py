@@ -73,6 +73,7 @@ class TownRenderer:
         self._actor_meshes = [actor_mesh(actor, k) for k, actor in enumerate(district.actors)]
         static = [builder.build()]
         self._moving: list[int] = []
+        self._alone: dict[int, EmbreeScene] = {}  # every actor by itself, in its own frame
         for k, actor in enumerate(district.actors):
             if actor.trajectory.static:
                 static.append(self._actor_meshes[k]._replace(vertices=self._placed(k, 0.0)))
@@ -98,11 +99,11 @@ class TownRenderer:
         light = district.light
         self._sun = np.asarray(light.sun_direction, np.float32)
         sky = np.asarray(light.sky_color, np.float32) ** 2
-        self._zenith = sky * light.exposure
-        self._horizon = (0.45 * sky + 0.55 * sky.max()) * light.exposure
+        self._zenith = 1.15 * sky * light.exposure
+        self._horizon = (0.4 * sky + 0.6 * sky.max()) * (1.3 * light.exposure)
         tint = 0.5 * sky / sky.mean() + 0.5
-        self._ambient_light = (light.ambient * 1.05 * light.exposure) * tint
-        self._sun_light = (1 - light.ambient) * 1.7 * light.exposure * np.asarray(light.sun_color, np.float32)
+        self._ambient_light = (light.ambient * 1.3 * light.exposure) * tint
+        self._sun_light = (1 - light.ambient) * 2.1 * light.exposure * np.asarray(light.sun_color, np.float32)
         self._shadows = 1 - light.ambient > 0.12
 
     def global_from_ego(self, time: float) -> np.ndarray:
@@ -202,9 +203,10 @@ class TownRenderer:
                 if not inside.any():
                     continue
                 rays = target[inside] / np.linalg.norm(target[inside], axis=1, keepdims=True)
-                alone = _embree(self._actor_meshes[k].vertices, self._actor_meshes[k].faces)
+                if k not in self._alone:
+                    self._alone[k] = _embree(self._actor_meshes[k].vertices, self._actor_meshes[k].faces)
                 start = np.broadcast_to((origin - center) @ turn, rays.shape).astype(np.float32)
-                hit = alone.run(start, (rays @ turn).astype(np.float32)) >= 0
+                hit = self._alone[k].run(start, (rays @ turn).astype(np.float32)) >= 0
                 owners.append(np.full(hit.sum(), k))
                 all_rays.append(rays[hit])
             if owners:
@@ -239,6 +241,8 @@ class TownRenderer:
         contact = np.zeros((640, 640), np.uint8)
         for actor in self.district.actors:
             xy, yaw = actor.trajectory.at(time)
+            if np.abs(xy - self._low - self._contact_low - 64).max() > 80:
+                continue
             corners = box_corners(np.array([*(xy - self._low), 0.0]), np.array(actor.size), np.array(yaw))[:4, :2]
             pixels = np.round((corners - self._contact_low) * (5 * 16)).astype(np.int32)
             cv2.fillPoly(contact, [pixels], 255, cv2.LINE_8, 4)
@@ -345,7 +349,9 @@ class TownRenderer:
         if len(smooth):
             reflected = ray[smooth] - 2 * (ray[smooth] * normal[smooth]).sum(1, keepdims=True) * normal[smooth]
             sky = self._horizon + (self._zenith - self._horizon) * np.sqrt(reflected[:, 2:].clip(0, 1))
-            sky = np.where(reflected[:, 2:] > 0, sky, 0.25 * self._ambient_light)
+            # What lies below the horizon is about as bright as the street.
+            street = 0.35 * self._ambient_light
+            sky = street + (sky - street) * (0.5 + 6 * reflected[:, 2:]).clip(0, 1)
             grazing = (1 - np.abs((ray[smooth] * normal[smooth]).sum(1))) ** 3
             share = np.where(glass[smooth], 0.18 + 0.6 * grazing, 0.04 + 0.25 * grazing)[:, None]
             color[smooth] += share * (sky - color[smooth]) + 0.6 * shine[smooth, None] * self._sun_light
