@@ -1,7 +1,7 @@
 """Everything that stands or walks beside the traffic: parked vehicles, yards, work sites, cycles, pedestrians.
 
-Works in the district's own frame (see `roads`). Nothing here looks at what else is there: overlaps are sorted out at the
-end by `traffic.drop_collisions`.
+Works in the district's own frame (see `roads`). Nothing here looks at what else is there: overlaps are sorted out at
+the end by `traffic.drop_collisions`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,11 @@ from shapely.geometry import LineString, Polygon
 from perception.synthetic.district import Actor, Trajectory
 from perception.synthetic.roads import Network, Road
 from perception.synthetic.traffic import STEP, draw_color, draw_size, still
+
+# What stands along kerbs, what a yard may be made for (each with its own chance), and what fills it up.
+_KERB_MIX = {"vehicle.car": 0.86, "vehicle.truck": 0.06, "vehicle.motorcycle": 0.05, "vehicle.bicycle": 0.03}
+_YARD_CHANCE = {"vehicle.construction": 0.75, "vehicle.trailer": 0.85, "vehicle.truck": 0.5, "vehicle.bus.rigid": 0.5}
+_YARD_FILL = {"vehicle.car": 0.8, "vehicle.truck": 0.12, "vehicle.construction": 0.08}
 
 
 @dataclass(eq=False)
@@ -69,9 +74,7 @@ class Population:
                 strip = road.parking[0 if side < 0 else 1]
                 s = run[0] + 5.0
                 while strip and s < run[1] - 10:
-                    category = str(rng.choice(
-                        ["vehicle.car", "vehicle.truck", "vehicle.motorcycle", "vehicle.bicycle"], p=[0.86, 0.06, 0.05, 0.03],
-                    ))  # fmt: skip
+                    category = str(rng.choice(list(_KERB_MIX), p=list(_KERB_MIX.values())))
                     size = draw_size(rng, category)
                     middle = s + size[0] / 2
                     xy = road.point(middle, road.edge(side) - side * (0.25 + size[1] / 2 + rng.uniform(0, 0.15)))
@@ -87,13 +90,7 @@ class Population:
         """Yards behind the walkway where large vehicles stand side by side, some closed off by barriers."""
         rng, yards, actors = self.rng, [], []
         taken = shapely.union_all([self.network.surface, *self.network.islands, self.walkable]).buffer(0.3)
-        wanted = [
-            category
-            for category, chance in (
-                ("vehicle.construction", 0.75), ("vehicle.trailer", 0.85), ("vehicle.truck", 0.5), ("vehicle.bus.rigid", 0.5)
-            )
-            if rng.random() < chance
-        ]  # fmt: skip
+        wanted = [category for category, chance in _YARD_CHANCE.items() if rng.random() < chance]
         rng.shuffle(wanted)
         for _ in range(60):
             if len(yards) == count:
@@ -103,15 +100,10 @@ class Population:
             if not length < s < road.length - length:
                 continue
             corner = road.point(s, road.edge(side) + side * (self.network.walkway_width + 0.8))
-            heading = road.heading(s)
-            along, out = (
-                np.array([np.cos(heading), np.sin(heading)]),
-                side * np.array([-np.sin(heading), np.cos(heading)]),
-            )
-            place = lambda a, o, corner=corner, along=along, out=out: corner + a * along + o * out  # noqa: E731
-            yard = Polygon(
-                [place(-length / 2, 0), place(length / 2, 0), place(length / 2, depth), place(-length / 2, depth)]
-            )
+            along = np.array([np.cos(road.heading(s)), np.sin(road.heading(s))])
+            out = side * np.array([-along[1], along[0]])
+            half, back = along * length / 2, out * depth
+            yard = Polygon([corner - half, corner + half, corner + half + back, corner - half + back])
             if yard.intersects(taken):
                 continue
             taken = taken.union(yard.buffer(0.5))
@@ -119,21 +111,20 @@ class Population:
             at = -length / 2 + 2.2
             inward = np.arctan2(out[1], out[0])
             while at < length / 2 - 2.2:
-                category = (
-                    wanted.pop()
-                    if wanted
-                    else str(rng.choice(["vehicle.car", "vehicle.truck", "vehicle.construction"], p=[0.8, 0.12, 0.08]))
-                )
+                category = wanted.pop() if wanted else str(rng.choice(list(_YARD_FILL), p=list(_YARD_FILL.values())))
                 size = draw_size(rng, category)
                 yaw = inward + rng.normal(0, 0.04) + np.pi * rng.integers(2)
-                xy = place(at + size[1] / 2 - 1, size[0] / 2 + rng.uniform(0.5, 1.2))
+                xy = corner + (at + size[1] / 2 - 1) * along + (size[0] / 2 + rng.uniform(0.5, 1.2)) * out
                 if size[0] + 1.5 < depth and (rng.random() < 0.75 or category != "vehicle.car"):
                     actors.append(self.actor(category, still(xy, yaw), size))
                 at += size[1] + rng.uniform(0.9, 2.2)
             if rng.random() < 0.6:
                 for a in np.arange(-length / 2 + 1.4, length / 2 - 4, 2.75)[: int(rng.integers(2, 8))]:
                     actors.append(
-                        self.actor("movable_object.barrier", still(place(a, -0.25), inward + rng.normal(0, 0.03)))
+                        self.actor(
+                            "movable_object.barrier",
+                            still(corner + a * along - 0.25 * out, inward + rng.normal(0, 0.03)),
+                        )
                     )
         return yards, actors
 

@@ -458,8 +458,8 @@ def _clip_layers(layers: dict, surface: Polygon, walkways: list, cut_lines: list
     linework = unary_union([surface.boundary, tile.boundary, *cut_lines])
     within = surface.intersection(tile)
     pieces = [piece for piece in polygonize(linework) if within.contains(piece.representative_point())]
-    # Lanes stay a centimetre inside the asphalt, so that they never add a hair to the road's outline.
-    inside = within.buffer(-0.01, join_style="mitre")
+    # Lanes stay a centimetre inside their road segment, so that they never add a hair to the road's outline.
+    inside = unary_union([piece.buffer(-0.01, join_style="mitre") for piece in pieces])
     clipped: dict[str, list] = {"road_segment": pieces, "drivable_area": _polygons(unary_union(pieces))}
     for name, geometries in {**layers, "walkway": walkways}.items():
         region = inside if name == "lane" else tile

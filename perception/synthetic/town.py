@@ -23,6 +23,7 @@ from perception.synthetic.district import (
 )
 from perception.synthetic.population import Population
 from perception.synthetic.roads import PAINT_HALF, TILE_HALF, Network, make_network
+from perception.synthetic.surroundings import make_buildings, make_greenery, make_light
 from perception.synthetic.traffic import (
     EGO_BACK,
     EGO_FRONT,
@@ -88,7 +89,7 @@ def _ego_route(rng: np.random.Generator, network: Network, duration: float) -> t
     def pick(options: list[int]) -> int:
         return options.index(0) if straight and 0 in options else int(rng.integers(len(options)))
 
-    path, stop_lines, _ = route(network, index, way, offset, start, travel + 60, pick)
+    path, stop_lines = route(network, index, way, offset, start, travel + 60, pick)
     return path, stop_lines, cruise, (index, way, offset, start)
 
 
@@ -102,17 +103,16 @@ def _make_movers(
         (index, way, offset, start + way * d) for d in (rng.uniform(14, 32), -rng.uniform(11, 22)) if rng.random() < 0.6
     ]
     kinds = ["vehicle.car", "vehicle.truck", "vehicle.bus.rigid", "vehicle.motorcycle", "vehicle.bicycle"]
-    spots = [spot for spot in people.spots]
     wanted = int(rng.integers(8, 17))
     for attempt in range(wanted * 4):
-        if len(movers) >= wanted or not spots:
+        if len(movers) >= wanted:
             break
         category = str(rng.choice(kinds, p=[0.66, 0.1, 0.09, 0.07, 0.08]))
         if attempt < len(starts):
             index, way, offset, start = starts[attempt]
             category = "vehicle.car"
         else:
-            index, _, start = spots[rng.integers(len(spots))]
+            index, _, start = people.spots[rng.integers(len(people.spots))]
             road = network.roads[index]
             way = int(rng.choice([d for d in (1, -1) if road.lanes(d)]))
             lane = road.lanes(way) - 1 if category == "vehicle.bicycle" else int(rng.integers(road.lanes(way)))
@@ -127,13 +127,10 @@ def _make_movers(
         agile = category in ("vehicle.car", "vehicle.motorcycle", "vehicle.truck")
 
         def pick(options: list[int], agile: bool = agile) -> int:
-            return (
-                options.index(0)
-                if 0 in options and (not agile or rng.random() < 0.7)
-                else int(rng.integers(len(options)))
-            )
+            keep_on = 0 in options and (not agile or rng.random() < 0.7)
+            return options.index(0) if keep_on else int(rng.integers(len(options)))
 
-        path, stop_lines, _ = route(network, index, way, offset, start, 230.0, pick)
+        path, stop_lines = route(network, index, way, offset, start, 230.0, pick)
         cruise = rng.uniform(2.5, 6.0) if category == "vehicle.bicycle" else rng.uniform(5.0, 13.0)
         if len(path) < 2 or np.linalg.norm(path[-1] - path[0]) < 20:
             continue
@@ -145,100 +142,6 @@ def _make_movers(
         if min(gap) > 4.0:
             movers.append((category, size, mover))
     return movers
-
-
-def _make_scenery(
-    rng: np.random.Generator, network: Network, yards: list[Polygon], actors: list[Actor]
-) -> tuple[list[Building], list[Tree], list[Pole]]:
-    """Buildings in rows behind the walkways, trees and lamp posts along them; nothing in an actor's way."""
-    built: list[Polygon] = []
-    buildings: list[Building] = []
-    ground = shapely.union_all([network.surface, *network.islands, *network.walkways])
-    keep_out = shapely.union_all([ground.buffer(0.6), *[yard.buffer(1.0) for yard in yards]])
-    shapely.prepare(keep_out)
-    tone, tallest = rng.uniform(0.35, 0.75), rng.uniform(8, 32)
-    for section in network.sections:
-        road = network.roads[section.road]
-        for side in (-1, 1):
-            for row, setback in enumerate((rng.uniform(0.8, 6), rng.uniform(24, 34))):
-                s = section.start - 10
-                while s < section.stop + 10:
-                    width, depth, height = rng.uniform(9, 26), rng.uniform(9, 17), rng.uniform(4, tallest) + 8 * row
-                    gap, color = (
-                        rng.choice([0.0, 1.5, 7.0], p=[0.45, 0.3, 0.25]),
-                        np.clip(tone + rng.normal(0, 0.13, 3), 0.12, 0.92),
-                    )
-                    middle, heading = s + width / 2, road.heading(np.clip(s + width / 2, 0, road.length))
-                    s += width + gap
-                    base = road.point(
-                        middle, road.edge(side) + side * (network.walkway_width + setback + rng.uniform(0, 0.8))
-                    )
-                    if not 0 < middle < road.length or abs(base).max() > PAINT_HALF * 1.3 or rng.random() < 0.1:
-                        continue
-                    along, out = (
-                        np.array([np.cos(heading), np.sin(heading)]),
-                        side * np.array([-np.sin(heading), np.cos(heading)]),
-                    )
-                    corners = [base + a * along + o * out for a, o in ((-1, 0), (1, 0), (1, 1), (-1, 1))
-                               for a, o in ((a * width / 2, o * depth),)]  # fmt: skip
-                    shape = Polygon(corners)
-                    if keep_out.intersects(shape) or any(shape.intersects(other) for other in built):
-                        continue
-                    built.append(shape.buffer(-0.05))
-                    seed = int(rng.integers(2**31))
-                    buildings.append(Building(np.array(corners), float(height), tuple(map(float, color)), seed))
-
-    walkable = shapely.union_all(network.walkways)
-    busy = shapely.union_all(
-        [c.polygon.buffer(3.0) for c in network.crossings]
-        + [Point(p).buffer(a.size[1] / 2 + 0.6) for a in actors for p in a.trajectory.xy[::5]]
-        + [LineString(a.trajectory.xy[[0, -1]]).buffer(0.5) for a in actors if not a.trajectory.static]
-    )
-    shapely.prepare(walkable)
-    shapely.prepare(busy)
-    trees, poles = [], []
-    for section in network.sections:
-        road = network.roads[section.road]
-        for side in (-1, 1):
-            planted, spacing, lamp = rng.random() < 0.6, rng.uniform(8, 15), rng.uniform(24, 36)
-            for kind, pitch, inset in (("pole", lamp, 0.45), ("tree", spacing, 0.75)):
-                for s in np.arange(section.start + rng.uniform(1, 8), section.stop, pitch):
-                    xy = road.point(s, road.edge(side) + side * inset)
-                    spot = Point(xy)
-                    crowded = any(np.linalg.norm(p.xy - xy) < 2.5 for p in poles)
-                    if crowded or busy.intersects(spot) or not walkable.contains(spot) or abs(xy).max() > PAINT_HALF:
-                        continue
-                    if kind == "pole":
-                        poles.append(Pole(xy, float(rng.uniform(5.5, 9)), float(rng.uniform(0.07, 0.12))))
-                    elif planted:
-                        trees.append(_tree(rng, xy))
-    solid = shapely.union_all(
-        [ground.buffer(1.0), *[b.buffer(1.5) for b in built], *[yard.buffer(1.5) for yard in yards]]
-    )
-    shapely.prepare(solid)
-    for xy in rng.uniform(-PAINT_HALF, PAINT_HALF, (160, 2)):
-        if not solid.intersects(Point(xy)):
-            trees.append(_tree(rng, xy))
-    return buildings, trees, poles
-
-
-def _tree(rng: np.random.Generator, xy: np.ndarray) -> Tree:
-    crown = rng.uniform(1.2, 2.8)
-    return Tree(xy, float(rng.uniform(2.4, 3.6)), float(rng.uniform(0.12, 0.25)), float(crown))
-
-
-def _make_light(rng: np.random.Generator) -> Light:
-    """Clear, hazy or overcast daylight."""
-    elevation, azimuth = np.radians(rng.uniform(14, 72)), rng.uniform(-np.pi, np.pi)
-    sun = np.array([np.cos(elevation) * np.cos(azimuth), np.cos(elevation) * np.sin(azimuth), np.sin(elevation)])
-    overcast = rng.random() < 0.35
-    warm = 1.0 - np.sin(elevation)
-    strength = 0.25 if overcast else 1.0
-    color = tuple(float(strength * c) for c in (1.0, 0.97 - 0.15 * warm, 0.92 - 0.35 * warm))
-    sky = (0.72, 0.74, 0.77) if overcast else (0.45 + 0.2 * warm, 0.62 + 0.05 * warm, 0.88)
-    fog = float(rng.uniform(0.003, 0.009) if rng.random() < 0.25 else rng.uniform(0.0004, 0.0025))
-    ambient = float(rng.uniform(0.6, 0.8) if overcast else rng.uniform(0.3, 0.45))
-    return Light(sun, color, tuple(map(float, sky)), ambient, fog, float(rng.uniform(0.85, 1.15)))
 
 
 def make_district(seed: int, origin_xy, location: str, duration: float) -> District:
@@ -264,16 +167,17 @@ def make_district(seed: int, origin_xy, location: str, duration: float) -> Distr
     rng = np.random.default_rng(seed)
     angle = rng.uniform(-np.pi, np.pi)
     placement = _Placement(angle, location.startswith("singapore"), np.asarray(origin_xy, dtype=np.float64))
-    # Squares along the map's axes, seen from the district's frame; a mirrored square turned back is again such a square.
+    # Squares along the map's axes, seen from the district's frame; a mirrored square is again such a square.
     turned = [shapely.affinity.rotate(box(-h, -h, h, h), -placement.flip * angle, (0, 0), use_radians=True)
               for h in (TILE_HALF, PAINT_HALF)]  # fmt: skip
     network = make_network(rng, *turned)
 
     path, stop_lines, cruise, first = _ego_route(rng, network, duration)
     ego = Mover(path, stop_lines, 0.0, cruise, EGO_FRONT, EGO_BACK, EGO_WIDTH, ego=True)
-    people = Population(rng, network, path[: max(2, len(path))], duration + 1)
+    seen = int(np.searchsorted(ego.stations, cruise * (duration + 1)))
+    people = Population(rng, network, ego.path[: seen + 2], duration + 1)
     yards, actors = people.yards(int(rng.choice([1, 2])))
-    for _ in range(int(rng.choice([1, 2, 3], p=[0.45, 0.4, 0.15]))):
+    for _ in range(int(rng.choice([1, 2], p=[0.5, 0.5]))):
         actors += people.work_site()
     actors += people.cycles()
     actors += people.parked()
@@ -291,11 +195,12 @@ def make_district(seed: int, origin_xy, location: str, duration: float) -> Distr
     for (category, size, _), track in zip(movers, tracks[1:], strict=True):
         rider = category in ("vehicle.bicycle", "vehicle.motorcycle")
         actors.append(people.actor(category, track, size, rider))
-    actors += crossers + people.walkers(int(rng.integers(6, 17)))
+    actors += crossers + people.walkers(int(rng.integers(8, 19)))
     driven = LineString(tracks[0].xy) if np.ptp(tracks[0].xy, axis=0).max() > 0.1 else Point(tracks[0].xy[0])
     actors = [a for a in actors if min(driven.distance(Point(p)) for p in a.trajectory.xy[::10]) < 55]
-    actors = drop_collisions(actors, tracks[0], duration + 1, [])
-    buildings, trees, poles = _make_scenery(rng, network, yards, actors)
+    actors = drop_collisions(actors, tracks[0], duration + 1)
+    buildings = make_buildings(rng, network, yards)
+    trees, poles = make_greenery(rng, network, yards, buildings, actors)
 
     square = box(-400, -400, 400, 400)
     surfaces = [(square, "grass"), *((w, "walkway") for w in network.walkways)]
@@ -307,7 +212,7 @@ def make_district(seed: int, origin_xy, location: str, duration: float) -> Distr
     border = turned[1].boundary.buffer(0.05)
     kerbs = network.surface.boundary.difference(border)
     kerbs = shapely.line_merge(kerbs) if kerbs.geom_type == "MultiLineString" else kerbs
-    light = _make_light(rng)
+    light = make_light(rng)
     return District(
         seed=seed,
         location=location,
