@@ -1,9 +1,12 @@
 """Fixtures that several test files share."""
 
+import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -35,3 +38,112 @@ def town_root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("town")
     simulate(root, scenes=2, seed=11, keyframes=4, image_size=(128, 224), workers=1)
     return root
+
+
+HAND_STEP = 0.5  # seconds between keyframes of the dataset written by hand
+HAND_SPEED = 6.0  # m/s of its ego car along its own x
+
+
+def quaternion(yaw):
+    return [float(np.cos(yaw / 2)), 0.0, 0.0, float(np.sin(yaw / 2))]
+
+
+@pytest.fixture(scope="session")
+def hand_root(tmp_path_factory) -> Path:
+    """A dataset written by hand, without the simulator.
+
+    Two scenes of three keyframes, 0.5 s and 3 m apart, on a straight road that runs 30 degrees off global x. Version
+    `v1.0-hand`, split `hand_val` (both scenes) and `hand_second`, cameras CAM_FRONT and CAM_BACK.
+    """
+    root = tmp_path_factory.mktemp("hand")
+    yaw = np.radians(30)
+    heading = np.array([np.cos(yaw), np.sin(yaw)])
+    tables = {name: [] for name in ("ego_pose", "sample", "sample_data", "sample_annotation", "scene", "instance")}
+    sensors = ["LIDAR_TOP", "CAM_FRONT", "CAM_BACK"]
+    tables["sensor"] = [
+        {"token": f"sensor-{s}", "channel": s, "modality": "lidar" if "LIDAR" in s else "camera"} for s in sensors
+    ]
+    # Camera axes (right, down, forward) in ego axes: forward looks along +x, backward along -x.
+    tables["calibrated_sensor"] = [
+        calibration("LIDAR_TOP", [0.9, 0.0, 1.8], quaternion(-np.pi / 2), []),
+        calibration("CAM_FRONT", [1.7, 0.1, 1.5], [0.5, -0.5, 0.5, -0.5], [[80, 0, 80], [0, 80, 45], [0, 0, 1]]),
+        calibration("CAM_BACK", [0.0, 0.0, 1.5], [0.5, -0.5, -0.5, 0.5], [[60, 0, 80], [0, 60, 45], [0, 0, 1]]),
+    ]
+    tables["category"] = [{"token": n, "name": n} for n in ("vehicle.car", "human.pedestrian.adult", "animal")]
+    tables["attribute"] = [{"token": n, "name": n} for n in ("vehicle.moving", "pedestrian.standing")]
+    tables["visibility"] = [{"token": "4", "level": "v80-100"}]
+    tables["log"] = [{"token": "log", "logfile": "", "location": "hand-town"}]
+    tables["map"] = [{"token": "map", "log_tokens": ["log"], "category": "", "filename": "maps/mask.png"}]
+    for scene in range(2):
+        first, count = f"s{scene}-0", 3
+        tables["scene"].append(
+            {"token": f"scene{scene}", "name": f"hand-{scene}", "log_token": "log", "first_sample_token": first}
+        )
+        for k in range(count):
+            token, time = f"s{scene}-{k}", round(1e6 * (1000 + 100 * scene + HAND_STEP * k))
+            near = {"prev": f"s{scene}-{k - 1}" if k else "", "next": f"s{scene}-{k + 1}" if k + 1 < count else ""}
+            tables["sample"].append({"token": token, "timestamp": time, "scene_token": f"scene{scene}"} | near)
+            for sensor in sensors:
+                late = 0.02 if sensor == "CAM_FRONT" else 0.0  # this camera exposes 20 ms after the LiDAR
+                xy = np.array([500.0, 800.0]) + heading * HAND_SPEED * (HAND_STEP * k + late)
+                pose = {"token": f"{token}-{sensor}", "translation": [*xy, 0.0], "rotation": quaternion(yaw)}
+                tables["ego_pose"].append(pose | {"timestamp": time + round(1e6 * late)})
+                name = f"samples/{sensor}/{token}.jpg"
+                data = {"token": f"{token}-{sensor}", "sample_token": token, "ego_pose_token": f"{token}-{sensor}"}
+                data |= {"calibrated_sensor_token": sensor, "filename": name, "is_key_frame": True, "height": 90}
+                tables["sample_data"].append(data | {"width": 160, "timestamp": time, "prev": "", "next": ""})
+                if sensor != "LIDAR_TOP":
+                    (root / name).parent.mkdir(parents=True, exist_ok=True)
+                    shade = np.full((90, 160, 3), 20 * k + 60, dtype=np.uint8)
+                    Image.fromarray(shade).save(root / name, quality=95)
+            # A car 20 m ahead of the first pose and 3.5 m left of it drives along at 4 m/s; an unseen pedestrian
+            # stands 10 m ahead and 5 m right; an animal is no class of the task.
+            left = np.array([-heading[1], heading[0]])
+            car = np.array([500.0, 800.0]) + heading * (20 + 4 * HAND_STEP * k) + left * 3.5
+            walker = np.array([500.0, 800.0]) + heading * 10 - left * 5
+            annotate(
+                tables, scene, k, count, "vehicle.car", [*car, 0.8], [1.9, 4.5, 1.6], yaw + 0.1, 9, "vehicle.moving"
+            )
+            annotate(tables, scene, k, count, "human.pedestrian.adult", [*walker, 0.9], [0.6, 0.7, 1.8], 0.0, 0, None)
+            annotate(tables, scene, k, count, "animal", [*walker, 0.3], [0.3, 0.6, 0.5], 0.0, 3, None)
+    folder = root / "v1.0-hand"
+    folder.mkdir()
+    for name, rows in tables.items():
+        (folder / f"{name}.json").write_text(json.dumps(rows))
+    (folder / "splits.json").write_text(json.dumps({"hand_val": ["hand-0", "hand-1"], "hand_second": ["hand-1"]}))
+    (root / "maps" / "expansion").mkdir(parents=True)
+    Image.new("L", (8, 8)).save(root / "maps" / "mask.png")
+    write_road(root / "maps" / "expansion" / "hand-town.json", yaw)
+    return root
+
+
+def calibration(sensor, translation, rotation, intrinsic):
+    record = {"token": sensor, "sensor_token": f"sensor-{sensor}", "translation": translation, "rotation": rotation}
+    return record | {"camera_intrinsic": intrinsic}
+
+
+def annotate(tables, scene, k, count, category, translation, size, yaw, points, attribute):
+    instance = f"{category}-{scene}"
+    if k == 0:
+        tables["instance"].append({"token": instance, "category_token": category})
+    tables["sample_annotation"].append(
+        {
+            "token": f"{instance}-{k}", "sample_token": f"s{scene}-{k}", "instance_token": instance,
+            "translation": translation, "size": size, "rotation": quaternion(yaw), "visibility_token": "4",
+            "attribute_tokens": [attribute] if attribute else [], "num_lidar_pts": points, "num_radar_pts": 0,
+            "prev": f"{instance}-{k - 1}" if k else "", "next": f"{instance}-{k + 1}" if k + 1 < count else "",
+        }
+    )  # fmt: skip
+
+
+def write_road(path, yaw):
+    """A straight road 8 m wide and 200 m long, a divider on its middle line."""
+    turn = np.array([[np.cos(yaw), -np.sin(yaw)], [np.sin(yaw), np.cos(yaw)]])
+    corners = np.array([[-100, -4], [100, -4], [100, 4], [-100, 4], [-100, 0], [100, 0]]) @ turn.T + [500, 800]
+    content = {name: [] for name in ("lane", "ped_crossing", "road_divider")}
+    content["node"] = [{"token": str(k), "x": x, "y": y} for k, (x, y) in enumerate(corners)]
+    content["polygon"] = [{"token": "p", "exterior_node_tokens": list("0123"), "holes": []}]
+    content["line"] = [{"token": "l", "node_tokens": ["4", "5"]}]
+    content["road_segment"] = [{"token": "r", "polygon_token": "p"}]
+    content["lane_divider"] = [{"token": "d", "line_token": "l"}]
+    path.write_text(json.dumps(content))

@@ -1,4 +1,4 @@
-"""The dataset against a small root written by hand, and against the official devkit's own view of a generated one."""
+"""The dataset against a small root hand_root by hand, and against the official devkit's own view of a generated one."""
 
 import json
 import shutil
@@ -25,115 +25,13 @@ from perception.types import ATTRIBUTES, BOX_CLASSES, LINE_CLASSES
 
 VERSION, SPLIT = "v1.0-hand", "hand_val"
 CAMERAS = ("CAM_FRONT", "CAM_BACK")
-STEP = 0.5  # seconds between keyframes
-SPEED = 6.0  # of the ego car along its own x
-
-
-def quaternion(yaw):
-    return [float(np.cos(yaw / 2)), 0.0, 0.0, float(np.sin(yaw / 2))]
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    """A root written by hand: two scenes of three keyframes on a straight road that runs 30 degrees off global x."""
-    root = tmp_path_factory.mktemp("hand")
-    yaw = np.radians(30)
-    heading = np.array([np.cos(yaw), np.sin(yaw)])
-    tables = {name: [] for name in ("ego_pose", "sample", "sample_data", "sample_annotation", "scene", "instance")}
-    sensors = ["LIDAR_TOP", *CAMERAS]
-    tables["sensor"] = [
-        {"token": f"sensor-{s}", "channel": s, "modality": "lidar" if "LIDAR" in s else "camera"} for s in sensors
-    ]
-    # Camera axes (right, down, forward) in ego axes: forward looks along +x, backward along -x.
-    tables["calibrated_sensor"] = [
-        calibration("LIDAR_TOP", [0.9, 0.0, 1.8], quaternion(-np.pi / 2), []),
-        calibration("CAM_FRONT", [1.7, 0.1, 1.5], [0.5, -0.5, 0.5, -0.5], [[80, 0, 80], [0, 80, 45], [0, 0, 1]]),
-        calibration("CAM_BACK", [0.0, 0.0, 1.5], [0.5, -0.5, -0.5, 0.5], [[60, 0, 80], [0, 60, 45], [0, 0, 1]]),
-    ]
-    tables["category"] = [{"token": n, "name": n} for n in ("vehicle.car", "human.pedestrian.adult", "animal")]
-    tables["attribute"] = [{"token": n, "name": n} for n in ("vehicle.moving", "pedestrian.standing")]
-    tables["visibility"] = [{"token": "4", "level": "v80-100"}]
-    tables["log"] = [{"token": "log", "logfile": "", "location": "hand-town"}]
-    tables["map"] = [{"token": "map", "log_tokens": ["log"], "category": "", "filename": "maps/mask.png"}]
-    for scene in range(2):
-        first, count = f"s{scene}-0", 3
-        tables["scene"].append(
-            {"token": f"scene{scene}", "name": f"hand-{scene}", "log_token": "log", "first_sample_token": first}
-        )
-        for k in range(count):
-            token, time = f"s{scene}-{k}", round(1e6 * (1000 + 100 * scene + STEP * k))
-            near = {"prev": f"s{scene}-{k - 1}" if k else "", "next": f"s{scene}-{k + 1}" if k + 1 < count else ""}
-            tables["sample"].append({"token": token, "timestamp": time, "scene_token": f"scene{scene}"} | near)
-            for sensor in sensors:
-                late = 0.02 if sensor == "CAM_FRONT" else 0.0  # this camera exposes 20 ms after the LiDAR
-                xy = np.array([500.0, 800.0]) + heading * SPEED * (STEP * k + late)
-                pose = {"token": f"{token}-{sensor}", "translation": [*xy, 0.0], "rotation": quaternion(yaw)}
-                tables["ego_pose"].append(pose | {"timestamp": time + round(1e6 * late)})
-                name = f"samples/{sensor}/{token}.jpg"
-                data = {"token": f"{token}-{sensor}", "sample_token": token, "ego_pose_token": f"{token}-{sensor}"}
-                data |= {"calibrated_sensor_token": sensor, "filename": name, "is_key_frame": True, "height": 90}
-                tables["sample_data"].append(data | {"width": 160, "timestamp": time, "prev": "", "next": ""})
-                if sensor != "LIDAR_TOP":
-                    (root / name).parent.mkdir(parents=True, exist_ok=True)
-                    shade = np.full((90, 160, 3), 20 * k + 60, dtype=np.uint8)
-                    Image.fromarray(shade).save(root / name, quality=95)
-            # A car 20 m ahead of the first pose and 3.5 m left of it drives along at 4 m/s; an unseen pedestrian
-            # stands 10 m ahead and 5 m right; an animal is no class of the task.
-            left = np.array([-heading[1], heading[0]])
-            car = np.array([500.0, 800.0]) + heading * (20 + 4 * STEP * k) + left * 3.5
-            walker = np.array([500.0, 800.0]) + heading * 10 - left * 5
-            annotate(
-                tables, scene, k, count, "vehicle.car", [*car, 0.8], [1.9, 4.5, 1.6], yaw + 0.1, 9, "vehicle.moving"
-            )
-            annotate(tables, scene, k, count, "human.pedestrian.adult", [*walker, 0.9], [0.6, 0.7, 1.8], 0.0, 0, None)
-            annotate(tables, scene, k, count, "animal", [*walker, 0.3], [0.3, 0.6, 0.5], 0.0, 3, None)
-    folder = root / VERSION
-    folder.mkdir()
-    for name, rows in tables.items():
-        (folder / f"{name}.json").write_text(json.dumps(rows))
-    (folder / "splits.json").write_text(json.dumps({SPLIT: ["hand-0", "hand-1"], "hand_second": ["hand-1"]}))
-    (root / "maps" / "expansion").mkdir(parents=True)
-    Image.new("L", (8, 8)).save(root / "maps" / "mask.png")
-    write_road(root / "maps" / "expansion" / "hand-town.json", yaw)
-    return root
-
-
-def calibration(sensor, translation, rotation, intrinsic):
-    record = {"token": sensor, "sensor_token": f"sensor-{sensor}", "translation": translation, "rotation": rotation}
-    return record | {"camera_intrinsic": intrinsic}
-
-
-def annotate(tables, scene, k, count, category, translation, size, yaw, points, attribute):
-    instance = f"{category}-{scene}"
-    if k == 0:
-        tables["instance"].append({"token": instance, "category_token": category})
-    tables["sample_annotation"].append(
-        {
-            "token": f"{instance}-{k}", "sample_token": f"s{scene}-{k}", "instance_token": instance,
-            "translation": translation, "size": size, "rotation": quaternion(yaw), "visibility_token": "4",
-            "attribute_tokens": [attribute] if attribute else [], "num_lidar_pts": points, "num_radar_pts": 0,
-            "prev": f"{instance}-{k - 1}" if k else "", "next": f"{instance}-{k + 1}" if k + 1 < count else "",
-        }
-    )  # fmt: skip
-
-
-def write_road(path, yaw):
-    """A straight road 8 m wide and 200 m long, a divider on its middle line."""
-    turn = np.array([[np.cos(yaw), -np.sin(yaw)], [np.sin(yaw), np.cos(yaw)]])
-    corners = np.array([[-100, -4], [100, -4], [100, 4], [-100, 4], [-100, 0], [100, 0]]) @ turn.T + [500, 800]
-    content = {name: [] for name in ("lane", "ped_crossing", "road_divider")}
-    content["node"] = [{"token": str(k), "x": x, "y": y} for k, (x, y) in enumerate(corners)]
-    content["polygon"] = [{"token": "p", "exterior_node_tokens": list("0123"), "holes": []}]
-    content["line"] = [{"token": "l", "node_tokens": ["4", "5"]}]
-    content["road_segment"] = [{"token": "r", "polygon_token": "p"}]
-    content["lane_divider"] = [{"token": "d", "line_token": "l"}]
-    path.write_text(json.dumps(content))
+STEP, SPEED = 0.5, 6.0  # seconds between keyframes, m/s of the ego car
 
 
 @pytest.fixture
-def root(written, tmp_path):
+def root(hand_root, tmp_path):
     """A copy that a test may damage."""
-    return shutil.copytree(written, tmp_path / "root")
+    return shutil.copytree(hand_root, tmp_path / "root")
 
 
 def read(root, tmp_path, **changes):
@@ -148,8 +46,8 @@ def edit(root, table, change):
     path.write_text(json.dumps(rows))
 
 
-def test_streaming_frames(written, tmp_path):
-    data = read(written, tmp_path)
+def test_streaming_frames(hand_root, tmp_path):
+    data = read(hand_root, tmp_path)
     assert len(data) == 6 and data.tokens == ["s0-0", "s0-1", "s0-2", "s1-0", "s1-1", "s1-2"]
     assert data.scene_names == ["hand-0", "hand-1"] and data.scene_of_sample.tolist() == [0, 0, 0, 1, 1, 1]
     assert np.allclose(np.diff(data.timestamps), [0.5, 0.5, 99, 0.5, 0.5])
@@ -166,28 +64,28 @@ def test_streaming_frames(written, tmp_path):
         assert abs(frame.images.float().mean().item() - (20 * (i % 3) + 60)) < 1.5
 
 
-def test_clips_stay_in_their_scene_and_start_first(written, tmp_path):
-    data = read(written, tmp_path, clip_length=2)
+def test_clips_stay_in_their_scene_and_start_first(hand_root, tmp_path):
+    data = read(hand_root, tmp_path, clip_length=2)
     assert [data[i].sample_index.tolist() for i in range(len(data))] == [[0, 1], [1, 2], [3, 4], [4, 5]]
     clip = data[1]
     assert clip.frames.is_first.tolist() == [True, False]
     assert clip.frames.seconds_since_prev.tolist() == pytest.approx([0.0, STEP])
     assert torch.equal(clip.frames.ego_from_prev[0], torch.eye(4))
     with pytest.raises(ConfigError, match="clip_length is 4"):
-        read(written, tmp_path, clip_length=4)
+        read(hand_root, tmp_path, clip_length=4)
 
 
-def test_cameras_are_carried_to_the_reference_time(written, tmp_path):
+def test_cameras_are_carried_to_the_reference_time(hand_root, tmp_path):
     """CAM_FRONT exposes 20 ms late at 6 m/s: it sits 0.12 m farther ahead than mounted."""
-    rig = read(written, tmp_path)[0].frames.rig
+    rig = read(hand_root, tmp_path)[0].frames.rig
     front = torch.tensor([[0.0, 0, 1, 1.7 + 0.12], [-1, 0, 0, 0.1], [0, -1, 0, 1.5], [0, 0, 0, 1]])
     back = torch.tensor([[0.0, 0, -1, 0], [1, 0, 0, 0], [0, -1, 0, 1.5], [0, 0, 0, 1]])
     assert torch.allclose(rig.ego_from_cam[0], torch.stack([front, back]), atol=1e-5)
     assert rig.present.tolist() == [[True, True]]
 
 
-def test_boxes(written, tmp_path):
-    data = read(written, tmp_path)
+def test_boxes(hand_root, tmp_path):
+    data = read(hand_root, tmp_path)
     boxes = data[1].truth.boxes  # ego has moved 3 m
     assert boxes.center.shape == (1, 2, 3)
     assert torch.allclose(boxes.center[0], torch.tensor([[19.0, 3.5, 0.8], [7.0, -5.0, 0.9]]), atol=1e-4)
@@ -204,8 +102,8 @@ def test_unknown_velocity_is_nan(root, tmp_path):
     assert read(root, tmp_path).truth_boxes(1).velocity.isnan().all()
 
 
-def test_lines(written, tmp_path):
-    data = read(written, tmp_path, points_per_line=11)
+def test_lines(hand_root, tmp_path):
+    data = read(hand_root, tmp_path, points_per_line=11)
     exact = data.truth_lines(2)
     assert [LINE_CLASSES[line.label] for line in exact] == ["divider", "boundary", "boundary"]
     divider = sorted(exact[0].points.tolist())
@@ -216,9 +114,9 @@ def test_lines(written, tmp_path):
     assert torch.allclose(lines.points[0, 0, :, 0].sort().values, torch.linspace(-29.1, 30.9, 11), atol=1e-4)
 
 
-def test_images_are_scaled_to_cover_and_cropped_at_the_top(written, tmp_path):
+def test_images_are_scaled_to_cover_and_cropped_at_the_top(hand_root, tmp_path):
     """160 x 90 -> 80 x 32: scale 0.5 gives 80 x 45, so 13 rows go at the top."""
-    frame = read(written, tmp_path, image_size=(32, 80))[0].frames
+    frame = read(hand_root, tmp_path, image_size=(32, 80))[0].frames
     want = torch.tensor([[40.0, 0, 40], [0, 40, 22.5 - 13], [0, 0, 1]])
     assert frame.images.shape[-2:] == (32, 80) and torch.allclose(frame.rig.img_from_cam[0, 0], want)
 
@@ -233,17 +131,17 @@ def test_missing_camera_is_not_present(root, tmp_path):
     assert frame.images[0, 1].max() == 0 and torch.isfinite(frame.rig.ego_from_cam).all()
 
 
-def test_splits(written, tmp_path):
-    assert read(written, tmp_path, split="hand_second").tokens == ["s1-0", "s1-1", "s1-2"]
+def test_splits(hand_root, tmp_path):
+    assert read(hand_root, tmp_path, split="hand_second").tokens == ["s1-0", "s1-1", "s1-2"]
     with pytest.raises(DataError, match=r"splits\.json has no split 'other'"):
-        read(written, tmp_path, split="other")
+        read(hand_root, tmp_path, split="other")
     with pytest.raises(DataError, match=r"scene\.json holds no scene of split 'val'"):
-        read(written, tmp_path, split="val")
+        read(hand_root, tmp_path, split="val")
 
 
-def test_several_roots_are_one_dataset(written, root, tmp_path):
-    both = read([written, root], tmp_path, clip_length=2)
-    one = read(written, tmp_path, clip_length=2)
+def test_several_roots_are_one_dataset(hand_root, root, tmp_path):
+    both = read([hand_root, root], tmp_path, clip_length=2)
+    one = read(hand_root, tmp_path, clip_length=2)
     assert len(both) == 8 and both.scene_of_sample.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
     first, again = one[3], both[7]
     assert again.sample_index.tolist() == [10, 11]
@@ -270,11 +168,11 @@ def test_cache_is_used_and_never_stale(root, tmp_path, monkeypatch):
     assert [line.label for line in read(root, tmp_path).truth_lines(0)] == [2, 2]
 
 
-def test_damaged_cache_is_built_again(written, tmp_path):
-    want = read(written, tmp_path).truth_boxes(0).center
+def test_damaged_cache_is_built_again(hand_root, tmp_path):
+    want = read(hand_root, tmp_path).truth_boxes(0).center
     (cache,) = (tmp_path / "cache").iterdir()
     cache.write_bytes(cache.read_bytes()[:1000])
-    assert torch.equal(read(written, tmp_path).truth_boxes(0).center, want)
+    assert torch.equal(read(hand_root, tmp_path).truth_boxes(0).center, want)
     assert cache.stat().st_size > 1000
 
 
@@ -404,7 +302,7 @@ def test_town_static_boxes_stay_where_they_are(town):
             continue
         now, before = data.truth_boxes(i), data.truth_boxes(i - 1)
         carried = transform_points(frame.ego_from_prev[0], before.center[before.velocity.norm(dim=-1) < 1e-3])
-        gaps = torch.cdist(carried, now.center).min(dim=1).values
+        gaps = (carried[:, None] - now.center).norm(dim=-1).min(dim=1).values
         assert (gaps < 1e-2).float().mean() > 0.8  # some leave the annotated area
         moved = max(moved, float(frame.ego_from_prev[0, :2, 3].norm()))
     assert moved > 0.5

@@ -174,7 +174,7 @@ def _polygon(nodes: dict, record: dict) -> BaseGeometry | None:
 def _outlines(polygons: list[BaseGeometry], window: BaseGeometry) -> list[np.ndarray]:
     """Outlines of the union of polygons inside a window, each ring's pieces merged, the surface on their right."""
     outlines = []
-    for polygon in shapely.get_parts(shapely.union_all(polygons)) if polygons else []:
+    for polygon in shapely.get_parts(shapely.union_all(polygons)):
         for is_hole, ring in [(False, polygon.exterior), *((True, hole) for hole in polygon.interiors)]:
             points = shapely.get_coordinates(ring)
             outlines.extend(_clip(points if shapely.is_ccw(ring) == is_hole else points[::-1], window))

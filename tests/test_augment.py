@@ -1,0 +1,200 @@
+"""Augmented clips are still true: what is projected, moved or cut must agree with the original world."""
+
+import json
+
+import numpy as np
+import pytest
+import shapely
+import torch
+
+from perception.data.augment import Augment, change_colors, move_boxes, move_frames, move_lines, zoom_cameras
+from perception.data.index import PATCH_SIZE, WIDE_PATCH_SIZE, ego_from_patch
+from perception.data.lane_map import LaneMap
+from perception.data.nuscenes import NuScenesDataset
+from perception.errors import ConfigError
+from perception.geometry import box_corners, invert_rigid, project_points, rigid_from_yaw, transform_points
+
+MIRROR = np.diag([1.0, -1.0, 1.0, 1.0])
+MOVES = {
+    "turn": rigid_from_yaw(0.3, (1.0, -0.5, 0.0)),
+    "mirror": MIRROR,
+    "both": rigid_from_yaw(-0.2, (0.7, 0.4, 0.0)) @ MIRROR,
+}
+
+
+@pytest.fixture(scope="module")
+def data(hand_root, tmp_path_factory):
+    return NuScenesDataset(
+        hand_root, "v1.0-hand", "hand_val", image_size=(90, 160), clip_length=3, cameras=("CAM_FRONT", "CAM_BACK"),
+        cache_dir=tmp_path_factory.mktemp("cache"),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def clip(data):
+    """A clip whose calibration is skewed and off-centre, so that no sign can hide, with noise for images."""
+    clip = data[1]
+    rng = np.random.default_rng(0)
+    images = torch.from_numpy(rng.integers(0, 256, clip.frames.images.shape, dtype=np.uint8))
+    img_from_cam = clip.frames.rig.img_from_cam + torch.tensor([[0.0, 3.0, 11.0], [0.0, 4.0, -6.0], [0.0, 0.0, 0.0]])
+    turn = torch.from_numpy(rigid_from_yaw(0.4)).float()
+    rig = clip.frames.rig._replace(img_from_cam=img_from_cam, ego_from_cam=turn @ clip.frames.rig.ego_from_cam)
+    return clip._replace(frames=clip.frames._replace(images=images, rig=rig))
+
+
+def project(frames, points_ego):
+    """[P, 3] -> pixels [T, N, P, 2] and depths [T, N, P]."""
+    rig = frames.rig
+    cam_from_ego = invert_rigid(rig.ego_from_cam.double())
+    return project_points(rig.img_from_cam.double(), transform_points(cam_from_ego, points_ego))
+
+
+@pytest.fixture(scope="module")
+def points_ego():
+    return torch.from_numpy(np.random.default_rng(1).uniform([-30, -30, -1], [30, 30, 4], (200, 3)))
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_a_moved_world_shows_in_the_same_pixels(clip, points_ego, name):
+    move = MOVES[name]
+    moved = move_frames(clip.frames, move)
+    before, depth = project(clip.frames, points_ego)
+    after, depth_after = project(moved, transform_points(torch.from_numpy(move), points_ego))
+    seen = depth > 1
+    assert torch.allclose(depth[seen], depth_after[seen], atol=1e-4)
+    if np.linalg.det(move) < 0:
+        before = torch.stack([160 - before[..., 0], before[..., 1]], -1)
+    assert (before - after)[seen].abs().max() < 2e-2
+    # The colour at the projected point is the same too.
+    T, N = before.shape[:2]
+    pixel, pixel_old = after.floor().long(), project(clip.frames, points_ego)[0].floor().long()
+    off_edge = (after - after.round()).abs().min(-1).values > 0.05
+    inside = seen & off_edge & (pixel >= 0).all(-1) & (pixel < torch.tensor([160, 90])).all(-1)
+    for t in range(T):
+        for n in range(N):
+            new, old = pixel[t, n][inside[t, n]], pixel_old[t, n][inside[t, n]]
+            assert len(new) > 3
+            new_colors = moved.images[t, n][:, new[:, 1], new[:, 0]]
+            assert torch.equal(new_colors, clip.frames.images[t, n][:, old[:, 1], old[:, 0]])
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_poses_stay_proper_rotations(clip, name):
+    moved = move_frames(clip.frames, MOVES[name])
+    for transform in (moved.rig.ego_from_cam, moved.ego_from_prev):
+        rotation = transform[..., :3, :3].double()
+        assert torch.allclose(torch.linalg.det(rotation), torch.ones(1).double(), atol=1e-5)
+        assert torch.allclose(rotation @ rotation.mT, torch.eye(3).double(), atol=1e-5)
+    assert (moved.rig.img_from_cam[..., 0, 0] > 0).all() and (moved.rig.img_from_cam[..., 1, 1] > 0).all()
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_static_things_stay_static(clip, points_ego, name):
+    move = torch.from_numpy(MOVES[name])
+    moved = move_frames(clip.frames, MOVES[name])
+    now = transform_points(clip.frames.ego_from_prev[2].double(), points_ego)
+    now_moved = transform_points(moved.ego_from_prev[2].double(), transform_points(move, points_ego))
+    assert torch.allclose(now_moved, transform_points(move, now), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_boxes_move_with_the_world(clip, name):
+    boxes = clip.truth.boxes._replace(velocity=clip.truth.boxes.velocity + torch.tensor([0.5, 2.0]))
+    boxes = boxes._replace(velocity=boxes.velocity.index_fill(1, torch.tensor([1]), float("nan")))
+    move = torch.from_numpy(MOVES[name]).float()
+    moved = move_boxes(boxes, MOVES[name])
+    corners = transform_points(move, box_corners(boxes.center, boxes.size, boxes.yaw))
+    new = box_corners(moved.center, moved.size, moved.yaw)
+    assert torch.cdist(corners, new).min(-1).values.max() < 1e-4  # as sets: mirroring swaps left and right corners
+    front = (new[..., [0, 3], :].mean(-2) - corners[..., [0, 3], :].mean(-2)).norm(dim=-1)
+    assert front.max() < 1e-4  # the front is still the front
+    later = torch.cat([boxes.center[..., :2] + 2 * boxes.velocity, boxes.center[..., 2:]], -1)
+    later_moved = moved.center[..., :2] + 2 * moved.velocity
+    gap = transform_points(move, later)[..., :2] - later_moved
+    assert gap[:, 0].abs().max() < 1e-4 and moved.velocity[:, 1].isnan().all()
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_lines_equal_those_cut_from_a_moved_map(golden, tmp_path, name):
+    """The independent truth is a map file whose nodes are moved (and mirrored), read at the unmoved pose."""
+    (path,) = (golden / "map_gt" / "maps" / "expansion").glob("*.json")
+    x, y, yaw = 549.0, 1046.0, 0.4
+    move, ego_from_window = MOVES[name], rigid_from_yaw(0.01, (0.9, 0.05, 0.0))
+    global_from_ego = rigid_from_yaw(yaw, (x, y, 0.0))
+    global_from_patch = global_from_ego @ ego_from_window
+    content = json.loads(path.read_text())
+    nodes = np.array([[node["x"], node["y"], 0.0] for node in content["node"]])
+    nodes = transform_points(global_from_ego @ move @ invert_rigid(global_from_ego), nodes)
+    for node, point in zip(content["node"], nodes, strict=True):
+        node["x"], node["y"] = point[:2]
+    (tmp_path / "moved.json").write_text(json.dumps(content))
+    pose = (*global_from_patch[:2, 3], yaw + 0.01)
+    want = LaneMap(tmp_path / "moved.json").lines(*pose, PATCH_SIZE)
+
+    def in_ego(points):
+        return points @ ego_from_window[:2, :2].T + ego_from_window[:2, 3]
+
+    wide = [line._replace(points=in_ego(line.points)) for line in LaneMap(path).lines(*pose, WIDE_PATCH_SIZE)]
+    got = move_lines(wide, move, ego_from_window)
+    assert len(got) == len(want) > 10
+    for line in want:
+        points = in_ego(line.points)
+        alike = [other.points for other in got if other.label == line.label]
+        gaps = [shapely.hausdorff_distance(shapely.linestrings(points), shapely.linestrings(p)) for p in alike]
+        found = alike[int(np.argmin(gaps))]
+        assert min(gaps) < 1e-6
+        closed = np.array_equal(points[0], points[-1])
+        assert closed == np.array_equal(found[0], found[-1])
+        if closed:
+            assert shapely.is_ccw(shapely.linearrings(points)) == shapely.is_ccw(shapely.linearrings(found))
+        elif line.label == 2:  # a boundary keeps the road on its right
+            assert np.abs(points[0] - found[0]).max() < 1e-6
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_zoomed_pictures_fit_their_calibration(clip, seed):
+    """A smooth blob at a projected point is found where the new calibration projects that point."""
+    T, N = clip.frames.images.shape[:2]
+    v, u = torch.meshgrid(torch.arange(90) + 0.5, torch.arange(160) + 0.5, indexing="ij")
+    spots = torch.tensor([[70.0, 40.0], [88.0, 52.0]])  # u, v, one per camera
+    blob = torch.exp(-((u - spots[:, 0, None, None]) ** 2 + (v - spots[:, 1, None, None]) ** 2) / (2 * 4.0**2))
+    images = (250 * blob).round().byte()[None, :, None].expand(T, N, 3, 90, 160)
+    zoomed = zoom_cameras(clip.frames._replace(images=images), 0.2, np.random.default_rng(seed))
+    assert zoomed.images.shape == images.shape and zoomed.images.dtype == torch.uint8
+    new_from_old = zoomed.rig.img_from_cam.double() @ torch.linalg.inv(clip.frames.rig.img_from_cam.double())
+    for t in range(T):
+        for n in range(N):
+            want = (new_from_old[t, n] @ torch.tensor([*spots[n].tolist(), 1.0]).double())[:2]
+            weight = zoomed.images[t, n, 0].double()
+            found = torch.stack([(weight * u).sum(), (weight * v).sum()]) / weight.sum()
+            assert (found - want).norm() < 0.2
+    assert (new_from_old - torch.eye(3)).abs().max() > 0.02  # something happened
+
+
+def test_colors_change_alike_over_time_and_keep_their_order(clip):
+    values = torch.arange(0, 160).byte().expand(3, 2, 3, 90, 160)
+    changed = change_colors(clip.frames._replace(images=values), 0.3, np.random.default_rng(0)).images
+    assert torch.equal(changed[0], changed[2]) and not torch.equal(changed[0, 0], changed[0, 1])
+    assert (changed[0, :, :, 0].diff(dim=-1).int() >= 0).all() and not torch.equal(changed, values)
+    same = change_colors(clip.frames._replace(images=values), 0.0, np.random.default_rng(0)).images
+    assert torch.equal(same, values)
+
+
+def test_nothing_drawn_changes_nothing(data):
+    clip = data[0]
+    augment = Augment(mirror=0.0, yaw_deg=0.0, shift=0.0, zoom=0.0, color=0.0)
+    wide = [data._index.wide_lines.of_sample(i) for i in clip.sample_index]
+    patches = [ego_from_patch(data.ego_pose(i), data.ego_from_lidar(i)) for i in clip.sample_index.tolist()]
+    same = augment(clip, wide, patches, np.random.default_rng(0))
+    assert torch.equal(same.frames.images, clip.frames.images)
+    assert torch.allclose(same.frames.rig.ego_from_cam, clip.frames.rig.ego_from_cam)
+    assert torch.allclose(same.truth.boxes.center, clip.truth.boxes.center)
+    assert torch.allclose(same.truth.lines.points, clip.truth.lines.points, atol=1e-4)
+    assert torch.equal(same.truth.lines.valid, clip.truth.lines.valid)
+
+
+def test_impossible_settings():
+    with pytest.raises(ConfigError, match=r"Augment\.zoom is -0\.1"):
+        Augment(zoom=-0.1)
+    with pytest.raises(ConfigError, match="too far for the map"):
+        Augment(yaw_deg=45.0)

@@ -1,0 +1,130 @@
+"""Decoding against pictures with known values; padding, collation and sampling orders."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from perception.data.augment import Augment
+from perception.data.loader import Draw, SceneStreamSampler, ShuffledSampler, collate, decode_image, pad_lines
+from perception.data.nuscenes import NuScenesDataset
+from perception.errors import DataError
+from perception.types import MapLine, map_tensors
+
+
+@pytest.mark.parametrize("size", [(90, 160), (150, 400), (113, 200), (256, 704), (300, 200), (900, 1600)])
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_decoded_pixels_and_calibration_belong_together(tmp_path, size, suffix):
+    """Soft white spots are found where the adapted calibration projects them."""
+    spots = np.array([[420.0, 610.0], [801.5, 700.0], [1130.0, 823.25]])  # u, v of the stored image
+    u, v = np.arange(1600) + 0.5, np.arange(900)[:, None] + 0.5
+    picture = sum(np.exp(-((u - a) ** 2 + (v - b) ** 2) / (2 * 12.0**2)) for a, b in spots)
+    path = tmp_path / f"spots.{suffix}"
+    Image.fromarray((250 * picture).round().astype(np.uint8)).convert("RGB").save(path, quality=98)
+    stored_from_cam = np.array([[1000.0, 0, 810], [0, 990, 470], [0, 0, 1]])
+    image, img_from_cam = decode_image(path, stored_from_cam, size, (900, 1600))
+    H, W = size
+    assert image.shape == (3, H, W) and image.dtype == torch.uint8
+    scale = img_from_cam[0, 0] / 1000
+    assert scale == pytest.approx(max(W / 1600, H / 900))
+    rays = np.linalg.inv(stored_from_cam) @ np.concatenate([spots, np.ones((3, 1))], axis=1).T
+    expected = (img_from_cam @ rays)[:2].T
+    v, u = np.mgrid[0:H, 0:W] + 0.5
+    seen = 0
+    for a, b in expected:
+        weight = image[0].numpy().astype(float) * (np.hypot(u - a, v - b) < 60 * scale + 1)
+        if min(a, b, W - a, H - b) > 60 * scale:
+            found = np.array([(weight * u).sum(), (weight * v).sum()]) / weight.sum()
+            assert np.abs(found - (a, b)).max() < 0.1
+            seen += 1
+    assert seen == (1 if size == (300, 200) else 3)
+
+
+def test_decode_names_bad_files(tmp_path):
+    path = tmp_path / "a.jpg"
+    with pytest.raises(DataError, match=r"a\.jpg is missing"):
+        decode_image(path, np.eye(3), (8, 8))
+    path.write_text("hello")
+    with pytest.raises(DataError, match=r"a\.jpg cannot be read as an image"):
+        decode_image(path, np.eye(3), (8, 8))
+
+
+def test_lines_are_resampled_and_padded():
+    corner = MapLine(2, np.array([[0.0, 0], [4, 0], [4, 4]]))
+    ring = MapLine(1, np.array([[0.0, 0], [0, 1], [1, 1], [1, 0], [0, 0]]), score=0.5)
+    lines = pad_lines([[corner], [], [ring, corner]], points_per_line=5, count=3)
+    assert lines.points.shape == (3, 3, 5, 2)
+    assert lines.valid.tolist() == [[True, False, False], [False] * 3, [True, True, False]]
+    assert lines.points[0, 0].tolist() == [[0, 0], [2, 0], [4, 0], [4, 2], [4, 4]]
+    assert lines.points[2, 0].tolist() == [[0, 0], [0, 1], [1, 1], [1, 0], [0, 0]]
+    assert lines.closed.tolist() == [[False] * 3, [False] * 3, [True, False, False]]
+    assert lines.label[2].tolist() == [1, 2, 0] and lines.score[2].tolist() == [0.5, 1.0, 0.0]
+
+
+@pytest.fixture(scope="module")
+def dataset(hand_root, tmp_path_factory):
+    def make(**changes):
+        options = {"image_size": (45, 80), "cameras": ("CAM_FRONT", "CAM_BACK"), "cache_dir": cache, "clip_length": 2}
+        return NuScenesDataset(hand_root, "v1.0-hand", "hand_val", **(options | changes))
+
+    cache = tmp_path_factory.mktemp("cache")
+    return make
+
+
+def flat(noun):
+    return [noun] if isinstance(noun, torch.Tensor) else [tensor for part in noun for tensor in flat(part)]
+
+
+def test_collate_pads_truth_and_keeps_each_item(dataset):
+    a, b = dataset()[0], dataset()[3]
+    # Give the second one more boxes and lines.
+    longer = a.truth._replace(boxes=map_tensors(lambda t: torch.cat([t, t, t], dim=1), a.truth.boxes))
+    longer = longer._replace(lines=map_tensors(lambda t: torch.cat([t, t], dim=1), a.truth.lines))
+    batch = collate([a, b._replace(truth=longer)])
+    assert batch.frames.images.shape == (2, 2, 2, 3, 45, 80) and batch.sample_index.tolist() == [[0, 1], [4, 5]]
+    assert batch.truth.boxes.center.shape == (2, 2, 6, 3) and batch.truth.lines.points.shape == (2, 2, 6, 20, 2)
+    for got, want in zip(flat(batch.frames), flat(a.frames), strict=True):
+        assert torch.equal(got[0], want)
+    for got, want in zip(flat(batch.truth), flat(a.truth), strict=True):
+        assert got.dtype == want.dtype and torch.equal(got[0][:, : want.shape[1]], want)
+        assert not got[0][:, want.shape[1] :].any()  # padding: zero, and not valid
+    for got, want in zip(flat(batch.truth), flat(longer), strict=True):
+        assert torch.equal(got[1], want)
+
+
+def test_order_depends_on_seed_and_epoch_only():
+    sampler = ShuffledSampler(50, seed=3)
+    sampler.set_epoch(2)
+    again = ShuffledSampler(50, seed=3)
+    list(again)
+    again.set_epoch(2)
+    order = [draw.index for draw in sampler]
+    assert sorted(order) == list(range(50)) and list(sampler) == list(again)
+    assert order != [draw.index for draw in ShuffledSampler(50, seed=3)]
+    assert len({draw.seed for draw in sampler} | {draw.seed for draw in ShuffledSampler(50, seed=3)}) == 100
+
+
+def test_ranks_share_an_epoch():
+    ranks = [[draw.index for draw in ShuffledSampler(11, 0, rank, 4)] for rank in range(4)]
+    assert [len(rank) for rank in ranks] == [3, 3, 3, 3] and set().union(*ranks) == set(range(11))
+
+
+def test_streams_follow_scenes():
+    scenes = [0, 0, 1, 1, 1, 2, 2, 3]
+    assert list(SceneStreamSampler(scenes)) == list(range(8))
+    shares = [list(SceneStreamSampler(scenes, rank, 3)) for rank in range(3)]
+    assert shares == [[0, 1, 7], [2, 3, 4], [5, 6]]
+
+
+def test_augmentation_depends_on_the_draw_only_not_on_workers(dataset):
+    data = dataset(augment=Augment())
+    sampler = ShuffledSampler(len(data), seed=5)
+    sampler.set_epoch(1)
+    alone = list(DataLoader(data, batch_size=2, sampler=sampler, collate_fn=collate))
+    shared = list(DataLoader(data, batch_size=2, sampler=sampler, collate_fn=collate, num_workers=2))
+    for one, other in zip(alone, shared, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(flat(one), flat(other), strict=True))
+    same, changed = data[Draw(1, (5, 1, 1))], data[Draw(1, (5, 2, 1))]
+    assert torch.equal(same.frames.images, data[Draw(1, (5, 1, 1))].frames.images)
+    assert not torch.equal(same.frames.rig.ego_from_cam, changed.frames.rig.ego_from_cam)
