@@ -11,6 +11,7 @@ from nuscenes.utils.data_classes import Box
 from PIL import Image
 from pyquaternion import Quaternion
 
+from perception.data.nuscenes import NuScenesDataset
 from perception.errors import DataError
 from perception.evaluation.detection import (
     boxes_from_submission,
@@ -19,7 +20,7 @@ from perception.evaluation.detection import (
     submission_from_scenes,
 )
 from perception.geometry import rigid_from_quaternion
-from perception.types import ATTRIBUTES, BOX_CLASSES, Boxes, Polylines, Scene
+from perception.types import ATTRIBUTES, BOX_CLASSES, Boxes, Polylines, Scene, map_tensors
 
 VERSION, SPLIT = "v1.0-hand", "hand_val"
 STEP = 0.5  # seconds between samples
@@ -204,11 +205,23 @@ def test_perfect_predictions_score_one(dataset, tmp_path, capfd):
     assert result.mean_ap == pytest.approx(1.0, abs=1e-9)
     assert result.errors == pytest.approx(dict.fromkeys(("mATE", "mASE", "mAOE", "mAVE", "mAAE"), 0.0), abs=1e-5)
     assert result.class_ap == pytest.approx(dict.fromkeys(BOX_CLASSES, 1.0))
-    assert result.samples == 3
+    assert result.samples == 3 and result.truth_count == dict.fromkeys(BOX_CLASSES, 3)
     assert capfd.readouterr() == ("", "")
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["nds"] == result.nds
     assert len(json.loads((tmp_path / "out" / "submission.json").read_text())["results"]["s0"]) == len(OBJECTS)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["metrics.json", "submission.json"]
+
+
+def test_the_truth_of_a_generated_town_scores_one_in_every_class_that_occurs(town_root):
+    dataset = NuScenesDataset(town_root, "v1.0-synthetic", "town_val", image_size=(32, 56))
+    scenes = {token: map_tensors(lambda t: t[0], dataset[i].truth) for i, token in enumerate(dataset.tokens)}
+    poses = {token: dataset.ego_pose(i) for i, token in enumerate(dataset.tokens)}
+    result = evaluate_detection(town_root, "v1.0-synthetic", "town_val", scenes, poses)
+    occurs = {name: float(count > 0) for name, count in result.truth_count.items()}
+    assert result.class_ap == pytest.approx(occurs, abs=1e-6) and sum(occurs.values()) >= 5
+    for name, errors in result.class_errors.items():
+        wanted = {key: 1 - occurs[name] for key, value in errors.items() if not math.isnan(value)}
+        assert {key: errors[key] for key in wanted} == pytest.approx(wanted, abs=1e-3)
 
 
 def test_swapped_length_and_width_show_in_the_scale_error_alone(dataset):

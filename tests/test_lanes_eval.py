@@ -1,7 +1,6 @@
 """Lane-map AP against the published evaluator's numbers, closed forms and properties that must hold."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ from perception.evaluation.lanes import STRICT_THRESHOLDS, chamfer_distances, ev
 from perception.types import LINE_CLASSES, MapLine
 
 HERE = Path(__file__).parent
-GOLDEN = Path(os.environ.get("PERCEPTION_GOLDEN", HERE.parent.parent / "shared" / "golden" / "dev"))
 
 
 def read_case(frames):
@@ -57,11 +55,9 @@ def test_published_numbers_of_the_hand_checked_case(flavour):
 
 @pytest.mark.parametrize("flavour", ["maptr", "maptr_strict"])
 @pytest.mark.parametrize("case", ["main", "empty_class", "hand"])
-def test_published_numbers(case, flavour):
-    if not (GOLDEN / "map_eval").is_dir():
-        pytest.skip(f"no golden numbers at {GOLDEN / 'map_eval'}")
-    predictions, truth = read_case(json.loads((GOLDEN / "map_eval" / "polylines.json").read_text())["cases"][case])
-    expected = json.loads((GOLDEN / "map_eval" / "expected.json").read_text())[case][flavour]
+def test_published_numbers(golden, case, flavour):
+    predictions, truth = read_case(json.loads((golden / "map_eval" / "polylines.json").read_text())["cases"][case])
+    expected = json.loads((golden / "map_eval" / "expected.json").read_text())[case][flavour]
     assert_equals_golden(evaluate_lanes(predictions, truth, thresholds=expected["thresholds"]), expected)
 
 

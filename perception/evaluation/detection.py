@@ -11,6 +11,7 @@ import io
 import json
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,8 @@ class DetectionResult:
         errors: mATE (m), mASE (1 - IoU), mAOE (rad), mAVE (m/s), mAAE (1 - accuracy).
         class_ap: AP per class name, mean over the four distances.
         class_errors: the five errors per class name, NaN where one is not defined for a class.
+        truth_count: true boxes per class name that are counted: in range, and with LiDAR or radar points. The devkit
+            scores a class without any as AP 0 and errors 1, so a split that lacks a class cannot reach NDS 1.
         samples: number of samples that were compared.
     """
 
@@ -54,6 +57,7 @@ class DetectionResult:
     errors: dict[str, float]
     class_ap: dict[str, float]
     class_errors: dict[str, dict[str, float]]
+    truth_count: dict[str, int]
     samples: int
 
     def as_dict(self) -> dict:
@@ -68,17 +72,19 @@ class DetectionResult:
                 name: {key: None if np.isnan(value) else value for key, value in row.items()}
                 for name, row in self.class_errors.items()
             },
+            "truth_count": dict(self.truth_count),
             "samples": self.samples,
         }
 
     def table(self) -> str:
         """The result as text for a terminal."""
         heads = "".join(f"{key[1:]:>8}" for key in self.errors)
-        rows = [f"{'boxes (nuScenes)':<22}{'AP':>8}{heads}"]
+        rows = [f"{'boxes (nuScenes)':<22}{'AP':>8}{heads}{'truth':>8}"]
         for name, ap in self.class_ap.items():
             cells = "".join(f"{'-' if np.isnan(v) else format(v, '.3f'):>8}" for v in self.class_errors[name].values())
-            rows.append(f"{name:<22}{ap:8.3f}{cells}")
-        rows.append(f"{'mean':<22}{self.mean_ap:8.3f}" + "".join(f"{v:8.3f}" for v in self.errors.values()))
+            rows.append(f"{name:<22}{ap:8.3f}{cells}{self.truth_count[name]:8d}")
+        means = "".join(f"{value:8.3f}" for value in self.errors.values())
+        rows.append(f"{'mean':<22}{self.mean_ap:8.3f}{means}{sum(self.truth_count.values()):8d}")
         rows.append(f"{'NDS':<22}{self.nds:8.3f}")
         return "\n".join(rows)
 
@@ -126,6 +132,7 @@ def evaluate_detection(
             evaluation = DetectionEval(nusc, config_factory(_CONFIG), str(path), split, scratch, verbose=False)
             metrics, _ = evaluation.evaluate()
     summary = metrics.serialize()
+    counted = Counter(box.detection_name for box in evaluation.gt_boxes.all)
     result = DetectionResult(
         nds=float(summary["nd_score"]),
         mean_ap=float(summary["mean_ap"]),
@@ -135,6 +142,7 @@ def evaluate_detection(
             name: {short: float(summary["label_tp_errors"][name][key]) for key, short in _ERRORS.items()}
             for name in BOX_CLASSES
         },
+        truth_count={name: counted[name] for name in BOX_CLASSES},
         samples=len(tokens),
     )
     if out_dir is not None:
