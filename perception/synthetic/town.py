@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import shapely
-from shapely.geometry import LineString, Point, Polygon, box
+from shapely.geometry import Point, Polygon, box
 
 from perception.errors import ConfigError
 from perception.synthetic.district import (
@@ -68,7 +68,7 @@ class _Placement:
 
 def _ego_route(rng: np.random.Generator, network: Network, duration: float) -> tuple[np.ndarray, list, float, tuple]:
     """The recording car's path, its stop lines, its cruising speed, and (road, direction, offset, start)."""
-    cruise = float(np.clip(rng.uniform(4.5, 11.5), 3.0, max(3.0, 125.0 / (duration + 1))))
+    cruise = float(np.clip(rng.uniform(4.5, 11.5), 3.0, max(3.0, 100.0 / (duration + 1))))
     travel = cruise * (duration + 1)
     index = 0 if rng.random() < 0.75 or len(network.roads) == 1 else int(rng.integers(1, len(network.roads)))
     road = network.roads[index]
@@ -79,7 +79,7 @@ def _ego_route(rng: np.random.Generator, network: Network, duration: float) -> t
     road = network.roads[index]
     middle = float(road.arc[np.argmin(np.linalg.norm(road.line, axis=1))])
     way = int(rng.choice(ways))
-    start = middle - way * (min(travel, 120.0) * rng.uniform(0.4, 0.7) + (0.0 if index == 0 else 12.0))
+    start = middle - way * (min(travel, 110.0) * rng.uniform(0.45, 0.65) + (0.0 if index == 0 else 12.0))
     inside = [s for s in network.sections if s.road == index and s.start <= start <= s.stop]
     if not inside:  # in the middle of a junction: start before it
         start = middle - way * 45.0
@@ -185,7 +185,7 @@ def make_district(seed: int, origin_xy, location: str, duration: float) -> Distr
     movers = _make_movers(rng, network, ego, first, people)
 
     # Lights: the ego's road has green from `change` on, the others until two seconds before.
-    change = rng.uniform(1.5, 0.5 * duration + 1.5) if rng.random() < 0.3 else -100.0
+    change = rng.uniform(1.0, 0.4 * duration + 1.0) if rng.random() < 0.22 else -100.0
     own_roads = {junction: road for _, junction, road in stop_lines}
 
     def green(junction: int, road: int, t: float) -> bool:
@@ -196,7 +196,7 @@ def make_district(seed: int, origin_xy, location: str, duration: float) -> Distr
         rider = category in ("vehicle.bicycle", "vehicle.motorcycle")
         actors.append(people.actor(category, track, size, rider))
     actors += crossers + people.walkers(int(rng.integers(8, 19)))
-    driven = LineString(tracks[0].xy) if np.ptp(tracks[0].xy, axis=0).max() > 0.1 else Point(tracks[0].xy[0])
+    driven = shapely.MultiPoint(tracks[0].xy[::5])
     actors = [a for a in actors if min(driven.distance(Point(p)) for p in a.trajectory.xy[::10]) < 55]
     actors = drop_collisions(actors, tracks[0], duration + 1)
     buildings = make_buildings(rng, network, yards)

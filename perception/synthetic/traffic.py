@@ -158,7 +158,7 @@ def route(
             # Right turns keep to the outermost lane, left turns to the innermost one.
             offset = new.lane_center(arm.sign, new.lanes(arm.sign) - 1 if turn < 0 else 0)
             leave, away = new.point(arm.cut, offset), new.heading(arm.cut) + (0 if arm.sign > 0 else np.pi)
-            points.append(_turn(entry, heading, leave, away))
+            points.append(_turn(entry, heading, leave, away, network.surface))
         else:
             points.append(line.along(cut, arm.cut, offset))
         total += np.linalg.norm(np.diff(points[-1], axis=0), axis=1).sum()
@@ -168,15 +168,20 @@ def route(
     return path[keep], stop_lines
 
 
-def _turn(entry: np.ndarray, heading: float, leave: np.ndarray, away: float) -> np.ndarray:
-    """A cubic curve [P, 2] from one heading to another that is close to a circle's arc."""
+def _turn(entry: np.ndarray, heading: float, leave: np.ndarray, away: float, surface) -> np.ndarray:
+    """A cubic curve [P, 2] from one heading to another, the roundest one that keeps a car's width off the kerb."""
     first, last = (np.array([np.cos(a), np.sin(a)]) for a in (heading, away))
-    # Where the two tangents meet; handles of 0.58 of the way there make a cubic nearly round.
+    # Distances to where the two tangents meet. Handles of 0.58 of them are nearly an arc, longer ones cut less.
     solved = np.linalg.solve(np.stack([first, last], axis=1), leave - entry)
-    handles = np.clip(0.58 * solved, 0.25 * np.linalg.norm(leave - entry), np.linalg.norm(leave - entry))
+    chord = np.linalg.norm(leave - entry)
     u = np.linspace(0, 1, 40)[:, None]
-    a, b = entry + handles[0] * first, leave - handles[1] * last
-    return (1 - u) ** 3 * entry + 3 * u * (1 - u) ** 2 * a + 3 * u**2 * (1 - u) * b + u**3 * leave
+    for share in (0.58, 0.68, 0.78, 0.88):
+        handles = np.clip(share * solved, 0.25 * chord, chord)
+        a, b = entry + handles[0] * first, leave - handles[1] * last
+        curve = (1 - u) ** 3 * entry + 3 * u * (1 - u) ** 2 * a + 3 * u**2 * (1 - u) * b + u**3 * leave  # [P, 2]
+        if surface.contains(LineString(curve).buffer(1.15)):
+            break
+    return curve
 
 
 def _spine(xy: np.ndarray, yaw: float, back: float, front: float) -> np.ndarray:
