@@ -50,7 +50,12 @@ def actor_mesh(actor: Actor, owner: int) -> Mesh:
     }
     shape = _pedestrian if actor.category.startswith("human") else shapes.get(actor.category, _crate)
     shape(builder, actor, rng)
-    return builder.build()
+    mesh = builder.build()
+    # The shapes fill their boxes up to a few centimetres; this makes the labels exact.
+    low, high = mesh.vertices.min(0), mesh.vertices.max(0)
+    size = np.array(actor.size)
+    vertices = (mesh.vertices - low) / (high - low) * size - size * [0.5, 0.5, 0]
+    return mesh._replace(vertices=vertices.astype(np.float32))
 
 
 def _wheels(b: MeshBuilder, positions, radius: float, half_width: float, width: float = 0.24) -> None:
@@ -242,7 +247,7 @@ def _person(b: MeshBuilder, x: float, y: float, z: float, l: float, w: float, h:
     hip, shoulder = z + 0.47 * h, z + 0.83 * h
     skin = np.array(_SKIN) * rng.uniform(0.5, 1.1)
     for side in (-1, 1):
-        foot = x + side * step * (l / 2 - 0.09)
+        foot = x - 0.025 + side * step * (l / 2 - 0.115)
         b.box([x - 0.07, y + side * 0.08 - 0.07, hip - 0.02], [x + 0.07, y + side * 0.08 + 0.07, hip], legs, 17)
         thigh = [[foot - 0.06, z], [foot + 0.07, z], [x + 0.09, hip], [x - 0.09, hip]]
         vertices = [[px, y + side * 0.1 + dy, pz] for dy in (-0.075, 0.075) for px, pz in thigh]
@@ -268,6 +273,11 @@ def _pedestrian(b: MeshBuilder, actor: Actor, rng) -> None:
     legs = np.array([(0.08, 0.1, 0.2), (0.1, 0.1, 0.1), (0.35, 0.3, 0.22), (0.2, 0.25, 0.35)][rng.integers(4)])
     walking = not actor.trajectory.static
     _person(b, 0, 0, 0, l, w, h, shirt, legs, rng, 1.0 if walking else 0.25)
+    if not walking:  # a bag on the back and a hand with a telephone in front
+        b.box([-l / 2, -0.15, 0.55 * h], [-0.1, 0.15, 0.80 * h], rng.uniform(0.05, 0.6, 3), 17, top=(0.9, 0.8))
+        hand = [l / 2 - 0.05, 0.08, 0.68 * h]
+        b.cylinder([0, w / 2 - 0.06, 0.62 * h], hand, 0.05, shirt, Material.CLOTH, sides=6)
+        b.box([l / 2 - 0.03, 0.04, 0.67 * h], [l / 2, 0.12, 0.75 * h], _BLACK, Material.GLASS)
     if actor.category.endswith("construction_worker"):
         b.box([-0.14, -0.2 * w, 0.5 * h], [0.14, 0.2 * w, 0.78 * h], (1.0, 0.45, 0.02), Material.LAMP)
         b.sphere([0, 0, 0.955 * h], [0.09 * h * 0.8, 0.08 * h * 0.8, 0.045 * h], (1.0, 0.8, 0.05), Material.CLOTH)

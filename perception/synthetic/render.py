@@ -25,7 +25,7 @@ from perception.synthetic.sensors import Camera, Lidar
 _GROUND_TAPS = 5
 _NOISE_SIDE = 512
 # Strength of the fine texture per material, in the order of Material.
-_GRAIN = np.array([0, 0, 0, 0, 0, 0, 0, 0.06, 0.05, 0.06, 0.30, 0.22, 0.03, 0.0, 0.0, 0.0, 0.05, 0.06], np.float32)
+_GRAIN = np.array([0, 0, 0, 0, 0, 0, 0, 0.06, 0.05, 0.06, 0.30, 0.22, 0.03, 0.0, 0.0, 0.0, 0.05, 0.03], np.float32)
 _INTENSITY = np.array([0, 12, 14, 8, 8, 16, 45, 18, 22, 14, 10, 12, 30, 34, 4, 60, 6, 14], np.float32)
 
 
