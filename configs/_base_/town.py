@@ -3,14 +3,14 @@
 train_data = dict(
     dataroot="out/town_train",
     version="v1.0-synthetic",
-    split="train",
+    split="town_train",
     clip_length=2,
     augment=dict(),
-    make_with="python scripts/simulate.py --out out/town_train --scenes 200 --seed 1000 --split train",
+    make_with="python scripts/simulate.py --out out/town_train --scenes 200 --seed 1000 --split town_train",
 )
 val_data = dict(
     dataroot="out/town_val",
     version="v1.0-synthetic",
-    split="val",
-    make_with="python scripts/simulate.py --out out/town_val --scenes 10 --seed 5000 --split val",
+    split="town_val",
+    make_with="python scripts/simulate.py --out out/town_val --scenes 10 --seed 5000 --split town_val",
 )

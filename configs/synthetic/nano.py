@@ -1,7 +1,7 @@
 """The nano network on the synthetic town; trains on two CPU cores.
 
-    python scripts/simulate.py --out out/town_train --scenes 200 --seed 1000 --split train
-    python scripts/simulate.py --out out/town_val --scenes 10 --seed 5000 --split val
+    python scripts/simulate.py --out out/town_train --scenes 200 --seed 1000 --split town_train
+    python scripts/simulate.py --out out/town_val --scenes 10 --seed 5000 --split town_val
     python scripts/train.py configs/synthetic/nano.py --work-dir out/nano
     python scripts/evaluate.py configs/synthetic/nano.py out/nano/nano.safetensors --json out/nano/evaluation.json
 
