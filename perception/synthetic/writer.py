@@ -105,7 +105,7 @@ def simulate(
         DataError: where `out` holds something already.
     """
     out = Path(out)
-    for field, value in (("scenes", scenes), ("keyframes", keyframes), ("workers", workers or 1)):
+    for field, value in (("scenes", scenes), ("keyframes", keyframes), ("workers", 1 if workers is None else workers)):
         if value < 1:
             raise ConfigError(f"simulate: {field} is {value}; give at least 1")
     if seed < 0:

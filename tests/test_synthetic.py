@@ -1,0 +1,406 @@
+"""The generated dataset: what the pictures and the LiDAR show is what the tables say."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from nuscenes import NuScenes
+from nuscenes.map_expansion.map_api import NuScenesMap
+from nuscenes.utils.data_classes import LidarPointCloud
+from nuscenes.utils.geometry_utils import points_in_box, transform_matrix
+from PIL import Image
+from pyquaternion import Quaternion
+from scipy.spatial import ConvexHull, Delaunay
+from shapely.geometry import box
+
+from perception.errors import ConfigError, DataError
+from perception.geometry import invert_rigid, project_points, transform_points
+from perception.synthetic import simulate
+from perception.synthetic.actors import actor_mesh
+from perception.synthetic.district import Actor, Building, District, Light, Marking, Surface, Trajectory
+from perception.synthetic.ground import Ground
+from perception.synthetic.mesh import Material
+from perception.synthetic.render import TownRenderer
+from perception.synthetic.sensors import make_cameras, make_lidar
+from perception.synthetic.writer import VERSION, scene_district, scene_renderer
+
+SEED, KEYFRAMES, IMAGE_SIZE = 11, 4, (128, 224)  # what the fixture town_root is made of
+KEYFRAME = 2
+
+
+@pytest.fixture(scope="module")
+def nusc(town_root) -> NuScenes:
+    return NuScenes(VERSION, str(town_root), verbose=False)
+
+
+@pytest.fixture(scope="module")
+def rendered(nusc):
+    """Scene 0 at one keyframe rendered again: the district, the renderer, and per camera its record and buffers."""
+    district = scene_district(SEED, 0, KEYFRAMES)
+    renderer, cameras, _ = scene_renderer(SEED, 0, district, IMAGE_SIZE)
+    sample = scene_samples(nusc, 0)[KEYFRAME]
+    pictures = {}
+    for camera in cameras:
+        record = nusc.get("sample_data", sample["data"][camera.name])
+        seconds = 0.1 + 0.5 * KEYFRAME + (record["timestamp"] - sample["timestamp"]) * 1e-6
+        pictures[camera.name] = record, renderer.camera(camera, seconds, np.random.default_rng(0))
+    return district, renderer, pictures
+
+
+def scene_samples(nusc, index: int) -> list[dict]:
+    token, samples = nusc.scene[index]["first_sample_token"], []
+    while token:
+        samples.append(nusc.get("sample", token))
+        token = samples[-1]["next"]
+    return samples
+
+
+def cam_from_global(nusc, record) -> tuple[np.ndarray, np.ndarray]:
+    """The devkit's transforms at the exposure of one picture: cam_from_global [4, 4] and img_from_cam [3, 3]."""
+    pose = nusc.get("ego_pose", record["ego_pose_token"])
+    mount = nusc.get("calibrated_sensor", record["calibrated_sensor_token"])
+    ego_from_global = transform_matrix(pose["translation"], Quaternion(pose["rotation"]), inverse=True)
+    cam_from_ego = transform_matrix(mount["translation"], Quaternion(mount["rotation"]), inverse=True)
+    return cam_from_ego @ ego_from_global, np.array(mount["camera_intrinsic"])
+
+
+def annotated_actors(nusc, sample, district) -> dict[int, str]:
+    """Annotation token per actor index, found by position and size alone."""
+    found = {}
+    for token in sample["anns"]:
+        row = nusc.get("sample_annotation", token)
+        for k, actor in enumerate(district.actors):
+            xy, _ = actor.trajectory.at(0.1 + 0.5 * KEYFRAME)
+            same_size = np.allclose(row["size"], [actor.size[1], actor.size[0], actor.size[2]])
+            if same_size and np.linalg.norm(xy - row["translation"][:2]) < 1e-6:
+                found[k] = token
+    return found
+
+
+def tree_hash(root: Path) -> dict[str, str]:
+    files = sorted(p for p in root.rglob("*") if p.is_file())
+    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def test_same_seed_same_bytes_with_any_number_of_workers(tmp_path):
+    common = dict(scenes=2, keyframes=2, image_size=(32, 56), sweeps=True)
+    simulate(tmp_path / "one", seed=3, workers=1, **common)
+    simulate(tmp_path / "two", seed=3, workers=2, **common)
+    one, two = tree_hash(tmp_path / "one"), tree_hash(tmp_path / "two")
+    assert one == two
+    # 6 cameras, 2 keyframes and 4 pictures between them, 2 scenes.
+    assert sum(name.startswith("samples/CAM") for name in one) == 24
+    assert sum(name.startswith("sweeps/CAM") for name in one) == 48
+    nusc = NuScenes(VERSION, str(tmp_path / "one"), verbose=False)
+    first = nusc.get("sample_data", scene_samples(nusc, 0)[0]["data"]["CAM_FRONT"])
+    times = [first["timestamp"]]
+    while first["next"]:
+        first = nusc.get("sample_data", first["next"])
+        times.append(first["timestamp"])
+        assert first["sample_token"] == scene_samples(nusc, 0)[1]["token"]  # sweeps belong to the next keyframe
+    assert np.allclose(np.diff(times), 1e5)
+    assert not list(tmp_path.glob(".*"))  # nothing is left beside the datasets
+    simulate(tmp_path / "other", seed=4, workers=1, scenes=1, keyframes=1, image_size=(32, 56))
+    other = set(tree_hash(tmp_path / "other").values())
+    assert len(other & set(one.values())) <= 5  # the tables that are the same in every dataset, the empty map picture
+
+
+def test_devkit_reads_tables_and_maps(nusc, town_root):
+    assert (len(nusc.category), len(nusc.attribute), len(nusc.visibility), len(nusc.sensor)) == (23, 8, 4, 7)
+    assert len(nusc.scene) == 2 and len(nusc.sample) == 2 * KEYFRAMES
+    assert len(nusc.sample_data) == 2 * KEYFRAMES * 7
+    district = scene_district(SEED, 1, KEYFRAMES)
+    samples = scene_samples(nusc, 1)
+    assert len(samples) == KEYFRAMES
+    speeds = 0
+    for k, sample in enumerate(samples):
+        assert len(sample["data"]) == 7
+        boxes = nusc.get_boxes(sample["data"]["LIDAR_TOP"])
+        assert len(boxes) == len(sample["anns"]) > 5
+        for camera in ("CAM_FRONT", "CAM_BACK_LEFT"):
+            path, _, _ = nusc.get_sample_data(sample["data"][camera])
+            assert Image.open(path).size == IMAGE_SIZE[::-1]
+        for token in sample["anns"]:
+            row = nusc.get("sample_annotation", token)
+            for side in ("prev", "next"):
+                if row[side]:
+                    there = nusc.get("sample_annotation", row[side])
+                    assert there["instance_token"] == row["instance_token"]
+                    assert abs(there["translation"][0] - row["translation"][0]) < 15
+            velocity = nusc.box_velocity(token)[:2]
+            near = [a for a in district.actors if (a.size[0] == row["size"][1] and a.size[2] == row["size"][2])]
+            truth = [a.trajectory.velocity(0.1 + 0.5 * k, 0.5) for a in near]
+            if 0 < k < KEYFRAMES - 1 and row["prev"] and row["next"]:
+                assert min(np.linalg.norm(velocity - v) for v in truth) < 0.02
+                speeds += np.linalg.norm(velocity) > 1
+    assert speeds > 0
+    for log in nusc.log:
+        town = NuScenesMap(str(town_root), log["location"])
+        assert town.lane_divider or town.road_divider
+
+
+def test_wrong_arguments_are_told_in_a_sentence(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("x")
+    with pytest.raises(DataError, match="full: exists and is not empty"):
+        simulate(tmp_path / "full", scenes=1, seed=0)
+    with pytest.raises(ConfigError, match="split 'val' is nuScenes' own"):
+        simulate(tmp_path / "a", scenes=1, seed=0, split="val")
+    with pytest.raises(ConfigError, match="scenes is 0"):
+        simulate(tmp_path / "a", scenes=0, seed=0)
+    with pytest.raises(ConfigError, match="workers is 0"):
+        simulate(tmp_path / "a", scenes=1, seed=0, workers=0)
+    assert not (tmp_path / "a").exists()
+
+
+def test_interrupted_run_leaves_nothing(tmp_path):
+    script = Path(__file__).resolve().parent.parent / "scripts" / "simulate.py"
+    out = tmp_path / "town"
+    command = [
+        sys.executable,
+        str(script),
+        "--out",
+        str(out),
+        "--scenes",
+        "50",
+        "--workers",
+        "1",
+        "--image-size",
+        "32x56",
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    deadline = time.time() + 60
+    while not list(tmp_path.glob(".town*/samples/*/*.jpg")):  # the first pictures are there
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_show_what_the_renderer_shows(nusc, rendered, town_root):
+    for record, picture in rendered[2].values():
+        stored = np.asarray(Image.open(town_root / record["filename"]), dtype=np.float32)
+        # What differs is the sensor noise and the JPEG compression.
+        assert np.abs(stored - picture.rgb).mean() < 7
+
+
+def test_actors_lie_in_their_projected_boxes(nusc, rendered):
+    district, _, pictures = rendered
+    sample = scene_samples(nusc, 0)[KEYFRAME]
+    tokens = annotated_actors(nusc, sample, district)
+    checked, filled = 0, 0
+    for record, picture in pictures.values():
+        cam, img_from_cam = cam_from_global(nusc, record)
+        delay = abs(record["timestamp"] - sample["timestamp"]) * 1e-6
+        for k, token in tokens.items():
+            v, u = np.nonzero(picture.actor == k)
+            corners = transform_points(cam, nusc.get_box(token).corners().T)  # [8, 3]
+            # The box is where the actor is at the keyframe; the picture was taken a little earlier.
+            moved = np.linalg.norm(district.actors[k].trajectory.velocity(1.1)) * delay + 0.03
+            if len(u):
+                depth = picture.depth[v, u]
+                assert corners[:, 2].min() - moved <= depth.min()
+                assert depth.max() <= corners[:, 2].max() + moved
+            if corners[:, 2].min() < 1.0:
+                continue
+            uv, _ = project_points(img_from_cam, corners)
+            slack = 1 + moved * img_from_cam[0, 0] / corners[:, 2].min()
+            center = uv.mean(0)
+            hull = uv[ConvexHull(uv).vertices]
+            outward = hull - center
+            wider = center + outward * (1 + 1.5 * slack / np.linalg.norm(outward, axis=1, keepdims=True))
+            pixels = np.stack([u, v], -1) + 0.5
+            if len(u):
+                assert (Delaunay(wider).find_simplex(pixels) >= 0).all()
+                checked += 1
+            inside = (hull > 0).all() and (hull < np.array(IMAGE_SIZE[::-1])).all()
+            area = ConvexHull(uv).volume
+            if inside and area > 60 and nusc.get("sample_annotation", token)["visibility_token"] == "4":
+                assert len(u) > 0.12 * area  # a bicycle fills its box the least
+                filled += 1
+    assert checked >= 8 and filled >= 3
+
+
+def test_depth_of_the_ground_is_that_of_the_plane(nusc, rendered):
+    for record, picture in rendered[2].values():
+        cam, img_from_cam = cam_from_global(nusc, record)
+        flat = (picture.material > Material.SKY) & (picture.material <= Material.MARKING)
+        v, u = np.nonzero(flat)
+        homogeneous = np.stack([u + 0.5, v + 0.5, np.ones(len(u))], -1) @ np.linalg.inv(img_from_cam).T
+        points = transform_points(invert_rigid(cam), homogeneous * picture.depth[flat][:, None])
+        near = picture.depth[flat] < 60
+        assert near.sum() > 500
+        assert np.abs(points[near, 2]).max() < 0.01
+
+
+def test_map_dividers_and_crossings_lie_on_paint(nusc, rendered, town_root):
+    district, _, pictures = rendered
+    town = NuScenesMap(str(town_root), district.location)
+    lines = [town.extract_line(r["line_token"]) for r in (*town.lane_divider, *town.road_divider)]
+    crossings = [town.extract_polygon(r["polygon_token"]) for r in town.ped_crossing]
+    on_line, beside = [], []
+    for line in lines:
+        if line.length < 1:
+            continue
+        for arc in np.arange(0.3, line.length - 0.3, 0.1):
+            a, b, c = (np.array(line.interpolate(arc + d).coords[0])[:2] for d in (0, -0.2, 0.2))
+            across = np.array([b[1] - c[1], c[0] - b[0]]) / max(np.linalg.norm(c - b), 1e-9)
+            on_line.append(a)
+            beside += [a + 0.7 * across, a - 0.7 * across]
+
+    def painted(points_xy: np.ndarray, reach: float) -> np.ndarray:
+        """Whether each point that some camera sees unoccluded within `reach` metres shows paint."""
+        shown = []
+        for record, picture in pictures.values():
+            cam, img_from_cam = cam_from_global(nusc, record)
+            points = transform_points(cam, np.insert(points_xy, 2, 0.0, axis=1))
+            uv, depth = project_points(img_from_cam, points)
+            fits = (depth > 1) & (depth < reach) & (uv > 0).all(1) & (uv < np.array(IMAGE_SIZE[::-1])).all(1)
+            column, row = uv[fits].astype(int).T
+            open_view = np.abs(picture.depth[row, column] / depth[fits] - 1) < 0.05
+            shown.append(picture.material[row, column][open_view] == Material.MARKING)
+        return np.concatenate(shown)
+
+    hit, miss = painted(np.array(on_line), 14), painted(np.array(beside), 14)
+    assert len(hit) > 40
+    assert hit.mean() > 0.3  # dashed lines are paint on less than half of their length
+    assert miss.mean() < 0.25 * hit.mean()
+    inside = [
+        p
+        for crossing in crossings
+        for p in np.stack(
+            np.meshgrid(*(np.arange(crossing.bounds[i], crossing.bounds[i + 2], 0.3) for i in (0, 1))), -1
+        )
+        .reshape(-1, 2)
+        .tolist()
+        if crossing.buffer(-0.3).contains(box(p[0] - 0.01, p[1] - 0.01, p[0] + 0.01, p[1] + 0.01))
+    ]
+    zebra = painted(np.array(inside), 40)
+    assert len(zebra) > 50
+    assert 0.25 < zebra.mean() < 0.75
+
+
+def test_lidar_counts_agree_with_the_devkit(nusc):
+    compared = []
+    for index in range(2):
+        for sample in scene_samples(nusc, index):
+            path, boxes, _ = nusc.get_sample_data(sample["data"]["LIDAR_TOP"])
+            cloud = LidarPointCloud.from_file(path)
+            record = nusc.get("sample_data", sample["data"]["LIDAR_TOP"])
+            lidar_from_global, _ = cam_from_global(nusc, record)
+            height = transform_points(invert_rigid(lidar_from_global), cloud.points[:3].T)[:, 2]
+            high = cloud.points[:3, height > 0.06]  # without the road under a car
+            for item in boxes:
+                count = nusc.get("sample_annotation", item.token)["num_lidar_pts"]
+                most = points_in_box(item, cloud.points[:3], 1.03).sum()
+                least = points_in_box(item, high, 0.97).sum()
+                assert least - 3 <= count <= most + 3
+                compared.append(count)
+    assert sum(c > 10 for c in compared) > 20
+    sweep = np.fromfile(path, np.float32).reshape(-1, 5)
+    assert set(np.unique(sweep[:, 4])) <= set(range(32)) and (sweep[:, 3] >= 0).all()
+    assert 15_000 < len(sweep) < 32 * 1080
+
+
+def still(x: float, y: float, yaw: float = 0.0) -> Trajectory:
+    return Trajectory(np.zeros(1), np.array([[x, y]]), np.array([yaw]))
+
+
+def small_world(actors, buildings=(), markings=()) -> District:
+    surfaces = [Surface(box(-60, -60, 60, 60), "asphalt")]
+    sun = np.array([0.0, 0.6, 0.8])
+    light = Light(sun, (1.0, 1.0, 1.0), (0.5, 0.6, 0.9), 0.3, 0.0, 1.0)
+    fixed = dict(seed=0, location="boston-seaport", name="small", layers={}, intersections=(), surfaces=surfaces)
+    standing = dict(kerbs=[], buildings=list(buildings), trees=[], poles=[], actors=actors, ego=still(0, 0))
+    return District(**fixed, markings=list(markings), **standing, light=light, duration=1.0)
+
+
+def test_visibility_and_lidar_of_hidden_actors():
+    size = (4.4, 1.9, 1.6)
+    actors = [Actor(f"car{i}", "vehicle.car", size, (0.8, 0.1, 0.1), still(x, y)) for i, (x, y) in enumerate(
+        [(15.0, 8.0), (20.0, -8.0), (25.0, 0.0), (200.0, 0.0)]
+    )]  # fmt: skip
+    # One wall hides the second car altogether, another hides the right half of the third.
+    walls = [np.array([[12, -9], [13, -9], [13, -2], [12, -2]]), np.array([[14, -1.6], [15, -1.6], [15, 0], [14, 0]])]
+    buildings = [Building(wall.astype(float), 4.0, (0.5, 0.5, 0.5), 1) for wall in walls]
+    renderer = TownRenderer(small_world(actors, buildings), np.random.default_rng(0))
+    cameras = make_cameras(np.random.default_rng(1), (128, 224))
+    free, hidden, half, far = renderer.visibility(cameras, 0.0)
+    assert free == 1 and hidden == 0 and 0.35 < half < 0.65 and far == 0
+    sweep = renderer.lidar(make_lidar(np.random.default_rng(2)), 0.0, np.random.default_rng(3))
+    hits = np.bincount(sweep.actor + 1, minlength=5)[1:]
+    assert hits[0] > 50 and hits[1] == 0 and 5 < hits[2] < hits[0] and hits[3] == 0
+
+
+def test_shadows_fall_away_from_the_sun():
+    tower = Building(np.array([[8.0, -1], [10, -1], [10, 1], [8, 1]]), 8.0, (0.5, 0.5, 0.5), 1)
+    renderer = TownRenderer(small_world([], [tower]), np.random.default_rng(0))
+    camera = make_cameras(np.random.default_rng(1), (128, 224))[0]
+    picture = renderer.camera(camera, 0.0, np.random.default_rng(0))
+    cam_from_ego = invert_rigid(camera.ego_from_cam)
+
+    def brightness(x, y):
+        uv, _ = project_points(camera.img_from_cam, transform_points(cam_from_ego, np.array([[x, y, 0.0]])))
+        column, row = uv[0].astype(int)
+        return picture.rgb[row - 2 : row + 3, column - 2 : column + 3].mean()
+
+    # The sun stands to the left (+y), 53 degrees high: the shadow reaches 6 m to the right of the tower.
+    assert brightness(9, -3.5) < 0.75 * brightness(9, 3.5)
+
+
+@pytest.mark.parametrize("rider", [False, True])
+@pytest.mark.parametrize(
+    ("category", "size"),
+    [
+        ("vehicle.car", (4.5, 1.9, 1.6)), ("vehicle.truck", (8.0, 2.5, 3.3)), ("vehicle.truck", (5.5, 2.0, 2.1)),
+        ("vehicle.trailer", (10.0, 2.5, 3.6)), ("vehicle.bus.rigid", (11.0, 2.7, 3.2)),
+        ("vehicle.construction", (6.0, 2.6, 3.0)), ("vehicle.bicycle", (1.75, 0.6, 1.6)),
+        ("vehicle.motorcycle", (2.1, 0.8, 1.5)), ("human.pedestrian.adult", (0.7, 0.65, 1.75)),
+        ("movable_object.trafficcone", (0.4, 0.4, 0.8)), ("movable_object.barrier", (0.5, 2.0, 1.0)),
+    ],
+)  # fmt: skip
+def test_meshes_fill_their_boxes(category, size, rider):
+    mesh = actor_mesh(Actor("a", category, size, (0.2, 0.4, 0.6), still(0, 0), rider), 7)
+    half = np.array(size) / 2
+    assert np.allclose(mesh.vertices.min(0), [-half[0], -half[1], 0], atol=1e-5)
+    assert np.allclose(mesh.vertices.max(0), [half[0], half[1], size[2]], atol=1e-5)
+    assert (mesh.owners == 7).all() and mesh.faces.max() < len(mesh.vertices)
+    if category.startswith("vehicle"):  # red lamps are behind, white ones in front
+        middle = mesh.vertices[mesh.faces].mean(1)[:, 0]
+        lamps = mesh.materials == Material.LAMP
+        red = lamps & (mesh.colors[:, 1] < 0.2)
+        assert middle[red].max() < -0.25 * size[0] and red.any()
+        white = lamps & (mesh.colors.min(1) > 0.5)
+        assert not white.any() or middle[white].min() > 0.25 * size[0]
+
+
+def test_rays_go_through_pixel_centres():
+    for camera in make_cameras(np.random.default_rng(5), (9, 16)):
+        rays = camera.rays().astype(np.float64)
+        uv, depth = project_points(camera.img_from_cam, rays.reshape(-1, 3))
+        v, u = np.mgrid[:9, :16] + 0.5
+        assert np.allclose(uv, np.stack([u.ravel(), v.ravel()], -1), atol=1e-4) and (depth > 0).all()
+    lidar = make_lidar(np.random.default_rng(5))
+    forward = lidar.ego_from_lidar[:3, :3] @ [0.0, 1.0, 0.0]
+    assert forward[0] > 0.999  # y of the LiDAR looks forward
+
+
+def test_far_ground_has_the_mean_colour():
+    """Half of the road is white bars of 0.2 m: seen from far away the road is gray, not black or white by chance."""
+    markings = [Marking(box(x, -5, x + 0.2, 5), "white") for x in np.arange(-10, 10, 0.4)]
+    ground = Ground(small_world([], markings=markings), np.zeros((1, 2)), np.random.default_rng(0), margin=20.0)
+    x, y = (np.array([[-2.8, 1.2, 4.0]], np.float32) - np.float32(low) for low in ground.low)
+    y = np.zeros_like(y) - np.float32(ground.low[1])
+    near = [ground.colors(x + np.float32(shift), y, np.full_like(x, 0.01)) for shift in np.arange(0, 0.4, 0.05)]
+    assert np.ptp(np.array(near).astype(int), axis=0).min() > 60
+    far = ground.colors(x, y, np.full_like(x, 1.6))
+    assert np.abs(far.astype(int) - np.mean(near, 0)).max() < 20
+    assert (ground.materials(x + np.float32(0.1), y) == Material.MARKING).all()
+    assert (ground.materials(x + np.float32(0.3), y) == Material.ASPHALT).all()
