@@ -43,7 +43,7 @@ class ModelConfig:
     y_range: tuple[float, float] = (-51.2, 51.2)
     grid: tuple[int, int] = (80, 80)  # BEV cells along x and y
     heights: tuple[float, ...] = (0.0, 0.6, 1.2, 2.4)  # of the reference points of a pillar, above ground
-    camera_samples: int = 2  # places read per height and camera
+    camera_samples: int = 1  # places read per height and camera
     depth_bins: int = 16
     map_x_range: tuple[float, float] = (-30.0, 30.0)
     map_y_range: tuple[float, float] = (-15.0, 15.0)

@@ -82,7 +82,9 @@ class SelfAttention(nn.Module):
         x = self.norm(query)
         q, k = self.query_key(x + position).chunk(2, -1)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, self.value(x)))
-        return self.output(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        # Spelled out: the sequences are short, where the fused kernel is slower, and softmax stays in float32.
+        attention = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).float().softmax(-1)  # [B, heads, Q, Q]
+        return self.output((attention.to(v.dtype) @ v).transpose(1, 2).flatten(2))
 
 
 class BoxDecoder(nn.Module):
