@@ -95,6 +95,7 @@ class TownRenderer:
             style = np.random.default_rng(building.window_seed)
             row[:] = style.uniform([2.9, 1.8, 0.4, 1.3, 0.1, 0], [3.8, 3.6, 0.75, 1.9, 0.3, 1000])
             row[2] *= row[1]
+            row[0] = building.height / max(1, round(building.height / row[0]))  # whole storeys
 
         light = district.light
         self._sun = np.asarray(light.sun_direction, np.float32)
@@ -236,17 +237,18 @@ class TownRenderer:
         if self._moving:
             vertices = np.concatenate([self._placed(k, time) for k in self._moving])
             self._moving_scene = _embree(vertices, self._moving_faces)
-        # Contact shadows: a blurred picture of all footprints near the car, 0.2 m per pixel.
+        # Contact shadows: a blurred picture of all footprints near the car, 0.25 m per pixel.
         self._contact_low = (self.district.ego.at(time)[0] - self._low - 64).astype(np.float32)
-        contact = np.zeros((640, 640), np.uint8)
-        for actor in self.district.actors:
-            xy, yaw = actor.trajectory.at(time)
-            if np.abs(xy - self._low - self._contact_low - 64).max() > 80:
-                continue
-            corners = box_corners(np.array([*(xy - self._low), 0.0]), np.array(actor.size), np.array(yaw))[:4, :2]
-            pixels = np.round((corners - self._contact_low) * (5 * 16)).astype(np.int32)
-            cv2.fillPoly(contact, [pixels], 255, cv2.LINE_8, 4)
-        self._contact = cv2.GaussianBlur(contact, (0, 0), 1.8)
+        contact = np.zeros((512, 512), np.uint8)
+        if self.district.actors:
+            poses = [actor.trajectory.at(time) for actor in self.district.actors]
+            centers = np.array([[*(xy - self._low - self._contact_low), 0.0] for xy, _ in poses])
+            sizes = np.array([actor.size for actor in self.district.actors])
+            corners = box_corners(centers, sizes, np.array([yaw for _, yaw in poses]))[:, :4, :2]  # [A, 4, 2]
+            near = (np.abs(centers[:, :2] - 64) < 80).all(1)
+            for outline in np.round(corners[near] * (4 * 16)).astype(np.int32):
+                cv2.fillPoly(contact, [outline], 255, cv2.LINE_8, 4)
+        self._contact = cv2.GaussianBlur(contact, (9, 9), 1.5)
 
     def _trace(self, origins: np.ndarray, directions: np.ndarray) -> _Hits:
         """First hits of rays [R, 3] with unit directions."""
@@ -301,7 +303,7 @@ class TownRenderer:
             shift = np.float32((k + 0.5) / _GROUND_TAPS - 0.5)
             albedo += self._ground.colors(x + shift * dx, y + shift * dy, footprint)
         albedo = (albedo * np.float32(1 / (255 * _GROUND_TAPS))) ** 2
-        u, v = (x - self._contact_low[0]) * 5 - 0.5, (y - self._contact_low[1]) * 5 - 0.5
+        u, v = (x - self._contact_low[0]) * 4 - 0.5, (y - self._contact_low[1]) * 4 - 0.5
         contact = cv2.remap(self._contact, u, v, cv2.INTER_LINEAR).astype(np.float32) / 255
         incoming = (1 - 0.75 * contact)[..., None] * self._ambient_light
         if self._shadows:

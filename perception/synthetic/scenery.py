@@ -23,7 +23,7 @@ def add_scenery(builder: MeshBuilder, district: District, low: np.ndarray, rng: 
     """
     for k, building in enumerate(district.buildings):
         builder.owner = -2 - k
-        _add_building(builder, building.footprint - low, building.height, _plaster(building.color), rng)
+        _add_building(builder, building.footprint - low, building.height, np.array(building.color), rng)
     builder.owner = -1
     for kerb in district.kerbs:
         _add_kerb(builder, kerb.line - low)
@@ -40,12 +40,6 @@ def add_scenery(builder: MeshBuilder, district: District, low: np.ndarray, rng: 
             builder.cylinder(top - np.array([0, 0, 0.1]), arm, 0.05, gray, Material.METAL, sides=6)
             builder.sphere(arm, [0.32, 0.32, 0.09], (0.85, 0.85, 0.8), Material.METAL)
     _add_skyline(builder, district, low, rng)
-
-
-def _plaster(color) -> np.ndarray:
-    """A muted wall colour [3]: strong ones are for vehicles."""
-    color = np.asarray(color, dtype=np.float64)
-    return 0.35 * color + 0.65 * (0.25 + 0.6 * color.mean()) * np.array([1.0, 0.96, 0.90])
 
 
 def _add_building(builder: MeshBuilder, footprint: np.ndarray, height: float, color: np.ndarray, rng) -> None:
