@@ -6,11 +6,13 @@ train_data = dict(
     split="town_train",
     clip_length=2,
     augment=dict(),
-    make_with="python scripts/simulate.py --out out/town_train --scenes 200 --seed 1000 --split town_train",
+    make_with="python scripts/simulate.py --out out/town_train --scenes 200 --seed 1000 --split town_train "
+    "--image-size 160x288",
 )
 val_data = dict(
     dataroot="out/town_val",
     version="v1.0-synthetic",
     split="town_val",
-    make_with="python scripts/simulate.py --out out/town_val --scenes 10 --seed 5000 --split town_val",
+    make_with="python scripts/simulate.py --out out/town_val --scenes 20 --seed 5000 --split town_val "
+    "--image-size 160x288",
 )
