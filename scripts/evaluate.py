@@ -21,14 +21,19 @@ def main() -> None:
     parser.add_argument("--dataroot", help="instead of the config's val_data.dataroot")
     parser.add_argument("--version", help="instead of the config's val_data.version")
     parser.add_argument("--split", help="instead of the config's val_data.split")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--workers", type=int, default=0, help="processes that load images (default 0)")
     parser.add_argument("--json", required=True, help="file for all numbers")
     arguments = parser.parse_args()
 
+    import torch
+
     from perception.engine import build_dataset, load_config, load_weights
+    from perception.errors import ConfigError
     from perception.evaluation.streaming import evaluate_stream
 
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch finds no GPU here; use --device cpu")
     told = {key: value for key in ("dataroot", "version", "split") if (value := getattr(arguments, key))}
     config = load_config(arguments.config, {f"val_data.{key}": value for key, value in told.items()})
     model = load_weights(arguments.checkpoint, config.model).to(arguments.device)

@@ -143,8 +143,6 @@ class StreamValLoop(BaseLoop):
 class FrameRateHook(Hook):
     """Logs the frames trained on per second, over all processes."""
 
-    priority = "LOW"
-
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Clip, outputs: dict | None = None) -> None:
         seconds = runner.message_hub.get_scalar("train/time").current()
         _, world = get_dist_info()

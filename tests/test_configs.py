@@ -1,0 +1,93 @@
+"""Config files: the shipped ones are sound, and every mistake gets a sentence that names it."""
+
+from pathlib import Path
+
+import pytest
+
+from perception.data.augment import Augment
+from perception.engine import build_dataset, load_config, parse_options
+from perception.errors import ConfigError, DataError
+from perception.models.bev_transformer import ModelConfig
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+SHIPPED = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob("[a-z]*/*.py"))
+NANO = CONFIGS / "synthetic" / "nano.py"
+
+MINIMAL = """
+model = dict(preset="nano")
+train_data = dict(dataroot="d", version="v", split="s")
+val_data = dict(dataroot="d", version="v", split="s")
+train = dict(epochs=1, batch_size=2, lr=1, weight_decay=0.0, warmup_iters=1, grad_clip=1.0, ema_momentum=0.0,
+             val_every=1, log_every=1, workers=0)
+"""
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_configs_are_sound_and_documented(name):
+    config = load_config(CONFIGS / name)
+    assert config.train.epochs > 0 and config.val_data.clip_length == 1
+    text = (CONFIGS / name).read_text()
+    assert f"scripts/train.py configs/{name} --work-dir" in text
+
+
+def test_values_reach_the_parsed_config(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(MINIMAL)
+    options = parse_options(
+        ["train.lr=3e-4", "model.grid=[40, 60]", "model.backbone=resnet34", "train_data.augment={'mirror': 0}"]
+    )
+    config = load_config(path, options)
+    assert config.name == "mine"
+    assert config.train.lr == 3e-4
+    assert config.model == ModelConfig.preset("nano", grid=(40, 60), backbone="resnet34")
+    assert config.train_data.augment == Augment(mirror=0.0) and config.val_data.augment is None
+    assert isinstance(load_config(path).train.lr, float)  # written as 1
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (("batch_size", "batchsize"), r"mine\.py: unknown key train\.batchsize; did you mean train\.batch_size\?"),
+        (("model = dict(", "model = dict(depht_bins=3, "), r"model\.depht_bins; did you mean model\.depth_bins\?"),
+        (('preset="nano"', 'preset="nanno"'), r"preset is 'nanno'; use one of nano"),
+        (('preset="nano"', "channels=64"), r"model\.preset is missing; add it"),
+        (('split="s"', 'split="s", cameras=6'), r"unknown key train_data\.cameras; the keys there are augment"),
+        (("epochs=1, ", ""), r"train\.epochs is missing; add it"),
+        (("epochs=1,", "epochs=1.5,"), r"train\.epochs is 1\.5; it must be of type int"),
+        (("lr=1,", "lr='1',"), r"train\.lr is '1'; it must be of type float"),
+        (("model = dict", "modle = dict"), r"unknown key modle; did you mean model\?"),
+        (("train = dict(epochs", "train = int(epochs"), r"mine\.py: TypeError"),
+        (('model = dict(preset="nano")', "model = 3"), r"model is 3; it must be a dict"),
+        (("train = dict(", "train = dict(("), r"mine\.py: SyntaxError"),
+    ],
+)
+def test_mistakes_in_a_config_are_named(tmp_path, change, sentence):
+    path = tmp_path / "mine.py"
+    assert change[0] in MINIMAL
+    path.write_text(MINIMAL.replace(*change))
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        load_config(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("pair", "sentence"),
+    [
+        ("train.lr", r"--cfg-options 'train\.lr' is not KEY=VALUE"),
+        ("train.lrr=1", r"unknown key train\.lrr; did you mean train\.lr\?"),
+        ("train.lr.x=1", r"--cfg-options .* does not fit"),
+        ("other=1", r"unknown key other"),
+        ("model.grid=3", r"model\.grid is 3; it must be of type tuple\[int, int\]"),
+    ],
+)
+def test_bad_options_are_named(pair, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        load_config(NANO, parse_options([pair]))
+
+
+def test_a_missing_config_or_dataset_tells_what_to_do(tmp_path):
+    with pytest.raises(ConfigError, match=r"absent\.py does not exist"):
+        load_config(tmp_path / "absent.py")
+    config = load_config(NANO, {"train_data.dataroot": str(tmp_path / "town")})
+    with pytest.raises(DataError, match=r"make it with: python scripts/simulate\.py --out"):
+        build_dataset(config.train_data, config.model)

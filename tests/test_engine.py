@@ -1,0 +1,249 @@
+"""Training: losses fall, an interruption changes nothing, a NaN stops with names, mistakes exit with code 2."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from perception.data.loader import collate
+from perception.engine import TrainingModel, build_dataset, load_config, load_weights, train
+from perception.errors import CheckpointError, ConfigError, TrainingError, run_script
+from perception.evaluation.streaming import evaluate_stream
+from perception.models.bev_transformer import BEVTransformer, load_checkpoint
+from perception.synthetic import VERSION, simulate
+
+PROJECT = Path(__file__).resolve().parent.parent
+CONFIG = """
+model = dict(preset="nano", image_size=(64, 96), grid=(20, 20), channels=16, depth_bins=8, backbone_stages=2,
+             decoder_layers=2, box_queries=20, line_queries=8)
+train_data = dict(dataroot={root!r}, version={version!r}, split="town_val", clip_length=2, augment=dict())
+val_data = dict(dataroot={root!r}, version={version!r}, split="town_val")
+train = dict(epochs=5, batch_size=2, lr=2e-3, weight_decay=0.01, warmup_iters=2, grad_clip=10.0, ema_momentum=0.1,
+             val_every=5, log_every=1, workers=0)
+"""
+
+
+@pytest.fixture(scope="module")
+def config_path(tmp_path_factory, town_root) -> Path:
+    path = tmp_path_factory.mktemp("config") / "small.py"
+    path.write_text(CONFIG.format(root=str(town_root), version=VERSION))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, config_path) -> Path:
+    """The work directory of five epochs in one go."""
+    work_dir = tmp_path_factory.mktemp("trained")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    train(load_config(config_path), work_dir, seed=5)
+    torch.set_num_threads(threads)
+    return work_dir
+
+
+def tensors_of(noun, path=""):
+    """All tensors and numbers in nested dicts and lists, by path."""
+    if isinstance(noun, dict):
+        return {k: v for key, part in noun.items() for k, v in tensors_of(part, f"{path}/{key}").items()}
+    if isinstance(noun, list | tuple):
+        return {k: v for i, part in enumerate(noun) for k, v in tensors_of(part, f"{path}/{i}").items()}
+    return {path: noun}
+
+
+def scalars(work_dir: Path) -> list[dict]:
+    (path,) = work_dir.glob("*/vis_data/scalars.json")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_loss_falls_and_everything_is_left_behind(trained):
+    lines = [line for line in scalars(trained) if "loss" in line]
+    assert len(lines) == 15  # 2 scenes x 3 clips of 2 frames, in pairs, five times
+    assert sum(line["loss"] for line in lines[-3:]) < 0.9 * sum(line["loss"] for line in lines[:3])
+    parts = {"box_class", "box_params", "line_class", "line_points", "line_direction", "heatmap", "raster"}
+    assert parts <= lines[0].keys()
+    assert lines[0]["loss"] == pytest.approx(sum(lines[0][part] for part in parts), rel=1e-4)
+    assert lines[0]["frames_per_s"] > 0
+    assert list(trained.glob("*/vis_data/events.out.tfevents.*"))
+    validation = [line for line in scalars(trained) if "nds" in line]
+    assert len(validation) == 1 and validation[0].keys() >= {"nds", "map", "lane_map", "mATE", "score", "fps"}
+
+
+def test_exported_weights_are_the_averaged_ones(trained, config_path):
+    config = load_config(config_path)
+    exported, metrics = load_checkpoint(trained / "small.safetensors")
+    last, _ = load_checkpoint(trained / "small-last.safetensors")
+    checkpoint = torch.load(trained / "epoch_5.pth", weights_only=True)
+    averaged = {name.removeprefix("core."): tensor for name, tensor in checkpoint["state_dict"].items()}
+    raw = checkpoint["ema_state_dict"]  # MMEngine swaps the two when it saves
+    assert not all(torch.equal(tensor, raw[f"module.core.{name}"]) for name, tensor in averaged.items())
+    for core in (exported, last, load_weights(trained / "epoch_5.pth", config.model)):
+        weights = core.state_dict()
+        assert weights.keys() == averaged.keys()
+        assert all(torch.equal(tensor, averaged[name]) for name, tensor in weights.items())
+    assert metrics["epoch"] == 5 and metrics["score"] == (metrics["nds"] + metrics["lane_map"]) / 2
+
+
+def test_resumed_training_equals_an_uninterrupted_one(trained, config_path, tmp_path):
+    shutil.copy(trained / "epoch_4.pth", tmp_path)
+    (tmp_path / "last_checkpoint").write_text(str(tmp_path / "epoch_4.pth"))
+    with pytest.raises(ConfigError, match=r"already holds checkpoints.*--resume"):
+        train(load_config(config_path), tmp_path, seed=5)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    train(load_config(config_path), tmp_path, seed=5, resume=True)
+    torch.set_num_threads(threads)
+    assert [line["step"] for line in scalars(tmp_path) if "loss" in line] == [13, 14, 15]
+    whole, resumed = (torch.load(d / "epoch_5.pth", weights_only=True) for d in (trained, tmp_path))
+    for part in ("state_dict", "ema_state_dict", "optimizer"):
+        expected, found = tensors_of(whole[part]), tensors_of(resumed[part])
+        assert expected.keys() == found.keys()
+        different = [
+            k for k, v in expected.items() if not (torch.equal(v, found[k]) if torch.is_tensor(v) else v == found[k])
+        ]
+        assert different == []
+
+
+def test_bfloat16_trains_and_keeps_float32_weights(config_path, tmp_path):
+    core = train(load_config(config_path, {"train.epochs": 1, "train.ema_momentum": 0}), tmp_path, amp=True)
+    assert {p.dtype for p in core.parameters()} == {torch.float32}
+    first = next(line for line in scalars(tmp_path) if "loss" in line)
+    assert 0 < first["loss"] < 1e3
+    assert "ema_state_dict" not in torch.load(tmp_path / "epoch_1.pth", weights_only=True)
+
+
+def test_a_training_that_diverges_stops_and_names_the_samples(config_path, tmp_path):
+    config = load_config(config_path, {"train.lr": 1e30, "train.ema_momentum": 0})
+    with pytest.raises(TrainingError, match=r"stopped at iteration \d: .* for the samples ") as caught:
+        train(config, tmp_path)
+    tokens = build_dataset(config.train_data, config.model).tokens
+    named = str(caught.value).partition("for the samples ")[2].partition(";")[0].split(", ")
+    assert len(named) == 4 and set(named) <= set(tokens)  # two clips of two frames
+
+
+def test_a_loss_that_is_not_finite_is_named(config_path):
+    config = load_config(config_path)
+    dataset = build_dataset(config.train_data, config.model)
+    clip = collate([dataset[0]])
+    model = TrainingModel(BEVTransformer(config.model))
+    losses = model(*clip)
+    assert all(loss.isfinite() for loss in losses.values())
+    boxes = clip.truth.boxes
+    fast = boxes._replace(velocity=torch.full_like(boxes.velocity, torch.inf))
+    with pytest.raises(FloatingPointError, match="loss box_params is inf"):
+        model(*clip._replace(truth=clip.truth._replace(boxes=fast)))
+
+
+def test_losses_are_the_mean_over_the_unrolled_frames(config_path):
+    """Frame 1 is judged with the memory of frame 0: two single frames by hand give the same losses."""
+    from perception.losses import set_losses
+    from perception.types import map_tensors
+
+    config = load_config(config_path)
+    clip = collate([build_dataset(config.train_data, config.model)[0]])
+    core = BEVTransformer(config.model).eval()
+    first, second = (map_tensors(lambda tensor, t=t: tensor[:, t], clip) for t in (0, 1))
+    prediction_0, state = core(first.frames, core.initial_state(1))
+    prediction_1, _ = core(second.frames, state)
+    by_hand = [set_losses(p, c.truth, core.grid) for p, c in ((prediction_0, first), (prediction_1, second))]
+    losses = TrainingModel(core)(*clip)
+    for name, loss in losses.items():
+        torch.testing.assert_close(loss, (by_hand[0][name] + by_hand[1][name]) / 2)
+
+
+def test_weights_of_another_architecture_are_refused(trained, config_path):
+    other = load_config(config_path, {"model.channels": 24}).model
+    with pytest.raises(CheckpointError, match="has channels=16, the config's model has 24"):
+        load_weights(trained / "small.safetensors", other)
+    with pytest.raises(CheckpointError, match=r"epoch_5\.pth: its core\..* does not fit"):
+        load_weights(trained / "epoch_5.pth", other)
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        load_weights(trained / "epoch_9.pth", other)
+    with pytest.raises(CheckpointError, match="not a readable training checkpoint"):
+        load_weights(config_path, other)
+
+
+def test_too_short_a_training_is_refused(config_path, tmp_path):
+    with pytest.raises(ConfigError, match=r"train\.warmup_iters is 1; give at least 2"):
+        train(load_config(config_path, {"train.warmup_iters": 1}), tmp_path)
+    with pytest.raises(ConfigError, match=r"15 iterations, not more than train\.warmup_iters=15"):
+        train(load_config(config_path, {"train.warmup_iters": 15}), tmp_path)
+
+
+def run_command(name: str, *arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(PROJECT / "scripts" / f"{name}.py"), *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=PROJECT)
+
+
+def told(run: subprocess.CompletedProcess) -> str:
+    """The one sentence that a failed script leaves."""
+    assert run.returncode == 2, run.stderr
+    assert "Traceback" not in run.stderr
+    lines = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and run.stderr.rstrip().endswith(lines[0])
+    return lines[0]
+
+
+def test_evaluate_script(trained, config_path, tmp_path):
+    out = tmp_path / "numbers" / "evaluation.json"
+    run = run_command("evaluate", config_path, trained / "small.safetensors", "--json", out)
+    assert run.returncode == 0, run.stderr
+    assert "NDS" in run.stdout and "lane AP (maptr)" in run.stdout
+    numbers = json.loads(out.read_text())
+    assert numbers.keys() >= {"nds", "map", "lane_map", "fps", "detection", "lanes", "samples"}
+    assert numbers["samples"] == 8 and numbers["lanes"]["protocol"] == "maptr"
+    _, metrics = load_checkpoint(trained / "small.safetensors")
+    assert numbers["nds"] == pytest.approx(metrics["nds"], abs=1e-6)
+
+
+def test_a_broken_image_is_one_sentence_even_from_a_worker(trained, config_path, town_root, tmp_path, capsys):
+    root = tmp_path / "town"
+    shutil.copytree(town_root, root)
+    image = next(root.glob("samples/CAM_FRONT/*.jpg"))
+    image.write_bytes(image.read_bytes()[:2000])
+    config = load_config(config_path, {"val_data.dataroot": str(root)})
+    core, _ = load_checkpoint(trained / "small.safetensors")
+    dataset = build_dataset(config.val_data, config.model)
+    with pytest.raises(SystemExit) as exit_:
+        run_script(lambda: evaluate_stream(core, dataset, workers=1))
+    assert exit_.value.code == 2
+    assert re.fullmatch(rf"error: {image} cannot be read as an image .*\n", capsys.readouterr().err)
+
+
+def test_a_calibration_that_is_not_finite_is_one_sentence(trained, config_path, town_root, tmp_path):
+    root = tmp_path / "town"
+    shutil.copytree(town_root, root)
+    table = root / VERSION / "calibrated_sensor.json"
+    rows = json.loads(table.read_text())
+    row = next(row for row in rows if row["camera_intrinsic"])
+    row["camera_intrinsic"][0][0] = float("nan")
+    table.write_text(json.dumps(rows))
+    run = run_command("evaluate", config_path, trained / "small.safetensors", "--dataroot", root, "--json", "e.json")
+    sentence = told(run)
+    assert "calibrated_sensor.json" in sentence and "camera_intrinsic" in sentence
+
+
+def test_train_script_without_its_dataset_tells_how_to_make_it(tmp_path):
+    options = (f"train_data.dataroot={tmp_path / 'town'}",)
+    run = run_command("train", "configs/synthetic/nano.py", "--work-dir", tmp_path / "w", "--cfg-options", *options)
+    assert "make it with: python scripts/simulate.py --out" in told(run)
+
+
+@pytest.mark.slow
+def test_one_scene_is_learned_by_heart(tmp_path):
+    """Network, losses, decoding and evaluation fit together: a scene seen often enough is reproduced."""
+    root = tmp_path / "town"
+    simulate(root, scenes=1, seed=3, split="town_one")
+    options = {"train_data.dataroot": str(root), "val_data.dataroot": str(root)}
+    config = load_config(PROJECT / "configs" / "synthetic" / "overfit.py", options)
+    train(config, tmp_path / "work")
+    core = load_weights(tmp_path / "work" / "overfit.safetensors", config.model)
+    evaluation, _ = evaluate_stream(core, build_dataset(config.val_data, config.model))
+    metrics = evaluation.metrics()
+    assert metrics["nds"] > 0.8 and metrics["lane_map"] > 0.8

@@ -1,0 +1,25 @@
+"""`import perception` stays light: a vehicle has none of the training packages."""
+
+import json
+import subprocess
+import sys
+
+CODE = """
+import json, sys, time
+start = time.perf_counter()
+import perception
+seconds = time.perf_counter() - start
+import perception.geometry, perception.grid, perception.losses, perception.types
+import perception.models.bev_transformer, perception.models.decoder
+print(json.dumps({"seconds": seconds, "modules": sorted(sys.modules)}))
+"""
+HEAVY = ("mmcv", "mmdet", "mmdet3d", "mmengine", "nuscenes", "matplotlib", "cv2", "tensorboard", "embreex", "trimesh")
+
+
+def test_import_is_light_and_fast():
+    run = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
+    told = json.loads(run.stdout)
+    roots = {name.partition(".")[0] for name in told["modules"]}
+    assert "perception" in roots
+    assert not roots & set(HEAVY)
+    assert told["seconds"] < 3.0
