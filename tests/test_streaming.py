@@ -1,0 +1,111 @@
+"""Streaming evaluation: memory follows scenes, processes share them, and the truth scores 1."""
+
+import pytest
+import torch
+
+from perception.data.loader import pad_boxes, pad_lines
+from perception.data.nuscenes import NuScenesDataset
+from perception.errors import ConfigError, DataError
+from perception.evaluation.streaming import evaluate_scenes, map_lines, predict_stream
+from perception.models.bev_transformer import BEVTransformer, ModelConfig
+from perception.synthetic import VERSION
+from perception.types import Scene, map_tensors
+
+SMALL = ModelConfig.preset(
+    "nano", image_size=(64, 96), grid=(20, 20), channels=16, depth_bins=8, backbone_stages=2, decoder_layers=2,
+    box_queries=20, line_queries=8,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def dataset(town_root) -> NuScenesDataset:
+    return NuScenesDataset(town_root, VERSION, "town_val", image_size=SMALL.image_size)
+
+
+@pytest.fixture(scope="module")
+def model() -> BEVTransformer:
+    torch.manual_seed(0)
+    return BEVTransformer(SMALL).eval()
+
+
+def true_scenes(dataset, points_per_line=100) -> dict[str, Scene]:
+    scenes = {}
+    for i, token in enumerate(dataset.tokens):
+        truth = Scene(pad_boxes([dataset.truth_boxes(i)]), pad_lines([dataset.truth_lines(i)], points_per_line))
+        scenes[token] = map_tensors(lambda tensor: tensor[0], truth)
+    return scenes
+
+
+def test_the_truth_scores_one(dataset):
+    evaluation = evaluate_scenes(dataset, true_scenes(dataset))
+    metrics = evaluation.metrics()
+    present = [name for name, count in evaluation.detection.truth_count.items() if count]
+    assert len(present) >= 5
+    # A class that the town lacks counts as 0 in the devkit's mean.
+    assert metrics["map"] == pytest.approx(len(present) / 10, abs=1e-6)
+    assert all(evaluation.detection.class_ap[name] == pytest.approx(1) for name in present)
+    lines = [name for name, count in evaluation.lanes.truth_count.items() if count]
+    assert metrics["lane_map"] == pytest.approx(len(lines) / 3) == pytest.approx(metrics["lane_map_strict"])
+    assert metrics["score"] == pytest.approx((metrics["nds"] + metrics["lane_map"]) / 2)
+
+
+def test_moved_lines_and_late_boxes_do_not_score_one(dataset):
+    scenes = true_scenes(dataset)
+    moved = {
+        token: Scene(
+            scene.boxes._replace(center=scene.boxes.center + torch.tensor([3.0, 0, 0])),
+            scene.lines._replace(points=scene.lines.points + 1.2),
+        )
+        for token, scene in scenes.items()
+    }
+    good, bad = (evaluate_scenes(dataset, s).metrics() for s in (scenes, moved))
+    assert bad["map"] < 0.7 * good["map"] and bad["lane_map"] < 0.7 * good["lane_map"]
+
+
+def test_memory_follows_the_scene_and_ends_with_it(dataset, model):
+    whole = predict_stream(model, dataset)
+    assert set(whole.scenes) == set(dataset.tokens) == set(whole.lines)
+    assert whole.seconds_per_frame > 0
+    # By hand: frame after frame with the memory handed on, afresh for the second scene.
+    with torch.inference_mode():
+        for scene in (0, 1):
+            state = model.initial_state(1)
+            for i in (dataset.scene_of_sample == scene).nonzero()[0]:
+                prediction, state = model(dataset[int(i)].frames, state)
+                token = dataset.tokens[i]
+                expected = prediction.line_logits[-1].sigmoid().flatten().sort(descending=True).values
+                found = whole.scenes[token].lines.score
+                torch.testing.assert_close(found, expected[: len(found)], rtol=1e-4, atol=1e-5)
+                assert len(whole.lines[token]) == int(whole.scenes[token].lines.valid.sum())
+
+
+def test_processes_share_whole_scenes_and_change_nothing(dataset, model):
+    whole = predict_stream(model, dataset)
+    parts = [predict_stream(model, dataset, rank=rank, world_size=2) for rank in (0, 1)]
+    assert not set(parts[0].scenes) & set(parts[1].scenes)
+    merged = parts[0].scenes | parts[1].scenes
+    assert merged.keys() == whole.scenes.keys()
+    for token, scene in merged.items():
+        torch.testing.assert_close(scene.boxes.center, whole.scenes[token].boxes.center)
+
+
+def test_map_lines_leaves_padding_out(dataset):
+    scene = true_scenes(dataset)[dataset.tokens[0]]
+    padded = scene.lines._replace(valid=torch.arange(len(scene.lines.valid)) % 2 == 0)
+    lines = map_lines(padded)
+    assert len(lines) == (len(scene.lines.valid) + 1) // 2
+    assert (lines[1].points == scene.lines.points[2].double().numpy()).all()
+    assert lines[1].label == int(scene.lines.label[2])
+
+
+def test_what_cannot_be_streamed_or_compared_is_refused(dataset, model, town_root):
+    clips = NuScenesDataset(town_root, VERSION, "town_val", image_size=SMALL.image_size, clip_length=2)
+    with pytest.raises(ConfigError, match="clip_length of the dataset is 2"):
+        predict_stream(model, clips)
+    scenes = true_scenes(dataset)
+    scenes.pop(dataset.tokens[3])
+    with pytest.raises(DataError, match=dataset.tokens[3]):
+        evaluate_scenes(dataset, scenes)
+    twice = NuScenesDataset([town_root, town_root], VERSION, "town_val", image_size=SMALL.image_size)
+    with pytest.raises(ConfigError, match="2 roots; evaluate one root at a time"):
+        evaluate_scenes(twice, {})
