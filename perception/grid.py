@@ -70,7 +70,8 @@ class BEVGrid:
         """
         xy = self.normalize(points_ego) * 2 - 1
         # grid_sample wants (along the last axis, along the one before): that is (y, x) here.
-        return F.grid_sample(bev, xy.flip(-1).to(bev.dtype), align_corners=False)
+        # In the precision of the points: eight bits of bfloat16 would round them to decimetres.
+        return F.grid_sample(bev.to(xy.dtype), xy.flip(-1), align_corners=False)
 
     def warp(self, bev: Tensor, ego_from_prev: Tensor) -> Tensor:
         """Carries a map from the previous ego frame into the current one, zero where nothing was known.

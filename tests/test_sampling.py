@@ -62,3 +62,18 @@ def test_gradients_equal_finite_differences():
     camera = torch.randint(0, 2, (1, 3, 2))
     weight = torch.rand(1, 3, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda f, p, w: sample_cameras(f, p, camera, w), (features, uv, weight))
+
+
+def test_places_keep_their_precision_beside_bfloat16_maps():
+    """A ramp along x read at 0.03 m steps on a 100 m grid: places rounded to bfloat16 would give stairs."""
+    grid = BEVGrid((-50.0, 50.0), (-50.0, 50.0), (50, 50))
+    ramp = torch.linspace(-1, 1, 50).bfloat16()[None, None, :, None].expand(1, 1, 50, 50)
+    x = torch.arange(40.0, 41.0, 0.03)
+    points = torch.stack([x, torch.zeros_like(x)], -1)[None, None]
+    assert grid.sample(ramp, points).flatten().diff().min() > 0
+    rows = torch.linspace(0.90, 0.91, 20)
+    uv = torch.stack([torch.full_like(rows, 0.5), rows], -1)[None, None]
+    tall = torch.linspace(-1, 1, 40).bfloat16().view(1, 1, 1, 40, 1).expand(1, 6, 1, 40, 72)
+    last = torch.full((1, 1, 20), 5)
+    read = sample_cameras(tall, uv.transpose(1, 2), last.transpose(1, 2), torch.ones(1, 20, 1))
+    assert read.flatten().diff().min() > 0

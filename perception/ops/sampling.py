@@ -32,7 +32,8 @@ def read_cameras(features: Tensor, uv: Tensor, camera: Tensor) -> Tensor:
     row = (uv[..., 1] * h).clamp(0.5, h - 0.5) + camera * h
     place = torch.stack([column * (2 / w) - 1, row * (2 / (N * h)) - 1], -1)  # [B, Q, S, 2]
     tall = features.transpose(1, 2).reshape(B, C, N * h, w)
-    return F.grid_sample(tall, place.to(tall.dtype), padding_mode="border", align_corners=False)
+    # Places keep their precision: eight bits of bfloat16 cannot tell the pixels of a large map apart.
+    return F.grid_sample(tall.to(place.dtype), place, padding_mode="border", align_corners=False)
 
 
 def sample_cameras(features: Tensor, uv: Tensor, camera: Tensor, weight: Tensor) -> Tensor:
