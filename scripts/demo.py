@@ -1,0 +1,91 @@
+"""Generates a small town that the weights have never seen, predicts it, and shows and scores the result."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+EXAMPLE = """example:
+  python scripts/demo.py
+  python scripts/demo.py --out out/other --seed 90001 --scenes 2 --checkpoint out/nano/nano.safetensors
+"""
+SPLIT = "town_demo"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder to write to (default: %(default)s)")
+    parser.add_argument("--checkpoint", type=Path, help=".safetensors of another network than the shipped one")
+    parser.add_argument("--seed", type=int, default=90000, help="of the town (default: %(default)s, not trained on)")
+    parser.add_argument("--scenes", type=int, default=3, help="number of scenes (default: %(default)s)")
+    parser.add_argument("--keyframes", type=int, default=8, help="keyframes per scene, 2 Hz (default: %(default)s)")
+    parser.add_argument("--min-score", type=float, default=0.3, help="of what is drawn (default: %(default)s)")
+    arguments = parser.parse_args()
+
+    import numpy as np
+
+    from perception.data.nuscenes import NuScenesDataset
+    from perception.draw import draw_frame
+    from perception.evaluation.streaming import evaluate_stream
+    from perception.models.bev_transformer import load_checkpoint
+    from perception.predictor import shipped_weights
+    from perception.synthetic import VERSION, simulate
+    from perception.types import map_tensors
+
+    checkpoint = arguments.checkpoint or shipped_weights()
+    model, _ = load_checkpoint(checkpoint)
+    height, width = model.config.image_size
+    # The folder's name says what is in it and it appears when it is complete, so it can be used again.
+    name = f"town_{arguments.seed}_{arguments.scenes}x{arguments.keyframes}_{height}x{width}"
+    root = arguments.out / name
+    if not (root / VERSION).is_dir():
+        simulate(
+            root,
+            scenes=arguments.scenes,
+            seed=arguments.seed,
+            keyframes=arguments.keyframes,
+            image_size=(height, width),
+            split=SPLIT,
+        )
+    # Lines are drawn as finely as the map has them.
+    dataset = NuScenesDataset(root, VERSION, SPLIT, image_size=(height, width), points_per_line=100)
+    evaluation, stream = evaluate_stream(model, dataset, progress=True)
+    print(evaluation.table())
+
+    last = [int(np.flatnonzero(dataset.scene_of_sample == scene)[-1]) for scene in np.unique(dataset.scene_of_sample)]
+    busiest = max(last, key=lambda i: int(dataset.truth_boxes(i).valid.sum()))
+    for number, i in enumerate(last):
+        clip = map_tensors(lambda tensor: tensor[0], dataset[i])
+        picture = draw_frame(
+            clip.frames,
+            stream.scenes[dataset.tokens[i]],
+            clip.truth,
+            cameras=dataset.cameras,
+            caption=f"scene {number} of a town that was not trained on, after {arguments.keyframes} keyframes",
+            min_score=arguments.min_score,
+        )
+        for path in [arguments.out / f"demo_scene{number}.png"] + [arguments.out / "demo.png"] * (i == busiest):
+            beside = path.with_name(path.name + ".tmp")
+            picture.save(beside, "PNG")
+            os.replace(beside, path)
+
+    metrics = evaluation.metrics() | {"fps": 1 / stream.seconds_per_frame}
+    headline = {key: metrics[key] for key in ("nds", "map", "lane_map", "fps")}
+    settings = {"checkpoint": checkpoint.name} | {
+        key: getattr(arguments, key) for key in ("seed", "scenes", "keyframes")
+    }
+    beside = arguments.out / "demo.json.tmp"
+    beside.write_text(json.dumps(headline | settings, indent=1) + "\n")
+    os.replace(beside, arguments.out / "demo.json")
+    print()
+    for label, key in (("NDS", "nds"), ("mAP", "map"), ("lane mAP", "lane_map"), ("frames/s", "fps")):
+        print(f"{label:12s}{headline[key]:8.3f}")
+    print(f"\npicture: {arguments.out / 'demo.png'}   numbers: {arguments.out / 'demo.json'}")
+
+
+if __name__ == "__main__":
+    from perception.errors import run_script
+
+    run_script(main)

@@ -1,0 +1,78 @@
+"""Says what is installed, what it runs on, and whether the library is complete. Exit code 2 if something is wrong."""
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+
+EXAMPLE = """example:
+  python scripts/doctor.py
+"""
+PACKAGES = (
+    "torch", "torchvision", "numpy", "mmengine", "mmcv-lite", "mmcv", "mmdet", "mmdet3d", "nuscenes-devkit", "shapely",
+    "embreex",
+)  # fmt: skip
+HEAVY = ("mmcv", "mmdet", "mmdet3d", "mmengine", "nuscenes", "matplotlib", "cv2")
+LIGHT = f"import sys, perception, perception.predictor; print(*[name for name in {HEAVY} if name in sys.modules])"
+
+
+def installed() -> list[tuple[str, str, str]]:
+    """Name, version and what is wrong with it, of Python and every package of interest."""
+    from packaging.requirements import Requirement
+
+    needed = {one.name: one.specifier for one in map(Requirement, metadata.requires("perception")) if not one.marker}
+    rows = [("python", platform.python_version(), "" if sys.version_info >= (3, 10) else "3.10 or newer is needed")]
+    for name in PACKAGES:
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            rows.append((name, "none", f"install {name}{needed[name]}" if name in needed else ""))
+            continue
+        fits = name not in needed or needed[name].contains(version, prereleases=True)
+        rows.append((name, version, "" if fits else f"{needed[name]} is needed"))
+    return rows
+
+
+def library() -> list[tuple[str, str, str]]:
+    """Devices, threads, the shipped weights, and the weight of an import."""
+    import torch
+
+    from perception.errors import CheckpointError
+    from perception.models.bev_transformer import load_checkpoint
+    from perception.predictor import shipped_weights
+
+    devices = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
+    rows = [("devices", ", ".join(["cpu", *devices]), "")]
+    rows.append(("threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores", ""))
+    try:
+        path = shipped_weights()
+        model, _ = load_checkpoint(path)
+        millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        rows.append(("shipped weights", f"{path.name}, {millions:.2f} M parameters", ""))
+    except CheckpointError as error:
+        rows.append(("shipped weights", "none", str(error)))
+    run = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True)
+    loaded = run.stdout.split() if run.returncode == 0 else ["an error"]
+    rows.append(
+        ("import perception", "light" if not loaded else "heavy", f"it loads {', '.join(loaded)}" * bool(loaded))
+    )
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
+    rows = installed() + library()
+    for name, value, problem in rows:
+        print(f"{name:20s}{value:32s}{problem or 'ok'}")
+    return 2 if any(problem for _, _, problem in rows) else 0
+
+
+if __name__ == "__main__":
+    from perception.errors import run_script
+
+    run_script(main)

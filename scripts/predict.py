@@ -1,0 +1,145 @@
+"""Predicts one sample, draws it with the truth where that is known, and writes boxes and lines as JSON."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+EXAMPLE = """examples:
+  python scripts/predict.py --dataroot out/town --version v1.0-synthetic --split town_try --sample TOKEN \\
+      --out out/sample.png --json out/sample.json
+  python scripts/predict.py --info sample.json --map-vectors map_vectors.json --out out/sample.png
+
+A sample of a dataset is predicted with the memory of its scene so far, one of an info file without memory.
+"""
+
+
+def predict_sample(model, arguments):
+    """The token, clip [T=1] with truth, Scene [B=1] and camera names of a sample of a nuScenes-format dataset."""
+    import numpy as np
+
+    from perception.data.nuscenes import NuScenesDataset
+    from perception.errors import ConfigError, DataError
+    from perception.models.decoder import decode
+
+    missing = [name for name in ("version", "split") if getattr(arguments, name) is None]
+    if missing:
+        raise ConfigError(f"--{missing[0]} is missing: with --dataroot give --version and --split too")
+    dataset = NuScenesDataset(
+        arguments.dataroot,
+        arguments.version,
+        arguments.split,
+        image_size=model.config.image_size,
+        points_per_line=100,
+    )
+    tokens = dataset.tokens
+    sample = arguments.sample or tokens[-1]
+    if sample not in tokens:
+        raise DataError(
+            f"{arguments.dataroot}: split '{arguments.split}' has no sample {sample}; its first is {tokens[0]}"
+        )
+    target = tokens.index(sample)
+    start = int(np.flatnonzero(dataset.scene_of_sample == dataset.scene_of_sample[target])[0])
+    state = model.initial_state(1)
+    for i in range(start, target + 1):
+        clip = dataset[i]
+        prediction, state = model(clip.frames, state)  # T = 1 serves as a batch of one
+    return sample, clip, decode(prediction), dataset.cameras
+
+
+def predict_info(model, arguments):
+    """As `predict_sample`, of an entry of an info file."""
+    from perception.data.infos import load_info_clip, load_info_poses, load_map_vectors
+    from perception.data.loader import pad_lines
+    from perception.data.nuscenes import NUSCENES_CAMERAS
+    from perception.models.decoder import decode
+
+    clip = load_info_clip(arguments.info, arguments.index, image_size=model.config.image_size)
+    if arguments.map_vectors:
+        global_from_ego, _ = load_info_poses(arguments.info, arguments.index)
+        lines = pad_lines([load_map_vectors(arguments.map_vectors, global_from_ego)], 100)
+        clip = clip._replace(truth=clip.truth._replace(lines=lines))
+    prediction, _ = model(clip.frames, model.initial_state(1))
+    return f"{arguments.info.name} entry {arguments.index}", clip, decode(prediction), NUSCENES_CAMERAS
+
+
+def as_records(scene, min_score: float) -> dict:
+    """Boxes and lines of one moment as plain JSON values, in the ego frame, metres and radians."""
+    from perception.types import BOX_CLASSES, LINE_CLASSES
+
+    boxes, lines = scene
+    found = [int(m) for m in (boxes.valid & (boxes.score >= min_score)).nonzero()[:, 0]]
+    drawn = [int(m) for m in (lines.valid & (lines.score >= min_score)).nonzero()[:, 0]]
+    return {
+        "boxes": [
+            {
+                "class": BOX_CLASSES[boxes.label[m]],
+                "score": float(boxes.score[m]),
+                "center": boxes.center[m].tolist(),
+                "size": boxes.size[m].tolist(),
+                "yaw": float(boxes.yaw[m]),
+                "velocity": boxes.velocity[m].tolist(),
+            }
+            for m in found
+        ],
+        "lines": [
+            {"class": LINE_CLASSES[lines.label[m]], "score": float(lines.score[m]), "points": lines.points[m].tolist()}
+            for m in drawn
+        ],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--dataroot", type=Path, help="nuScenes-format dataset")
+    source.add_argument("--info", type=Path, help="info file of mmdet3d v1.1 as JSON, images beside it")
+    parser.add_argument("--version", help="folder of tables of the dataset")
+    parser.add_argument("--split", help="split that holds the sample")
+    parser.add_argument("--sample", help="token (default: the last sample of the split)")
+    parser.add_argument("--index", type=int, default=0, help="entry of the info file (default: %(default)s)")
+    parser.add_argument("--map-vectors", type=Path, help="with --info: JSON of global polylines, drawn as truth")
+    parser.add_argument("--checkpoint", type=Path, help=".safetensors (default: the shipped weights)")
+    parser.add_argument("--min-score", type=float, default=0.3, help="of what is kept (default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="picture to write, .png")
+    parser.add_argument("--json", type=Path, help="file for the predicted boxes and lines, ego frame")
+    arguments = parser.parse_args()
+
+    import torch
+
+    from perception.draw import draw_frame
+    from perception.errors import ConfigError
+    from perception.models.bev_transformer import load_checkpoint
+    from perception.predictor import shipped_weights
+    from perception.types import map_tensors
+
+    if arguments.out.suffix.lower() != ".png":
+        raise ConfigError(f"--out {arguments.out}: the picture is a PNG; give a name that ends in .png")
+    if not 0 <= arguments.min_score <= 1:
+        raise ConfigError(f"--min-score is {arguments.min_score}; give a number from 0 to 1")
+    model, _ = load_checkpoint(arguments.checkpoint or shipped_weights())
+    with torch.inference_mode():
+        sample, clip, scene, cameras = (predict_info if arguments.info else predict_sample)(model, arguments)
+    clip, scene = (map_tensors(lambda tensor: tensor[0], noun) for noun in (clip, scene))
+    records = as_records(scene, arguments.min_score)
+    picture = draw_frame(clip.frames, scene, clip.truth, cameras=cameras, caption=sample, min_score=arguments.min_score)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    beside = arguments.out.with_name(arguments.out.name + ".tmp")
+    picture.save(beside, "PNG")
+    os.replace(beside, arguments.out)
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        beside = arguments.json.with_name(arguments.json.name + ".tmp")
+        beside.write_text(json.dumps({"sample": sample, "frame": "ego"} | records, indent=1) + "\n")
+        os.replace(beside, arguments.json)
+    print(f"{'':8s}{'predicted':>10s}{'true':>8s}")
+    for kind, truth in zip(("boxes", "lines"), clip.truth, strict=True):
+        print(f"{kind:8s}{len(records[kind]):>10d}{int(truth.valid.sum()):>8d}")
+
+
+if __name__ == "__main__":
+    from perception.errors import run_script
+
+    run_script(main)
