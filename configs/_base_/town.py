@@ -5,7 +5,6 @@ train_data = dict(
     version="v1.0-synthetic",
     split="town_train",
     clip_length=2,
-    augment=dict(),
     make_with="python scripts/simulate.py --out out/town_train --scenes 200 --seed 1000 --split town_train "
     "--image-size 160x288",
 )
