@@ -1,9 +1,6 @@
 """Evaluates weights on a nuScenes-format split: boxes by the official devkit, lanes in the MapTR flavour."""
 
 import argparse
-import json
-import os
-from pathlib import Path
 
 EXAMPLE = """example:
   python scripts/evaluate.py configs/synthetic/nano.py out/nano/nano.safetensors --json out/nano/evaluation.json
@@ -31,6 +28,7 @@ def main() -> None:
     from perception.engine import build_dataset, load_config, load_weights
     from perception.errors import ConfigError
     from perception.evaluation.streaming import evaluate_stream
+    from perception.files import write_json
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch finds no GPU here; use --device cpu")
@@ -44,11 +42,7 @@ def main() -> None:
     print(evaluation.table())
     headline = {name: metrics[name] for name in ("nds", "map", "lane_map", "fps")}
     print("\n" + "  ".join(f"{name} {value:.3f}" for name, value in headline.items()))
-    path = Path(arguments.json)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(metrics, indent=1))
-    os.replace(beside, path)
+    write_json(arguments.json, metrics)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections import Counter
 from pathlib import Path
 
 from perception.errors import run_script
+from perception.files import write_json
 
 EXAMPLE = """example:
   python scripts/simulate.py --out data/town --scenes 20 --seed 7 --image-size 256x448
@@ -87,10 +87,7 @@ def main() -> None:
         print(f"{'boxes ' + name:24s}{count:>10d}")
     print(f"{'seconds':24s}{summary['seconds']:>10.1f}")
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        partial = args.json.with_name(args.json.name + ".partial")
-        partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, args.json)
+        write_json(args.json, summary)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from perception import geometry, types
 from perception.data import lane_map
 from perception.data.lane_map import LaneMap
 from perception.errors import DataError
+from perception.files import replacing
 from perception.geometry import invert_rigid, rigid_from_quaternion, rigid_from_yaw, yaw_from_rotation
 from perception.types import ATTRIBUTES, BOX_CLASSES, MapLine
 
@@ -173,14 +174,10 @@ def _write(path: Path, index: Index) -> None:
     arrays = {name: value for name, value in index._asdict().items() if not isinstance(value, Lines)}
     for name in ("lines", "wide_lines"):
         arrays |= {f"{name}.{field}": value for field, value in getattr(index, name)._asdict().items()}
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as file:
+        with replacing(path) as beside, beside.open("wb") as file:
             np.savez(file, **arrays)
-        os.replace(beside, path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise DataError(
             f"{path.parent} cannot be written ({error.strerror}): give another folder as cache_dir"
         ) from None

@@ -27,6 +27,7 @@ from nuscenes.utils.splits import get_scenes_of_split, is_predefined_split
 from pyquaternion import Quaternion
 
 from perception.errors import DataError
+from perception.files import write_json
 from perception.geometry import invert_rigid, transform_points, yaw_from_rotation
 from perception.types import ATTRIBUTES, BOX_CLASSES, Boxes, Scene
 
@@ -146,8 +147,8 @@ def evaluate_detection(
         samples=len(tokens),
     )
     if out_dir is not None:
-        _write_json(Path(out_dir) / "submission.json", submission)
-        _write_json(Path(out_dir) / "metrics.json", result.as_dict())
+        write_json(Path(out_dir) / "submission.json", submission)
+        write_json(Path(out_dir) / "metrics.json", result.as_dict())
     return result
 
 
@@ -335,11 +336,3 @@ def _check_tokens(scenes: Mapping[str, Scene], tokens: list[str], split: str) ->
             f"{len(extra)} predictions belong to samples outside split {split}, {min(extra)} among them; "
             "predict on the split that is evaluated"
         )
-
-
-def _write_json(path: Path, content: dict) -> None:
-    """Written beside and renamed, so that a reader never meets half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(json.dumps(content))
-    os.replace(scratch, path)

@@ -12,7 +12,6 @@ The same `forward` is unrolled in training, called in live use and flattened for
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -21,6 +20,7 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from perception.errors import CheckpointError, ConfigError
+from perception.files import replacing
 from perception.grid import BEVGrid
 from perception.models.backbone import ResNetFPN
 from perception.models.bev_encoder import BEVTrunk, CameraAttention, GatedMemory
@@ -149,12 +149,10 @@ def save_checkpoint(path: str | Path, model: BEVTransformer, metrics: dict[str, 
         model: the network.
         metrics: numbers that were measured with these weights, stored as given.
     """
-    path = Path(path)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     metadata = {"format": FORMAT, "config": json.dumps(asdict(model.config)), "metrics": json.dumps(metrics)}
-    beside = path.with_name(path.name + ".tmp")
-    safetensors.torch.save_file(tensors, beside, metadata)
-    os.replace(beside, path)
+    with replacing(path) as beside:
+        safetensors.torch.save_file(tensors, beside, metadata)
 
 
 def load_checkpoint(path: str | Path) -> tuple[BEVTransformer, dict[str, float]]:

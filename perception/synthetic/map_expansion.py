@@ -9,8 +9,6 @@ is drawn, as a mask with 0.1 m per pixel whose last row is y = 0. The PNGs under
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +16,7 @@ import numpy as np
 from shapely.geometry import LineString, Polygon
 
 from perception.errors import ConfigError
+from perception.files import write_json
 from perception.synthetic.district import District
 
 # Fields that the devkit or its users expect beside the geometry, by layer.
@@ -121,7 +120,4 @@ def write_map_expansion(districts: Sequence[District], path: str | Path) -> None
         "connectivity": {},
         **layers,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(document, separators=(",", ":")), encoding="utf-8")
-    os.replace(temporary, path)
+    write_json(path, document, indent=None)
