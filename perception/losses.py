@@ -22,7 +22,7 @@ from perception.types import Boxes, Polylines, Prediction, Scene
 
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0  # https://arxiv.org/abs/1708.02002
 # Weights of the ten box parameters (centre, log size, sin cos yaw, velocity) in cost and loss.
-BOX_WEIGHTS = (1.0, 1.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.2, 0.2)
+BOX_WEIGHTS = (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.5)
 LOSS_WEIGHTS = {
     "box_class": 2.0, "box_params": 0.25, "heatmap": 1.0,
     "line_class": 2.0, "line_points": 0.5, "line_direction": 0.1, "raster": 1.0,

@@ -239,10 +239,10 @@ def test_train_script_without_its_dataset_tells_how_to_make_it(tmp_path):
 def test_one_scene_is_learned_by_heart(tmp_path):
     """Network, losses, decoding and evaluation fit together: a scene seen often enough is reproduced."""
     root = tmp_path / "town"
-    simulate(root, scenes=1, seed=3, split="town_one")
+    simulate(root, scenes=1, seed=36, keyframes=4, image_size=(128, 224), split="town_one", workers=1)
     options = {"train_data.dataroot": str(root), "val_data.dataroot": str(root)}
     config = load_config(PROJECT / "configs" / "synthetic" / "overfit.py", options)
-    train(config, tmp_path / "work")
+    train(config, tmp_path / "work", amp=True)
     core = load_weights(tmp_path / "work" / "overfit.safetensors", config.model)
     evaluation, _ = evaluate_stream(core, build_dataset(config.val_data, config.model))
     metrics = evaluation.metrics()

@@ -81,9 +81,9 @@ def test_box_error_by_hand():
     boxes, lines = make_boxes(), make_lines()
     prediction = perfect_prediction(boxes, lines)
     prediction.box_params[0, 0, 4, 0] += 3.0  # the first box 3 m off in x: 3 m x weight 1 / 3 boxes x loss weight 0.25
-    prediction.box_params[0, 0, 4, 8] -= 2.0  # and 2 m/s off: 2 x 0.2 / 3 x 0.25
+    prediction.box_params[0, 0, 4, 8] -= 2.0  # and 2 m/s off: 2 x 0.5 / 3 x 0.25
     losses = set_losses(prediction, Scene(boxes, lines), GRID)
-    assert losses["box_params"].item() == pytest.approx((3.0 * 1 + 2.0 * 0.2) / 3 * 0.25, rel=1e-5)
+    assert losses["box_params"].item() == pytest.approx((3.0 * 1 + 2.0 * 0.5) / 3 * 0.25, rel=1e-5)
 
 
 def test_unknown_velocity_costs_nothing_but_a_nan_in_the_output_shows():

@@ -18,6 +18,14 @@ from perception.types import Boxes, Polylines, Prediction, Scene
 
 PRIOR_LOGIT = -4.0  # initial class logits: almost everything is background
 CLOSED_GAP = 1.0  # metres between first and last point below which a predicted line counts as closed
+# How much lower the logit of a cell that is no local maximum ranks: a wide object asks for one query before it asks for
+# a second one, but two objects in neighbouring cells still get one each before mere noise does.
+PEAK_BONUS = 3.0
+# Usual length, width and height of BOX_CLASSES in metres: where the search for a size starts.
+USUAL_SIZES = (
+    (4.6, 1.95, 1.7), (6.9, 2.5, 2.8), (12.3, 2.9, 3.9), (11.0, 2.9, 3.5), (6.4, 2.9, 3.2),
+    (1.7, 0.6, 1.3), (2.1, 0.8, 1.5), (0.7, 0.7, 1.8), (0.4, 0.4, 1.1), (0.5, 2.5, 1.0),
+)  # fmt: skip
 
 
 def _mlp(channels_in: int, channels: int, channels_out: int) -> nn.Sequential:
@@ -124,11 +132,7 @@ class BoxDecoder(nn.Module):
             nn.init.zeros_(layer["to_class"][-1].weight)
             nn.init.zeros_(layer["to_class"][-1].bias)
             self.layers.append(layer)
-        # Where a box starts before anything is known of it: on the ground, the size of a small car, standing, heading
-        # along x.
-        self.register_buffer(
-            "prior", torch.tensor([0.0, 0.0, 0.8, 0.7, 0.2, 0.4, 0.0, 1.0, 0.0, 0.0]), persistent=False
-        )
+        self.register_buffer("usual_log_sizes", torch.tensor(USUAL_SIZES).log(), persistent=False)  # [K, 3]
 
     def forward(self, bev: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """bev [B, C, X, Y] -> box_logits [L, B, Q, K], box_params [L, B, Q, 10], heatmap_logits [B, K, X, Y].
@@ -138,8 +142,8 @@ class BoxDecoder(nn.Module):
         B, C, X, Y = bev.shape
         heatmap_logits = self.heatmap(bev)
         heat = heatmap_logits.detach().float().amax(1, keepdim=True)  # [B, 1, X, Y]
-        # Equality with the 3x3 maximum is a non-maximum suppression that needs no loop.
-        peak = torch.where(heat == F.max_pool2d(heat, 3, 1, 1), heat, heat - 20.0)
+        # Equality with the 3x3 maximum finds peaks without a loop.
+        peak = torch.where(heat == F.max_pool2d(heat, 3, 1, 1), heat, heat - PEAK_BONUS)
         cell = peak.flatten(1).topk(self.queries, dim=1).indices  # [B, Q]
         logits = heatmap_logits.detach().flatten(2).gather(2, cell[:, None].expand(-1, heatmap_logits.shape[1], -1))
         logits = logits.transpose(1, 2).float()  # [B, Q, K]
@@ -147,8 +151,12 @@ class BoxDecoder(nn.Module):
         query = self.content(torch.cat([feature, logits.sigmoid().to(feature.dtype)], -1))
         value = self.value(bev)
 
+        # A box starts on the ground with the size that its class usually has, heading along x, standing.
         center = self.grid.cell_centers(bev.device).reshape(-1, 2)[cell]  # [B, Q, 2]
-        params = torch.cat([center, self.prior[2:].expand(B, self.queries, -1)], -1)
+        log_size = (logits.softmax(-1)[..., None] * self.usual_log_sizes).sum(-2)  # [B, Q, 3]
+        z = log_size[..., 2:].exp() / 2
+        rest = log_size.new_tensor([0.0, 1.0, 0.0, 0.0]).expand(B, self.queries, -1)
+        params = torch.cat([center, z, log_size, rest], -1)
         all_logits, all_params = [], []
         for layer in self.layers:
             reference = params[..., :2]
