@@ -1,6 +1,7 @@
-"""One short scene learned by heart: shows that network, losses, decoding and evaluation fit together.
+r"""One short scene learned by heart: shows that network, losses, decoding and evaluation fit together.
 
-    python scripts/simulate.py --out out/town_one --scenes 1 --seed 36 --keyframes 4 --image-size 128x224 --split town_one
+    python scripts/simulate.py --out out/town_one --scenes 1 --seed 36 --keyframes 4 --image-size 128x224 \
+        --split town_one
     python scripts/train.py configs/synthetic/overfit.py --work-dir out/overfit --amp
 
 The seed is one whose scene shows all ten classes of boxes and all three of lines; a class that a split lacks counts as
