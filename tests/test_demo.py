@@ -1,0 +1,124 @@
+"""The scripts that people meet first: demo, predict and doctor, run as they run them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from perception.models.bev_transformer import BEVTransformer, ModelConfig, save_checkpoint
+from perception.synthetic import VERSION
+
+PROJECT = Path(__file__).resolve().parent.parent
+SMALL = ModelConfig.preset(
+    "nano", image_size=(64, 96), grid=(20, 20), channels=16, depth_bins=8, backbone_stages=2, decoder_layers=2,
+    box_queries=20, line_queries=8,
+)  # fmt: skip
+
+
+def run(script: str, *arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(PROJECT / "scripts" / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "some.safetensors"
+    save_checkpoint(path, BEVTransformer(SMALL), {})
+    return path
+
+
+def table(root: Path, name: str) -> list[dict]:
+    return json.loads((root / VERSION / f"{name}.json").read_text())
+
+
+@pytest.mark.slow
+def test_demo_writes_pictures_and_numbers(tmp_path, checkpoint):
+    arguments = ["--out", tmp_path, "--checkpoint", checkpoint, "--scenes", 2, "--keyframes", 2, "--seed", 4]
+    first = run("demo.py", *arguments)
+    assert first.returncode == 0, first.stderr
+    told = json.loads((tmp_path / "demo.json").read_text())
+    assert {"nds", "map", "lane_map", "fps"} <= set(told) and told["fps"] > 0
+    assert told["seed"] == 4 and told["scenes"] == 2 and told["checkpoint"] == "some.safetensors"
+    assert all(f"{told[key]:.3f}" in first.stdout for key in ("nds", "map", "lane_map", "fps"))
+    pictures = [np.asarray(Image.open(tmp_path / f"demo{name}.png")) for name in ("", "_scene0", "_scene1")]
+    # The main picture is one of the two, and holds six camera images beside the bird's-eye view.
+    assert sum(np.array_equal(pictures[0], other) for other in pictures[1:]) == 1
+    assert pictures[0].shape[1] > 3 * 480 and pictures[0].std() > 20
+    assert not list(tmp_path.glob("*.tmp"))
+    # The same town is used again, and gives the same numbers.
+    (root,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    written = (root / VERSION / "sample.json").stat().st_mtime_ns
+    assert run("demo.py", *arguments).returncode == 0
+    again = json.loads((tmp_path / "demo.json").read_text())
+    assert (root / VERSION / "sample.json").stat().st_mtime_ns == written
+    assert {**again, "fps": 0} == {**told, "fps": 0}
+
+
+def test_predict_fills_the_memory_up_to_the_sample(tmp_path, town_root, checkpoint):
+    from perception.data.nuscenes import NuScenesDataset
+    from perception.evaluation.streaming import predict_stream
+    from perception.models.bev_transformer import load_checkpoint
+
+    token = [row["token"] for row in table(town_root, "sample") if row["next"] == ""][-1]
+    out, numbers = tmp_path / "new" / "sample.png", tmp_path / "sample.json"
+    done = run(
+        "predict.py", "--dataroot", town_root, "--version", VERSION, "--split", "town_val", "--sample", token,
+        "--checkpoint", checkpoint, "--out", out, "--json", numbers, "--min-score", 0.001,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert Image.open(out).size[0] > 3 * 480
+    told = json.loads(numbers.read_text())
+    dataset = NuScenesDataset(town_root, VERSION, "town_val", image_size=SMALL.image_size)
+    expected = predict_stream(load_checkpoint(checkpoint)[0], dataset).scenes[token]
+    assert told["sample"] == token and told["frame"] == "ego"
+    assert len(told["boxes"]) == int((expected.boxes.score >= 0.001).sum()) > 0
+    np.testing.assert_allclose([box["score"] for box in told["boxes"]], expected.boxes.score, rtol=1e-3)
+    np.testing.assert_allclose([line["points"] for line in told["lines"]], expected.lines.points, atol=1e-3)
+
+
+def test_predict_draws_the_truth_of_an_info_file(tmp_path, real_keyframe, checkpoint):
+    done = run(
+        "predict.py", "--info", real_keyframe / "sample.json", "--map-vectors", real_keyframe / "map_vectors.json",
+        "--checkpoint", checkpoint, "--min-score", 1, "--out", tmp_path / "real.png",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    boxes, lines = (row.split() for row in done.stdout.splitlines()[1:])
+    assert boxes == ["boxes", "0", "65"]  # the number of boxes the file calls valid
+    assert lines[:2] == ["lines", "0"] and int(lines[2]) > 3
+    # Nothing is predicted, so what is bright in the bird's-eye view is truth: boxes, lines, and a few words.
+    picture = np.asarray(Image.open(tmp_path / "real.png"))
+    bev = picture[60:, picture.shape[1] * 3 // 4 :]
+    assert (bev.min(-1) > 180).sum() > 2000
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--dataroot", "ROOT", "--out", "OUT.png"], "--version is missing"),
+        (["--dataroot", "ROOT", "--version", VERSION, "--split", "town_val", "--sample", "x", "--out", "OUT.png"],
+         "no sample x"),
+        (["--info", "nowhere.json", "--out", "OUT.png"], "nowhere.json is missing"),
+    ],
+)  # fmt: skip
+def test_predict_says_in_one_sentence_what_is_wrong(tmp_path, town_root, checkpoint, arguments, message):
+    places = {"ROOT": str(town_root), "OUT.png": str(tmp_path / "out.png")}
+    arguments = [places.get(argument, argument) for argument in arguments]
+    done = run("predict.py", "--checkpoint", checkpoint, *arguments)
+    assert done.returncode == 2 and message in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_doctor_tells_versions_and_agrees_with_its_exit_code():
+    done = run("doctor.py")
+    rows = {line[:20].strip(): line[52:].strip() for line in done.stdout.splitlines()}
+    assert done.stdout.splitlines()[0].split()[1] == sys.version.split()[0]
+    assert torch.__version__.partition("+")[0] in done.stdout
+    assert rows["import perception"] == "ok" and {"torch", "mmdet3d", "devices", "shipped weights"} <= set(rows)
+    assert done.returncode == (0 if set(rows.values()) == {"ok"} else 2), done.stdout
