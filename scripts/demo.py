@@ -1,8 +1,6 @@
 """Generates a small town that the weights have never seen, predicts it, and shows and scores the result."""
 
 import argparse
-import json
-import os
 from pathlib import Path
 
 EXAMPLE = """example:
@@ -29,6 +27,7 @@ def main() -> None:
     from perception.data.nuscenes import NuScenesDataset
     from perception.draw import draw_frame
     from perception.evaluation.streaming import evaluate_stream
+    from perception.files import replacing, write_json
     from perception.models.bev_transformer import load_checkpoint
     from perception.predictor import shipped_weights
     from perception.synthetic import VERSION, simulate
@@ -67,18 +66,15 @@ def main() -> None:
             min_score=arguments.min_score,
         )
         for path in [arguments.out / f"demo_scene{number}.png"] + [arguments.out / "demo.png"] * (i == busiest):
-            beside = path.with_name(path.name + ".tmp")
-            picture.save(beside, "PNG")
-            os.replace(beside, path)
+            with replacing(path) as beside:
+                picture.save(beside, "PNG")
 
     metrics = evaluation.metrics() | {"fps": 1 / stream.seconds_per_frame}
     headline = {key: metrics[key] for key in ("nds", "map", "lane_map", "fps")}
     settings = {"checkpoint": checkpoint.name} | {
         key: getattr(arguments, key) for key in ("seed", "scenes", "keyframes")
     }
-    beside = arguments.out / "demo.json.tmp"
-    beside.write_text(json.dumps(headline | settings, indent=1) + "\n")
-    os.replace(beside, arguments.out / "demo.json")
+    write_json(arguments.out / "demo.json", headline | settings)
     print()
     for label, key in (("NDS", "nds"), ("mAP", "map"), ("lane mAP", "lane_map"), ("frames/s", "fps")):
         print(f"{label:12s}{headline[key]:8.3f}")

@@ -1,8 +1,6 @@
 """Predicts one sample, draws it with the truth where that is known, and writes boxes and lines as JSON."""
 
 import argparse
-import json
-import os
 from pathlib import Path
 
 EXAMPLE = """examples:
@@ -111,6 +109,7 @@ def main() -> None:
 
     from perception.draw import draw_frame
     from perception.errors import ConfigError
+    from perception.files import replacing, write_json
     from perception.models.bev_transformer import load_checkpoint
     from perception.predictor import shipped_weights
     from perception.types import map_tensors
@@ -125,15 +124,10 @@ def main() -> None:
     clip, scene = (map_tensors(lambda tensor: tensor[0], noun) for noun in (clip, scene))
     records = as_records(scene, arguments.min_score)
     picture = draw_frame(clip.frames, scene, clip.truth, cameras=cameras, caption=sample, min_score=arguments.min_score)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    beside = arguments.out.with_name(arguments.out.name + ".tmp")
-    picture.save(beside, "PNG")
-    os.replace(beside, arguments.out)
+    with replacing(arguments.out) as beside:
+        picture.save(beside, "PNG")
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        beside = arguments.json.with_name(arguments.json.name + ".tmp")
-        beside.write_text(json.dumps({"sample": sample, "frame": "ego"} | records, indent=1) + "\n")
-        os.replace(beside, arguments.json)
+        write_json(arguments.json, {"sample": sample, "frame": "ego"} | records)
     print(f"{'':8s}{'predicted':>10s}{'true':>8s}")
     for kind, truth in zip(("boxes", "lines"), clip.truth, strict=True):
         print(f"{kind:8s}{len(records[kind]):>10d}{int(truth.valid.sum()):>8d}")
