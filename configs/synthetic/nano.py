@@ -5,8 +5,8 @@
     python scripts/train.py configs/synthetic/nano.py --work-dir out/nano --amp
     python scripts/evaluate.py configs/synthetic/nano.py out/nano/nano.safetensors --json out/nano/evaluation.json
 
-Cost: about 1 hour for 1,800 steps on two CPU cores, 2.8 GB of memory. Result on town_val: NDS 0.155, lane mAP 0.396; the
-second of the two passes ran after the box queries were changed, one run from start to end is not measured.
+Cost: about 1 hour for 1,800 steps on two CPU cores, 2.8 GB of memory. Result on town_val: NDS 0.155, lane mAP 0.396.
+The second of the two passes ran after the box queries were changed; one run from start to end is not measured.
 """
 
 _base_ = ["../_base_/town.py", "../_base_/schedule.py"]
