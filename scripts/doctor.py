@@ -50,7 +50,7 @@ def library() -> list[tuple[str, str, str]]:
         path = shipped_weights()
         model, _ = load_checkpoint(path)
         millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-        rows.append(("shipped weights", f"{path.name}, {millions:.2f} M parameters", ""))
+        rows.append(("shipped weights", f"{path.stem}, {millions:.2f} M parameters", ""))
     except CheckpointError as error:
         rows.append(("shipped weights", "none", str(error)))
     run = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True)
