@@ -7,7 +7,6 @@ for images, global_from_ego, time_s in drive:
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from perception.data.loader import decode_image
+from perception.data.loader import fit_image
 from perception.errors import CheckpointError, ConfigError, DataError
 from perception.geometry import invert_rigid
 from perception.models.bev_transformer import BEVTransformer, load_checkpoint
@@ -82,7 +81,7 @@ class Predictor:
     ) -> Scene:
         """One moment.
 
-        The images may have any size; they are fitted to the network's as in training (see `decode_image`). If more
+        The images may have any size; they are fitted to the network's as in training (see `fit_image`). If more
         than `MAX_GAP` seconds have passed since the last step, the memory is left out. After an error the predictor is
         as before the call.
 
@@ -160,11 +159,7 @@ class Predictor:
             if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
                 what = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
                 raise DataError(f"images[{n}] is {what}; give RGB as a numpy array [H, W, 3] of uint8")
-            # An uncompressed file in memory, so that images are fitted by the very function that training uses.
-            file = io.BytesIO()
-            Image.fromarray(image).save(file, "PPM")
-            file.seek(0)
-            pixels[n], img_from_cam[n] = decode_image(file, given, self.model.config.image_size)
+            pixels[n], img_from_cam[n] = fit_image(Image.fromarray(image), given, self.model.config.image_size)
         return pixels, CameraRig(
             img_from_cam=torch.from_numpy(img_from_cam).float(),
             ego_from_cam=torch.from_numpy(ego_from_cam).float(),

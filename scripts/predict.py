@@ -13,12 +13,15 @@ A sample of a dataset is predicted with the memory of its scene so far, one of a
 
 
 def predict_sample(model, arguments):
-    """The token, clip [T=1] with truth, Scene [B=1] and camera names of a sample of a nuScenes-format dataset."""
+    """The token, clip [B=1, T=1] with truth, Scene and camera names of a sample of a nuScenes-format dataset."""
+    from collections import deque
+
     import numpy as np
 
+    from perception.data.loader import collate
     from perception.data.nuscenes import NuScenesDataset
     from perception.errors import ConfigError, DataError
-    from perception.models.decoder import decode
+    from perception.evaluation.streaming import follow
 
     missing = [name for name in ("version", "split") if getattr(arguments, name) is None]
     if missing:
@@ -38,27 +41,25 @@ def predict_sample(model, arguments):
         )
     target = tokens.index(sample)
     start = int(np.flatnonzero(dataset.scene_of_sample == dataset.scene_of_sample[target])[0])
-    state = model.initial_state(1)
-    for i in range(start, target + 1):
-        clip = dataset[i]
-        prediction, state = model(clip.frames, state)  # T = 1 serves as a batch of one
-    return sample, clip, decode(prediction), dataset.cameras
+    clips = (collate([dataset[i]]) for i in range(start, target + 1))
+    clip, scene, _ = deque(follow(model, clips), maxlen=1).pop()  # what comes before the sample fills the memory
+    return sample, clip, scene, dataset.cameras
 
 
 def predict_info(model, arguments):
     """As `predict_sample`, of an entry of an info file."""
     from perception.data.infos import load_info_clip, load_info_poses, load_map_vectors
-    from perception.data.loader import pad_lines
+    from perception.data.loader import collate, pad_lines
     from perception.data.nuscenes import NUSCENES_CAMERAS
-    from perception.models.decoder import decode
+    from perception.evaluation.streaming import follow
 
     clip = load_info_clip(arguments.info, arguments.index, image_size=model.config.image_size)
     if arguments.map_vectors:
         global_from_ego, _ = load_info_poses(arguments.info, arguments.index)
         lines = pad_lines([load_map_vectors(arguments.map_vectors, global_from_ego)], 100)
         clip = clip._replace(truth=clip.truth._replace(lines=lines))
-    prediction, _ = model(clip.frames, model.initial_state(1))
-    return f"{arguments.info.name} entry {arguments.index}", clip, decode(prediction), NUSCENES_CAMERAS
+    clip, scene, _ = next(follow(model, [collate([clip])]))
+    return f"{arguments.info.name} entry {arguments.index}", clip, scene, NUSCENES_CAMERAS
 
 
 def as_records(scene, min_score: float) -> dict:
@@ -105,8 +106,6 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the predicted boxes and lines, ego frame")
     arguments = parser.parse_args()
 
-    import torch
-
     from perception.draw import draw_frame
     from perception.errors import ConfigError
     from perception.files import replacing, write_json
@@ -119,9 +118,8 @@ def main() -> None:
     if not 0 <= arguments.min_score <= 1:
         raise ConfigError(f"--min-score is {arguments.min_score}; give a number from 0 to 1")
     model, _ = load_checkpoint(arguments.checkpoint or shipped_weights())
-    with torch.inference_mode():
-        sample, clip, scene, cameras = (predict_info if arguments.info else predict_sample)(model, arguments)
-    clip, scene = (map_tensors(lambda tensor: tensor[0], noun) for noun in (clip, scene))
+    sample, clip, scene, cameras = (predict_info if arguments.info else predict_sample)(model, arguments)
+    clip = map_tensors(lambda tensor: tensor[0, 0], clip)
     records = as_records(scene, arguments.min_score)
     picture = draw_frame(clip.frames, scene, clip.truth, cameras=cameras, caption=sample, min_score=arguments.min_score)
     with replacing(arguments.out) as beside:

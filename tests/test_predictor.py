@@ -28,7 +28,7 @@ def model() -> BEVTransformer:
     # A fresh network starts its heads at zero; with noise everything depends on images, calibration and memory.
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
+            parameter += 0.05 * torch.randn_like(parameter)
     return model.eval()
 
 
@@ -158,9 +158,12 @@ def test_a_missing_camera_is_ignored_whatever_stands_in_its_place(drive, model):
 
 def test_min_score_leaves_out_the_rest(drive, model):
     everything = Predictor(model).step(*drive.moment(0))
-    threshold = float(everything.boxes.score[5])
+    scores = everything.boxes.score.unique()
+    threshold = float(scores[len(scores) // 2])
     kept = Predictor(model, min_score=threshold).step(*drive.moment(0))
-    assert_same(kept.boxes, map_tensors(lambda tensor: tensor[:6], everything.boxes))
+    count = int((everything.boxes.score >= threshold).sum())
+    assert 0 < count < len(everything.boxes.score)
+    assert_same(kept.boxes, map_tensors(lambda tensor: tensor[:count], everything.boxes))
     assert len(kept.lines.score) == len(kept.lines.points) == int((everything.lines.score >= threshold).sum())
 
 

@@ -38,7 +38,7 @@ def load_info_clip(
     Args:
         json_path: `{"metainfo": ..., "data_list": [...]}`; image paths are relative to its folder.
         index: which entry of `data_list`.
-        image_size: height and width of the images, see `decode_image`.
+        image_size: height and width of the images, see `fit_image`.
         cameras: channels, in order; one that the entry lacks is marked as not present.
         points_per_line: P of the (empty) truth lines.
 

@@ -21,9 +21,7 @@ from perception.types import Boxes, Clip, MapLine, Polylines, Scene
 def decode_image(
     path: str | Path, img_from_cam: np.ndarray, image_size: tuple[int, int], stored_size: tuple[int, int] | None = None
 ) -> tuple[Tensor, np.ndarray]:
-    """Reads an image at the network's size, and the calibration that belongs to it.
-
-    The image is scaled until it covers `image_size`; what is too much is cropped at the top, and equally at both sides.
+    """Reads an image at the network's size (see `fit_image`), and the calibration that belongs to it.
 
     Args:
         path: an image file.
@@ -37,7 +35,6 @@ def decode_image(
     Raises:
         DataError: the file is missing, truncated, not an image, or of another size than it should be.
     """
-    H, W = image_size
     try:
         with Image.open(path) as image:
             stored_w, stored_h = image.size
@@ -46,19 +43,35 @@ def decode_image(
                     f"{path} is {stored_w} x {stored_h} pixels, but the tables say {stored_size[1]} x {stored_size[0]}"
                     ": restore the original image or correct width and height in sample_data.json"
                 )
-            scale = max(W / stored_w, H / stored_h)
-            left, top = (stored_w - W / scale) / 2, stored_h - H / scale
-            # JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, several times faster.
-            image.draft("RGB", (int(np.ceil(stored_w * scale)), int(np.ceil(stored_h * scale))))
-            shrink = 1
-            while stored_w > image.size[0] * shrink:
-                shrink *= 2
-            box = (left / shrink, top / shrink, stored_w / shrink - left / shrink, stored_h / shrink)
-            pixels = image.convert("RGB").resize((W, H), Image.Resampling.BILINEAR, box=box)
+            return fit_image(image, img_from_cam, image_size)
     except FileNotFoundError:
         raise DataError(f"{path} is missing: copy the dataset's images again") from None
     except OSError as error:  # PIL says so for truncated and for unknown files
         raise DataError(f"{path} cannot be read as an image ({error}): copy it again") from None
+
+
+def fit_image(image: Image.Image, img_from_cam: np.ndarray, image_size: tuple[int, int]) -> tuple[Tensor, np.ndarray]:
+    """An image at the network's size: scaled until it covers it, cropped at the top and equally at both sides.
+
+    Args:
+        image: of any size; one that was opened but not read yet is decoded here, as small as will do.
+        img_from_cam: [3, 3] calibration in its pixels.
+        image_size: height and width wanted.
+
+    Returns:
+        As `decode_image`.
+    """
+    H, W = image_size
+    full_w, full_h = image.size
+    scale = max(W / full_w, H / full_h)
+    left, top = (full_w - W / scale) / 2, full_h - H / scale
+    # JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, several times faster.
+    image.draft("RGB", (int(np.ceil(full_w * scale)), int(np.ceil(full_h * scale))))
+    shrink = 1
+    while full_w > image.size[0] * shrink:
+        shrink *= 2
+    box = (left / shrink, top / shrink, full_w / shrink - left / shrink, full_h / shrink)
+    pixels = image.convert("RGB").resize((W, H), Image.Resampling.BILINEAR, box=box)
     adapted = np.array([[scale, 0, -left * scale], [0, scale, -top * scale], [0, 0, 1]]) @ img_from_cam
     return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).contiguous(), adapted  # [3, H, W]
 

@@ -35,7 +35,7 @@ class NuScenesDataset(Dataset):
         dataroot: folder of the dataset, or several folders that are read as one dataset.
         version: name of the folder of tables, such as `v1.0-trainval`.
         split: an official split, or one of `<version>/splits.json`.
-        image_size: height and width of the images; see `decode_image` for how others are fitted.
+        image_size: height and width of the images; see `fit_image` for how others are fitted.
         clip_length: T, keyframes per item.
         cameras: channels, in order. One that a sample lacks is marked as not present.
         points_per_line: P of the truth lines.

@@ -6,12 +6,12 @@ Needs neither the training engine nor a config: a network and a dataset.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -22,14 +22,13 @@ from perception.evaluation.detection import DetectionResult, evaluate_detection
 from perception.evaluation.lanes import MAPTR_THRESHOLDS, STRICT_THRESHOLDS, LaneResult, evaluate_lanes
 from perception.models.bev_transformer import BEVTransformer
 from perception.models.decoder import decode
-from perception.types import MapLine, Polylines, Scene, map_tensors
+from perception.types import Clip, MapLine, Polylines, Scene, map_tensors
 
 
 class Stream(NamedTuple):
     """What a network made of a dataset."""
 
     scenes: dict[str, Scene]  # per sample token, on the CPU, without a batch dimension
-    lines: dict[str, list[MapLine]]  # per sample token, the lines of the same scene
     seconds_per_frame: float  # network and decoding, without the loading of images; the first frame is left out
 
 
@@ -76,6 +75,27 @@ def map_lines(lines: Polylines) -> list[MapLine]:
 
 
 @torch.inference_mode()
+def follow(model: BEVTransformer, clips: Iterable[Clip]) -> Iterator[tuple[Clip, Scene, float]]:
+    """Runs a network over one frame after the other and hands its memory on; a first frame of a scene starts afresh.
+
+    Args:
+        model: in evaluation mode.
+        clips: [B=1, T=1] each, in time order.
+
+    Yields:
+        Each clip, the Scene without leading dimensions on the CPU, and the seconds for network and decoding.
+    """
+    device = next(model.parameters()).device
+    state = model.initial_state(1)
+    for clip in clips:
+        frame = map_tensors(lambda tensor: tensor[:, 0].to(device), clip.frames)
+        start = _now(device)
+        prediction, state = model(frame, state)
+        scene = decode(prediction)
+        seconds = _now(device) - start
+        yield clip, map_tensors(lambda tensor: tensor[0].cpu(), scene), seconds
+
+
 def predict_stream(
     model: BEVTransformer,
     dataset: NuScenesDataset,
@@ -86,8 +106,6 @@ def predict_stream(
     progress: bool = False,
 ) -> Stream:
     """Runs a network over a dataset scene by scene, one frame at a time, on the device of its weights.
-
-    The memory starts afresh at each scene's first frame.
 
     Args:
         model: in evaluation mode.
@@ -102,22 +120,15 @@ def predict_stream(
     """
     if dataset.clip_length != 1:
         raise ConfigError(f"clip_length of the dataset is {dataset.clip_length}; evaluation streams with clip_length=1")
-    device = next(model.parameters()).device
     sampler = SceneStreamSampler(dataset.scene_of_sample, rank, world_size)
     loader = DataLoader(dataset, batch_size=1, sampler=sampler, collate_fn=collate, num_workers=workers)
     tokens = dataset.tokens
-    scenes, lines, seconds = {}, {}, []
-    state = model.initial_state(1)
-    for clip in tqdm(loader, desc="frames", unit="frame", disable=not progress):
-        frame = map_tensors(lambda tensor: tensor[:, 0].to(device), clip.frames)
-        start = _now(device)
-        prediction, state = model(frame, state)
-        scene = decode(prediction)
-        seconds.append(_now(device) - start)
-        token = tokens[int(clip.sample_index)]
-        scenes[token] = map_tensors(_first_on_cpu, scene)
-        lines[token] = map_lines(scenes[token].lines)
-    return Stream(scenes, lines, float(np.mean(seconds[1:] or seconds or [np.nan])))
+    scenes, seconds = {}, []
+    clips = tqdm(loader, desc="frames", unit="frame", disable=not progress)
+    for clip, scene, spent in follow(model, clips):
+        scenes[tokens[int(clip.sample_index)]] = scene
+        seconds.append(spent)
+    return Stream(scenes, float(np.mean(seconds[1:] or seconds or [np.nan])))
 
 
 def evaluate_scenes(dataset: NuScenesDataset, scenes: dict[str, Scene]) -> Evaluation:
@@ -150,10 +161,6 @@ def evaluate_stream(
     """
     stream = predict_stream(model, dataset, workers=workers, progress=progress)
     return evaluate_scenes(dataset, stream.scenes), stream
-
-
-def _first_on_cpu(tensor: Tensor) -> Tensor:
-    return tensor[0].cpu()
 
 
 def _now(device: torch.device) -> float:
