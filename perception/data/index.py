@@ -19,8 +19,9 @@ import numpy as np
 from tqdm import tqdm
 
 from perception import geometry, types
-from perception.data import lane_map
+from perception.data import lane_map, splits
 from perception.data.lane_map import LaneMap
+from perception.data.splits import is_split_file, read_split_file, split_scenes
 from perception.errors import DataError
 from perception.files import replacing
 from perception.geometry import invert_rigid, rigid_from_quaternion, rigid_from_yaw, yaw_from_rotation
@@ -81,13 +82,16 @@ class Index(NamedTuple):
     wide_lines: Lines  # of WIDE_PATCH_SIZE
 
 
-def load_index(dataroot: Path, version: str, split: str, cameras: tuple[str, ...], cache_dir: Path | None) -> Index:
+def load_index(
+    dataroot: Path, version: str, split: str | Path, cameras: tuple[str, ...], cache_dir: Path | None
+) -> Index:
     """The index of one split of one nuScenes-format root, from the cache where it is there.
 
     Args:
         dataroot: folder with `<version>/*.json`, `samples/` and `maps/expansion/*.json`.
         version: name of the folder of tables, such as `v1.0-trainval`.
-        split: an official split or one of `<version>/splits.json`.
+        split: an official split, one of `<version>/splits.json`, or a file of scene names (see
+            `perception.data.splits`).
         cameras: channels, in the order wanted.
         cache_dir: where the index is kept; None: `$XDG_CACHE_HOME/perception` or `~/.cache/perception`.
 
@@ -153,15 +157,17 @@ def _join(parts: list):
     return type(parts[0])(**joined)
 
 
-def _content_hash(dataroot: Path, version: str, split: str, cameras: tuple[str, ...]) -> str:
+def _content_hash(dataroot: Path, version: str, split: str | Path, cameras: tuple[str, ...]) -> str:
     """A hash of everything the index depends on."""
     digest = hashlib.blake2b(digest_size=20)
-    facts = [version, split, *cameras, package_version("nuscenes-devkit"), package_version("shapely")]
+    # What a file says counts, not where it lies: files of the same scenes share an index.
+    wanted = sorted(read_split_file(split)) if is_split_file(split) else split
+    facts = [version, wanted, *cameras, package_version("nuscenes-devkit"), package_version("shapely")]
     digest.update(json.dumps(facts).encode())
     files = [dataroot / version / f"{table}.json" for table in TABLES]
     files += [path for path in [dataroot / version / "splits.json"] if path.is_file()]
     files += sorted((dataroot / "maps" / "expansion").glob("*.json"))
-    code = [Path(module) for module in (__file__, lane_map.__file__, geometry.__file__, types.__file__)]
+    code = [Path(__file__), *(Path(module.__file__) for module in (lane_map, splits, geometry, types))]
     for path in files + code:
         digest.update(json.dumps([path.name, path.stat().st_size]).encode())
         with path.open("rb") as file:
@@ -191,13 +197,11 @@ def _read(path: Path) -> Index:
         return Index(*(lines[name] if name in lines else arrays[name] for name in Index._fields))
 
 
-def _build(dataroot: Path, version: str, split: str, cameras: tuple[str, ...]) -> Index:
+def _build(dataroot: Path, version: str, split: str | Path, cameras: tuple[str, ...]) -> Index:
     nusc = _open_tables(dataroot, version)
     tables = dataroot / version
-    wanted = set(_scene_names(nusc, tables, split))
+    wanted = set(split_scenes(split, tables, [scene["name"] for scene in nusc.scene]))
     scenes = [scene for scene in nusc.scene if scene["name"] in wanted]
-    if not scenes:
-        raise DataError(f"{tables / 'scene.json'} holds no scene of split '{split}': give another split or version")
     lane_maps: dict[str, LaneMap] = {}
     samples, boxes, lines, wide_lines = [], [], [], []
     for scene_number, scene in enumerate(tqdm(scenes, desc=f"indexing {version} {split}", unit="scene", delay=2)):
@@ -235,21 +239,6 @@ def _open_tables(dataroot: Path, version: str):
                 raise DataError(f"{path} is not valid JSON ({broken}): unpack the metadata again") from None
         reason = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
         raise DataError(f"{dataroot / version} cannot be read by the nuScenes devkit: {reason}") from error
-
-
-def _scene_names(nusc, tables: Path, split: str) -> list[str]:
-    """Scenes of a split: a custom one of `splits.json` beside the tables, else an official one."""
-    from nuscenes.utils.splits import create_splits_scenes
-
-    path = tables / "splits.json"
-    try:
-        custom = json.loads(path.read_bytes()) if path.is_file() else {}
-    except ValueError as error:
-        raise DataError(f"{path} is not valid JSON ({error})") from None
-    splits = create_splits_scenes() | custom
-    if split not in splits:
-        raise DataError(f"{path} has no split '{split}': known are {sorted(splits)}")
-    return splits[split]
 
 
 def _sample(nusc, tables: Path, record: dict, cameras: tuple[str, ...]) -> dict:

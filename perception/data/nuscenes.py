@@ -34,7 +34,8 @@ class NuScenesDataset(Dataset):
     Args:
         dataroot: folder of the dataset, or several folders that are read as one dataset.
         version: name of the folder of tables, such as `v1.0-trainval`.
-        split: an official split, or one of `<version>/splits.json`.
+        split: an official split, one of `<version>/splits.json`, or a file of scene names: a Path, or text that ends in
+            `.json` or `.txt` or has a `/` in it (see `perception.data.splits`). Every root must hold a file's scenes.
         image_size: height and width of the images; see `fit_image` for how others are fitted.
         clip_length: T, keyframes per item.
         cameras: channels, in order. One that a sample lacks is marked as not present.
@@ -53,7 +54,7 @@ class NuScenesDataset(Dataset):
         self,
         dataroot: str | Path | Sequence[str | Path],
         version: str,
-        split: str,
+        split: str | Path,
         *,
         image_size: tuple[int, int],
         clip_length: int = 1,

@@ -7,6 +7,7 @@ submission (global frame, width-length-height, quaternion, one attribute per box
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import os
@@ -26,6 +27,7 @@ from nuscenes.eval.detection.utils import category_to_detection_name
 from nuscenes.utils.splits import get_scenes_of_split, is_predefined_split
 from pyquaternion import Quaternion
 
+from perception.data.splits import is_split_file, split_scenes
 from perception.errors import DataError
 from perception.files import write_json
 from perception.geometry import invert_rigid, transform_points, yaw_from_rotation
@@ -93,7 +95,7 @@ class DetectionResult:
 def evaluate_detection(
     dataroot: str | os.PathLike,
     version: str,
-    split: str,
+    split: str | Path,
     scenes: Mapping[str, Scene],
     ego_poses: Mapping[str, np.ndarray],
     *,
@@ -105,7 +107,8 @@ def evaluate_detection(
     Args:
         dataroot: root of a nuScenes-format dataset.
         version: folder of its tables, e.g. "v1.0-trainval".
-        split: an official split or one listed in `splits.json` beside the tables.
+        split: an official split, one listed in `splits.json` beside the tables, or a file of scene names (see
+            `perception.data.splits`).
         scenes: per sample token of the split, the predicted Scene without batch dimension (boxes [M, ...]).
         ego_poses: per sample token, global_from_ego [4, 4] float64 of the scene's ego frame.
         nusc: the loaded tables, if they are at hand; loading them takes most of the time.
@@ -130,7 +133,8 @@ def evaluate_detection(
         path.write_text(json.dumps(_never_empty(submission)))
         # The devkit shows a progress bar on stderr whatever `verbose` says.
         with contextlib.redirect_stderr(io.StringIO()):
-            evaluation = DetectionEval(nusc, config_factory(_CONFIG), str(path), split, scratch, verbose=False)
+            tables, name = _named_split(nusc, split, Path(scratch)) if is_split_file(split) else (nusc, split)
+            evaluation = DetectionEval(tables, config_factory(_CONFIG), str(path), name, scratch, verbose=False)
             metrics, _ = evaluation.evaluate()
     summary = metrics.serialize()
     counted = Counter(box.detection_name for box in evaluation.gt_boxes.all)
@@ -305,8 +309,27 @@ def _never_empty(submission: dict) -> dict:
     return {**submission, "results": {**results, token: [far_box]}}
 
 
-def _split_tokens(nusc: NuScenes, split: str) -> list[str]:
-    """The split's sample tokens by the devkit's own rules."""
+def _scenes_of_file(nusc: NuScenes, split: str | Path) -> list[str]:
+    return split_scenes(split, Path(nusc.table_root), [scene["name"] for scene in nusc.scene])
+
+
+def _named_split(nusc: NuScenes, split: str | Path, folder: Path) -> tuple[NuScenes, str]:
+    """The same tables with the scenes of a split file under a name, and that name.
+
+    The devkit knows no split but its own and those of `splits.json` in the dataset, which is not ours to write to. It
+    looks there by the tables' `dataroot`, and the evaluation reads no other file by it.
+    """
+    name = "split_file"
+    write_json(folder / nusc.version / "splits.json", {name: _scenes_of_file(nusc, split)})
+    tables = copy.copy(nusc)
+    tables.dataroot = str(folder)
+    return tables, name
+
+
+def _split_tokens(nusc: NuScenes, split: str | Path) -> list[str]:
+    """The split's sample tokens, those of a named split by the devkit's own rules."""
+    if is_split_file(split):
+        return get_samples_of_scenes(_scenes_of_file(nusc, split), nusc)
     if is_predefined_split(split):
         wanted = "mini" if split.startswith("mini") else "test" if split == "test" else "trainval"
         if not nusc.version.endswith(wanted):
@@ -324,7 +347,7 @@ def _split_tokens(nusc: NuScenes, split: str) -> list[str]:
     return tokens
 
 
-def _check_tokens(scenes: Mapping[str, Scene], tokens: list[str], split: str) -> None:
+def _check_tokens(scenes: Mapping[str, Scene], tokens: list[str], split: str | Path) -> None:
     missing, extra = set(tokens) - scenes.keys(), scenes.keys() - set(tokens)
     if missing:
         raise DataError(
