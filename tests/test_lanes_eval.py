@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import cdist
 
-from perception.errors import DataError
+from perception.errors import ConfigError, DataError
 from perception.evaluation.lanes import STRICT_THRESHOLDS, chamfer_distances, evaluate_lanes
 from perception.types import LINE_CLASSES, MapLine
 
@@ -212,7 +212,7 @@ def test_bad_input_names_the_sample():
         evaluate_lanes({**good, "other": []}, good)
     with pytest.raises(DataError, match="empty"):
         evaluate_lanes({}, {})
-    with pytest.raises(DataError, match="thresholds"):
+    with pytest.raises(ConfigError, match="thresholds"):
         evaluate_lanes(good, good, thresholds=(0.0,))
 
 
@@ -223,4 +223,6 @@ def test_result_as_json_and_as_table():
     assert record["ap"]["divider"]["1.5"] == pytest.approx(11 / 12)
     assert record["protocol"] == "maptr" and record["frames"] == 4
     table = result.table()
-    assert "maptr" in table and "0.917" in table and len({len(row) for row in table.splitlines()}) == 1
+    blocks = table.split("\n\n")
+    assert "maptr 60x30" in blocks[0] and "0.917" in blocks[0] and len(blocks) == 3
+    assert all(len({len(row) for row in block.splitlines()}) == 1 for block in blocks)

@@ -1,136 +1,147 @@
-"""Average precision of vector lane maps.
+"""Average precision of vector lane maps, in both published flavours.
 
-The flavour here is the one of VectorMapNet and MapTR (protocol name `maptr`): every line is resampled to 100 points by
-arc length, the distance of two lines is the mean of their two directed mean nearest-point distances, and two lines are
-only compared where 2 m wide flat-cap buffers around them touch. Within a frame and class the predictions come in order
-of falling score; each may take its closest true line only, and is a hit when that line is near enough and still free.
-AP is the area under the monotone precision envelope over all predictions of the split; the mean is taken over
-thresholds, then over the three classes. A class without any true line counts as 0, as in the published code.
+Their numbers must not be compared (docs/evaluation.md), so a result says which flavour it is:
+
+- `maptr` (VectorMapNet, MapTR): every line is resampled to 100 points by arc length, and two lines are only compared
+  where 2 m wide flat-cap buffers around them touch.
+- `streammapnet` (StreamMapNet, MapTracker): 200 points, all pairs are compared, and thresholds depend on the extent.
+
+The rest is common. The distance of two lines is the mean of their two directed mean nearest-point distances. Within a
+frame and class the predictions come in order of falling score; each may take its closest true line only, and is a hit
+when that line is near enough and still free. AP is the area under the monotone precision envelope over all predictions
+of the split; the mean is taken over thresholds, then over the three classes. A class without any true line counts as 0,
+as in the published code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import multiprocessing
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import shapely
 from tqdm import tqdm
 
-from perception.errors import DataError
-from perception.geometry import resample_polyline
+from perception.errors import ConfigError, DataError
+from perception.evaluation.lane_report import ClassTally, LaneResult, build_result
 from perception.types import LINE_CLASSES, MapLine
-
-MAPTR_THRESHOLDS = (0.5, 1.0, 1.5)
-STRICT_THRESHOLDS = (0.2, 0.5, 1.0)
-
-_POINTS = 100
-_BUFFER = 2.0
 
 
 @dataclass(frozen=True)
-class LaneResult:
-    """Lane-map scores of one split under one protocol.
+class LaneProtocol:
+    """The rules in which the published evaluators differ.
 
     Args:
-        protocol: which published flavour the numbers follow.
-        thresholds: distances in metres, rising as given.
-        ap: AP per class name and threshold.
-        class_ap: mean of `ap` over the thresholds, per class name.
-        mean_ap: mean of `class_ap` over all line classes.
-        frames: number of frames that were compared.
-        truth_count, prediction_count: number of lines per class name.
+        points: of every line after resampling.
+        buffer: metres; lines whose buffers of this width do not touch are never compared. None compares all.
+        thresholds: metres, per extent.
     """
 
-    protocol: str
-    thresholds: tuple[float, ...]
-    ap: dict[str, dict[float, float]]
-    class_ap: dict[str, float]
-    mean_ap: float
-    frames: int
-    truth_count: dict[str, int]
-    prediction_count: dict[str, int]
+    points: int
+    buffer: float | None
+    thresholds: dict[str, tuple[float, ...]]
 
-    def as_dict(self) -> dict:
-        """The result as plain JSON values; thresholds become strings, as JSON keys are."""
-        return {
-            "protocol": self.protocol,
-            "thresholds_m": list(self.thresholds),
-            "mean_ap": self.mean_ap,
-            "class_ap": dict(self.class_ap),
-            "ap": {name: {str(t): value for t, value in row.items()} for name, row in self.ap.items()},
-            "frames": self.frames,
-            "truth_count": dict(self.truth_count),
-            "prediction_count": dict(self.prediction_count),
-        }
 
-    def table(self) -> str:
-        """The result as text for a terminal."""
-        head = f"{'lane AP (' + self.protocol + ')':<20}" + "".join(f"{t:>7g} m" for t in self.thresholds)
-        rows = [head + f"{'mean':>9}{'truth':>8}{'pred.':>8}"]
-        for name, row in self.ap.items():
-            cells = "".join(f"{row[t]:9.3f}" for t in self.thresholds)
-            counts = f"{self.truth_count[name]:8d}{self.prediction_count[name]:8d}"
-            rows.append(f"{name:<20}{cells}{self.class_ap[name]:9.3f}{counts}")
-        means = "".join(f"{np.mean([row[t] for row in self.ap.values()]):9.3f}" for t in self.thresholds)
-        counts = f"{sum(self.truth_count.values()):8d}{sum(self.prediction_count.values()):8d}"
-        rows.append(f"{'mean of classes':<20}{means}{self.mean_ap:9.3f}{counts}")
-        return "\n".join(rows)
+# Length along x and along y of the ego frame, metres.
+LANE_EXTENTS = {"60x30": (60.0, 30.0), "100x50": (100.0, 50.0)}
+MAPTR_THRESHOLDS = (0.5, 1.0, 1.5)
+STRICT_THRESHOLDS = (0.2, 0.5, 1.0)
+LANE_PROTOCOLS = {
+    # MapTR publishes no thresholds of its own for the larger extent, so they stay what they are.
+    "maptr": LaneProtocol(100, 2.0, {"60x30": MAPTR_THRESHOLDS, "100x50": MAPTR_THRESHOLDS}),
+    "streammapnet": LaneProtocol(200, None, {"60x30": (0.5, 1.0, 1.5), "100x50": (1.0, 1.5, 2.0)}),
+}
+
+_PIECE = 0.5  # metres of true line that share one position error
+_BIN = 10.0  # metres
+_CHUNK = 50  # frames that a process gets at a time
+_BLOCK = 4  # pairs of lines whose distances fit into a core's cache together
 
 
 def evaluate_lanes(
     predictions: Mapping[str, Sequence[MapLine]],
     truth: Mapping[str, Sequence[MapLine]],
     *,
-    thresholds: Sequence[float] = MAPTR_THRESHOLDS,
+    protocol: str = "maptr",
+    extent: str = "60x30",
+    thresholds: Sequence[float] | None = None,
+    working_score: float | Mapping[str, float] | None = None,
+    workers: int = 0,
     progress: bool = False,
 ) -> LaneResult:
-    """Scores predicted vector maps the way MapTR (arXiv 2208.14437) does.
+    """Scores predicted lines against true ones. The result does not depend on the order of frames or on `workers`.
 
-    The score does not depend on the frame of the coordinates, the order of the frames or the direction of a line.
-    Lines are used whole: clip them to the mapped area before.
+    Nothing is cropped: the lines are taken as they are. The truth has to be that of the protocol and the extent, see
+    `NuScenesDataset.truth_lines`.
 
     Args:
-        predictions: per sample token the predicted lines, points [P, 2] in metres.
-        truth: per sample token the true lines in the same frame; the same tokens as `predictions`.
-        thresholds: distances in metres up to which a prediction may count as a hit.
+        predictions: per frame token the predicted lines, points [P, 2] in ego metres.
+        truth: the same tokens with the true lines.
+        protocol: `maptr` or `streammapnet`.
+        extent: `60x30` or `100x50`: the patch that truth and predictions cover. Chooses thresholds and distance bins.
+        thresholds: metres, instead of the protocol's.
+        working_score: the lowest score that is used at the working point, one for all classes or one per class name;
+            by default the one of best F1 at the middle threshold, for each class.
+        workers: processes that share the frames; 0 for none but this one. They are started afresh, so a script needs
+            the usual `if __name__ == "__main__"`.
         progress: show a progress bar on stderr.
 
     Raises:
+        ConfigError: protocol, extent, thresholds or score are not possible.
         DataError: the tokens differ, a line has fewer than two points, or a number is not finite.
     """
-    thresholds = _checked_thresholds(thresholds)
+    rules, thresholds = _rules(protocol, extent, thresholds)
+    scores = _working_scores(working_score)
     _check_tokens(predictions, truth)
-    scores = {label: [] for label in range(len(LINE_CLASSES))}
-    hits = {label: [] for label in range(len(LINE_CLASSES))}
-    truth_count = dict.fromkeys(LINE_CLASSES, 0)
+    along, across = LANE_EXTENTS[extent]
+    edges = np.arange(0.0, np.hypot(along, across) / 2, _BIN)
+    working_index = thresholds.index(sorted(thresholds)[len(thresholds) // 2])
     # Sorted tokens: equal scores then have one order, whatever order the frames arrive in.
-    for token in tqdm(sorted(truth), desc="lane maps", unit="frame", disable=not progress):
-        predicted_lines = _by_class(predictions[token], token, "predicted")
-        true_lines = _by_class(truth[token], token, "true")
-        for label, name in enumerate(LINE_CLASSES):
-            predicted, true = predicted_lines[label], true_lines[label]
-            truth_count[name] += len(true)
-            scores[label].extend(line.score for line in predicted)
-            hits[label].append(_match(predicted, true, thresholds))
-
-    ap, prediction_count = {}, {}
-    for label, name in enumerate(LINE_CLASSES):
-        prediction_count[name] = len(scores[label])
-        order = np.argsort(-np.asarray(scores[label], dtype=np.float64), kind="stable")
-        flags = np.concatenate([np.zeros((0, len(thresholds)), dtype=bool), *hits[label]])[order]
-        ap[name] = {t: _average_precision(flags[:, k], truth_count[name]) for k, t in enumerate(thresholds)}
-    class_ap = {name: float(np.mean(list(row.values()))) for name, row in ap.items()}
-    return LaneResult(
-        protocol="maptr",
-        thresholds=thresholds,
-        ap=ap,
-        class_ap=class_ap,
-        mean_ap=float(np.mean(list(class_ap.values()))),
-        frames=len(truth),
-        truth_count=truth_count,
-        prediction_count=prediction_count,
+    tokens = sorted(truth)
+    chunks = (
+        ([(t, predictions[t], truth[t]) for t in tokens[i : i + _CHUNK]], rules, thresholds, working_index, edges)
+        for i in range(0, len(tokens), _CHUNK)
     )
+    parts = []
+    with tqdm(total=len(tokens), desc="lane maps", unit="frame", disable=not progress) as bar:
+        for part in _run(chunks, workers):
+            parts.append(part)
+            bar.update(min(_CHUNK, len(tokens) - bar.n))
+    return build_result(
+        {name: _of_class(parts, label) for label, name in enumerate(LINE_CLASSES)},
+        protocol=protocol,
+        extent=extent,
+        thresholds=thresholds,
+        working_index=working_index,
+        working_score=scores,
+        bin_edges=edges.tolist(),
+        frames=len(tokens),
+    )
+
+
+class Matches(NamedTuple):
+    """What became of each prediction of one frame, in the order given."""
+
+    hit: np.ndarray  # [M, thresholds] bool
+    closest: np.ndarray  # [M] index of the closest true line of the same class, -1 if none is within all thresholds
+    distance: np.ndarray  # [M] metres to it, infinite if none
+
+
+def match_lines(
+    predicted: Sequence[MapLine],
+    true: Sequence[MapLine],
+    *,
+    protocol: str = "maptr",
+    extent: str = "60x30",
+    thresholds: Sequence[float] | None = None,
+) -> Matches:
+    """Compares the lines of one frame; arguments and errors as in `evaluate_lanes`."""
+    rules, thresholds = _rules(protocol, extent, thresholds)
+    packed = (_pack(predicted, "predicted line", "the frame"), _pack(true, "true line", "the frame"))
+    return _match(*packed, rules, thresholds)
 
 
 def chamfer_distances(points_a: np.ndarray, points_b: np.ndarray) -> np.ndarray:
@@ -142,97 +153,253 @@ def chamfer_distances(points_a: np.ndarray, points_b: np.ndarray) -> np.ndarray:
     Returns:
         [pairs] metres.
     """
-    # One coordinate at a time and in place: a third of the memory traffic of a [pairs, P, P, 2] difference.
-    squared = points_a[:, :, None, 0] - points_b[:, None, :, 0]  # [pairs, P, P]
-    squared *= squared
-    across = points_a[:, :, None, 1] - points_b[:, None, :, 1]  # [pairs, P, P]
-    across *= across
-    squared += across
-    a_to_b, b_to_a = np.sqrt(squared.min(2)).mean(1), np.sqrt(squared.min(1)).mean(1)
-    return (a_to_b + b_to_a) / 2
+    return _chamfer(points_a, points_b, 0.0)[0]
 
 
-def _match(predicted: list[MapLine], true: list[MapLine], thresholds: tuple[float, ...]) -> np.ndarray:
-    """Which predictions of one frame and class are hits: [predictions, thresholds] bool, in the given order."""
-    hits = np.zeros((len(predicted), len(thresholds)), dtype=bool)
-    if not predicted or not true:
-        return hits
-    points_predicted = np.stack([resample_polyline(line.points, _POINTS) for line in predicted])  # [predictions, P, 2]
-    points_true = np.stack([resample_polyline(line.points, _POINTS) for line in true])  # [truths, P, 2]
-    distances = _distances(points_predicted, points_true, max(thresholds))  # [predictions, truths]
-    closest = distances.argmin(1)
-    nearest = distances[np.arange(len(predicted)), closest]
-    order = np.argsort([-line.score for line in predicted], kind="stable")
+def _chamfer(points_a: np.ndarray, points_b: np.ndarray, radius: float) -> tuple[np.ndarray, np.ndarray]:
+    """Distances [pairs], and whether flat-cap buffers of `radius` touch for certain [pairs] bool.
+
+    They do where the point of `b` that is closest to some point of `a` is an inner one, and nearer than the radius: the
+    foot of the perpendicular then lies on `b` and not beyond its end, where the flat cap cuts the buffer off.
+    """
+    pairs, count = points_a.shape[:2]
+    distance, touch = np.empty(pairs), np.empty(pairs, dtype=bool)
+    squared, across = np.empty((2, min(_BLOCK, pairs), count, count))  # reused: fresh memory would cost half the time
+    for start in range(0, pairs, _BLOCK):
+        rows = slice(start, start + _BLOCK)
+        a, b = points_a[rows], points_b[rows]
+        square, side = squared[: len(a)], across[: len(a)]  # [block, P, P]
+        np.subtract(a[:, :, None, 0], b[:, None, :, 0], out=square)
+        np.multiply(square, square, out=square)
+        np.subtract(a[:, :, None, 1], b[:, None, :, 1], out=side)
+        np.multiply(side, side, out=side)
+        np.add(square, side, out=square)
+        ends = np.minimum(square[:, :, 0], square[:, :, -1])  # [block, P]
+        inner = square[:, :, 1:-1].min(2, initial=np.inf)  # [block, P]
+        a_to_b, b_to_a = np.sqrt(np.minimum(inner, ends)).mean(1), np.sqrt(square.min(1)).mean(1)
+        distance[rows] = (a_to_b + b_to_a) / 2
+        touch[rows] = (inner < np.minimum(ends, radius * radius)).any(1)
+    return distance, touch
+
+
+class _Packed(NamedTuple):
+    """The lines of one frame, end to end on one axis of arc length, so that all are resampled at once."""
+
+    label: np.ndarray  # [M]
+    score: np.ndarray  # [M]
+    vertices: np.ndarray  # [V, 2]
+    first: np.ndarray  # [M] index of each line's first vertex
+    arc: np.ndarray  # [V] metres, with a gap between lines
+    start: np.ndarray  # [M] metres on that axis
+    length: np.ndarray  # [M] metres
+
+    def points_of(self, line: int) -> np.ndarray:
+        """[P, 2] the vertices of one line."""
+        end = self.first[line + 1] if line + 1 < len(self.first) else None
+        return self.vertices[self.first[line] : end]
+
+    def at(self, line: np.ndarray, along: np.ndarray) -> np.ndarray:
+        """Points [..., 2] `along` metres from the start of each `line` (index)."""
+        arc = self.start[line] + along
+        if len(self.arc) == 0:
+            return np.zeros((*arc.shape, 2))
+        return np.stack([np.interp(arc, self.arc, self.vertices[:, d]) for d in (0, 1)], -1)
+
+    def resample(self, count: int) -> np.ndarray:
+        """[M, count, 2] points equally spaced by arc length, both ends included."""
+        return self.at(np.arange(len(self.label))[:, None], self.length[:, None] * np.linspace(0.0, 1.0, count))
+
+
+def _pack(lines: Sequence[MapLine], kind: str, where: str) -> _Packed:
+    """Checks lines and packs them; `kind` and `where` are for the message."""
+    for number, line in enumerate(lines):
+        points = np.asarray(line.points)
+        if points.ndim != 2 or points.shape[1] != 2 or len(points) < 2:
+            raise DataError(
+                f"the {kind} {number} of {where} has points of shape {points.shape}; a line needs at least two [P, 2]"
+            )
+        if not 0 <= line.label < len(LINE_CLASSES):
+            raise DataError(f"the {kind} {number} of {where} has label {line.label}; it must index {LINE_CLASSES}")
+    count = np.array([len(line.points) for line in lines], dtype=np.int64)
+    vertices = np.concatenate([np.zeros((0, 2)), *(line.points for line in lines)]).astype(np.float64, copy=False)
+    score = np.array([line.score for line in lines], dtype=np.float64)
+    label = np.array([line.label for line in lines], dtype=np.int64)
+    first = np.cumsum(count) - count
+    bad = ~np.isfinite(score)
+    bad[np.searchsorted(first, np.flatnonzero(~np.isfinite(vertices).all(1)), side="right") - 1] = True
+    if bad.any():
+        raise DataError(
+            f"the {kind} {bad.argmax()} of {where} holds a point or a score that is not finite; "
+            "remove the line or fix its source"
+        )
+    step = np.concatenate([[0.0], np.linalg.norm(np.diff(vertices, axis=0), axis=1)])[: len(vertices)]
+    step[first[1:]] = 1.0
+    arc = np.cumsum(step)
+    start = arc[first]
+    return _Packed(label, score, vertices, first, arc, start, arc[first + count - 1] - start)
+
+
+def _match(predicted: _Packed, true: _Packed, rules: LaneProtocol, thresholds: tuple[float, ...]) -> Matches:
+    hit = np.zeros((len(predicted.label), len(thresholds)), dtype=bool)
+    closest, distance = np.full(len(predicted.label), -1), np.full(len(predicted.label), np.inf)
+    if len(predicted.label) == 0 or len(true.label) == 0:
+        return Matches(hit, closest, distance)
+    distances = _distances(predicted, true, rules, max(thresholds))  # [predictions, truths]
+    nearest = distances.argmin(1)
+    distance = distances[np.arange(len(nearest)), nearest]
+    closest[np.isfinite(distance)] = nearest[np.isfinite(distance)]
+    order = np.argsort(-predicted.score, kind="stable")
+    order = order[closest[order] >= 0]
     for k, threshold in enumerate(thresholds):
-        taken = set()
-        for index in order:
-            if nearest[index] <= threshold and closest[index] not in taken:
-                taken.add(closest[index])
-                hits[index, k] = True
-    return hits
+        near = order[distance[order] <= threshold]
+        # The first, that is the surest, of those that want the same true line gets it.
+        hit[near[np.unique(closest[near], return_index=True)[1]], k] = True
+    return Matches(hit, closest, distance)
 
 
-def _distances(points_a: np.ndarray, points_b: np.ndarray, limit: float) -> np.ndarray:
-    """All pairs' distances [A, B], infinite where they exceed `limit` or where the buffers do not touch.
+def _distances(predicted: _Packed, true: _Packed, rules: LaneProtocol, limit: float) -> np.ndarray:
+    """Distances [M, N]; infinite between classes, beyond `limit`, and where the protocol does not compare.
 
     A pair beyond the largest threshold can never be a hit, and it can never be closer than one that is; so neither its
     exact distance nor its buffers matter. That leaves few pairs for the costly steps.
     """
-    distances = np.full((len(points_a), len(points_b)), np.inf)
-    index_a, index_b = np.nonzero(_lower_bounds(points_a, points_b) <= limit)
-    for start in range(0, len(index_a), 512):  # pieces that stay below 100 MB
-        a, b = index_a[start : start + 512], index_b[start : start + 512]
-        distances[a, b] = chamfer_distances(points_a[a], points_b[b])
-    index_a, index_b = np.nonzero(distances <= limit)
-    touch = np.zeros_like(distances, dtype=bool)
-    if len(index_a):
-        buffers_a, buffers_b = _buffers(points_a, index_a), _buffers(points_b, index_b)
-        touch[index_a, index_b] = shapely.intersects(buffers_a, buffers_b)
-    return np.where(touch, distances, np.inf)
+    points_a, points_b = predicted.resample(rules.points), true.resample(rules.points)
+    low_a, high_a, low_b, high_b = points_a.min(1), points_a.max(1), points_b.min(1), points_b.max(1)
+    outside = np.maximum(np.maximum(low_b - high_a[:, None], low_a[:, None] - high_b), 0)  # [M, N, 2]
+    same = predicted.label[:, None] == true.label
+    distances = np.full(same.shape, np.inf)
+    a, b = np.nonzero(same & (np.hypot(outside[..., 0], outside[..., 1]) <= limit))
+    # A whisker more, so that rounding cannot drop a pair that lies exactly on the limit.
+    bound = (_to_box(points_a[a], low_b[b], high_b[b]) + _to_box(points_b[b], low_a[a], high_a[a])) / 2
+    a, b = a[bound <= limit + 1e-9], b[bound <= limit + 1e-9]
+    # The buffer of shapely may fall short of its width by a hundredth, so certainty begins a little earlier.
+    distance, touch = _chamfer(points_a[a], points_b[b], 0.95 * (rules.buffer or 0.0))
+    near = distance <= limit
+    a, b, distance, touch = a[near], b[near], distance[near], touch[near]
+    if rules.buffer is not None:
+        touch &= (predicted.length[a] > 0) & (true.length[b] > 0)  # a point has no buffer
+        ask = np.flatnonzero(~touch)
+        if len(ask):
+            areas = (_buffers(points_a[a[ask]], rules.buffer), _buffers(points_b[b[ask]], rules.buffer))
+            touch[ask] = shapely.intersects(*areas)
+        a, b, distance = a[touch], b[touch], distance[touch]
+    distances[a, b] = distance
+    return distances
 
 
-def _lower_bounds(points_a: np.ndarray, points_b: np.ndarray) -> np.ndarray:
-    """[A, B] distances that chamfer_distances can never fall below: points of one line to the other's bounding box."""
-
-    def to_box(points: np.ndarray, others: np.ndarray) -> np.ndarray:
-        low, high = others.min(1)[None, :, None], others.max(1)[None, :, None]  # [1, others, 1, 2]
-        outside = np.maximum(np.maximum(low - points[:, None], points[:, None] - high), 0)  # [lines, others, P, 2]
-        return np.hypot(outside[..., 0], outside[..., 1]).mean(2)
-
-    # A whisker below, so that rounding cannot drop a pair that lies exactly on the limit.
-    return (to_box(points_a, points_b) + to_box(points_b, points_a).T) / 2 - 1e-9
+def _to_box(points: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Mean distance [pairs] of points [pairs, P, 2] to boxes [pairs, 2]: never above that to any line inside."""
+    outside = np.maximum(np.maximum(low[:, None] - points, points - high[:, None]), 0)  # [pairs, P, 2]
+    return np.hypot(outside[..., 0], outside[..., 1]).mean(1)
 
 
-def _buffers(points: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """The buffers of lines [lines, P, 2] picked by `index` (with repeats), each made once; empty for a point."""
-    used, back = np.unique(index, return_inverse=True)
-    lines = shapely.linestrings(points[used])
-    return shapely.buffer(lines, _BUFFER, cap_style="flat", join_style="mitre")[back]
+def _buffers(points: np.ndarray, width: float) -> np.ndarray:
+    """The buffers [lines] of lines [lines, P, 2] as the published code makes them; empty for a point."""
+    return shapely.buffer(shapely.linestrings(points), width, cap_style="flat", join_style="mitre")
 
 
-def _average_precision(hits: np.ndarray, truth_count: int) -> float:
-    """Area under the monotone precision envelope for hits [predictions] in order of falling score."""
-    if truth_count == 0 or len(hits) == 0:
-        return 0.0
-    found = np.cumsum(hits)
-    precision = found / np.arange(1, len(hits) + 1)
-    envelope = np.maximum.accumulate(precision[::-1])[::-1]
-    return float(envelope[hits].sum() / truth_count)  # recall rises by 1 / truth_count at every hit
+class _Part(NamedTuple):
+    """What a chunk of frames gave, all classes together; the fields are those of ClassTally."""
+
+    label: np.ndarray  # [M]
+    score: np.ndarray
+    hit: np.ndarray
+    length: np.ndarray
+    truth_count: np.ndarray  # [K]
+    true_metres: np.ndarray  # [K, bins]
+    owner: np.ndarray
+    error: np.ndarray
+    metres: np.ndarray
+    bin: np.ndarray
 
 
-def _by_class(lines: Sequence[MapLine], token: str, kind: str) -> list[list[MapLine]]:
-    groups = [[] for _ in LINE_CLASSES]
-    for number, line in enumerate(lines):
-        where = f"the {kind} line {number} of sample {token}"
-        points = np.asarray(line.points)
-        if points.ndim != 2 or points.shape[1] != 2 or len(points) < 2:
-            raise DataError(f"{where} has points of shape {points.shape}; a line needs at least two points [P, 2]")
-        if not (np.isfinite(points).all() and np.isfinite(line.score)):
-            raise DataError(f"{where} holds a point or a score that is not finite; remove the line or fix its source")
-        if not 0 <= line.label < len(LINE_CLASSES):
-            raise DataError(f"{where} has label {line.label}; it must index {LINE_CLASSES}")
-        groups[line.label].append(line)
-    return groups
+def _tally(
+    frames: list[tuple[str, Sequence[MapLine], Sequence[MapLine]]],
+    rules: LaneProtocol,
+    thresholds: tuple[float, ...],
+    working_index: int,
+    edges: np.ndarray,
+) -> _Part:
+    rows, count = [], 0
+    truth_count, true_metres = np.zeros(len(LINE_CLASSES), dtype=np.int64), np.zeros((len(LINE_CLASSES), len(edges)))
+    for token, predicted, true in frames:
+        predicted = _pack(predicted, "predicted line", f"sample {token}")
+        true = _pack(true, "true line", f"sample {token}")
+        matches = _match(predicted, true, rules, thresholds)
+        # Equal pieces of the true lines, each standing for `metres` around its midpoint.
+        pieces = np.maximum(np.ceil(true.length / _PIECE), 1).astype(np.int64)  # [N]
+        line = np.repeat(np.arange(len(pieces)), pieces)  # [S]
+        metres = true.length[line] / pieces[line]
+        middle = true.at(line, (np.arange(len(line)) - (np.cumsum(pieces) - pieces)[line] + 0.5) * metres)  # [S, 2]
+        bins = np.searchsorted(edges, np.hypot(middle[:, 0], middle[:, 1]), side="right") - 1
+        np.add.at(true_metres, (true.label[line], bins), metres)
+        truth_count += np.bincount(true.label, minlength=len(LINE_CLASSES))
+        finder = np.full(len(pieces), -1)  # [N] the prediction that found each true line
+        hits = np.flatnonzero(matches.hit[:, working_index])
+        finder[matches.closest[hits]] = hits
+        found = np.flatnonzero(finder[line] >= 0)
+        owner = finder[line[found]]
+        strings = np.full(len(predicted.label), None)  # [M]
+        for m in hits:
+            strings[m] = shapely.linestrings(predicted.points_of(m))
+        error = shapely.distance(shapely.points(middle[found]), strings[owner])
+        of_predictions = (predicted.label, predicted.score, matches.hit, predicted.length)
+        rows.append((*of_predictions, owner + count, error, metres[found], bins[found].astype(np.int8)))
+        count += len(predicted.label)
+    label, score, hit, length, owner, error, metres, bins = map(np.concatenate, zip(*rows, strict=True))
+    return _Part(label, score, hit, length, truth_count, true_metres, owner, error, metres, bins)
+
+
+def _of_class(parts: list[_Part], label: int) -> ClassTally:
+    """The tally of one class over all chunks, in their order."""
+    fields, count = [], 0
+    for part in parts:
+        mine = part.label == label
+        number = np.cumsum(mine) - 1 + count  # of each prediction among those of its class
+        pieces = mine[part.owner]
+        of_predictions = (part.score[mine], part.hit[mine], part.length[mine])
+        of_pieces = (number[part.owner[pieces]], part.error[pieces], part.metres[pieces], part.bin[pieces])
+        fields.append((*of_predictions, *of_pieces))
+        count += int(mine.sum())
+    score, hit, length, owner, error, metres, bins = map(np.concatenate, zip(*fields, strict=True))
+    truth_count = int(sum(part.truth_count[label] for part in parts))
+    true_metres = np.sum([part.true_metres[label] for part in parts], axis=0)
+    return ClassTally(score, hit, length, truth_count, true_metres, owner, error, metres, bins)
+
+
+def _run(chunks: Iterator[tuple], workers: int) -> Iterator[_Part]:
+    if workers == 0:
+        yield from (_tally(*chunk) for chunk in chunks)
+        return
+    # Fresh processes: a forked one may inherit a lock of some thread that it does not have.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(_tally, *chunk) for chunk in chunks]
+        try:
+            for future in futures:
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _rules(protocol: str, extent: str, thresholds: Sequence[float] | None) -> tuple[LaneProtocol, tuple[float, ...]]:
+    if protocol not in LANE_PROTOCOLS:
+        raise ConfigError(f"the lane protocol is '{protocol}'; choose one of {', '.join(LANE_PROTOCOLS)}")
+    if extent not in LANE_EXTENTS:
+        raise ConfigError(f"the extent of the lane map is '{extent}'; choose one of {', '.join(LANE_EXTENTS)}")
+    rules = LANE_PROTOCOLS[protocol]
+    checked = tuple(float(t) for t in (rules.thresholds[extent] if thresholds is None else thresholds))
+    if not checked or not all(0 < t < np.inf for t in checked) or len(set(checked)) < len(checked):
+        raise ConfigError(f"the lane thresholds are {checked}; give different distances in metres above 0")
+    return rules, checked
+
+
+def _working_scores(score: float | Mapping[str, float] | None) -> dict[str, float | None]:
+    scores = dict(score) if isinstance(score, Mapping) else dict.fromkeys(LINE_CLASSES, score)
+    if set(scores) != set(LINE_CLASSES):
+        raise ConfigError(f"the working scores name {sorted(scores)}; give one for each of {LINE_CLASSES}")
+    if not all(value is None or np.isfinite(value) for value in scores.values()):
+        raise ConfigError(f"the working scores are {scores}; give finite numbers")
+    return scores
 
 
 def _check_tokens(predictions: Mapping[str, object], truth: Mapping[str, object]) -> None:
@@ -249,10 +416,3 @@ def _check_tokens(predictions: Mapping[str, object], truth: Mapping[str, object]
         )
     if not truth:
         raise DataError("there is no sample to evaluate; the split is empty")
-
-
-def _checked_thresholds(thresholds: Sequence[float]) -> tuple[float, ...]:
-    checked = tuple(float(t) for t in thresholds)
-    if not checked or not all(0 < t < np.inf for t in checked):
-        raise DataError(f"the lane thresholds are {checked}; give at least one distance in metres above 0")
-    return checked

@@ -1,0 +1,279 @@
+"""What an evaluation of lane maps reports: AP, and what a working point means on the road.
+
+AP compares mappers over all scores at once. Whoever uses a map has to choose one score and wants to know what is then
+found, how exactly, how far away, and how much is drawn that is not there. `LaneResult` holds both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from perception.types import LINE_CLASSES
+
+
+@dataclass(frozen=True)
+class DistanceBin:
+    """True lines of one class whose pieces lie between two distances from the ego's origin.
+
+    Args:
+        near, far: metres; `far` is None for the last bin, which is open.
+        metres_per_frame: length of true lines in the bin.
+        recall: share of that length that belongs to lines found at the working point; None without any.
+        error, median_error: position error of the found length, metres; None where nothing was found.
+    """
+
+    near: float
+    far: float | None
+    metres_per_frame: float
+    recall: float | None
+    error: float | None
+    median_error: float | None
+
+
+@dataclass(frozen=True)
+class WorkingPoint:
+    """One class when only predictions from a certain score on are used.
+
+    A prediction is right or wrong by the protocol's own matching at `LaneResult.working_threshold`. The position error
+    is measured along the true line: every true line that was found is cut into equal pieces of at most 0.5 m, and a
+    piece's error is the distance from its midpoint to the predicted line (to its segments, not to its vertices). Means
+    and medians weigh pieces by their length, and a piece belongs to the bin its own midpoint lies in, so that one line
+    is spread over several bins.
+
+    Args:
+        score: the lowest score that is used; None where there is no prediction.
+        precision, recall, f1: of whole lines; None where there is no prediction, or no true line.
+        error, median_error: position error of found lines, metres; None where none was found.
+        false_metres_per_frame: length of the predictions that are wrong, metres per frame.
+        bins: from near to far.
+    """
+
+    score: float | None
+    precision: float | None
+    recall: float | None
+    f1: float | None
+    error: float | None
+    median_error: float | None
+    false_metres_per_frame: float
+    bins: tuple[DistanceBin, ...]
+
+
+@dataclass(frozen=True)
+class LaneResult:
+    """Lane-map scores of one split under one protocol.
+
+    Args:
+        protocol: which published flavour the numbers follow.
+        extent: the patch of the map that was compared, metres along and across.
+        thresholds: distances in metres, as given.
+        ap: AP per class name and threshold.
+        class_ap: mean of `ap` over the thresholds, per class name.
+        mean_ap: mean of `class_ap` over all line classes.
+        frames: number of frames that were compared.
+        truth_count, prediction_count: number of lines per class name.
+        working_threshold: the distance in metres at which `working` calls a prediction right: the middle threshold.
+        working: the working point per class name.
+    """
+
+    protocol: str
+    extent: str
+    thresholds: tuple[float, ...]
+    ap: dict[str, dict[float, float]]
+    class_ap: dict[str, float]
+    mean_ap: float
+    frames: int
+    truth_count: dict[str, int]
+    prediction_count: dict[str, int]
+    working_threshold: float
+    working: dict[str, WorkingPoint]
+
+    def as_dict(self) -> dict:
+        """The result as plain JSON values; thresholds become strings, as JSON keys are."""
+        return {
+            "protocol": self.protocol,
+            "extent": self.extent,
+            "thresholds_m": list(self.thresholds),
+            "mean_ap": self.mean_ap,
+            "class_ap": dict(self.class_ap),
+            "ap": {name: {str(t): value for t, value in row.items()} for name, row in self.ap.items()},
+            "frames": self.frames,
+            "truth_count": dict(self.truth_count),
+            "prediction_count": dict(self.prediction_count),
+            "working_threshold_m": self.working_threshold,
+            "working": {name: asdict(point) for name, point in self.working.items()},
+        }
+
+    def table(self) -> str:
+        """The result as text for a terminal."""
+        return "\n\n".join([self._ap_table(), self._working_table(), self._distance_table()])
+
+    def _ap_table(self) -> str:
+        title = f"lane AP ({self.protocol} {self.extent})"
+        rows = [f"{title:<30}" + "".join(f"{t:>7g} m" for t in self.thresholds)]
+        rows[0] += f"{'mean':>9}{'truth':>8}{'pred.':>8}"
+        for name, row in self.ap.items():
+            cells = "".join(f"{row[t]:9.3f}" for t in self.thresholds)
+            counts = f"{self.truth_count[name]:8d}{self.prediction_count[name]:8d}"
+            rows.append(f"{name:<30}{cells}{self.class_ap[name]:9.3f}{counts}")
+        means = "".join(f"{np.mean([row[t] for row in self.ap.values()]):9.3f}" for t in self.thresholds)
+        total = f"{sum(self.truth_count.values()):8d}{sum(self.prediction_count.values()):8d}"
+        rows.append(f"{'mean':<30}{means}{self.mean_ap:9.3f}{total}")
+        return "\n".join(rows)
+
+    def _working_table(self) -> str:
+        heads = ("score", "prec.", "recall", "F1", "error m", "median m", "false m/f")
+        rows = [f"{f'working point at {self.working_threshold:g} m':<30}" + "".join(f"{h:>10}" for h in heads)]
+        for name, point in self.working.items():
+            fields = (point.score, point.precision, point.recall, point.f1, point.error, point.median_error)
+            cells = "".join(f"{_cell(value, 3):>10}" for value in fields)
+            rows.append(f"{name:<30}{cells}{point.false_metres_per_frame:10.1f}")
+        return "\n".join(rows)
+
+    def _distance_table(self) -> str:
+        bins = next(iter(self.working.values())).bins
+        ranges = [f"{b.near:g}-{b.far:g} m" if b.far is not None else f"{b.near:g}+ m" for b in bins]
+        rows = [f"{'by distance from the ego':<30}" + "".join(f"{r:>10}" for r in ranges)]
+        for field, title, digits in (("recall", "recall by metre", 3), ("error", "error m", 3)):
+            for name, point in self.working.items():
+                cells = "".join(f"{_cell(getattr(b, field), digits):>10}" for b in point.bins)
+                rows.append(f"{f'{name}, {title}':<30}{cells}")
+        return "\n".join(rows)
+
+
+class ClassTally(NamedTuple):
+    """What all frames gave for one class: M predictions, S pieces of true lines that some prediction found."""
+
+    score: np.ndarray  # [M]
+    hit: np.ndarray  # [M, thresholds] bool
+    length: np.ndarray  # [M] metres
+    truth_count: int
+    true_metres: np.ndarray  # [bins] metres of true lines
+    owner: np.ndarray  # [S] index of the prediction that found the piece at the working threshold
+    error: np.ndarray  # [S] metres
+    metres: np.ndarray  # [S] length of the piece
+    bin: np.ndarray  # [S] index of its distance bin
+
+
+def build_result(
+    tallies: Mapping[str, ClassTally],
+    *,
+    protocol: str,
+    extent: str,
+    thresholds: tuple[float, ...],
+    working_index: int,
+    working_score: Mapping[str, float | None],
+    bin_edges: Sequence[float],
+    frames: int,
+) -> LaneResult:
+    """Scores from what the frames gave.
+
+    Args:
+        tallies: per class name, in the order of LINE_CLASSES.
+        protocol, extent, thresholds, frames: as in `LaneResult`.
+        working_index: which threshold decides at the working point.
+        working_score: per class name, the score to work at; None for the one of best F1.
+        bin_edges: metres; the last bin begins at the last edge and is open.
+    """
+    ap = {}
+    for name, tally in tallies.items():
+        order = np.argsort(-tally.score, kind="stable")
+        columns = tally.hit[order].T
+        ap[name] = {t: _average_precision(hit, tally.truth_count) for t, hit in zip(thresholds, columns, strict=True)}
+    class_ap = {name: float(np.mean(list(row.values()))) for name, row in ap.items()}
+    return LaneResult(
+        protocol=protocol,
+        extent=extent,
+        thresholds=thresholds,
+        ap=ap,
+        class_ap=class_ap,
+        mean_ap=float(np.mean([class_ap[name] for name in LINE_CLASSES])),
+        frames=frames,
+        truth_count={name: tally.truth_count for name, tally in tallies.items()},
+        prediction_count={name: len(tally.score) for name, tally in tallies.items()},
+        working_threshold=thresholds[working_index],
+        working={
+            name: _working_point(tally, tally.hit[:, working_index], working_score[name], bin_edges, frames)
+            for name, tally in tallies.items()
+        },
+    )
+
+
+def _average_precision(hits: np.ndarray, truth_count: int) -> float:
+    """Area under the monotone precision envelope for hits [predictions] in order of falling score."""
+    if truth_count == 0 or len(hits) == 0:
+        return 0.0
+    found = np.cumsum(hits)
+    precision = found / np.arange(1, len(hits) + 1)
+    envelope = np.maximum.accumulate(precision[::-1])[::-1]
+    return float(envelope[hits].sum() / truth_count)  # recall rises by 1 / truth_count at every hit
+
+
+def _best_score(score: np.ndarray, hit: np.ndarray, truth_count: int) -> float | None:
+    """The score from which on predictions have the best F1; the higher one of equals, the lowest of all without a hit.
+
+    A class without a single hit has no best score. Keeping all its predictions shows the whole damage.
+    """
+    if len(score) == 0:
+        return None
+    if not hit.any():
+        return float(score.min())
+    order = np.argsort(-score, kind="stable")
+    score, used = score[order], np.arange(1, len(score) + 1)
+    f1 = 2 * np.cumsum(hit[order]) / (used + truth_count)
+    f1[:-1][score[:-1] == score[1:]] = 0.0  # a score is used with all predictions that have it, or not at all
+    return float(score[f1.argmax()])
+
+
+def _working_point(
+    tally: ClassTally, hit: np.ndarray, score: float | None, edges: Sequence[float], frames: int
+) -> WorkingPoint:
+    if score is None:
+        score = _best_score(tally.score, hit, tally.truth_count)
+    used = tally.score >= score if score is not None else np.zeros(0, dtype=bool)
+    found, count, truth = int((hit & used).sum()), int(used.sum()), tally.truth_count
+    pieces = used[tally.owner]
+    error, metres, bins = tally.error[pieces], tally.metres[pieces], tally.bin[pieces]
+    mean, median = _weighted(error, metres)
+    rows = []
+    for k, near in enumerate(edges):
+        inside = bins == k
+        total = float(tally.true_metres[k])
+        rows.append(
+            DistanceBin(
+                float(near),
+                float(edges[k + 1]) if k + 1 < len(edges) else None,
+                total / frames,
+                min(float(metres[inside].sum() / total), 1.0) if total > 0 else None,
+                *_weighted(error[inside], metres[inside]),
+            )
+        )
+    return WorkingPoint(
+        score=score,
+        precision=found / count if count else None,
+        recall=found / truth if truth else None,
+        f1=2 * found / (count + truth) if count and truth else None,
+        error=mean,
+        median_error=median,
+        false_metres_per_frame=float(tally.length[used & ~hit].sum() / frames),
+        bins=tuple(rows),
+    )
+
+
+def _weighted(values: np.ndarray, weights: np.ndarray) -> tuple[float | None, float | None]:
+    """Weighted mean and median; None for both without any weight."""
+    total = weights.sum()
+    if not total > 0:
+        return None, None
+    order = np.argsort(values, kind="stable")
+    reached = np.cumsum(weights[order]) / total
+    # Where a value ends exactly at the half, the median lies between it and the next; rounding must not decide that.
+    middle = np.searchsorted(reached, [0.5 - 1e-9, 0.5 + 1e-9])
+    return float((values * weights).sum() / total), float(values[order[middle]].mean())
+
+
+def _cell(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
