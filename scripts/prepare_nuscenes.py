@@ -39,7 +39,6 @@ def leakage(arguments, keyframes, tables: Path) -> None:
 def split(arguments, keyframes, tables: Path) -> None:
     """Writes a split that keeps a distance and prints what came of it."""
     from perception.data.splits import DISTANCES, geographic_split, measure_leakage, write_split_file
-    from perception.errors import DataError
     from perception.files import write_json
 
     made = geographic_split(
@@ -52,7 +51,7 @@ def split(arguments, keyframes, tables: Path) -> None:
     distances = sorted({*DISTANCES, arguments.min_distance})
     result = measure_leakage(keyframes, made.train, made.val, distances)
     if leaking := int((result.nearest <= arguments.min_distance).sum()):
-        raise DataError(f"{leaking} keyframes of the split of {tables} are too near; this is a mistake in the program")
+        raise RuntimeError(f"{leaking} validation keyframes of the split that was made are too near to training")
     parts = {"train": made.train, "val": made.val, "left_out": made.left_out}
     command = f"--geographic --min-distance {arguments.min_distance:g} --seed {arguments.seed}"
     command += f" --val-share {arguments.val_share:g} --max-left-out {arguments.max_left_out:g}"

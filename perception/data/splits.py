@@ -233,6 +233,7 @@ def draw_leakage(leakage: Leakage, path: str | Path, title: str) -> None:
 
     edges = [-np.inf, *leakage.distances, np.inf]
     names = [f"val, within {distance:g} m" for distance in leakage.distances] + ["val, farther away"]
+    names[1:-1] = [f"{name} only" for name in names[1:-1]]
     # From red to yellow, what leaks; blue, what does not. Red is drawn last, so that nothing hides it.
     warm = [(0.80, 0.08 + 0.72 * t, 0.10) for t in np.linspace(0, 1, len(leakage.distances))]
     colours = [*warm, (0.12, 0.40, 0.85)]
@@ -259,8 +260,12 @@ def draw_leakage(leakage: Leakage, path: str | Path, title: str) -> None:
     for panel in axes[len(locations) :]:
         panel.set_axis_off()
     figure.suptitle(title, fontsize=12)
-    marks = axes[0].get_legend_handles_labels()
-    figure.legend(*marks, loc="outside lower center", ncols=3, markerscale=2.5, fontsize=9)
+    marks, labels = axes[0].get_legend_handles_labels()
+    order = [*range(1, len(labels)), 0]  # as they were drawn: from far to near, training last
+    figure.legend(
+        [marks[k] for k in order], [labels[k] for k in order],
+        loc="outside lower center", ncols=len(labels), markerscale=2.5, fontsize=9,
+    )  # fmt: skip
     with replacing(path) as beside:
         figure.savefig(beside, format="png", dpi=110)
 
@@ -312,7 +317,7 @@ def geographic_split(
         here = np.flatnonzero(location == place)
         wanted = owed + val_share * frames[here].sum()
         chosen = _whole_groups(group[here], frames[here], wanted, rng)
-        most = int(max_left_out * len(here))
+        most = int(max_left_out * len(here) + 1e-9)  # 0.29 x 100 is 28.999...
         if most:
             val[here], left[here] = _area(keyframes, here, near, frames, wanted, most, chosen, rng)
         else:
