@@ -296,6 +296,14 @@ def test_leaving_scenes_out_where_everything_hangs_together():
     assert len(made.train) == 7 and shortest(chain, made.train, made.val) > 60
     with pytest.raises(DataError, match="hang together"):  # less than one scene is none
         geographic_split(chain, min_distance=60, seed=0, val_share=0.2, max_left_out=0.09)
+    # On a ring of ten scenes 50 m apart every arc needs two: 50 m is the chord of a tenth, 95 m that of a fifth.
+    turn = 2 * np.pi * np.arange(10) / 10
+    xy = 25 / np.sin(np.pi / 10) * np.stack([np.cos(turn), np.sin(turn)], axis=1)
+    ring = chain._replace(xy=xy)
+    with pytest.raises(DataError, match="hang together"):
+        geographic_split(ring, min_distance=60, seed=0, val_share=0.2, max_left_out=0.1)
+    made = geographic_split(ring, min_distance=60, seed=0, val_share=0.2, max_left_out=0.2)
+    assert [len(part) for part in made[:3]] == [6, 2, 2] and shortest(ring, made.train, made.val) > 60
 
 
 def test_left_out_scenes_keep_their_limit_in_a_dense_town():

@@ -324,8 +324,7 @@ def geographic_split(
             val[here] = chosen
         owed = wanted - frames[val & (location == place)].sum()
     if not val.any() or not (~val & ~left).any():
-        # The share fits no group: the smallest one is the nearest there is.
-        left[:] = False
+        # The share fits no group, so nothing was left out either: the smallest group is the nearest there is.
         sizes = np.bincount(group, weights=frames)
         if len(sizes) == 1:
             raise DataError(
@@ -395,7 +394,7 @@ def _area(
     """A round validation area with a rim of scenes that are left out, or the given choice where that is better.
 
     An area grows from a scene to the next nearest one. A keyframe too many or too few in validation weighs as much as
-    one that is left out.
+    one that is left out, but no validation at all is only right where less than half a scene is wanted.
 
     Args:
         here: [s] scenes of one location.
@@ -410,6 +409,8 @@ def _area(
     near, frames = near[np.ix_(here, here)], frames[here]
     middle = np.array([keyframes.xy[keyframes.scene == k].mean(0) for k in here])  # [s, 2]
     best, cost = (chosen, np.zeros_like(chosen)), abs(frames[chosen].sum() - wanted)
+    if not chosen.any() and wanted >= frames.min() / 2:
+        cost = np.inf
     for start in rng.permutation(len(here))[:_STARTS]:
         order = np.argsort(np.linalg.norm(middle - middle[start], axis=1), kind="stable")
         touched = np.logical_or.accumulate(near[order])  # [s, s] row k: what the first k + 1 scenes are near to
