@@ -284,6 +284,10 @@ def test_each_location_gives_its_share_and_others_what_one_cannot():
     two = line_of_scenes([0, 10, 500, 510, 520])
     assert geographic_split(two, min_distance=60, seed=0).val == ["s0", "s1"]
     assert geographic_split(two, min_distance=60, seed=0, val_share=0.85).train == ["s0", "s1"]
+    # Locations that cannot be divided are taken whole; the seed says which one.
+    whole = together(*(line_of_scenes([0, 10], place, start=2 * k) for k, place in enumerate("abcd")))
+    made = {tuple(geographic_split(whole, min_distance=60, seed=seed, val_share=0.25).val) for seed in range(20)}
+    assert len(made) > 1 and all(len(val) == 2 and int(val[0][1:]) % 2 == 0 for val in made)
 
 
 def test_leaving_scenes_out_where_everything_hangs_together():

@@ -310,7 +310,7 @@ def geographic_split(
     group = connected_components(near, directed=False)[1]  # [S]
     frames = np.bincount(keyframes.scene, minlength=len(near))  # [S]
     location = np.array(keyframes.location)
-    places = sorted(np.unique(location), key=lambda place: (len(np.unique(group[location == place])), place))
+    places = sorted(rng.permutation(np.unique(location)), key=lambda place: len(np.unique(group[location == place])))
     val, left = np.zeros(len(near), dtype=bool), np.zeros(len(near), dtype=bool)
     owed = 0.0  # keyframes that earlier locations could not give
     for place in places:
