@@ -1,34 +1,27 @@
-"""Evaluates weights on a nuScenes-format split: boxes by the official devkit, lanes in the MapTR flavour."""
+"""Evaluates weights, or a submission made by anyone, on a nuScenes-format split: boxes by the official devkit, lanes by
+either of the two published protocols."""
 
 import argparse
+from pathlib import Path
 
-EXAMPLE = """example:
+EXAMPLE = """examples:
   python scripts/evaluate.py configs/synthetic/nano.py out/nano/nano.safetensors --json out/nano/evaluation.json
   python scripts/evaluate.py configs/synthetic/nano.py out/nano/epoch_24.pth --dataroot out/other_town --split val \\
-      --json out/nano/other.json
+      --lanes-protocol streammapnet --range 100x50 --save-submission out/nano/submission
+  python scripts/evaluate.py --submission out/nano/submission/lanes.json --dataroot out/other_town \\
+      --version v1.0-synthetic --split val
+
+A submission is a JSON file of boxes in nuScenes' format, or of lanes in the one that docs/evaluation.md describes.
 """
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("config", help="the config that the weights were trained with")
-    parser.add_argument("checkpoint", help=".safetensors that training exported, or a training checkpoint .pth")
-    parser.add_argument("--dataroot", help="instead of the config's val_data.dataroot")
-    parser.add_argument("--version", help="instead of the config's val_data.version")
-    parser.add_argument("--split", help="instead of the config's val_data.split")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--workers", type=int, default=0, help="processes that load images (default 0)")
-    parser.add_argument("--json", required=True, help="file for all numbers")
-    arguments = parser.parse_args()
-
+def evaluate_weights(arguments) -> tuple[str, dict, dict]:
+    """The tables, the headline and all numbers of a network."""
     import torch
 
     from perception.engine import build_dataset, load_config, load_weights
     from perception.errors import ConfigError
-    from perception.evaluation.streaming import evaluate_stream
-    from perception.files import write_json
+    from perception.evaluation.streaming import evaluate_scenes, predict_stream, save_submissions
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch finds no GPU here; use --device cpu")
@@ -36,13 +29,99 @@ def main() -> None:
     config = load_config(arguments.config, {f"val_data.{key}": value for key, value in told.items()})
     model = load_weights(arguments.checkpoint, config.model).to(arguments.device)
     dataset = build_dataset(config.val_data, config.model)
-    evaluation, stream = evaluate_stream(model, dataset, workers=arguments.workers, progress=True)
+    stream = predict_stream(model, dataset, workers=arguments.workers, progress=True)
+    if arguments.save_submission:
+        save_submissions(arguments.save_submission, dataset, stream.scenes)
+    evaluation = evaluate_scenes(
+        dataset,
+        stream.scenes,
+        protocol=arguments.lanes_protocol,
+        extent=arguments.range,
+        working_score=arguments.working_score,
+        workers=arguments.workers,
+        progress=True,
+    )
     metrics = evaluation.as_dict() | {"fps": 1 / stream.seconds_per_frame, "samples": len(dataset)}
+    return evaluation.table(), {name: metrics[name] for name in ("nds", "map", "lane_map", "fps")}, metrics
 
-    print(evaluation.table())
-    headline = {name: metrics[name] for name in ("nds", "map", "lane_map", "fps")}
+
+def evaluate_file(arguments) -> tuple[str, dict, dict]:
+    """The tables, the headline and all numbers of a submission."""
+    from perception.data.nuscenes import NuScenesDataset
+    from perception.evaluation.detection import evaluate_submission, load_tables, split_tokens
+    from perception.evaluation.streaming import evaluate_lines
+    from perception.evaluation.submission import DetectionSubmission, check_samples, read_submission
+
+    submission = read_submission(arguments.submission)
+    if isinstance(submission, DetectionSubmission):
+        tables = load_tables(arguments.dataroot, arguments.version)
+        check_samples(submission, split_tokens(tables, arguments.split))
+        content = {"meta": submission.meta, "results": submission.results}
+        result = evaluate_submission(tables, arguments.split, content)
+        headline = {"nds": result.nds, "map": result.mean_ap}
+        return result.table(), headline, headline | {"detection": result.as_dict(), "samples": result.samples}
+    # Images are not read, so their size does not matter.
+    dataset = NuScenesDataset(arguments.dataroot, arguments.version, arguments.split, image_size=(90, 160))
+    check_samples(submission, dataset.tokens)
+    lanes, strict = evaluate_lines(
+        dataset,
+        submission.results,
+        protocol=arguments.lanes_protocol,
+        extent=arguments.range,
+        working_score=arguments.working_score,
+        workers=arguments.workers,
+        progress=True,
+    )
+    headline = {"lane_map": lanes.mean_ap, "lane_map_strict": strict.mean_ap}
+    details = {"lanes": lanes.as_dict(), "strict_lanes": strict.as_dict(), "samples": lanes.frames}
+    return f"{lanes.table()}\n\n{strict.table()}", headline, headline | details
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", nargs="?", help="the config that the weights were trained with")
+    parser.add_argument("checkpoint", nargs="?", help=".safetensors of a training, or a training checkpoint .pth")
+    parser.add_argument("--submission", type=Path, help="JSON of boxes or lanes, instead of config and checkpoint")
+    parser.add_argument("--dataroot", help="instead of the config's val_data.dataroot")
+    parser.add_argument("--version", help="instead of the config's val_data.version")
+    split = parser.add_mutually_exclusive_group()
+    split.add_argument("--split", help="instead of the config's val_data.split")
+    split.add_argument("--split-file", type=Path, help="scene names, one a line or as a JSON list, instead of --split")
+    parser.add_argument("--lanes-protocol", choices=("maptr", "streammapnet"), default="maptr", help="(default: maptr)")
+    parser.add_argument("--range", choices=("60x30", "100x50"), default="60x30", help="of the lanes (default: 60x30)")
+    parser.add_argument("--working-score", type=float, help="of lanes that are used (default: of best F1, per class)")
+    parser.add_argument("--save-submission", type=Path, metavar="DIR", help="also write detection.json and lanes.json")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--workers", type=int, default=0, help="processes that load images and match lines (default 0)")
+    parser.add_argument("--json", type=Path, help="file for all numbers")
+    arguments = parser.parse_args()
+
+    from perception.errors import ConfigError
+    from perception.evaluation.lanes import LANE_PROTOCOLS
+    from perception.files import write_json
+
+    if arguments.workers < 0:
+        raise ConfigError(f"--workers is {arguments.workers}; give 0 or more processes")
+    if arguments.split_file:
+        arguments.split = str(arguments.split_file.absolute())  # with a folder in it, so that it is no name
+    if arguments.submission:
+        if arguments.config or arguments.save_submission:
+            raise ConfigError("--submission needs neither config, checkpoint nor --save-submission; leave them out")
+        if missing := [name for name in ("dataroot", "version", "split") if not getattr(arguments, name)]:
+            raise ConfigError(f"--{missing[0]} is missing: with --submission give --dataroot, --version and --split")
+    elif not (arguments.config and arguments.checkpoint):
+        raise ConfigError("config and checkpoint are missing; give both, or a file with --submission")
+
+    table, headline, metrics = (evaluate_file if arguments.submission else evaluate_weights)(arguments)
+    print(table)
+    if "lane_map" in headline:
+        thresholds = ", ".join(f"{t:g}" for t in LANE_PROTOCOLS[arguments.lanes_protocol].thresholds[arguments.range])
+        print(f"\nlane_map by protocol {arguments.lanes_protocol}, range {arguments.range}, thresholds {thresholds} m")
     print("\n" + "  ".join(f"{name} {value:.3f}" for name, value in headline.items()))
-    write_json(arguments.json, metrics)
+    if arguments.json:
+        write_json(arguments.json, metrics)
 
 
 if __name__ == "__main__":

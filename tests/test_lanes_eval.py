@@ -8,7 +8,13 @@ import pytest
 from scipy.spatial.distance import cdist
 
 from perception.errors import ConfigError, DataError
-from perception.evaluation.lanes import STRICT_THRESHOLDS, chamfer_distances, evaluate_lanes
+from perception.evaluation.lanes import (
+    LANE_PROTOCOLS,
+    STRICT_THRESHOLDS,
+    chamfer_distances,
+    evaluate_lanes,
+    match_lines,
+)
 from perception.types import LINE_CLASSES, MapLine
 
 HERE = Path(__file__).parent
@@ -30,10 +36,20 @@ def line(points, label="divider", score=1.0):
     return MapLine(LINE_CLASSES.index(label), np.array(points, dtype=np.float64), score)
 
 
+def told(flavour):
+    """Protocol, extent and thresholds of a golden flavour; thresholds only where they are not the protocol's own."""
+    protocol, _, rest = flavour.partition("_")
+    if rest == "strict":
+        return {"protocol": protocol, "thresholds": STRICT_THRESHOLDS}
+    return {"protocol": protocol, "extent": rest} if rest else {"protocol": protocol}
+
+
 def assert_equals_golden(result, expected):
+    assert list(result.thresholds) == expected["thresholds"]
     for name in LINE_CLASSES:
         for threshold in expected["thresholds"]:
-            wanted = expected["per_threshold"][str(threshold)]["AP"][name]
+            t = str(threshold)
+            wanted = expected["AP"][name][t] if "AP" in expected else expected["per_threshold"][t]["AP"][name]
             assert result.ap[name][threshold] == pytest.approx(wanted, abs=1e-6), (name, threshold)
         assert result.class_ap[name] == pytest.approx(expected["AP_per_class"][name], abs=1e-6)
     assert result.mean_ap == pytest.approx(expected["mAP"], abs=1e-6)
@@ -46,19 +62,43 @@ def hand_case():
     return data, *read_case(data["frames"])
 
 
+def golden_flavours(golden):
+    """Every case and flavour of the golden file, with frames, numbers and how to ask for them."""
+    cases = json.loads((golden / "map_eval" / "polylines.json").read_text())["cases"]
+    for case, flavours in json.loads((golden / "map_eval" / "expected.json").read_text()).items():
+        for flavour, expected in flavours.items():
+            yield f"{case} {flavour}", cases[case], expected, told(flavour)
+
+
 @pytest.mark.parametrize("flavour", ["maptr", "maptr_strict"])
 def test_published_numbers_of_the_hand_checked_case(flavour):
     data, predictions, truth = hand_case()
-    expected = data["expected"][flavour]
-    assert_equals_golden(evaluate_lanes(predictions, truth, thresholds=expected["thresholds"]), expected)
+    assert_equals_golden(evaluate_lanes(predictions, truth, **told(flavour)), data["expected"][flavour])
 
 
-@pytest.mark.parametrize("flavour", ["maptr", "maptr_strict"])
-@pytest.mark.parametrize("case", ["main", "empty_class", "hand"])
-def test_published_numbers(golden, case, flavour):
-    predictions, truth = read_case(json.loads((golden / "map_eval" / "polylines.json").read_text())["cases"][case])
-    expected = json.loads((golden / "map_eval" / "expected.json").read_text())[case][flavour]
-    assert_equals_golden(evaluate_lanes(predictions, truth, thresholds=expected["thresholds"]), expected)
+def test_published_numbers(golden):
+    names = []
+    for name, frames, expected, options in golden_flavours(golden):
+        predictions, truth = read_case(frames)
+        assert_equals_golden(evaluate_lanes(predictions, truth, **options), expected)
+        names.append(name)
+    assert {name.split()[1] for name in names} >= {"maptr", "maptr_strict", "streammapnet_60x30", "streammapnet_100x50"}
+
+
+def test_published_flags_and_distances_of_every_prediction(golden):
+    for name, frames, expected, options in golden_flavours(golden):
+        predictions, truth = read_case(frames)
+        for number, frame in enumerate(frames):
+            matches = match_lines(predictions[frame["token"]], truth[frame["token"]], **options)
+            for k, threshold in enumerate(expected["thresholds"]):
+                wanted = expected["flags"][str(threshold)][number]
+                assert matches.hit[:, k].astype(int).tolist() == wanted, (name, number, threshold)
+            best = zip(expected["best_distance"][number], expected["best_gt"][number], strict=True)
+            for distance, closest, (wanted, index) in zip(matches.distance, matches.closest, best, strict=True):
+                # What lies beyond every threshold is not worked out.
+                near = wanted is not None and wanted <= max(expected["thresholds"])
+                assert closest == (index if near else -1), (name, number)
+                assert distance == (pytest.approx(wanted, abs=1e-6) if near else np.inf)
 
 
 def test_divider_values_by_hand():
@@ -79,31 +119,44 @@ def random_lines(rng, count, score=True):
     return lines
 
 
-def noisy_map(rng, frames=12):
-    truth = {f"t{i:02d}": random_lines(rng, 8, score=False) for i in range(frames)}
+def random_stubs(rng, count, score=True):
+    """Short pieces of a few parallel streets, end to end with gaps: near, but often beyond each other's flat caps."""
+    lines = []
+    for _ in range(count):
+        start, length = np.array([rng.uniform(0, 8), 5.0 * rng.integers(2)]), rng.uniform(0.1, 1.2)
+        points = start + np.linspace(0, length, 4)[:, None] * [1.0, 0.0] + rng.normal(0, 0.02, (4, 2))
+        lines.append(MapLine(int(rng.integers(3)), points, float(rng.uniform()) if score else 1.0))
+    return lines
+
+
+def noisy_map(rng, frames=12, make=random_lines, noise=0.4):
+    truth = {f"t{i:02d}": make(rng, 8, score=False) for i in range(frames)}
     predictions = {
         token: [
             MapLine(
-                l.label, l.points + rng.normal(0, 0.4, l.points.shape) + rng.normal(0, 0.5, 2), float(rng.uniform())
+                l.label, l.points + rng.normal(0, noise, l.points.shape) + rng.normal(0, 0.5, 2), float(rng.uniform())
             )
             for l in lines
         ]
-        + random_lines(rng, 4)
+        + make(rng, 4)
         for token, lines in truth.items()
     }
     return predictions, truth
 
 
-def test_agrees_with_a_plain_loop_over_all_pairs():
+@pytest.mark.parametrize("protocol", LANE_PROTOCOLS)
+@pytest.mark.parametrize(("make", "noise"), [(random_lines, 0.4), (random_stubs, 0.02)])
+def test_agrees_with_a_plain_loop_over_all_pairs(make, noise, protocol):
     """The short cuts (bounds, buffers of near pairs only) must not change anything: compare with the long way."""
     import shapely
 
-    rng = np.random.default_rng(3)
-    predictions, truth = noisy_map(rng)
+    predictions, truth = noisy_map(np.random.default_rng(3), frames=8, make=make, noise=noise)
+    count_points = {"maptr": 100, "streammapnet": 200}[protocol]
+    apart = []
 
     def resample(points):
         string = shapely.LineString(points)
-        return np.array([string.interpolate(s).coords[0] for s in np.linspace(0, string.length, 100)])
+        return np.array([string.interpolate(s).coords[0] for s in np.linspace(0, string.length, count_points)])
 
     def slow_ap(label, threshold):
         found, scores, count = [], [], 0
@@ -118,7 +171,9 @@ def test_agrees_with_a_plain_loop_over_all_pairs():
                     pairwise = cdist(points, other)
                     distance = (pairwise.min(1).mean() + pairwise.min(0).mean()) / 2
                     other_area = shapely.LineString(other).buffer(2, cap_style="flat", join_style="mitre")
-                    if area.intersects(other_area) and distance < best:
+                    touch = protocol != "maptr" or area.intersects(other_area)
+                    apart.append(distance <= threshold and not touch)
+                    if touch and distance < best:
                         best, best_index = distance, index
                 hit = best <= threshold and best_index not in taken
                 taken |= {best_index} if hit else set()
@@ -131,11 +186,13 @@ def test_agrees_with_a_plain_loop_over_all_pairs():
             precision[i - 1] = max(precision[i - 1], precision[i])
         return sum((recall[i + 1] - recall[i]) * precision[i + 1] for i in range(len(recall) - 1))
 
-    result = evaluate_lanes(predictions, truth)
+    result = evaluate_lanes(predictions, truth, protocol=protocol)
     for label, name in enumerate(LINE_CLASSES):
         for threshold in result.thresholds:
             assert result.ap[name][threshold] == pytest.approx(slow_ap(label, threshold), abs=1e-9)
     assert 0.1 < result.mean_ap < 0.9
+    if protocol == "maptr" and make is random_stubs:
+        assert sum(apart) > 10  # the case is one in which the buffers decide
 
 
 def test_chamfer_distance_in_closed_form():
@@ -161,6 +218,7 @@ def test_collinear_lines_whose_flat_buffers_do_not_touch_never_match():
     predictions = {"a": [line([[1.5, 0], [2.5, 0]])]}
     assert chamfer_distances(truth["a"][0].points[None], predictions["a"][0].points[None])[0] < 1.5
     assert evaluate_lanes(predictions, truth).ap["divider"][1.5] == 0.0
+    assert evaluate_lanes(predictions, truth, protocol="streammapnet").ap["divider"][1.5] == 1.0  # asks no buffers
     beside = {"a": [line([[0, 1.2], [1, 1.2]])]}
     assert evaluate_lanes(beside, truth).ap["divider"][1.5] == 1.0
 
@@ -172,19 +230,72 @@ def test_a_prediction_has_no_second_choice():
     assert evaluate_lanes(predictions, truth).ap["divider"] == pytest.approx({0.5: 0.5, 1.0: 0.5, 1.5: 0.5})
 
 
-def test_direction_of_lines_and_order_of_frames_do_not_matter():
+def test_number_of_points_by_a_ring_that_starts_half_a_step_later():
+    # A square of 40 m: the 100 points lie 40/99 = 0.404 m apart, so a start 0.202 m later puts every point halfway
+    # between two of the other ring's. The 200 points lie 40/199 = 0.201 m apart, and every point meets another.
+    corners = np.array([[0.0, 0], [10, 0], [10, 10], [0, 10]])
+    shift = 40 / 99 / 2
+    later = np.concatenate([[[shift, 0]], corners[1:], corners[:1], [[shift, 0]]])
+    truth = {"a": [line(corners[[0, 1, 2, 3, 0]], "ped_crossing")]}
+    predictions = {"a": [line(later, "ped_crossing")]}
+    for protocol, distance in (("maptr", shift), ("streammapnet", abs(shift - 40 / 199))):
+        found = match_lines(predictions["a"], truth["a"], protocol=protocol).distance[0]
+        assert found == pytest.approx(distance, abs=0.01)
+        assert evaluate_lanes(predictions, truth, protocol=protocol, thresholds=(0.1,)).mean_ap * 3 == (distance < 0.1)
+
+
+@pytest.mark.parametrize("protocol", LANE_PROTOCOLS)
+def test_direction_of_lines_and_order_of_frames_do_not_matter(protocol):
     rng = np.random.default_rng(5)
     predictions, truth = noisy_map(rng)
-    base = evaluate_lanes(predictions, truth)
+    base = evaluate_lanes(predictions, truth, protocol=protocol)
     reversed_lines = {t: [l._replace(points=l.points[::-1]) for l in lines] for t, lines in predictions.items()}
-    turned = evaluate_lanes(reversed_lines, truth)
+    turned = evaluate_lanes(reversed_lines, truth, protocol=protocol)
     for name in LINE_CLASSES:
         assert turned.ap[name] == pytest.approx(base.ap[name], abs=1e-9)
+        assert turned.working[name].error == pytest.approx(base.working[name].error, abs=1e-9)
     # Equal scores are the hard case for a shuffled split: give every prediction the same one.
     flat = {t: [l._replace(score=0.5) for l in lines] for t, lines in predictions.items()}
     shuffled = {t: flat[t] for t in rng.permutation(list(flat))}
     shuffled_truth = {t: truth[t] for t in rng.permutation(list(truth))}
-    assert evaluate_lanes(shuffled, shuffled_truth) == evaluate_lanes(flat, truth)
+    result = evaluate_lanes(flat, truth, protocol=protocol)
+    assert evaluate_lanes(shuffled, shuffled_truth, protocol=protocol) == result and 0 < result.mean_ap < 1
+
+
+def test_number_of_processes_does_not_matter():
+    predictions, truth = noisy_map(np.random.default_rng(6), frames=120)  # more than a process gets at a time
+    alone, shared = (evaluate_lanes(predictions, truth, workers=workers) for workers in (0, 2))
+    assert shared == alone and 0.1 < alone.mean_ap < 0.9
+    broken = {**predictions, "t07": [line([[0, 0]])]}
+    with pytest.raises(DataError, match="sample t07"):
+        evaluate_lanes(broken, truth, workers=1)
+
+
+@pytest.mark.parametrize("protocol", LANE_PROTOCOLS)
+def test_start_of_a_ring_and_its_direction_do_not_matter(protocol):
+    """Rings of as many equal edges as there are steps between the points, so that every start gives the same points."""
+    rng = np.random.default_rng(7)
+    edges = LANE_PROTOCOLS[protocol].points - 1
+    angle = np.arange(edges) * 2 * np.pi / edges
+
+    def rings(shift, score):
+        centers = [np.array([x, y]) for x in (-20.0, 0.0, 20.0) for y in (-8.0, 8.0)]
+        return [
+            line(c + rng.uniform(-shift, shift, 2) + 3 * np.stack([np.cos(angle), np.sin(angle)], 1), score=score())
+            for c in centers
+        ]
+
+    def closed(lines, start, step):
+        return [l._replace(points=np.roll(l.points, -start, 0)[::step][np.r_[:edges, 0]]) for l in lines]
+
+    truth = {f"t{i}": closed(rings(0, lambda: 1.0), 0, 1) for i in range(5)}
+    guesses = {token: rings(1.8, lambda: float(rng.uniform())) for token in truth}
+    scores = [
+        evaluate_lanes({t: closed(l, start, step) for t, l in guesses.items()}, truth, protocol=protocol)
+        for start, step in ((0, 1), (0, -1), (edges // 2, 1), (17, -1))
+    ]
+    assert 0.05 < scores[0].mean_ap < 0.3  # of one class in three
+    assert all(score.ap == scores[0].ap for score in scores)
 
 
 def test_start_vertex_of_a_ring_hardly_matters():
@@ -216,13 +327,39 @@ def test_bad_input_names_the_sample():
         evaluate_lanes(good, good, thresholds=(0.0,))
 
 
-def test_result_as_json_and_as_table():
-    _, predictions, truth = hand_case()
-    result = evaluate_lanes(predictions, truth)
-    record = json.loads(json.dumps(result.as_dict()))
-    assert record["ap"]["divider"]["1.5"] == pytest.approx(11 / 12)
-    assert record["protocol"] == "maptr" and record["frames"] == 4
-    table = result.table()
-    blocks = table.split("\n\n")
-    assert "maptr 60x30" in blocks[0] and "0.917" in blocks[0] and len(blocks) == 3
-    assert all(len({len(row) for row in block.splitlines()}) == 1 for block in blocks)
+def test_impossible_options_are_refused():
+    good = {"tok": [line([[0, 0], [1, 1]])]}
+    for options, said in (
+        ({"protocol": "mapr"}, "'mapr'; choose one of maptr, streammapnet"),
+        ({"extent": "30x60"}, "'30x60'; choose one of 60x30, 100x50"),
+        ({"thresholds": ()}, "thresholds"),
+        ({"thresholds": (0.5, 0.5)}, "thresholds"),
+        ({"working_score": np.nan}, "finite"),
+        ({"working_score": {"divider": 0.5}}, "one for each"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            evaluate_lanes(good, good, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("protocol", LANE_PROTOCOLS)
+def test_two_thousand_samples_of_fifty_lines_take_less_than_a_minute(protocol):
+    """On two cores, in less than 2 GiB."""
+    import resource
+    import time
+
+    rng = np.random.default_rng(0)
+    predictions, truth = {}, {}
+    for frame in range(2000):
+        heading = rng.uniform(0, 2 * np.pi, (50, 1)) + np.cumsum(rng.normal(0, 0.05, (50, 20)), 1)
+        steps = rng.uniform(0.3, 2.0, (50, 1, 1)) * np.stack([np.cos(heading), np.sin(heading)], -1)
+        points = rng.uniform((-30, -15), (30, 15), (50, 2))[:, None] + np.cumsum(steps, 1)  # [50, 20, 2]
+        off = points + rng.normal(0, 0.5, (50, 1, 2)) + rng.normal(0, 0.1, points.shape)
+        truth[f"{frame:05d}"] = [MapLine(k % 3, points[k]) for k in range(50)]
+        predictions[f"{frame:05d}"] = [MapLine(k % 3, off[k], float(rng.uniform())) for k in range(50)]
+    start = time.perf_counter()
+    result = evaluate_lanes(predictions, truth, protocol=protocol, workers=2)
+    assert time.perf_counter() - start < 60
+    peak = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    assert peak < 2 * 2**20  # KiB
+    assert 0.5 < result.mean_ap < 1

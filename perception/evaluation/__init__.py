@@ -1,1 +1,10 @@
-"""Scores of decoded scenes: boxes by the official nuScenes devkit, lanes by the published protocols."""
+"""Scores of predictions: boxes by the official nuScenes devkit, lanes by both published protocols, steadiness over time.
+
+What is named here needs no devkit. Boxes are in `detection`, whole datasets in `streaming`, steadiness in `stability`.
+"""
+
+from perception.evaluation.lane_report import LaneResult
+from perception.evaluation.lanes import evaluate_lanes, match_lines
+from perception.evaluation.submission import read_submission, write_lanes
+
+__all__ = ["LaneResult", "evaluate_lanes", "match_lines", "read_submission", "write_lanes"]

@@ -29,6 +29,7 @@ from pyquaternion import Quaternion
 
 from perception.data.splits import is_split_file, split_scenes
 from perception.errors import DataError
+from perception.evaluation.submission import CAMERA_ONLY
 from perception.files import write_json
 from perception.geometry import invert_rigid, transform_points, yaw_from_rotation
 from perception.types import ATTRIBUTES, BOX_CLASSES, Boxes, Scene
@@ -118,8 +119,28 @@ def evaluate_detection(
         DataError: the dataset or the split does not exist, has no boxes, or the scenes are not those of the split.
     """
     nusc = nusc or load_tables(dataroot, version)
-    tokens = _split_tokens(nusc, split)
-    _check_tokens(scenes, tokens, split)
+    _check_tokens(scenes, split_tokens(nusc, split), split)
+    submission = submission_from_scenes(scenes, ego_poses)
+    result = evaluate_submission(nusc, split, submission)
+    if out_dir is not None:
+        write_json(Path(out_dir) / "submission.json", submission)
+        write_json(Path(out_dir) / "metrics.json", result.as_dict())
+    return result
+
+
+def evaluate_submission(nusc: NuScenes, split: str | Path, submission: Mapping) -> DetectionResult:
+    """Runs the official nuScenes detection evaluation on a submission.
+
+    Args:
+        nusc: the tables, see `load_tables`.
+        split: as in `evaluate_detection`.
+        submission: `meta` and `results` in nuScenes' format, see `perception.evaluation.submission`.
+
+    Raises:
+        DataError: the split does not exist or has no boxes, or the submission is not one of the split.
+    """
+    tokens = split_tokens(nusc, split)
+    _check_tokens(submission["results"], tokens, split)
     categories = {
         nusc.get("sample_annotation", ann)["category_name"] for t in tokens for ann in nusc.get("sample", t)["anns"]
     }
@@ -127,7 +148,6 @@ def evaluate_detection(
         raise DataError(
             f"split {split} of {nusc.table_root} has no annotation of the ten classes; choose another split"
         )
-    submission = submission_from_scenes(scenes, ego_poses)
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "submission.json"
         path.write_text(json.dumps(_never_empty(submission)))
@@ -138,7 +158,7 @@ def evaluate_detection(
             metrics, _ = evaluation.evaluate()
     summary = metrics.serialize()
     counted = Counter(box.detection_name for box in evaluation.gt_boxes.all)
-    result = DetectionResult(
+    return DetectionResult(
         nds=float(summary["nd_score"]),
         mean_ap=float(summary["mean_ap"]),
         errors={name: float(summary["tp_errors"][key]) for key, name in _ERRORS.items()},
@@ -150,10 +170,6 @@ def evaluate_detection(
         truth_count={name: counted[name] for name in BOX_CLASSES},
         samples=len(tokens),
     )
-    if out_dir is not None:
-        write_json(Path(out_dir) / "submission.json", submission)
-        write_json(Path(out_dir) / "metrics.json", result.as_dict())
-    return result
 
 
 def load_tables(dataroot: str | os.PathLike, version: str) -> NuScenes:
@@ -186,8 +202,7 @@ def submission_from_scenes(scenes: Mapping[str, Scene], ego_poses: Mapping[str, 
         DataError: a pose is missing or not rigid, or a box holds a number that is not finite or a size not above 0.
     """
     results = {token: _records(token, scene.boxes, _pose(ego_poses, token)) for token, scene in scenes.items()}
-    sensors = {"use_camera": True, "use_lidar": False, "use_radar": False, "use_map": False, "use_external": False}
-    return {"meta": sensors, "results": results}
+    return {"meta": dict(CAMERA_ONLY), "results": results}
 
 
 def boxes_from_submission(records: Sequence[Mapping], global_from_ego: np.ndarray) -> Boxes:
@@ -286,7 +301,7 @@ def _pose(ego_poses: Mapping[str, np.ndarray], token: str) -> np.ndarray:
     return pose
 
 
-def _never_empty(submission: dict) -> dict:
+def _never_empty(submission: Mapping) -> Mapping:
     """The submission as the devkit can read it.
 
     The devkit fails on a submission without a single box, as an untrained network gives. One box a thousand kilometres
@@ -326,8 +341,12 @@ def _named_split(nusc: NuScenes, split: str | Path, folder: Path) -> tuple[NuSce
     return tables, name
 
 
-def _split_tokens(nusc: NuScenes, split: str | Path) -> list[str]:
-    """The split's sample tokens, those of a named split by the devkit's own rules."""
+def split_tokens(nusc: NuScenes, split: str | Path) -> list[str]:
+    """The split's sample tokens, those of a named split by the devkit's own rules.
+
+    Raises:
+        DataError: the split does not exist, or does not fit the tables.
+    """
     if is_split_file(split):
         return get_samples_of_scenes(_scenes_of_file(nusc, split), nusc)
     if is_predefined_split(split):
@@ -347,7 +366,7 @@ def _split_tokens(nusc: NuScenes, split: str | Path) -> list[str]:
     return tokens
 
 
-def _check_tokens(scenes: Mapping[str, Scene], tokens: list[str], split: str | Path) -> None:
+def _check_tokens(scenes: Mapping[str, object], tokens: list[str], split: str | Path) -> None:
     missing, extra = set(tokens) - scenes.keys(), scenes.keys() - set(tokens)
     if missing:
         raise DataError(

@@ -6,8 +6,9 @@ Needs neither the training engine nor a config: a network and a dataset.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -18,8 +19,10 @@ from tqdm import tqdm
 from perception.data.loader import SceneStreamSampler, collate
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError
-from perception.evaluation.detection import DetectionResult, evaluate_detection
-from perception.evaluation.lanes import MAPTR_THRESHOLDS, STRICT_THRESHOLDS, LaneResult, evaluate_lanes
+from perception.evaluation.detection import DetectionResult, evaluate_detection, submission_from_scenes
+from perception.evaluation.lanes import LANE_EXTENTS, STRICT_THRESHOLDS, LaneResult, evaluate_lanes
+from perception.evaluation.submission import write_lanes
+from perception.files import write_json
 from perception.models.bev_transformer import BEVTransformer
 from perception.models.decoder import decode
 from perception.types import Clip, MapLine, Polylines, Scene, map_tensors
@@ -38,8 +41,8 @@ class Evaluation:
 
     Args:
         detection: by the official devkit.
-        lanes: at the published thresholds 0.5, 1.0 and 1.5 m.
-        strict_lanes: at 0.2, 0.5 and 1.0 m.
+        lanes: at the thresholds that the protocol publishes.
+        strict_lanes: by the same protocol at 0.2, 0.5 and 1.0 m.
     """
 
     detection: DetectionResult
@@ -131,8 +134,65 @@ def predict_stream(
     return Stream(scenes, float(np.mean(seconds[1:] or seconds or [np.nan])))
 
 
-def evaluate_scenes(dataset: NuScenesDataset, scenes: dict[str, Scene]) -> Evaluation:
+def evaluate_lines(
+    dataset: NuScenesDataset,
+    lines: Mapping[str, Sequence[MapLine]],
+    *,
+    protocol: str = "maptr",
+    extent: str = "60x30",
+    working_score: float | None = None,
+    workers: int = 0,
+    progress: bool = False,
+) -> tuple[LaneResult, LaneResult]:
+    """Compares lines with the dataset's true ones, which are cut by the rules of the protocol.
+
+    Args:
+        dataset: of whose samples the lines are.
+        lines: per sample token, ego frame.
+        protocol, extent, working_score, workers, progress: as in `evaluate_lanes`.
+
+    Returns:
+        The result at the protocol's own thresholds, and at 0.2, 0.5 and 1.0 m.
+
+    Raises:
+        ConfigError, DataError: as `evaluate_lanes`.
+    """
+    size = LANE_EXTENTS.get(extent)  # evaluate_lanes refuses others
+    samples = tqdm(dataset.tokens if size else [], desc="true lines", unit="frame", disable=not progress)
+    told = () if (protocol, extent) == ("maptr", "60x30") else (protocol, size)
+    truth = {token: dataset.truth_lines(i, *told) for i, token in enumerate(samples)}
+    published, strict = (
+        evaluate_lanes(
+            lines,
+            truth,
+            protocol=protocol,
+            extent=extent,
+            thresholds=thresholds,
+            working_score=working_score,
+            workers=workers,
+            progress=progress,
+        )
+        for thresholds in (None, STRICT_THRESHOLDS)
+    )
+    return published, strict
+
+
+def evaluate_scenes(
+    dataset: NuScenesDataset,
+    scenes: dict[str, Scene],
+    *,
+    protocol: str = "maptr",
+    extent: str = "60x30",
+    working_score: float | None = None,
+    workers: int = 0,
+    progress: bool = False,
+) -> Evaluation:
     """Compares a Scene per sample token of a dataset with its truth.
+
+    Args:
+        dataset: of one root.
+        scenes: per sample token, without batch dimension.
+        protocol, extent, working_score, workers, progress: of the lanes, as in `evaluate_lanes`.
 
     Raises:
         ConfigError: the dataset was made from several roots; the official evaluation knows one.
@@ -140,14 +200,18 @@ def evaluate_scenes(dataset: NuScenesDataset, scenes: dict[str, Scene]) -> Evalu
     """
     if len(dataset.roots) != 1:
         raise ConfigError(f"the dataset has {len(dataset.roots)} roots; evaluate one root at a time")
-    tokens = dataset.tokens
-    poses = {token: dataset.ego_pose(i) for i, token in enumerate(tokens)}
-    true_lines = {token: dataset.truth_lines(i) for i, token in enumerate(tokens)}
     lines = {token: map_lines(scene.lines) for token, scene in scenes.items()}
     return Evaluation(
-        evaluate_detection(dataset.roots[0], dataset.version, dataset.split, scenes, poses),
-        evaluate_lanes(lines, true_lines, thresholds=MAPTR_THRESHOLDS),
-        evaluate_lanes(lines, true_lines, thresholds=STRICT_THRESHOLDS),
+        evaluate_detection(dataset.roots[0], dataset.version, dataset.split, scenes, _poses(dataset)),
+        *evaluate_lines(
+            dataset,
+            lines,
+            protocol=protocol,
+            extent=extent,
+            working_score=working_score,
+            workers=workers,
+            progress=progress,
+        ),
     )
 
 
@@ -161,6 +225,26 @@ def evaluate_stream(
     """
     stream = predict_stream(model, dataset, workers=workers, progress=progress)
     return evaluate_scenes(dataset, stream.scenes), stream
+
+
+def save_submissions(directory: str | Path, dataset: NuScenesDataset, scenes: dict[str, Scene]) -> None:
+    """Writes `detection.json` and `lanes.json`, which score what the scenes score (see `evaluation.submission`).
+
+    Args:
+        directory: is made where it is missing.
+        dataset: of whose samples the scenes are.
+        scenes: per sample token, without batch dimension.
+
+    Raises:
+        DataError: a box holds a number that is not finite.
+    """
+    boxes = submission_from_scenes(scenes, _poses(dataset))
+    write_json(Path(directory) / "detection.json", boxes, indent=None)
+    write_lanes(Path(directory) / "lanes.json", {token: map_lines(scene.lines) for token, scene in scenes.items()})
+
+
+def _poses(dataset: NuScenesDataset) -> dict[str, np.ndarray]:
+    return {token: dataset.ego_pose(i) for i, token in enumerate(dataset.tokens)}
 
 
 def _now(device: torch.device) -> float:
