@@ -1,31 +1,41 @@
 """Vector lines from a nuScenes map-expansion file.
 
 `LaneMap` parses the JSON (format 1.3) once into shapely geometry with a spatial index per layer, then cuts out the
-lines around any pose. The rules are those of the MapTR / VectorMapNet ground truth: dividers are the pieces of every
-divider inside the patch, crossings are the outlines of united crossings, boundaries are the outlines of the united road
-surface with the patch's own border taken away.
+lines around any pose, by the rules of one of the two published ground truths. In both, dividers are the pieces of every
+divider inside the patch, and boundaries are the outlines of the united road surface with the patch's own border taken
+away. They differ in the crossings: MapTR and VectorMapNet outline the union of all of them, StreamMapNet and MapTracker
+unite only crossings of one direction. (They also put the patch elsewhere, which is up to the caller: the former around
+LIDAR_TOP, the latter around the ego frame's origin.)
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import shapely
 from shapely.geometry.base import BaseGeometry
 
-from perception.errors import DataError
+from perception.data.lane_topology import Centerlines, LaneGraph
+from perception.errors import ConfigError, DataError
 from perception.types import LINE_CLASSES, MapLine
 
 DIVIDER_LAYERS = ("road_divider", "lane_divider")
 CROSSING_LAYERS = ("ped_crossing",)
 SURFACE_LAYERS = ("road_segment", "lane")
 
+# The published ground truths: MapTR and VectorMapNet, StreamMapNet and MapTracker.
+LANE_FLAVOURS = ("maptr", "streammapnet")
+
 # The published extractor cuts outlines by a slightly larger patch for crossings, so that their rings stay whole, and
 # by a slightly smaller one for boundaries, so that the border of the patch itself is no line.
 PATCH_MARGIN = 0.2
+
+# Crossings of the StreamMapNet flavour have one direction where 1 - |cos| of the angle between them is below this.
+SAME_DIRECTION = 0.01
 
 _DIVIDER, _CROSSING, _BOUNDARY = (LINE_CLASSES.index(name) for name in ("divider", "ped_crossing", "boundary"))
 
@@ -85,21 +95,33 @@ class LaneMap:
             raise DataError(
                 f"{self.path} has no {error}: it is not a map expansion of format 1.3; unpack the map expansion again"
             ) from None
+        # The lane graph stays as it was read until somebody asks for it: most users of lines never do.
+        fields = ("lane", "lane_connector", "arcline_path_3", "connectivity")
+        self._graph_content = {field: content[field] for field in fields if field in content}
 
-    def lines(self, x: float, y: float, yaw: float, size: tuple[float, float] = (60.0, 30.0)) -> list[MapLine]:
-        """Lines of the MapTR flavour inside a rectangle.
+    def lines(
+        self, x: float, y: float, yaw: float, size: tuple[float, float] = (60.0, 30.0), flavour: str = "maptr"
+    ) -> list[MapLine]:
+        """Lines inside a rectangle.
 
         Args:
             x: global x of the patch centre, metres.
             y: global y of the patch centre, metres.
             yaw: direction of the patch's x axis in the global frame, radians.
             size: extent along the patch's x and y axes, metres.
+            flavour: one of LANE_FLAVOURS.
 
         Returns:
             Lines with exact vertices in the patch frame (origin at the centre); dividers first, then crossings, then
-            boundaries. Outlines run clockwise around crossings and keep the road surface on their right; an outline
-            that lies wholly inside is closed (its first point is repeated last).
+            boundaries. Boundaries keep the road surface on their right. Outlines of crossings run clockwise in the
+            MapTR flavour and counter-clockwise in StreamMapNet's. An outline that lies wholly inside is closed (its
+            first point is repeated last); a crossing is closed always.
+
+        Raises:
+            ConfigError: the flavour is not known.
         """
+        if flavour not in LANE_FLAVOURS:
+            raise ConfigError(f"flavour of lane lines is '{flavour}': give one of {', '.join(LANE_FLAVOURS)}")
         half = np.asarray(size, dtype=np.float64) / 2
         center = np.array([x, y], dtype=np.float64)
         turn = np.array([[np.cos(yaw), -np.sin(yaw)], [np.sin(yaw), np.cos(yaw)]])
@@ -108,13 +130,31 @@ class LaneMap:
         cut = {name: layer.cut(patch_global, center, yaw) for name, layer in self._layers.items()}
 
         result = [MapLine(_DIVIDER, shapely.get_coordinates(piece)) for name in DIVIDER_LAYERS for piece in cut[name]]
-        for label, layers, margin in (
-            (_CROSSING, CROSSING_LAYERS, PATCH_MARGIN),
-            (_BOUNDARY, SURFACE_LAYERS, -PATCH_MARGIN),
-        ):
-            polygons = [polygon for name in layers for polygon in cut[name]]
-            result.extend(MapLine(label, points) for points in _outlines(polygons, _window(size, margin)))
+        crossings = [polygon for name in CROSSING_LAYERS for polygon in cut[name]]
+        if flavour == "maptr":
+            rings = _outlines(crossings, _window(size, PATCH_MARGIN))
+        else:
+            rings = _crossings_by_direction(crossings)
+        result.extend(MapLine(_CROSSING, points) for points in rings)
+        surface = [polygon for name in SURFACE_LAYERS for polygon in cut[name]]
+        result.extend(MapLine(_BOUNDARY, points) for points in _outlines(surface, _window(size, -PATCH_MARGIN)))
         return result
+
+    def centerlines(self, x: float, y: float, yaw: float, size: tuple[float, float] = (60.0, 30.0)) -> Centerlines:
+        """Centre lines of lanes and lane connectors inside a rectangle, and which leads to which.
+
+        Args: as for `lines`.
+
+        Raises:
+            DataError: the file has no lane graph (`arcline_path_3`, `connectivity`), or a record of it is malformed.
+        """
+        return self._graph.centerlines(x, y, yaw, size)
+
+    @cached_property
+    def _graph(self) -> LaneGraph:
+        graph = LaneGraph(self.path, self._graph_content)
+        self._graph_content = {}  # flat arrays take its place
+        return graph
 
 
 def cut_lines(lines: Sequence[MapLine], size: tuple[float, float]) -> list[MapLine]:
@@ -179,6 +219,37 @@ def _outlines(polygons: list[BaseGeometry], window: BaseGeometry) -> list[np.nda
             points = shapely.get_coordinates(ring)
             outlines.extend(_clip(points if shapely.is_ccw(ring) == is_hole else points[::-1], window))
     return outlines
+
+
+def _crossings_by_direction(polygons: list[BaseGeometry]) -> list[np.ndarray]:
+    """Outer rings, counter-clockwise, of crossings united with neighbours that run the same way.
+
+    In the file's order, each crossing takes in those of its direction, not taken yet, whose upright bounding box meets
+    its own; the direction is that of the longest edge of the smallest rectangle around it. The published code then cuts
+    the ring once more by the border of the patch, where rounding decides which edges along the border survive, and
+    closes what is left. Here the ring is kept as it is, which is what that gives but for rounding.
+    """
+    if not polygons:
+        return []
+    corners = [shapely.get_coordinates(box)[:3] for box in shapely.oriented_envelope(polygons)]
+    edges = [np.diff(points, axis=0) for points in corners]  # each [2, 2]; [1, 2] for a box without width
+    longest = np.stack([edge[np.linalg.norm(edge, axis=1).argmax()] for edge in edges])  # [crossings, 2]
+    longest /= np.linalg.norm(longest, axis=1, keepdims=True)
+    low, high = np.split(shapely.bounds(polygons), 2, axis=1)  # each [crossings, 2]
+    near = (low[:, None] <= high).all(-1) & (low <= high[:, None]).all(-1)
+    joins = near & (1 - np.abs(longest @ longest.T) < SAME_DIRECTION)  # [crossings, crossings]
+
+    rings, free = [], np.ones(len(polygons), dtype=bool)
+    for k in range(len(polygons)):
+        if not free[k]:
+            continue
+        members = joins[k] & free
+        members[k] = True
+        free &= ~members
+        for part in shapely.get_parts(shapely.union_all([polygons[m] for m in np.flatnonzero(members)])):
+            points = shapely.get_coordinates(part.exterior)
+            rings.append(points if shapely.is_ccw(part.exterior) else points[::-1])
+    return rings
 
 
 def _clip(points: np.ndarray, window: BaseGeometry) -> list[np.ndarray]:

@@ -1,0 +1,183 @@
+"""Centre lines of lanes and how they follow each other, from the lane graph of a nuScenes map expansion.
+
+A path of a lane (`arcline_path_3`) is a chain of arc-line paths. Each is a start pose and three pieces of given lengths:
+an arc, a straight or an arc, an arc. `shape` tells which way each piece turns (L, S, R), and all arcs of a path have one
+radius. `connectivity` names the lanes that a lane leads to.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from perception.errors import DataError
+
+SHAPES = ("LSL", "LSR", "RSL", "RSR", "LRL", "RLR")
+TURN = {"L": 1.0, "S": 0.0, "R": -1.0}
+
+CHORD_ERROR = 0.01  # metres between an arc and the chords drawn for it
+JOINT = 0.05  # metres: vertices of consecutive paths that are closer than this are one
+
+
+class Centerlines(NamedTuple):
+    """Directed centre lines inside a patch; one that leaves it and comes back is several lines.
+
+    `token` is that of the lane or lane connector in the map file. `successor` holds only links whose meeting point is
+    inside: line `successor[e, 0]` ends where line `successor[e, 1]` starts.
+    """
+
+    points: list[np.ndarray]  # each [P, 2] float64 metres, in driving direction
+    token: list[str]  # one per line
+    successor: np.ndarray  # [E, 2] int64 indices of lines, sorted
+
+
+class LaneGraph:
+    """All centre lines of one map file, in global coordinates.
+
+    Args:
+        path: the map file, for messages.
+        content: its fields `lane`, `lane_connector`, `arcline_path_3` and `connectivity`.
+
+    Raises:
+        DataError: one of them is missing, or a record is malformed.
+    """
+
+    def __init__(self, path: Path, content: dict) -> None:
+        try:
+            records = [*content["lane"], *content["lane_connector"]]
+            arclines, connectivity = content["arcline_path_3"], content["connectivity"]
+        except KeyError as error:
+            raise DataError(f"{path} has no {error}: centre lines need a map expansion of format 1.3") from None
+        # A lane without a path has no centre line; the official maps hold a few.
+        self.tokens = [record["token"] for record in records if arclines.get(record["token"])]
+        self._points = []  # each [P, 2] global
+        for token in self.tokens:
+            try:
+                self._points.append(lane_points(arclines[token]))
+            except (KeyError, TypeError, ValueError, IndexError) as error:
+                raise DataError(
+                    f"{path}: 'arcline_path_3' of lane {token} is malformed ({error}): unpack the map expansion again"
+                ) from None
+        self._low = np.array([points.min(axis=0) for points in self._points]).reshape(-1, 2)
+        self._high = np.array([points.max(axis=0) for points in self._points]).reshape(-1, 2)
+        number = {token: k for k, token in enumerate(self.tokens)}
+        self._next = [
+            sorted({number[name] for name in connectivity.get(token, {}).get("outgoing", ()) if name in number})
+            for token in self.tokens
+        ]
+
+    def centerlines(self, x: float, y: float, yaw: float, size: tuple[float, float]) -> Centerlines:
+        """The centre lines inside a rectangle, in its frame, see `LaneMap.centerlines`."""
+        half = np.asarray(size, dtype=np.float64) / 2
+        center = np.array([x, y], dtype=np.float64)
+        turn = np.array([[np.cos(yaw), -np.sin(yaw)], [np.sin(yaw), np.cos(yaw)]])  # global_from_patch
+        reach = np.abs(turn) @ half  # of the upright box around the patch
+        near = np.flatnonzero(((self._low <= center + reach) & (self._high >= center - reach)).all(axis=1))
+
+        points, lanes, starts, ends = [], [], {}, {}
+        for lane in near:
+            whole = (self._points[lane] - center) @ turn
+            for piece, has_start, has_end in clip_to_box(whole, half):
+                if has_start:
+                    starts[lane] = len(points)
+                if has_end:
+                    ends[lane] = len(points)
+                points.append(piece)
+                lanes.append(lane)
+        links = sorted(
+            (line, starts[after]) for lane, line in ends.items() for after in self._next[lane] if after in starts
+        )
+        return Centerlines(
+            points, [self.tokens[lane] for lane in lanes], np.array(links, dtype=np.int64).reshape(-1, 2)
+        )
+
+
+def lane_points(paths: list[dict]) -> np.ndarray:
+    """The centre line of one lane: [P, 2] global, arcs within CHORD_ERROR, straights without inner vertices.
+
+    Args:
+        paths: its arc-line paths in driving direction, each with `start_pose` (x, y, yaw), `shape`, `radius` and three
+            `segment_length`.
+
+    Raises:
+        KeyError, TypeError, ValueError: a field is missing or malformed.
+    """
+    vertices: list[np.ndarray] = []
+    for path in paths:
+        if path["shape"] not in SHAPES:
+            raise ValueError(f"shape is '{path['shape']}', not one of {', '.join(SHAPES)}")
+        x, y, yaw = (float(value) for value in path["start_pose"])
+        lengths = np.array(path["segment_length"], dtype=np.float64)
+        radius = float(path["radius"])
+        numbers = [x, y, yaw, radius, *lengths]
+        if lengths.shape != (3,) or not np.isfinite(numbers).all() or lengths.min() < 0 or radius <= 0:
+            raise ValueError("radius and three lengths must be finite and not negative")
+        drawn = [np.array([[x, y]])]
+        for letter, length in zip(path["shape"], lengths, strict=True):
+            if length == 0:
+                continue
+            piece, yaw = _arc(drawn[-1][-1], yaw, TURN[letter] / radius, length)
+            drawn.append(piece)
+        fresh = np.concatenate(drawn)
+        if vertices and np.linalg.norm(fresh[0] - vertices[-1][-1]) < JOINT:
+            fresh = fresh[1:]
+        vertices.append(fresh)
+    points = np.concatenate(vertices)
+    steps = np.linalg.norm(np.diff(points, axis=0), axis=1)
+    points = points[np.concatenate([[True], steps > 0])]
+    if len(points) < 2:
+        raise ValueError("its path has no length")
+    return points
+
+
+def _arc(start: np.ndarray, yaw: float, curvature: float, length: float) -> tuple[np.ndarray, float]:
+    """Vertices after the start [n, 2] of a piece of constant curvature (1/m, left is positive), and the yaw at its end.
+
+    With heading `a` the position moves by (sin a, -cos a) / curvature, taken between the two headings.
+    """
+    if curvature == 0:
+        return (start + length * np.array([np.cos(yaw), np.sin(yaw)]))[None], yaw
+    angle = curvature * length
+    widest = 2 * np.arccos(max(1 - CHORD_ERROR * abs(curvature), 0.0))  # a chord of this angle has the allowed error
+    n = int(np.ceil(abs(angle) / widest))
+    headings = yaw + angle * np.arange(1, n + 1) / n  # [n]
+    circle = np.stack([np.sin(headings) - np.sin(yaw), np.cos(yaw) - np.cos(headings)], axis=1)  # [n, 2]
+    return start + circle / curvature, yaw + angle
+
+
+def clip_to_box(points: np.ndarray, half: np.ndarray) -> list[tuple[np.ndarray, bool, bool]]:
+    """The pieces of a polyline inside an upright box around the origin, in their order and direction.
+
+    Args:
+        points: [P, 2], no two consecutive ones equal.
+        half: [2] half the extent of the box.
+
+    Returns:
+        For each piece its points [n, 2], whether it starts with the polyline's own start, and whether it ends with the
+        polyline's own end.
+    """
+    start, step = points[:-1], np.diff(points, axis=0)  # [P - 1, 2]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        low, high = (-half - start) / step, (half - start) / step
+    low, high = np.minimum(low, high), np.maximum(low, high)
+    # Along an axis on which a segment does not move it is inside everywhere or nowhere.
+    still, outside = step == 0, np.abs(start) > half
+    low = np.where(still, np.where(outside, np.inf, -np.inf), low)
+    high = np.where(still, np.inf, high)
+    enter, leave = low.max(axis=1).clip(min=0.0), high.min(axis=1).clip(max=1.0)  # [P - 1] shares of the segment
+    pieces: list[list[int]] = []  # runs of segments
+    for k in np.flatnonzero(leave > enter):
+        if pieces and pieces[-1][-1] == k - 1 and leave[k - 1] == 1 and enter[k] == 0:
+            pieces[-1].append(k)
+        else:
+            pieces.append([k])
+    result = []
+    for run in pieces:
+        first, last = run[0], run[-1]
+        begin = start[first] + enter[first] * step[first] if enter[first] > 0 else points[first]
+        end = start[last] + leave[last] * step[last] if leave[last] < 1 else points[last + 1]
+        piece = np.concatenate([begin[None], points[first + 1 : last + 1], end[None]])
+        result.append((piece, first == 0 and enter[first] == 0, last == len(step) - 1 and leave[last] == 1))
+    return result
