@@ -14,15 +14,14 @@ def line(points, label="divider", score=1.0):
 
 
 def working_case():
-    """Two true dividers of 20 m on the x axis, ahead and behind; one frame with three predictions, one with none."""
-    truth = {"a": [line([[0, 0], [20, 0]]), line([[-30, 0], [-10, 0]])], "b": []}
+    """Two frames with one true divider of 20 m each, on the x axis: ahead in one, behind in the other."""
+    truth = {"a": [line([[0, 0], [20, 0]])], "b": [line([[-30, 0], [-10, 0]])]}
     predictions = {
         "a": [
-            line([[0, 0.4], [20, 0.4]], score=0.9),  # finds the first, 0.4 m off
             line([[0, 6], [10, 6]], score=0.5),  # 10 m that are not there
-            line([[-30, 0.8], [-10, 0.8]], score=0.3),  # finds the second, 0.8 m off
+            line([[0, 0.4], [20, 0.4]], score=0.9),  # finds the first, 0.4 m off
         ],
-        "b": [],
+        "b": [line([[-30, 0.8], [-10, 0.8]], score=0.3)],  # finds the second, 0.8 m off
     }
     return predictions, truth
 
@@ -70,11 +69,16 @@ def test_position_error_is_measured_to_the_line_and_not_to_its_vertices():
 
 
 def test_equal_scores_are_used_together():
-    # A hit and a false line share the score 0.5: with both, precision is 1/2 and F1 is 2 / (2 + 1).
+    # Two true lines. From 0.9 on one hit is used: F1 = 2 / (1 + 2). From 0.5 on two hits and three false lines:
+    # F1 = 4 / (5 + 2), which is worse, though with the hit alone it would be 1.
+    truth = {"a": [line([[0, 0], [10, 0]]), line([[0, 9], [10, 9]])]}
+    same = [line([[0, y], [10, y]], score=0.5) for y in (9, -5, -9, -13)]
     for order in (1, -1):
-        found = [line([[0, 0], [10, 0]], score=0.5), line([[0, 5], [10, 5]], score=0.5)][::order]
-        point = evaluate_lanes({"a": found}, {"a": [line([[0, 0], [10, 0]])]}).working["divider"]
-        assert (point.score, point.precision, point.f1) == pytest.approx((0.5, 1 / 2, 2 / 3))
+        found = [line([[0, 0], [10, 0]], score=0.9), *same[::order]]
+        point = evaluate_lanes({"a": found}, truth).working["divider"]
+        assert (point.score, point.precision, point.f1) == pytest.approx((0.9, 1, 2 / 3))
+        point = evaluate_lanes({"a": found}, truth, working_score=0.5).working["divider"]
+        assert (point.precision, point.recall, point.f1) == pytest.approx((2 / 5, 1, 4 / 7))
 
 
 def test_a_class_without_hits_keeps_all_its_predictions():

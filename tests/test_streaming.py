@@ -1,15 +1,19 @@
 """Streaming evaluation: memory follows scenes, processes share them, and the truth scores 1."""
 
+import json
+
+import numpy as np
 import pytest
+import shapely
 import torch
 
 from perception.data.loader import pad_boxes, pad_lines
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError, DataError
-from perception.evaluation.streaming import evaluate_scenes, map_lines, predict_stream
+from perception.evaluation.streaming import evaluate_scenes, map_lines, predict_stream, published_truth
 from perception.models.bev_transformer import BEVTransformer, ModelConfig
 from perception.synthetic import VERSION
-from perception.types import Scene, map_tensors
+from perception.types import MapLine, Scene, map_tensors
 
 SMALL = ModelConfig.preset(
     "nano", image_size=(64, 96), grid=(20, 20), channels=16, depth_bins=8, backbone_stages=2, decoder_layers=2,
@@ -86,6 +90,24 @@ def test_processes_share_whole_scenes_and_change_nothing(dataset, model):
     assert merged.keys() == whole.scenes.keys()
     for token, scene in merged.items():
         torch.testing.assert_close(scene.boxes.center, whole.scenes[token].boxes.center)
+
+
+def test_truth_has_the_vertices_of_the_published_evaluator(golden):
+    poses = json.loads((golden / "map_gt" / "expected.json").read_text())
+    flavours = [name for name in poses if name.startswith("streammapnet")]
+    lines = [line for name in flavours for pose in poses[name] for line in pose["lines"]]
+    given = [MapLine(0, np.array(line["pts"])) for line in lines]
+    same, fewer = [], []
+    for line, before, after in zip(lines, given, published_truth(given, "streammapnet"), strict=True):
+        wanted = np.array(line["simplified_pts"])
+        assert after.points.shape == wanted.shape
+        # A rounded corner has two vertices equally far from the chord; the 9 decimals of the file decide which stays.
+        assert shapely.hausdorff_distance(*map(shapely.linestrings, (after.points, wanted))) < 0.2
+        same.append(np.abs(after.points - wanted).max() < 1e-6)
+        fewer.append(len(after.points) < len(before.points))
+    assert np.mean(same) > 0.9 and any(fewer)
+    assert published_truth(given, "maptr") == given
+    assert published_truth([], "streammapnet") == []
 
 
 def test_map_lines_leaves_padding_out(dataset):

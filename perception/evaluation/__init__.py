@@ -1,4 +1,4 @@
-"""Scores of predictions: boxes by the official nuScenes devkit, lanes by both published protocols, steadiness over time.
+"""Scores of predictions: boxes by the official nuScenes devkit, lanes by both published protocols, and steadiness.
 
 What is named here needs no devkit. Boxes are in `detection`, whole datasets in `streaming`, steadiness in `stability`.
 """
