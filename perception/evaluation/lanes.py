@@ -93,7 +93,7 @@ def evaluate_lanes(
         ConfigError: protocol, extent, thresholds or score are not possible.
         DataError: the tokens differ, a line has fewer than two points, or a number is not finite.
     """
-    rules, thresholds = _rules(protocol, extent, thresholds)
+    rules, thresholds = lane_rules(protocol, extent, thresholds)
     scores = _working_scores(working_score)
     _check_tokens(predictions, truth)
     along, across = LANE_EXTENTS[extent]
@@ -139,7 +139,7 @@ def match_lines(
     thresholds: Sequence[float] | None = None,
 ) -> Matches:
     """Compares the lines of one frame; arguments and errors as in `evaluate_lanes`."""
-    rules, thresholds = _rules(protocol, extent, thresholds)
+    rules, thresholds = lane_rules(protocol, extent, thresholds)
     packed = (_pack(predicted, "predicted line", "the frame"), _pack(true, "true line", "the frame"))
     return _match(*packed, rules, thresholds)
 
@@ -381,7 +381,14 @@ def _run(chunks: Iterator[tuple], workers: int) -> Iterator[_Part]:
             pool.shutdown(cancel_futures=True)
 
 
-def _rules(protocol: str, extent: str, thresholds: Sequence[float] | None) -> tuple[LaneProtocol, tuple[float, ...]]:
+def lane_rules(
+    protocol: str, extent: str, thresholds: Sequence[float] | None = None
+) -> tuple[LaneProtocol, tuple[float, ...]]:
+    """The rules of a protocol and the thresholds (metres) in use; arguments as in `evaluate_lanes`.
+
+    Raises:
+        ConfigError: protocol, extent or thresholds are not possible.
+    """
     if protocol not in LANE_PROTOCOLS:
         raise ConfigError(f"the lane protocol is '{protocol}'; choose one of {', '.join(LANE_PROTOCOLS)}")
     if extent not in LANE_EXTENTS:

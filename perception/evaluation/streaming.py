@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +21,8 @@ from perception.data.loader import SceneStreamSampler, collate
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError
 from perception.evaluation.detection import DetectionResult, evaluate_detection, submission_from_scenes
-from perception.evaluation.lanes import LANE_EXTENTS, STRICT_THRESHOLDS, LaneResult, evaluate_lanes
+from perception.evaluation.lanes import LANE_EXTENTS, STRICT_THRESHOLDS, LaneResult, evaluate_lanes, lane_rules
+from perception.evaluation.stability import StabilityResult, evaluate_stability
 from perception.evaluation.submission import write_lanes
 from perception.files import write_json
 from perception.models.bev_transformer import BEVTransformer
@@ -44,11 +45,13 @@ class Evaluation:
         detection: by the official devkit.
         lanes: at the thresholds that the protocol publishes.
         strict_lanes: by the same protocol at 0.2, 0.5 and 1.0 m.
+        stability: displacement of the same boxes and lines from frame to frame; needs no truth.
     """
 
     detection: DetectionResult
     lanes: LaneResult
     strict_lanes: LaneResult
+    stability: StabilityResult
 
     def metrics(self) -> dict[str, float]:
         """The headline numbers by name; `score` is the mean of NDS and lane mAP."""
@@ -64,12 +67,12 @@ class Evaluation:
 
     def as_dict(self) -> dict:
         """Headline numbers and all details as plain JSON values."""
-        details = {"detection": self.detection, "lanes": self.lanes, "strict_lanes": self.strict_lanes}
-        return self.metrics() | {name: result.as_dict() for name, result in details.items()}
+        details = {field.name: getattr(self, field.name).as_dict() for field in fields(self)}
+        return self.metrics() | details
 
     def table(self) -> str:
         """All of it as text for a terminal."""
-        return "\n\n".join(result.table() for result in (self.detection, self.lanes, self.strict_lanes))
+        return "\n\n".join(getattr(self, field.name).table() for field in fields(self))
 
 
 def map_lines(lines: Polylines) -> list[MapLine]:
@@ -170,10 +173,10 @@ def evaluate_lines(
     Raises:
         ConfigError, DataError: as `evaluate_lanes`.
     """
-    size = LANE_EXTENTS.get(extent)  # evaluate_lanes refuses others
-    samples = tqdm(dataset.tokens if size else [], desc="true lines", unit="frame", disable=not progress)
-    told = () if (protocol, extent) == ("maptr", "60x30") else (protocol, size)
-    truth = {token: published_truth(dataset.truth_lines(i, *told), protocol) for i, token in enumerate(samples)}
+    lane_rules(protocol, extent)  # refuses what does not exist before the work begins
+    size = LANE_EXTENTS[extent]
+    samples = tqdm(dataset.tokens, desc="true lines", unit="frame", disable=not progress)
+    truth = {t: published_truth(dataset.truth_lines(i, protocol, size), protocol) for i, t in enumerate(samples)}
     published, strict = (
         evaluate_lanes(
             lines,
@@ -214,8 +217,9 @@ def evaluate_scenes(
     if len(dataset.roots) != 1:
         raise ConfigError(f"the dataset has {len(dataset.roots)} roots; evaluate one root at a time")
     lines = {token: map_lines(scene.lines) for token, scene in scenes.items()}
+    poses, tokens, scene_of_sample = _poses(dataset), dataset.tokens, dataset.scene_of_sample
     return Evaluation(
-        evaluate_detection(dataset.roots[0], dataset.version, dataset.split, scenes, _poses(dataset)),
+        evaluate_detection(dataset.roots[0], dataset.version, dataset.split, scenes, poses),
         *evaluate_lines(
             dataset,
             lines,
@@ -224,6 +228,12 @@ def evaluate_scenes(
             working_score=working_score,
             workers=workers,
             progress=progress,
+        ),
+        evaluate_stability(
+            scenes,
+            [[tokens[i] for i in np.flatnonzero(scene_of_sample == scene)] for scene in np.unique(scene_of_sample)],
+            poses,
+            dict(zip(tokens, dataset.timestamps.tolist(), strict=True)),
         ),
     )
 
