@@ -66,6 +66,7 @@ class Index(NamedTuple):
     previous: np.ndarray  # [S] int64 index of the previous keyframe of the scene, -1 at its start
     scene_name: np.ndarray  # [scenes] bytes
     scene_token: np.ndarray  # [scenes] bytes
+    scene_map: np.ndarray  # [scenes] bytes, path of the map expansion file
     image_path: np.ndarray  # [S, N] bytes, empty where the camera is missing
     image_size: np.ndarray  # [S, N, 2] int32 height, width
     img_from_cam: np.ndarray  # [S, N, 3, 3] float64 pixels of the original image
@@ -124,17 +125,19 @@ def load_index(
 
 
 def concatenate(indices: list[Index], roots: list[Path]) -> Index:
-    """One index out of those of several roots; image paths become absolute."""
+    """One index out of those of several roots; paths of images and maps become absolute."""
     sample_start = np.cumsum([0, *(len(index.token) for index in indices)])
     scene_start = np.cumsum([0, *(len(index.scene_name) for index in indices)])
     moved = []
     for index, root, samples, scenes in zip(indices, roots, sample_start, scene_start, strict=False):
         absolute = [os.path.join(os.fsencode(root), path) if path else b"" for path in index.image_path.ravel()]
+        maps = [os.path.join(os.fsencode(root), path) for path in index.scene_map]
         moved.append(
             index._replace(
                 scene=index.scene + scenes,
                 previous=np.where(index.previous < 0, -1, index.previous + samples),
                 image_path=np.array(absolute).reshape(index.image_path.shape),
+                scene_map=np.array(maps),
             )
         )
     return _join(moved)
@@ -203,11 +206,12 @@ def _build(dataroot: Path, version: str, split: str | Path, cameras: tuple[str, 
     wanted = set(split_scenes(split, tables, [scene["name"] for scene in nusc.scene]))
     scenes = [scene for scene in nusc.scene if scene["name"] in wanted]
     lane_maps: dict[str, LaneMap] = {}
-    samples, boxes, lines, wide_lines = [], [], [], []
+    samples, boxes, lines, wide_lines, maps = [], [], [], [], []
     for scene_number, scene in enumerate(tqdm(scenes, desc=f"indexing {version} {split}", unit="scene", delay=2)):
         location = nusc.get("log", scene["log_token"])["location"]
+        maps.append(f"maps/expansion/{location}.json".encode())
         if location not in lane_maps:
-            lane_maps[location] = LaneMap(dataroot / "maps" / "expansion" / f"{location}.json")
+            lane_maps[location] = LaneMap(dataroot / os.fsdecode(maps[-1]))
         token, previous = scene["first_sample_token"], -1
         while token:
             record = nusc.get("sample", token)
@@ -215,10 +219,12 @@ def _build(dataroot: Path, version: str, split: str | Path, cameras: tuple[str, 
             previous, token = len(samples), record["next"]
             samples.append(sample)
             boxes.append(_boxes(nusc, tables, record, sample["global_from_ego"]))
-            lines.append(_lines(lane_maps[location], sample, PATCH_SIZE))
-            wide_lines.append(_lines(lane_maps[location], sample, WIDE_PATCH_SIZE))
+            poses = (sample["global_from_ego"], sample["ego_from_lidar"])
+            lines.append(lines_around(lane_maps[location], *poses, PATCH_SIZE))
+            wide_lines.append(lines_around(lane_maps[location], *poses, WIDE_PATCH_SIZE))
     flat = {name: np.array([sample[name] for sample in samples]) for name in samples[0]}
     names = {f"scene_{field}": np.array([scene[field].encode() for scene in scenes]) for field in ("name", "token")}
+    names["scene_map"] = np.array(maps)
     box_offset = np.cumsum([0, *(len(sample["box_label"]) for sample in boxes)])
     flat_boxes = {name: np.concatenate([sample[name] for sample in boxes]) for name in boxes[0]}
     return Index(**flat, **names, box_offset=box_offset, **flat_boxes, lines=_flat(lines), wide_lines=_flat(wide_lines))
@@ -359,10 +365,29 @@ def ego_from_patch(global_from_ego: np.ndarray, ego_from_lidar: np.ndarray) -> n
     return level_from_global @ global_from_patch
 
 
-def _lines(lanes: LaneMap, sample: dict, size: tuple[float, float]) -> list[MapLine]:
-    """Lines of a patch around the LiDAR, as published, carried into the ego frame."""
-    global_from_lidar = sample["global_from_ego"] @ sample["ego_from_lidar"]
-    ego_from = ego_from_patch(sample["global_from_ego"], sample["ego_from_lidar"])
+def lines_around(
+    lanes: LaneMap,
+    global_from_ego: np.ndarray,
+    ego_from_lidar: np.ndarray,
+    size: tuple[float, float],
+    flavour: str = "maptr",
+) -> list[MapLine]:
+    """Lines of the patch that a published flavour puts around a pose, in the ego frame.
+
+    Args:
+        lanes: the map of the place.
+        global_from_ego, ego_from_lidar: [4, 4].
+        size: extent ahead and across, metres.
+        flavour: "maptr", whose patch is centred at LIDAR_TOP and turned with it, or "streammapnet", whose patch is the
+            ego frame's own.
+
+    Raises:
+        ConfigError: the flavour is not known.
+    """
+    if flavour != "maptr":
+        return lanes.lines(*global_from_ego[:2, 3], yaw_from_rotation(global_from_ego), size, flavour)
+    global_from_lidar = global_from_ego @ ego_from_lidar
+    ego_from = ego_from_patch(global_from_ego, ego_from_lidar)
     lines = lanes.lines(*global_from_lidar[:2, 3], yaw_from_rotation(global_from_lidar) + np.pi / 2, size)
     return [line._replace(points=line.points @ ego_from[:2, :2].T + ego_from[:2, 3]) for line in lines]
 

@@ -1,8 +1,8 @@
 """Centre lines of lanes and how they follow each other, from the lane graph of a nuScenes map expansion.
 
-A path of a lane (`arcline_path_3`) is a chain of arc-line paths. Each is a start pose and three pieces of given lengths:
-an arc, a straight or an arc, an arc. `shape` tells which way each piece turns (L, S, R), and all arcs of a path have one
-radius. `connectivity` names the lanes that a lane leads to.
+The path of a lane (`arcline_path_3`) is a chain of arc-line paths. Each is a start pose and three pieces of given
+lengths: an arc, a straight or an arc, an arc. `shape` tells which way each piece turns (L, S, R); all arcs of a path
+have one radius. `connectivity` names the lanes that a lane leads to.
 """
 
 from __future__ import annotations

@@ -11,10 +11,12 @@ import torch
 from torch.utils.data import Dataset
 
 from perception.data.augment import Augment
-from perception.data.index import concatenate, ego_from_patch, load_index
+from perception.data.index import PATCH_SIZE, concatenate, ego_from_patch, lines_around, load_index
+from perception.data.lane_map import LaneMap
+from perception.data.lane_topology import Centerlines
 from perception.data.loader import Draw, decode_image, pad_boxes, pad_lines
 from perception.errors import ConfigError
-from perception.geometry import invert_rigid
+from perception.geometry import invert_rigid, yaw_from_rotation
 from perception.types import BOX_CLASSES, Boxes, CameraRig, Clip, Frame, MapLine, Scene
 
 NUSCENES_CAMERAS = (
@@ -29,7 +31,7 @@ class NuScenesDataset(Dataset):
     since the previous keyframe and is first only at the start of a scene. With longer clips an item is one that fits
     into its scene, and its first frame is first: made for training, where memory starts empty.
 
-    Lines are those of the MapTR flavour: 60 m ahead and behind together, 30 m across, around LIDAR_TOP.
+    Lines of clips are those of the MapTR flavour: 60 m ahead and behind together, 30 m across, around LIDAR_TOP.
 
     Args:
         dataroot: folder of the dataset, or several folders that are read as one dataset.
@@ -73,6 +75,7 @@ class NuScenesDataset(Dataset):
         self.points_per_line = points_per_line
         self.augment = augment
         self.cameras = tuple(cameras)
+        self._lane_maps: dict[bytes, LaneMap] = {}  # by file, read when first asked for
         self.max_boxes = int(np.diff(index.box_offset).max())
         self.max_lines = int(np.diff(index.lines.sample_offset).max())
         # The samples of each clip, one column per frame, -1 where the scene starts too late.
@@ -118,9 +121,43 @@ class NuScenesDataset(Dataset):
         """[4, 4] float64 of sample i."""
         return self._index.ego_from_lidar[i]
 
-    def truth_lines(self, i: int) -> list[MapLine]:
-        """Lines of sample i with exact vertices, ego frame."""
-        return self._index.lines.of_sample(i)
+    def truth_lines(self, i: int, flavour: str = "maptr", size: tuple[float, float] = PATCH_SIZE) -> list[MapLine]:
+        """Lines of sample i with exact vertices, ego frame.
+
+        The default is read from the index; other flavours and sizes are cut from the map.
+
+        Args:
+            i: the sample.
+            flavour: "maptr" (patch centred at LIDAR_TOP and turned with it) or "streammapnet" (centred at the ego
+                frame's origin, crossings united by direction).
+            size: extent of the patch ahead and across, metres.
+
+        Raises:
+            ConfigError: the flavour is not known.
+            DataError: the map file has gone or is malformed.
+        """
+        if flavour == "maptr" and tuple(size) == PATCH_SIZE:
+            return self._index.lines.of_sample(i)
+        return lines_around(self._lane_map(i), self.ego_pose(i), self.ego_from_lidar(i), tuple(size), flavour)
+
+    def truth_centerlines(self, i: int, size: tuple[float, float] = PATCH_SIZE) -> Centerlines:
+        """Centre lines of lanes around sample i and which leads to which, ego frame, in a patch centred at its origin.
+
+        Args:
+            i: the sample.
+            size: extent of the patch ahead and across, metres.
+
+        Raises:
+            DataError: the map file has gone, or has no lane graph.
+        """
+        pose = self.ego_pose(i)
+        return self._lane_map(i).centerlines(*pose[:2, 3], yaw_from_rotation(pose), tuple(size))
+
+    def _lane_map(self, i: int) -> LaneMap:
+        path = self._index.scene_map[self._index.scene[i]]
+        if path not in self._lane_maps:
+            self._lane_maps[path] = LaneMap(os.fsdecode(path))
+        return self._lane_maps[path]
 
     def truth_boxes(self, i: int) -> Boxes:
         """Boxes [M] of sample i, not padded; valid where LiDAR or radar points prove them, as the evaluation counts."""
