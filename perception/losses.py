@@ -3,7 +3,9 @@
 Every decoder layer is matched anew with the truth, one query to one object (the Hungarian method, DETR,
 https://arxiv.org/abs/2005.12872). A line is the same line when it is walked backwards, and a ring the same ring from
 whichever vertex it starts (MapTR, https://arxiv.org/abs/2208.14437), so lines are compared in the ordering that fits
-best. Two dense losses on the BEV, a centre heat map and a raster of the lines, train the map itself.
+best. Two dense losses on the BEV, a centre heat map and a raster of the lines, train the map itself; two in the images,
+which object each pixel shows and how far away it is, train what the map is lifted from (the perspective supervision of
+BEVFormer v2, https://arxiv.org/abs/2211.10439, from the boxes alone).
 """
 
 from __future__ import annotations
@@ -17,8 +19,10 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from perception.geometry import invert_rigid, transform_points
 from perception.grid import BEVGrid
-from perception.types import Boxes, Polylines, Prediction, Scene
+from perception.models.bev_encoder import depth_position, pixel_rays
+from perception.types import Boxes, CameraRig, Frame, Polylines, Prediction, Scene
 
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0  # https://arxiv.org/abs/1708.02002
 # Weights of the ten box parameters (centre, log size, sin cos yaw, velocity) in cost and loss.
@@ -26,6 +30,7 @@ BOX_WEIGHTS = (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.5)
 LOSS_WEIGHTS = {
     "box_class": 2.0, "box_params": 0.25, "heatmap": 1.0,
     "line_class": 2.0, "line_points": 0.5, "line_direction": 0.1, "raster": 1.0,
+    "image_class": 1.0, "image_depth": 0.5, "image_heading": 1.0,
 }  # fmt: skip
 
 
@@ -37,13 +42,14 @@ class Match(NamedTuple):
     target: Tensor  # index of the object in the padded truth
 
 
-def set_losses(prediction: Prediction, truth: Scene, grid: BEVGrid) -> dict[str, Tensor]:
+def set_losses(prediction: Prediction, truth: Scene, frame: Frame, grid: BEVGrid) -> dict[str, Tensor]:
     """All losses of one moment, weighted, averaged over the decoder layers.
 
     Args:
         prediction: leading [L, B].
         truth: leading [B].
-        grid: the grid of the dense outputs.
+        frame: leading [B], what the network saw; its calibration says what the images show.
+        grid: the grid of the dense outputs on the BEV.
 
     Returns:
         Scalars by name; their sum is what to minimise. Nothing is hidden: a NaN in the prediction or the truth of a
@@ -63,6 +69,7 @@ def set_losses(prediction: Prediction, truth: Scene, grid: BEVGrid) -> dict[str,
             sums[name] = sums.get(name, 0.0) + loss / L
     sums["heatmap"] = heatmap_loss(prediction.heatmap_logits, boxes, grid)
     sums["raster"] = raster_loss(prediction.raster_logits, truth.lines, grid)
+    sums |= image_losses(prediction, truth.boxes, frame)
     return {name: LOSS_WEIGHTS[name] * loss for name, loss in sums.items()}
 
 
@@ -202,7 +209,8 @@ def line_losses(
 def raster_loss(logits: Tensor, lines: Polylines, grid: BEVGrid) -> Tensor:
     """Focal loss of the dense raster [B, K, X, Y], per cell that a line crosses."""
     target = draw_raster(lines, grid, logits.shape[1])
-    return focal_loss(logits.float(), target, alpha=0.5).sum() / target.sum().clamp(min=1) * 2
+    # An alpha of one half, doubled: cells with and without a line weigh the same, one.
+    return 2 * focal_loss(logits, target, alpha=0.5).sum() / target.sum().clamp(min=1)
 
 
 def draw_raster(lines: Polylines, grid: BEVGrid, classes: int) -> Tensor:
@@ -220,6 +228,101 @@ def draw_raster(lines: Polylines, grid: BEVGrid, classes: int) -> Tensor:
     raster = torch.zeros(B, classes, X, Y, device=cell.device)
     raster[b[inside], label[inside], cell[..., 0][inside], cell[..., 1][inside]] = 1.0
     return raster
+
+
+# --------------------------------------------------------------------------------------------------------------- images
+
+
+def image_losses(prediction: Prediction, boxes: Boxes, frame: Frame) -> dict[str, Tensor]:
+    """Focal loss of the class each pixel shows; where it shows a box, divergence of its depth and L1 of its heading.
+
+    Args:
+        prediction: of which the three image outputs are used.
+        boxes: the truth [B, M].
+        frame: leading [B]; cameras that are absent are left out.
+    """
+    rig = frame.rig
+    B, N, K, h, w = prediction.image_logits.shape
+    D = prediction.depth_logits.shape[2]
+    depth, box = draw_boxes(boxes, rig, frame.images.shape[-2:], (h, w))  # [B, N, h, w]
+    shown = depth.isfinite() & rig.present[..., None, None]
+    count = shown.sum().clamp(min=1)
+    b, n, row, column = shown.nonzero(as_tuple=True)  # of the P pixels that show a box
+    m = box[shown]
+    wanted = torch.zeros_like(prediction.image_logits)
+    wanted[b, n, boxes.label[b, m], row, column] = 1.0
+    present = rig.present[..., None, None, None]
+
+    place = depth_position(depth[shown], D)  # [P]
+    nearness = (1 - (place[:, None] - torch.arange(D, device=place.device)).abs()).clamp(min=0)  # [P, D]
+    depth_logits = prediction.depth_logits[b, n, :, row, column]  # [P, D]
+
+    sight = (boxes.center[b, m] - rig.ego_from_cam[b, n, :3, 3])[:, :2]  # [P, 2]
+    angle = boxes.yaw[b, m] - torch.atan2(sight[:, 1], sight[:, 0])
+    heading = prediction.heading[b, n, :, row, column]  # [P, 2]
+    return {
+        "image_class": (focal_loss(prediction.image_logits, wanted) * present).sum() / count,
+        "image_depth": F.kl_div(depth_logits.log_softmax(-1), nearness, reduction="sum") / count,
+        "image_heading": (heading - torch.stack([angle.sin(), angle.cos()], -1)).abs().sum() / count,
+    }
+
+
+def draw_boxes(
+    boxes: Boxes, rig: CameraRig, image_size: tuple[int, int], feature_size: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """What the pixels of a feature map show: a ray through the middle of each against every box.
+
+    A box is grown by the half width of a pixel at its distance, so that thin objects are not lost between two rays.
+    Only boxes hide boxes; walls and trees are not known.
+
+    Args:
+        boxes: [B, M].
+        rig: leading [B, N].
+        image_size: height and width in pixels of the images that the rig is calibrated for.
+        feature_size: height and width of the feature map.
+
+    Returns:
+        depth [B, N, h, w] metres along the optical axis to the nearest box, infinite where there is none, and the index
+        of that box, int64.
+    """
+    h, w = feature_size
+    device = boxes.center.device
+    img_from_cam, ego_from_cam = rig.img_from_cam.float(), rig.ego_from_cam.float()
+    rays_cam = pixel_rays(img_from_cam, image_size, feature_size)  # [B, N, h * w, 3], 1 along the optical axis
+    rays = (ego_from_cam[:, :, None, :3, :3] * rays_cam[..., None, :]).sum(-1)  # [B, N, h * w, 3]
+    pixel_width = image_size[1] / w / img_from_cam[..., 0, 0]  # [B, N] metres at a distance of one metre
+
+    # Only pairs of a camera and a box that may see each other: the ball around the box reaches into the field of view.
+    centers_cam = transform_points(invert_rigid(ego_from_cam), boxes.center[:, None])  # [B, N, M, 3]
+    distance = centers_cam.norm(dim=-1)  # [B, N, M]
+    grown = boxes.size[:, None] / 2 + (distance * pixel_width[..., None] / 2)[..., None]  # [B, N, M, 3]
+    radius = grown.norm(dim=-1)
+    slope = rays_cam[..., 0].abs().amax(-1)[..., None]  # [B, N, 1]
+    beside = (centers_cam[..., 0].abs() - slope * centers_cam[..., 2]) / (1 + slope**2).sqrt()
+    b, n, m = ((beside < radius) & (centers_cam[..., 2] > -radius) & boxes.valid[:, None]).nonzero(as_tuple=True)
+
+    cos, sin = boxes.yaw[b, m].cos(), boxes.yaw[b, m].sin()  # [pairs]
+    box_from_ego = torch.stack([cos, sin, -sin, cos], -1).unflatten(-1, (2, 2))  # [pairs, 2, 2]
+
+    def turned(vector: Tensor) -> Tensor:
+        """[pairs, R, 3] into the frames of the boxes."""
+        return torch.cat([(box_from_ego[:, None] * vector[..., None, :2]).sum(-1), vector[..., 2:]], -1)
+
+    start = turned((ego_from_cam[b, n, :3, 3] - boxes.center[b, m])[:, None])  # [pairs, 1, 3]
+    direction = turned(rays[b, n])  # [pairs, h * w, 3]
+    direction = torch.where(direction.abs() < 1e-6, 1e-6, direction)  # a face parallel to the ray is met very far away
+    half = grown[b, n, m][:, None]
+    one, other = (-half - start) / direction, (half - start) / direction
+    near, far = torch.minimum(one, other).amax(-1), torch.maximum(one, other).amin(-1)  # [pairs, h * w]
+    near = near.masked_fill((near > far) | (near < 0), math.inf)
+    camera = b * rig.present.shape[1] + n
+    depth = torch.full((rig.present.numel(), h * w), math.inf, device=device)
+    depth = depth.scatter_reduce(0, camera[:, None].expand_as(near), near, "amin")
+    box = torch.zeros(depth.shape, dtype=torch.int64, device=device)
+    pair, pixel = ((near == depth[camera]) & near.isfinite()).nonzero(as_tuple=True)
+    box[camera[pair], pixel] = m[pair]
+    shape = (*rig.present.shape, h, w)
+    return depth.view(shape), box.view(shape)
 
 
 # --------------------------------------------------------------------------------------------------------------- shared

@@ -128,7 +128,7 @@ class Predictor:
         return Scene(*(self._confident(noun) for noun in scene))
 
     def _confident(self, noun):
-        keep = noun.score >= self.min_score
+        keep = noun.valid & (noun.score >= self.min_score)
         return map_tensors(lambda tensor: tensor[keep], noun)
 
     def _fit(self, images, rig: CameraRig) -> tuple[Tensor, CameraRig]:

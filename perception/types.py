@@ -106,6 +106,9 @@ class Prediction(NamedTuple):
     line_points: Tensor  # [L, B, Q, P, 2] metres, ego
     heatmap_logits: Tensor  # [B, K, X, Y] dense centre heat map of the boxes
     raster_logits: Tensor  # [B, K, X, Y] dense raster of the lines
+    image_logits: Tensor  # [B, N, K, h, w] what box, if any, each pixel of the image features shows
+    depth_logits: Tensor  # [B, N, D, h, w] how far away it is, see `perception.models.bev_encoder.depth_position`
+    heading: Tensor  # [B, N, 2, h, w] sin cos of its yaw, seen from the line of sight to its centre
 
 
 class Clip(NamedTuple):

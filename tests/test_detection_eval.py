@@ -364,7 +364,7 @@ def test_a_split_without_annotations_is_refused(tmp_path):
     write_dataset(tmp_path)
     (tmp_path / VERSION / "sample_annotation.json").write_text("[]")
     with pytest.raises(DataError, match="no annotation of the ten classes"):
-        evaluate_detection(tmp_path, VERSION, SPLIT, true_scenes(), {})
+        evaluate_detection(tmp_path, VERSION, SPLIT, true_scenes(), {f"s{k}": np.eye(4) for k in range(3)})
 
 
 def test_result_as_json_and_as_table(dataset):

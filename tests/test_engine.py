@@ -65,7 +65,10 @@ def test_loss_falls_and_everything_is_left_behind(trained):
     lines = [line for line in scalars(trained) if "loss" in line]
     assert len(lines) == 15  # 2 scenes x 3 clips of 2 frames, in pairs, five times
     assert sum(line["loss"] for line in lines[-3:]) < 0.9 * sum(line["loss"] for line in lines[:3])
-    parts = {"box_class", "box_params", "line_class", "line_points", "line_direction", "heatmap", "raster"}
+    parts = {
+        "box_class", "box_params", "heatmap", "line_class", "line_points", "line_direction", "raster",
+        "image_class", "image_depth", "image_heading",
+    }  # fmt: skip
     assert parts <= lines[0].keys()
     assert lines[0]["loss"] == pytest.approx(sum(lines[0][part] for part in parts), rel=1e-4)
     assert lines[0]["frames_per_s"] > 0
@@ -150,7 +153,7 @@ def test_losses_are_the_mean_over_the_unrolled_frames(config_path):
     first, second = (map_tensors(lambda tensor, t=t: tensor[:, t], clip) for t in (0, 1))
     prediction_0, state = core(first.frames, core.initial_state(1))
     prediction_1, _ = core(second.frames, state)
-    by_hand = [set_losses(p, c.truth, core.grid) for p, c in ((prediction_0, first), (prediction_1, second))]
+    by_hand = [set_losses(p, c.truth, c.frames, core.grid) for p, c in ((prediction_0, first), (prediction_1, second))]
     losses = TrainingModel(core)(*clip)
     for name, loss in losses.items():
         torch.testing.assert_close(loss, (by_hand[0][name] + by_hand[1][name]) / 2)
@@ -194,7 +197,7 @@ def test_evaluate_script(trained, config_path, tmp_path):
     out = tmp_path / "numbers" / "evaluation.json"
     run = run_command("evaluate", config_path, trained / "small.safetensors", "--json", out)
     assert run.returncode == 0, run.stderr
-    assert "NDS" in run.stdout and "lane AP (maptr)" in run.stdout
+    assert "NDS" in run.stdout and "lane AP (maptr 60x30)" in run.stdout and "stability" in run.stdout
     numbers = json.loads(out.read_text())
     assert numbers.keys() >= {"nds", "map", "lane_map", "fps", "detection", "lanes", "samples"}
     assert numbers["samples"] == 8 and numbers["lanes"]["protocol"] == "maptr"

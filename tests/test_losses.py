@@ -4,9 +4,12 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from perception.geometry import rigid_from_yaw, transform_points
 from perception.grid import BEVGrid
 from perception.losses import (
+    draw_boxes,
     draw_heatmap,
     draw_raster,
     encode_boxes,
@@ -15,11 +18,25 @@ from perception.losses import (
     line_orderings,
     set_losses,
 )
+from perception.models.bev_encoder import depth_position
 from perception.models.decoder import decode
-from perception.types import Boxes, Polylines, Prediction, Scene
+from perception.types import Boxes, CameraRig, Frame, Polylines, Prediction, Scene
 
 GRID = BEVGrid((-20.0, 20.0), (-20.0, 20.0), (20, 20))
 RING = [[0.0, 0], [4, 0], [4, 2], [0, 2], [0, 0]]
+AHEAD = [[0.0, 0, 1, 0], [-1, 0, 0, 0], [0, -1, 0, 1.5], [0, 0, 0, 1]]  # ego_from_cam of a camera that looks along x
+BEHIND = [[0.0, 0, -1, 0], [1, 0, 0, 0], [0, -1, 0, 1.5], [0, 0, 0, 1]]
+FRAME = Frame(
+    images=torch.zeros(1, 2, 3, 60, 100),
+    rig=CameraRig(
+        img_from_cam=torch.tensor([[50.0, 0, 50], [0, 50, 30], [0, 0, 1]]).expand(1, 2, 3, 3),
+        ego_from_cam=torch.tensor([[AHEAD, BEHIND]]),
+        present=torch.ones(1, 2, dtype=torch.bool),
+    ),
+    ego_from_prev=torch.eye(4)[None],
+    seconds_since_prev=torch.zeros(1),
+    is_first=torch.ones(1, dtype=torch.bool),
+)
 BEND = [[-8.0, 1], [-4, 1], [0, 1], [2, 3], [2, 6]]
 
 
@@ -61,13 +78,22 @@ def perfect_prediction(boxes: Boxes, lines: Polylines, logit: float = 12.0) -> P
     heat = draw_heatmap(boxes, GRID, 10)
     heatmap = torch.where(heat == 1, logit, -logit)
     raster = torch.where(draw_raster(lines, GRID, 3) > 0, logit, -logit)
-    return Prediction(box_logits, params, line_logits, points, heatmap, raster)
+    depth, box = draw_boxes(boxes, FRAME.rig, (60, 100), (15, 25))
+    shown = F.one_hot(boxes.label[0, box], 10).movedim(-1, 2).bool() & depth.isfinite()[:, :, None]
+    image = torch.where(shown, logit, -logit)
+    place = depth_position(depth, 8)[:, :, None]
+    # The softmax of logs of weights that sum to one is those weights.
+    depth_logits = (1 - (place - torch.arange(8).view(8, 1, 1)).abs()).clamp(min=1e-9).log()
+    sight = boxes.center - FRAME.rig.ego_from_cam[:, 0, :3, 3]  # both cameras are in one place
+    angle = (boxes.yaw - torch.atan2(sight[..., 1], sight[..., 0]))[0, box]
+    heading = torch.stack([angle.sin(), angle.cos()], 2)
+    return Prediction(box_logits, params, line_logits, points, heatmap, raster, image, depth_logits, heading)
 
 
 def test_truth_has_no_loss_and_decodes_to_itself():
     boxes, lines = make_boxes(), make_lines()
     prediction = perfect_prediction(boxes, lines)
-    losses = set_losses(prediction, Scene(boxes, lines), GRID)
+    losses = set_losses(prediction, Scene(boxes, lines), FRAME, GRID)
     for name, loss in losses.items():
         assert loss.item() == pytest.approx(0, abs=1e-3), name
     scene = decode(prediction)
@@ -82,7 +108,7 @@ def test_box_error_by_hand():
     prediction = perfect_prediction(boxes, lines)
     prediction.box_params[0, 0, 4, 0] += 3.0  # the first box 3 m off in x: 3 m x weight 1 / 3 boxes x loss weight 0.25
     prediction.box_params[0, 0, 4, 8] -= 2.0  # and 2 m/s off: 2 x 0.5 / 3 x 0.25
-    losses = set_losses(prediction, Scene(boxes, lines), GRID)
+    losses = set_losses(prediction, Scene(boxes, lines), FRAME, GRID)
     assert losses["box_params"].item() == pytest.approx((3.0 * 1 + 2.0 * 0.5) / 3 * 0.25, rel=1e-5)
 
 
@@ -90,11 +116,11 @@ def test_unknown_velocity_costs_nothing_but_a_nan_in_the_output_shows():
     boxes, lines = make_boxes(), make_lines()
     prediction = perfect_prediction(boxes, lines)
     prediction.box_params[0, 0, 0, 8] = 100.0
-    losses = set_losses(prediction, Scene(boxes, lines), GRID)
+    losses = set_losses(prediction, Scene(boxes, lines), FRAME, GRID)
     assert losses["box_params"].item() == pytest.approx(0, abs=1e-6)
     prediction.box_params[0, 0, 4, 0] = math.nan
     with pytest.raises(FloatingPointError, match="not finite"):
-        set_losses(prediction, Scene(boxes, lines), GRID)
+        set_losses(prediction, Scene(boxes, lines), FRAME, GRID)
 
 
 @pytest.mark.parametrize("walk", ["backwards", "ring start", "ring start backwards"])
@@ -107,7 +133,7 @@ def test_a_line_walked_otherwise_is_the_same_line(walk):
         ring = [*RING[2:], *RING[1:3]]
         points = torch.tensor([BEND, ring if walk == "ring start" else ring[::-1]])
     turned = lines._replace(points=points[None])
-    losses = set_losses(prediction, Scene(boxes, turned), GRID)
+    losses = set_losses(prediction, Scene(boxes, turned), FRAME, GRID)
     assert losses["line_points"].item() == pytest.approx(0, abs=1e-6)
     # cosine_similarity is guarded by an epsilon, so it is not exactly 1
     assert losses["line_direction"].item() == pytest.approx(0, abs=1e-5)
@@ -137,7 +163,7 @@ def test_empty_scene_has_finite_losses_and_gradients():
         boxes._replace(valid=torch.zeros(1, 4, dtype=torch.bool)),
         lines._replace(valid=torch.zeros(1, 2, dtype=torch.bool)),
     )
-    losses = set_losses(prediction, nothing, GRID)
+    losses = set_losses(prediction, nothing, FRAME, GRID)
     sum(losses.values()).backward()
     assert all(loss.isfinite() for loss in losses.values())
     assert prediction.box_logits.grad.isfinite().all()
@@ -164,3 +190,71 @@ def test_raster_marks_the_cells_a_line_crosses():
     assert raster[0, 2, 6:11, 10].tolist() == [1] * 5
     assert raster[0, 0].sum() == 0
     assert raster[0, 1].sum() > 0
+
+
+def one_box(center, size, yaw, label=0) -> Boxes:
+    values = {"center": [[center]], "size": [[size]], "yaw": [[yaw]], "velocity": [[[0.0, 0.0]]]}
+    boxes = {name: torch.tensor(value, dtype=torch.float32) for name, value in values.items()}
+    ones = torch.ones(1, 1)
+    return Boxes(**boxes, label=ones.long() * label, attribute=-ones.long(), score=ones, valid=ones.bool())
+
+
+def test_pixels_that_show_a_box_by_hand():
+    """A cube of 2 m, 10 m ahead, its face 9 m away, seen by 100 x 60 pixels of 50 pixels focal length."""
+    boxes = one_box([10.0, 0, 1.5], [2.0, 2, 2], 0.0)
+    depth, _ = draw_boxes(boxes, FRAME.rig, (60, 100), (60, 100))
+    assert depth[0, 1].isinf().all()  # the other camera looks away
+    # A pixel is 1 / 50 m wide at 1 m, so the cube is grown by 10 / 50 / 2 = 0.1 m: the face is 8.9 m away and spans
+    # 50 x 1.1 / 8.9 = 6.18 pixels to either side of the middle. Centres lie at +0.5, so 6 pixels on each side.
+    shown = depth[0, 0].isfinite()
+    assert shown.any(1).nonzero()[[0, -1], 0].tolist() == [24, 35]
+    assert shown.any(0).nonzero()[[0, -1], 0].tolist() == [44, 55]
+    assert shown.sum() == 12 * 12
+    torch.testing.assert_close(depth[0, 0][shown], torch.full((144,), 8.9))
+
+
+def test_boxes_hide_boxes_and_turn_with_the_world():
+    near, far = one_box([6.0, 0.5, 1.0], [1.0, 0.6, 2.0], 0.4), one_box([9.0, 0, 1.5], [4.0, 4, 3], -1.2)
+    both = Boxes(*(torch.cat(pair, 1) for pair in zip(far, near, strict=True)))
+    depth, box = draw_boxes(both, FRAME.rig, (60, 100), (30, 50))
+    alone = [draw_boxes(b, FRAME.rig, (60, 100), (30, 50))[0][0, 0] for b in (far, near)]
+    torch.testing.assert_close(depth[0, 0], torch.minimum(*alone))
+    assert ((box[0, 0] == 1) == (alone[1] < alone[0])).all()
+    assert alone[1].isfinite().sum() > 5
+    assert (alone[0].isfinite() & (box[0, 0] == 1)).any()
+
+    angle = 2.1
+    turn = torch.from_numpy(rigid_from_yaw(angle)).float()
+    center = transform_points(turn, both.center)
+    rig = FRAME.rig._replace(ego_from_cam=turn @ FRAME.rig.ego_from_cam)
+    again, box_again = draw_boxes(both._replace(center=center, yaw=both.yaw + angle), rig, (60, 100), (30, 50))
+    torch.testing.assert_close(again, depth, atol=1e-3, rtol=1e-3)
+    assert (box_again == box).all()
+
+
+def test_heading_is_against_the_line_of_sight():
+    """A box that drives straight away from a camera has heading 0 there, wherever it is."""
+    boxes, lines = one_box([-8.0, 4.0, 1.0], [4.0, 2, 2], math.atan2(4.0, -8.0)), make_lines()
+    prediction = perfect_prediction(make_boxes(), lines)
+    heading = torch.zeros_like(prediction.heading)
+    heading[:, :, 1] = 1.0
+    truth = Scene(boxes, lines)
+    assert set_losses(prediction._replace(heading=heading), truth, FRAME, GRID)["image_heading"].item() < 1e-6
+    # turned by 90 degrees: sin and cos are both off by 1, loss weight 1
+    turned = truth._replace(boxes=boxes._replace(yaw=boxes.yaw + math.pi / 2))
+    loss = set_losses(prediction._replace(heading=heading), turned, FRAME, GRID)["image_heading"]
+    assert loss.item() == pytest.approx(1.0 * 2, rel=1e-5)
+
+
+def test_an_absent_camera_has_no_loss():
+    boxes, lines = make_boxes(), make_lines()
+    prediction = perfect_prediction(boxes, lines)
+    for k, dense in enumerate(prediction):
+        if k >= 6:
+            dense[:, 1] = 5.0
+    losses = set_losses(prediction, Scene(boxes, lines), FRAME, GRID)
+    assert losses["image_class"] > 1
+    alone = FRAME._replace(rig=FRAME.rig._replace(present=torch.tensor([[True, False]])))
+    losses = set_losses(prediction, Scene(boxes, lines), alone, GRID)
+    for name, loss in losses.items():
+        assert loss.item() == pytest.approx(0, abs=1e-3), name

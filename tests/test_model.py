@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from perception.errors import CheckpointError, ConfigError
-from perception.geometry import rigid_from_yaw
+from perception.geometry import project_points, rigid_from_yaw
 from perception.grid import BEVGrid
 from perception.models.backbone import ResNetFPN
-from perception.models.bev_encoder import CameraAttention, GatedMemory, see_points
+from perception.models.bev_encoder import CameraAttention, GatedMemory, pixel_rays, see_points
 from perception.models.bev_transformer import BEVTransformer, ModelConfig, load_checkpoint, save_checkpoint
 from perception.models.decoder import decode
 from perception.types import CameraRig, Frame, Prediction
@@ -63,6 +63,16 @@ def test_point_seen_by_hand():
     assert not see_points(absent, torch.tensor([[10.0, 2.0, 0.5]]), (100, 200))[2].any()
 
 
+def test_pixel_rays_hit_their_pixels():
+    img_from_cam = torch.tensor([[[70.0, 2.5, 39], [0, 65, 21], [0, 0, 1]]])[None]  # with skew
+    rays = pixel_rays(img_from_cam, (48, 80), (6, 10))
+    uv, depth = project_points(img_from_cam, 7.0 * rays)
+    assert depth.unique().tolist() == [7.0]
+    uv = uv.unflatten(2, (6, 10))
+    assert uv[0, 0, 0, 0].tolist() == pytest.approx([4, 4], abs=1e-3)  # the first pixel is 8 pixels wide
+    assert uv[0, 0, 2, 9].tolist() == pytest.approx([76, 20], abs=1e-3)
+
+
 def test_shapes(model):
     prediction, state = model(make_frame(batch=2), model.initial_state(2))
     assert prediction.box_logits.shape == (2, 2, 12, 10)
@@ -71,6 +81,9 @@ def test_shapes(model):
     assert prediction.line_points.shape == (2, 2, 8, 6, 2)
     assert prediction.heatmap_logits.shape == (2, 10, 20, 20)
     assert prediction.raster_logits.shape == (2, 3, 20, 20)
+    assert prediction.image_logits.shape == (2, 6, 10, 6, 10)
+    assert prediction.depth_logits.shape == (2, 6, 6, 6, 10)
+    assert prediction.heading.shape == (2, 6, 2, 6, 10)
     assert state.bev.shape == (2, 16, 20, 20)
 
 
@@ -103,8 +116,9 @@ def test_order_of_cameras_does_not_matter(model):
     shuffled = frame._replace(images=frame.images[:, order], rig=CameraRig(*(x[:, order] for x in frame.rig)))
     expected, _ = model(frame, model.initial_state(1))
     result, _ = model(shuffled, model.initial_state(1))
-    for a, b in zip(result, expected, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    for name, a, b in zip(Prediction._fields, result, expected, strict=True):
+        per_camera = name in ("image_logits", "depth_logits", "heading")
+        torch.testing.assert_close(a, b[:, order] if per_camera else b, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -133,13 +147,13 @@ def test_rotated_rig_gives_a_rotated_bev():
     """Turning the rig by 90 degrees on the car turns what the camera attention sees by 90 degrees."""
     torch.manual_seed(0)
     grid = BEVGrid((-16.0, 16.0), (-16.0, 16.0), (16, 16))
-    attention = CameraAttention(grid, (0.0, 1.0), channels=8, samples=3, depth_bins=4)
-    features = torch.randn(1, 4, 8, 6, 10)
+    attention = CameraAttention(grid, (0.0, 1.0), channels=8, samples=3)
+    features, depth_logits = torch.randn(1, 4, 8, 6, 10), torch.randn(1, 4, 5, 6, 10)
     query = torch.zeros(1, 256, 8)  # the same query everywhere, so only geometry tells cells apart
     rig = make_rig(4, (48, 80))
     turned = make_rig(4, (48, 80), yaws=[math.pi / 2 * (n + 1) for n in range(4)])
-    bev = attention(query, features, rig, (48, 80)).reshape(16, 16, 8)
-    bev_turned = attention(query, features, turned, (48, 80)).reshape(16, 16, 8)
+    bev = attention(query, features, depth_logits, rig, (48, 80)).reshape(16, 16, 8)
+    bev_turned = attention(query, features, depth_logits, turned, (48, 80)).reshape(16, 16, 8)
     assert bev.std(dim=(0, 1)).min() > 1e-3
     # turning from +x to +y is a quarter turn from the first to the second axis of [X, Y]
     torch.testing.assert_close(bev_turned, bev.rot90(1, (0, 1)), atol=1e-4, rtol=1e-4)
@@ -181,7 +195,7 @@ def test_decode_by_hand():
     line_logits[..., 2] = inverse_sigmoid(0.7)
     points = torch.tensor([[0.0, 0], [10, 0], [10, 5], [0, 0.5]]).reshape(1, 1, 1, 4, 2)
     dense = torch.zeros(1, 1, 2, 2)
-    scene = decode(Prediction(box_logits, params, line_logits, points, dense, dense))
+    scene = decode(Prediction(box_logits, params, line_logits, points, dense, dense, *[torch.zeros(1)] * 3))
     assert scene.boxes.label[0].tolist() == [3, 7]
     assert scene.boxes.score[0].tolist() == pytest.approx([0.8, 0.6])
     assert scene.boxes.center[0, 0].tolist() == [1, 2, 3]
@@ -190,6 +204,21 @@ def test_decode_by_hand():
     assert scene.boxes.velocity[0, 0].tolist() == [5, 6]
     assert scene.lines.label[0].tolist() == [2]
     assert scene.lines.closed[0].tolist() == [True]  # the ends are 0.5 m apart
+
+
+def test_of_two_boxes_in_one_place_the_better_is_kept():
+    """Cars of 1.95 m width in a row: 0.9, then 1.5 m on 0.8, then 1.5 m on 0.7, and a bus in the place of the 0.8."""
+    logits = torch.full((1, 1, 5, 10), -9.0)
+    params = torch.zeros(1, 1, 5, 10)
+    for q, (label, score, x) in enumerate([(0, 0.7, 3.0), (0, 0.9, 0.0), (3, 0.5, 1.5), (0, 0.8, 1.5), (0, 0.6, 5.0)]):
+        logits[0, 0, q, label] = math.log(score / (1 - score))
+        params[0, 0, q, 0] = x
+    nothing = torch.zeros(1, 1, 1, 2, 2)
+    lines = torch.zeros(1, 1, 1, 3), nothing
+    boxes = decode(Prediction(logits, params, *lines, *[nothing] * 5)).boxes
+    assert boxes.score[0].tolist() == pytest.approx([0.9, 0.8, 0.7, 0.6, 0.5])
+    # 0.8 is 1.5 m from 0.9 and falls; 0.7 is 1.5 m from 0.8, which is gone, and 3 m from 0.9; 0.6 is 2 m from 0.7.
+    assert boxes.valid[0].tolist() == [True, False, True, True, True]
 
 
 def test_checkpoint_round_trip_and_refusals(model, tmp_path):

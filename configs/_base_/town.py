@@ -5,7 +5,7 @@ train_data = dict(
     version="v1.0-synthetic",
     split="town_train",
     clip_length=2,
-    make_with="python scripts/simulate.py --out out/town_train --scenes 200 --seed 1000 --split town_train "
+    make_with="python scripts/simulate.py --out out/town_train --scenes 250 --seed 1000 --split town_train "
     "--image-size 160x288",
 )
 val_data = dict(

@@ -61,7 +61,7 @@ class TrainingModel(BaseModel):
             # Matching and losses stay in float32 whatever the network runs in.
             with torch.autocast(sample_index.device.type, enabled=False):
                 prediction = map_tensors(Tensor.float, prediction)
-                for name, loss in set_losses(prediction, now.truth, self.core.grid).items():
+                for name, loss in set_losses(prediction, now.truth, now.frames, self.core.grid).items():
                     losses[name] = losses[name] + loss / T if name in losses else loss / T
         finite = torch.stack(list(losses.values())).isfinite().tolist()
         for name, ok in zip(losses, finite, strict=True):

@@ -1,10 +1,13 @@
 """From camera features to a bird's-eye view that remembers.
 
-`CameraAttention` lets each cell of the grid read the cameras that see it, `GatedMemory` fuses the result with the
-memory of the previous frame, `BEVTrunk` looks around on the grid.
+`CameraAwareness` tells the image features where their pixels look, `CameraAttention` lets each cell of the grid read
+the cameras that see it, `GatedMemory` fuses the result with the memory of the previous frame, `BEVTrunk` looks around
+on the grid.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +21,35 @@ from perception.types import CameraRig
 CAMERAS_PER_CELL = 2  # the fields of view of a usual rig overlap at most pairwise
 NEAREST_DEPTH, FARTHEST_DEPTH = 1.0, 80.0  # metres, the range of the depth bins
 MIN_DEPTH = 0.1  # metres; nearer points count as not seen
+
+
+def depth_position(depth: Tensor, bins: int) -> Tensor:
+    """Depths in metres as fractional places among logarithmically spaced bins from 1 m to 80 m: 0 to bins - 1."""
+    span = math.log(FARTHEST_DEPTH / NEAREST_DEPTH)
+    return torch.log(depth.clamp(NEAREST_DEPTH, FARTHEST_DEPTH) / NEAREST_DEPTH) / span * (bins - 1)
+
+
+def pixel_rays(img_from_cam: Tensor, image_size: tuple[int, int], feature_size: tuple[int, int]) -> Tensor:
+    """Where the pixels of a feature map look.
+
+    Args:
+        img_from_cam: [B, N, 3, 3].
+        image_size: height and width in pixels of the images that the calibration is for.
+        feature_size: height and width of the feature map.
+
+    Returns:
+        [B, N, h * w, 3] in the cameras' frames, through the middle of each pixel, 1 along the optical axis.
+    """
+    (H, W), (h, w) = image_size, feature_size
+    device = img_from_cam.device
+    v = ((torch.arange(h, device=device) + 0.5) * (H / h)).repeat_interleave(w)  # [h * w]
+    u = ((torch.arange(w, device=device) + 0.5) * (W / w)).repeat(h)
+    focal_x, skew, center_x, focal_y, center_y = (
+        img_from_cam[..., i, j, None].float() for i, j in ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2))
+    )
+    y = (v - center_y) / focal_y  # [B, N, h * w]
+    x = (u - center_x - skew * y) / focal_x
+    return torch.stack([x, y, torch.ones_like(x)], -1)
 
 
 def see_points(rig: CameraRig, points_ego: Tensor, image_size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,29 +73,59 @@ def see_points(rig: CameraRig, points_ego: Tensor, image_size: tuple[int, int]) 
     return uv, depth, inside & (depth > MIN_DEPTH) & rig.present[..., None]
 
 
+class CameraAwareness(nn.Module):
+    """Tells the image features where each pixel looks, and says what each pixel shows.
+
+    How far away a thing is shows in where it stands on the road, and that is a matter of the camera: its height, tilt
+    and focal length. So the calibration goes into the features here, as in BEVDepth (https://arxiv.org/abs/2206.10092).
+
+    Args:
+        channels: of the features.
+        outputs: channels of what is said of each pixel.
+    """
+
+    def __init__(self, channels: int, outputs: int) -> None:
+        super().__init__()
+        self.embed = nn.Sequential(nn.Linear(7, channels), nn.ReLU(inplace=True), nn.Linear(channels, channels))
+        self.mix = ConvBlock(channels, channels)
+        self.head = nn.Conv2d(channels, outputs, 1)
+
+    def forward(self, features: Tensor, rig: CameraRig, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """features [B, N, C, h, w], rig with leading [B, N] -> features alike, and [B, N, outputs, h, w]."""
+        B, N, _, h, w = features.shape
+        rays = pixel_rays(rig.img_from_cam, image_size, (h, w))  # [B, N, h * w, 3]
+        ego_from_cam = rig.ego_from_cam.float()
+        rays_ego = (ego_from_cam[:, :, None, :3, :3] * rays[..., None, :]).sum(-1)
+        place = ego_from_cam[:, :, None, :3, 3].expand_as(rays_ego)  # metres, a few at most
+        pixel_width = image_size[1] / w / rig.img_from_cam[:, :, None, None, 0, 0].float()  # metres at one metre
+        told = torch.cat([rays_ego, place, 10 * pixel_width.expand(-1, -1, h * w, -1)], -1)
+        told = self.embed(told).transpose(2, 3).unflatten(3, (h, w))  # [B, N, C, h, w]
+        mixed = self.mix((features + told.to(features.dtype)).flatten(0, 1))
+        return mixed.unflatten(0, (B, N)), self.head(mixed).unflatten(0, (B, N))
+
+
 class CameraAttention(nn.Module):
     """Each cell attends, per height of its pillar, to the two cameras that see it best.
 
     A cell's reference points are its centre at fixed heights. Around each point's projection the cell reads a few
     places with learned offsets; how much a reading counts depends on a learned weight and on whether the pixel is about
-    as far away as the cell: per pixel the image features carry a logit for each of some depth bins.
+    as far away as the cell: each pixel comes with a logit for each of some depth bins.
 
     Args:
         grid: the BEV grid.
         heights: heights of the reference points above ground in metres.
         channels: of image features and BEV alike.
         samples: places read per height and camera.
-        depth_bins: logarithmically spaced from 1 m to 80 m.
     """
 
-    def __init__(self, grid: BEVGrid, heights: tuple[float, ...], channels: int, samples: int, depth_bins: int) -> None:
+    def __init__(self, grid: BEVGrid, heights: tuple[float, ...], channels: int, samples: int) -> None:
         super().__init__()
-        self.grid, self.samples, self.depth_bins = grid, samples, depth_bins
+        self.grid, self.samples = grid, samples
         Z = len(heights)
         centers = grid.cell_centers().reshape(-1, 1, 2).expand(-1, Z, -1)
         z = torch.tensor(heights, dtype=torch.float32).view(1, Z, 1).expand(centers.shape[0], -1, -1)
         self.register_buffer("points_ego", torch.cat([centers, z], -1), persistent=False)  # [X * Y, Z, 3]
-        self.value = nn.Conv2d(channels, channels + depth_bins, 1)
+        self.value = nn.Conv2d(channels, channels, 1)
         self.offset = nn.Linear(channels, Z * samples * 2)
         self.weight = nn.Linear(channels, Z * samples)
         self.output = nn.Linear(Z * channels, channels)
@@ -77,12 +139,15 @@ class CameraAttention(nn.Module):
         with torch.no_grad():
             self.offset.bias.copy_(ring.expand(Z, -1, -1).reshape(-1))
 
-    def forward(self, query: Tensor, features: Tensor, rig: CameraRig, image_size: tuple[int, int]) -> Tensor:
+    def forward(
+        self, query: Tensor, features: Tensor, depth_logits: Tensor, rig: CameraRig, image_size: tuple[int, int]
+    ) -> Tensor:
         """Adds to the queries what the cameras see.
 
         Args:
             query: [B, X * Y, C].
             features: [B, N, C, h, w].
+            depth_logits: [B, N, D, h, w].
             rig: leading [B, N].
             image_size: height and width in pixels.
 
@@ -92,7 +157,7 @@ class CameraAttention(nn.Module):
         B, N, C, h, w = features.shape
         XY, Z, _ = self.points_ego.shape
         S, K = self.samples, min(CAMERAS_PER_CELL, N)
-        value, depth_logits = self.value(features.flatten(0, 1)).unflatten(0, (B, N)).split([C, self.depth_bins], 2)
+        value = self.value(features.flatten(0, 1)).unflatten(0, (B, N))
 
         uv, depth, seen = see_points(rig, self.points_ego.reshape(-1, 3), image_size)  # [B, N, XY * Z, ...]
         uv, depth, seen = (x.unflatten(2, (XY, Z)) for x in (uv, depth, seen))
@@ -120,10 +185,9 @@ class CameraAttention(nn.Module):
 
     def _depth_gate(self, logits: Tensor, depth: Tensor) -> Tensor:
         """How likely a pixel [B, D, Q, K] is to be as far away as the point [B, Q, K] it is asked about."""
-        span = torch.log(depth.new_tensor(FARTHEST_DEPTH / NEAREST_DEPTH))
-        position = torch.log(depth.clamp(NEAREST_DEPTH, FARTHEST_DEPTH) / NEAREST_DEPTH) / span * (self.depth_bins - 1)
-        bins = torch.arange(self.depth_bins, device=depth.device).view(-1, 1, 1)
-        nearness = (1 - (position[:, None] - bins).abs()).clamp(min=0)  # [B, D, Q, K] linear between two bins
+        D = logits.shape[1]
+        bins = torch.arange(D, device=depth.device).view(-1, 1, 1)
+        nearness = (1 - (depth_position(depth, D)[:, None] - bins).abs()).clamp(min=0)  # [B, D, Q, K]
         return (logits * nearness).sum(1).sigmoid()
 
 

@@ -23,8 +23,8 @@ from perception.errors import CheckpointError, ConfigError
 from perception.files import replacing
 from perception.grid import BEVGrid
 from perception.models.backbone import ResNetFPN
-from perception.models.bev_encoder import BEVTrunk, CameraAttention, GatedMemory
-from perception.models.decoder import BoxDecoder, LineDecoder, encode_position
+from perception.models.bev_encoder import BEVTrunk, CameraAttention, CameraAwareness, GatedMemory
+from perception.models.decoder import PRIOR_LOGIT, BoxDecoder, LineDecoder, encode_position
 from perception.types import BOX_CLASSES, LINE_CLASSES, Frame, Prediction, State
 
 FORMAT = "perception-1"  # of checkpoint files; changes when old files can no longer be read
@@ -44,7 +44,7 @@ class ModelConfig:
     grid: tuple[int, int] = (80, 80)  # BEV cells along x and y
     heights: tuple[float, ...] = (0.0, 0.6, 1.2, 2.4)  # of the reference points of a pillar, above ground
     camera_samples: int = 1  # places read per height and camera
-    depth_bins: int = 16
+    depth_bins: int = 32
     map_x_range: tuple[float, float] = (-30.0, 30.0)
     map_y_range: tuple[float, float] = (-15.0, 15.0)
     heads: int = 4
@@ -63,7 +63,7 @@ class ModelConfig:
         """ResNet-18, 256x448 images, a finer grid."""
         return cls(
             image_size=(256, 448), backbone_stages=4, channels=128, grid=(128, 128), heads=8, camera_samples=4,
-            depth_bins=32, decoder_layers=4, box_queries=200, line_queries=50,
+            decoder_layers=4, box_queries=200, line_queries=50,
         )  # fmt: skip
 
     @classmethod
@@ -101,8 +101,11 @@ class BEVTransformer(nn.Module):
         C, classes, line_classes = config.channels, len(BOX_CLASSES), len(LINE_CLASSES)
         self.grid = BEVGrid(config.x_range, config.y_range, config.grid)
         self.image_encoder = ResNetFPN(config.backbone, config.backbone_stages, config.feature_stride, C)
+        # What each pixel shows, how far away it is and where it is heading.
+        self.camera_awareness = CameraAwareness(C, classes + config.depth_bins + 2)
+        nn.init.constant_(self.camera_awareness.head.bias[:classes], PRIOR_LOGIT)
         self.cell_position = nn.Linear(C, C)
-        self.camera_attention = CameraAttention(self.grid, config.heights, C, config.camera_samples, config.depth_bins)
+        self.camera_attention = CameraAttention(self.grid, config.heights, C, config.camera_samples)
         self.memory = GatedMemory(self.grid, C)
         self.trunk = BEVTrunk(C)
         self.box_decoder = BoxDecoder(self.grid, C, config.heads, config.decoder_layers, config.box_queries, classes)
@@ -127,18 +130,21 @@ class BEVTransformer(nn.Module):
         """
         B, N, _, H, W = frame.images.shape
         features = self.image_encoder(frame.images.flatten(0, 1)).unflatten(0, (B, N))  # [B, N, C, h, w]
+        features, shown = self.camera_awareness(features, frame.rig, (H, W))
+        image_logits, depth_logits, heading = shown.split([len(BOX_CLASSES), self.config.depth_bins, 2], 2)
         place = self.grid.normalize(self.grid.cell_centers(features.device)).flatten(0, 1)  # [X * Y, 2]
         query = self.cell_position(encode_position(place, self.config.channels)).expand(B, -1, -1)
-        seen = self.camera_attention(query, features, frame.rig, (H, W))  # [B, X * Y, C]
-        bev = seen.transpose(1, 2).unflatten(2, self.config.grid)  # [B, C, X, Y]
+        bev = self.camera_attention(query, features, depth_logits, frame.rig, (H, W))  # [B, X * Y, C]
+        bev = bev.transpose(1, 2).unflatten(2, self.config.grid)  # [B, C, X, Y]
         memory = self.memory(bev, state.bev, frame.ego_from_prev, frame.seconds_since_prev, frame.is_first)
         bev = self.trunk(memory)
         box_logits, box_params, heatmap_logits = self.box_decoder(bev)
         line_logits, line_points, raster_logits = self.line_decoder(bev)
-        return (
-            Prediction(box_logits, box_params, line_logits, line_points, heatmap_logits, raster_logits),
-            State(memory),
-        )
+        prediction = Prediction(
+            box_logits, box_params, line_logits, line_points, heatmap_logits, raster_logits,
+            image_logits, depth_logits, heading,
+        )  # fmt: skip
+        return prediction, State(memory)
 
 
 def save_checkpoint(path: str | Path, model: BEVTransformer, metrics: dict[str, float]) -> None:

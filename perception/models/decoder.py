@@ -21,6 +21,9 @@ CLOSED_GAP = 1.0  # metres between first and last point below which a predicted 
 # How much lower the logit of a cell that is no local maximum ranks: a wide object asks for one query before it asks for
 # a second one, but two objects in neighbouring cells still get one each before mere noise does.
 PEAK_BONUS = 3.0
+# Metres. Two boxes of one class count as one object where their centres are closer than its usual width, or than this:
+# a network that places things no better than to a cell of its grid answers small ones more than once.
+LEAST_DISTANCE = 1.5
 # Usual length, width and height of BOX_CLASSES in metres: where the search for a size starts.
 USUAL_SIZES = (
     (4.6, 1.95, 1.7), (6.9, 2.5, 2.8), (12.3, 2.9, 3.9), (11.0, 2.9, 3.5), (6.4, 2.9, 3.2),
@@ -37,6 +40,13 @@ def encode_position(position: Tensor, channels: int) -> Tensor:
     frequency = torch.pi * 2.0 ** torch.linspace(0, 6, channels // 4, device=position.device)
     phase = position[..., None].float() * frequency  # [..., 2, channels / 4]
     return torch.cat([phase.sin(), phase.cos()], -1).flatten(-2)
+
+
+def _turn_from_sight(sin_cos: Tensor, center: Tensor) -> Tensor:
+    """(sin, cos) of angles against the line from the ego origin to `center` [..., 2], as angles against ego x."""
+    x, y = (center / center.norm(dim=-1, keepdim=True).clamp(min=1e-3)).unbind(-1)
+    sin, cos = sin_cos.unbind(-1)
+    return torch.stack([sin * x + cos * y, cos * x - sin * y], -1)
 
 
 class BEVAttention(nn.Module):
@@ -124,7 +134,7 @@ class BoxDecoder(nn.Module):
                     "bev_attention": BEVAttention(grid, channels, heads, samples=4, reach=3.0),
                     "feed_forward": nn.Sequential(nn.LayerNorm(channels), _mlp(channels, 2 * channels, channels)),
                     "to_class": _mlp(channels, channels, classes),
-                    "to_box": _mlp(channels, channels, 10),
+                    "to_box": _mlp(channels, channels, 12),
                 }
             )
             nn.init.zeros_(layer["to_box"][-1].weight)
@@ -148,11 +158,12 @@ class BoxDecoder(nn.Module):
         logits = heatmap_logits.detach().flatten(2).gather(2, cell[:, None].expand(-1, heatmap_logits.shape[1], -1))
         logits = logits.transpose(1, 2).float()  # [B, Q, K]
         feature = bev.flatten(2).gather(2, cell[:, None].expand(-1, C, -1)).transpose(1, 2)  # [B, Q, C]
+        center = self.grid.cell_centers(bev.device).reshape(-1, 2)[cell]  # [B, Q, 2]
         query = self.content(torch.cat([feature, logits.sigmoid().to(feature.dtype)], -1))
+        query = query + self.position(encode_position(self.grid.normalize(center), C))
         value = self.value(bev)
 
         # A box starts on the ground with the size that its class usually has, heading along x, standing.
-        center = self.grid.cell_centers(bev.device).reshape(-1, 2)[cell]  # [B, Q, 2]
         log_size = (logits.softmax(-1)[..., None] * self.usual_log_sizes).sum(-2)  # [B, Q, 3]
         z = log_size[..., 2:].exp() / 2
         rest = log_size.new_tensor([0.0, 1.0, 0.0, 0.0]).expand(B, self.queries, -1)
@@ -165,7 +176,9 @@ class BoxDecoder(nn.Module):
             query = query + layer["bev_attention"](layer["norm"](query) + position, reference, value)
             query = query + layer["feed_forward"](query)
             logits = logits + layer["to_class"](query).float()
-            refined = params + layer["to_box"](query).float()
+            # A street tells how a box is turned against the car, a picture how it is turned against the line of sight.
+            change, by_sight = layer["to_box"](query).float().split([10, 2], -1)
+            refined = params + change + F.pad(_turn_from_sight(by_sight, reference), (6, 2))
             all_logits.append(logits)
             all_params.append(refined)
             params = refined.detach()
@@ -281,8 +294,8 @@ class LineDecoder(nn.Module):
 def decode(prediction: Prediction) -> Scene:
     """The last decoder layer as a Scene, best score first.
 
-    As many boxes and lines come out as there are queries; a query may appear under several classes. Nothing is
-    filtered: `valid` is True everywhere and the user chooses a score threshold.
+    As many boxes and lines come out as there are queries; a query may appear under several classes. A box that is too
+    close to a better one of its class is not `valid`; no score threshold is applied.
 
     Args:
         prediction: with leading [L, B]; velocities, sizes and frames as in `Prediction`.
@@ -293,6 +306,7 @@ def decode(prediction: Prediction) -> Scene:
     logits, params = prediction.box_logits[-1].float(), prediction.box_params[-1].float()
     score, query, label = _best(logits)
     params = params.gather(1, query[..., None].expand(-1, -1, params.shape[-1]))  # [B, M, 10]
+    valid = _apart(params[..., :2], label)
     boxes = Boxes(
         center=params[..., 0:3],
         size=params[..., 3:6].clamp(-3, 4).exp(),
@@ -301,7 +315,7 @@ def decode(prediction: Prediction) -> Scene:
         label=label,
         attribute=torch.full_like(label, -1),
         score=score,
-        valid=torch.ones_like(score, dtype=torch.bool),
+        valid=valid,
     )
     points = prediction.line_points[-1].float()  # [B, Q, P, 2]
     score, query, label = _best(prediction.line_logits[-1].float())
@@ -314,6 +328,21 @@ def decode(prediction: Prediction) -> Scene:
         valid=torch.ones_like(score, dtype=torch.bool),
     )
     return Scene(boxes, lines)
+
+
+def _apart(center: Tensor, label: Tensor) -> Tensor:
+    """Which boxes, best first, keep their distance from all better ones of their class: [B, M] bool.
+
+    Args:
+        center: [B, M, 2] metres; label: [B, M].
+    """
+    widths = torch.tensor([min(size[:2]) for size in USUAL_SIZES], device=center.device).clamp(min=LEAST_DISTANCE)
+    close = torch.cdist(center, center, compute_mode="donot_use_mm_for_euclid_dist") < widths[label][..., None]
+    rival = (close & (label[..., None] == label[:, None])).cpu()  # [B, M, M]
+    keep = torch.ones(label.shape, dtype=torch.bool)
+    for m in range(1, label.shape[1]):  # one after the other: who was dropped drops nobody
+        keep[:, m] = ~(rival[:, m, :m] & keep[:, :m]).any(-1)
+    return keep.to(center.device)
 
 
 def _best(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
