@@ -16,6 +16,7 @@ as in the published code.
 from __future__ import annotations
 
 import multiprocessing
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -373,10 +374,14 @@ def _run(chunks: Iterator[tuple], workers: int) -> Iterator[_Part]:
         return
     # Fresh processes: a forked one may inherit a lock of some thread that it does not have.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(_tally, *chunk) for chunk in chunks]
+        waiting = deque()
         try:
-            for future in futures:
-                yield future.result()
+            for chunk in chunks:
+                waiting.append(pool.submit(_tally, *chunk))
+                if len(waiting) > 2 * workers:  # enough to keep them busy, and few copies of the lines at a time
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
 
