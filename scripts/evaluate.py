@@ -15,6 +15,17 @@ A submission is a JSON file of boxes in nuScenes' format, or of lanes in the one
 """
 
 
+def lane_options(arguments) -> dict:
+    """How lanes are scored, the same for a network and for a file."""
+    return {
+        "protocol": arguments.lanes_protocol,
+        "extent": arguments.range,
+        "working_score": arguments.working_score,
+        "workers": arguments.workers,
+        "progress": True,
+    }
+
+
 def evaluate_weights(arguments) -> tuple[str, dict, dict]:
     """The tables, the headline and all numbers of a network."""
     import torch
@@ -32,15 +43,7 @@ def evaluate_weights(arguments) -> tuple[str, dict, dict]:
     stream = predict_stream(model, dataset, workers=arguments.workers, progress=True)
     if arguments.save_submission:
         save_submissions(arguments.save_submission, dataset, stream.scenes)
-    evaluation = evaluate_scenes(
-        dataset,
-        stream.scenes,
-        protocol=arguments.lanes_protocol,
-        extent=arguments.range,
-        working_score=arguments.working_score,
-        workers=arguments.workers,
-        progress=True,
-    )
+    evaluation = evaluate_scenes(dataset, stream.scenes, **lane_options(arguments))
     metrics = evaluation.as_dict() | {"fps": 1 / stream.seconds_per_frame, "samples": len(dataset)}
     return evaluation.table(), {name: metrics[name] for name in ("nds", "map", "lane_map", "fps")}, metrics
 
@@ -63,15 +66,7 @@ def evaluate_file(arguments) -> tuple[str, dict, dict]:
     # Images are not read, so their size does not matter.
     dataset = NuScenesDataset(arguments.dataroot, arguments.version, arguments.split, image_size=(90, 160))
     check_samples(submission, dataset.tokens)
-    lanes, strict = evaluate_lines(
-        dataset,
-        submission.results,
-        protocol=arguments.lanes_protocol,
-        extent=arguments.range,
-        working_score=arguments.working_score,
-        workers=arguments.workers,
-        progress=True,
-    )
+    lanes, strict = evaluate_lines(dataset, submission.results, **lane_options(arguments))
     headline = {"lane_map": lanes.mean_ap, "lane_map_strict": strict.mean_ap}
     details = {"lanes": lanes.as_dict(), "strict_lanes": strict.as_dict(), "samples": lanes.frames}
     return f"{lanes.table()}\n\n{strict.table()}", headline, headline | details

@@ -129,7 +129,7 @@ class LaneResult:
         rows = [f"{f'working point at {self.working_threshold:g} m':<30}" + "".join(f"{h:>10}" for h in heads)]
         for name, point in self.working.items():
             fields = (point.score, point.precision, point.recall, point.f1, point.error, point.median_error)
-            cells = "".join(f"{_cell(value, 3):>10}" for value in fields)
+            cells = "".join(f"{_cell(value):>10}" for value in fields)
             rows.append(f"{name:<30}{cells}{point.false_metres_per_frame:10.1f}")
         return "\n".join(rows)
 
@@ -137,9 +137,9 @@ class LaneResult:
         bins = next(iter(self.working.values())).bins
         ranges = [f"{b.near:g}-{b.far:g} m" if b.far is not None else f"{b.near:g}+ m" for b in bins]
         rows = [f"{'by distance from the ego':<30}" + "".join(f"{r:>10}" for r in ranges)]
-        for field, title, digits in (("recall", "recall by metre", 3), ("error", "error m", 3)):
+        for field, title in (("recall", "recall by metre"), ("error", "error m")):
             for name, point in self.working.items():
-                cells = "".join(f"{_cell(getattr(b, field), digits):>10}" for b in point.bins)
+                cells = "".join(f"{_cell(getattr(b, field)):>10}" for b in point.bins)
                 rows.append(f"{f'{name}, {title}':<30}{cells}")
         return "\n".join(rows)
 
@@ -275,5 +275,5 @@ def _weighted(values: np.ndarray, weights: np.ndarray) -> tuple[float | None, fl
     return float((values * weights).sum() / total), float(values[order[middle]].mean())
 
 
-def _cell(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

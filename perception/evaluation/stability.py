@@ -197,15 +197,12 @@ def _compare_lines(
     there = shapely.polygons(_carried(corners, now_from_before))
     both = shapely.intersection(here, there)
     shapely.prepare(both)
-    old, new = (
-        [
-            (int(label), points)
-            for points, label in zip(lines.points[keep].double().numpy(), lines.label[keep].tolist(), strict=True)
-        ]
-        for lines in (before, now)
-        for keep in [lines.valid & (lines.score >= min_score)]
-    )
-    old = [(label, _carried(points, now_from_before)) for label, points in old]
+
+    def shown(lines: Polylines) -> list[tuple[int, np.ndarray]]:
+        keep = lines.valid & (lines.score >= min_score)
+        return list(zip(lines.label[keep].tolist(), lines.points[keep].double().numpy(), strict=True))
+
+    old, new = [(label, _carried(points, now_from_before)) for label, points in shown(before)], shown(now)
     for k, name in enumerate(LINE_CLASSES):
         pair = [[_visible(points, both) for label, points in lines if label == k] for lines in (old, new)]
         earlier, later = ([line for line in lines if len(line[1])] for lines in pair)
