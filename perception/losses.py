@@ -253,7 +253,9 @@ def image_losses(prediction: Prediction, boxes: Boxes, frame: Frame) -> dict[str
     wanted[b, n, boxes.label[b, m], row, column] = 1.0
     present = rig.present[..., None, None, None]
 
-    place = depth_position(depth[shown], D)  # [P]
+    # The depth of the middle of the box, not of the side that faces the camera: there the map wants to have it.
+    center_cam = transform_points(invert_rigid(rig.ego_from_cam[b, n].float()), boxes.center[b, m][:, None])
+    place = depth_position(center_cam[:, 0, 2], D)  # [P]
     nearness = (1 - (place[:, None] - torch.arange(D, device=place.device)).abs()).clamp(min=0)  # [P, D]
     depth_logits = prediction.depth_logits[b, n, :, row, column]  # [P, D]
 
@@ -287,10 +289,8 @@ def draw_boxes(
     """
     h, w = feature_size
     device = boxes.center.device
-    img_from_cam, ego_from_cam = rig.img_from_cam.float(), rig.ego_from_cam.float()
-    rays_cam = pixel_rays(img_from_cam, image_size, feature_size)  # [B, N, h * w, 3], 1 along the optical axis
-    rays = (ego_from_cam[:, :, None, :3, :3] * rays_cam[..., None, :]).sum(-1)  # [B, N, h * w, 3]
-    pixel_width = image_size[1] / w / img_from_cam[..., 0, 0]  # [B, N] metres at a distance of one metre
+    ego_from_cam = rig.ego_from_cam.float()
+    rays_cam, rays, pixel_width = pixel_rays(rig, image_size, feature_size)
 
     # Only pairs of a camera and a box that may see each other: the ball around the box reaches into the field of view.
     centers_cam = transform_points(invert_rigid(ego_from_cam), boxes.center[:, None])  # [B, N, M, 3]

@@ -81,7 +81,8 @@ def perfect_prediction(boxes: Boxes, lines: Polylines, logit: float = 12.0) -> P
     depth, box = draw_boxes(boxes, FRAME.rig, (60, 100), (15, 25))
     shown = F.one_hot(boxes.label[0, box], 10).movedim(-1, 2).bool() & depth.isfinite()[:, :, None]
     image = torch.where(shown, logit, -logit)
-    place = depth_position(depth, 8)[:, :, None]
+    ahead = boxes.center[0, :, 0]  # the cameras look along x, one forwards and one backwards
+    place = depth_position(torch.stack([ahead[box[:, 0]], -ahead[box[:, 1]]], 1), 8)[:, :, None]  # [B, N, 1, h, w]
     # The softmax of logs of weights that sum to one is those weights.
     depth_logits = (1 - (place - torch.arange(8).view(8, 1, 1)).abs()).clamp(min=1e-9).log()
     sight = boxes.center - FRAME.rig.ego_from_cam[:, 0, :3, 3]  # both cameras are in one place

@@ -10,9 +10,9 @@ from perception.errors import CheckpointError, ConfigError
 from perception.geometry import project_points, rigid_from_yaw
 from perception.grid import BEVGrid
 from perception.models.backbone import ResNetFPN
-from perception.models.bev_encoder import CameraAttention, GatedMemory, pixel_rays, see_points
+from perception.models.bev_encoder import CameraAttention, GatedMemory, depth_position, pixel_rays, see_points
 from perception.models.bev_transformer import BEVTransformer, ModelConfig, load_checkpoint, save_checkpoint
-from perception.models.decoder import decode
+from perception.models.decoder import BoxReading, decode
 from perception.types import CameraRig, Frame, Prediction
 
 CONFIG = ModelConfig.preset(
@@ -65,12 +65,16 @@ def test_point_seen_by_hand():
 
 def test_pixel_rays_hit_their_pixels():
     img_from_cam = torch.tensor([[[70.0, 2.5, 39], [0, 65, 21], [0, 0, 1]]])[None]  # with skew
-    rays = pixel_rays(img_from_cam, (48, 80), (6, 10))
-    uv, depth = project_points(img_from_cam, 7.0 * rays)
+    rig = make_rig(1, (48, 80), yaws=[0.4])._replace(img_from_cam=img_from_cam)
+    rays = pixel_rays(rig, (48, 80), (6, 10))
+    uv, depth = project_points(img_from_cam, 7.0 * rays.cam)
     assert depth.unique().tolist() == [7.0]
     uv = uv.unflatten(2, (6, 10))
     assert uv[0, 0, 0, 0].tolist() == pytest.approx([4, 4], abs=1e-3)  # the first pixel is 8 pixels wide
     assert uv[0, 0, 2, 9].tolist() == pytest.approx([76, 20], abs=1e-3)
+    points_ego = rig.ego_from_cam[..., None, :3, 3] + 7.0 * rays.ego
+    torch.testing.assert_close(see_points(rig, points_ego[0, 0], (48, 80))[0].unflatten(2, (6, 10)), uv / uv.new([80, 48]))
+    assert rays.pixel_width.tolist() == [[pytest.approx(8 / 70)]]
 
 
 def test_shapes(model):
@@ -147,16 +151,72 @@ def test_rotated_rig_gives_a_rotated_bev():
     """Turning the rig by 90 degrees on the car turns what the camera attention sees by 90 degrees."""
     torch.manual_seed(0)
     grid = BEVGrid((-16.0, 16.0), (-16.0, 16.0), (16, 16))
-    attention = CameraAttention(grid, (0.0, 1.0), channels=8, samples=3)
-    features, depth_logits = torch.randn(1, 4, 8, 6, 10), torch.randn(1, 4, 5, 6, 10)
+    attention = CameraAttention(grid, (0.0, 1.0), channels_in=9, channels=8, samples=3)
+    images, distance = torch.randn(1, 4, 9, 6, 10), torch.rand(1, 4, 6, 6, 10)
     query = torch.zeros(1, 256, 8)  # the same query everywhere, so only geometry tells cells apart
     rig = make_rig(4, (48, 80))
     turned = make_rig(4, (48, 80), yaws=[math.pi / 2 * (n + 1) for n in range(4)])
-    bev = attention(query, features, depth_logits, rig, (48, 80)).reshape(16, 16, 8)
-    bev_turned = attention(query, features, depth_logits, turned, (48, 80)).reshape(16, 16, 8)
+    bev = attention(query, images, distance, rig, (48, 80)).reshape(16, 16, 8)
+    bev_turned = attention(query, images, distance, turned, (48, 80)).reshape(16, 16, 8)
     assert bev.std(dim=(0, 1)).min() > 1e-3
     # turning from +x to +y is a quarter turn from the first to the second axis of [X, Y]
     torch.testing.assert_close(bev_turned, bev.rot90(1, (0, 1)), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_cell_is_lit_by_the_pixels_at_its_depth():
+    """One camera whose every pixel shows something 8 m away: cells are lit by how well 8 m fits them."""
+    torch.manual_seed(0)
+    grid = BEVGrid((-16.0, 16.0), (-16.0, 16.0), (16, 16))
+    attention = CameraAttention(grid, (1.0,), channels_in=3, channels=8, samples=1)
+    bins = 32
+    likely = torch.zeros(bins)
+    place = depth_position(torch.tensor(9.0), bins)  # 9 m lies between two bins
+    low = int(place)
+    likely[low], likely[low + 1] = low + 1 - place, place - low
+    rig = make_rig(1, (48, 80))
+
+    def lit(opened: float) -> torch.Tensor:
+        distance = torch.cat([torch.tensor([opened]), likely]).view(1, 1, -1, 1, 1).expand(-1, -1, -1, 6, 10)
+        query = torch.zeros(1, 256, 8)
+        images = [torch.full((1, 1, 3, 6, 10), value) for value in (1.0, 0.0)]
+        attention.norm = torch.nn.Identity()
+        bright, dark = (attention(query, image, distance, rig, (48, 80)).reshape(16, 16, 8) for image in images)
+        return (bright - dark)[..., 0] / (attention.value.weight[:, :, 0, 0].sum(1) @ attention.output.weight[0])
+
+    row = lit(0.0)[:, 8]  # along x, 1 m left of the axis; cells are 2 m long, the camera looks along x
+    assert (row[:8] == 0).all()  # behind the camera
+    assert row[12].item() == pytest.approx(((low + 1 - place) ** 2 + (place - low) ** 2).item(), abs=1e-4)
+    assert row[8:].argmax().item() == 4 and (row[[8, 9, 14, 15]] < 1e-4).all()
+    half, fully = lit(0.5)[:, 8], lit(1.0)[:, 8]
+    seen = fully > 0.5
+    torch.testing.assert_close(fully[seen], torch.ones_like(fully[seen]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(half, (row + fully) / 2, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_a_box_is_read_at_its_centre_and_faces():
+    """Images that hold their own column and row: what is read are the places where a box is seen."""
+    config = CONFIG.image_size
+    rig = make_rig(6, config)
+    h, w = 24, 40
+    row = ((torch.arange(h) + 0.5) / h).view(1, 1, 1, h, 1).expand(1, 6, 1, h, w)
+    column = ((torch.arange(w) + 0.5) / w).view(1, 1, 1, 1, w).expand(1, 6, 1, h, w)
+    reading = BoxReading(2)
+    reading.output = torch.nn.Identity()
+    yaw = 0.5
+    box = torch.tensor([[[9.0, 1.0, 1.2, math.log(4), math.log(2), math.log(1.6), math.sin(yaw), math.cos(yaw), 0, 0]]])
+    read = reading(box, torch.cat([column, row], 2), rig, config).view(7, 4)
+    front = [9 + 2 * math.cos(yaw), 1 + 2 * math.sin(yaw), 1.2]
+    left = [9 - math.sin(yaw), 1 + math.cos(yaw), 1.2]
+    top = [9, 1, 2.0]
+    for k, point in ((1, front), (3, left), (5, top), (0, [9, 1, 1.2])):
+        uv, depth, seen = see_points(rig, torch.tensor([point]), config)
+        assert seen[0, :, 0].tolist() == [True, False, False, False, False, False]
+        torch.testing.assert_close(read[k, :2], uv[0, 0, 0], atol=1e-4, rtol=0)
+        assert read[k, 2].item() == pytest.approx(math.log(depth[0, 0, 0]) / math.log(80), abs=1e-5)
+        assert read[k, 3] == 1
+    assert (reading(box + torch.tensor([0, 0, 50.0] + [0] * 7), column, rig, config) == 0).all()  # in the sky
 
 
 @torch.no_grad()
@@ -176,8 +236,9 @@ def test_memory_knows_how_long_ago():
     memory = GatedMemory(BEVGrid((-4.0, 4.0), (-4.0, 4.0), (8, 8)), 4)
     bev, old, eye = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8), torch.eye(4)[None]
     known = torch.zeros(1, dtype=torch.bool)
-    slow = memory(bev, old, eye, torch.tensor([0.5]), known)
-    fast = memory(bev, old, eye, torch.tensor([0.1]), known)
+    slow, past = memory(bev, old, eye, torch.tensor([0.5]), known)
+    fast, _ = memory(bev, old, eye, torch.tensor([0.1]), known)
+    torch.testing.assert_close(past, old)  # the car stands still
     assert (slow - fast).abs().max() > 1e-4
 
 
@@ -229,6 +290,12 @@ def test_checkpoint_round_trip_and_refusals(model, tmp_path):
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], tensor, rtol=0, atol=0)
     assert list(tmp_path.iterdir()) == [path]
+    full = path.stat().st_size
+    save_checkpoint(path, model, {"nds": 0.5}, half=True)
+    assert path.stat().st_size < 0.65 * full  # beside the weights there is a header
+    for name, tensor in load_checkpoint(path)[0].state_dict().items():
+        rounding = 0 if tensor.ndim < 2 else 2**-11
+        torch.testing.assert_close(tensor, model.state_dict()[name], rtol=rounding, atol=1e-7)
 
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         load_checkpoint(tmp_path / "absent.safetensors")
@@ -255,4 +322,4 @@ def test_presets_build(preset):
         encoder = ResNetFPN(config.backbone, config.backbone_stages, config.feature_stride, config.channels)
         images = torch.empty(6, 3, *config.image_size)
         assert encoder(images).shape[-1] == config.image_size[1] // config.feature_stride
-    assert sum(p.numel() for p in BEVTransformer(ModelConfig.nano()).parameters()) * 4 < 20e6
+    assert sum(p.numel() for p in BEVTransformer(ModelConfig.nano()).parameters()) * 2 < 20e6  # half floats

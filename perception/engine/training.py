@@ -165,7 +165,8 @@ class PlainCheckpointHook(Hook):
 
 
 class ExportHook(Hook):
-    """Writes the validated weights (the averaged ones where there is an average) for use without the engine.
+    """Writes the validated weights (the averaged ones where there is an average), in half floats, for use without the
+    engine.
 
     `<name>-last.safetensors` after every validation, `<name>.safetensors` where the score is the best so far.
 
@@ -183,9 +184,9 @@ class ExportHook(Hook):
             return
         core = (runner.model.module if hasattr(runner.model, "module") else runner.model).core
         told = metrics | {"epoch": runner.epoch}
-        save_checkpoint(Path(runner.work_dir, f"{self.name}-last.safetensors"), core, told)
+        save_checkpoint(Path(runner.work_dir, f"{self.name}-last.safetensors"), core, told, half=True)
         if metrics["score"] > runner.message_hub.runtime_info.get("best_score", -math.inf):
-            save_checkpoint(Path(runner.work_dir, f"{self.name}.safetensors"), core, told)
+            save_checkpoint(Path(runner.work_dir, f"{self.name}.safetensors"), core, told, half=True)
 
 
 def train(

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from perception.errors import CheckpointError, ConfigError
@@ -101,14 +102,17 @@ class BEVTransformer(nn.Module):
         C, classes, line_classes = config.channels, len(BOX_CLASSES), len(LINE_CLASSES)
         self.grid = BEVGrid(config.x_range, config.y_range, config.grid)
         self.image_encoder = ResNetFPN(config.backbone, config.backbone_stages, config.feature_stride, C)
-        # What each pixel shows, how far away it is and where it is heading.
-        self.camera_awareness = CameraAwareness(C, classes + config.depth_bins + 2)
+        # What each pixel shows, how far away it is, where it is heading, how open it is to all distances.
+        self.camera_awareness = CameraAwareness(C, classes + config.depth_bins + 2 + 1)
         nn.init.constant_(self.camera_awareness.head.bias[:classes], PRIOR_LOGIT)
+        seen = C + classes + 2 + 1  # features, class, heading, depth
         self.cell_position = nn.Linear(C, C)
-        self.camera_attention = CameraAttention(self.grid, config.heights, C, config.camera_samples)
+        self.camera_attention = CameraAttention(self.grid, config.heights, seen, C, config.camera_samples)
         self.memory = GatedMemory(self.grid, C)
         self.trunk = BEVTrunk(C)
-        self.box_decoder = BoxDecoder(self.grid, C, config.heads, config.decoder_layers, config.box_queries, classes)
+        self.box_decoder = BoxDecoder(
+            self.grid, seen, C, config.heads, config.decoder_layers, config.box_queries, classes
+        )
         self.line_decoder = LineDecoder(
             self.grid, C, config.heads, config.decoder_layers, config.line_queries, config.line_points, line_classes,
             config.map_x_range, config.map_y_range,
@@ -131,14 +135,18 @@ class BEVTransformer(nn.Module):
         B, N, _, H, W = frame.images.shape
         features = self.image_encoder(frame.images.flatten(0, 1)).unflatten(0, (B, N))  # [B, N, C, h, w]
         features, shown = self.camera_awareness(features, frame.rig, (H, W))
-        image_logits, depth_logits, heading = shown.split([len(BOX_CLASSES), self.config.depth_bins, 2], 2)
+        image_logits, depth_logits, heading, opening = shown.split([len(BOX_CLASSES), self.config.depth_bins, 2, 1], 2)
+        likely = depth_logits.float().softmax(2)
+        depth = (likely * torch.linspace(0, 1, likely.shape[2], device=likely.device).view(-1, 1, 1)).sum(2, True)
+        images = torch.cat([features, image_logits.sigmoid(), heading, depth.to(features.dtype)], 2)
+        distance = torch.cat([opening.float().sigmoid(), likely], 2)
         place = self.grid.normalize(self.grid.cell_centers(features.device)).flatten(0, 1)  # [X * Y, 2]
         query = self.cell_position(encode_position(place, self.config.channels)).expand(B, -1, -1)
-        bev = self.camera_attention(query, features, depth_logits, frame.rig, (H, W))  # [B, X * Y, C]
+        bev = self.camera_attention(query, images, distance, frame.rig, (H, W))  # [B, X * Y, C]
         bev = bev.transpose(1, 2).unflatten(2, self.config.grid)  # [B, C, X, Y]
-        memory = self.memory(bev, state.bev, frame.ego_from_prev, frame.seconds_since_prev, frame.is_first)
-        bev = self.trunk(memory)
-        box_logits, box_params, heatmap_logits = self.box_decoder(bev)
+        memory, past = self.memory(bev, state.bev, frame.ego_from_prev, frame.seconds_since_prev, frame.is_first)
+        bev = self.trunk(memory, past)
+        box_logits, box_params, heatmap_logits = self.box_decoder(bev, images, frame.rig, (H, W))
         line_logits, line_points, raster_logits = self.line_decoder(bev)
         prediction = Prediction(
             box_logits, box_params, line_logits, line_points, heatmap_logits, raster_logits,
@@ -147,15 +155,19 @@ class BEVTransformer(nn.Module):
         return prediction, State(memory)
 
 
-def save_checkpoint(path: str | Path, model: BEVTransformer, metrics: dict[str, float]) -> None:
+def save_checkpoint(path: str | Path, model: BEVTransformer, metrics: dict[str, float], half: bool = False) -> None:
     """Writes weights, configuration and metrics into one safetensors file, beside and renamed.
 
     Args:
         path: file to write, ends in .safetensors.
         model: the network.
         metrics: numbers that were measured with these weights, stored as given.
+        half: store matrices and kernels in float16, which halves the file and rounds each weight by at most one part in
+            2,000. Vectors stay in float32: the variances among them may be large.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    if half:
+        tensors = {name: tensor.half() if tensor.ndim > 1 else tensor for name, tensor in tensors.items()}
     metadata = {"format": FORMAT, "config": json.dumps(asdict(model.config)), "metrics": json.dumps(metrics)}
     with replacing(path) as beside:
         safetensors.torch.save_file(tensors, beside, metadata)
@@ -177,6 +189,7 @@ def load_checkpoint(path: str | Path) -> tuple[BEVTransformer, dict[str, float]]
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: t.float() if t.dtype == torch.float16 else t for name, t in tensors.items()}
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error}); write it again") from error
     if metadata.get("format") != FORMAT:

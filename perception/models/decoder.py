@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perception.grid import BEVGrid
-from perception.ops import sample_bev
-from perception.types import Boxes, Polylines, Prediction, Scene
+from perception.models.bev_encoder import choose_cameras, depth_position
+from perception.ops import read_cameras, sample_bev
+from perception.types import Boxes, CameraRig, Polylines, Prediction, Scene
 
+LOG_SIZE_RANGE = (-3.0, 4.0)  # of the logarithm of a length in metres: 5 cm to 55 m
 PRIOR_LOGIT = -4.0  # initial class logits: almost everything is background
 CLOSED_GAP = 1.0  # metres between first and last point below which a predicted line counts as closed
 # How much lower the logit of a cell that is no local maximum ranks: a wide object asks for one query before it asks for
@@ -84,6 +86,38 @@ class BEVAttention(nn.Module):
         return self.output(sample_bev(value, self.grid, points_ego, weight))
 
 
+class BoxReading(nn.Module):
+    """What the images show at the centre of a box and of its six faces.
+
+    A box that is placed too far or turned the wrong way looks wrong from the camera: the queries of Sparse4D
+    (https://arxiv.org/abs/2211.10581) find that out in the same way. Whether the pixel shows the box or something
+    before it is told by the depth of the points beside the depth that the image features name.
+
+    Args:
+        channels: of what is read and of what is returned.
+    """
+
+    PLACES = ((0, 0, 0), (1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1))  # in half sizes
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("places", torch.tensor(self.PLACES, dtype=torch.float32) / 2, persistent=False)  # [G, 3]
+        self.output = _mlp(len(self.PLACES) * (channels + 2), channels, channels)
+
+    def forward(self, params: Tensor, value: Tensor, rig: CameraRig, image_size: tuple[int, int]) -> Tensor:
+        """Boxes [B, Q, 10] as in `Prediction.box_params`, value [B, N, C, h, w], rig [B, N] -> [B, Q, C]."""
+        size = params[..., None, 3:6].clamp(*LOG_SIZE_RANGE).exp()  # [B, Q, 1, 3]
+        x, y, z = (self.places * size).unbind(-1)  # [B, Q, G]
+        sin, cos = F.normalize(params[..., 6:8], dim=-1).chunk(2, -1)  # [B, Q, 1]
+        points_ego = params[..., None, :3] + torch.stack([cos * x - sin * y, sin * x + cos * y, z], -1)
+        uv, depth, seen, camera = choose_cameras(rig, points_ego, image_size)  # [B, Q, G, K, ...]
+        read = read_cameras(value, uv.flatten(1, 2), camera.flatten(1, 2)).unflatten(2, depth.shape[1:3])
+        weight = seen / seen.sum(-1, keepdim=True).clamp(min=1)  # [B, Q, G, K]
+        read = (read * weight[:, None]).sum(-1).permute(0, 2, 3, 1)  # [B, Q, G, C]
+        told = torch.stack([(depth_position(depth, 2) * weight).sum(-1), weight.sum(-1)], -1)  # [B, Q, G, 2]
+        return self.output(torch.cat([read, told], -1).flatten(2))
+
+
 class SelfAttention(nn.Module):
     """Pre-norm multi-head attention among queries, with the positions added to queries and keys."""
 
@@ -110,12 +144,15 @@ class BoxDecoder(nn.Module):
 
     Args:
         grid: of the BEV map.
+        channels_in: of what is read from the images.
         channels, heads, layers: size of the decoder.
         queries: how many peaks are followed up.
         classes: number of box classes.
     """
 
-    def __init__(self, grid: BEVGrid, channels: int, heads: int, layers: int, queries: int, classes: int) -> None:
+    def __init__(
+        self, grid: BEVGrid, channels_in: int, channels: int, heads: int, layers: int, queries: int, classes: int
+    ) -> None:
         super().__init__()
         self.grid, self.queries = grid, queries
         self.heatmap = nn.Sequential(
@@ -125,10 +162,12 @@ class BoxDecoder(nn.Module):
         self.content = nn.Linear(channels + classes, channels)
         self.position = _mlp(channels, channels, channels)
         self.value = nn.Conv2d(channels, channels, 1)
+        self.image_value = nn.Conv2d(channels_in, channels, 1)
         self.layers = nn.ModuleList()
         for _ in range(layers):
             layer = nn.ModuleDict(
                 {
+                    "reading": BoxReading(channels),
                     "self_attention": SelfAttention(channels, heads),
                     "norm": nn.LayerNorm(channels),
                     "bev_attention": BEVAttention(grid, channels, heads, samples=4, reach=3.0),
@@ -144,10 +183,20 @@ class BoxDecoder(nn.Module):
             self.layers.append(layer)
         self.register_buffer("usual_log_sizes", torch.tensor(USUAL_SIZES).log(), persistent=False)  # [K, 3]
 
-    def forward(self, bev: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """bev [B, C, X, Y] -> box_logits [L, B, Q, K], box_params [L, B, Q, 10], heatmap_logits [B, K, X, Y].
+    def forward(
+        self, bev: Tensor, images: Tensor, rig: CameraRig, image_size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes from the map and from the images.
 
-        The meaning of box_params is that of `perception.types.Prediction`.
+        Args:
+            bev: [B, C, X, Y].
+            images: [B, N, channels_in, h, w].
+            rig: leading [B, N].
+            image_size: height and width in pixels of the images that the rig is calibrated for.
+
+        Returns:
+            box_logits [L, B, Q, K], box_params [L, B, Q, 10] with the meaning that they have in
+            `perception.types.Prediction`, heatmap_logits [B, K, X, Y].
         """
         B, C, X, Y = bev.shape
         heatmap_logits = self.heatmap(bev)
@@ -162,6 +211,7 @@ class BoxDecoder(nn.Module):
         query = self.content(torch.cat([feature, logits.sigmoid().to(feature.dtype)], -1))
         query = query + self.position(encode_position(self.grid.normalize(center), C))
         value = self.value(bev)
+        image_value = self.image_value(images.flatten(0, 1)).unflatten(0, images.shape[:2])
 
         # A box starts on the ground with the size that its class usually has, heading along x, standing.
         log_size = (logits.softmax(-1)[..., None] * self.usual_log_sizes).sum(-2)  # [B, Q, 3]
@@ -172,6 +222,7 @@ class BoxDecoder(nn.Module):
         for layer in self.layers:
             reference = params[..., :2]
             position = self.position(encode_position(self.grid.normalize(reference), C))
+            query = query + layer["reading"](params, image_value, rig, image_size)
             query = query + layer["self_attention"](query, position)
             query = query + layer["bev_attention"](layer["norm"](query) + position, reference, value)
             query = query + layer["feed_forward"](query)
@@ -309,7 +360,7 @@ def decode(prediction: Prediction) -> Scene:
     valid = _apart(params[..., :2], label)
     boxes = Boxes(
         center=params[..., 0:3],
-        size=params[..., 3:6].clamp(-3, 4).exp(),
+        size=params[..., 3:6].clamp(*LOG_SIZE_RANGE).exp(),
         yaw=torch.atan2(params[..., 6], params[..., 7]),
         velocity=params[..., 8:10],
         label=label,
