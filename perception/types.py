@@ -111,7 +111,7 @@ class Prediction(NamedTuple):
     heatmap_logits: Tensor  # [B, K, X, Y] dense centre heat map of the boxes
     raster_logits: Tensor  # [B, K, X, Y] dense raster of the lines
     image_logits: Tensor  # [B, N, K, h, w] what box, if any, each pixel of the image features shows
-    depth_logits: Tensor  # [B, N, D, h, w] how far away its centre is, see `perception.models.bev_encoder.depth_position`
+    depth_logits: Tensor  # [B, N, D, h, w] how far away the centre of that box is, see `bev_encoder.depth_position`
     heading: Tensor  # [B, N, 2, h, w] sin cos of its yaw, seen from the line of sight to its centre
 
 

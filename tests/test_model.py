@@ -73,7 +73,8 @@ def test_pixel_rays_hit_their_pixels():
     assert uv[0, 0, 0, 0].tolist() == pytest.approx([4, 4], abs=1e-3)  # the first pixel is 8 pixels wide
     assert uv[0, 0, 2, 9].tolist() == pytest.approx([76, 20], abs=1e-3)
     points_ego = rig.ego_from_cam[..., None, :3, 3] + 7.0 * rays.ego
-    torch.testing.assert_close(see_points(rig, points_ego[0, 0], (48, 80))[0].unflatten(2, (6, 10)), uv / uv.new([80, 48]))
+    seen_at, _, _ = see_points(rig, points_ego[0, 0], (48, 80))
+    torch.testing.assert_close(seen_at.unflatten(2, (6, 10)), uv / torch.tensor([80.0, 48.0]))
     assert rays.pixel_width.tolist() == [[pytest.approx(8 / 70)]]
 
 

@@ -155,7 +155,9 @@ class CameraAttention(nn.Module):
         samples: places read per height and camera.
     """
 
-    def __init__(self, grid: BEVGrid, heights: tuple[float, ...], channels_in: int, channels: int, samples: int) -> None:
+    def __init__(
+        self, grid: BEVGrid, heights: tuple[float, ...], channels_in: int, channels: int, samples: int
+    ) -> None:
         super().__init__()
         self.grid, self.samples = grid, samples
         Z = len(heights)
