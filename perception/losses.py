@@ -22,7 +22,7 @@ from torch import Tensor
 from perception.geometry import invert_rigid, transform_points
 from perception.grid import BEVGrid
 from perception.models.bev_encoder import depth_position, pixel_rays
-from perception.types import Boxes, CameraRig, Frame, Polylines, Prediction, Scene
+from perception.types import Boxes, CameraRig, Frame, ImagePrediction, Polylines, Prediction, Scene
 
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0  # https://arxiv.org/abs/1708.02002
 # Weights of the ten box parameters (centre, log size, sin cos yaw, velocity) in cost and loss.
@@ -69,8 +69,8 @@ def set_losses(prediction: Prediction, truth: Scene, frame: Frame, grid: BEVGrid
             sums[name] = sums.get(name, 0.0) + loss / L
     sums["heatmap"] = heatmap_loss(prediction.heatmap_logits, boxes, grid)
     sums["raster"] = raster_loss(prediction.raster_logits, truth.lines, grid)
-    sums |= image_losses(prediction, truth.boxes, frame)
-    return {name: LOSS_WEIGHTS[name] * loss for name, loss in sums.items()}
+    sums = {name: LOSS_WEIGHTS[name] * loss for name, loss in sums.items()}
+    return sums | image_losses(prediction.images, truth.boxes, frame)
 
 
 def _inside(boxes: Boxes, grid: BEVGrid) -> Boxes:
@@ -233,23 +233,26 @@ def draw_raster(lines: Polylines, grid: BEVGrid, classes: int) -> Tensor:
 # --------------------------------------------------------------------------------------------------------------- images
 
 
-def image_losses(prediction: Prediction, boxes: Boxes, frame: Frame) -> dict[str, Tensor]:
+def image_losses(prediction: ImagePrediction, boxes: Boxes, frame: Frame) -> dict[str, Tensor]:
     """Focal loss of the class each pixel shows; where it shows a box, divergence of its depth and L1 of its heading.
 
     Args:
-        prediction: of which the three image outputs are used.
+        prediction: leading [B].
         boxes: the truth [B, M].
         frame: leading [B]; cameras that are absent are left out.
+
+    Returns:
+        Weighted scalars by name, as in `set_losses`.
     """
     rig = frame.rig
-    B, N, K, h, w = prediction.image_logits.shape
+    B, N, K, h, w = prediction.logits.shape
     D = prediction.depth_logits.shape[2]
     depth, box = draw_boxes(boxes, rig, frame.images.shape[-2:], (h, w))  # [B, N, h, w]
     shown = depth.isfinite() & rig.present[..., None, None]
     count = shown.sum().clamp(min=1)
     b, n, row, column = shown.nonzero(as_tuple=True)  # of the P pixels that show a box
     m = box[shown]
-    wanted = torch.zeros_like(prediction.image_logits)
+    wanted = torch.zeros_like(prediction.logits)
     wanted[b, n, boxes.label[b, m], row, column] = 1.0
     present = rig.present[..., None, None, None]
 
@@ -262,11 +265,12 @@ def image_losses(prediction: Prediction, boxes: Boxes, frame: Frame) -> dict[str
     sight = (boxes.center[b, m] - rig.ego_from_cam[b, n, :3, 3])[:, :2]  # [P, 2]
     angle = boxes.yaw[b, m] - torch.atan2(sight[:, 1], sight[:, 0])
     heading = prediction.heading[b, n, :, row, column]  # [P, 2]
-    return {
-        "image_class": (focal_loss(prediction.image_logits, wanted) * present).sum() / count,
+    losses = {
+        "image_class": (focal_loss(prediction.logits, wanted) * present).sum() / count,
         "image_depth": F.kl_div(depth_logits.log_softmax(-1), nearness, reduction="sum") / count,
         "image_heading": (heading - torch.stack([angle.sin(), angle.cos()], -1)).abs().sum() / count,
     }
+    return {name: LOSS_WEIGHTS[name] * loss for name, loss in losses.items()}
 
 
 def draw_boxes(

@@ -101,6 +101,14 @@ class State(NamedTuple):
     bev: Tensor  # [B, C, X, Y]
 
 
+class ImagePrediction(NamedTuple):
+    """What each pixel of the image features shows, before there is a map."""
+
+    logits: Tensor  # [B, N, K, h, w] which box class, if any
+    depth_logits: Tensor  # [B, N, D, h, w] how far away the centre of that box is, see `bev_encoder.depth_position`
+    heading: Tensor  # [B, N, 2, h, w] sin cos of its yaw, seen from the line of sight to its centre
+
+
 class Prediction(NamedTuple):
     """Raw outputs of every decoder layer, for the losses. `decode` turns the last layer into a Scene."""
 
@@ -110,9 +118,7 @@ class Prediction(NamedTuple):
     line_points: Tensor  # [L, B, Q, P, 2] metres, ego
     heatmap_logits: Tensor  # [B, K, X, Y] dense centre heat map of the boxes
     raster_logits: Tensor  # [B, K, X, Y] dense raster of the lines
-    image_logits: Tensor  # [B, N, K, h, w] what box, if any, each pixel of the image features shows
-    depth_logits: Tensor  # [B, N, D, h, w] how far away the centre of that box is, see `bev_encoder.depth_position`
-    heading: Tensor  # [B, N, 2, h, w] sin cos of its yaw, seen from the line of sight to its centre
+    images: ImagePrediction
 
 
 class Clip(NamedTuple):

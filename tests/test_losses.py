@@ -15,12 +15,13 @@ from perception.losses import (
     encode_boxes,
     focal_loss,
     hungarian,
+    image_losses,
     line_orderings,
     set_losses,
 )
 from perception.models.bev_encoder import depth_position
 from perception.models.decoder import decode
-from perception.types import Boxes, CameraRig, Frame, Polylines, Prediction, Scene
+from perception.types import Boxes, CameraRig, Frame, ImagePrediction, Polylines, Prediction, Scene, map_tensors
 
 GRID = BEVGrid((-20.0, 20.0), (-20.0, 20.0), (20, 20))
 RING = [[0.0, 0], [4, 0], [4, 2], [0, 2], [0, 0]]
@@ -88,7 +89,8 @@ def perfect_prediction(boxes: Boxes, lines: Polylines, logit: float = 12.0) -> P
     sight = boxes.center - FRAME.rig.ego_from_cam[:, 0, :3, 3]  # both cameras are in one place
     angle = (boxes.yaw - torch.atan2(sight[..., 1], sight[..., 0]))[0, box]
     heading = torch.stack([angle.sin(), angle.cos()], 2)
-    return Prediction(box_logits, params, line_logits, points, heatmap, raster, image, depth_logits, heading)
+    images = ImagePrediction(image, depth_logits, heading)
+    return Prediction(box_logits, params, line_logits, points, heatmap, raster, images)
 
 
 def test_truth_has_no_loss_and_decodes_to_itself():
@@ -159,7 +161,7 @@ def test_matching_is_the_cheapest_and_ignores_padding():
 
 def test_empty_scene_has_finite_losses_and_gradients():
     boxes, lines = make_boxes(), make_lines()
-    prediction = Prediction(*(x.requires_grad_() for x in perfect_prediction(boxes, lines, logit=1.0)))
+    prediction = map_tensors(torch.Tensor.requires_grad_, perfect_prediction(boxes, lines, logit=1.0))
     nothing = Scene(
         boxes._replace(valid=torch.zeros(1, 4, dtype=torch.bool)),
         lines._replace(valid=torch.zeros(1, 2, dtype=torch.bool)),
@@ -237,22 +239,21 @@ def test_heading_is_against_the_line_of_sight():
     """A box that drives straight away from a camera has heading 0 there, wherever it is."""
     boxes, lines = one_box([-8.0, 4.0, 1.0], [4.0, 2, 2], math.atan2(4.0, -8.0)), make_lines()
     prediction = perfect_prediction(make_boxes(), lines)
-    heading = torch.zeros_like(prediction.heading)
+    heading = torch.zeros_like(prediction.images.heading)
     heading[:, :, 1] = 1.0
-    truth = Scene(boxes, lines)
-    assert set_losses(prediction._replace(heading=heading), truth, FRAME, GRID)["image_heading"].item() < 1e-6
+    images = prediction.images._replace(heading=heading)
+    assert image_losses(images, boxes, FRAME)["image_heading"].item() < 1e-6
     # turned by 90 degrees: sin and cos are both off by 1, loss weight 1
-    turned = truth._replace(boxes=boxes._replace(yaw=boxes.yaw + math.pi / 2))
-    loss = set_losses(prediction._replace(heading=heading), turned, FRAME, GRID)["image_heading"]
+    turned = boxes._replace(yaw=boxes.yaw + math.pi / 2)
+    loss = image_losses(images, turned, FRAME)["image_heading"]
     assert loss.item() == pytest.approx(1.0 * 2, rel=1e-5)
 
 
 def test_an_absent_camera_has_no_loss():
     boxes, lines = make_boxes(), make_lines()
     prediction = perfect_prediction(boxes, lines)
-    for k, dense in enumerate(prediction):
-        if k >= 6:
-            dense[:, 1] = 5.0
+    for dense in prediction.images:
+        dense[:, 1] = 5.0
     losses = set_losses(prediction, Scene(boxes, lines), FRAME, GRID)
     assert losses["image_class"] > 1
     alone = FRAME._replace(rig=FRAME.rig._replace(present=torch.tensor([[True, False]])))

@@ -13,12 +13,15 @@ from perception.models.backbone import ResNetFPN
 from perception.models.bev_encoder import CameraAttention, GatedMemory, depth_position, pixel_rays, see_points
 from perception.models.bev_transformer import BEVTransformer, ModelConfig, load_checkpoint, save_checkpoint
 from perception.models.decoder import BoxReading, decode
-from perception.types import CameraRig, Frame, Prediction
+from perception.types import CameraRig, Frame, ImagePrediction, Prediction, map_tensors
 
 CONFIG = ModelConfig.preset(
     "nano", image_size=(48, 80), channels=16, grid=(20, 20), heads=2, depth_bins=6, decoder_layers=2,
     box_queries=12, line_queries=8, line_points=6,
 )  # fmt: skip
+
+
+NO_IMAGES = ImagePrediction(*[torch.zeros(1)] * 3)
 
 
 def make_rig(cameras: int, image_size, yaws=None) -> CameraRig:
@@ -86,9 +89,9 @@ def test_shapes(model):
     assert prediction.line_points.shape == (2, 2, 8, 6, 2)
     assert prediction.heatmap_logits.shape == (2, 10, 20, 20)
     assert prediction.raster_logits.shape == (2, 3, 20, 20)
-    assert prediction.image_logits.shape == (2, 6, 10, 6, 10)
-    assert prediction.depth_logits.shape == (2, 6, 6, 6, 10)
-    assert prediction.heading.shape == (2, 6, 2, 6, 10)
+    assert prediction.images.logits.shape == (2, 6, 10, 6, 10)
+    assert prediction.images.depth_logits.shape == (2, 6, 6, 6, 10)
+    assert prediction.images.heading.shape == (2, 6, 2, 6, 10)
     assert state.bev.shape == (2, 16, 20, 20)
 
 
@@ -98,7 +101,8 @@ def test_every_parameter_gets_a_gradient(model):
     model.zero_grad()
     _, state = model(frame, model.initial_state(1))
     prediction, _ = model(frame._replace(is_first=torch.zeros(1, dtype=torch.bool)), state)
-    sum((x * torch.randn_like(x)).sum() for x in prediction).backward()
+    outputs = (*prediction[:-1], *prediction.images)
+    sum((x * torch.randn_like(x)).sum() for x in outputs).backward()
     missing = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     model.zero_grad()
     assert missing == []
@@ -121,9 +125,9 @@ def test_order_of_cameras_does_not_matter(model):
     shuffled = frame._replace(images=frame.images[:, order], rig=CameraRig(*(x[:, order] for x in frame.rig)))
     expected, _ = model(frame, model.initial_state(1))
     result, _ = model(shuffled, model.initial_state(1))
-    for name, a, b in zip(Prediction._fields, result, expected, strict=True):
-        per_camera = name in ("image_logits", "depth_logits", "heading")
-        torch.testing.assert_close(a, b[:, order] if per_camera else b, atol=1e-4, rtol=1e-4)
+    expected = expected._replace(images=map_tensors(lambda tensor: tensor[:, order], expected.images))
+    for a, b in zip((*result[:-1], *result.images), (*expected[:-1], *expected.images), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -152,7 +156,7 @@ def test_rotated_rig_gives_a_rotated_bev():
     """Turning the rig by 90 degrees on the car turns what the camera attention sees by 90 degrees."""
     torch.manual_seed(0)
     grid = BEVGrid((-16.0, 16.0), (-16.0, 16.0), (16, 16))
-    attention = CameraAttention(grid, (0.0, 1.0), channels_in=9, channels=8, samples=3)
+    attention = CameraAttention(grid, (0.0, 1.0), channels_in=9, channels=8, cameras=2, samples=3)
     images, distance = torch.randn(1, 4, 9, 6, 10), torch.rand(1, 4, 6, 6, 10)
     query = torch.zeros(1, 256, 8)  # the same query everywhere, so only geometry tells cells apart
     rig = make_rig(4, (48, 80))
@@ -169,7 +173,7 @@ def test_a_cell_is_lit_by_the_pixels_at_its_depth():
     """One camera whose every pixel shows something 8 m away: cells are lit by how well 8 m fits them."""
     torch.manual_seed(0)
     grid = BEVGrid((-16.0, 16.0), (-16.0, 16.0), (16, 16))
-    attention = CameraAttention(grid, (1.0,), channels_in=3, channels=8, samples=1)
+    attention = CameraAttention(grid, (1.0,), channels_in=3, channels=8, cameras=2, samples=1)
     bins = 32
     likely = torch.zeros(bins)
     place = depth_position(torch.tensor(9.0), bins)  # 9 m lies between two bins
@@ -257,7 +261,7 @@ def test_decode_by_hand():
     line_logits[..., 2] = inverse_sigmoid(0.7)
     points = torch.tensor([[0.0, 0], [10, 0], [10, 5], [0, 0.5]]).reshape(1, 1, 1, 4, 2)
     dense = torch.zeros(1, 1, 2, 2)
-    scene = decode(Prediction(box_logits, params, line_logits, points, dense, dense, *[torch.zeros(1)] * 3))
+    scene = decode(Prediction(box_logits, params, line_logits, points, dense, dense, NO_IMAGES))
     assert scene.boxes.label[0].tolist() == [3, 7]
     assert scene.boxes.score[0].tolist() == pytest.approx([0.8, 0.6])
     assert scene.boxes.center[0, 0].tolist() == [1, 2, 3]
@@ -277,7 +281,7 @@ def test_of_two_boxes_in_one_place_the_better_is_kept():
         params[0, 0, q, 0] = x
     nothing = torch.zeros(1, 1, 1, 2, 2)
     lines = torch.zeros(1, 1, 1, 3), nothing
-    boxes = decode(Prediction(logits, params, *lines, *[nothing] * 5)).boxes
+    boxes = decode(Prediction(logits, params, *lines, nothing, nothing, NO_IMAGES)).boxes
     assert boxes.score[0].tolist() == pytest.approx([0.9, 0.8, 0.7, 0.6, 0.5])
     # 0.8 is 1.5 m from 0.9 and falls; 0.7 is 1.5 m from 0.8, which is gone, and 3 m from 0.9; 0.6 is 2 m from 0.7.
     assert boxes.valid[0].tolist() == [True, False, True, True, True]

@@ -4,7 +4,6 @@ train_data = dict(
     dataroot="out/town_train",
     version="v1.0-synthetic",
     split="town_train",
-    clip_length=2,
     make_with="python scripts/simulate.py --out out/town_train --scenes 250 --seed 1000 --split town_train "
     "--image-size 160x288",
 )

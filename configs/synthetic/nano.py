@@ -12,4 +12,6 @@ NDS 0.203, mAP 0.131, lane mAP 0.532.
 _base_ = ["../_base_/town.py", "../_base_/schedule.py"]
 
 model = dict(preset="nano")
-train = dict(epochs=3, batch_size=2, lr=6e-4, warmup_iters=100, ema_momentum=0.0, val_every=1, workers=1)
+train = dict(
+    image_epochs=3, epochs=3, batch_size=2, lr=6e-4, warmup_iters=100, ema_momentum=0.0, val_every=3, workers=1
+)

@@ -116,17 +116,14 @@ def predict_stream(
 
     Args:
         model: in evaluation mode.
-        dataset: with clip_length 1.
+        dataset: whose scenes are streamed.
         rank, world_size: where several processes share the work, each takes its share of whole scenes.
         workers: processes that load images.
         progress: show a progress bar on stderr.
 
     Raises:
-        ConfigError: the dataset's clips are longer than one frame.
         DataError: an image or a calibration is missing or malformed.
     """
-    if dataset.clip_length != 1:
-        raise ConfigError(f"clip_length of the dataset is {dataset.clip_length}; evaluation streams with clip_length=1")
     sampler = SceneStreamSampler(dataset.scene_of_sample, rank, world_size)
     loader = DataLoader(dataset, batch_size=1, sampler=sampler, collate_fn=collate, num_workers=workers)
     tokens = dataset.tokens

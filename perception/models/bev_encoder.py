@@ -19,7 +19,6 @@ from perception.grid import BEVGrid
 from perception.ops import read_cameras, sample_cameras
 from perception.types import CameraRig
 
-CAMERAS_PER_GROUP = 2  # the fields of view of a usual rig overlap at most pairwise
 NEAREST_DEPTH, FARTHEST_DEPTH = 1.0, 80.0  # metres, the range of the depth bins
 MIN_DEPTH = 0.1  # metres; nearer points count as not seen
 
@@ -83,21 +82,22 @@ def see_points(rig: CameraRig, points_ego: Tensor, image_size: tuple[int, int]) 
 
 
 def choose_cameras(
-    rig: CameraRig, points_ego: Tensor, image_size: tuple[int, int]
+    rig: CameraRig, points_ego: Tensor, image_size: tuple[int, int], count: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The two cameras that see most of each group of points.
+    """The cameras that see most of each group of points.
 
     Args:
         rig: calibration with leading [B, N].
         points_ego: [Q, G, 3] metres, groups of G points, the same for all of the batch, or [B, Q, G, 3].
         image_size: height and width in pixels of the images that the rig is calibrated for.
+        count: how many cameras to choose; the fields of view of a usual rig overlap at most pairwise.
 
     Returns:
         uv [B, Q, G, K, 2] with 0..1 over the image, depth [B, Q, G, K] metres, seen [B, Q, G, K] bool and the index of
-        the camera [B, Q, G, K]; K is 2, or 1 where the rig has one camera.
+        the camera [B, Q, G, K]; K is `count`, or how many cameras the rig has.
     """
     Q, G, _ = points_ego.shape[-3:]
-    K = min(CAMERAS_PER_GROUP, rig.present.shape[1])
+    K = min(count, rig.present.shape[1])
     uv, depth, seen = see_points(rig, points_ego.flatten(-3, -2), image_size)  # [B, N, Q * G, ...]
     uv, depth, seen = (x.unflatten(2, (Q, G)) for x in (uv, depth, seen))
     # Rank by how many points are seen; the distance from the image's middle settles draws, so that the choice does not
@@ -140,7 +140,7 @@ class CameraAwareness(nn.Module):
 
 
 class CameraAttention(nn.Module):
-    """Each cell attends, per height of its pillar, to the two cameras that see it best.
+    """Each cell attends, per height of its pillar, to the cameras that see it best.
 
     A cell's reference points are its centre at fixed heights. Around each point's projection the cell reads a few
     places with learned offsets; how much a reading counts depends on a learned weight and on how likely the pixel is to
@@ -152,14 +152,21 @@ class CameraAttention(nn.Module):
         heights: heights of the reference points above ground in metres.
         channels_in: of what is read from the images.
         channels: of the BEV.
+        cameras: how many of them a cell attends to.
         samples: places read per height and camera.
     """
 
     def __init__(
-        self, grid: BEVGrid, heights: tuple[float, ...], channels_in: int, channels: int, samples: int
+        self,
+        grid: BEVGrid,
+        heights: tuple[float, ...],
+        channels_in: int,
+        channels: int,
+        cameras: int,
+        samples: int,
     ) -> None:
         super().__init__()
-        self.grid, self.samples = grid, samples
+        self.grid, self.cameras, self.samples = grid, cameras, samples
         Z = len(heights)
         centers = grid.cell_centers().reshape(-1, 1, 2).expand(-1, Z, -1)
         z = torch.tensor(heights, dtype=torch.float32).view(1, Z, 1).expand(centers.shape[0], -1, -1)
@@ -197,7 +204,9 @@ class CameraAttention(nn.Module):
         XY, Z, _ = self.points_ego.shape
         S = self.samples
         value = self.value(images.flatten(0, 1)).unflatten(0, (B, N))
-        uv, depth, seen, camera = (x.flatten(1, 2) for x in choose_cameras(rig, self.points_ego, image_size))
+        uv, depth, seen, camera = (
+            x.flatten(1, 2) for x in choose_cameras(rig, self.points_ego, image_size, self.cameras)
+        )
         K = camera.shape[-1]  # uv [B, XY * Z, K, 2], the others [B, XY * Z, K]
         opened, likely = read_cameras(distance, uv, camera).split([1, distance.shape[2] - 1], 1)
         gate = torch.lerp(_at_depth(likely, depth), torch.ones_like(depth), opened[:, 0])  # [B, XY * Z, K]

@@ -110,7 +110,7 @@ class BoxReading(nn.Module):
         x, y, z = (self.places * size).unbind(-1)  # [B, Q, G]
         sin, cos = F.normalize(params[..., 6:8], dim=-1).chunk(2, -1)  # [B, Q, 1]
         points_ego = params[..., None, :3] + torch.stack([cos * x - sin * y, sin * x + cos * y, z], -1)
-        uv, depth, seen, camera = choose_cameras(rig, points_ego, image_size)  # [B, Q, G, K, ...]
+        uv, depth, seen, camera = choose_cameras(rig, points_ego, image_size, 2)  # [B, Q, G, K, ...]
         read = read_cameras(value, uv.flatten(1, 2), camera.flatten(1, 2)).unflatten(2, depth.shape[1:3])
         weight = seen / seen.sum(-1, keepdim=True).clamp(min=1)  # [B, Q, G, K]
         read = (read * weight[:, None]).sum(-1).permute(0, 2, 3, 1)  # [B, Q, G, C]
