@@ -24,7 +24,7 @@ model = dict(preset="nano", image_size=(64, 96), grid=(20, 20), channels=16, dep
              decoder_layers=2, box_queries=20, line_queries=8)
 train_data = dict(dataroot={root!r}, version={version!r}, split="town_val", augment=dict())
 val_data = dict(dataroot={root!r}, version={version!r}, split="town_val")
-train = dict(image_epochs=1, epochs=4, batch_size=1, window=2, drop_frames=0.0, lr=2e-3, weight_decay=0.01,
+train = dict(image_epochs=1, epochs=4, batch_size=1, groups=1, window=2, drop_frames=0.0, lr=2e-3, weight_decay=0.01,
              warmup_iters=2, grad_clip=10.0, ema_momentum=0.1, val_every=5, log_every=1, workers=0)
 """
 

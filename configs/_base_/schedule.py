@@ -1,6 +1,7 @@
 """What the trainings share. Every config sets epochs, batch_size and lr on top."""
 
 train = dict(
+    groups=8,
     window=2,
     drop_frames=0.0,
     image_epochs=0,

@@ -1,6 +1,6 @@
 """The nano network on the synthetic town; trains on two CPU cores. Its weights are shipped with the library.
 
-    python scripts/simulate.py --out out/town_train --scenes 250 --seed 1000 --split town_train --image-size 160x288
+    python scripts/simulate.py --out out/town_train --scenes 300 --seed 1000 --split town_train --image-size 160x288
     python scripts/simulate.py --out out/town_val --scenes 20 --seed 5000 --split town_val --image-size 160x288
     python scripts/train.py configs/synthetic/nano.py --work-dir out/nano --amp
     python scripts/evaluate.py configs/synthetic/nano.py out/nano/nano.safetensors --json out/nano/evaluation.json
@@ -13,5 +13,5 @@ _base_ = ["../_base_/town.py", "../_base_/schedule.py"]
 
 model = dict(preset="nano")
 train = dict(
-    image_epochs=3, epochs=3, batch_size=2, lr=6e-4, warmup_iters=100, ema_momentum=0.0, val_every=3, workers=1
+    image_epochs=3, epochs=6, batch_size=2, lr=6e-4, warmup_iters=100, ema_momentum=0.0, val_every=2, workers=1
 )

@@ -21,5 +21,13 @@ train_data = dict(
 )
 val_data = dict(dataroot="out/town_one", version="v1.0-synthetic", split="town_one")
 train = dict(
-    epochs=100, batch_size=1, lr=1e-3, warmup_iters=20, val_every=100, ema_momentum=0.0, workers=0, log_every=15
+    epochs=100,
+    batch_size=1,
+    groups=1,
+    lr=1e-3,
+    warmup_iters=20,
+    val_every=100,
+    ema_momentum=0.0,
+    workers=0,
+    log_every=15,
 )

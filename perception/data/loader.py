@@ -150,8 +150,10 @@ class Draw(NamedTuple):
 class TrainSampler(Sampler):
     """Windows of scenes, for training with a memory that is handed on from batch to batch.
 
-    A batch holds one window of each of `batch_size` scenes; element k of the next batch goes on where element k of this
-    one ended, with the next window of the same scene or the first one of another. Scenes come in random order.
+    A batch holds one window of each of `batch_size` scenes. Batches take turns in `groups`: batch b + groups goes on
+    where batch b ended, element by element, with the next window of the same scene or the first one of another. In
+    between other scenes are seen, for steps that all see the same street unlearn the others. Scenes come in random
+    order.
 
     Order, dropped frames and augmentation depend on the seed and the epoch only, neither on the number of workers nor
     on what was drawn before, so a resumed run goes on as if it had not been interrupted.
@@ -159,6 +161,7 @@ class TrainSampler(Sampler):
     Args:
         scene_of_sample: [S] scene number of each sample, samples in time order within a scene.
         batch_size: that of the DataLoader, which must keep the order.
+        groups: batches that take turns.
         window: T, samples per draw. Scenes that have fewer are left out; what does not fill a window is skipped, now at
             the beginning of a scene and now at its end.
         drop: probability that a sample is left out, so that the time between two frames varies.
@@ -174,6 +177,7 @@ class TrainSampler(Sampler):
         self,
         scene_of_sample: Sequence[int],
         batch_size: int,
+        groups: int,
         window: int,
         drop: float,
         seed: int,
@@ -188,7 +192,7 @@ class TrainSampler(Sampler):
                 f"train.window is {window}, but no scene has that many samples; use at most "
                 f"{max(map(len, of_scene), default=0)}"
             )
-        self.batch_size, self.window, self.drop, self.seed = batch_size, window, drop, seed
+        self.batch_size, self.groups, self.window, self.drop, self.seed = batch_size, groups, window, drop, seed
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
         windows = sum(len(samples) for samples in self.scenes) * (1 - drop) / window
@@ -204,9 +208,9 @@ class TrainSampler(Sampler):
     def __iter__(self) -> Iterator[Draw]:
         rng = np.random.default_rng((self.seed, self.epoch))
         visits = self._visits(rng)
-        streams = [[] for _ in range(self.batch_size * self.world_size)]
-        for _ in range(self.batches):
-            for number, stream in enumerate(streams):
+        groups = [[[] for _ in range(self.batch_size * self.world_size)] for _ in range(self.groups)]
+        for batch in range(self.batches):
+            for number, stream in enumerate(groups[batch % self.groups]):
                 if not stream:
                     stream.extend(next(visits))
                 draw = stream.pop(0)

@@ -38,7 +38,8 @@ class TrainSection:
     """How to train: `train` of a config. Iterations are counted over the whole training."""
 
     epochs: int  # of streaming training, after those of images alone
-    batch_size: int  # scenes that are followed at a time, per process
+    batch_size: int  # clips per process
+    groups: int  # batches that take turns: batch b + groups follows the scenes of batch b, those in between other ones
     window: int  # frames per step: as far back as gradients go, while the memory goes on along the scene
     drop_frames: float  # share of frames that are left out at random, for times between frames that vary
     image_epochs: int  # epochs at the start that train what the images show, before there is a map

@@ -110,32 +110,33 @@ class CheckedOptimWrapper(OptimWrapper):
 
 
 class StreamTrainLoop(EpochBasedTrainLoop):
-    """Epochs over scenes with the memory handed on from batch to batch; a step that is not finite ends training with
+    """Epochs over scenes with the memory handed on along each scene; a step that is not finite ends training with
     the names of its samples.
 
     Args:
+        groups: batches that take turns, each with a memory of its own; see `TrainSampler`.
         image_epochs: the first epochs, which train what the images show and nothing else. Where an object is seen, and
             how far away, is learned from images alone at half the cost; a map cannot be learned from features that do
             not know it yet.
     """
 
-    def __init__(self, runner: Runner, dataloader: DataLoader, image_epochs: int, **schedule) -> None:
+    def __init__(self, runner: Runner, dataloader: DataLoader, groups: int, image_epochs: int, **schedule) -> None:
         super().__init__(runner, dataloader, **schedule)
         self.image_epochs = image_epochs
-        self.state: State | None = None
+        self.states: list[State | None] = [None] * groups
 
     def run_epoch(self) -> None:
-        self.state = None  # every epoch starts at the beginning of scenes
+        self.states = [None] * len(self.states)  # every epoch starts at the beginning of scenes
         super().run_epoch()
 
     def run_iter(self, idx: int, data_batch: Clip) -> None:
-        runner, model = self.runner, self.runner.model
+        runner, model, group = self.runner, self.runner.model, idx % len(self.states)
         runner.call_hook("before_train_iter", batch_idx=idx, data_batch=data_batch)
         device = next(model.parameters()).device
         clip = map_tensors(lambda tensor: tensor.to(device, non_blocking=True), data_batch)
         try:
             with runner.optim_wrapper.optim_context(model):
-                losses, self.state = model(clip, self.state, images_only=self.epoch < self.image_epochs)
+                losses, self.states[group] = model(clip, self.states[group], self.epoch < self.image_epochs)
             total = sum(losses.values())
             runner.optim_wrapper.update_params(total)
         except FloatingPointError as error:
@@ -316,6 +317,8 @@ def load_weights(path: str | Path, model_config: ModelConfig) -> BEVTransformer:
 def _build_runner(config, work_dir, model, train_set, val_set, seed, resume, amp, launcher) -> Runner:
     section: TrainSection = config.train
     cuda = torch.cuda.is_available()
+    if section.groups < 1:
+        raise ConfigError(f"train.groups is {section.groups}; give at least 1")
     if not 0 <= section.drop_frames < 1:
         raise ConfigError(f"train.drop_frames is {section.drop_frames}; give a share of at least 0 and less than 1")
     if launcher != "none" and not cuda:
@@ -327,7 +330,13 @@ def _build_runner(config, work_dir, model, train_set, val_set, seed, resume, amp
         train_set,
         batch_size=section.batch_size,
         sampler=TrainSampler(
-            train_set.scene_of_sample, section.batch_size, section.window, section.drop_frames, seed, *get_dist_info()
+            train_set.scene_of_sample,
+            section.batch_size,
+            section.groups,
+            section.window,
+            section.drop_frames,
+            seed,
+            *get_dist_info(),
         ),
         pin_memory=cuda,
         **loading,
@@ -353,6 +362,7 @@ def _build_runner(config, work_dir, model, train_set, val_set, seed, resume, amp
             "max_epochs": epochs,
             "val_begin": section.image_epochs + 1,
             "val_interval": section.val_every,
+            "groups": section.groups,
             "image_epochs": section.image_epochs,
         },
         val_dataloader=DataLoader(val_set, batch_size=1, **loading),
