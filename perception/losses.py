@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from perception.geometry import invert_rigid, transform_points
+from perception.geometry import invert_rigid, transform_points, wrap_angle
 from perception.grid import BEVGrid
 from perception.models.bev_encoder import depth_position, pixel_rays
+from perception.models.decoder import LOG_SPREAD_RANGE
 from perception.types import Boxes, CameraRig, Frame, ImagePrediction, Polylines, Prediction, Scene
 
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0  # https://arxiv.org/abs/1708.02002
@@ -30,7 +31,7 @@ BOX_WEIGHTS = (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.5)
 LOSS_WEIGHTS = {
     "box_class": 2.0, "box_params": 0.25, "heatmap": 1.0,
     "line_class": 2.0, "line_points": 0.5, "line_direction": 0.1, "raster": 1.0,
-    "image_class": 1.0, "image_depth": 0.5, "image_heading": 1.0,
+    "image_class": 1.0, "image_depth": 0.5, "image_heading": 1.0, "box_spread": 0.1, "line_spread": 0.1,
 }  # fmt: skip
 
 
@@ -61,9 +62,20 @@ def set_losses(prediction: Prediction, truth: Scene, frame: Frame, grid: BEVGrid
     orderings, exists = line_orderings(truth.lines)
     sums: dict[str, Tensor] = {}
     for layer in range(L):
-        losses = box_losses(prediction.box_logits[layer], prediction.box_params[layer], boxes, box_targets)
+        losses = box_losses(
+            prediction.box_logits[layer],
+            prediction.box_params[layer],
+            prediction.box_log_spread[layer],
+            boxes,
+            box_targets,
+        )
         losses |= line_losses(
-            prediction.line_logits[layer], prediction.line_points[layer], truth.lines, orderings, exists
+            prediction.line_logits[layer],
+            prediction.line_points[layer],
+            prediction.line_log_spread[layer],
+            truth.lines,
+            orderings,
+            exists,
         )
         for name, loss in losses.items():
             sums[name] = sums.get(name, 0.0) + loss / L
@@ -88,11 +100,11 @@ def encode_boxes(boxes: Boxes) -> Tensor:
     return torch.cat([boxes.center, boxes.size.clamp(min=1e-2).log(), turn, boxes.velocity], -1)
 
 
-def box_losses(logits: Tensor, params: Tensor, boxes: Boxes, targets: Tensor) -> dict[str, Tensor]:
-    """Focal loss of the classes and L1 of the parameters of matched boxes, one layer.
+def box_losses(logits: Tensor, params: Tensor, log_spread: Tensor, boxes: Boxes, targets: Tensor) -> dict[str, Tensor]:
+    """Focal loss of the classes, L1 of the parameters and likelihood of the errors of matched boxes, one layer.
 
     Args:
-        logits: [B, Q, K]; params: [B, Q, 10].
+        logits: [B, Q, K]; params: [B, Q, 10]; log_spread: [B, Q, 9].
         boxes: the truth [B, M]; targets: [B, M, 10] from `encode_boxes`.
     """
     weights = params.new_tensor(BOX_WEIGHTS)
@@ -107,10 +119,15 @@ def box_losses(logits: Tensor, params: Tensor, boxes: Boxes, targets: Tensor) ->
     wanted[match.batch, match.query, boxes.label[match.batch, match.target]] = 1.0
     target = targets[match.batch, match.target]
     known = ~target.isnan()
-    difference = torch.where(known, params[match.batch, match.query] - target.nan_to_num(), 0.0).abs()
+    found = params[match.batch, match.query]
+    difference = torch.where(known, found - target.nan_to_num(), 0.0).abs()
+    yaw_error = torch.atan2(found[:, 6], found[:, 7]) - torch.atan2(target[:, 6], target[:, 7])
+    error = torch.cat([difference[:, :6], wrap_angle(yaw_error)[:, None].abs(), difference[:, 8:]], 1)  # [pairs, 9]
+    likelihood = laplace_loss(log_spread[match.batch, match.query], error) * torch.cat([known[:, :7], known[:, 8:]], 1)
     return {
         "box_class": focal_loss(logits, wanted).sum() / count,
         "box_params": (difference * weights).sum() / count,
+        "box_spread": likelihood.sum() / count,
     }
 
 
@@ -176,12 +193,12 @@ def line_orderings(lines: Polylines) -> tuple[Tensor, Tensor]:
 
 
 def line_losses(
-    logits: Tensor, points: Tensor, lines: Polylines, orderings: Tensor, exists: Tensor
+    logits: Tensor, points: Tensor, log_spread: Tensor, lines: Polylines, orderings: Tensor, exists: Tensor
 ) -> dict[str, Tensor]:
-    """Focal loss of the classes, L1 of the points and cosine of the edges of matched lines, one layer.
+    """Focal loss of the classes, L1 and likelihood of the points and cosine of the edges of matched lines, one layer.
 
     Args:
-        logits: [B, Q, K]; points: [B, Q, P, 2] metres.
+        logits: [B, Q, K]; points: [B, Q, P, 2] metres; log_spread: [B, Q, P, 2].
         lines: the truth [B, M]; orderings, exists: from `line_orderings`.
     """
     B, Q, P, _ = points.shape
@@ -203,6 +220,8 @@ def line_losses(
         "line_class": focal_loss(logits, wanted).sum() / count,
         "line_points": (found - target).abs().sum(-1).mean(-1).sum() / count,
         "line_direction": (1 - cosine).mean(-1).sum() / count,
+        "line_spread": laplace_loss(log_spread[match.batch, match.query], (found - target).abs()).mean((1, 2)).sum()
+        / count,
     }
 
 
@@ -339,6 +358,16 @@ def focal_loss(logits: Tensor, target: Tensor, alpha: float = FOCAL_ALPHA) -> Te
     entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     wrong = torch.where(target > 0.5, 1 - probability, probability)
     return torch.where(target > 0.5, alpha, 1 - alpha) * wrong**FOCAL_GAMMA * entropy
+
+
+def laplace_loss(log_spread: Tensor, error: Tensor) -> Tensor:
+    """Negative log likelihood of absolute errors under Laplace distributions of the given scales, element by element.
+
+    The errors count as given: this trains what is known of them, not them (the scale of a Laplace distribution is the
+    mean of its absolute error).
+    """
+    log_spread = log_spread.float().clamp(*LOG_SPREAD_RANGE)
+    return math.log(2) + log_spread + error.detach() * (-log_spread).exp()
 
 
 def focal_cost(logits: Tensor, label: Tensor) -> Tensor:

@@ -68,6 +68,9 @@ class Boxes(NamedTuple):
     attribute: Tensor  # [..., M] int64 index into ATTRIBUTES, -1 for none or unknown
     score: Tensor  # [..., M] 0..1, 1 for truth
     valid: Tensor  # [..., M] bool, False for padding
+    spread: (
+        Tensor  # [..., M, 9] expected absolute error of centre (m), size (log), yaw (rad), velocity (m/s); 0 for truth
+    )
 
 
 class Polylines(NamedTuple):
@@ -78,6 +81,7 @@ class Polylines(NamedTuple):
     label: Tensor  # [..., M] int64 index into LINE_CLASSES
     score: Tensor  # [..., M] 0..1, 1 for truth
     valid: Tensor  # [..., M] bool, False for padding
+    spread: Tensor  # [..., M, P, 2] expected absolute error of each point along x and y, metres; 0 for truth
 
 
 class MapLine(NamedTuple):
@@ -114,8 +118,10 @@ class Prediction(NamedTuple):
 
     box_logits: Tensor  # [L, B, Q, K]
     box_params: Tensor  # [L, B, Q, 10] centre x y z (m, ego), log length width height, sin cos yaw, velocity x y
+    box_log_spread: Tensor  # [L, B, Q, 9] logarithm of `Boxes.spread`
     line_logits: Tensor  # [L, B, Q, K]
     line_points: Tensor  # [L, B, Q, P, 2] metres, ego
+    line_log_spread: Tensor  # [L, B, Q, P, 2] logarithm of `Polylines.spread`
     heatmap_logits: Tensor  # [B, K, X, Y] dense centre heat map of the boxes
     raster_logits: Tensor  # [B, K, X, Y] dense raster of the lines
     images: ImagePrediction

@@ -85,6 +85,8 @@ def test_shapes(model):
     prediction, state = model(make_frame(batch=2), model.initial_state(2))
     assert prediction.box_logits.shape == (2, 2, 12, 10)
     assert prediction.box_params.shape == (2, 2, 12, 10)
+    assert prediction.box_log_spread.shape == (2, 2, 12, 9)
+    assert prediction.line_log_spread.shape == (2, 2, 8, 6, 2)
     assert prediction.line_logits.shape == (2, 2, 8, 3)
     assert prediction.line_points.shape == (2, 2, 8, 6, 2)
     assert prediction.heatmap_logits.shape == (2, 10, 20, 20)
@@ -261,13 +263,19 @@ def test_decode_by_hand():
     line_logits[..., 2] = inverse_sigmoid(0.7)
     points = torch.tensor([[0.0, 0], [10, 0], [10, 5], [0, 0.5]]).reshape(1, 1, 1, 4, 2)
     dense = torch.zeros(1, 1, 2, 2)
-    scene = decode(Prediction(box_logits, params, line_logits, points, dense, dense, NO_IMAGES))
+    box_spread, line_spread = torch.zeros(1, 1, 2, 9), torch.full((1, 1, 1, 4, 2), math.log(0.3))
+    box_spread[0, 0, 1, 6] = math.log(0.2)
+    scene = decode(
+        Prediction(box_logits, params, box_spread, line_logits, points, line_spread, dense, dense, NO_IMAGES)
+    )
     assert scene.boxes.label[0].tolist() == [3, 7]
     assert scene.boxes.score[0].tolist() == pytest.approx([0.8, 0.6])
     assert scene.boxes.center[0, 0].tolist() == [1, 2, 3]
     assert scene.boxes.size[0, 0].tolist() == pytest.approx([11, 3, 4])
     assert scene.boxes.yaw[0].tolist() == pytest.approx([math.pi / 2, 0])
     assert scene.boxes.velocity[0, 0].tolist() == [5, 6]
+    assert scene.boxes.spread[0, :, 6].tolist() == pytest.approx([0.2, 1.0])
+    assert scene.lines.spread.unique().tolist() == pytest.approx([0.3])
     assert scene.lines.label[0].tolist() == [2]
     assert scene.lines.closed[0].tolist() == [True]  # the ends are 0.5 m apart
 
@@ -280,8 +288,8 @@ def test_of_two_boxes_in_one_place_the_better_is_kept():
         logits[0, 0, q, label] = math.log(score / (1 - score))
         params[0, 0, q, 0] = x
     nothing = torch.zeros(1, 1, 1, 2, 2)
-    lines = torch.zeros(1, 1, 1, 3), nothing
-    boxes = decode(Prediction(logits, params, *lines, nothing, nothing, NO_IMAGES)).boxes
+    lines = torch.zeros(1, 1, 1, 3), nothing, nothing
+    boxes = decode(Prediction(logits, params, torch.zeros(1, 1, 5, 9), *lines, nothing, nothing, NO_IMAGES)).boxes
     assert boxes.score[0].tolist() == pytest.approx([0.9, 0.8, 0.7, 0.6, 0.5])
     # 0.8 is 1.5 m from 0.9 and falls; 0.7 is 1.5 m from 0.8, which is gone, and 3 m from 0.9; 0.6 is 2 m from 0.7.
     assert boxes.valid[0].tolist() == [True, False, True, True, True]

@@ -101,6 +101,7 @@ def pad_lines(lines: Sequence[Sequence[MapLine]], points_per_line: int, count: i
                 label=torch.tensor([line.label for line in moment], dtype=torch.int64),
                 score=torch.tensor([line.score for line in moment], dtype=torch.float32),
                 valid=torch.ones(len(moment), dtype=torch.bool),
+                spread=torch.zeros(len(moment), points_per_line, 2),
             )
         )
     return _stack_padded(stacked, max(count, *(len(moment) for moment in lines)))

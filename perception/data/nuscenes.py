@@ -159,6 +159,7 @@ class NuScenesDataset(Dataset):
             attribute=torch.from_numpy(index.box_attribute[rows]),
             score=torch.ones(rows.stop - rows.start),
             valid=torch.from_numpy(index.box_points[rows] > 0),
+            spread=torch.zeros(rows.stop - rows.start, 9),
         )
 
     def __getitem__(self, item: int | Draw) -> Clip:

@@ -165,9 +165,12 @@ class BEVTransformer(nn.Module):
         bev = bev.transpose(1, 2).unflatten(2, self.config.grid)  # [B, C, X, Y]
         memory, past = self.memory(bev, state.bev, frame.ego_from_prev, frame.seconds_since_prev, frame.is_first)
         bev = self.trunk(memory, past)
-        box_logits, box_params, heatmap_logits = self.box_decoder(bev, images, frame.rig, size)
-        line_logits, line_points, raster_logits = self.line_decoder(bev)
-        prediction = Prediction(box_logits, box_params, line_logits, line_points, heatmap_logits, raster_logits, shown)
+        box_logits, box_params, box_log_spread, heatmap_logits = self.box_decoder(bev, images, frame.rig, size)
+        line_logits, line_points, line_log_spread, raster_logits = self.line_decoder(bev)
+        prediction = Prediction(
+            box_logits, box_params, box_log_spread, line_logits, line_points, line_log_spread, heatmap_logits,
+            raster_logits, shown,
+        )  # fmt: skip
         return prediction, State(memory)
 
 

@@ -17,6 +17,7 @@ from perception.models.bev_encoder import choose_cameras, depth_position
 from perception.ops import read_cameras, sample_bev
 from perception.types import Boxes, CameraRig, Polylines, Prediction, Scene
 
+LOG_SPREAD_RANGE = (-5.0, 4.0)  # of the logarithm of an expected error
 LOG_SIZE_RANGE = (-3.0, 4.0)  # of the logarithm of a length in metres: 5 cm to 55 m
 PRIOR_LOGIT = -4.0  # initial class logits: almost everything is background
 CLOSED_GAP = 1.0  # metres between first and last point below which a predicted line counts as closed
@@ -174,6 +175,7 @@ class BoxDecoder(nn.Module):
                     "feed_forward": nn.Sequential(nn.LayerNorm(channels), _mlp(channels, 2 * channels, channels)),
                     "to_class": _mlp(channels, channels, classes),
                     "to_box": _mlp(channels, channels, 12),
+                    "to_spread": _mlp(channels, channels, 9),
                 }
             )
             nn.init.zeros_(layer["to_box"][-1].weight)
@@ -185,7 +187,7 @@ class BoxDecoder(nn.Module):
 
     def forward(
         self, bev: Tensor, images: Tensor, rig: CameraRig, image_size: tuple[int, int]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Boxes from the map and from the images.
 
         Args:
@@ -195,8 +197,8 @@ class BoxDecoder(nn.Module):
             image_size: height and width in pixels of the images that the rig is calibrated for.
 
         Returns:
-            box_logits [L, B, Q, K], box_params [L, B, Q, 10] with the meaning that they have in
-            `perception.types.Prediction`, heatmap_logits [B, K, X, Y].
+            box_logits [L, B, Q, K], box_params [L, B, Q, 10] and box_log_spread [L, B, Q, 9] with the meaning that they
+            have in `perception.types.Prediction`, heatmap_logits [B, K, X, Y].
         """
         B, C, X, Y = bev.shape
         heatmap_logits = self.heatmap(bev)
@@ -218,7 +220,7 @@ class BoxDecoder(nn.Module):
         z = log_size[..., 2:].exp() / 2
         rest = log_size.new_tensor([0.0, 1.0, 0.0, 0.0]).expand(B, self.queries, -1)
         params = torch.cat([center, z, log_size, rest], -1)
-        all_logits, all_params = [], []
+        all_logits, all_params, all_spreads = [], [], []
         for layer in self.layers:
             reference = params[..., :2]
             position = self.position(encode_position(self.grid.normalize(reference), C))
@@ -232,8 +234,10 @@ class BoxDecoder(nn.Module):
             refined = params + change + F.pad(_turn_from_sight(by_sight, reference), (6, 2))
             all_logits.append(logits)
             all_params.append(refined)
+            # How far off this may be is read from the query and does not change it: knowing costs no accuracy.
+            all_spreads.append(layer["to_spread"](query.detach()).float())
             params = refined.detach()
-        return torch.stack(all_logits), torch.stack(all_params), heatmap_logits
+        return torch.stack(all_logits), torch.stack(all_params), torch.stack(all_spreads), heatmap_logits
 
 
 def anchor_lines(count: int, points: int, x_range: tuple[float, float], y_range: tuple[float, float]) -> Tensor:
@@ -309,6 +313,7 @@ class LineDecoder(nn.Module):
                     "feed_forward": nn.Sequential(nn.LayerNorm(channels), _mlp(channels, 2 * channels, channels)),
                     "to_class": nn.Sequential(nn.LayerNorm(channels), _mlp(channels, channels, classes)),
                     "to_shift": _mlp(channels, channels, 2),
+                    "to_spread": _mlp(channels, channels, 2),
                 }
             )
             nn.init.constant_(layer["to_class"][-1][-1].bias, PRIOR_LOGIT)
@@ -316,8 +321,12 @@ class LineDecoder(nn.Module):
             nn.init.zeros_(layer["to_shift"][-1].bias)
             self.layers.append(layer)
 
-    def forward(self, bev: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """bev [B, C, X, Y] -> line_logits [L, B, Q, K], line_points [L, B, Q, P, 2], raster_logits [B, K, X, Y]."""
+    def forward(self, bev: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Lines from the map [B, C, X, Y].
+
+        Returns:
+            line_logits [L, B, Q, K], line_points and line_log_spread [L, B, Q, P, 2], raster_logits [B, K, X, Y].
+        """
         B, C, X, Y = bev.shape
         Q, P, _ = self.anchors.shape
         raster_logits = self.raster(bev)
@@ -325,7 +334,7 @@ class LineDecoder(nn.Module):
 
         query = (self.instance + self.point).expand(B, -1, -1, -1)  # [B, Q, P, C]
         points = (10 * self.anchors).expand(B, -1, -1, -1)  # [B, Q, P, 2]
-        all_logits, all_points = [], []
+        all_logits, all_points, all_spreads = [], [], []
         for layer in self.layers:
             position = self.position(encode_position(self.grid.normalize(points), C))  # [B, Q, P, C]
             # Between instances, point by point; then along each instance.
@@ -338,8 +347,9 @@ class LineDecoder(nn.Module):
             refined = points + 10 * layer["to_shift"](query).float()
             all_logits.append(layer["to_class"](query.mean(2)).float())
             all_points.append(refined)
+            all_spreads.append(layer["to_spread"](query.detach()).float())
             points = refined.detach()
-        return torch.stack(all_logits), torch.stack(all_points), raster_logits
+        return torch.stack(all_logits), torch.stack(all_points), torch.stack(all_spreads), raster_logits
 
 
 def decode(prediction: Prediction) -> Scene:
@@ -357,6 +367,7 @@ def decode(prediction: Prediction) -> Scene:
     logits, params = prediction.box_logits[-1].float(), prediction.box_params[-1].float()
     score, query, label = _best(logits)
     params = params.gather(1, query[..., None].expand(-1, -1, params.shape[-1]))  # [B, M, 10]
+    spread = prediction.box_log_spread[-1].float().gather(1, query[..., None].expand(-1, -1, 9))
     valid = _apart(params[..., :2], label)
     boxes = Boxes(
         center=params[..., 0:3],
@@ -367,16 +378,20 @@ def decode(prediction: Prediction) -> Scene:
         attribute=torch.full_like(label, -1),
         score=score,
         valid=valid,
+        spread=spread.clamp(*LOG_SPREAD_RANGE).exp(),
     )
     points = prediction.line_points[-1].float()  # [B, Q, P, 2]
     score, query, label = _best(prediction.line_logits[-1].float())
-    points = points.gather(1, query[..., None, None].expand(-1, -1, *points.shape[2:]))
+    pick = query[..., None, None].expand(-1, -1, *points.shape[2:])
+    points = points.gather(1, pick)
+    spread = prediction.line_log_spread[-1].float().gather(1, pick)
     lines = Polylines(
         points=points,
         closed=(points[..., 0, :] - points[..., -1, :]).norm(dim=-1) < CLOSED_GAP,
         label=label,
         score=score,
         valid=torch.ones_like(score, dtype=torch.bool),
+        spread=spread.clamp(*LOG_SPREAD_RANGE).exp(),
     )
     return Scene(boxes, lines)
 
