@@ -17,7 +17,7 @@ from perception.types import CameraRig, Frame, ImagePrediction, Prediction, map_
 
 CONFIG = ModelConfig.preset(
     "nano", image_size=(48, 80), channels=16, grid=(20, 20), heads=2, depth_bins=6, decoder_layers=2,
-    box_queries=12, line_queries=8, line_points=6,
+    box_queries=12, line_queries=8, line_points=6, cameras_per_cell=2,
 )  # fmt: skip
 
 

@@ -173,12 +173,14 @@ class CameraAttention(nn.Module):
         self.register_buffer("points_ego", torch.cat([centers, z], -1), persistent=False)  # [X * Y, Z, 3]
         self.value = nn.Conv2d(channels_in, channels, 1)
         self.offset = nn.Linear(channels, Z * samples * 2)
-        self.weight = nn.Linear(channels, Z * samples)
+        # A single reading has nothing to be weighed against.
+        self.weight = nn.Linear(channels, Z * samples) if cameras * samples > 1 else None
         self.output = nn.Linear(Z * channels, channels)
         self.norm = nn.LayerNorm(channels)
         nn.init.normal_(self.offset.weight, std=1e-3)
-        nn.init.zeros_(self.weight.weight)
-        nn.init.zeros_(self.weight.bias)
+        if self.weight is not None:
+            nn.init.zeros_(self.weight.weight)
+            nn.init.zeros_(self.weight.bias)
         # The first place is the projection itself, the others start on a ring of one feature pixel.
         angle = torch.arange(samples) * (2 * torch.pi / max(samples - 1, 1))
         ring = torch.stack([angle.cos(), angle.sin()], -1) * (torch.arange(samples) > 0)[:, None]
@@ -213,9 +215,10 @@ class CameraAttention(nn.Module):
 
         offset = self.offset(query).float().reshape(B, XY * Z, 1, S, 2) / query.new_tensor([w, h])
         place = (uv[:, :, :, None] + offset).reshape(B, XY * Z, K * S, 2)
-        logit = self.weight(query).float().reshape(B, XY * Z, 1, S).expand(-1, -1, K, -1)
-        weight = logit.masked_fill(~seen[..., None], -1e4).flatten(2).softmax(-1).unflatten(2, (K, S))
-        weight = weight * (seen * gate)[..., None]  # a point that nobody sees reads nothing
+        weight = (seen * gate)[..., None]  # [B, XY * Z, K, S]; a point that nobody sees reads nothing
+        if self.weight is not None:
+            logit = self.weight(query).float().reshape(B, XY * Z, 1, S).expand(-1, -1, K, -1)
+            weight = weight * logit.masked_fill(~seen[..., None], -1e4).flatten(2).softmax(-1).unflatten(2, (K, S))
         pillar = sample_cameras(value, place, camera[..., None].expand(-1, -1, -1, S).flatten(2), weight.flatten(2))
         return self.norm(query + self.output(pillar.reshape(B, XY, -1)))
 
