@@ -51,6 +51,8 @@ def test_the_truth_scores_one(dataset):
     lines = [name for name, count in evaluation.lanes.truth_count.items() if count]
     assert metrics["lane_map"] == pytest.approx(len(lines) / 3) == pytest.approx(metrics["lane_map_strict"])
     assert metrics["score"] == pytest.approx((metrics["nds"] + metrics["lane_map"]) / 2)
+    assert evaluation.calibration.boxes.error == evaluation.calibration.lines.error == 0  # scores of 1, all right
+    assert all(spread.mean_error == pytest.approx(0, abs=1e-6) for spread in evaluation.calibration.spreads.values())
 
 
 def test_moved_lines_and_late_boxes_do_not_score_one(dataset):

@@ -17,9 +17,10 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from perception.data.loader import SceneStreamSampler, collate
+from perception.data.loader import SceneStreamSampler, collate, pad_boxes, pad_lines
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError
+from perception.evaluation.calibration import CalibrationResult, evaluate_calibration
 from perception.evaluation.detection import DetectionResult, evaluate_detection, submission_from_scenes
 from perception.evaluation.lanes import LANE_EXTENTS, STRICT_THRESHOLDS, LaneResult, evaluate_lanes, lane_rules
 from perception.evaluation.stability import StabilityResult, evaluate_stability
@@ -46,12 +47,14 @@ class Evaluation:
         lanes: at the thresholds that the protocol publishes.
         strict_lanes: by the same protocol at 0.2, 0.5 and 1.0 m.
         stability: displacement of the same boxes and lines from frame to frame; needs no truth.
+        calibration: scores against precision, spreads against errors.
     """
 
     detection: DetectionResult
     lanes: LaneResult
     strict_lanes: LaneResult
     stability: StabilityResult
+    calibration: CalibrationResult
 
     def metrics(self) -> dict[str, float]:
         """The headline numbers by name; `score` is the mean of NDS and lane mAP."""
@@ -232,6 +235,12 @@ def evaluate_scenes(
             poses,
             dict(zip(tokens, dataset.timestamps.tolist(), strict=True)),
         ),
+        evaluate_calibration(
+            scenes,
+            {token: _truth(dataset, i, scenes[token].lines.points.shape[-2]) for i, token in enumerate(tokens)},
+            protocol=protocol,
+            extent=extent,
+        ),
     )
 
 
@@ -261,6 +270,11 @@ def save_submissions(directory: str | Path, dataset: NuScenesDataset, scenes: di
     boxes = submission_from_scenes(scenes, _poses(dataset))
     write_json(Path(directory) / "detection.json", boxes, indent=None)
     write_lanes(Path(directory) / "lanes.json", {token: map_lines(scene.lines) for token, scene in scenes.items()})
+
+
+def _truth(dataset: NuScenesDataset, i: int, points_per_line: int) -> Scene:
+    truth = Scene(pad_boxes([dataset.truth_boxes(i)]), pad_lines([dataset.truth_lines(i)], points_per_line))
+    return map_tensors(lambda tensor: tensor[0], truth)
 
 
 def _poses(dataset: NuScenesDataset) -> dict[str, np.ndarray]:
