@@ -10,7 +10,14 @@ from perception.errors import CheckpointError, ConfigError
 from perception.geometry import project_points, rigid_from_yaw
 from perception.grid import BEVGrid
 from perception.models.backbone import ResNetFPN
-from perception.models.bev_encoder import CameraAttention, GatedMemory, depth_position, pixel_rays, see_points
+from perception.models.bev_encoder import (
+    CameraAttention,
+    GatedMemory,
+    depth_position,
+    pixel_rays,
+    read_depth,
+    see_points,
+)
 from perception.models.bev_transformer import BEVTransformer, ModelConfig, load_checkpoint, save_checkpoint
 from perception.models.decoder import BoxReading, decode
 from perception.types import CameraRig, Frame, ImagePrediction, Prediction, map_tensors
@@ -159,7 +166,7 @@ def test_rotated_rig_gives_a_rotated_bev():
     torch.manual_seed(0)
     grid = BEVGrid((-16.0, 16.0), (-16.0, 16.0), (16, 16))
     attention = CameraAttention(grid, (0.0, 1.0), channels_in=9, channels=8, cameras=2, samples=3)
-    images, distance = torch.randn(1, 4, 9, 6, 10), torch.rand(1, 4, 6, 6, 10)
+    images, distance = torch.randn(1, 4, 9, 6, 10), torch.rand(1, 4, 7, 6, 10)
     query = torch.zeros(1, 256, 8)  # the same query everywhere, so only geometry tells cells apart
     rig = make_rig(4, (48, 80))
     turned = make_rig(4, (48, 80), yaws=[math.pi / 2 * (n + 1) for n in range(4)])
@@ -184,12 +191,13 @@ def test_a_cell_is_lit_by_the_pixels_at_its_depth():
     rig = make_rig(1, (48, 80))
 
     def lit(opened: float) -> torch.Tensor:
-        distance = torch.cat([torch.tensor([opened]), likely]).view(1, 1, -1, 1, 1).expand(-1, -1, -1, 6, 10)
+        distance = torch.cat([torch.tensor([opened, 0.5]), likely]).view(1, 1, -1, 1, 1).expand(-1, -1, -1, 6, 10)
         query = torch.zeros(1, 256, 8)
         images = [torch.full((1, 1, 3, 6, 10), value) for value in (1.0, 0.0)]
         attention.norm = torch.nn.Identity()
         bright, dark = (attention(query, image, distance, rig, (48, 80)).reshape(16, 16, 8) for image in images)
-        return (bright - dark)[..., 0] / (attention.value.weight[:, :, 0, 0].sum(1) @ attention.output.weight[0])
+        brightness = attention.value.weight[:, :, 0, 0].sum(1)  # [C]
+        return (bright - dark)[..., 0] / (brightness @ attention.output.weight[0, :8])
 
     row = lit(0.0)[:, 8]  # along x, 1 m left of the axis; cells are 2 m long, the camera looks along x
     assert (row[:8] == 0).all()  # behind the camera
@@ -199,6 +207,37 @@ def test_a_cell_is_lit_by_the_pixels_at_its_depth():
     seen = fully > 0.5
     torch.testing.assert_close(fully[seen], torch.ones_like(fully[seen]), atol=1e-4, rtol=0)
     torch.testing.assert_close(half, (row + fully) / 2, atol=1e-4, rtol=0)
+
+
+def test_depth_is_read_between_pixels_and_between_bins():
+    """Linear in column, row and logarithm of depth: a distribution that is so itself is read exactly."""
+    D, h, w = 5, 4, 6
+    bins, row, column = torch.meshgrid(torch.arange(D), torch.arange(h), torch.arange(w), indexing="ij")
+    likely = torch.stack([100.0 * n + 7 * bins + row + 0.1 * column for n in range(3)])[None]  # [1, 3, D, h, w]
+    uv = torch.tensor([[[[2.25 / w, 1.75 / h]], [[5.5 / w, 0.5 / h]]]])  # feature pixels (1.75, 1.25) and (5, 0)
+    camera = torch.tensor([[[2], [0]]])
+    depth = torch.tensor([[[80.0 ** (1.5 / 4)], [200.0]]])  # between bins 1 and 2; beyond the last
+    read = read_depth(likely, uv, camera, depth)[0, :, 0].tolist()
+    assert read == pytest.approx([200 + 7 * 1.5 + 1.25 + 0.175, 7 * 4 + 0.5], abs=1e-2)
+
+
+@torch.no_grad()
+def test_a_cell_knows_how_much_farther_an_object_is():
+    """Two numbers beside the features: how open the gate is, and how deep the pixel is against the cell."""
+    grid = BEVGrid((-16.0, 16.0), (-16.0, 16.0), (16, 16))
+    attention = CameraAttention(grid, (1.0,), channels_in=3, channels=8, cameras=1, samples=1)
+    attention.norm = attention.output = torch.nn.Identity()
+    mean = math.log(9) / math.log(80)
+    distance = torch.tensor([0.25, mean, *[0.0] * 8]).view(1, 1, -1, 1, 1).expand(-1, -1, -1, 6, 10)
+    attention.value = torch.nn.Conv2d(3, 8, 1)
+    query = torch.zeros(1, 256, 10)
+    attention.offset = torch.nn.Linear(10, 2)
+    told = attention(query, torch.zeros(1, 1, 3, 6, 10), distance, make_rig(1, (48, 80)), (48, 80))
+    told = told.reshape(16, 16, 10)[:, 8, 8:]  # along x, 1 m left of the axis; the camera looks along x
+    assert (told[:8] == 0).all()
+    assert told[12].tolist() == pytest.approx([0.25, 0.0], abs=1e-5)  # the cell at 9 m
+    assert told[11, 1].item() == pytest.approx(10 * math.log(9 / 7) / math.log(80), abs=1e-5)
+    assert told[15, 1].item() == -1.0  # limited: 15 m is more than half as far again
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from perception.ops import read_cameras, sample_cameras
 from perception.types import CameraRig
 
 NEAREST_DEPTH, FARTHEST_DEPTH = 1.0, 80.0  # metres, the range of the depth bins
+DEPTH_CONTRAST = 10.0  # a difference of a tenth of the range of the depth bins, half as far again, counts 1
 MIN_DEPTH = 0.1  # metres; nearer points count as not seen
 
 
@@ -145,7 +146,8 @@ class CameraAttention(nn.Module):
     A cell's reference points are its centre at fixed heights. Around each point's projection the cell reads a few
     places with learned offsets; how much a reading counts depends on a learned weight and on how likely the pixel is to
     show something that is as far away as the cell. Pixels that show no object open themselves to the cells at all
-    distances along their ray: the ground decides by its height which of them it belongs to.
+    distances along their ray: the ground decides by its height which of them it belongs to. Beside what it reads a cell
+    is told how much farther than itself the pixel's object is, so that it knows on which side of its centre to look.
 
     Args:
         grid: the BEV grid.
@@ -175,7 +177,7 @@ class CameraAttention(nn.Module):
         self.offset = nn.Linear(channels, Z * samples * 2)
         # A single reading has nothing to be weighed against.
         self.weight = nn.Linear(channels, Z * samples) if cameras * samples > 1 else None
-        self.output = nn.Linear(Z * channels, channels)
+        self.output = nn.Linear(Z * (channels + 2), channels)
         self.norm = nn.LayerNorm(channels)
         nn.init.normal_(self.offset.weight, std=1e-3)
         if self.weight is not None:
@@ -195,7 +197,8 @@ class CameraAttention(nn.Module):
         Args:
             query: [B, X * Y, C].
             images: [B, N, channels_in, h, w].
-            distance: [B, N, 1 + D, h, w], how open the pixel is, and how likely it is to be at each depth; 0..1.
+            distance: [B, N, 2 + D, h, w], how open the pixel is, its mean depth as a place among the bins, and how
+                likely it is to be at each depth; all 0..1.
             rig: leading [B, N].
             image_size: height and width in pixels.
 
@@ -210,8 +213,10 @@ class CameraAttention(nn.Module):
             x.flatten(1, 2) for x in choose_cameras(rig, self.points_ego, image_size, self.cameras)
         )
         K = camera.shape[-1]  # uv [B, XY * Z, K, 2], the others [B, XY * Z, K]
-        opened, likely = read_cameras(distance, uv, camera).split([1, distance.shape[2] - 1], 1)
-        gate = torch.lerp(_at_depth(likely, depth), torch.ones_like(depth), opened[:, 0])  # [B, XY * Z, K]
+        opened, mean = read_cameras(distance[:, :, :2], uv, camera).unbind(1)  # [B, XY * Z, K]
+        gate = torch.lerp(read_depth(distance[:, :, 2:], uv, camera, depth), torch.ones_like(depth), opened)
+        farther = DEPTH_CONTRAST * (mean - depth_position(depth, 2)).clamp(-0.1, 0.1)
+        told = torch.stack([gate, farther], -1) * (seen / seen.sum(-1, keepdim=True).clamp(min=1))[..., None]
 
         offset = self.offset(query).float().reshape(B, XY * Z, 1, S, 2) / query.new_tensor([w, h])
         place = (uv[:, :, :, None] + offset).reshape(B, XY * Z, K * S, 2)
@@ -220,16 +225,32 @@ class CameraAttention(nn.Module):
             logit = self.weight(query).float().reshape(B, XY * Z, 1, S).expand(-1, -1, K, -1)
             weight = weight * logit.masked_fill(~seen[..., None], -1e4).flatten(2).softmax(-1).unflatten(2, (K, S))
         pillar = sample_cameras(value, place, camera[..., None].expand(-1, -1, -1, S).flatten(2), weight.flatten(2))
+        pillar = torch.cat([pillar, told.sum(2)], -1)  # [B, XY * Z, C + 2]
         return self.norm(query + self.output(pillar.reshape(B, XY, -1)))
 
 
-def _at_depth(likely: Tensor, depth: Tensor) -> Tensor:
-    """Reads distributions over depth [B, D, Q, K] at the depths [B, Q, K] in metres, linearly between two bins."""
-    D = likely.shape[1]
-    place = depth_position(depth, D).clamp(max=D - 1 - 1e-3)[:, None]  # [B, 1, Q, K]
+def read_depth(likely: Tensor, uv: Tensor, camera: Tensor, depth: Tensor) -> Tensor:
+    """Reads distributions over depth at places and depths, linearly in all three directions.
+
+    Every bin is read as a camera of its own, so a reading costs two samples of one channel, however many there are.
+
+    Args:
+        likely: [B, N, D, h, w].
+        uv: [B, Q, K, 2] place in the chosen camera, 0..1 over width and height.
+        camera: [B, Q, K] int64 index of the chosen camera.
+        depth: [B, Q, K] metres.
+
+    Returns:
+        [B, Q, K].
+    """
+    B, N, D, h, w = likely.shape
+    place = depth_position(depth, D).clamp(max=D - 1 - 1e-3)  # [B, Q, K]
     low = place.floor()
-    lower, upper = (likely.gather(1, (low + k).long())[:, 0] for k in (0, 1))
-    return torch.lerp(lower, upper, (place - low)[:, 0])
+    bins = (camera * D + low.long())[..., None] + torch.arange(2, device=depth.device)  # [B, Q, K, 2]
+    uv = uv[..., None, :].expand(-1, -1, -1, 2, -1).flatten(2, 3)
+    read = read_cameras(likely.reshape(B, N * D, 1, h, w), uv, bins.flatten(2))  # [B, 1, Q, 2 * K]
+    lower, upper = read[:, 0].unflatten(2, (-1, 2)).unbind(-1)
+    return torch.lerp(lower, upper, place - low)
 
 
 class GatedMemory(nn.Module):

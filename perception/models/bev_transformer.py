@@ -59,7 +59,7 @@ class ModelConfig:
     @classmethod
     def nano(cls) -> ModelConfig:
         """Trains on two CPU cores; ResNet-18 without its last stage, 160x288 images."""
-        return cls(heights=(0.0, 0.8, 2.0), cameras_per_cell=1)
+        return cls(heights=(0.0, 0.8, 2.0), cameras_per_cell=1, depth_bins=64)
 
     @classmethod
     def tiny(cls) -> ModelConfig:
@@ -134,7 +134,8 @@ class BEVTransformer(nn.Module):
 
         Returns:
             The predictions, what the map reads [B, N, C + K + 3, h, w] (features, class, heading, depth), and
-            how it reads [B, N, 1 + D, h, w]: how open a pixel is to all distances, and how likely it is at each.
+            how it reads [B, N, 2 + D, h, w]: how open a pixel is to all distances, its mean depth, and how likely it is
+            at each.
         """
         B, N, _, H, W = frame.images.shape
         features = self.image_encoder(frame.images.flatten(0, 1)).unflatten(0, (B, N))  # [B, N, C, h, w]
@@ -144,7 +145,7 @@ class BEVTransformer(nn.Module):
         bins = torch.linspace(0, 1, likely.shape[2], device=likely.device).view(-1, 1, 1)
         depth = (likely * bins).sum(2, keepdim=True)
         images = torch.cat([features, logits.sigmoid(), heading, depth.to(features.dtype)], 2)
-        distance = torch.cat([opening.float().sigmoid(), likely], 2)
+        distance = torch.cat([opening.float().sigmoid(), depth, likely], 2)
         return ImagePrediction(logits, depth_logits, heading), images, distance
 
     def forward(self, frame: Frame, state: State) -> tuple[Prediction, State]:
