@@ -186,7 +186,7 @@ def test_nothing_drawn_changes_nothing(data):
     augment = Augment(mirror=0.0, yaw_deg=0.0, shift=0.0, zoom=0.0, color=0.0)
     wide = [data._index.wide_lines.of_sample(i) for i in clip.sample_index]
     patches = [ego_from_patch(data.ego_pose(i), data.ego_from_lidar(i)) for i in clip.sample_index.tolist()]
-    same = augment(clip, wide, patches, np.random.default_rng(0))
+    same = augment(clip, wide, patches, np.random.default_rng(0), np.random.default_rng(1))
     assert torch.equal(same.frames.images, clip.frames.images)
     assert torch.allclose(same.frames.rig.ego_from_cam, clip.frames.rig.ego_from_cam)
     assert torch.allclose(same.truth.boxes.center, clip.truth.boxes.center)
