@@ -140,7 +140,7 @@ def main() -> None:
     if arguments.submission:
         if arguments.config or arguments.save_submission:
             raise ConfigError("--submission needs neither config, checkpoint nor --save-submission; leave them out")
-        if arguments.drop_camera or arguments.jitter_deg or arguments.corrupt or arguments.no_memory:
+        if arguments.no_memory or {arguments.drop_camera, arguments.jitter_deg, arguments.corrupt} != {None}:
             raise ConfigError("--submission cannot be disturbed any more; give config and checkpoint instead")
         if missing := [name for name in ("dataroot", "version", "split") if not getattr(arguments, name)]:
             raise ConfigError(f"--{missing[0]} is missing: with --submission give --dataroot, --version and --split")

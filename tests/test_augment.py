@@ -194,7 +194,48 @@ def test_nothing_drawn_changes_nothing(data):
     assert torch.equal(same.truth.lines.valid, clip.truth.lines.valid)
 
 
+def drawn(root, samples, visit=0, **settings):
+    """Frames of the hand-written dataset, of a clip of one scene and visit, with nothing but `settings` augmented."""
+    still = {"mirror": 0.0, "yaw_deg": 0.0, "shift": 0.0, "zoom": 0.0, "color": 0.0}
+    data = NuScenesDataset(
+        root, "v1.0-hand", "hand_val", image_size=(90, 160), cameras=("CAM_FRONT", "CAM_BACK"),
+        augment=Augment(**still | settings),
+    )  # fmt: skip
+    return data[Draw(samples, -1, (0, 0, visit))].frames
+
+
+def test_missing_cameras_come_and_go_while_the_calibration_stays_wrong(hand_root):
+    true = drawn(hand_root, (0,)).rig.ego_from_cam
+    missing, jitters = set(), set()
+    for visit in range(6):
+        for sample in range(3):
+            rig = drawn(hand_root, (sample,), visit, drop_camera=1.0, jitter_deg=1.0).rig
+            assert rig.present.sum() == 1  # one of the two is gone, never both
+            missing.add((visit, sample, int(rig.present[0, 1])))
+            jitters.add((visit, *(rig.ego_from_cam - true)[0, :, :3, :3].mul(1e4).round().flatten().tolist()))
+    ways = {visit: {gone for v, _, gone in missing if v == visit} for visit in range(6)}
+    assert {0, 1} in ways.values()  # another one later in the same scene
+    assert len(jitters) == 6  # one error per visit of the scene, the same for all its clips
+    assert drawn(hand_root, (0, 1, 2), drop_camera=1.0).rig.present.sum(0).tolist() in ([0, 3], [3, 0])  # a whole clip
+
+
+def test_bad_images_come_with_their_probability(hand_root):
+    clean = drawn(hand_root, (0, 1)).images
+    changed = []
+    for visit in range(40):
+        images = drawn(hand_root, (0, 1), visit, corrupt=0.5).images
+        different = (images != clean).flatten(2).any(-1)  # [T, N]
+        assert torch.equal(different[0], different[1])  # all images of a camera or none
+        changed += different[0].tolist()
+    # 80 draws at 0.5: 40 +- 4.5. A blur does not show on these plain images: a sixth less, 33 +- 4.4.
+    assert 18 < sum(changed) < 50
+
+
 def test_impossible_settings():
+    with pytest.raises(ConfigError, match=r"Augment\.drop_camera is 1\.5; it is a probability"):
+        Augment(drop_camera=1.5)
+    with pytest.raises(ConfigError, match=r"Augment\.jitter_deg is -1"):
+        Augment(jitter_deg=-1)
     with pytest.raises(ConfigError, match=r"Augment\.zoom is -0\.1"):
         Augment(zoom=-0.1)
     with pytest.raises(ConfigError, match="too far for the map"):

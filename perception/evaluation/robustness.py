@@ -102,6 +102,8 @@ def plan_trials(
     Raises:
         ConfigError: a name, a number or a severity is not possible.
     """
+    if seed < 0:
+        raise ConfigError(f"--seed is {seed}; give 0 or more")
     trials = []
     if drop_camera is not None:
         if drop_camera not in (*cameras, "each"):
@@ -116,12 +118,12 @@ def plan_trials(
             raise ConfigError(f"--jitter-deg is {jitter_deg:g}; give an angle of more than 0 and at most 45 degrees")
         trials.append(Trial(f"yaw off by {jitter_deg:g} deg", "calibration", YawError(jitter_deg, seed)))
     if corrupt is not None:
-        kind, _, severity = corrupt.partition(":")
+        kind, colon, severity = corrupt.partition(":")
         if kind not in (*CORRUPTIONS, "each"):
             raise ConfigError(f"--corrupt {corrupt}: no such corruption; give {', '.join(CORRUPTIONS)} or each")
-        if (severity or "2") not in map(str, SEVERITIES) or corrupt.endswith(":"):
+        if colon and severity not in map(str, SEVERITIES):
             raise ConfigError(f"--corrupt {corrupt}: no such severity; write {kind}:1, {kind}:2 or {kind}:3")
-        level = int(severity or DEFAULT_SEVERITY)
+        level = int(severity) if colon else DEFAULT_SEVERITY
         for name in CORRUPTIONS if kind == "each" else (kind,):
             trials.append(Trial(f"{name}, severity {level}", "image", BadImages(name, level, seed)))
     if no_memory:
