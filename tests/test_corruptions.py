@@ -132,7 +132,7 @@ def test_noise_has_its_standard_deviation(severity, std):
     assert abs(np.corrcoef(a, b)[0, 1]) < 0.03  # every moment has its own
 
 
-@pytest.mark.parametrize("severity, level", [(1, 0.5), (2, 0.35), (3, 0.2)])
+@pytest.mark.parametrize("severity, level", [(1, 0.7), (2, 0.5), (3, 0.3)])
 def test_dark_is_the_square_with_the_noise_of_photons(severity, level):
     dark = corrupt_images(gray(204), "dark", severity, rng()).double()  # 204 is 0.8 of white
     light = level * 0.64

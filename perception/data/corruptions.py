@@ -27,7 +27,7 @@ SEVERITIES = (1, 2, 3)
 # Per kind, what it means at the three severities.
 CORRUPTIONS = {
     "bright": (0.2, 0.35, 0.5),  # of full white, added to every pixel: bright parts drown in white
-    "dark": (0.5, 0.35, 0.2),  # brightness of white after x -> level * x^2; with the noise of few photons
+    "dark": (0.7, 0.5, 0.3),  # brightness of white after x -> level * x^2; with the noise of few photons
     "fog": (0.65, 0.45, 0.3),  # share of the light that comes through
     "blur": (0.01, 0.02, 0.03),  # length of the way that a point smears over, in image widths
     "noise": (0.08, 0.12, 0.18),  # standard deviation, of full white, in each pixel and channel
