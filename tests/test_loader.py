@@ -155,7 +155,7 @@ def test_streams_follow_scenes():
 
 
 def test_augmentation_depends_on_the_draw_only_not_on_workers(dataset):
-    data = dataset(augment=Augment())
+    data = dataset(augment=Augment(jitter_deg=1.0, drop_camera=0.5, corrupt=0.5))
     sampler = TrainSampler(data.scene_of_sample, batch_size=2, groups=1, window=1, drop=0.0, seed=5)
     sampler.set_epoch(1)
     alone = list(DataLoader(data, batch_size=2, sampler=sampler, collate_fn=collate))

@@ -13,5 +13,5 @@ _base_ = ["../_base_/town.py", "../_base_/schedule.py"]
 
 model = dict(preset="nano")
 train = dict(
-    image_epochs=3, epochs=6, batch_size=2, lr=6e-4, warmup_iters=100, ema_momentum=0.0, val_every=2, workers=1
+    image_epochs=4, epochs=8, batch_size=2, lr=2e-3, warmup_iters=100, ema_momentum=0.0, val_every=2, workers=1
 )

@@ -176,9 +176,11 @@ class NuScenesDataset(Dataset):
         clip = Clip(self._frames(samples, previous), truth, torch.from_numpy(samples))
         if self.augment is None or not isinstance(item, Draw):
             return clip
-        rng = np.random.default_rng(item.seed)
+        scene_rng = np.random.default_rng(item.seed)
+        # Plus one, for numpy takes a seed with a zero at its end for the one without.
+        clip_rng = np.random.default_rng((*item.seed, item.samples[0] + 1))
         patches = [ego_from_patch(self.ego_pose(i), self.ego_from_lidar(i)) for i in samples]
-        return self.augment(clip, [self._index.wide_lines.of_sample(i) for i in samples], patches, rng)
+        return self.augment(clip, [self._index.wide_lines.of_sample(i) for i in samples], patches, scene_rng, clip_rng)
 
     def _frames(self, samples: np.ndarray, previous: np.ndarray) -> Frame:
         index = self._index

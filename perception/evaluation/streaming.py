@@ -6,8 +6,9 @@ Needs neither the training engine nor a config: a network and a dataset.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +29,10 @@ from perception.evaluation.submission import write_lanes
 from perception.files import write_json
 from perception.models.bev_transformer import BEVTransformer
 from perception.models.decoder import decode
-from perception.types import Clip, MapLine, Polylines, Scene, map_tensors
+from perception.types import Clip, Frame, MapLine, Polylines, Scene, map_tensors
+
+# What goes wrong in a stream: takes frames with leading [1, 1], the number of their scene and of their sample.
+Disturbance = Callable[[Frame, int, int], Frame]
 
 
 class Stream(NamedTuple):
@@ -110,6 +114,7 @@ def predict_stream(
     model: BEVTransformer,
     dataset: NuScenesDataset,
     *,
+    disturb: Disturbance | None = None,
     rank: int = 0,
     world_size: int = 1,
     workers: int = 0,
@@ -120,6 +125,7 @@ def predict_stream(
     Args:
         model: in evaluation mode.
         dataset: whose scenes are streamed.
+        disturb: changes every frame before the network sees it, in the process that loads the images.
         rank, world_size: where several processes share the work, each takes its share of whole scenes.
         workers: processes that load images.
         progress: show a progress bar on stderr.
@@ -128,7 +134,8 @@ def predict_stream(
         DataError: an image or a calibration is missing or malformed.
     """
     sampler = SceneStreamSampler(dataset.scene_of_sample, rank, world_size)
-    loader = DataLoader(dataset, batch_size=1, sampler=sampler, collate_fn=collate, num_workers=workers)
+    together = collate if disturb is None else partial(_disturbed, disturb, dataset.scene_of_sample)
+    loader = DataLoader(dataset, batch_size=1, sampler=sampler, collate_fn=together, num_workers=workers)
     tokens = dataset.tokens
     scenes, seconds = {}, []
     clips = tqdm(loader, desc="frames", unit="frame", disable=not progress)
@@ -136,6 +143,12 @@ def predict_stream(
         scenes[tokens[int(clip.sample_index)]] = scene
         seconds.append(spent)
     return Stream(scenes, float(np.mean(seconds[1:] or seconds or [np.nan])))
+
+
+def _disturbed(disturb: Disturbance, scene_of_sample: np.ndarray, clips: list[Clip]) -> Clip:
+    clip = collate(clips)
+    sample = int(clip.sample_index)
+    return clip._replace(frames=disturb(clip.frames, int(scene_of_sample[sample]), sample))
 
 
 def published_truth(lines: Sequence[MapLine], protocol: str) -> list[MapLine]:
@@ -148,6 +161,21 @@ def published_truth(lines: Sequence[MapLine], protocol: str) -> list[MapLine]:
         return list(lines)
     strings = shapely.simplify([shapely.linestrings(line.points) for line in lines], 0.2, preserve_topology=True)
     return [line._replace(points=shapely.get_coordinates(s)) for line, s in zip(lines, strings, strict=True)]
+
+
+def true_lines(
+    dataset: NuScenesDataset, *, protocol: str = "maptr", extent: str = "60x30", progress: bool = False
+) -> dict[str, list[MapLine]]:
+    """Per sample token of a dataset the lines that the published evaluator of a protocol compares with.
+
+    Raises:
+        ConfigError: protocol or extent do not exist.
+        DataError: a map file has gone or is malformed.
+    """
+    lane_rules(protocol, extent)
+    size = LANE_EXTENTS[extent]
+    samples = tqdm(dataset.tokens, desc="true lines", unit="frame", disable=not progress)
+    return {t: published_truth(dataset.truth_lines(i, protocol, size), protocol) for i, t in enumerate(samples)}
 
 
 def evaluate_lines(
@@ -173,10 +201,7 @@ def evaluate_lines(
     Raises:
         ConfigError, DataError: as `evaluate_lanes`.
     """
-    lane_rules(protocol, extent)  # refuses what does not exist before the work begins
-    size = LANE_EXTENTS[extent]
-    samples = tqdm(dataset.tokens, desc="true lines", unit="frame", disable=not progress)
-    truth = {t: published_truth(dataset.truth_lines(i, protocol, size), protocol) for i, t in enumerate(samples)}
+    truth = true_lines(dataset, protocol=protocol, extent=extent, progress=progress)
     published, strict = (
         evaluate_lanes(
             lines,
@@ -217,7 +242,7 @@ def evaluate_scenes(
     if len(dataset.roots) != 1:
         raise ConfigError(f"the dataset has {len(dataset.roots)} roots; evaluate one root at a time")
     lines = {token: map_lines(scene.lines) for token, scene in scenes.items()}
-    poses, tokens, scene_of_sample = _poses(dataset), dataset.tokens, dataset.scene_of_sample
+    poses, tokens, scene_of_sample = ego_poses(dataset), dataset.tokens, dataset.scene_of_sample
     return Evaluation(
         evaluate_detection(dataset.roots[0], dataset.version, dataset.split, scenes, poses),
         *evaluate_lines(
@@ -267,7 +292,7 @@ def save_submissions(directory: str | Path, dataset: NuScenesDataset, scenes: di
     Raises:
         DataError: a box holds a number that is not finite.
     """
-    boxes = submission_from_scenes(scenes, _poses(dataset))
+    boxes = submission_from_scenes(scenes, ego_poses(dataset))
     write_json(Path(directory) / "detection.json", boxes, indent=None)
     write_lanes(Path(directory) / "lanes.json", {token: map_lines(scene.lines) for token, scene in scenes.items()})
 
@@ -278,6 +303,10 @@ def _truth(dataset: NuScenesDataset, i: int, points_per_line: int) -> Scene:
 
 
 def _poses(dataset: NuScenesDataset) -> dict[str, np.ndarray]:
+
+
+def ego_poses(dataset: NuScenesDataset) -> dict[str, np.ndarray]:
+    """global_from_ego [4, 4] per sample token."""
     return {token: dataset.ego_pose(i) for i, token in enumerate(dataset.tokens)}
 
 

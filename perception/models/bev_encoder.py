@@ -125,7 +125,9 @@ class CameraAwareness(nn.Module):
 
     def __init__(self, channels: int, outputs: int) -> None:
         super().__init__()
-        self.embed = nn.Sequential(nn.Linear(7 + 2 * GROUND_WAVES, channels), nn.ReLU(inplace=True), nn.Linear(channels, channels))
+        self.embed = nn.Sequential(
+            nn.Linear(7 + 2 * GROUND_WAVES, channels), nn.ReLU(inplace=True), nn.Linear(channels, channels)
+        )
         self.mix = ConvBlock(channels, channels)
         self.head = nn.Conv2d(channels, outputs, 1)
 
@@ -137,7 +139,9 @@ class CameraAwareness(nn.Module):
         width = rays.pixel_width[..., None, None].expand(-1, -1, h * w, -1)
         # Where the pixel's ray meets the ground: there stands what shows its foot in this pixel.
         ground = place[..., 2] / (-rays.ego[..., 2]).clamp(min=place[..., 2].clamp(min=0.1) / (2 * FARTHEST_DEPTH))
-        phase = depth_position(ground, 2)[..., None] * (math.pi * 2.0 ** torch.arange(GROUND_WAVES, device=ground.device))
+        phase = depth_position(ground, 2)[..., None] * (
+            math.pi * 2.0 ** torch.arange(GROUND_WAVES, device=ground.device)
+        )
         told = torch.cat([rays.ego, place, 10 * width, phase.sin(), phase.cos()], -1)
         told = self.embed(told).transpose(2, 3).unflatten(3, (h, w))  # [B, N, C, h, w]
         mixed = self.mix((features + told.to(features.dtype)).flatten(0, 1))
