@@ -302,9 +302,6 @@ def _truth(dataset: NuScenesDataset, i: int, points_per_line: int) -> Scene:
     return map_tensors(lambda tensor: tensor[0], truth)
 
 
-def _poses(dataset: NuScenesDataset) -> dict[str, np.ndarray]:
-
-
 def ego_poses(dataset: NuScenesDataset) -> dict[str, np.ndarray]:
     """global_from_ego [4, 4] per sample token."""
     return {token: dataset.ego_pose(i) for i, token in enumerate(dataset.tokens)}
