@@ -1,6 +1,9 @@
 """Vision-only driving perception: calibrated camera images in, 3D boxes with velocity and a vector lane map out."""
 
-from perception.grid import BEVGrid
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from perception.types import (
     BOX_CLASSES,
     LINE_CLASSES,
@@ -14,6 +17,9 @@ from perception.types import (
     Scene,
     State,
 )
+
+if TYPE_CHECKING:
+    from perception.grid import BEVGrid
 
 __all__ = [
     "BOX_CLASSES",
@@ -29,3 +35,12 @@ __all__ = [
     "Scene",
     "State",
 ]
+
+
+def __getattr__(name: str) -> object:
+    # The grid alone needs PyTorch, which takes a second and half a gigabyte; who only scores lanes never pays for it.
+    if name == "BEVGrid":
+        from perception.grid import BEVGrid
+
+        return BEVGrid
+    raise AttributeError(f"module 'perception' has no attribute '{name}'")

@@ -5,15 +5,19 @@ and metrics. Letters in shapes: B batch, T time, N cameras, H W image, X Y grid,
 P points per line, L decoder layers, K classes, C channels. Frames are explained in docs/conventions.md: `ego` is
 x forward, y left, z up in metres; `cam` is x right, y down, z forward; `img` is u right, v down in pixels of the image
 that is given, pixel centres at +0.5.
+
+Nothing here needs PyTorch at run time: what is scored and what is deployed goes without it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # The ten classes of the nuScenes detection task, in the order of mmdet3d's nuScenes infos.
 BOX_CLASSES = (
@@ -127,6 +131,6 @@ def map_tensors(function: Callable[[Tensor], Tensor], noun: Noun) -> Noun:
 
     `map_tensors(lambda tensor: tensor[:, t], clip.frames)` is the frame at time t.
     """
-    if isinstance(noun, Tensor):
-        return function(noun)
-    return type(noun)(*(map_tensors(function, part) for part in noun))
+    if isinstance(noun, tuple):
+        return type(noun)(*(map_tensors(function, part) for part in noun))
+    return function(noun)

@@ -23,3 +23,9 @@ def test_import_is_light_and_fast():
     assert "perception" in roots
     assert not roots & set(HEAVY)
     assert told["seconds"] < 3.0
+
+
+def test_scoring_lanes_needs_no_torch():
+    """Every process that scores would load it."""
+    code = "import sys, perception.evaluation; assert 'torch' not in sys.modules; assert perception.BEVGrid"
+    subprocess.run([sys.executable, "-c", code], check=True)

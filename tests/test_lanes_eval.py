@@ -363,11 +363,9 @@ def main():
     start = time.perf_counter()
     result = evaluate_lanes(predictions, truth, protocol=sys.argv[1], workers=2)
     seconds = time.perf_counter() - start
-    # The peak of the children is that of the larger one, and there are two. Pages of library files are in memory once.
-    rollup = open("/proc/self/smaps_rollup").read().split()
-    files_kib = int(rollup[rollup.index("Rss:") + 1]) - int(rollup[rollup.index("Anonymous:") + 1])
+    # The peak of the children is that of the larger one, and there are two.
     peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak_kib += 2 * (resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss - files_kib)
+    peak_kib += 2 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     print(seconds, peak_kib / 2**20, result.mean_ap)
 
 if __name__ == "__main__":
