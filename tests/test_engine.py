@@ -69,8 +69,8 @@ def test_loss_falls_and_everything_is_left_behind(trained):
     assert all({key for key in line if key.startswith(("box", "line", "heat"))} == set() for line in images)
     assert all(line["image_class"] > 0 for line in images)
     parts = {
-        "box_class", "box_params", "heatmap", "line_class", "line_points", "line_direction", "raster",
-        "image_class", "image_depth", "image_heading",
+        "box_class", "box_params", "box_spread", "heatmap", "line_class", "line_points", "line_direction",
+        "line_spread", "raster", "image_class", "image_depth", "image_heading",
     }  # fmt: skip
     assert parts <= lines[0].keys()
     assert lines[0]["loss"] == pytest.approx(sum(lines[0][part] for part in parts), rel=1e-4)
