@@ -68,9 +68,7 @@ class Boxes(NamedTuple):
     attribute: Tensor  # [..., M] int64 index into ATTRIBUTES, -1 for none or unknown
     score: Tensor  # [..., M] 0..1, 1 for truth
     valid: Tensor  # [..., M] bool, False for padding
-    spread: (
-        Tensor  # [..., M, 9] expected absolute error of centre (m), size (log), yaw (rad), velocity (m/s); 0 for truth
-    )
+    spread: Tensor  # [..., M, 9] expected error of centre (m), log size, yaw (rad), velocity (m/s); 0 for truth
 
 
 class Polylines(NamedTuple):
