@@ -129,6 +129,17 @@ def test_bfloat16_trains_and_keeps_float32_weights(config_path, tmp_path):
     assert "ema_state_dict" not in torch.load(tmp_path / "epoch_1.pth", weights_only=True)
 
 
+def test_training_starts_from_given_weights(trained, config_path, tmp_path):
+    start = trained / "small.safetensors"
+    options = {"train.image_epochs": 0, "train.epochs": 1, "train.lr": 1e-12, "train.ema_momentum": 0}
+    core = train(load_config(config_path, options | {"train.init_from": str(start)}), tmp_path / "on")
+    given = dict(load_checkpoint(start)[0].named_parameters())
+    for name, parameter in core.named_parameters():
+        torch.testing.assert_close(parameter, given[name], atol=1e-6, rtol=0)
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        train(load_config(config_path, options | {"train.init_from": str(tmp_path / "none.pth")}), tmp_path / "off")
+
+
 def test_a_training_that_diverges_stops_and_names_the_samples(config_path, tmp_path):
     config = load_config(config_path, {"train.lr": 1e30, "train.ema_momentum": 0})
     with pytest.raises(TrainingError, match=r"stopped at iteration \d: .* for the samples ") as caught:

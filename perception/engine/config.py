@@ -51,6 +51,7 @@ class TrainSection:
     val_every: int  # epochs between two validations; the last epoch is always validated
     log_every: int  # iterations between two lines of the log
     workers: int  # processes that load clips; 0 loads them in the training process
+    init_from: str = ""  # weights to start from, .safetensors or .pth of the same network; random ones if empty
 
 
 @dataclass(frozen=True)

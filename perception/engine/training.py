@@ -256,6 +256,7 @@ def train(
         The network after the last epoch (raw weights, not their average).
 
     Raises:
+        CheckpointError: the weights to start from are missing or belong to another network.
         ConfigError: the work directory holds another training, or there are too few samples.
         DataError: the dataset is missing or malformed.
         TrainingError: a loss or a gradient is not finite.
@@ -268,7 +269,9 @@ def train(
     set_random_seed(seed)
     train_set, val_set = build_dataset(config.train_data, config.model), build_dataset(config.val_data, config.model)
     # Channels last is what convolutions are fastest with, on CPU and GPU.
-    model = TrainingModel(BEVTransformer(config.model)).to(memory_format=torch.channels_last)
+    start = config.train.init_from
+    core = load_weights(start, config.model).train() if start else BEVTransformer(config.model)
+    model = TrainingModel(core).to(memory_format=torch.channels_last)
     runner = _build_runner(config, work_dir, model, train_set, val_set, seed, resume, amp, launcher)
     runner.train()
     return model.core
