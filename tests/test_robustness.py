@@ -94,7 +94,9 @@ class Witness(nn.Module):
         box_logits, line_logits = (20.0 * sure[None, None] - 10 for sure in nobody)
         images = ImagePrediction(*(torch.zeros(1) for _ in range(3)))
         empty = torch.zeros(1)
-        return Prediction(box_logits, params[None, None], line_logits, points[None, None], empty, empty, images), state
+        boxes = box_logits, params[None, None], torch.zeros(1, 1, len(params), 9)
+        lines = line_logits, points[None, None], torch.zeros(1, 1, *points.shape)
+        return Prediction(*boxes, *lines, empty, empty, images), state
 
     def shown(self, i, cameras, points_ego):
         """[P, 3] -> [P] bool: in the picture of one of the cameras."""
