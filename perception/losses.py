@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from perception.geometry import invert_rigid, transform_points
+from perception.geometry import invert_rigid, transform_points, wrap_angle
 from perception.grid import BEVGrid
 from perception.models.bev_encoder import depth_position, pixel_rays
-from perception.types import Boxes, CameraRig, Frame, Polylines, Prediction, Scene
+from perception.models.decoder import LOG_SPREAD_RANGE
+from perception.types import Boxes, CameraRig, Frame, ImagePrediction, Polylines, Prediction, Scene
 
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0  # https://arxiv.org/abs/1708.02002
 # Weights of the ten box parameters (centre, log size, sin cos yaw, velocity) in cost and loss.
@@ -30,7 +31,7 @@ BOX_WEIGHTS = (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.5)
 LOSS_WEIGHTS = {
     "box_class": 2.0, "box_params": 0.25, "heatmap": 1.0,
     "line_class": 2.0, "line_points": 0.5, "line_direction": 0.1, "raster": 1.0,
-    "image_class": 1.0, "image_depth": 0.5, "image_heading": 1.0,
+    "image_class": 1.0, "image_depth": 0.5, "image_heading": 1.0, "box_spread": 0.1, "line_spread": 0.1,
 }  # fmt: skip
 
 
@@ -61,16 +62,27 @@ def set_losses(prediction: Prediction, truth: Scene, frame: Frame, grid: BEVGrid
     orderings, exists = line_orderings(truth.lines)
     sums: dict[str, Tensor] = {}
     for layer in range(L):
-        losses = box_losses(prediction.box_logits[layer], prediction.box_params[layer], boxes, box_targets)
+        losses = box_losses(
+            prediction.box_logits[layer],
+            prediction.box_params[layer],
+            prediction.box_log_spread[layer],
+            boxes,
+            box_targets,
+        )
         losses |= line_losses(
-            prediction.line_logits[layer], prediction.line_points[layer], truth.lines, orderings, exists
+            prediction.line_logits[layer],
+            prediction.line_points[layer],
+            prediction.line_log_spread[layer],
+            truth.lines,
+            orderings,
+            exists,
         )
         for name, loss in losses.items():
             sums[name] = sums.get(name, 0.0) + loss / L
     sums["heatmap"] = heatmap_loss(prediction.heatmap_logits, boxes, grid)
     sums["raster"] = raster_loss(prediction.raster_logits, truth.lines, grid)
-    sums |= image_losses(prediction, truth.boxes, frame)
-    return {name: LOSS_WEIGHTS[name] * loss for name, loss in sums.items()}
+    sums = {name: LOSS_WEIGHTS[name] * loss for name, loss in sums.items()}
+    return sums | image_losses(prediction.images, truth.boxes, frame)
 
 
 def _inside(boxes: Boxes, grid: BEVGrid) -> Boxes:
@@ -88,11 +100,11 @@ def encode_boxes(boxes: Boxes) -> Tensor:
     return torch.cat([boxes.center, boxes.size.clamp(min=1e-2).log(), turn, boxes.velocity], -1)
 
 
-def box_losses(logits: Tensor, params: Tensor, boxes: Boxes, targets: Tensor) -> dict[str, Tensor]:
-    """Focal loss of the classes and L1 of the parameters of matched boxes, one layer.
+def box_losses(logits: Tensor, params: Tensor, log_spread: Tensor, boxes: Boxes, targets: Tensor) -> dict[str, Tensor]:
+    """Focal loss of the classes, L1 of the parameters and likelihood of the errors of matched boxes, one layer.
 
     Args:
-        logits: [B, Q, K]; params: [B, Q, 10].
+        logits: [B, Q, K]; params: [B, Q, 10]; log_spread: [B, Q, 9].
         boxes: the truth [B, M]; targets: [B, M, 10] from `encode_boxes`.
     """
     weights = params.new_tensor(BOX_WEIGHTS)
@@ -107,10 +119,15 @@ def box_losses(logits: Tensor, params: Tensor, boxes: Boxes, targets: Tensor) ->
     wanted[match.batch, match.query, boxes.label[match.batch, match.target]] = 1.0
     target = targets[match.batch, match.target]
     known = ~target.isnan()
-    difference = torch.where(known, params[match.batch, match.query] - target.nan_to_num(), 0.0).abs()
+    found = params[match.batch, match.query]
+    difference = torch.where(known, found - target.nan_to_num(), 0.0).abs()
+    yaw_error = torch.atan2(found[:, 6], found[:, 7]) - torch.atan2(target[:, 6], target[:, 7])
+    error = torch.cat([difference[:, :6], wrap_angle(yaw_error)[:, None].abs(), difference[:, 8:]], 1)  # [pairs, 9]
+    likelihood = laplace_loss(log_spread[match.batch, match.query], error) * torch.cat([known[:, :7], known[:, 8:]], 1)
     return {
         "box_class": focal_loss(logits, wanted).sum() / count,
         "box_params": (difference * weights).sum() / count,
+        "box_spread": likelihood.sum() / count,
     }
 
 
@@ -176,12 +193,12 @@ def line_orderings(lines: Polylines) -> tuple[Tensor, Tensor]:
 
 
 def line_losses(
-    logits: Tensor, points: Tensor, lines: Polylines, orderings: Tensor, exists: Tensor
+    logits: Tensor, points: Tensor, log_spread: Tensor, lines: Polylines, orderings: Tensor, exists: Tensor
 ) -> dict[str, Tensor]:
-    """Focal loss of the classes, L1 of the points and cosine of the edges of matched lines, one layer.
+    """Focal loss of the classes, L1 and likelihood of the points and cosine of the edges of matched lines, one layer.
 
     Args:
-        logits: [B, Q, K]; points: [B, Q, P, 2] metres.
+        logits: [B, Q, K]; points: [B, Q, P, 2] metres; log_spread: [B, Q, P, 2].
         lines: the truth [B, M]; orderings, exists: from `line_orderings`.
     """
     B, Q, P, _ = points.shape
@@ -203,6 +220,8 @@ def line_losses(
         "line_class": focal_loss(logits, wanted).sum() / count,
         "line_points": (found - target).abs().sum(-1).mean(-1).sum() / count,
         "line_direction": (1 - cosine).mean(-1).sum() / count,
+        "line_spread": laplace_loss(log_spread[match.batch, match.query], (found - target).abs()).mean((1, 2)).sum()
+        / count,
     }
 
 
@@ -233,38 +252,44 @@ def draw_raster(lines: Polylines, grid: BEVGrid, classes: int) -> Tensor:
 # --------------------------------------------------------------------------------------------------------------- images
 
 
-def image_losses(prediction: Prediction, boxes: Boxes, frame: Frame) -> dict[str, Tensor]:
+def image_losses(prediction: ImagePrediction, boxes: Boxes, frame: Frame) -> dict[str, Tensor]:
     """Focal loss of the class each pixel shows; where it shows a box, divergence of its depth and L1 of its heading.
 
     Args:
-        prediction: of which the three image outputs are used.
+        prediction: leading [B].
         boxes: the truth [B, M].
         frame: leading [B]; cameras that are absent are left out.
+
+    Returns:
+        Weighted scalars by name, as in `set_losses`.
     """
     rig = frame.rig
-    B, N, K, h, w = prediction.image_logits.shape
+    B, N, K, h, w = prediction.logits.shape
     D = prediction.depth_logits.shape[2]
     depth, box = draw_boxes(boxes, rig, frame.images.shape[-2:], (h, w))  # [B, N, h, w]
     shown = depth.isfinite() & rig.present[..., None, None]
     count = shown.sum().clamp(min=1)
     b, n, row, column = shown.nonzero(as_tuple=True)  # of the P pixels that show a box
     m = box[shown]
-    wanted = torch.zeros_like(prediction.image_logits)
+    wanted = torch.zeros_like(prediction.logits)
     wanted[b, n, boxes.label[b, m], row, column] = 1.0
     present = rig.present[..., None, None, None]
 
-    place = depth_position(depth[shown], D)  # [P]
+    # The depth of the middle of the box, not of the side that faces the camera: there the map wants to have it.
+    center_cam = transform_points(invert_rigid(rig.ego_from_cam[b, n].float()), boxes.center[b, m][:, None])
+    place = depth_position(center_cam[:, 0, 2], D)  # [P]
     nearness = (1 - (place[:, None] - torch.arange(D, device=place.device)).abs()).clamp(min=0)  # [P, D]
     depth_logits = prediction.depth_logits[b, n, :, row, column]  # [P, D]
 
     sight = (boxes.center[b, m] - rig.ego_from_cam[b, n, :3, 3])[:, :2]  # [P, 2]
     angle = boxes.yaw[b, m] - torch.atan2(sight[:, 1], sight[:, 0])
     heading = prediction.heading[b, n, :, row, column]  # [P, 2]
-    return {
-        "image_class": (focal_loss(prediction.image_logits, wanted) * present).sum() / count,
+    losses = {
+        "image_class": (focal_loss(prediction.logits, wanted) * present).sum() / count,
         "image_depth": F.kl_div(depth_logits.log_softmax(-1), nearness, reduction="sum") / count,
         "image_heading": (heading - torch.stack([angle.sin(), angle.cos()], -1)).abs().sum() / count,
     }
+    return {name: LOSS_WEIGHTS[name] * loss for name, loss in losses.items()}
 
 
 def draw_boxes(
@@ -287,10 +312,8 @@ def draw_boxes(
     """
     h, w = feature_size
     device = boxes.center.device
-    img_from_cam, ego_from_cam = rig.img_from_cam.float(), rig.ego_from_cam.float()
-    rays_cam = pixel_rays(img_from_cam, image_size, feature_size)  # [B, N, h * w, 3], 1 along the optical axis
-    rays = (ego_from_cam[:, :, None, :3, :3] * rays_cam[..., None, :]).sum(-1)  # [B, N, h * w, 3]
-    pixel_width = image_size[1] / w / img_from_cam[..., 0, 0]  # [B, N] metres at a distance of one metre
+    ego_from_cam = rig.ego_from_cam.float()
+    rays_cam, rays, pixel_width = pixel_rays(rig, image_size, feature_size)
 
     # Only pairs of a camera and a box that may see each other: the ball around the box reaches into the field of view.
     centers_cam = transform_points(invert_rigid(ego_from_cam), boxes.center[:, None])  # [B, N, M, 3]
@@ -335,6 +358,16 @@ def focal_loss(logits: Tensor, target: Tensor, alpha: float = FOCAL_ALPHA) -> Te
     entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     wrong = torch.where(target > 0.5, 1 - probability, probability)
     return torch.where(target > 0.5, alpha, 1 - alpha) * wrong**FOCAL_GAMMA * entropy
+
+
+def laplace_loss(log_spread: Tensor, error: Tensor) -> Tensor:
+    """Negative log likelihood of absolute errors under Laplace distributions of the given scales, element by element.
+
+    The errors count as given: this trains what is known of them, not them (the scale of a Laplace distribution is the
+    mean of its absolute error).
+    """
+    log_spread = log_spread.float().clamp(*LOG_SPREAD_RANGE)
+    return math.log(2) + log_spread + error.detach() * (-log_spread).exp()
 
 
 def focal_cost(logits: Tensor, label: Tensor) -> Tensor:

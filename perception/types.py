@@ -68,6 +68,7 @@ class Boxes(NamedTuple):
     attribute: Tensor  # [..., M] int64 index into ATTRIBUTES, -1 for none or unknown
     score: Tensor  # [..., M] 0..1, 1 for truth
     valid: Tensor  # [..., M] bool, False for padding
+    spread: Tensor  # [..., M, 9] expected error of centre (m), log size, yaw (rad), velocity (m/s); 0 for truth
 
 
 class Polylines(NamedTuple):
@@ -78,6 +79,7 @@ class Polylines(NamedTuple):
     label: Tensor  # [..., M] int64 index into LINE_CLASSES
     score: Tensor  # [..., M] 0..1, 1 for truth
     valid: Tensor  # [..., M] bool, False for padding
+    spread: Tensor  # [..., M, P, 2] expected absolute error of each point along x and y, metres; 0 for truth
 
 
 class MapLine(NamedTuple):
@@ -101,18 +103,26 @@ class State(NamedTuple):
     bev: Tensor  # [B, C, X, Y]
 
 
+class ImagePrediction(NamedTuple):
+    """What each pixel of the image features shows, before there is a map."""
+
+    logits: Tensor  # [B, N, K, h, w] which box class, if any
+    depth_logits: Tensor  # [B, N, D, h, w] how far away the centre of that box is, see `bev_encoder.depth_position`
+    heading: Tensor  # [B, N, 2, h, w] sin cos of its yaw, seen from the line of sight to its centre
+
+
 class Prediction(NamedTuple):
     """Raw outputs of every decoder layer, for the losses. `decode` turns the last layer into a Scene."""
 
     box_logits: Tensor  # [L, B, Q, K]
     box_params: Tensor  # [L, B, Q, 10] centre x y z (m, ego), log length width height, sin cos yaw, velocity x y
+    box_log_spread: Tensor  # [L, B, Q, 9] logarithm of `Boxes.spread`
     line_logits: Tensor  # [L, B, Q, K]
     line_points: Tensor  # [L, B, Q, P, 2] metres, ego
+    line_log_spread: Tensor  # [L, B, Q, P, 2] logarithm of `Polylines.spread`
     heatmap_logits: Tensor  # [B, K, X, Y] dense centre heat map of the boxes
     raster_logits: Tensor  # [B, K, X, Y] dense raster of the lines
-    image_logits: Tensor  # [B, N, K, h, w] what box, if any, each pixel of the image features shows
-    depth_logits: Tensor  # [B, N, D, h, w] how far away it is, see `perception.models.bev_encoder.depth_position`
-    heading: Tensor  # [B, N, 2, h, w] sin cos of its yaw, seen from the line of sight to its centre
+    images: ImagePrediction
 
 
 class Clip(NamedTuple):

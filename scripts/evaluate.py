@@ -1,5 +1,6 @@
 """Evaluates weights, or a submission made by anyone, on a nuScenes-format split: boxes by the official devkit, lanes by
-either of the two published protocols."""
+either of the two published protocols. Weights also get a robustness card: each option that disturbs the network adds
+lines to it, and each line is an evaluation of its own."""
 
 import argparse
 from pathlib import Path
@@ -10,6 +11,8 @@ EXAMPLE = """examples:
       --lanes-protocol streammapnet --range 100x50 --save-submission out/nano/submission
   python scripts/evaluate.py --submission out/nano/submission/lanes.json --dataroot out/other_town \\
       --version v1.0-synthetic --split val
+  python scripts/evaluate.py configs/synthetic/nano.py out/nano/nano.safetensors --drop-camera each --jitter-deg 1 \\
+      --corrupt each --no-memory --json out/nano/robustness.json
 
 A submission is a JSON file of boxes in nuScenes' format, or of lanes in the one that docs/evaluation.md describes.
 """
@@ -32,6 +35,7 @@ def evaluate_weights(arguments) -> tuple[str, dict, dict]:
 
     from perception.engine import build_dataset, load_config, load_weights
     from perception.errors import ConfigError
+    from perception.evaluation.robustness import evaluate_robustness, plan_trials
     from perception.evaluation.streaming import evaluate_scenes, predict_stream, save_submissions
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -40,12 +44,34 @@ def evaluate_weights(arguments) -> tuple[str, dict, dict]:
     config = load_config(arguments.config, {f"val_data.{key}": value for key, value in told.items()})
     model = load_weights(arguments.checkpoint, config.model).to(arguments.device)
     dataset = build_dataset(config.val_data, config.model)
+    trials = plan_trials(
+        dataset.cameras,
+        drop_camera=arguments.drop_camera,
+        jitter_deg=arguments.jitter_deg,
+        corrupt=arguments.corrupt,
+        no_memory=arguments.no_memory,
+        seed=arguments.seed,
+    )
     stream = predict_stream(model, dataset, workers=arguments.workers, progress=True)
     if arguments.save_submission:
         save_submissions(arguments.save_submission, dataset, stream.scenes)
     evaluation = evaluate_scenes(dataset, stream.scenes, **lane_options(arguments))
     metrics = evaluation.as_dict() | {"fps": 1 / stream.seconds_per_frame, "samples": len(dataset)}
-    return evaluation.table(), {name: metrics[name] for name in ("nds", "map", "lane_map", "fps")}, metrics
+    table = evaluation.table()
+    if trials:
+        card = evaluate_robustness(
+            model,
+            dataset,
+            trials,
+            evaluation.metrics(),
+            protocol=arguments.lanes_protocol,
+            extent=arguments.range,
+            workers=arguments.workers,
+            progress=True,
+        )
+        metrics["robustness"] = card.as_dict() | {"seed": arguments.seed}
+        table = f"{table}\n\n{card.table()}"
+    return table, {name: metrics[name] for name in ("nds", "map", "lane_map", "fps")}, metrics
 
 
 def evaluate_file(arguments) -> tuple[str, dict, dict]:
@@ -91,6 +117,16 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--workers", type=int, default=0, help="processes that load images and match lines (default 0)")
     parser.add_argument("--json", type=Path, help="file for all numbers")
+    disturbed = parser.add_argument_group("robustness", "also evaluate with one thing that goes wrong, all the time")
+    disturbed.add_argument("--drop-camera", metavar="NAME", help="a camera is missing; `each` for one after the other")
+    disturbed.add_argument("--jitter-deg", type=float, metavar="X", help="the yaw of each camera is off by this angle")
+    disturbed.add_argument(
+        "--corrupt",
+        metavar="KIND[:SEVERITY]",
+        help="images are bad: bright, dark, fog, blur, noise, quantize or `each`; severity 1 to 3 (default 2)",
+    )
+    disturbed.add_argument("--no-memory", action="store_true", help="each frame is seen by itself")
+    disturbed.add_argument("--seed", type=int, default=0, help="of what is random in these (default 0)")
     arguments = parser.parse_args()
 
     from perception.errors import ConfigError
@@ -104,6 +140,8 @@ def main() -> None:
     if arguments.submission:
         if arguments.config or arguments.save_submission:
             raise ConfigError("--submission needs neither config, checkpoint nor --save-submission; leave them out")
+        if arguments.no_memory or {arguments.drop_camera, arguments.jitter_deg, arguments.corrupt} != {None}:
+            raise ConfigError("--submission cannot be disturbed any more; give config and checkpoint instead")
         if missing := [name for name in ("dataroot", "version", "split") if not getattr(arguments, name)]:
             raise ConfigError(f"--{missing[0]} is missing: with --submission give --dataroot, --version and --split")
     elif not (arguments.config and arguments.checkpoint):

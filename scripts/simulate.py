@@ -57,7 +57,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="dataset root to create; must not exist or be empty")
     parser.add_argument("--scenes", type=int, default=20, help="number of scenes (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the whole dataset (default: %(default)s)")
-    parser.add_argument("--keyframes", type=int, default=10, help="keyframes per scene, 2 Hz (default: %(default)s)")
+    parser.add_argument("--keyframes", type=int, default=10, help="keyframes per scene (default: %(default)s)")
+    parser.add_argument("--rate", type=int, default=2, help="keyframes per second (default: 2, as nuScenes has)")
     parser.add_argument(
         "--image-size", type=image_size, default=(256, 448), metavar="HxW", help="pixels (default: 256x448)"
     )
@@ -75,6 +76,7 @@ def main() -> None:
         scenes=args.scenes,
         seed=args.seed,
         keyframes=args.keyframes,
+        rate=args.rate,
         image_size=args.image_size,
         split=args.split,
         workers=args.workers,

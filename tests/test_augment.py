@@ -10,6 +10,7 @@ import torch
 from perception.data.augment import Augment, change_colors, move_boxes, move_frames, move_lines, zoom_cameras
 from perception.data.index import PATCH_SIZE, WIDE_PATCH_SIZE, ego_from_patch
 from perception.data.lane_map import LaneMap
+from perception.data.loader import Draw
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError
 from perception.geometry import box_corners, invert_rigid, project_points, rigid_from_yaw, transform_points
@@ -25,7 +26,7 @@ MOVES = {
 @pytest.fixture(scope="module")
 def data(hand_root, tmp_path_factory):
     return NuScenesDataset(
-        hand_root, "v1.0-hand", "hand_val", image_size=(90, 160), clip_length=3, cameras=("CAM_FRONT", "CAM_BACK"),
+        hand_root, "v1.0-hand", "hand_val", image_size=(90, 160), cameras=("CAM_FRONT", "CAM_BACK"),
         cache_dir=tmp_path_factory.mktemp("cache"),
     )  # fmt: skip
 
@@ -33,7 +34,7 @@ def data(hand_root, tmp_path_factory):
 @pytest.fixture(scope="module")
 def clip(data):
     """A clip whose calibration is skewed and off-centre, so that no sign can hide, with noise for images."""
-    clip = data[1]
+    clip = data[Draw((3, 4, 5), -1, (0,))]
     rng = np.random.default_rng(0)
     images = torch.from_numpy(rng.integers(0, 256, clip.frames.images.shape, dtype=np.uint8))
     img_from_cam = clip.frames.rig.img_from_cam + torch.tensor([[0.0, 3.0, 11.0], [0.0, 4.0, -6.0], [0.0, 0.0, 0.0]])
@@ -185,7 +186,7 @@ def test_nothing_drawn_changes_nothing(data):
     augment = Augment(mirror=0.0, yaw_deg=0.0, shift=0.0, zoom=0.0, color=0.0)
     wide = [data._index.wide_lines.of_sample(i) for i in clip.sample_index]
     patches = [ego_from_patch(data.ego_pose(i), data.ego_from_lidar(i)) for i in clip.sample_index.tolist()]
-    same = augment(clip, wide, patches, np.random.default_rng(0))
+    same = augment(clip, wide, patches, np.random.default_rng(0), np.random.default_rng(1))
     assert torch.equal(same.frames.images, clip.frames.images)
     assert torch.allclose(same.frames.rig.ego_from_cam, clip.frames.rig.ego_from_cam)
     assert torch.allclose(same.truth.boxes.center, clip.truth.boxes.center)
@@ -193,7 +194,51 @@ def test_nothing_drawn_changes_nothing(data):
     assert torch.equal(same.truth.lines.valid, clip.truth.lines.valid)
 
 
+def drawn(root, samples, visit=0, **settings):
+    """Frames of the hand-written dataset, of a clip of one scene and visit, with nothing but `settings` augmented."""
+    still = {"mirror": 0.0, "yaw_deg": 0.0, "shift": 0.0, "zoom": 0.0, "color": 0.0}
+    data = NuScenesDataset(
+        root, "v1.0-hand", "hand_val", image_size=(90, 160), cameras=("CAM_FRONT", "CAM_BACK"),
+        augment=Augment(**still | settings),
+    )  # fmt: skip
+    return data[Draw(samples, -1, (0, 0, visit))].frames
+
+
+def test_missing_cameras_come_and_go_while_the_calibration_stays_wrong(hand_root):
+    true = drawn(hand_root, (0,)).rig.ego_from_cam
+    missing, jitters = set(), set()
+    for visit in range(6):
+        for sample in range(3):
+            rig = drawn(hand_root, (sample,), visit, drop_camera=1.0, jitter_deg=1.0).rig
+            assert rig.present.sum() == 1  # one of the two is gone, never both
+            missing.add((visit, sample, int(rig.present[0, 1])))
+            jitters.add((visit, *(rig.ego_from_cam - true)[0, :, :3, :3].mul(1e4).round().flatten().tolist()))
+    ways = {visit: {gone for v, _, gone in missing if v == visit} for visit in range(6)}
+    assert {0, 1} in ways.values()  # another one later in the same scene
+    assert len(jitters) == 6  # one error per visit of the scene, the same for all its clips
+    assert drawn(hand_root, (0, 1, 2), drop_camera=1.0).rig.present.sum(0).tolist() in ([0, 3], [3, 0])  # a whole clip
+
+
+def test_bad_images_come_with_their_probability(data, clip):
+    augment = Augment(mirror=0.0, yaw_deg=0.0, shift=0.0, zoom=0.0, color=0.0, corrupt=0.3)
+    samples = clip.sample_index.tolist()
+    wide = [data._index.wide_lines.of_sample(i) for i in samples]
+    patches = [ego_from_patch(data.ego_pose(i), data.ego_from_lidar(i)) for i in samples]
+    changed = []
+    for seed in range(50):
+        bad = augment(clip, wide, patches, np.random.default_rng(0), np.random.default_rng(seed))
+        different = (bad.frames.images != clip.frames.images).flatten(2).any(-1)  # [T, N]
+        assert (different == different[0]).all()  # all images of a camera or none
+        assert torch.equal(bad.frames.rig.ego_from_cam, clip.frames.rig.ego_from_cam) and bad.frames.rig.present.all()
+        changed += different[0].tolist()
+    assert 17 < sum(changed) < 43  # of 100 draws at 0.3: 30 +- 4.6
+
+
 def test_impossible_settings():
+    with pytest.raises(ConfigError, match=r"Augment\.drop_camera is 1\.5; it is a probability"):
+        Augment(drop_camera=1.5)
+    with pytest.raises(ConfigError, match=r"Augment\.jitter_deg is -1"):
+        Augment(jitter_deg=-1)
     with pytest.raises(ConfigError, match=r"Augment\.zoom is -0\.1"):
         Augment(zoom=-0.1)
     with pytest.raises(ConfigError, match="too far for the map"):

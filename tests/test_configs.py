@@ -17,15 +17,15 @@ MINIMAL = """
 model = dict(preset="nano")
 train_data = dict(dataroot="d", version="v", split="s")
 val_data = dict(dataroot="d", version="v", split="s")
-train = dict(epochs=1, batch_size=2, lr=1, weight_decay=0.0, warmup_iters=1, grad_clip=1.0, ema_momentum=0.0,
-             val_every=1, log_every=1, workers=0)
+train = dict(epochs=1, batch_size=2, groups=1, window=2, drop_frames=0.0, image_epochs=0, lr=1, weight_decay=0.0,
+             warmup_iters=1, grad_clip=1.0, ema_momentum=0.0, val_every=1, log_every=1, workers=0)
 """
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_configs_are_sound_and_documented(name):
     config = load_config(CONFIGS / name)
-    assert config.train.epochs > 0 and config.val_data.clip_length == 1
+    assert config.train.epochs > 0 and config.val_data.augment is None
     text = (CONFIGS / name).read_text()
     assert f"scripts/train.py configs/{name} --work-dir" in text
 

@@ -177,9 +177,11 @@ def true_scenes():
             attribute=rows[:, 10].long(),
             score=torch.linspace(0.9, 0.5, len(rows)),
             valid=torch.arange(len(rows)) < len(OBJECTS),
+            spread=torch.zeros(len(rows), 9),
         )
+        nothing = torch.zeros(0)
         lines = Polylines(
-            torch.zeros(0, 2, 2), torch.zeros(0).bool(), torch.zeros(0).long(), torch.zeros(0), torch.zeros(0).bool()
+            torch.zeros(0, 2, 2), nothing.bool(), nothing.long(), nothing, nothing.bool(), torch.zeros(0, 2, 2)
         )
         scenes[f"s{k}"] = Scene(boxes, lines)
     return scenes
@@ -317,6 +319,7 @@ def test_only_the_500_best_boxes_are_sent():
         attribute=torch.full((count,), -1),
         score=torch.linspace(0, 1, count),
         valid=torch.ones(count, dtype=torch.bool),
+        spread=torch.zeros(count, 9),
     )
     records = submission_from_scenes({"t": Scene(boxes, None)}, {"t": np.eye(4)})["results"]["t"]
     assert len(records) == 500

@@ -44,6 +44,7 @@ def make_scene(boxes=(), lines=()):
             torch.full((M + 1,), -1),
             torch.ones(M + 1),
             torch.arange(M + 1) < M,
+            torch.zeros(M + 1, 9),
         ),
         Polylines(
             points,
@@ -51,6 +52,7 @@ def make_scene(boxes=(), lines=()):
             line_labels,
             torch.ones(len(lines) + 1),
             torch.arange(len(lines) + 1) < len(lines),
+            torch.zeros(points.shape),
         ),
     )
 

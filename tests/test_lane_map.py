@@ -259,7 +259,8 @@ def test_points_and_orderings_match_published_samples(golden):
             assert np.abs(ours - points).max() < 1e-5
             orders = orders[orders[:, 0, 0] > -1000]
             closed = torch.tensor([[line["closed"]]])
-            truth = Polylines(torch.from_numpy(ours)[None, None], closed, closed.long(), closed.float(), closed | True)
+            points = torch.from_numpy(ours)[None, None]
+            truth = Polylines(points, closed, closed.long(), closed.float(), closed | True, torch.zeros_like(points))
             alike, exists = line_orderings(truth)
             alike = alike[0, 0][exists[0, 0]].numpy()  # [O, P, 2]
             gap = np.linalg.norm(alike[:, None] - orders[None], axis=-1).max(-1)  # [O, orders of MapTR]

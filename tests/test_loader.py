@@ -7,9 +7,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from perception.data.augment import Augment
-from perception.data.loader import Draw, SceneStreamSampler, ShuffledSampler, collate, decode_image, pad_lines
+from perception.data.loader import Draw, SceneStreamSampler, TrainSampler, collate, decode_image, pad_lines
 from perception.data.nuscenes import NuScenesDataset
-from perception.errors import DataError
+from perception.errors import ConfigError, DataError
 from perception.types import MapLine, map_tensors
 
 
@@ -65,7 +65,7 @@ def test_lines_are_resampled_and_padded():
 @pytest.fixture(scope="module")
 def dataset(hand_root, tmp_path_factory):
     def make(**changes):
-        options = {"image_size": (45, 80), "cameras": ("CAM_FRONT", "CAM_BACK"), "cache_dir": cache, "clip_length": 2}
+        options = {"image_size": (45, 80), "cameras": ("CAM_FRONT", "CAM_BACK"), "cache_dir": cache}
         return NuScenesDataset(hand_root, "v1.0-hand", "hand_val", **(options | changes))
 
     cache = tmp_path_factory.mktemp("cache")
@@ -77,7 +77,7 @@ def flat(noun):
 
 
 def test_collate_pads_truth_and_keeps_each_item(dataset):
-    a, b = dataset()[0], dataset()[3]
+    a, b = dataset()[Draw((0, 1), -1, (0,))], dataset()[Draw((4, 5), 3, (0,))]
     # Give the second one more boxes and lines.
     longer = a.truth._replace(boxes=map_tensors(lambda t: torch.cat([t, t, t], dim=1), a.truth.boxes))
     longer = longer._replace(lines=map_tensors(lambda t: torch.cat([t, t], dim=1), a.truth.lines))
@@ -93,21 +93,58 @@ def test_collate_pads_truth_and_keeps_each_item(dataset):
         assert torch.equal(got[1], want)
 
 
+SCENES = [0] * 7 + [1] * 6 + [2] * 1 + [3] * 8 + [4] * 5
+
+
 def test_order_depends_on_seed_and_epoch_only():
-    sampler = ShuffledSampler(50, seed=3)
+    sampler = TrainSampler(SCENES, batch_size=2, groups=1, window=2, drop=0.2, seed=3)
     sampler.set_epoch(2)
-    again = ShuffledSampler(50, seed=3)
-    list(again)
+    again = TrainSampler(SCENES, batch_size=2, groups=1, window=2, drop=0.2, seed=3)
+    first = list(again)
     again.set_epoch(2)
-    order = [draw.index for draw in sampler]
-    assert sorted(order) == list(range(50)) and list(sampler) == list(again)
-    assert order != [draw.index for draw in ShuffledSampler(50, seed=3)]
-    assert len({draw.seed for draw in sampler} | {draw.seed for draw in ShuffledSampler(50, seed=3)}) == 100
+    assert list(sampler) == list(sampler) == list(again) != first
+    assert len(first) == len(again) == 2 * round(26 * 0.8 / 2 / 2)  # the scene of one sample fills no window
+    assert not {draw.seed for draw in first} & {draw.seed for draw in again}
 
 
-def test_ranks_share_an_epoch():
-    ranks = [[draw.index for draw in ShuffledSampler(11, 0, rank, 4)] for rank in range(4)]
-    assert [len(rank) for rank in ranks] == [3, 3, 3, 3] and set().union(*ranks) == set(range(11))
+@pytest.mark.parametrize(("drop", "groups"), [(0.0, 1), (0.3, 1), (0.0, 2)])
+def test_each_stream_follows_its_scene_to_the_end(drop, groups):
+    """Element k of every batch goes on where element k of the group's batch before ended."""
+    sampler = TrainSampler(SCENES, batch_size=3, groups=groups, window=2, drop=drop, seed=0)
+    met, skipped = set(), 0
+    for epoch in range(20):
+        sampler.set_epoch(epoch)
+        draws = list(sampler)
+        batches = [draws[start : start + 3] for start in range(0, len(draws), 3)]
+        for stream in (batch_stream for g in range(groups) for batch_stream in zip(*batches[g::groups], strict=True)):
+            last = None
+            for draw in stream:
+                assert len({SCENES[i] for i in draw.samples}) == 1 and list(draw.samples) == sorted(set(draw.samples))
+                if draw.previous >= 0:  # the same scene, seen in the same way
+                    assert last.samples[-1] == draw.previous < draw.samples[0] and last.seed == draw.seed
+                    assert SCENES[draw.previous] == SCENES[draw.samples[0]]
+                    skipped += draw.samples[0] - draw.previous > 1
+                elif last is not None:  # the scene before is through: what is left of it fills no window
+                    assert last.seed != draw.seed
+                    if drop == 0:
+                        end = max(i for i, scene in enumerate(SCENES) if scene == SCENES[last.samples[0]])
+                        assert end - last.samples[-1] < 2
+                met.update(draw.samples)
+                last = draw
+    if groups == 1:  # else an epoch of so few samples ends before a scene does
+        assert met == set(range(26 + 1)) - {13}  # all but the scene of one sample
+    assert (skipped > 0) == (drop > 0)
+
+
+def test_ranks_have_scenes_of_their_own_and_equally_many_batches():
+    whole = list(TrainSampler(list(range(12)) * 3, batch_size=4, groups=2, window=1, drop=0.0, seed=1))
+    ranks = [list(TrainSampler(list(range(12)) * 3, 2, 2, 1, 0.0, seed=1, rank=rank, world_size=2)) for rank in (0, 1)]
+    assert [len(rank) for rank in ranks] == [18, 18] and sorted(ranks[0] + ranks[1]) == sorted(whole)
+
+
+def test_windows_that_no_scene_fills_are_refused():
+    with pytest.raises(ConfigError, match=r"train\.window is 9.*use at most 8"):
+        TrainSampler(SCENES, batch_size=1, groups=1, window=9, drop=0.0, seed=0)
 
 
 def test_streams_follow_scenes():
@@ -118,13 +155,13 @@ def test_streams_follow_scenes():
 
 
 def test_augmentation_depends_on_the_draw_only_not_on_workers(dataset):
-    data = dataset(augment=Augment())
-    sampler = ShuffledSampler(len(data), seed=5)
+    data = dataset(augment=Augment(jitter_deg=1.0, drop_camera=0.5, corrupt=0.5))
+    sampler = TrainSampler(data.scene_of_sample, batch_size=2, groups=1, window=1, drop=0.0, seed=5)
     sampler.set_epoch(1)
     alone = list(DataLoader(data, batch_size=2, sampler=sampler, collate_fn=collate))
     shared = list(DataLoader(data, batch_size=2, sampler=sampler, collate_fn=collate, num_workers=2))
     for one, other in zip(alone, shared, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(flat(one), flat(other), strict=True))
-    same, changed = data[Draw(1, (5, 1, 1))], data[Draw(1, (5, 2, 1))]
-    assert torch.equal(same.frames.images, data[Draw(1, (5, 1, 1))].frames.images)
+    same, changed = data[Draw((1,), 0, (5, 1, 1))], data[Draw((1,), 0, (5, 2, 1))]
+    assert torch.equal(same.frames.images, data[Draw((1,), 0, (5, 1, 1))].frames.images)
     assert not torch.equal(same.frames.rig.ego_from_cam, changed.frames.rig.ego_from_cam)

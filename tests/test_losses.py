@@ -15,12 +15,13 @@ from perception.losses import (
     encode_boxes,
     focal_loss,
     hungarian,
+    image_losses,
     line_orderings,
     set_losses,
 )
 from perception.models.bev_encoder import depth_position
 from perception.models.decoder import decode
-from perception.types import Boxes, CameraRig, Frame, Polylines, Prediction, Scene
+from perception.types import Boxes, CameraRig, Frame, ImagePrediction, Polylines, Prediction, Scene, map_tensors
 
 GRID = BEVGrid((-20.0, 20.0), (-20.0, 20.0), (20, 20))
 RING = [[0.0, 0], [4, 0], [4, 2], [0, 2], [0, 0]]
@@ -51,6 +52,7 @@ def make_boxes() -> Boxes:
         attribute=torch.full((1, 4), -1),
         score=torch.ones(1, 4),
         valid=torch.tensor([[True, True, True, False]]),
+        spread=torch.zeros(1, 4, 9),
     )
 
 
@@ -61,6 +63,7 @@ def make_lines() -> Polylines:
         label=torch.tensor([[2, 1]]),
         score=torch.ones(1, 2),
         valid=torch.ones(1, 2, dtype=torch.bool),
+        spread=torch.zeros(1, 2, 5, 2),
     )
 
 
@@ -81,19 +84,26 @@ def perfect_prediction(boxes: Boxes, lines: Polylines, logit: float = 12.0) -> P
     depth, box = draw_boxes(boxes, FRAME.rig, (60, 100), (15, 25))
     shown = F.one_hot(boxes.label[0, box], 10).movedim(-1, 2).bool() & depth.isfinite()[:, :, None]
     image = torch.where(shown, logit, -logit)
-    place = depth_position(depth, 8)[:, :, None]
+    ahead = boxes.center[0, :, 0]  # the cameras look along x, one forwards and one backwards
+    place = depth_position(torch.stack([ahead[box[:, 0]], -ahead[box[:, 1]]], 1), 8)[:, :, None]  # [B, N, 1, h, w]
     # The softmax of logs of weights that sum to one is those weights.
     depth_logits = (1 - (place - torch.arange(8).view(8, 1, 1)).abs()).clamp(min=1e-9).log()
     sight = boxes.center - FRAME.rig.ego_from_cam[:, 0, :3, 3]  # both cameras are in one place
     angle = (boxes.yaw - torch.atan2(sight[..., 1], sight[..., 0]))[0, box]
     heading = torch.stack([angle.sin(), angle.cos()], 2)
-    return Prediction(box_logits, params, line_logits, points, heatmap, raster, image, depth_logits, heading)
+    images = ImagePrediction(image, depth_logits, heading)
+    # An error of nothing under a spread of one has the negative log likelihood log 2.
+    spreads = torch.zeros(1, 1, Q, 9), torch.zeros(1, 1, 4, 5, 2)
+    return Prediction(box_logits, params, spreads[0], line_logits, points, spreads[1], heatmap, raster, images)
 
 
 def test_truth_has_no_loss_and_decodes_to_itself():
     boxes, lines = make_boxes(), make_lines()
     prediction = perfect_prediction(boxes, lines)
     losses = set_losses(prediction, Scene(boxes, lines), FRAME, GRID)
+    # 9 + 9 + 7 known errors of nothing for 3 boxes (one velocity is unknown), each log 2; loss weight 0.1
+    assert losses.pop("box_spread").item() == pytest.approx(0.1 * 25 / 3 * math.log(2))
+    assert losses.pop("line_spread").item() == pytest.approx(0.1 * math.log(2))
     for name, loss in losses.items():
         assert loss.item() == pytest.approx(0, abs=1e-3), name
     scene = decode(prediction)
@@ -110,6 +120,32 @@ def test_box_error_by_hand():
     prediction.box_params[0, 0, 4, 8] -= 2.0  # and 2 m/s off: 2 x 0.5 / 3 x 0.25
     losses = set_losses(prediction, Scene(boxes, lines), FRAME, GRID)
     assert losses["box_params"].item() == pytest.approx((3.0 * 1 + 2.0 * 0.5) / 3 * 0.25, rel=1e-5)
+
+
+def test_spread_is_the_mean_error():
+    """Errors of 1 and 3 m under a spread of 2 m: the likelihood is highest there, and only the spread is trained."""
+    boxes, lines = make_boxes(), make_lines()
+    prediction = map_tensors(torch.Tensor.requires_grad_, map_tensors(torch.clone, perfect_prediction(boxes, lines)))
+    with torch.no_grad():
+        prediction.line_points[0, 0, 3] += torch.tensor([1.0, 0.0])
+        prediction.line_points[0, 0, 1] += torch.tensor([3.0, 0.0])
+        prediction.line_log_spread[..., 0] = math.log(2)
+    loss = set_losses(prediction, Scene(boxes, lines), FRAME, GRID)["line_spread"]
+    # Along x (log 2 + log 2 + (1 + 3) / 2 / 2), along y log 2; the mean of both, loss weight 0.1.
+    assert loss.item() == pytest.approx(0.1 * (3 * math.log(2) + 1) / 2, rel=1e-5)
+    loss.backward()
+    slope = prediction.line_log_spread.grad[0, 0, ..., 0].sum(-1)
+    assert slope[3].item() == pytest.approx(-slope[1].item()) != 0  # one wants more, one less
+    assert prediction.line_points.grad is None or not prediction.line_points.grad.any()
+
+
+def test_a_turned_box_has_an_error_in_radians():
+    boxes, lines = make_boxes(), make_lines()
+    prediction = perfect_prediction(boxes, lines)
+    yaw = boxes.yaw[0, 1] + 2 * math.pi - 0.3  # from -2.0 the short way
+    prediction.box_params[0, 0, 0, 6:8] = torch.stack([yaw.sin(), yaw.cos()])
+    loss = set_losses(prediction, Scene(boxes, lines), FRAME, GRID)["box_spread"]
+    assert loss.item() == pytest.approx(0.1 / 3 * (25 * math.log(2) + 0.3), rel=1e-4)
 
 
 def test_unknown_velocity_costs_nothing_but_a_nan_in_the_output_shows():
@@ -158,7 +194,7 @@ def test_matching_is_the_cheapest_and_ignores_padding():
 
 def test_empty_scene_has_finite_losses_and_gradients():
     boxes, lines = make_boxes(), make_lines()
-    prediction = Prediction(*(x.requires_grad_() for x in perfect_prediction(boxes, lines, logit=1.0)))
+    prediction = map_tensors(torch.Tensor.requires_grad_, perfect_prediction(boxes, lines, logit=1.0))
     nothing = Scene(
         boxes._replace(valid=torch.zeros(1, 4, dtype=torch.bool)),
         lines._replace(valid=torch.zeros(1, 2, dtype=torch.bool)),
@@ -196,7 +232,14 @@ def one_box(center, size, yaw, label=0) -> Boxes:
     values = {"center": [[center]], "size": [[size]], "yaw": [[yaw]], "velocity": [[[0.0, 0.0]]]}
     boxes = {name: torch.tensor(value, dtype=torch.float32) for name, value in values.items()}
     ones = torch.ones(1, 1)
-    return Boxes(**boxes, label=ones.long() * label, attribute=-ones.long(), score=ones, valid=ones.bool())
+    return Boxes(
+        **boxes,
+        label=ones.long() * label,
+        attribute=-ones.long(),
+        score=ones,
+        valid=ones.bool(),
+        spread=torch.zeros(1, 1, 9),
+    )
 
 
 def test_pixels_that_show_a_box_by_hand():
@@ -236,25 +279,25 @@ def test_heading_is_against_the_line_of_sight():
     """A box that drives straight away from a camera has heading 0 there, wherever it is."""
     boxes, lines = one_box([-8.0, 4.0, 1.0], [4.0, 2, 2], math.atan2(4.0, -8.0)), make_lines()
     prediction = perfect_prediction(make_boxes(), lines)
-    heading = torch.zeros_like(prediction.heading)
+    heading = torch.zeros_like(prediction.images.heading)
     heading[:, :, 1] = 1.0
-    truth = Scene(boxes, lines)
-    assert set_losses(prediction._replace(heading=heading), truth, FRAME, GRID)["image_heading"].item() < 1e-6
+    images = prediction.images._replace(heading=heading)
+    assert image_losses(images, boxes, FRAME)["image_heading"].item() < 1e-6
     # turned by 90 degrees: sin and cos are both off by 1, loss weight 1
-    turned = truth._replace(boxes=boxes._replace(yaw=boxes.yaw + math.pi / 2))
-    loss = set_losses(prediction._replace(heading=heading), turned, FRAME, GRID)["image_heading"]
+    turned = boxes._replace(yaw=boxes.yaw + math.pi / 2)
+    loss = image_losses(images, turned, FRAME)["image_heading"]
     assert loss.item() == pytest.approx(1.0 * 2, rel=1e-5)
 
 
 def test_an_absent_camera_has_no_loss():
     boxes, lines = make_boxes(), make_lines()
     prediction = perfect_prediction(boxes, lines)
-    for k, dense in enumerate(prediction):
-        if k >= 6:
-            dense[:, 1] = 5.0
+    for dense in prediction.images:
+        dense[:, 1] = 5.0
     losses = set_losses(prediction, Scene(boxes, lines), FRAME, GRID)
     assert losses["image_class"] > 1
     alone = FRAME._replace(rig=FRAME.rig._replace(present=torch.tensor([[True, False]])))
     losses = set_losses(prediction, Scene(boxes, lines), alone, GRID)
-    for name, loss in losses.items():
+    for name in ("image_class", "image_depth", "image_heading"):
+        loss = losses[name]
         assert loss.item() == pytest.approx(0, abs=1e-3), name

@@ -10,15 +10,25 @@ from perception.errors import CheckpointError, ConfigError
 from perception.geometry import project_points, rigid_from_yaw
 from perception.grid import BEVGrid
 from perception.models.backbone import ResNetFPN
-from perception.models.bev_encoder import CameraAttention, GatedMemory, pixel_rays, see_points
+from perception.models.bev_encoder import (
+    CameraAttention,
+    GatedMemory,
+    depth_position,
+    pixel_rays,
+    read_depth,
+    see_points,
+)
 from perception.models.bev_transformer import BEVTransformer, ModelConfig, load_checkpoint, save_checkpoint
-from perception.models.decoder import decode
-from perception.types import CameraRig, Frame, Prediction
+from perception.models.decoder import BoxReading, decode
+from perception.types import CameraRig, Frame, ImagePrediction, Prediction, map_tensors
 
 CONFIG = ModelConfig.preset(
     "nano", image_size=(48, 80), channels=16, grid=(20, 20), heads=2, depth_bins=6, decoder_layers=2,
-    box_queries=12, line_queries=8, line_points=6,
+    box_queries=12, line_queries=8, line_points=6, cameras_per_cell=2,
 )  # fmt: skip
+
+
+NO_IMAGES = ImagePrediction(*[torch.zeros(1)] * 3)
 
 
 def make_rig(cameras: int, image_size, yaws=None) -> CameraRig:
@@ -65,25 +75,32 @@ def test_point_seen_by_hand():
 
 def test_pixel_rays_hit_their_pixels():
     img_from_cam = torch.tensor([[[70.0, 2.5, 39], [0, 65, 21], [0, 0, 1]]])[None]  # with skew
-    rays = pixel_rays(img_from_cam, (48, 80), (6, 10))
-    uv, depth = project_points(img_from_cam, 7.0 * rays)
+    rig = make_rig(1, (48, 80), yaws=[0.4])._replace(img_from_cam=img_from_cam)
+    rays = pixel_rays(rig, (48, 80), (6, 10))
+    uv, depth = project_points(img_from_cam, 7.0 * rays.cam)
     assert depth.unique().tolist() == [7.0]
     uv = uv.unflatten(2, (6, 10))
     assert uv[0, 0, 0, 0].tolist() == pytest.approx([4, 4], abs=1e-3)  # the first pixel is 8 pixels wide
     assert uv[0, 0, 2, 9].tolist() == pytest.approx([76, 20], abs=1e-3)
+    points_ego = rig.ego_from_cam[..., None, :3, 3] + 7.0 * rays.ego
+    seen_at, _, _ = see_points(rig, points_ego[0, 0], (48, 80))
+    torch.testing.assert_close(seen_at.unflatten(2, (6, 10)), uv / torch.tensor([80.0, 48.0]))
+    assert rays.pixel_width.tolist() == [[pytest.approx(8 / 70)]]
 
 
 def test_shapes(model):
     prediction, state = model(make_frame(batch=2), model.initial_state(2))
     assert prediction.box_logits.shape == (2, 2, 12, 10)
     assert prediction.box_params.shape == (2, 2, 12, 10)
+    assert prediction.box_log_spread.shape == (2, 2, 12, 9)
+    assert prediction.line_log_spread.shape == (2, 2, 8, 6, 2)
     assert prediction.line_logits.shape == (2, 2, 8, 3)
     assert prediction.line_points.shape == (2, 2, 8, 6, 2)
     assert prediction.heatmap_logits.shape == (2, 10, 20, 20)
     assert prediction.raster_logits.shape == (2, 3, 20, 20)
-    assert prediction.image_logits.shape == (2, 6, 10, 6, 10)
-    assert prediction.depth_logits.shape == (2, 6, 6, 6, 10)
-    assert prediction.heading.shape == (2, 6, 2, 6, 10)
+    assert prediction.images.logits.shape == (2, 6, 10, 6, 10)
+    assert prediction.images.depth_logits.shape == (2, 6, 6, 6, 10)
+    assert prediction.images.heading.shape == (2, 6, 2, 6, 10)
     assert state.bev.shape == (2, 16, 20, 20)
 
 
@@ -93,7 +110,8 @@ def test_every_parameter_gets_a_gradient(model):
     model.zero_grad()
     _, state = model(frame, model.initial_state(1))
     prediction, _ = model(frame._replace(is_first=torch.zeros(1, dtype=torch.bool)), state)
-    sum((x * torch.randn_like(x)).sum() for x in prediction).backward()
+    outputs = (*prediction[:-1], *prediction.images)
+    sum((x * torch.randn_like(x)).sum() for x in outputs).backward()
     missing = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     model.zero_grad()
     assert missing == []
@@ -116,9 +134,9 @@ def test_order_of_cameras_does_not_matter(model):
     shuffled = frame._replace(images=frame.images[:, order], rig=CameraRig(*(x[:, order] for x in frame.rig)))
     expected, _ = model(frame, model.initial_state(1))
     result, _ = model(shuffled, model.initial_state(1))
-    for name, a, b in zip(Prediction._fields, result, expected, strict=True):
-        per_camera = name in ("image_logits", "depth_logits", "heading")
-        torch.testing.assert_close(a, b[:, order] if per_camera else b, atol=1e-4, rtol=1e-4)
+    expected = expected._replace(images=map_tensors(lambda tensor: tensor[:, order], expected.images))
+    for a, b in zip((*result[:-1], *result.images), (*expected[:-1], *expected.images), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -147,16 +165,104 @@ def test_rotated_rig_gives_a_rotated_bev():
     """Turning the rig by 90 degrees on the car turns what the camera attention sees by 90 degrees."""
     torch.manual_seed(0)
     grid = BEVGrid((-16.0, 16.0), (-16.0, 16.0), (16, 16))
-    attention = CameraAttention(grid, (0.0, 1.0), channels=8, samples=3)
-    features, depth_logits = torch.randn(1, 4, 8, 6, 10), torch.randn(1, 4, 5, 6, 10)
+    attention = CameraAttention(grid, (0.0, 1.0), channels_in=9, channels=8, cameras=2, samples=3)
+    images, distance = torch.randn(1, 4, 9, 6, 10), torch.rand(1, 4, 7, 6, 10)
     query = torch.zeros(1, 256, 8)  # the same query everywhere, so only geometry tells cells apart
     rig = make_rig(4, (48, 80))
     turned = make_rig(4, (48, 80), yaws=[math.pi / 2 * (n + 1) for n in range(4)])
-    bev = attention(query, features, depth_logits, rig, (48, 80)).reshape(16, 16, 8)
-    bev_turned = attention(query, features, depth_logits, turned, (48, 80)).reshape(16, 16, 8)
+    bev = attention(query, images, distance, rig, (48, 80)).reshape(16, 16, 8)
+    bev_turned = attention(query, images, distance, turned, (48, 80)).reshape(16, 16, 8)
     assert bev.std(dim=(0, 1)).min() > 1e-3
     # turning from +x to +y is a quarter turn from the first to the second axis of [X, Y]
     torch.testing.assert_close(bev_turned, bev.rot90(1, (0, 1)), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_cell_is_lit_by_the_pixels_at_its_depth():
+    """One camera whose every pixel shows something 8 m away: cells are lit by how well 8 m fits them."""
+    torch.manual_seed(0)
+    grid = BEVGrid((-16.0, 16.0), (-16.0, 16.0), (16, 16))
+    attention = CameraAttention(grid, (1.0,), channels_in=3, channels=8, cameras=2, samples=1)
+    bins = 32
+    likely = torch.zeros(bins)
+    place = depth_position(torch.tensor(9.0), bins)  # 9 m lies between two bins
+    low = int(place)
+    likely[low], likely[low + 1] = low + 1 - place, place - low
+    rig = make_rig(1, (48, 80))
+
+    def lit(opened: float) -> torch.Tensor:
+        distance = torch.cat([torch.tensor([opened, 0.5]), likely]).view(1, 1, -1, 1, 1).expand(-1, -1, -1, 6, 10)
+        query = torch.zeros(1, 256, 8)
+        images = [torch.full((1, 1, 3, 6, 10), value) for value in (1.0, 0.0)]
+        attention.norm = torch.nn.Identity()
+        bright, dark = (attention(query, image, distance, rig, (48, 80)).reshape(16, 16, 8) for image in images)
+        brightness = attention.value.weight[:, :, 0, 0].sum(1)  # [C]
+        return (bright - dark)[..., 0] / (brightness @ attention.output.weight[0, :8])
+
+    row = lit(0.0)[:, 8]  # along x, 1 m left of the axis; cells are 2 m long, the camera looks along x
+    assert (row[:8] == 0).all()  # behind the camera
+    assert row[12].item() == pytest.approx(((low + 1 - place) ** 2 + (place - low) ** 2).item(), abs=1e-4)
+    assert row[8:].argmax().item() == 4 and (row[[8, 9, 14, 15]] < 1e-4).all()
+    half, fully = lit(0.5)[:, 8], lit(1.0)[:, 8]
+    seen = fully > 0.5
+    torch.testing.assert_close(fully[seen], torch.ones_like(fully[seen]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(half, (row + fully) / 2, atol=1e-4, rtol=0)
+
+
+def test_depth_is_read_between_pixels_and_between_bins():
+    """Linear in column, row and logarithm of depth: a distribution that is so itself is read exactly."""
+    D, h, w = 5, 4, 6
+    bins, row, column = torch.meshgrid(torch.arange(D), torch.arange(h), torch.arange(w), indexing="ij")
+    likely = torch.stack([100.0 * n + 7 * bins + row + 0.1 * column for n in range(3)])[None]  # [1, 3, D, h, w]
+    uv = torch.tensor([[[[2.25 / w, 1.75 / h]], [[5.5 / w, 0.5 / h]]]])  # feature pixels (1.75, 1.25) and (5, 0)
+    camera = torch.tensor([[[2], [0]]])
+    depth = torch.tensor([[[80.0 ** (1.5 / 4)], [200.0]]])  # between bins 1 and 2; beyond the last
+    read = read_depth(likely, uv, camera, depth)[0, :, 0].tolist()
+    assert read == pytest.approx([200 + 7 * 1.5 + 1.25 + 0.175, 7 * 4 + 0.5], abs=1e-2)
+
+
+@torch.no_grad()
+def test_a_cell_knows_how_much_farther_an_object_is():
+    """Two numbers beside the features: how open the gate is, and how deep the pixel is against the cell."""
+    grid = BEVGrid((-16.0, 16.0), (-16.0, 16.0), (16, 16))
+    attention = CameraAttention(grid, (1.0,), channels_in=3, channels=8, cameras=1, samples=1)
+    attention.norm = attention.output = torch.nn.Identity()
+    mean = math.log(9) / math.log(80)
+    distance = torch.tensor([0.25, mean, *[0.0] * 8]).view(1, 1, -1, 1, 1).expand(-1, -1, -1, 6, 10)
+    attention.value = torch.nn.Conv2d(3, 8, 1)
+    query = torch.zeros(1, 256, 10)
+    attention.offset = torch.nn.Linear(10, 2)
+    told = attention(query, torch.zeros(1, 1, 3, 6, 10), distance, make_rig(1, (48, 80)), (48, 80))
+    told = told.reshape(16, 16, 10)[:, 8, 8:]  # along x, 1 m left of the axis; the camera looks along x
+    assert (told[:8] == 0).all()
+    assert told[12].tolist() == pytest.approx([0.25, 0.0], abs=1e-5)  # the cell at 9 m
+    assert told[11, 1].item() == pytest.approx(10 * math.log(9 / 7) / math.log(80), abs=1e-5)
+    assert told[15, 1].item() == -1.0  # limited: 15 m is more than half as far again
+
+
+@torch.no_grad()
+def test_a_box_is_read_at_its_centre_and_faces():
+    """Images that hold their own column and row: what is read are the places where a box is seen."""
+    config = CONFIG.image_size
+    rig = make_rig(6, config)
+    h, w = 24, 40
+    row = ((torch.arange(h) + 0.5) / h).view(1, 1, 1, h, 1).expand(1, 6, 1, h, w)
+    column = ((torch.arange(w) + 0.5) / w).view(1, 1, 1, 1, w).expand(1, 6, 1, h, w)
+    reading = BoxReading(2)
+    reading.output = torch.nn.Identity()
+    yaw = 0.5
+    box = torch.tensor([[[9.0, 1.0, 1.2, math.log(4), math.log(2), math.log(1.6), math.sin(yaw), math.cos(yaw), 0, 0]]])
+    read = reading(box, torch.cat([column, row], 2), rig, config).view(7, 4)
+    front = [9 + 2 * math.cos(yaw), 1 + 2 * math.sin(yaw), 1.2]
+    left = [9 - math.sin(yaw), 1 + math.cos(yaw), 1.2]
+    top = [9, 1, 2.0]
+    for k, point in ((1, front), (3, left), (5, top), (0, [9, 1, 1.2])):
+        uv, depth, seen = see_points(rig, torch.tensor([point]), config)
+        assert seen[0, :, 0].tolist() == [True, False, False, False, False, False]
+        torch.testing.assert_close(read[k, :2], uv[0, 0, 0], atol=1e-4, rtol=0)
+        assert read[k, 2].item() == pytest.approx(math.log(depth[0, 0, 0]) / math.log(80), abs=1e-5)
+        assert read[k, 3] == 1
+    assert (reading(box + torch.tensor([0, 0, 50.0] + [0] * 7), column, rig, config) == 0).all()  # in the sky
 
 
 @torch.no_grad()
@@ -176,8 +282,9 @@ def test_memory_knows_how_long_ago():
     memory = GatedMemory(BEVGrid((-4.0, 4.0), (-4.0, 4.0), (8, 8)), 4)
     bev, old, eye = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8), torch.eye(4)[None]
     known = torch.zeros(1, dtype=torch.bool)
-    slow = memory(bev, old, eye, torch.tensor([0.5]), known)
-    fast = memory(bev, old, eye, torch.tensor([0.1]), known)
+    slow, past = memory(bev, old, eye, torch.tensor([0.5]), known)
+    fast, _ = memory(bev, old, eye, torch.tensor([0.1]), known)
+    torch.testing.assert_close(past, old)  # the car stands still
     assert (slow - fast).abs().max() > 1e-4
 
 
@@ -195,13 +302,19 @@ def test_decode_by_hand():
     line_logits[..., 2] = inverse_sigmoid(0.7)
     points = torch.tensor([[0.0, 0], [10, 0], [10, 5], [0, 0.5]]).reshape(1, 1, 1, 4, 2)
     dense = torch.zeros(1, 1, 2, 2)
-    scene = decode(Prediction(box_logits, params, line_logits, points, dense, dense, *[torch.zeros(1)] * 3))
+    box_spread, line_spread = torch.zeros(1, 1, 2, 9), torch.full((1, 1, 1, 4, 2), math.log(0.3))
+    box_spread[0, 0, 1, 6] = math.log(0.2)
+    scene = decode(
+        Prediction(box_logits, params, box_spread, line_logits, points, line_spread, dense, dense, NO_IMAGES)
+    )
     assert scene.boxes.label[0].tolist() == [3, 7]
     assert scene.boxes.score[0].tolist() == pytest.approx([0.8, 0.6])
     assert scene.boxes.center[0, 0].tolist() == [1, 2, 3]
     assert scene.boxes.size[0, 0].tolist() == pytest.approx([11, 3, 4])
     assert scene.boxes.yaw[0].tolist() == pytest.approx([math.pi / 2, 0])
     assert scene.boxes.velocity[0, 0].tolist() == [5, 6]
+    assert scene.boxes.spread[0, :, 6].tolist() == pytest.approx([0.2, 1.0])
+    assert scene.lines.spread.unique().tolist() == pytest.approx([0.3])
     assert scene.lines.label[0].tolist() == [2]
     assert scene.lines.closed[0].tolist() == [True]  # the ends are 0.5 m apart
 
@@ -214,8 +327,8 @@ def test_of_two_boxes_in_one_place_the_better_is_kept():
         logits[0, 0, q, label] = math.log(score / (1 - score))
         params[0, 0, q, 0] = x
     nothing = torch.zeros(1, 1, 1, 2, 2)
-    lines = torch.zeros(1, 1, 1, 3), nothing
-    boxes = decode(Prediction(logits, params, *lines, *[nothing] * 5)).boxes
+    lines = torch.zeros(1, 1, 1, 3), nothing, nothing
+    boxes = decode(Prediction(logits, params, torch.zeros(1, 1, 5, 9), *lines, nothing, nothing, NO_IMAGES)).boxes
     assert boxes.score[0].tolist() == pytest.approx([0.9, 0.8, 0.7, 0.6, 0.5])
     # 0.8 is 1.5 m from 0.9 and falls; 0.7 is 1.5 m from 0.8, which is gone, and 3 m from 0.9; 0.6 is 2 m from 0.7.
     assert boxes.valid[0].tolist() == [True, False, True, True, True]
@@ -229,6 +342,12 @@ def test_checkpoint_round_trip_and_refusals(model, tmp_path):
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], tensor, rtol=0, atol=0)
     assert list(tmp_path.iterdir()) == [path]
+    full = path.stat().st_size
+    save_checkpoint(path, model, {"nds": 0.5}, half=True)
+    assert path.stat().st_size < 0.65 * full  # beside the weights there is a header
+    for name, tensor in load_checkpoint(path)[0].state_dict().items():
+        rounding = 0 if tensor.ndim < 2 else 2**-11
+        torch.testing.assert_close(tensor, model.state_dict()[name], rtol=rounding, atol=1e-7)
 
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         load_checkpoint(tmp_path / "absent.safetensors")
@@ -255,4 +374,4 @@ def test_presets_build(preset):
         encoder = ResNetFPN(config.backbone, config.backbone_stages, config.feature_stride, config.channels)
         images = torch.empty(6, 3, *config.image_size)
         assert encoder(images).shape[-1] == config.image_size[1] // config.feature_stride
-    assert sum(p.numel() for p in BEVTransformer(ModelConfig.nano()).parameters()) * 4 < 20e6
+    assert sum(p.numel() for p in BEVTransformer(ModelConfig.nano()).parameters()) * 2 < 20e6  # half floats

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 from perception.data.index import load_index
+from perception.data.loader import Draw
 from perception.data.nuscenes import NUSCENES_CAMERAS, NuScenesDataset
-from perception.errors import ConfigError, DataError
+from perception.errors import DataError
 from perception.geometry import (
     box_corners,
     invert_rigid,
@@ -64,15 +65,20 @@ def test_streaming_frames(hand_root, tmp_path):
         assert abs(frame.images.float().mean().item() - (20 * (i % 3) + 60)) < 1.5
 
 
-def test_clips_stay_in_their_scene_and_start_first(hand_root, tmp_path):
-    data = read(hand_root, tmp_path, clip_length=2)
-    assert [data[i].sample_index.tolist() for i in range(len(data))] == [[0, 1], [1, 2], [3, 4], [4, 5]]
-    clip = data[1]
+def test_a_draw_may_leave_keyframes_out(hand_root, tmp_path):
+    data = read(hand_root, tmp_path)
+    clip = data[Draw((1, 2), -1, (0,))]
+    assert clip.sample_index.tolist() == [1, 2]
     assert clip.frames.is_first.tolist() == [True, False]
     assert clip.frames.seconds_since_prev.tolist() == pytest.approx([0.0, STEP])
     assert torch.equal(clip.frames.ego_from_prev[0], torch.eye(4))
-    with pytest.raises(ConfigError, match="clip_length is 4"):
-        read(hand_root, tmp_path, clip_length=4)
+    clip = data[Draw((5,), 3, (0,))]  # the one in between was dropped
+    assert clip.frames.is_first.tolist() == [False]
+    assert clip.frames.seconds_since_prev.tolist() == pytest.approx([2 * STEP])
+    moved = torch.from_numpy(rigid_from_yaw(0.0, (-2 * SPEED * STEP, 0, 0))).float()
+    torch.testing.assert_close(clip.frames.ego_from_prev[0], moved, atol=1e-5, rtol=0)
+    with pytest.raises(IndexError):
+        data[6]
 
 
 def test_cameras_are_carried_to_the_reference_time(hand_root, tmp_path):
@@ -140,10 +146,10 @@ def test_splits(hand_root, tmp_path):
 
 
 def test_several_roots_are_one_dataset(hand_root, root, tmp_path):
-    both = read([hand_root, root], tmp_path, clip_length=2)
-    one = read(hand_root, tmp_path, clip_length=2)
-    assert len(both) == 8 and both.scene_of_sample.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
-    first, again = one[3], both[7]
+    both = read([hand_root, root], tmp_path)
+    one = read(hand_root, tmp_path)
+    assert len(both) == 12 and both.scene_of_sample.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    first, again = one[Draw((4, 5), 3, (0,))], both[Draw((10, 11), 9, (0,))]
     assert again.sample_index.tolist() == [10, 11]
     assert torch.equal(first.frames.images, again.frames.images)
     assert torch.equal(first.truth.lines.points, again.truth.lines.points)

@@ -174,7 +174,7 @@ def test_dataset_of_a_split_file(hand_root, tmp_path):
 
 def test_official_detection_score_of_a_split_file(hand_root, tmp_path):
     data = NuScenesDataset(hand_root, "v1.0-hand", "hand_val", image_size=(90, 160), cache_dir=tmp_path / "cache")
-    nothing = Polylines(*[torch.zeros(0)] * 5)
+    nothing = Polylines(*[torch.zeros(0)] * 6)
     scenes, poses = {}, {}
     for i, token in enumerate(data.tokens):
         boxes = data.truth_boxes(i)

@@ -32,6 +32,7 @@ def scene(token, boxes=(), lines=()) -> Scene:
             attribute=torch.full((count,), -1),
             score=torch.tensor([box[4] for box in boxes], dtype=torch.float32),
             valid=torch.ones(count, dtype=torch.bool),
+            spread=torch.zeros(count, 9),
         ),
         Polylines(
             points=torch.from_numpy(np.stack(points)).float() if points else torch.zeros(0, 2, 2),
@@ -39,6 +40,7 @@ def scene(token, boxes=(), lines=()) -> Scene:
             label=torch.tensor([line[0] for line in lines], dtype=torch.int64),
             score=torch.tensor([line[2] for line in lines], dtype=torch.float32),
             valid=torch.ones(len(lines), dtype=torch.bool),
+            spread=torch.zeros(len(points), *(points[0].shape if points else (2, 2))),
         ),
     )
 

@@ -111,6 +111,23 @@ def test_same_seed_same_bytes_with_any_number_of_workers(tmp_path):
     assert len(other & set(one.values())) <= 5  # the tables that are the same in every dataset, the empty map picture
 
 
+def test_keyframes_at_another_rate(tmp_path):
+    """At 10 Hz neighbouring keyframes are 0.1 s apart, and a car's velocity is still metres per second."""
+    simulate(tmp_path / "fast", seed=3, scenes=1, keyframes=4, rate=10, workers=1, image_size=(32, 56))
+    nusc = NuScenes(VERSION, str(tmp_path / "fast"), verbose=False)
+    samples = scene_samples(nusc, 0)
+    assert np.allclose(np.diff([sample["timestamp"] for sample in samples]), 1e5)
+    times = [nusc.get("sample_data", sample["data"]["CAM_BACK"])["timestamp"] for sample in samples]
+    assert np.allclose(np.diff(times), 1e5)
+    speeds = [np.linalg.norm(nusc.box_velocity(token)[:2]) for token in samples[1]["anns"]]
+    district = scene_district(3, 0, keyframes=4, rate=10)
+    assert 2 < max(speeds) < 25 and district.actors
+    with pytest.raises(ConfigError, match="rate is 3; use one of 1, 2, 5"):
+        simulate(tmp_path / "odd", seed=3, scenes=1, rate=3)
+    with pytest.raises(ConfigError, match="nothing between keyframes at 10 Hz"):
+        simulate(tmp_path / "odd", seed=3, scenes=1, rate=10, sweeps=True)
+
+
 def test_devkit_reads_tables_and_maps(nusc, town_root):
     assert (len(nusc.category), len(nusc.attribute), len(nusc.visibility), len(nusc.sensor)) == (23, 8, 4, 7)
     assert len(nusc.scene) == 2 and len(nusc.sample) == 2 * KEYFRAMES

@@ -1,6 +1,10 @@
 """What the trainings share. Every config sets epochs, batch_size and lr on top."""
 
 train = dict(
+    groups=8,
+    window=2,
+    drop_frames=0.0,
+    image_epochs=0,
     weight_decay=0.01,
     warmup_iters=200,
     grad_clip=10.0,

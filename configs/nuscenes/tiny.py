@@ -11,6 +11,6 @@ Cost: not measured. Result: not measured.
 _base_ = ["../_base_/schedule.py"]
 
 model = dict(preset="tiny")
-train_data = dict(dataroot="data/nuscenes", version="v1.0-trainval", split="train", clip_length=3, augment=dict())
+train_data = dict(dataroot="data/nuscenes", version="v1.0-trainval", split="train", augment=dict())
 val_data = dict(dataroot="data/nuscenes", version="v1.0-trainval", split="val")
 train = dict(epochs=24, batch_size=2, lr=2e-4, warmup_iters=1000, workers=4, log_every=50)

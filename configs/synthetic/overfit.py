@@ -16,9 +16,18 @@ train_data = dict(
     dataroot="out/town_one",
     version="v1.0-synthetic",
     split="town_one",
-    clip_length=2,
     make_with="python scripts/simulate.py --out out/town_one --scenes 1 --seed 36 --keyframes 4 --image-size 128x224 "
     "--split town_one",
 )
 val_data = dict(dataroot="out/town_one", version="v1.0-synthetic", split="town_one")
-train = dict(epochs=75, batch_size=1, lr=1e-3, warmup_iters=20, val_every=75, ema_momentum=0.0, workers=0, log_every=15)
+train = dict(
+    epochs=100,
+    batch_size=1,
+    groups=1,
+    lr=1e-3,
+    warmup_iters=20,
+    val_every=100,
+    ema_momentum=0.0,
+    workers=0,
+    log_every=15,
+)

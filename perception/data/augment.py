@@ -1,18 +1,27 @@
 """Augmentation without special fields: a changed image is a new camera, a changed ground plane is a new ego frame.
 
-Everything is the same over the frames of a clip, so what stands still goes on standing still.
+Everything is the same over the frames of a clip, so what stands still goes on standing still. What goes wrong with
+cameras (`perception.data.corruptions`) is drawn here too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from perception.data.corruptions import (
+    CORRUPTIONS,
+    SEVERITIES,
+    corrupt_camera,
+    jitter_cameras,
+    missing_camera,
+    spare_cameras,
+)
 from perception.data.index import PATCH_SIZE, WIDE_PATCH_SIZE
 from perception.data.lane_map import cut_lines
 from perception.data.loader import pad_lines
@@ -31,9 +40,13 @@ class Augment:
         shift: the ego frame is moved by up to this along x and along y, metres.
         zoom: each camera's picture shows up to this fraction more or less, somewhere in the original one.
         color: gain, contrast and gamma of each camera, and the balance of its channels, change by up to this fraction.
+        jitter_deg: the calibration of each camera is wrong by up to this, about each axis.
+        drop_camera: probability that one camera is missing in a clip; never the last one that there is.
+        corrupt: probability, for each camera, that its images of a clip are bad in a random way.
 
     Raises:
-        ConfigError: a number is negative, or the turned map patch would reach beyond the lines that the index keeps.
+        ConfigError: a number is negative, a probability is more than 1, or the turned map patch would reach beyond the
+            lines that the index keeps.
     """
 
     mirror: float = 0.5
@@ -41,11 +54,17 @@ class Augment:
     shift: float = 1.0
     zoom: float = 0.1
     color: float = 0.2
+    jitter_deg: float = 0.0
+    drop_camera: float = 0.0
+    corrupt: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("mirror", "yaw_deg", "shift", "zoom", "color"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"Augment.{name} is {getattr(self, name)}; it must not be negative")
+        for field in fields(self):
+            if getattr(self, field.name) < 0:
+                raise ConfigError(f"Augment.{field.name} is {getattr(self, field.name)}; it must not be negative")
+        for name in ("mirror", "drop_camera", "corrupt"):
+            if getattr(self, name) > 1:
+                raise ConfigError(f"Augment.{name} is {getattr(self, name)}; it is a probability, give at most 1")
         angle = np.radians(min(self.yaw_deg, 90.0))
         turn = np.array([[np.cos(angle), np.sin(angle)], [np.sin(angle), np.cos(angle)]])
         if np.any(turn @ PATCH_SIZE / 2 + self.shift > np.array(WIDE_PATCH_SIZE) / 2):
@@ -58,7 +77,8 @@ class Augment:
         clip: Clip,
         wide_lines: Sequence[Sequence[MapLine]],
         ego_from_patch: Sequence[np.ndarray],
-        rng: np.random.Generator,
+        scene_rng: np.random.Generator,
+        clip_rng: np.random.Generator,
     ) -> Clip:
         """A changed copy of one clip.
 
@@ -66,11 +86,13 @@ class Augment:
             clip: with leading [T].
             wide_lines: T lists of exact lines in the ego frame, from a patch larger than the wanted one.
             ego_from_patch: T transforms [4, 4]; where the truth's patch lies in the (old and new) ego frame.
-            rng: all randomness comes from here.
+            scene_rng: for what has to stay the same all along a scene: the ego frame, pictures, colours, calibration.
+            clip_rng: for what comes and goes: missing cameras and bad images.
 
         Returns:
             The clip with new images, rig, motion and truth.
         """
+        rng = scene_rng
         moved_from_ego = rigid_from_yaw(
             np.radians(rng.uniform(-self.yaw_deg, self.yaw_deg)), (*rng.uniform(-self.shift, self.shift, 2), 0.0)
         )
@@ -86,7 +108,20 @@ class Augment:
             lines=pad_lines(lines, old.points.shape[-2], old.label.shape[-1]),
         )
         frames = change_colors(zoom_cameras(frames, self.zoom, rng), self.color, rng)
-        return clip._replace(frames=frames, truth=truth)
+        if self.jitter_deg:
+            frames = jitter_cameras(frames, self.jitter_deg, rng)
+        return clip._replace(frames=self._disturb(frames, clip_rng), truth=truth)
+
+    def _disturb(self, frames: Frame, rng: np.random.Generator) -> Frame:
+        """Frames [T] with cameras that are missing or show bad images, as drawn for this clip."""
+        if rng.random() < self.drop_camera and (spare := spare_cameras(frames.rig)):
+            frames = missing_camera(frames, int(rng.choice(spare)))
+        for camera in range(frames.rig.present.shape[-1]):
+            if rng.random() < self.corrupt:
+                frames = corrupt_camera(
+                    frames, camera, str(rng.choice(list(CORRUPTIONS))), int(rng.choice(SEVERITIES)), rng
+                )
+        return frames
 
 
 def move_frames(frames: Frame, moved_from_ego: np.ndarray) -> Frame:

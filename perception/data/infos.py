@@ -158,4 +158,5 @@ def _boxes(path: Path, info: dict, categories: dict[int, str], ego_from_lidar: n
         attribute=torch.full((len(box),), -1),
         score=torch.ones(len(box)),
         valid=torch.from_numpy(valid & (label >= 0)),
+        spread=torch.zeros(len(box), 9),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from perception.errors import DataError
+from perception.errors import ConfigError, DataError
 from perception.geometry import resample_polyline
 from perception.types import Boxes, Clip, MapLine, Polylines, Scene
 
@@ -100,6 +101,7 @@ def pad_lines(lines: Sequence[Sequence[MapLine]], points_per_line: int, count: i
                 label=torch.tensor([line.label for line in moment], dtype=torch.int64),
                 score=torch.tensor([line.score for line in moment], dtype=torch.float32),
                 valid=torch.ones(len(moment), dtype=torch.bool),
+                spread=torch.zeros(len(moment), points_per_line, 2),
             )
         )
     return _stack_padded(stacked, max(count, *(len(moment) for moment in lines)))
@@ -139,40 +141,95 @@ def _stack_truth(tensors: Sequence[Tensor]) -> Tensor:
 
 
 class Draw(NamedTuple):
-    """What a shuffled sampler yields: which clip, and the seed of the random numbers for its augmentation."""
+    """What the training sampler yields: samples of one scene that follow each other, and how they are to be seen."""
 
-    index: int
-    seed: tuple[int, ...]
+    samples: tuple[int, ...]
+    previous: int  # the sample that the memory is from, -1 where it starts empty
+    seed: tuple[int, ...]  # of the random numbers of the augmentation, the same all along a scene
 
 
-class ShuffledSampler(Sampler):
-    """Clips in random order; order and augmentation depend on the seed and the epoch only.
+class TrainSampler(Sampler):
+    """Windows of scenes, for training with a memory that is handed on from batch to batch.
 
-    Nothing else enters, neither the number of workers nor what was drawn before, so a resumed run goes on as if it had
-    not been interrupted.
+    A batch holds one window of each of `batch_size` scenes. Batches take turns in `groups`: batch b + groups goes on
+    where batch b ended, element by element, with the next window of the same scene or the first one of another. In
+    between other scenes are seen, for steps that all see the same street unlearn the others. Scenes come in random
+    order.
+
+    Order, dropped frames and augmentation depend on the seed and the epoch only, neither on the number of workers nor
+    on what was drawn before, so a resumed run goes on as if it had not been interrupted.
 
     Args:
-        length: number of clips.
+        scene_of_sample: [S] scene number of each sample, samples in time order within a scene.
+        batch_size: that of the DataLoader, which must keep the order.
+        groups: batches that take turns.
+        window: T, samples per draw. Scenes that have fewer are left out; what does not fill a window is skipped, now at
+            the beginning of a scene and now at its end.
+        drop: probability that a sample is left out, so that the time between two frames varies.
         seed: of the whole run.
         rank: of this process.
-        world_size: number of processes; each gets equally many clips, the first ones twice if it does not divide.
+        world_size: number of processes; each has scenes of its own.
+
+    Raises:
+        ConfigError: no scene fills a window.
     """
 
-    def __init__(self, length: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
-        self.length, self.seed, self.rank, self.world_size = length, seed, rank, world_size
+    def __init__(
+        self,
+        scene_of_sample: Sequence[int],
+        batch_size: int,
+        groups: int,
+        window: int,
+        drop: float,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        scenes = np.asarray(scene_of_sample)
+        of_scene = [np.flatnonzero(scenes == scene) for scene in np.unique(scenes)]
+        self.scenes = [samples for samples in of_scene if len(samples) >= window]
+        if not self.scenes:
+            raise ConfigError(
+                f"train.window is {window}, but no scene has that many samples; use at most "
+                f"{max(map(len, of_scene), default=0)}"
+            )
+        self.batch_size, self.groups, self.window, self.drop, self.seed = batch_size, groups, window, drop, seed
+        self.rank, self.world_size = rank, world_size
         self.epoch = 0
+        windows = sum(len(samples) for samples in self.scenes) * (1 - drop) / window
+        self.batches = max(1, round(windows / (batch_size * world_size)))
 
     def set_epoch(self, epoch: int) -> None:
         """To be called before each epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return -(-self.length // self.world_size)
+        return self.batches * self.batch_size
 
     def __iter__(self) -> Iterator[Draw]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
-        order = np.resize(order, len(self) * self.world_size)[self.rank :: self.world_size]
-        return (Draw(int(index), (self.seed, self.epoch, int(index))) for index in order)
+        rng = np.random.default_rng((self.seed, self.epoch))
+        visits = self._visits(rng)
+        groups = [[[] for _ in range(self.batch_size * self.world_size)] for _ in range(self.groups)]
+        for batch in range(self.batches):
+            for number, stream in enumerate(groups[batch % self.groups]):
+                if not stream:
+                    stream.extend(next(visits))
+                draw = stream.pop(0)
+                if number % self.world_size == self.rank:
+                    yield draw
+
+    def _visits(self, rng: np.random.Generator) -> Iterator[list[Draw]]:
+        """The windows of one scene after the other, without end."""
+        for visit in itertools.count():
+            if visit % len(self.scenes) == 0:
+                order = rng.permutation(len(self.scenes))
+            samples = self.scenes[order[visit % len(self.scenes)]]
+            kept = samples[rng.random(len(samples)) >= self.drop]
+            samples = kept if len(kept) >= self.window else samples
+            samples = samples[rng.integers(len(samples) % self.window + 1) :]
+            windows = samples[: len(samples) // self.window * self.window].reshape(-1, self.window).tolist()
+            previous = [-1, *(window[-1] for window in windows)]
+            yield [Draw(tuple(w), p, (self.seed, self.epoch, visit)) for w, p in zip(windows, previous, strict=False)]
 
 
 class SceneStreamSampler(Sampler):

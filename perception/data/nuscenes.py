@@ -15,7 +15,6 @@ from perception.data.index import PATCH_SIZE, concatenate, ego_from_patch, lines
 from perception.data.lane_map import LaneMap
 from perception.data.lane_topology import Centerlines
 from perception.data.loader import Draw, decode_image, pad_boxes, pad_lines
-from perception.errors import ConfigError
 from perception.geometry import invert_rigid, yaw_from_rotation
 from perception.types import BOX_CLASSES, Boxes, CameraRig, Clip, Frame, MapLine, Scene
 
@@ -25,11 +24,11 @@ NUSCENES_CAMERAS = (
 
 
 class NuScenesDataset(Dataset):
-    """Clips of consecutive keyframes of a nuScenes-format dataset.
+    """Keyframes of a nuScenes-format dataset as clips.
 
-    With `clip_length` 1 every sample is an item, in scene order: made for streaming, so a frame carries the motion
-    since the previous keyframe and is first only at the start of a scene. With longer clips an item is one that fits
-    into its scene, and its first frame is first: made for training, where memory starts empty.
+    Every sample is an item, a clip of one frame, in scene order: made for streaming, so a frame carries the motion
+    since the previous keyframe and is first only at the start of a scene. Training asks with a `Draw` for longer clips,
+    which may leave keyframes out.
 
     Lines of clips are those of the MapTR flavour: 60 m ahead and behind together, 30 m across, around LIDAR_TOP.
 
@@ -39,15 +38,13 @@ class NuScenesDataset(Dataset):
         split: an official split, one of `<version>/splits.json`, or a file of scene names: a Path, or text that ends in
             `.json` or `.txt` or has a `/` in it (see `perception.data.splits`). Every root must hold a file's scenes.
         image_size: height and width of the images; see `fit_image` for how others are fitted.
-        clip_length: T, keyframes per item.
         cameras: channels, in order. One that a sample lacks is marked as not present.
         points_per_line: P of the truth lines.
         cache_dir: where the index is kept, see `load_index`.
-        augment: changes each clip; a `Draw` names its random numbers, a plain index always gives the same ones.
+        augment: changes the clips of a `Draw`, which names their random numbers.
 
     Raises:
         DataError: anything is missing or malformed, here or when an item is read.
-        ConfigError: no clip of this length fits into any scene.
     """
 
     classes = BOX_CLASSES
@@ -59,7 +56,6 @@ class NuScenesDataset(Dataset):
         split: str | Path,
         *,
         image_size: tuple[int, int],
-        clip_length: int = 1,
         cameras: Sequence[str] = NUSCENES_CAMERAS,
         points_per_line: int = 20,
         cache_dir: str | Path | None = None,
@@ -71,24 +67,15 @@ class NuScenesDataset(Dataset):
         self._index = index = concatenate(indices, roots)
         self.roots, self.version, self.split = tuple(roots), version, split
         self.image_size = tuple(image_size)
-        self.clip_length = clip_length
         self.points_per_line = points_per_line
         self.augment = augment
         self.cameras = tuple(cameras)
         self._lane_maps: dict[bytes, LaneMap] = {}  # by file, read when first asked for
         self.max_boxes = int(np.diff(index.box_offset).max())
         self.max_lines = int(np.diff(index.lines.sample_offset).max())
-        # The samples of each clip, one column per frame, -1 where the scene starts too late.
-        columns = [np.arange(len(index.token))]
-        for _ in range(clip_length - 1):
-            columns.insert(0, np.where(columns[0] < 0, -1, index.previous[columns[0]]))
-        clips = np.stack(columns, axis=1)  # [clips, T]
-        self._clips = clips[clips[:, 0] >= 0]
-        if len(self._clips) == 0:
-            raise ConfigError(f"clip_length is {clip_length}, but no scene of split '{split}' has that many keyframes")
 
     def __len__(self) -> int:
-        return len(self._clips)
+        return len(self._index.token)
 
     @property
     def tokens(self) -> list[str]:
@@ -172,27 +159,31 @@ class NuScenesDataset(Dataset):
             attribute=torch.from_numpy(index.box_attribute[rows]),
             score=torch.ones(rows.stop - rows.start),
             valid=torch.from_numpy(index.box_points[rows] > 0),
+            spread=torch.zeros(rows.stop - rows.start, 9),
         )
 
     def __getitem__(self, item: int | Draw) -> Clip:
-        number = item.index if isinstance(item, Draw) else item
-        samples = self._clips[number]  # [T]
+        if isinstance(item, Draw):
+            samples = np.array(item.samples)  # [T]
+            previous = np.array([item.previous, *item.samples[:-1]])
+        else:
+            samples = np.array([range(len(self))[item]])  # an IndexError beyond the end
+            previous = self._index.previous[samples]
         truth = Scene(
             pad_boxes([self.truth_boxes(i) for i in samples], self.max_boxes),
             pad_lines([self.truth_lines(i) for i in samples], self.points_per_line, self.max_lines),
         )
-        clip = Clip(self._frames(samples), truth, torch.from_numpy(samples))
-        if self.augment is None:
+        clip = Clip(self._frames(samples, previous), truth, torch.from_numpy(samples))
+        if self.augment is None or not isinstance(item, Draw):
             return clip
-        rng = np.random.default_rng(item.seed if isinstance(item, Draw) else number)
+        scene_rng = np.random.default_rng(item.seed)
+        # Plus one, for numpy takes a seed with a zero at its end for the one without.
+        clip_rng = np.random.default_rng((*item.seed, item.samples[0] + 1))
         patches = [ego_from_patch(self.ego_pose(i), self.ego_from_lidar(i)) for i in samples]
-        return self.augment(clip, [self._index.wide_lines.of_sample(i) for i in samples], patches, rng)
+        return self.augment(clip, [self._index.wide_lines.of_sample(i) for i in samples], patches, scene_rng, clip_rng)
 
-    def _frames(self, samples: np.ndarray) -> Frame:
+    def _frames(self, samples: np.ndarray, previous: np.ndarray) -> Frame:
         index = self._index
-        previous = index.previous[samples]
-        if self.clip_length > 1:
-            previous = np.where(np.arange(len(samples)) == 0, -1, previous)
         is_first = previous < 0
         ego_from_prev = invert_rigid(index.global_from_ego[samples]) @ index.global_from_ego[previous]
         ego_from_prev[is_first] = np.eye(4)

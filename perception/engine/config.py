@@ -29,7 +29,6 @@ class DataSection:
     dataroot: str  # root of a nuScenes-format dataset
     version: str  # folder of its tables, e.g. v1.0-trainval
     split: str  # an official split or one of the dataset's own splits.json
-    clip_length: int = 1  # consecutive frames of a training clip; evaluation streams whole scenes instead
     augment: Augment | None = None  # in a config: dict(), with those fields of Augment that differ from its defaults
     make_with: str = ""  # the command that makes or fetches the dataset, told to whoever lacks it
 
@@ -38,8 +37,12 @@ class DataSection:
 class TrainSection:
     """How to train: `train` of a config. Iterations are counted over the whole training."""
 
-    epochs: int
+    epochs: int  # of streaming training, after those of images alone
     batch_size: int  # clips per process
+    groups: int  # batches that take turns: batch b + groups follows the scenes of batch b, those in between other ones
+    window: int  # frames per step: as far back as gradients go, while the memory goes on along the scene
+    drop_frames: float  # share of frames that are left out at random, for times between frames that vary
+    image_epochs: int  # epochs at the start that train what the images show, before there is a map
     lr: float  # peak learning rate of AdamW
     weight_decay: float
     warmup_iters: int  # linear warm-up, then a cosine down to 1 % of the peak
@@ -48,6 +51,7 @@ class TrainSection:
     val_every: int  # epochs between two validations; the last epoch is always validated
     log_every: int  # iterations between two lines of the log
     workers: int  # processes that load clips; 0 loads them in the training process
+    init_from: str = ""  # weights to start from, .safetensors or .pth of the same network; random ones if empty
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,6 @@ def build_dataset(section: DataSection, model: ModelConfig) -> NuScenesDataset:
         section.version,
         section.split,
         image_size=model.image_size,
-        clip_length=section.clip_length,
         points_per_line=model.line_points,
         augment=section.augment,
     )

@@ -7,6 +7,7 @@ weights. Loops and hooks are handed to the Runner as classes; nothing is registe
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import fields
 from pathlib import Path
@@ -21,17 +22,17 @@ from mmengine.runner import BaseLoop, EpochBasedTrainLoop, Runner, find_latest_c
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from perception.data.loader import ShuffledSampler, collate
+from perception.data.loader import TrainSampler, collate
 from perception.engine.config import TrainConfig, TrainSection, build_dataset
 from perception.errors import CheckpointError, ConfigError, TrainingError
 from perception.evaluation.streaming import evaluate_scenes, predict_stream
-from perception.losses import set_losses
-from perception.models.bev_transformer import BEVTransformer, ModelConfig, load_checkpoint, save_checkpoint
-from perception.types import Clip, Frame, Scene, map_tensors
+from perception.losses import image_losses, set_losses
+from perception.models.bev_transformer import BEVTransformer, ModelConfig, halve, load_checkpoint, save_checkpoint
+from perception.types import Clip, State, map_tensors
 
 
 class TrainingModel(BaseModel):
-    """The core network as MMEngine wants it: a clip in, losses out.
+    """The core network and its losses.
 
     Args:
         core: the network.
@@ -41,38 +42,49 @@ class TrainingModel(BaseModel):
         super().__init__()
         self.core = core
 
-    def forward(self, frames: Frame, truth: Scene, sample_index: Tensor, mode: str = "loss") -> dict[str, Tensor]:
-        """Unrolls clips from an empty memory and sums each loss over time.
+    def forward(
+        self, clip: Clip, state: State | None, images_only: bool = False
+    ) -> tuple[dict[str, Tensor], State | None]:
+        """Unrolls clips and averages each loss over time.
 
         Args:
-            frames, truth, sample_index: the fields of a batched Clip, leading [B, T].
-            mode: only "loss"; evaluation streams instead (perception.evaluation.streaming).
+            clip: leading [B, T], on the device of the weights.
+            state: the memory that the clip before ended with, None for an empty one.
+            images_only: leave map and memory alone; only what the images show has losses.
+
+        Returns:
+            The losses, and the memory at the end of the clip, cut off from the graph: gradients reach back to the
+            beginning of the clip and no farther (truncated back-propagation through time).
 
         Raises:
             FloatingPointError: a loss or the cost of a match is NaN or infinite.
         """
-        clip = Clip(frames, truth, sample_index)
-        B, T = sample_index.shape
-        state = self.core.initial_state(B)
+        B, T = clip.sample_index.shape
+        if images_only:
+            flat = map_tensors(lambda tensor: tensor.flatten(0, 1), clip)
+            shown = self.core.look(flat.frames)[0]
+            with torch.autocast(flat.sample_index.device.type, enabled=False):
+                shown = map_tensors(Tensor.float, shown)
+                return _checked(image_losses(shown, flat.truth.boxes, flat.frames)), state
+        state = self.core.initial_state(B) if state is None else state
         losses: dict[str, Tensor] = {}
         for t in range(T):
             now = map_tensors(lambda tensor, t=t: tensor[:, t], clip)
             prediction, state = self.core(now.frames, state)
             # Matching and losses stay in float32 whatever the network runs in.
-            with torch.autocast(sample_index.device.type, enabled=False):
+            with torch.autocast(clip.sample_index.device.type, enabled=False):
                 prediction = map_tensors(Tensor.float, prediction)
                 for name, loss in set_losses(prediction, now.truth, now.frames, self.core.grid).items():
                     losses[name] = losses[name] + loss / T if name in losses else loss / T
-        finite = torch.stack(list(losses.values())).isfinite().tolist()
-        for name, ok in zip(losses, finite, strict=True):
-            if not ok:
-                raise FloatingPointError(f"loss {name} is {losses[name].item()}")
-        return losses
+        return _checked(losses), map_tensors(Tensor.detach, state)
 
-    def parse_losses(self, losses: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The sum of all losses, and what to log."""
-        total = sum(losses.values())
-        return total, {"loss": total, **losses}
+
+def _checked(losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    finite = torch.stack(list(losses.values())).isfinite().tolist()
+    for name, ok in zip(losses, finite, strict=True):
+        if not ok:
+            raise FloatingPointError(f"loss {name} is {losses[name].item()}")
+    return losses
 
 
 class CheckedOptimWrapper(OptimWrapper):
@@ -97,18 +109,45 @@ class CheckedOptimWrapper(OptimWrapper):
         self.message_hub.update_scalar("train/grad_norm", float(norm))
 
 
-class ClipTrainLoop(EpochBasedTrainLoop):
-    """Epochs over clips; a step that is not finite ends training with the names of its samples."""
+class StreamTrainLoop(EpochBasedTrainLoop):
+    """Epochs over scenes with the memory handed on along each scene; a step that is not finite ends training with
+    the names of its samples.
+
+    Args:
+        groups: batches that take turns, each with a memory of its own; see `TrainSampler`.
+        image_epochs: the first epochs, which train what the images show and nothing else. Where an object is seen, and
+            how far away, is learned from images alone at half the cost; a map cannot be learned from features that do
+            not know it yet.
+    """
+
+    def __init__(self, runner: Runner, dataloader: DataLoader, groups: int, image_epochs: int, **schedule) -> None:
+        super().__init__(runner, dataloader, **schedule)
+        self.image_epochs = image_epochs
+        self.states: list[State | None] = [None] * groups
+
+    def run_epoch(self) -> None:
+        self.states = [None] * len(self.states)  # every epoch starts at the beginning of scenes
+        super().run_epoch()
 
     def run_iter(self, idx: int, data_batch: Clip) -> None:
+        runner, model, group = self.runner, self.runner.model, idx % len(self.states)
+        runner.call_hook("before_train_iter", batch_idx=idx, data_batch=data_batch)
+        device = next(model.parameters()).device
+        clip = map_tensors(lambda tensor: tensor.to(device, non_blocking=True), data_batch)
         try:
-            super().run_iter(idx, data_batch)
+            with runner.optim_wrapper.optim_context(model):
+                losses, self.states[group] = model(clip, self.states[group], self.epoch < self.image_epochs)
+            total = sum(losses.values())
+            runner.optim_wrapper.update_params(total)
         except FloatingPointError as error:
             tokens = [self.dataloader.dataset.tokens[i] for i in data_batch.sample_index.flatten().tolist()]
             raise TrainingError(
                 f"training stopped at iteration {self.iter + 1}: {error} for the samples {', '.join(tokens)}; look at "
                 "their annotations and calibration, or lower train.lr"
             ) from None
+        outputs = {"loss": total, **losses}
+        runner.call_hook("after_train_iter", batch_idx=idx, data_batch=data_batch, outputs=outputs)
+        self._iter += 1
 
 
 class StreamValLoop(BaseLoop):
@@ -129,8 +168,9 @@ class StreamValLoop(BaseLoop):
         runner.call_hook("before_val_epoch")
         rank, world = get_dist_info()
         model = runner.model.module if hasattr(runner.model, "module") else runner.model
-        model.eval()
-        stream = predict_stream(model.core, dataset, rank=rank, world_size=world, workers=self.dataloader.num_workers)
+        core = copy.deepcopy(model.core).eval()
+        core.load_state_dict(halve(core.state_dict()))  # judged as it is exported
+        stream = predict_stream(core, dataset, rank=rank, world_size=world, workers=self.dataloader.num_workers)
         scenes = {token: scene for part in all_gather_object(stream.scenes) for token, scene in part.items()}
         told = [evaluate_scenes(dataset, scenes).metrics() if rank == 0 else None]
         broadcast_object_list(told)
@@ -165,7 +205,8 @@ class PlainCheckpointHook(Hook):
 
 
 class ExportHook(Hook):
-    """Writes the validated weights (the averaged ones where there is an average) for use without the engine.
+    """Writes the validated weights (the averaged ones where there is an average), in half floats, for use without the
+    engine.
 
     `<name>-last.safetensors` after every validation, `<name>.safetensors` where the score is the best so far.
 
@@ -183,9 +224,9 @@ class ExportHook(Hook):
             return
         core = (runner.model.module if hasattr(runner.model, "module") else runner.model).core
         told = metrics | {"epoch": runner.epoch}
-        save_checkpoint(Path(runner.work_dir, f"{self.name}-last.safetensors"), core, told)
+        save_checkpoint(Path(runner.work_dir, f"{self.name}-last.safetensors"), core, told, half=True)
         if metrics["score"] > runner.message_hub.runtime_info.get("best_score", -math.inf):
-            save_checkpoint(Path(runner.work_dir, f"{self.name}.safetensors"), core, told)
+            save_checkpoint(Path(runner.work_dir, f"{self.name}.safetensors"), core, told, half=True)
 
 
 def train(
@@ -215,6 +256,7 @@ def train(
         The network after the last epoch (raw weights, not their average).
 
     Raises:
+        CheckpointError: the weights to start from are missing or belong to another network.
         ConfigError: the work directory holds another training, or there are too few samples.
         DataError: the dataset is missing or malformed.
         TrainingError: a loss or a gradient is not finite.
@@ -227,7 +269,9 @@ def train(
     set_random_seed(seed)
     train_set, val_set = build_dataset(config.train_data, config.model), build_dataset(config.val_data, config.model)
     # Channels last is what convolutions are fastest with, on CPU and GPU.
-    model = TrainingModel(BEVTransformer(config.model)).to(memory_format=torch.channels_last)
+    start = config.train.init_from
+    core = load_weights(start, config.model).train() if start else BEVTransformer(config.model)
+    model = TrainingModel(core).to(memory_format=torch.channels_last)
     runner = _build_runner(config, work_dir, model, train_set, val_set, seed, resume, amp, launcher)
     runner.train()
     return model.core
@@ -276,6 +320,10 @@ def load_weights(path: str | Path, model_config: ModelConfig) -> BEVTransformer:
 def _build_runner(config, work_dir, model, train_set, val_set, seed, resume, amp, launcher) -> Runner:
     section: TrainSection = config.train
     cuda = torch.cuda.is_available()
+    if section.groups < 1:
+        raise ConfigError(f"train.groups is {section.groups}; give at least 1")
+    if not 0 <= section.drop_frames < 1:
+        raise ConfigError(f"train.drop_frames is {section.drop_frames}; give a share of at least 0 and less than 1")
     if launcher != "none" and not cuda:
         raise ConfigError(f"--launcher {launcher} needs a GPU per process and finds none; train with --launcher none")
     if launcher != "none" and not is_distributed():
@@ -284,16 +332,25 @@ def _build_runner(config, work_dir, model, train_set, val_set, seed, resume, amp
     train_loader = DataLoader(
         train_set,
         batch_size=section.batch_size,
-        sampler=ShuffledSampler(len(train_set), seed, *get_dist_info()),
+        sampler=TrainSampler(
+            train_set.scene_of_sample,
+            section.batch_size,
+            section.groups,
+            section.window,
+            section.drop_frames,
+            seed,
+            *get_dist_info(),
+        ),
         pin_memory=cuda,
         **loading,
     )
     if section.warmup_iters < 2:
         raise ConfigError(f"train.warmup_iters is {section.warmup_iters}; give at least 2 iterations")
-    iterations = section.epochs * len(train_loader)
+    epochs = section.image_epochs + section.epochs
+    iterations = epochs * len(train_loader)
     if iterations <= section.warmup_iters:
         raise ConfigError(
-            f"{section.epochs} epochs of {len(train_set)} clips are {iterations} iterations, not more than "
+            f"{epochs} epochs of {len(train_set)} samples are {iterations} iterations, not more than "
             f"train.warmup_iters={section.warmup_iters}; lower it or train longer"
         )
     hooks = [{"type": FrameRateHook}, {"type": PlainCheckpointHook}, {"type": ExportHook, "name": config.name}]
@@ -303,7 +360,14 @@ def _build_runner(config, work_dir, model, train_set, val_set, seed, resume, amp
         model=model,
         work_dir=str(work_dir),
         train_dataloader=train_loader,
-        train_cfg={"type": ClipTrainLoop, "max_epochs": section.epochs, "val_interval": section.val_every},
+        train_cfg={
+            "type": StreamTrainLoop,
+            "max_epochs": epochs,
+            "val_begin": section.image_epochs + 1,
+            "val_interval": section.val_every,
+            "groups": section.groups,
+            "image_epochs": section.image_epochs,
+        },
         val_dataloader=DataLoader(val_set, batch_size=1, **loading),
         val_cfg={"type": StreamValLoop},
         val_evaluator={},

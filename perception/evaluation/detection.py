@@ -234,6 +234,7 @@ def boxes_from_submission(records: Sequence[Mapping], global_from_ego: np.ndarra
         ),
         score=torch.tensor([r["detection_score"] for r in records], dtype=torch.float32),
         valid=torch.ones(count, dtype=torch.bool),
+        spread=torch.zeros(count, 9),
     )
 
 

@@ -6,8 +6,9 @@ Needs neither the training engine nor a config: a network and a dataset.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,9 +18,10 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from perception.data.loader import SceneStreamSampler, collate
+from perception.data.loader import SceneStreamSampler, collate, pad_boxes, pad_lines
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError
+from perception.evaluation.calibration import CalibrationResult, evaluate_calibration
 from perception.evaluation.detection import DetectionResult, evaluate_detection, submission_from_scenes
 from perception.evaluation.lanes import LANE_EXTENTS, STRICT_THRESHOLDS, LaneResult, evaluate_lanes, lane_rules
 from perception.evaluation.stability import StabilityResult, evaluate_stability
@@ -27,7 +29,10 @@ from perception.evaluation.submission import write_lanes
 from perception.files import write_json
 from perception.models.bev_transformer import BEVTransformer
 from perception.models.decoder import decode
-from perception.types import Clip, MapLine, Polylines, Scene, map_tensors
+from perception.types import Clip, Frame, MapLine, Polylines, Scene, map_tensors
+
+# What goes wrong in a stream: takes frames with leading [1, 1], the number of their scene and of their sample.
+Disturbance = Callable[[Frame, int, int], Frame]
 
 
 class Stream(NamedTuple):
@@ -46,12 +51,14 @@ class Evaluation:
         lanes: at the thresholds that the protocol publishes.
         strict_lanes: by the same protocol at 0.2, 0.5 and 1.0 m.
         stability: displacement of the same boxes and lines from frame to frame; needs no truth.
+        calibration: scores against precision, spreads against errors.
     """
 
     detection: DetectionResult
     lanes: LaneResult
     strict_lanes: LaneResult
     stability: StabilityResult
+    calibration: CalibrationResult
 
     def metrics(self) -> dict[str, float]:
         """The headline numbers by name; `score` is the mean of NDS and lane mAP."""
@@ -107,6 +114,7 @@ def predict_stream(
     model: BEVTransformer,
     dataset: NuScenesDataset,
     *,
+    disturb: Disturbance | None = None,
     rank: int = 0,
     world_size: int = 1,
     workers: int = 0,
@@ -116,19 +124,18 @@ def predict_stream(
 
     Args:
         model: in evaluation mode.
-        dataset: with clip_length 1.
+        dataset: whose scenes are streamed.
+        disturb: changes every frame before the network sees it, in the process that loads the images.
         rank, world_size: where several processes share the work, each takes its share of whole scenes.
         workers: processes that load images.
         progress: show a progress bar on stderr.
 
     Raises:
-        ConfigError: the dataset's clips are longer than one frame.
         DataError: an image or a calibration is missing or malformed.
     """
-    if dataset.clip_length != 1:
-        raise ConfigError(f"clip_length of the dataset is {dataset.clip_length}; evaluation streams with clip_length=1")
     sampler = SceneStreamSampler(dataset.scene_of_sample, rank, world_size)
-    loader = DataLoader(dataset, batch_size=1, sampler=sampler, collate_fn=collate, num_workers=workers)
+    together = collate if disturb is None else partial(_disturbed, disturb, dataset.scene_of_sample)
+    loader = DataLoader(dataset, batch_size=1, sampler=sampler, collate_fn=together, num_workers=workers)
     tokens = dataset.tokens
     scenes, seconds = {}, []
     clips = tqdm(loader, desc="frames", unit="frame", disable=not progress)
@@ -136,6 +143,12 @@ def predict_stream(
         scenes[tokens[int(clip.sample_index)]] = scene
         seconds.append(spent)
     return Stream(scenes, float(np.mean(seconds[1:] or seconds or [np.nan])))
+
+
+def _disturbed(disturb: Disturbance, scene_of_sample: np.ndarray, clips: list[Clip]) -> Clip:
+    clip = collate(clips)
+    sample = int(clip.sample_index)
+    return clip._replace(frames=disturb(clip.frames, int(scene_of_sample[sample]), sample))
 
 
 def published_truth(lines: Sequence[MapLine], protocol: str) -> list[MapLine]:
@@ -148,6 +161,21 @@ def published_truth(lines: Sequence[MapLine], protocol: str) -> list[MapLine]:
         return list(lines)
     strings = shapely.simplify([shapely.linestrings(line.points) for line in lines], 0.2, preserve_topology=True)
     return [line._replace(points=shapely.get_coordinates(s)) for line, s in zip(lines, strings, strict=True)]
+
+
+def true_lines(
+    dataset: NuScenesDataset, *, protocol: str = "maptr", extent: str = "60x30", progress: bool = False
+) -> dict[str, list[MapLine]]:
+    """Per sample token of a dataset the lines that the published evaluator of a protocol compares with.
+
+    Raises:
+        ConfigError: protocol or extent do not exist.
+        DataError: a map file has gone or is malformed.
+    """
+    lane_rules(protocol, extent)
+    size = LANE_EXTENTS[extent]
+    samples = tqdm(dataset.tokens, desc="true lines", unit="frame", disable=not progress)
+    return {t: published_truth(dataset.truth_lines(i, protocol, size), protocol) for i, t in enumerate(samples)}
 
 
 def evaluate_lines(
@@ -173,10 +201,7 @@ def evaluate_lines(
     Raises:
         ConfigError, DataError: as `evaluate_lanes`.
     """
-    lane_rules(protocol, extent)  # refuses what does not exist before the work begins
-    size = LANE_EXTENTS[extent]
-    samples = tqdm(dataset.tokens, desc="true lines", unit="frame", disable=not progress)
-    truth = {t: published_truth(dataset.truth_lines(i, protocol, size), protocol) for i, t in enumerate(samples)}
+    truth = true_lines(dataset, protocol=protocol, extent=extent, progress=progress)
     published, strict = (
         evaluate_lanes(
             lines,
@@ -217,7 +242,7 @@ def evaluate_scenes(
     if len(dataset.roots) != 1:
         raise ConfigError(f"the dataset has {len(dataset.roots)} roots; evaluate one root at a time")
     lines = {token: map_lines(scene.lines) for token, scene in scenes.items()}
-    poses, tokens, scene_of_sample = _poses(dataset), dataset.tokens, dataset.scene_of_sample
+    poses, tokens, scene_of_sample = ego_poses(dataset), dataset.tokens, dataset.scene_of_sample
     return Evaluation(
         evaluate_detection(dataset.roots[0], dataset.version, dataset.split, scenes, poses),
         *evaluate_lines(
@@ -234,6 +259,12 @@ def evaluate_scenes(
             [[tokens[i] for i in np.flatnonzero(scene_of_sample == scene)] for scene in np.unique(scene_of_sample)],
             poses,
             dict(zip(tokens, dataset.timestamps.tolist(), strict=True)),
+        ),
+        evaluate_calibration(
+            scenes,
+            {token: _truth(dataset, i, scenes[token].lines.points.shape[-2]) for i, token in enumerate(tokens)},
+            protocol=protocol,
+            extent=extent,
         ),
     )
 
@@ -261,12 +292,18 @@ def save_submissions(directory: str | Path, dataset: NuScenesDataset, scenes: di
     Raises:
         DataError: a box holds a number that is not finite.
     """
-    boxes = submission_from_scenes(scenes, _poses(dataset))
+    boxes = submission_from_scenes(scenes, ego_poses(dataset))
     write_json(Path(directory) / "detection.json", boxes, indent=None)
     write_lanes(Path(directory) / "lanes.json", {token: map_lines(scene.lines) for token, scene in scenes.items()})
 
 
-def _poses(dataset: NuScenesDataset) -> dict[str, np.ndarray]:
+def _truth(dataset: NuScenesDataset, i: int, points_per_line: int) -> Scene:
+    truth = Scene(pad_boxes([dataset.truth_boxes(i)]), pad_lines([dataset.truth_lines(i)], points_per_line))
+    return map_tensors(lambda tensor: tensor[0], truth)
+
+
+def ego_poses(dataset: NuScenesDataset) -> dict[str, np.ndarray]:
+    """global_from_ego [4, 4] per sample token."""
     return {token: dataset.ego_pose(i) for i, token in enumerate(dataset.tokens)}
 
 

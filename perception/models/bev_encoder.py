@@ -8,6 +8,7 @@ on the grid.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,9 @@ from perception.grid import BEVGrid
 from perception.ops import read_cameras, sample_cameras
 from perception.types import CameraRig
 
-CAMERAS_PER_CELL = 2  # the fields of view of a usual rig overlap at most pairwise
 NEAREST_DEPTH, FARTHEST_DEPTH = 1.0, 80.0  # metres, the range of the depth bins
+DEPTH_CONTRAST = 10.0  # a difference of a tenth of the range of the depth bins, half as far again, counts 1
+GROUND_WAVES = 6
 MIN_DEPTH = 0.1  # metres; nearer points count as not seen
 
 
@@ -29,27 +31,35 @@ def depth_position(depth: Tensor, bins: int) -> Tensor:
     return torch.log(depth.clamp(NEAREST_DEPTH, FARTHEST_DEPTH) / NEAREST_DEPTH) / span * (bins - 1)
 
 
-def pixel_rays(img_from_cam: Tensor, image_size: tuple[int, int], feature_size: tuple[int, int]) -> Tensor:
+class PixelRays(NamedTuple):
+    """Where the pixels of a feature map look: through the middle of each, 1 along the optical axis."""
+
+    cam: Tensor  # [B, N, h * w, 3] in the cameras' frames
+    ego: Tensor  # [B, N, h * w, 3] the same directions in the ego frame
+    pixel_width: Tensor  # [B, N] metres that a pixel of the feature map is wide at a depth of one metre
+
+
+def pixel_rays(rig: CameraRig, image_size: tuple[int, int], feature_size: tuple[int, int]) -> PixelRays:
     """Where the pixels of a feature map look.
 
     Args:
-        img_from_cam: [B, N, 3, 3].
-        image_size: height and width in pixels of the images that the calibration is for.
+        rig: leading [B, N].
+        image_size: height and width in pixels of the images that the rig is calibrated for.
         feature_size: height and width of the feature map.
-
-    Returns:
-        [B, N, h * w, 3] in the cameras' frames, through the middle of each pixel, 1 along the optical axis.
     """
     (H, W), (h, w) = image_size, feature_size
+    img_from_cam = rig.img_from_cam.float()
     device = img_from_cam.device
     v = ((torch.arange(h, device=device) + 0.5) * (H / h)).repeat_interleave(w)  # [h * w]
     u = ((torch.arange(w, device=device) + 0.5) * (W / w)).repeat(h)
     focal_x, skew, center_x, focal_y, center_y = (
-        img_from_cam[..., i, j, None].float() for i, j in ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2))
+        img_from_cam[..., i, j, None] for i, j in ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2))
     )
     y = (v - center_y) / focal_y  # [B, N, h * w]
     x = (u - center_x - skew * y) / focal_x
-    return torch.stack([x, y, torch.ones_like(x)], -1)
+    rays_cam = torch.stack([x, y, torch.ones_like(x)], -1)
+    rays_ego = (rig.ego_from_cam.float()[:, :, None, :3, :3] * rays_cam[..., None, :]).sum(-1)
+    return PixelRays(rays_cam, rays_ego, W / w / focal_x[..., 0])
 
 
 def see_points(rig: CameraRig, points_ego: Tensor, image_size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,7 +67,7 @@ def see_points(rig: CameraRig, points_ego: Tensor, image_size: tuple[int, int]) 
 
     Args:
         rig: calibration with leading [B, N].
-        points_ego: [P, 3] metres, the same for all of the batch.
+        points_ego: [P, 3] metres, the same for all of the batch, or [B, P, 3].
         image_size: height and width in pixels of the images that the rig is calibrated for.
 
     Returns:
@@ -66,11 +76,40 @@ def see_points(rig: CameraRig, points_ego: Tensor, image_size: tuple[int, int]) 
     """
     H, W = image_size
     cam_from_ego = invert_rigid(rig.ego_from_cam.float())
-    points_cam = transform_points(cam_from_ego, points_ego)  # [B, N, P, 3]
+    points_cam = transform_points(cam_from_ego, points_ego.unsqueeze(-3))  # [B, N, P, 3]
     uv_img, depth = project_points(rig.img_from_cam.float(), points_cam, MIN_DEPTH)
     uv = uv_img / uv_img.new_tensor([W, H])
     inside = ((uv > 0) & (uv < 1)).all(-1)
     return uv, depth, inside & (depth > MIN_DEPTH) & rig.present[..., None]
+
+
+def choose_cameras(
+    rig: CameraRig, points_ego: Tensor, image_size: tuple[int, int], count: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The cameras that see most of each group of points.
+
+    Args:
+        rig: calibration with leading [B, N].
+        points_ego: [Q, G, 3] metres, groups of G points, the same for all of the batch, or [B, Q, G, 3].
+        image_size: height and width in pixels of the images that the rig is calibrated for.
+        count: how many cameras to choose; the fields of view of a usual rig overlap at most pairwise.
+
+    Returns:
+        uv [B, Q, G, K, 2] with 0..1 over the image, depth [B, Q, G, K] metres, seen [B, Q, G, K] bool and the index of
+        the camera [B, Q, G, K]; K is `count`, or how many cameras the rig has.
+    """
+    Q, G, _ = points_ego.shape[-3:]
+    K = min(count, rig.present.shape[1])
+    uv, depth, seen = see_points(rig, points_ego.flatten(-3, -2), image_size)  # [B, N, Q * G, ...]
+    uv, depth, seen = (x.unflatten(2, (Q, G)) for x in (uv, depth, seen))
+    # Rank by how many points are seen; the distance from the image's middle settles draws, so that the choice does not
+    # depend on the order of the cameras.
+    eccentricity = (uv - 0.5).abs().amax(-1).clamp(max=1.0)  # [B, N, Q, G]
+    camera = (seen * (2 - eccentricity)).sum(-1).topk(K, dim=1).indices  # [B, K, Q]
+    camera = camera[..., None].expand(-1, -1, -1, G)
+    depth, seen = depth.gather(1, camera), seen.gather(1, camera)  # [B, K, Q, G]
+    uv = uv.gather(1, camera[..., None].expand(-1, -1, -1, -1, 2))  # [B, K, Q, G, 2]
+    return uv.permute(0, 2, 3, 1, 4), *(x.permute(0, 2, 3, 1) for x in (depth, seen, camera))
 
 
 class CameraAwareness(nn.Module):
@@ -86,53 +125,72 @@ class CameraAwareness(nn.Module):
 
     def __init__(self, channels: int, outputs: int) -> None:
         super().__init__()
-        self.embed = nn.Sequential(nn.Linear(7, channels), nn.ReLU(inplace=True), nn.Linear(channels, channels))
+        self.embed = nn.Sequential(
+            nn.Linear(7 + 2 * GROUND_WAVES, channels), nn.ReLU(inplace=True), nn.Linear(channels, channels)
+        )
         self.mix = ConvBlock(channels, channels)
         self.head = nn.Conv2d(channels, outputs, 1)
 
     def forward(self, features: Tensor, rig: CameraRig, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """features [B, N, C, h, w], rig with leading [B, N] -> features alike, and [B, N, outputs, h, w]."""
         B, N, _, h, w = features.shape
-        rays = pixel_rays(rig.img_from_cam, image_size, (h, w))  # [B, N, h * w, 3]
-        ego_from_cam = rig.ego_from_cam.float()
-        rays_ego = (ego_from_cam[:, :, None, :3, :3] * rays[..., None, :]).sum(-1)
-        place = ego_from_cam[:, :, None, :3, 3].expand_as(rays_ego)  # metres, a few at most
-        pixel_width = image_size[1] / w / rig.img_from_cam[:, :, None, None, 0, 0].float()  # metres at one metre
-        told = torch.cat([rays_ego, place, 10 * pixel_width.expand(-1, -1, h * w, -1)], -1)
+        rays = pixel_rays(rig, image_size, (h, w))
+        place = rig.ego_from_cam.float()[:, :, None, :3, 3].expand_as(rays.ego)  # metres, a few at most
+        width = rays.pixel_width[..., None, None].expand(-1, -1, h * w, -1)
+        # Where the pixel's ray meets the ground: there stands what shows its foot in this pixel.
+        ground = place[..., 2] / (-rays.ego[..., 2]).clamp(min=place[..., 2].clamp(min=0.1) / (2 * FARTHEST_DEPTH))
+        phase = depth_position(ground, 2)[..., None] * (
+            math.pi * 2.0 ** torch.arange(GROUND_WAVES, device=ground.device)
+        )
+        told = torch.cat([rays.ego, place, 10 * width, phase.sin(), phase.cos()], -1)
         told = self.embed(told).transpose(2, 3).unflatten(3, (h, w))  # [B, N, C, h, w]
         mixed = self.mix((features + told.to(features.dtype)).flatten(0, 1))
         return mixed.unflatten(0, (B, N)), self.head(mixed).unflatten(0, (B, N))
 
 
 class CameraAttention(nn.Module):
-    """Each cell attends, per height of its pillar, to the two cameras that see it best.
+    """Each cell attends, per height of its pillar, to the cameras that see it best.
 
     A cell's reference points are its centre at fixed heights. Around each point's projection the cell reads a few
-    places with learned offsets; how much a reading counts depends on a learned weight and on whether the pixel is about
-    as far away as the cell: each pixel comes with a logit for each of some depth bins.
+    places with learned offsets; how much a reading counts depends on a learned weight and on how likely the pixel is to
+    show something that is as far away as the cell. Pixels that show no object open themselves to the cells at all
+    distances along their ray: the ground decides by its height which of them it belongs to. Beside what it reads a cell
+    is told how much farther than itself the pixel's object is, so that it knows on which side of its centre to look.
 
     Args:
         grid: the BEV grid.
         heights: heights of the reference points above ground in metres.
-        channels: of image features and BEV alike.
+        channels_in: of what is read from the images.
+        channels: of the BEV.
+        cameras: how many of them a cell attends to.
         samples: places read per height and camera.
     """
 
-    def __init__(self, grid: BEVGrid, heights: tuple[float, ...], channels: int, samples: int) -> None:
+    def __init__(
+        self,
+        grid: BEVGrid,
+        heights: tuple[float, ...],
+        channels_in: int,
+        channels: int,
+        cameras: int,
+        samples: int,
+    ) -> None:
         super().__init__()
-        self.grid, self.samples = grid, samples
+        self.grid, self.cameras, self.samples = grid, cameras, samples
         Z = len(heights)
         centers = grid.cell_centers().reshape(-1, 1, 2).expand(-1, Z, -1)
         z = torch.tensor(heights, dtype=torch.float32).view(1, Z, 1).expand(centers.shape[0], -1, -1)
         self.register_buffer("points_ego", torch.cat([centers, z], -1), persistent=False)  # [X * Y, Z, 3]
-        self.value = nn.Conv2d(channels, channels, 1)
+        self.value = nn.Conv2d(channels_in, channels, 1)
         self.offset = nn.Linear(channels, Z * samples * 2)
-        self.weight = nn.Linear(channels, Z * samples)
-        self.output = nn.Linear(Z * channels, channels)
+        # A single reading has nothing to be weighed against.
+        self.weight = nn.Linear(channels, Z * samples) if cameras * samples > 1 else None
+        self.output = nn.Linear(Z * (channels + 2), channels)
         self.norm = nn.LayerNorm(channels)
         nn.init.normal_(self.offset.weight, std=1e-3)
-        nn.init.zeros_(self.weight.weight)
-        nn.init.zeros_(self.weight.bias)
+        if self.weight is not None:
+            nn.init.zeros_(self.weight.weight)
+            nn.init.zeros_(self.weight.bias)
         # The first place is the projection itself, the others start on a ring of one feature pixel.
         angle = torch.arange(samples) * (2 * torch.pi / max(samples - 1, 1))
         ring = torch.stack([angle.cos(), angle.sin()], -1) * (torch.arange(samples) > 0)[:, None]
@@ -140,55 +198,67 @@ class CameraAttention(nn.Module):
             self.offset.bias.copy_(ring.expand(Z, -1, -1).reshape(-1))
 
     def forward(
-        self, query: Tensor, features: Tensor, depth_logits: Tensor, rig: CameraRig, image_size: tuple[int, int]
+        self, query: Tensor, images: Tensor, distance: Tensor, rig: CameraRig, image_size: tuple[int, int]
     ) -> Tensor:
         """Adds to the queries what the cameras see.
 
         Args:
             query: [B, X * Y, C].
-            features: [B, N, C, h, w].
-            depth_logits: [B, N, D, h, w].
+            images: [B, N, channels_in, h, w].
+            distance: [B, N, 2 + D, h, w], how open the pixel is, its mean depth as a place among the bins, and how
+                likely it is to be at each depth; all 0..1.
             rig: leading [B, N].
             image_size: height and width in pixels.
 
         Returns:
             [B, X * Y, C].
         """
-        B, N, C, h, w = features.shape
+        B, N, _, h, w = images.shape
         XY, Z, _ = self.points_ego.shape
-        S, K = self.samples, min(CAMERAS_PER_CELL, N)
-        value = self.value(features.flatten(0, 1)).unflatten(0, (B, N))
-
-        uv, depth, seen = see_points(rig, self.points_ego.reshape(-1, 3), image_size)  # [B, N, XY * Z, ...]
-        uv, depth, seen = (x.unflatten(2, (XY, Z)) for x in (uv, depth, seen))
-        # Rank by how many heights are seen; the distance from the image's middle settles draws, so that the choice does
-        # not depend on the order of the cameras.
-        eccentricity = (uv - 0.5).abs().amax(-1).clamp(max=1.0)  # [B, N, XY, Z]
-        score = (seen * (2 - eccentricity)).sum(-1)  # [B, N, XY]
-        camera = score.topk(K, dim=1).indices  # [B, K, XY]
-        pick = camera[..., None].expand(-1, -1, -1, Z)
-        seen, depth = seen.gather(1, pick), depth.gather(1, pick)  # [B, K, XY, Z]
-        uv = uv.gather(1, pick[..., None].expand(-1, -1, -1, -1, 2))  # [B, K, XY, Z, 2]
-
-        camera = pick.permute(0, 2, 3, 1).reshape(B, XY * Z, K)
-        uv = uv.permute(0, 2, 3, 1, 4).reshape(B, XY * Z, K, 2)
-        seen, depth = (x.permute(0, 2, 3, 1).reshape(B, XY * Z, K) for x in (seen, depth))
-        gate = self._depth_gate(read_cameras(depth_logits, uv, camera), depth)  # [B, XY * Z, K]
+        S = self.samples
+        value = self.value(images.flatten(0, 1)).unflatten(0, (B, N))
+        uv, depth, seen, camera = (
+            x.flatten(1, 2) for x in choose_cameras(rig, self.points_ego, image_size, self.cameras)
+        )
+        K = camera.shape[-1]  # uv [B, XY * Z, K, 2], the others [B, XY * Z, K]
+        opened, mean = read_cameras(distance[:, :, :2], uv, camera).unbind(1)  # [B, XY * Z, K]
+        gate = torch.lerp(read_depth(distance[:, :, 2:], uv, camera, depth), torch.ones_like(depth), opened)
+        farther = DEPTH_CONTRAST * (mean - depth_position(depth, 2)).clamp(-0.1, 0.1)
+        told = torch.stack([gate, farther], -1) * (seen / seen.sum(-1, keepdim=True).clamp(min=1))[..., None]
 
         offset = self.offset(query).float().reshape(B, XY * Z, 1, S, 2) / query.new_tensor([w, h])
         place = (uv[:, :, :, None] + offset).reshape(B, XY * Z, K * S, 2)
-        logit = self.weight(query).float().reshape(B, XY * Z, 1, S).expand(-1, -1, K, -1)
-        weight = logit.masked_fill(~seen[..., None], -1e4).flatten(2).softmax(-1).unflatten(2, (K, S))
-        weight = weight * (seen * gate)[..., None]  # a point that nobody sees reads nothing
+        weight = (seen * gate)[..., None]  # [B, XY * Z, K, S]; a point that nobody sees reads nothing
+        if self.weight is not None:
+            logit = self.weight(query).float().reshape(B, XY * Z, 1, S).expand(-1, -1, K, -1)
+            weight = weight * logit.masked_fill(~seen[..., None], -1e4).flatten(2).softmax(-1).unflatten(2, (K, S))
         pillar = sample_cameras(value, place, camera[..., None].expand(-1, -1, -1, S).flatten(2), weight.flatten(2))
-        return self.norm(query + self.output(pillar.reshape(B, XY, Z * C)))
+        pillar = torch.cat([pillar, told.sum(2)], -1)  # [B, XY * Z, C + 2]
+        return self.norm(query + self.output(pillar.reshape(B, XY, -1)))
 
-    def _depth_gate(self, logits: Tensor, depth: Tensor) -> Tensor:
-        """How likely a pixel [B, D, Q, K] is to be as far away as the point [B, Q, K] it is asked about."""
-        D = logits.shape[1]
-        bins = torch.arange(D, device=depth.device).view(-1, 1, 1)
-        nearness = (1 - (depth_position(depth, D)[:, None] - bins).abs()).clamp(min=0)  # [B, D, Q, K]
-        return (logits * nearness).sum(1).sigmoid()
+
+def read_depth(likely: Tensor, uv: Tensor, camera: Tensor, depth: Tensor) -> Tensor:
+    """Reads distributions over depth at places and depths, linearly in all three directions.
+
+    Every bin is read as a camera of its own, so a reading costs two samples of one channel, however many there are.
+
+    Args:
+        likely: [B, N, D, h, w].
+        uv: [B, Q, K, 2] place in the chosen camera, 0..1 over width and height.
+        camera: [B, Q, K] int64 index of the chosen camera.
+        depth: [B, Q, K] metres.
+
+    Returns:
+        [B, Q, K].
+    """
+    B, N, D, h, w = likely.shape
+    place = depth_position(depth, D).clamp(max=D - 1 - 1e-3)  # [B, Q, K]
+    low = place.floor()
+    bins = (camera * D + low.long())[..., None] + torch.arange(2, device=depth.device)  # [B, Q, K, 2]
+    uv = uv[..., None, :].expand(-1, -1, -1, 2, -1).flatten(2, 3)
+    read = read_cameras(likely.reshape(B, N * D, 1, h, w), uv, bins.flatten(2))  # [B, 1, Q, 2 * K]
+    lower, upper = read[:, 0].unflatten(2, (-1, 2)).unbind(-1)
+    return torch.lerp(lower, upper, place - low)
 
 
 class GatedMemory(nn.Module):
@@ -205,8 +275,10 @@ class GatedMemory(nn.Module):
         self.candidate = nn.Conv2d(2 * channels + 2, channels, 3, padding=1)
         nn.init.constant_(self.gate.bias, 1.0)  # at first, trust the present
 
-    def forward(self, bev: Tensor, memory: Tensor, ego_from_prev: Tensor, seconds: Tensor, is_first: Tensor) -> Tensor:
-        """Returns the new memory [B, C, X, Y].
+    def forward(
+        self, bev: Tensor, memory: Tensor, ego_from_prev: Tensor, seconds: Tensor, is_first: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the new memory, and the old one as it lies in the new ego frame, both [B, C, X, Y].
 
         Args:
             bev: [B, C, X, Y] what the cameras show now.
@@ -223,7 +295,7 @@ class GatedMemory(nn.Module):
         told = torch.cat([known, age], 1).expand(-1, -1, *bev.shape[-2:])
         both = torch.cat([bev, warped, told], 1)
         gate = self.gate(both).sigmoid()
-        return gate * self.candidate(both).relu() + (1 - gate) * warped + bev
+        return gate * self.candidate(both).relu() + (1 - gate) * warped + bev, warped
 
 
 class ConvBlock(nn.Module):
@@ -246,20 +318,23 @@ class ConvBlock(nn.Module):
 
 
 class BEVTrunk(nn.Module):
-    """Convolutions on the grid: one fine block, then a coarser level that sees farther, added back."""
+    """Convolutions on the grid: one fine block, then a coarser level that sees farther, added back.
+
+    Present and past come side by side, so that what has moved shows from where to where.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         wide = 2 * channels
-        self.fine = ConvBlock(channels, channels)
+        self.fine = ConvBlock(2 * channels, channels)
         self.coarse = nn.Sequential(ConvBlock(channels, wide, stride=2), ConvBlock(wide, wide))
         self.coarser = nn.Sequential(ConvBlock(wide, wide, stride=2), ConvBlock(wide, wide))
         self.down = nn.Conv2d(wide, channels, 1)
         self.out = ConvBlock(channels, channels)
 
-    def forward(self, bev: Tensor) -> Tensor:
-        """[B, C, X, Y] to [B, C, X, Y]."""
-        fine = self.fine(bev)
+    def forward(self, present: Tensor, past: Tensor) -> Tensor:
+        """Twice [B, C, X, Y] to [B, C, X, Y]."""
+        fine = self.fine(torch.cat([present, past], 1))
         coarse = self.coarse(fine)
         coarser = self.coarser(coarse)
         coarse = coarse + F.interpolate(coarser, size=coarse.shape[-2:], mode="bilinear", align_corners=False)

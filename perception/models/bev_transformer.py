@@ -12,11 +12,13 @@ The same `forward` is unrolled in training, called in live use and flattened for
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from perception.errors import CheckpointError, ConfigError
@@ -25,7 +27,7 @@ from perception.grid import BEVGrid
 from perception.models.backbone import ResNetFPN
 from perception.models.bev_encoder import BEVTrunk, CameraAttention, CameraAwareness, GatedMemory
 from perception.models.decoder import PRIOR_LOGIT, BoxDecoder, LineDecoder, encode_position
-from perception.types import BOX_CLASSES, LINE_CLASSES, Frame, Prediction, State
+from perception.types import BOX_CLASSES, LINE_CLASSES, Frame, ImagePrediction, Prediction, State
 
 FORMAT = "perception-1"  # of checkpoint files; changes when old files can no longer be read
 
@@ -43,6 +45,7 @@ class ModelConfig:
     y_range: tuple[float, float] = (-51.2, 51.2)
     grid: tuple[int, int] = (80, 80)  # BEV cells along x and y
     heights: tuple[float, ...] = (0.0, 0.6, 1.2, 2.4)  # of the reference points of a pillar, above ground
+    cameras_per_cell: int = 2
     camera_samples: int = 1  # places read per height and camera
     depth_bins: int = 32
     map_x_range: tuple[float, float] = (-30.0, 30.0)
@@ -56,7 +59,7 @@ class ModelConfig:
     @classmethod
     def nano(cls) -> ModelConfig:
         """Trains on two CPU cores; ResNet-18 without its last stage, 160x288 images."""
-        return cls()
+        return cls(heights=(0.0, 0.8, 2.0), cameras_per_cell=1, depth_bins=64)
 
     @classmethod
     def tiny(cls) -> ModelConfig:
@@ -101,14 +104,19 @@ class BEVTransformer(nn.Module):
         C, classes, line_classes = config.channels, len(BOX_CLASSES), len(LINE_CLASSES)
         self.grid = BEVGrid(config.x_range, config.y_range, config.grid)
         self.image_encoder = ResNetFPN(config.backbone, config.backbone_stages, config.feature_stride, C)
-        # What each pixel shows, how far away it is and where it is heading.
-        self.camera_awareness = CameraAwareness(C, classes + config.depth_bins + 2)
+        # What each pixel shows, how far away it is, where it is heading, how open it is to all distances.
+        self.camera_awareness = CameraAwareness(C, classes + config.depth_bins + 2 + 1)
         nn.init.constant_(self.camera_awareness.head.bias[:classes], PRIOR_LOGIT)
+        seen = C + classes + 2 + 1  # features, class, heading, depth
         self.cell_position = nn.Linear(C, C)
-        self.camera_attention = CameraAttention(self.grid, config.heights, C, config.camera_samples)
+        self.camera_attention = CameraAttention(
+            self.grid, config.heights, seen, C, config.cameras_per_cell, config.camera_samples
+        )
         self.memory = GatedMemory(self.grid, C)
         self.trunk = BEVTrunk(C)
-        self.box_decoder = BoxDecoder(self.grid, C, config.heads, config.decoder_layers, config.box_queries, classes)
+        self.box_decoder = BoxDecoder(
+            self.grid, seen, C, config.heads, config.decoder_layers, config.box_queries, classes
+        )
         self.line_decoder = LineDecoder(
             self.grid, C, config.heads, config.decoder_layers, config.line_queries, config.line_points, line_classes,
             config.map_x_range, config.map_y_range,
@@ -117,6 +125,28 @@ class BEVTransformer(nn.Module):
     def initial_state(self, batch_size: int) -> State:
         """The memory of a network that has seen nothing, on the device of the weights."""
         return State(self.cell_position.weight.new_zeros(batch_size, self.config.channels, *self.config.grid))
+
+    def look(self, frame: Frame) -> tuple[ImagePrediction, Tensor, Tensor]:
+        """What the images show, each by itself.
+
+        Args:
+            frame: leading [B].
+
+        Returns:
+            The predictions, what the map reads [B, N, C + K + 3, h, w] (features, class, heading, depth), and
+            how it reads [B, N, 2 + D, h, w]: how open a pixel is to all distances, its mean depth, and how likely it is
+            at each.
+        """
+        B, N, _, H, W = frame.images.shape
+        features = self.image_encoder(frame.images.flatten(0, 1)).unflatten(0, (B, N))  # [B, N, C, h, w]
+        features, shown = self.camera_awareness(features, frame.rig, (H, W))
+        logits, depth_logits, heading, opening = shown.split([len(BOX_CLASSES), self.config.depth_bins, 2, 1], 2)
+        likely = depth_logits.float().softmax(2)
+        bins = torch.linspace(0, 1, likely.shape[2], device=likely.device).view(-1, 1, 1)
+        depth = (likely * bins).sum(2, keepdim=True)
+        images = torch.cat([features, logits.sigmoid(), heading, depth.to(features.dtype)], 2)
+        distance = torch.cat([opening.float().sigmoid(), depth, likely], 2)
+        return ImagePrediction(logits, depth_logits, heading), images, distance
 
     def forward(self, frame: Frame, state: State) -> tuple[Prediction, State]:
         """One moment.
@@ -128,37 +158,46 @@ class BEVTransformer(nn.Module):
         Returns:
             The raw outputs of every decoder layer, and the memory for the next call.
         """
-        B, N, _, H, W = frame.images.shape
-        features = self.image_encoder(frame.images.flatten(0, 1)).unflatten(0, (B, N))  # [B, N, C, h, w]
-        features, shown = self.camera_awareness(features, frame.rig, (H, W))
-        image_logits, depth_logits, heading = shown.split([len(BOX_CLASSES), self.config.depth_bins, 2], 2)
-        place = self.grid.normalize(self.grid.cell_centers(features.device)).flatten(0, 1)  # [X * Y, 2]
-        query = self.cell_position(encode_position(place, self.config.channels)).expand(B, -1, -1)
-        bev = self.camera_attention(query, features, depth_logits, frame.rig, (H, W))  # [B, X * Y, C]
+        size = frame.images.shape[-2:]
+        shown, images, distance = self.look(frame)
+        place = self.grid.normalize(self.grid.cell_centers(images.device)).flatten(0, 1)  # [X * Y, 2]
+        query = self.cell_position(encode_position(place, self.config.channels)).expand(len(images), -1, -1)
+        bev = self.camera_attention(query, images, distance, frame.rig, size)  # [B, X * Y, C]
         bev = bev.transpose(1, 2).unflatten(2, self.config.grid)  # [B, C, X, Y]
-        memory = self.memory(bev, state.bev, frame.ego_from_prev, frame.seconds_since_prev, frame.is_first)
-        bev = self.trunk(memory)
-        box_logits, box_params, heatmap_logits = self.box_decoder(bev)
-        line_logits, line_points, raster_logits = self.line_decoder(bev)
+        memory, past = self.memory(bev, state.bev, frame.ego_from_prev, frame.seconds_since_prev, frame.is_first)
+        bev = self.trunk(memory, past)
+        box_logits, box_params, box_log_spread, heatmap_logits = self.box_decoder(bev, images, frame.rig, size)
+        line_logits, line_points, line_log_spread, raster_logits = self.line_decoder(bev)
         prediction = Prediction(
-            box_logits, box_params, line_logits, line_points, heatmap_logits, raster_logits,
-            image_logits, depth_logits, heading,
+            box_logits, box_params, box_log_spread, line_logits, line_points, line_log_spread, heatmap_logits,
+            raster_logits, shown,
         )  # fmt: skip
         return prediction, State(memory)
 
 
-def save_checkpoint(path: str | Path, model: BEVTransformer, metrics: dict[str, float]) -> None:
+def save_checkpoint(path: str | Path, model: BEVTransformer, metrics: dict[str, float], half: bool = False) -> None:
     """Writes weights, configuration and metrics into one safetensors file, beside and renamed.
 
     Args:
         path: file to write, ends in .safetensors.
         model: the network.
         metrics: numbers that were measured with these weights, stored as given.
+        half: store them as `halve` does.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    if half:
+        tensors = halve(tensors)
     metadata = {"format": FORMAT, "config": json.dumps(asdict(model.config)), "metrics": json.dumps(metrics)}
     with replacing(path) as beside:
         safetensors.torch.save_file(tensors, beside, metadata)
+
+
+def halve(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Matrices and kernels in float16, which halves a file and moves each weight by one part in 2,000 at most.
+
+    Vectors stay as they are: the variances among them may be larger than float16 reaches.
+    """
+    return {name: tensor.half() if tensor.ndim > 1 else tensor for name, tensor in tensors.items()}
 
 
 def load_checkpoint(path: str | Path) -> tuple[BEVTransformer, dict[str, float]]:
@@ -177,6 +216,7 @@ def load_checkpoint(path: str | Path) -> tuple[BEVTransformer, dict[str, float]]
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: t.float() if t.dtype == torch.float16 else t for name, t in tensors.items()}
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error}); write it again") from error
     if metadata.get("format") != FORMAT:

@@ -13,9 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perception.grid import BEVGrid
-from perception.ops import sample_bev
-from perception.types import Boxes, Polylines, Prediction, Scene
+from perception.models.bev_encoder import choose_cameras, depth_position
+from perception.ops import read_cameras, sample_bev
+from perception.types import Boxes, CameraRig, Polylines, Prediction, Scene
 
+LOG_SPREAD_RANGE = (-5.0, 4.0)  # of the logarithm of an expected error
+LOG_SIZE_RANGE = (-3.0, 4.0)  # of the logarithm of a length in metres: 5 cm to 55 m
 PRIOR_LOGIT = -4.0  # initial class logits: almost everything is background
 CLOSED_GAP = 1.0  # metres between first and last point below which a predicted line counts as closed
 # How much lower the logit of a cell that is no local maximum ranks: a wide object asks for one query before it asks for
@@ -84,6 +87,38 @@ class BEVAttention(nn.Module):
         return self.output(sample_bev(value, self.grid, points_ego, weight))
 
 
+class BoxReading(nn.Module):
+    """What the images show at the centre of a box and of its six faces.
+
+    A box that is placed too far or turned the wrong way looks wrong from the camera: the queries of Sparse4D
+    (https://arxiv.org/abs/2211.10581) find that out in the same way. Whether the pixel shows the box or something
+    before it is told by the depth of the points beside the depth that the image features name.
+
+    Args:
+        channels: of what is read and of what is returned.
+    """
+
+    PLACES = ((0, 0, 0), (1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1))  # in half sizes
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("places", torch.tensor(self.PLACES, dtype=torch.float32) / 2, persistent=False)  # [G, 3]
+        self.output = _mlp(len(self.PLACES) * (channels + 2), channels, channels)
+
+    def forward(self, params: Tensor, value: Tensor, rig: CameraRig, image_size: tuple[int, int]) -> Tensor:
+        """Boxes [B, Q, 10] as in `Prediction.box_params`, value [B, N, C, h, w], rig [B, N] -> [B, Q, C]."""
+        size = params[..., None, 3:6].clamp(*LOG_SIZE_RANGE).exp()  # [B, Q, 1, 3]
+        x, y, z = (self.places * size).unbind(-1)  # [B, Q, G]
+        sin, cos = F.normalize(params[..., 6:8], dim=-1).chunk(2, -1)  # [B, Q, 1]
+        points_ego = params[..., None, :3] + torch.stack([cos * x - sin * y, sin * x + cos * y, z], -1)
+        uv, depth, seen, camera = choose_cameras(rig, points_ego, image_size, 2)  # [B, Q, G, K, ...]
+        read = read_cameras(value, uv.flatten(1, 2), camera.flatten(1, 2)).unflatten(2, depth.shape[1:3])
+        weight = seen / seen.sum(-1, keepdim=True).clamp(min=1)  # [B, Q, G, K]
+        read = (read * weight[:, None]).sum(-1).permute(0, 2, 3, 1)  # [B, Q, G, C]
+        told = torch.stack([(depth_position(depth, 2) * weight).sum(-1), weight.sum(-1)], -1)  # [B, Q, G, 2]
+        return self.output(torch.cat([read, told], -1).flatten(2))
+
+
 class SelfAttention(nn.Module):
     """Pre-norm multi-head attention among queries, with the positions added to queries and keys."""
 
@@ -110,12 +145,15 @@ class BoxDecoder(nn.Module):
 
     Args:
         grid: of the BEV map.
+        channels_in: of what is read from the images.
         channels, heads, layers: size of the decoder.
         queries: how many peaks are followed up.
         classes: number of box classes.
     """
 
-    def __init__(self, grid: BEVGrid, channels: int, heads: int, layers: int, queries: int, classes: int) -> None:
+    def __init__(
+        self, grid: BEVGrid, channels_in: int, channels: int, heads: int, layers: int, queries: int, classes: int
+    ) -> None:
         super().__init__()
         self.grid, self.queries = grid, queries
         self.heatmap = nn.Sequential(
@@ -125,16 +163,19 @@ class BoxDecoder(nn.Module):
         self.content = nn.Linear(channels + classes, channels)
         self.position = _mlp(channels, channels, channels)
         self.value = nn.Conv2d(channels, channels, 1)
+        self.image_value = nn.Conv2d(channels_in, channels, 1)
         self.layers = nn.ModuleList()
         for _ in range(layers):
             layer = nn.ModuleDict(
                 {
+                    "reading": BoxReading(channels),
                     "self_attention": SelfAttention(channels, heads),
                     "norm": nn.LayerNorm(channels),
                     "bev_attention": BEVAttention(grid, channels, heads, samples=4, reach=3.0),
                     "feed_forward": nn.Sequential(nn.LayerNorm(channels), _mlp(channels, 2 * channels, channels)),
                     "to_class": _mlp(channels, channels, classes),
                     "to_box": _mlp(channels, channels, 12),
+                    "to_spread": _mlp(channels, channels, 9),
                 }
             )
             nn.init.zeros_(layer["to_box"][-1].weight)
@@ -144,10 +185,20 @@ class BoxDecoder(nn.Module):
             self.layers.append(layer)
         self.register_buffer("usual_log_sizes", torch.tensor(USUAL_SIZES).log(), persistent=False)  # [K, 3]
 
-    def forward(self, bev: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """bev [B, C, X, Y] -> box_logits [L, B, Q, K], box_params [L, B, Q, 10], heatmap_logits [B, K, X, Y].
+    def forward(
+        self, bev: Tensor, images: Tensor, rig: CameraRig, image_size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Boxes from the map and from the images.
 
-        The meaning of box_params is that of `perception.types.Prediction`.
+        Args:
+            bev: [B, C, X, Y].
+            images: [B, N, channels_in, h, w].
+            rig: leading [B, N].
+            image_size: height and width in pixels of the images that the rig is calibrated for.
+
+        Returns:
+            box_logits [L, B, Q, K], box_params [L, B, Q, 10] and box_log_spread [L, B, Q, 9] with the meaning that they
+            have in `perception.types.Prediction`, heatmap_logits [B, K, X, Y].
         """
         B, C, X, Y = bev.shape
         heatmap_logits = self.heatmap(bev)
@@ -162,16 +213,18 @@ class BoxDecoder(nn.Module):
         query = self.content(torch.cat([feature, logits.sigmoid().to(feature.dtype)], -1))
         query = query + self.position(encode_position(self.grid.normalize(center), C))
         value = self.value(bev)
+        image_value = self.image_value(images.flatten(0, 1)).unflatten(0, images.shape[:2])
 
         # A box starts on the ground with the size that its class usually has, heading along x, standing.
         log_size = (logits.softmax(-1)[..., None] * self.usual_log_sizes).sum(-2)  # [B, Q, 3]
         z = log_size[..., 2:].exp() / 2
         rest = log_size.new_tensor([0.0, 1.0, 0.0, 0.0]).expand(B, self.queries, -1)
         params = torch.cat([center, z, log_size, rest], -1)
-        all_logits, all_params = [], []
+        all_logits, all_params, all_spreads = [], [], []
         for layer in self.layers:
             reference = params[..., :2]
             position = self.position(encode_position(self.grid.normalize(reference), C))
+            query = query + layer["reading"](params, image_value, rig, image_size)
             query = query + layer["self_attention"](query, position)
             query = query + layer["bev_attention"](layer["norm"](query) + position, reference, value)
             query = query + layer["feed_forward"](query)
@@ -181,8 +234,10 @@ class BoxDecoder(nn.Module):
             refined = params + change + F.pad(_turn_from_sight(by_sight, reference), (6, 2))
             all_logits.append(logits)
             all_params.append(refined)
+            # How far off this may be is read from the query and does not change it: knowing costs no accuracy.
+            all_spreads.append(layer["to_spread"](query.detach()).float())
             params = refined.detach()
-        return torch.stack(all_logits), torch.stack(all_params), heatmap_logits
+        return torch.stack(all_logits), torch.stack(all_params), torch.stack(all_spreads), heatmap_logits
 
 
 def anchor_lines(count: int, points: int, x_range: tuple[float, float], y_range: tuple[float, float]) -> Tensor:
@@ -258,6 +313,7 @@ class LineDecoder(nn.Module):
                     "feed_forward": nn.Sequential(nn.LayerNorm(channels), _mlp(channels, 2 * channels, channels)),
                     "to_class": nn.Sequential(nn.LayerNorm(channels), _mlp(channels, channels, classes)),
                     "to_shift": _mlp(channels, channels, 2),
+                    "to_spread": _mlp(channels, channels, 2),
                 }
             )
             nn.init.constant_(layer["to_class"][-1][-1].bias, PRIOR_LOGIT)
@@ -265,8 +321,12 @@ class LineDecoder(nn.Module):
             nn.init.zeros_(layer["to_shift"][-1].bias)
             self.layers.append(layer)
 
-    def forward(self, bev: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """bev [B, C, X, Y] -> line_logits [L, B, Q, K], line_points [L, B, Q, P, 2], raster_logits [B, K, X, Y]."""
+    def forward(self, bev: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Lines from the map [B, C, X, Y].
+
+        Returns:
+            line_logits [L, B, Q, K], line_points and line_log_spread [L, B, Q, P, 2], raster_logits [B, K, X, Y].
+        """
         B, C, X, Y = bev.shape
         Q, P, _ = self.anchors.shape
         raster_logits = self.raster(bev)
@@ -274,7 +334,7 @@ class LineDecoder(nn.Module):
 
         query = (self.instance + self.point).expand(B, -1, -1, -1)  # [B, Q, P, C]
         points = (10 * self.anchors).expand(B, -1, -1, -1)  # [B, Q, P, 2]
-        all_logits, all_points = [], []
+        all_logits, all_points, all_spreads = [], [], []
         for layer in self.layers:
             position = self.position(encode_position(self.grid.normalize(points), C))  # [B, Q, P, C]
             # Between instances, point by point; then along each instance.
@@ -287,8 +347,9 @@ class LineDecoder(nn.Module):
             refined = points + 10 * layer["to_shift"](query).float()
             all_logits.append(layer["to_class"](query.mean(2)).float())
             all_points.append(refined)
+            all_spreads.append(layer["to_spread"](query.detach()).float())
             points = refined.detach()
-        return torch.stack(all_logits), torch.stack(all_points), raster_logits
+        return torch.stack(all_logits), torch.stack(all_points), torch.stack(all_spreads), raster_logits
 
 
 def decode(prediction: Prediction) -> Scene:
@@ -306,26 +367,31 @@ def decode(prediction: Prediction) -> Scene:
     logits, params = prediction.box_logits[-1].float(), prediction.box_params[-1].float()
     score, query, label = _best(logits)
     params = params.gather(1, query[..., None].expand(-1, -1, params.shape[-1]))  # [B, M, 10]
+    spread = prediction.box_log_spread[-1].float().gather(1, query[..., None].expand(-1, -1, 9))
     valid = _apart(params[..., :2], label)
     boxes = Boxes(
         center=params[..., 0:3],
-        size=params[..., 3:6].clamp(-3, 4).exp(),
+        size=params[..., 3:6].clamp(*LOG_SIZE_RANGE).exp(),
         yaw=torch.atan2(params[..., 6], params[..., 7]),
         velocity=params[..., 8:10],
         label=label,
         attribute=torch.full_like(label, -1),
         score=score,
         valid=valid,
+        spread=spread.clamp(*LOG_SPREAD_RANGE).exp(),
     )
     points = prediction.line_points[-1].float()  # [B, Q, P, 2]
     score, query, label = _best(prediction.line_logits[-1].float())
-    points = points.gather(1, query[..., None, None].expand(-1, -1, *points.shape[2:]))
+    pick = query[..., None, None].expand(-1, -1, *points.shape[2:])
+    points = points.gather(1, pick)
+    spread = prediction.line_log_spread[-1].float().gather(1, pick)
     lines = Polylines(
         points=points,
         closed=(points[..., 0, :] - points[..., -1, :]).norm(dim=-1) < CLOSED_GAP,
         label=label,
         score=score,
         valid=torch.ones_like(score, dtype=torch.bool),
+        spread=spread.clamp(*LOG_SPREAD_RANGE).exp(),
     )
     return Scene(boxes, lines)
 

@@ -41,8 +41,8 @@ CATEGORIES = (
 )  # fmt: skip
 _VISIBILITIES = ("v0-40", "v40-60", "v60-80", "v80-100")
 
-KEYFRAME_US = 500_000
-SWEEPS_PER_KEYFRAME = 5  # cameras at 10 Hz
+SWEEP_US = 100_000  # cameras at 10 Hz
+RATES = (1, 2, 5, 10, 20)  # keyframes per second that a dataset may have; nuScenes has 2
 # The first keyframe comes a little after the scene's start, because some cameras fire before the LiDAR.
 _LEAD_US = 100_000
 # Boxes are annotated up to this distance from the car, metres.
@@ -58,6 +58,7 @@ class _Job:
     seed: int
     index: int
     keyframes: int
+    rate: int
     image_size: tuple[int, int]
     sweeps: bool
 
@@ -69,6 +70,10 @@ class _Job:
     def log(self) -> str:
         return f"town-{self.seed:04d}-{self.index:04d}"
 
+    @property
+    def keyframe_us(self) -> int:
+        return 1_000_000 // self.rate
+
     def token(self, *parts) -> str:
         return _token(self.seed, self.index, *parts)
 
@@ -79,6 +84,7 @@ def simulate(
     scenes: int,
     seed: int,
     keyframes: int = 10,
+    rate: int = 2,
     image_size: tuple[int, int] = (256, 448),
     split: str = "town_val",
     workers: int | None = None,
@@ -93,12 +99,13 @@ def simulate(
         out: dataset root to create; it must not exist or be empty.
         scenes: number of scenes, each in a district of its own.
         seed: of the whole dataset; different seeds share no scene.
-        keyframes: annotated samples per scene, at 2 Hz.
+        keyframes: annotated samples per scene.
+        rate: annotated samples per second, one of 1, 2 (nuScenes' own), 5, 10 and 20.
         image_size: height and width of the pictures in pixels.
         split: name under which `splits.json` lists the scenes. The devkit keeps its own names (`train`, `val`, `test`,
             ...) for the real dataset's scenes, so they cannot be used.
         workers: processes; all CPU cores if None. 1 works in this process.
-        sweeps: also write camera pictures between keyframes, at 10 Hz altogether.
+        sweeps: also write camera pictures between keyframes, at 10 Hz altogether; for rates of 1 to 5.
 
     Raises:
         ConfigError: for an impossible argument.
@@ -110,6 +117,10 @@ def simulate(
             raise ConfigError(f"simulate: {field} is {value}; give at least 1")
     if seed < 0:
         raise ConfigError(f"simulate: seed is {seed}; give 0 or more")
+    if rate not in RATES:
+        raise ConfigError(f"simulate: rate is {rate}; use one of {', '.join(map(str, RATES))} keyframes per second")
+    if sweeps and rate > 5:
+        raise ConfigError(f"simulate: sweeps at 10 Hz leave nothing between keyframes at {rate} Hz; leave sweeps out")
     if min(image_size) < 16:
         raise ConfigError(f"simulate: image_size is {image_size}; give a height and a width of at least 16 pixels")
     if is_predefined_split(split):
@@ -126,7 +137,7 @@ def simulate(
             (root / "samples" / channel).mkdir(parents=True)
             if sweeps and channel != LIDAR_NAME:
                 (root / "sweeps" / channel).mkdir(parents=True)
-        jobs = [_Job(root, seed, i, keyframes, tuple(image_size), sweeps) for i in range(scenes)]
+        jobs = [_Job(root, seed, i, keyframes, rate, tuple(image_size), sweeps) for i in range(scenes)]
         parts, districts = [], []
         for tables, district in tqdm(_run(jobs, workers or os.cpu_count() or 1), total=scenes, desc="scenes"):
             parts.append(tables)
@@ -169,10 +180,10 @@ def scene_location(index: int) -> tuple[str, tuple[float, float]]:
     return LOCATIONS[index % len(LOCATIONS)], (250.0 + 300.0 * (place % 10), 250.0 + 300.0 * (place // 10))
 
 
-def scene_district(seed: int, index: int, keyframes: int) -> District:
-    """The district of scene `index` of the dataset with this seed and length."""
+def scene_district(seed: int, index: int, keyframes: int, rate: int = 2) -> District:
+    """The district of scene `index` of the dataset with this seed, number of keyframes and keyframes per second."""
     location, origin = scene_location(index)
-    duration = (_LEAD_US + KEYFRAME_US * (keyframes - 1)) * 1e-6
+    duration = (_LEAD_US + 1_000_000 // rate * (keyframes - 1)) * 1e-6
     return make_district(int(_sequence(seed, index).generate_state(1)[0]), origin, location, duration)
 
 
@@ -191,11 +202,11 @@ def scene_renderer(
 
 def _simulate_scene(job: _Job) -> tuple[dict[str, list[dict]], District]:
     """Renders one scene, writes its files and returns its rows of the tables."""
-    district = scene_district(job.seed, job.index, job.keyframes)
+    district = scene_district(job.seed, job.index, job.keyframes, job.rate)
     renderer, cameras, lidar = scene_renderer(job.seed, job.index, district, job.image_size)
     start_us = 1_600_000_000_000_000 + (job.seed % 100_000) * 1_000_000_000 + job.index * 60_000_000
     start_us += _LEAD_US
-    sample_us = [start_us + KEYFRAME_US * k for k in range(job.keyframes)]
+    sample_us = [start_us + job.keyframe_us * k for k in range(job.keyframes)]
     tables: dict[str, list[dict]] = {"ego_pose": [], "sample_data": [], "sample_annotation": []}
     tables["sample"] = _linked(
         [
@@ -217,15 +228,18 @@ def _simulate_scene(job: _Job) -> tuple[dict[str, list[dict]], District]:
         return job.root / file
 
     streams: dict[str, list[dict]] = {channel: [] for channel in (*CAMERA_NAMES, LIDAR_NAME)}
+    steps = job.keyframe_us // SWEEP_US if job.sweeps else 1  # pictures from one keyframe to the next
+    # Without sweeps the noise of keyframe k is that of the picture that it would be among sweeps.
+    stride = max(1, job.keyframe_us // SWEEP_US) // steps
     for c, camera in enumerate(cameras):
-        for step in range(0, SWEEPS_PER_KEYFRAME * (job.keyframes - 1) + 1, 1 if job.sweeps else SWEEPS_PER_KEYFRAME):
-            key = step % SWEEPS_PER_KEYFRAME == 0
-            time_us = start_us + step * (KEYFRAME_US // SWEEPS_PER_KEYFRAME) + camera.delay_us
+        for picture in range(0, steps * (job.keyframes - 1) + 1):
+            step, key = picture * stride, picture % steps == 0
+            time_us = start_us + picture * (job.keyframe_us // steps) + camera.delay_us
             # A picture between keyframes belongs to the next one, as in nuScenes.
-            path = record(camera.name, time_us, -(-step // SWEEPS_PER_KEYFRAME), key, "jpg", job.image_size)
+            path = record(camera.name, time_us, -(-picture // steps), key, "jpg", job.image_size)
             noise = np.random.default_rng(_sequence(job.seed, job.index, 3, c, step))
-            picture = renderer.camera(camera, (time_us - start_us + _LEAD_US) * 1e-6, noise)
-            Image.fromarray(picture.rgb).save(path, quality=_JPEG_QUALITY)
+            view = renderer.camera(camera, (time_us - start_us + _LEAD_US) * 1e-6, noise)
+            Image.fromarray(view.rgb).save(path, quality=_JPEG_QUALITY)
     for k, time_us in enumerate(sample_us):
         seconds = (time_us - start_us + _LEAD_US) * 1e-6
         path = record(LIDAR_NAME, time_us, k, True, "pcd.bin", (0, 0))

@@ -1,0 +1,258 @@
+"""The robustness card: what a network loses when cameras fail, calibrations are off, images are bad or memory is gone.
+
+Every disturbance is an evaluation of its own over all scenes, with the truth left as it is: what only a missing camera
+could have seen counts as missed. The questions are those of RoboBEV (Xie et al., https://arxiv.org/abs/2405.17426),
+which speaks of the share that is left where this speaks of the share that is lost.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from perception.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt_camera, forget, missing_camera, yaw_cameras
+from perception.data.nuscenes import NuScenesDataset
+from perception.errors import ConfigError
+from perception.evaluation.detection import evaluate_detection, load_tables
+from perception.evaluation.lanes import evaluate_lanes
+from perception.evaluation.streaming import Disturbance, ego_poses, map_lines, predict_stream, true_lines
+from perception.models.bev_transformer import BEVTransformer
+from perception.types import Frame
+
+DEFAULT_SEVERITY = 2
+SCORES = {"nds": "NDS", "map": "mAP", "lane_map": "lane mAP"}  # higher is better
+ERRORS = {"mAVE": "mAVE"}  # lower is better
+
+
+@dataclass(frozen=True)
+class MissingCamera:
+    """One camera is not there, all the time."""
+
+    camera: int
+
+    def __call__(self, frames: Frame, scene: int, sample: int) -> Frame:
+        return missing_camera(frames, self.camera)
+
+
+@dataclass(frozen=True)
+class YawError:
+    """Each camera is mounted off by the same angle, to a side that is drawn anew for every scene and lasts along it."""
+
+    degrees: float
+    seed: int
+
+    def __call__(self, frames: Frame, scene: int, sample: int) -> Frame:
+        return yaw_cameras(frames, self.degrees, np.random.default_rng((self.seed, scene)))
+
+
+@dataclass(frozen=True)
+class BadImages:
+    """All cameras show bad images; what is random in them is drawn anew for every frame and camera."""
+
+    kind: str
+    severity: int
+    seed: int
+
+    def __call__(self, frames: Frame, scene: int, sample: int) -> Frame:
+        rng = np.random.default_rng((self.seed, sample))
+        for camera in range(frames.rig.present.shape[-1]):
+            frames = corrupt_camera(frames, camera, self.kind, self.severity, rng)
+        return frames
+
+
+@dataclass(frozen=True)
+class NoMemory:
+    """Every frame is the first one."""
+
+    def __call__(self, frames: Frame, scene: int, sample: int) -> Frame:
+        return forget(frames)
+
+
+class Trial(NamedTuple):
+    """One line of the card that is still to be measured."""
+
+    name: str
+    group: str  # "camera", "calibration", "image" or "memory"
+    disturb: Disturbance
+
+
+def plan_trials(
+    cameras: tuple[str, ...],
+    *,
+    drop_camera: str | None = None,
+    jitter_deg: float | None = None,
+    corrupt: str | None = None,
+    no_memory: bool = False,
+    seed: int = 0,
+) -> list[Trial]:
+    """What to try, from the words of a command line.
+
+    Args:
+        cameras: names of the dataset's cameras, in order.
+        drop_camera: one of them, or "each" for one trial after the other.
+        jitter_deg: by how many degrees the yaw of each camera is off.
+        corrupt: "KIND" or "KIND:SEVERITY" with a key of `CORRUPTIONS` or "each" as kind; severity 2 where none is told.
+        no_memory: also look at each frame by itself.
+        seed: of the sides to which cameras are off, and of what is random in bad images.
+
+    Raises:
+        ConfigError: a name, a number or a severity is not possible.
+    """
+    if seed < 0:
+        raise ConfigError(f"--seed is {seed}; give 0 or more")
+    trials = []
+    if drop_camera is not None:
+        if drop_camera not in (*cameras, "each"):
+            raise ConfigError(f"--drop-camera {drop_camera}: no such camera; give {', '.join(cameras)} or each")
+        if len(cameras) < 2:
+            raise ConfigError(f"--drop-camera {drop_camera}: the dataset has no other camera; leave it out")
+        for number, name in enumerate(cameras):
+            if drop_camera in (name, "each"):
+                trials.append(Trial(f"without {name}", "camera", MissingCamera(number)))
+    if jitter_deg is not None:
+        if not 0 < jitter_deg <= 45:
+            raise ConfigError(f"--jitter-deg is {jitter_deg:g}; give an angle of more than 0 and at most 45 degrees")
+        trials.append(Trial(f"yaw off by {jitter_deg:g} deg", "calibration", YawError(jitter_deg, seed)))
+    if corrupt is not None:
+        kind, colon, severity = corrupt.partition(":")
+        if kind not in (*CORRUPTIONS, "each"):
+            raise ConfigError(f"--corrupt {corrupt}: no such corruption; give {', '.join(CORRUPTIONS)} or each")
+        if colon and severity not in map(str, SEVERITIES):
+            raise ConfigError(f"--corrupt {corrupt}: no such severity; write {kind}:1, {kind}:2 or {kind}:3")
+        level = int(severity) if colon else DEFAULT_SEVERITY
+        for name in CORRUPTIONS if kind == "each" else (kind,):
+            trials.append(Trial(f"{name}, severity {level}", "image", BadImages(name, level, seed)))
+    if no_memory:
+        trials.append(Trial("no memory", "memory", NoMemory()))
+    return trials
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """One measured line of the card.
+
+    Args:
+        name, group: of the trial.
+        metrics: the numbers of `SCORES` and `ERRORS`.
+    """
+
+    name: str
+    group: str
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class RobustnessCard:
+    """A network as it is and under each disturbance.
+
+    Args:
+        clean: the numbers of `SCORES` and `ERRORS` without any.
+        trials: with each, in order.
+    """
+
+    clean: dict[str, float]
+    trials: tuple[TrialResult, ...]
+
+    def loss(self, trial: TrialResult, metric: str) -> float:
+        """How much worse a trial is, as a share of the clean number: 0.25 for a quarter; NaN where that one is 0."""
+        clean, disturbed = self.clean[metric], trial.metrics[metric]
+        if not clean:
+            return math.nan
+        return disturbed / clean - 1 if metric in ERRORS else 1 - disturbed / clean
+
+    def worst(self, group: str, metric: str) -> TrialResult | None:
+        """The trial of a group that loses most of a metric; None where there is none or nothing to lose."""
+        trials = [t for t in self.trials if t.group == group and not math.isnan(self.loss(t, metric))]
+        return max(trials, key=lambda trial: self.loss(trial, metric), default=None)
+
+    def memory_gain(self) -> dict[str, float] | None:
+        """By which share of the single-frame number the memory improves each metric; None if that was not tried."""
+        alone = next((trial.metrics for trial in self.trials if trial.group == "memory"), None)
+        if alone is None:
+            return None
+        gain = {name: self.clean[name] / alone[name] - 1 if alone[name] else math.nan for name in SCORES}
+        return gain | {name: 1 - self.clean[name] / alone[name] if alone[name] else math.nan for name in ERRORS}
+
+    def as_dict(self) -> dict:
+        """Everything as plain JSON values; a share of nothing becomes None."""
+        metrics = SCORES | ERRORS
+        gain = self.memory_gain()
+        return {
+            "clean": _plain(self.clean),
+            "trials": [
+                asdict(trial)
+                | {"metrics": _plain(trial.metrics), "loss": _plain({m: self.loss(trial, m) for m in metrics})}
+                for trial in self.trials
+            ],
+            "memory_gain": None if gain is None else _plain(gain),
+        }
+
+    def table(self) -> str:
+        """The card as text for a terminal."""
+        metrics = SCORES | ERRORS
+        rows = [f"{'robustness':<28}" + "".join(f"{head:>9}{'loss':>8}" for head in metrics.values())]
+        rows.append(f"{'clean':<28}" + "".join(f"{self.clean[m]:9.3f}{'':8}" for m in metrics))
+        for trial in self.trials:
+            cells = "".join(f"{trial.metrics[m]:9.3f}{_percent(self.loss(trial, m)):>8}" for m in metrics)
+            rows.append(f"{trial.name:<28}{cells}")
+        for group in ("camera", "image"):
+            if sum(trial.group == group for trial in self.trials) > 1:
+                worst = {m: self.worst(group, m) for m in metrics}
+                losses = {m: self.loss(trial, m) if trial else math.nan for m, trial in worst.items()}
+                cells = "".join(f"{'':9}{_percent(loss):>8}" for loss in losses.values())
+                rows.append(f"{f'worst of each {group}':<28}{cells}")
+        if gain := self.memory_gain():
+            cells = "".join(f"{'':9}{_percent(gain[m]):>8}" for m in metrics)
+            rows.append(f"{'gain by memory':<28}{cells}")
+        return "\n".join(rows)
+
+
+def _plain(numbers: dict[str, float]) -> dict[str, float | None]:
+    return {name: None if math.isnan(value) else value for name, value in numbers.items()}
+
+
+def _percent(share: float) -> str:
+    return "-" if math.isnan(share) else f"{share:.1%}"
+
+
+def evaluate_robustness(
+    model: BEVTransformer,
+    dataset: NuScenesDataset,
+    trials: list[Trial],
+    clean: dict[str, float],
+    *,
+    protocol: str = "maptr",
+    extent: str = "60x30",
+    workers: int = 0,
+    progress: bool = False,
+) -> RobustnessCard:
+    """Streams a dataset through a network once per trial and compares with its clean evaluation.
+
+    Args:
+        model: in evaluation mode.
+        dataset: of one root.
+        trials: see `plan_trials`.
+        clean: `Evaluation.metrics()` of the same network, dataset, protocol and extent.
+        protocol, extent: of the lanes, as in `evaluate_lanes`.
+        workers: processes that load images and match lines.
+        progress: show progress bars on stderr.
+
+    Raises:
+        ConfigError, DataError: as `predict_stream` and `evaluate_scenes`.
+    """
+    wanted = (*SCORES, *ERRORS)
+    poses, results = ego_poses(dataset), []
+    tables = load_tables(dataset.roots[0], dataset.version)
+    truth = true_lines(dataset, protocol=protocol, extent=extent, progress=progress)
+    for name, group, disturb in tqdm(trials, desc="disturbances", unit="trial", disable=not progress):
+        scenes = predict_stream(model, dataset, disturb=disturb, workers=workers, progress=progress).scenes
+        boxes = evaluate_detection(dataset.roots[0], dataset.version, dataset.split, scenes, poses, nusc=tables)
+        lines = {token: map_lines(scene.lines) for token, scene in scenes.items()}
+        lanes = evaluate_lanes(lines, truth, protocol=protocol, extent=extent, workers=workers, progress=progress)
+        found = {"nds": boxes.nds, "map": boxes.mean_ap, "lane_map": lanes.mean_ap, **boxes.errors}
+        results.append(TrialResult(name, group, {name: float(found[name]) for name in wanted}))
+    return RobustnessCard({name: float(clean[name]) for name in wanted}, tuple(results))

@@ -1,0 +1,98 @@
+"""Memory: a stream is what is unrolled, a long one costs no more than a short one, and it lies where the world is."""
+
+import math
+import resource
+
+import pytest
+import torch
+
+from perception.geometry import box_corners, invert_rigid, project_points, transform_points
+from perception.models.bev_transformer import BEVTransformer, ModelConfig
+from perception.types import CameraRig, Frame, map_tensors
+
+STEP = 0.5  # seconds
+CONFIG = ModelConfig.preset(
+    "nano", image_size=(32, 96), channels=16, backbone_stages=2, depth_bins=12, heads=2, decoder_layers=1,
+    x_range=(0.0, 20.0), y_range=(-10.0, 10.0), grid=(20, 20), map_x_range=(0.0, 20.0), map_y_range=(-5.0, 5.0),
+    box_queries=4, line_queries=2, line_points=4,
+)  # fmt: skip
+AHEAD = torch.tensor([[[[0.0, 0, 1, 0], [-1, 0, 0, 0], [0, -1, 0, 1.0], [0, 0, 0, 1]]]])  # one camera, 1 m above ground
+FOCAL = torch.tensor([[[[60.0, 0, 48], [0, 60, 16], [0, 0, 1]]]])
+
+
+def show(place: torch.Tensor, is_first: bool) -> Frame:
+    """White cubes of 2 m at `place` [B, 2] before a grey wall; the car stands still."""
+    B = len(place)
+    H, W = CONFIG.image_size
+    center = torch.cat([place, torch.full((B, 1), 1.0)], 1)
+    corners = box_corners(center, torch.full((B, 3), 2.0), torch.zeros(B))  # [B, 8, 3]
+    uv, _ = project_points(FOCAL[0, 0], transform_points(invert_rigid(AHEAD[0, 0]), corners))  # [B, 8, 2]
+    low, high = uv.amin(1)[:, None, None], uv.amax(1)[:, None, None]  # [B, 1, 1, 2]
+    v, u = torch.meshgrid(torch.arange(H) + 0.5, torch.arange(W) + 0.5, indexing="ij")
+    pixel = torch.stack([u, v], -1)
+    inside = ((pixel > low) & (pixel < high)).all(-1)  # [B, H, W]
+    images = torch.where(inside, 255, 90).to(torch.uint8)[:, None, None].expand(-1, 1, 3, -1, -1)
+    rig = CameraRig(FOCAL.expand(B, -1, -1, -1), AHEAD.expand(B, -1, -1, -1), torch.ones(B, 1, dtype=torch.bool))
+    seconds = torch.full((B,), 0.0 if is_first else STEP)
+    return Frame(images, rig, torch.eye(4).expand(B, 4, 4), seconds, torch.full((B,), is_first))
+
+
+def draw(generator: torch.Generator, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places now and velocities; the cubes move sideways by up to 3 m/s."""
+    place = torch.rand(count, 2, generator=generator) * torch.tensor([6.0, 4.0]) + torch.tensor([8.0, -2.0])
+    speed = 6 * torch.rand(count, generator=generator) - 3
+    return place, torch.stack([torch.zeros(count), speed], 1)
+
+
+def test_a_stream_is_what_is_unrolled_and_holds_no_graph():
+    """One frame at a time without gradients gives what a clip that was unrolled for training gives."""
+    torch.manual_seed(0)
+    model = BEVTransformer(CONFIG).eval()
+    generator = torch.Generator().manual_seed(2)
+    place, velocity = draw(generator, 2)
+    frames = [show(place + velocity * STEP * t, t == 0) for t in range(5)]
+    state, unrolled = model.initial_state(2), []
+    for frame in frames:
+        prediction, state = model(frame, state)
+        unrolled.append(prediction)
+    assert state.bev.grad_fn is not None
+    state = model.initial_state(2)
+    for frame, expected in zip(frames, unrolled, strict=True):
+        with torch.inference_mode():
+            prediction, state = model(frame, state)
+        assert state.bev.grad_fn is None
+        for a, b in zip((*prediction[:-1], *prediction.images), (*expected[:-1], *expected.images), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_a_thousand_frames_take_no_more_memory():
+    model = BEVTransformer(CONFIG).eval()
+    frame = show(torch.tensor([[10.0, 0.0]]), False)
+    state = model.initial_state(1)
+    for k in range(1001):
+        prediction, state = model(frame, state)
+        if k == 100:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert prediction.box_params.isfinite().all() and state.bev.abs().max() < 1e4
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20 * 1024  # KiB, the highest so far
+
+
+@torch.no_grad()
+def test_memory_is_where_the_world_is():
+    """A blob in the memory, seen after the car has driven 3 m and turned by 30 degrees, lies where a point would."""
+    model = BEVTransformer(CONFIG).eval()
+    grid = model.grid
+    cells = grid.cell_centers()  # [X, Y, 2]
+    blob = torch.exp(-((cells - torch.tensor([12.0, 1.0])) ** 2).sum(-1) / 4)
+    turn = math.radians(30)
+    cos, sin = math.cos(turn), math.sin(turn)
+    # The car drove 3 m along its old x and turned left: p_now = R(-30 deg) (p_prev - (3, 0)).
+    ego_from_prev = torch.tensor([[[cos, sin, 0, -3 * cos], [-sin, cos, 0, 3 * sin], [0, 0, 1, 0], [0, 0, 0, 1]]])
+    warped = grid.warp(blob[None, None], ego_from_prev)[0, 0]
+    weight = warped / warped.sum()
+    center = (weight[..., None] * cells).sum((0, 1))
+    expected = torch.tensor([cos * (12 - 3) + sin * 1, -sin * (12 - 3) + cos * 1])
+    torch.testing.assert_close(center, expected, atol=0.1, rtol=0)
+    assert map_tensors(torch.Tensor.numel, model.initial_state(1)).bev == 16 * 400
