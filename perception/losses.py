@@ -23,11 +23,14 @@ from perception.geometry import invert_rigid, transform_points, wrap_angle
 from perception.grid import BEVGrid
 from perception.models.bev_encoder import depth_position, pixel_rays
 from perception.models.decoder import LOG_SPREAD_RANGE
-from perception.types import Boxes, CameraRig, Frame, ImagePrediction, Polylines, Prediction, Scene
+from perception.types import BOX_CLASSES, Boxes, CameraRig, Frame, ImagePrediction, Polylines, Prediction, Scene
 
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0  # https://arxiv.org/abs/1708.02002
-# Weights of the ten box parameters (centre, log size, sin cos yaw, velocity) in cost and loss.
-BOX_WEIGHTS = (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.5)
+# Weights of the ten box parameters (centre, log size, sin cos yaw, velocity) in cost and loss. Most things stand: with
+# less weight on velocities, the guess that everything does is never left.
+BOX_WEIGHTS = (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 2.0, 2.0)
+# What looks the same from all sides has no yaw to learn, what looks the same from front and back has two.
+ROUND, TWO_FACED = BOX_CLASSES.index("traffic_cone"), BOX_CLASSES.index("barrier")
 LOSS_WEIGHTS = {
     "box_class": 2.0, "box_params": 0.25, "heatmap": 1.0,
     "line_class": 2.0, "line_points": 0.5, "line_direction": 0.1, "raster": 1.0,
@@ -109,18 +112,22 @@ def box_losses(logits: Tensor, params: Tensor, log_spread: Tensor, boxes: Boxes,
     """
     weights = params.new_tensor(BOX_WEIGHTS)
     with torch.no_grad():
-        # Velocity does not decide who is who; its truth may be unknown.
-        distance = (params[:, :, None, :8] - targets[:, None, :, :8]).abs()  # [B, Q, M, 8]
+        # Neither yaw nor velocity decides who is who: not all classes have the one, and the other may be unknown.
+        distance = (params[:, :, None, :6] - targets[:, None, :, :6]).abs()  # [B, Q, M, 6]
         cost = LOSS_WEIGHTS["box_class"] * focal_cost(logits, boxes.label)
-        cost = cost + LOSS_WEIGHTS["box_params"] * (distance * weights[:8]).sum(-1)
+        cost = cost + LOSS_WEIGHTS["box_params"] * (distance * weights[:6]).sum(-1)
         match = hungarian(cost, boxes.valid)
     count = max(len(match.query), 1)
     wanted = torch.zeros_like(logits)
     wanted[match.batch, match.query, boxes.label[match.batch, match.target]] = 1.0
     target = targets[match.batch, match.target]
-    known = ~target.isnan()
     found = params[match.batch, match.query]
+    label = boxes.label[match.batch, match.target]
+    target = torch.cat([target[:, :6], nearest_turn(found[:, 6:8], target[:, 6:8], label), target[:, 8:]], 1)
+    known = ~target.isnan()
     difference = torch.where(known, found - target.nan_to_num(), 0.0).abs()
+    weights = weights.expand_as(difference).clone()
+    weights[label == ROUND, 6:8] = 0.0
     yaw_error = torch.atan2(found[:, 6], found[:, 7]) - torch.atan2(target[:, 6], target[:, 7])
     error = torch.cat([difference[:, :6], wrap_angle(yaw_error)[:, None].abs(), difference[:, 8:]], 1)  # [pairs, 9]
     likelihood = laplace_loss(log_spread[match.batch, match.query], error) * torch.cat([known[:, :7], known[:, 8:]], 1)
@@ -129,6 +136,12 @@ def box_losses(logits: Tensor, params: Tensor, log_spread: Tensor, boxes: Boxes,
         "box_params": (difference * weights).sum() / count,
         "box_spread": likelihood.sum() / count,
     }
+
+
+def nearest_turn(found: Tensor, target: Tensor, label: Tensor) -> Tensor:
+    """The sin and cos of yaw [pairs, 2] that boxes of these classes should have: of two equal ones the nearer."""
+    behind = (found.detach() * target).sum(-1) < 0
+    return torch.where((behind & (label == TWO_FACED))[:, None], -target, target)
 
 
 def heatmap_loss(logits: Tensor, boxes: Boxes, grid: BEVGrid) -> Tensor:
@@ -284,10 +297,12 @@ def image_losses(prediction: ImagePrediction, boxes: Boxes, frame: Frame) -> dic
     sight = (boxes.center[b, m] - rig.ego_from_cam[b, n, :3, 3])[:, :2]  # [P, 2]
     angle = boxes.yaw[b, m] - torch.atan2(sight[:, 1], sight[:, 0])
     heading = prediction.heading[b, n, :, row, column]  # [P, 2]
+    turn = nearest_turn(heading, torch.stack([angle.sin(), angle.cos()], -1), boxes.label[b, m])
+    turned = (boxes.label[b, m] != ROUND)[:, None]
     losses = {
         "image_class": (focal_loss(prediction.logits, wanted) * present).sum() / count,
         "image_depth": F.kl_div(depth_logits.log_softmax(-1), nearness, reduction="sum") / count,
-        "image_heading": (heading - torch.stack([angle.sin(), angle.cos()], -1)).abs().sum() / count,
+        "image_heading": ((heading - turn).abs() * turned).sum() / count,
     }
     return {name: LOSS_WEIGHTS[name] * loss for name, loss in losses.items()}
 

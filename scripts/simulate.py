@@ -65,6 +65,13 @@ def main() -> None:
     parser.add_argument("--split", default="town_val", help="name of the split in splits.json (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=None, help="processes (default: all CPU cores)")
     parser.add_argument("--sweeps", action="store_true", help="camera pictures between keyframes too, 10 Hz in all")
+    parser.add_argument(
+        "--rare",
+        type=float,
+        default=0.0,
+        metavar="0..1",
+        help="more of what streets seldom have: trucks, buses, trailers, cycles, work sites (default: 0)",
+    )
     parser.add_argument("--json", type=Path, default=None, help="write the summary to this file as well")
     args = parser.parse_args()
 
@@ -81,6 +88,7 @@ def main() -> None:
         split=args.split,
         workers=args.workers,
         sweeps=args.sweeps,
+        rare=args.rare,
     )
     summary = summarise(args.out, time.perf_counter() - start)
     for name in ("scenes", "keyframes", "pictures"):

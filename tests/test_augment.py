@@ -209,13 +209,15 @@ def test_missing_cameras_come_and_go_while_the_calibration_stays_wrong(hand_root
     missing, jitters = set(), set()
     for visit in range(6):
         for sample in range(3):
-            rig = drawn(hand_root, (sample,), visit, drop_camera=1.0, jitter_deg=1.0).rig
+            rig = drawn(hand_root, (sample,), visit, drop_camera=1.0, jitter=1.0).rig
             assert rig.present.sum() == 1  # one of the two is gone, never both
             missing.add((visit, sample, int(rig.present[0, 1])))
             jitters.add((visit, *(rig.ego_from_cam - true)[0, :, :3, :3].mul(1e4).round().flatten().tolist()))
     ways = {visit: {gone for v, _, gone in missing if v == visit} for visit in range(6)}
     assert {0, 1} in ways.values()  # another one later in the same scene
     assert len(jitters) == 6  # one error per visit of the scene, the same for all its clips
+    wrong = [not torch.equal(drawn(hand_root, (0,), visit, jitter=0.3).rig.ego_from_cam, true) for visit in range(60)]
+    assert 8 <= sum(wrong) <= 29  # of 60 visits at 0.3: 18 +- 3.5
     assert drawn(hand_root, (0, 1, 2), drop_camera=1.0).rig.present.sum(0).tolist() in ([0, 3], [3, 0])  # a whole clip
 
 

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 
 from perception.data.loader import Draw, collate
 from perception.engine import TrainingModel, build_dataset, load_config, load_weights, train
+from perception.engine.training import make_core
 from perception.errors import CheckpointError, ConfigError, TrainingError, run_script
 from perception.evaluation.streaming import evaluate_stream
 from perception.models.bev_transformer import BEVTransformer, halve, load_checkpoint
@@ -136,8 +138,45 @@ def test_training_starts_from_given_weights(trained, config_path, tmp_path):
     given = dict(load_checkpoint(start)[0].named_parameters())
     for name, parameter in core.named_parameters():
         torch.testing.assert_close(parameter, given[name], atol=1e-6, rtol=0)
+    larger = options | {"train.init_from": str(start), "model.image_size": (96, 128)}
+    assert make_core(load_config(config_path, larger)).config.image_size == (96, 128)
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         train(load_config(config_path, options | {"train.init_from": str(tmp_path / "none.pth")}), tmp_path / "off")
+
+
+def test_published_weights_of_the_trunk_and_frozen_stages(config_path, tmp_path):
+    """The stem and the first stage stay what they were given as, statistics included; the second one learns."""
+    published = torchvision.models.resnet18(weights=None)
+    torch.save(published.state_dict(), tmp_path / "resnet18.pth")
+    options = {
+        "train.image_epochs": 0, "train.epochs": 1, "train.frozen_stages": 1, "train.ema_momentum": 0,
+        "train.trunk_weights": str(tmp_path / "resnet18.pth"),
+    }  # fmt: skip
+    trunk = train(load_config(config_path, options), tmp_path / "work").image_encoder.trunk
+    wanted = published.layer1.state_dict()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in trunk.stages[0].state_dict().items())
+    assert torch.equal(trunk.stem[1].running_mean, published.bn1.running_mean)
+    change = (trunk.stages[1][0].conv1.weight - published.layer2[0].conv1.weight).abs().max()
+    assert 0 < change < 0.1
+    with pytest.raises(ConfigError, match="both given"):
+        train(load_config(config_path, options | {"train.init_from": "x.pth"}), tmp_path / "both")
+
+
+def test_a_dry_run_tells_what_a_training_costs(config_path, tmp_path):
+    """Parameters and FLOPs against a count by hand of the network alone; the dataset of the config gives the steps."""
+    from perception.engine import dry_run
+
+    config = load_config(config_path)
+    told = dry_run(config)
+    core = BEVTransformer(config.model)
+    assert sum(told.parameters.values()) == told.learned == sum(p.numel() for p in core.parameters())
+    assert told.steps == 5 * 4 and told.hours == pytest.approx(20 * told.seconds_per_step / 3600)
+    # The stem alone: 6 images, 7 x 7 x 3 products and sums for each of 64 channels on 32 x 48 pixels.
+    assert told.gflops > 6 * 2 * 147 * 64 * 32 * 48 / 1e9
+    assert 2**26 < told.peak_memory < 2**36
+    frozen = load_config(config_path, {"train.frozen_stages": 1, "train_data.dataroot": str(tmp_path / "none")})
+    told = dry_run(frozen)
+    assert told.learned < sum(told.parameters.values()) and told.steps is None and "not known" in told.table()
 
 
 def test_a_training_that_diverges_stops_and_names_the_samples(config_path, tmp_path):

@@ -21,7 +21,17 @@ from perception.losses import (
 )
 from perception.models.bev_encoder import depth_position
 from perception.models.decoder import decode
-from perception.types import Boxes, CameraRig, Frame, ImagePrediction, Polylines, Prediction, Scene, map_tensors
+from perception.types import (
+    BOX_CLASSES,
+    Boxes,
+    CameraRig,
+    Frame,
+    ImagePrediction,
+    Polylines,
+    Prediction,
+    Scene,
+    map_tensors,
+)
 
 GRID = BEVGrid((-20.0, 20.0), (-20.0, 20.0), (20, 20))
 RING = [[0.0, 0], [4, 0], [4, 2], [0, 2], [0, 0]]
@@ -117,9 +127,32 @@ def test_box_error_by_hand():
     boxes, lines = make_boxes(), make_lines()
     prediction = perfect_prediction(boxes, lines)
     prediction.box_params[0, 0, 4, 0] += 3.0  # the first box 3 m off in x: 3 m x weight 1 / 3 boxes x loss weight 0.25
-    prediction.box_params[0, 0, 4, 8] -= 2.0  # and 2 m/s off: 2 x 0.5 / 3 x 0.25
+    prediction.box_params[0, 0, 4, 8] -= 2.0  # and 2 m/s off: 2 x 2 / 3 x 0.25
     losses = set_losses(prediction, Scene(boxes, lines), FRAME, GRID)
-    assert losses["box_params"].item() == pytest.approx((3.0 * 1 + 2.0 * 0.5) / 3 * 0.25, rel=1e-5)
+    assert losses["box_params"].item() == pytest.approx((3.0 * 1 + 2.0 * 2.0) / 3 * 0.25, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("label", "turned", "error"),
+    [("car", 180, 2.0), ("car", 90, 2.0), ("barrier", 180, 0.0), ("barrier", 90, 2.0), ("traffic_cone", 90, 0.0)],
+)
+def test_a_yaw_counts_as_far_as_a_class_has_one(label, turned, error):
+    """A box that looks along x, found turned: the error of sin and cos together, in the map and in the images."""
+    boxes, lines = make_boxes(), make_lines()
+    boxes = boxes._replace(
+        label=torch.full((1, 4), BOX_CLASSES.index(label)), yaw=torch.zeros(1, 4), velocity=torch.zeros(1, 4, 2)
+    )
+    prediction = perfect_prediction(boxes, lines)
+    yaw = torch.tensor(math.radians(turned))
+    prediction.box_params[0, 0, :, 6:8] = torch.stack([yaw.sin(), yaw.cos()])
+    losses = set_losses(prediction, Scene(boxes, lines), FRAME, GRID)
+    assert losses["box_params"].item() == pytest.approx(0.25 * error, abs=1e-5)
+    turned_by = torch.stack([yaw.cos(), -yaw.sin(), yaw.sin(), yaw.cos()]).view(2, 2)
+    cos_sin = turned_by @ prediction.images.heading.flip(2).movedim(2, -1)[..., None]
+    heading = cos_sin[..., 0].movedim(-1, 2).flip(2)
+    images = prediction.images._replace(heading=heading)
+    found = set_losses(prediction._replace(images=images), Scene(boxes, lines), FRAME, GRID)["image_heading"].item()
+    assert (found < 1e-4) == (error == 0.0)
 
 
 def test_spread_is_the_mean_error():

@@ -111,6 +111,19 @@ def test_same_seed_same_bytes_with_any_number_of_workers(tmp_path):
     assert len(other & set(one.values())) <= 5  # the tables that are the same in every dataset, the empty map picture
 
 
+def test_rare_things_are_rare_no_more():
+    def count(rare):
+        actors = [a for i in range(4) for a in scene_district(5, i, keyframes=4, rare=rare).actors]
+        return {name: sum(a.category == name for a in actors) for name in {a.category for a in actors}}
+
+    usual, more = count(0.0), count(1.0)
+    for name in ("vehicle.truck", "vehicle.bus.rigid", "vehicle.trailer", "vehicle.bicycle"):
+        assert more[name] > 1.5 * usual.get(name, 0), name
+    assert more["vehicle.car"] < usual["vehicle.car"]
+    with pytest.raises(ConfigError, match=r"rare is 1\.5; give a number from 0 to 1"):
+        scene_district(5, 0, keyframes=4, rare=1.5)
+
+
 def test_keyframes_at_another_rate(tmp_path):
     """At 10 Hz neighbouring keyframes are 0.1 s apart, and a car's velocity is still metres per second."""
     simulate(tmp_path / "fast", seed=3, scenes=1, keyframes=4, rate=10, workers=1, image_size=(32, 56))

@@ -1,18 +1,20 @@
-"""The synthetic town: one set of scenes to train on, another to validate on, made from different seeds."""
+"""The synthetic town: scenes to train on, as streets are, with more of what is rare in them and at 5 Hz, and scenes to
+validate on, all made from different seeds."""
 
 train_data = dict(
-    dataroot="out/town_train",
+    dataroot=("out/town_train", "out/town_train_rare", "out/town_train_5hz"),
     version="v1.0-synthetic",
     split="town_train",
     # No mirroring: the town drives on the right, and what is seen of a street tells which way cars head.
-    augment=dict(mirror=0.0, drop_camera=0.15, jitter_deg=0.5),
-    make_with="python scripts/simulate.py --out out/town_train --scenes 300 --seed 1000 --split town_train "
-    "--image-size 160x288",
+    augment=dict(mirror=0.0, drop_camera=0.3, jitter=0.3),
+    make_with="python scripts/simulate.py --out out/town_train --scenes 60 --seed 1000 --split town_train && "
+    "python scripts/simulate.py --out out/town_train_rare --scenes 160 --seed 3000 --rare 0.7 --split town_train && "
+    "python scripts/simulate.py --out out/town_train_5hz --scenes 30 --seed 2000 --rare 0.35 --rate 5 "
+    "--split town_train",
 )
 val_data = dict(
     dataroot="out/town_val",
     version="v1.0-synthetic",
     split="town_val",
-    make_with="python scripts/simulate.py --out out/town_val --scenes 20 --seed 5000 --split town_val "
-    "--image-size 160x288",
+    make_with="python scripts/simulate.py --out out/town_val --scenes 20 --seed 5000 --split town_val",
 )

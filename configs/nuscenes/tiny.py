@@ -1,16 +1,12 @@
 """The tiny network on nuScenes.
 
-Unpack the full dataset (v1.0) and the map expansion (v1.3) under data/nuscenes first.
-
     torchrun --nproc_per_node 8 scripts/train.py configs/nuscenes/tiny.py --work-dir out/tiny --amp --launcher pytorch
     python scripts/evaluate.py configs/nuscenes/tiny.py out/tiny/tiny.safetensors --json out/tiny/evaluation.json
 
 Cost: not measured. Result: not measured.
 """
 
-_base_ = ["../_base_/schedule.py"]
+_base_ = ["../_base_/nuscenes.py", "../_base_/schedule.py"]
 
 model = dict(preset="tiny")
-train_data = dict(dataroot="data/nuscenes", version="v1.0-trainval", split="train", augment=dict())
-val_data = dict(dataroot="data/nuscenes", version="v1.0-trainval", split="val")
 train = dict(epochs=24, batch_size=2, lr=2e-4, warmup_iters=1000, workers=4, log_every=50)

@@ -40,7 +40,9 @@ class Augment:
         shift: the ego frame is moved by up to this along x and along y, metres.
         zoom: each camera's picture shows up to this fraction more or less, somewhere in the original one.
         color: gain, contrast and gamma of each camera, and the balance of its channels, change by up to this fraction.
-        jitter_deg: the calibration of each camera is wrong by up to this, about each axis.
+        jitter: probability that the calibration is wrong along a scene.
+        jitter_deg: how far it is wrong then, for each camera: turned about the vertical by up to this. A pitch that is
+            not what it is said to be would move the road at 20 m by metres, and teach not to look closely.
         drop_camera: probability that one camera is missing in a clip; never the last one that there is.
         corrupt: probability, for each camera, that its images of a clip are bad in a random way.
 
@@ -54,7 +56,8 @@ class Augment:
     shift: float = 1.0
     zoom: float = 0.1
     color: float = 0.2
-    jitter_deg: float = 0.0
+    jitter: float = 0.0
+    jitter_deg: float = 1.0
     drop_camera: float = 0.0
     corrupt: float = 0.0
 
@@ -62,7 +65,7 @@ class Augment:
         for field in fields(self):
             if getattr(self, field.name) < 0:
                 raise ConfigError(f"Augment.{field.name} is {getattr(self, field.name)}; it must not be negative")
-        for name in ("mirror", "drop_camera", "corrupt"):
+        for name in ("mirror", "jitter", "drop_camera", "corrupt"):
             if getattr(self, name) > 1:
                 raise ConfigError(f"Augment.{name} is {getattr(self, name)}; it is a probability, give at most 1")
         angle = np.radians(min(self.yaw_deg, 90.0))
@@ -108,7 +111,7 @@ class Augment:
             lines=pad_lines(lines, old.points.shape[-2], old.label.shape[-1]),
         )
         frames = change_colors(zoom_cameras(frames, self.zoom, rng), self.color, rng)
-        if self.jitter_deg:
+        if rng.random() < self.jitter:
             frames = jitter_cameras(frames, self.jitter_deg, rng)
         return clip._replace(frames=self._disturb(frames, clip_rng), truth=truth)
 

@@ -80,9 +80,9 @@ def _cross_matrix(vectors: Tensor) -> Tensor:
 
 
 def jitter_cameras(frame: Frame, max_deg: float, rng: np.random.Generator) -> Frame:
-    """Turns each camera's calibration by up to `max_deg` about each of the three axes, all by themselves."""
-    cameras = frame.rig.present.shape[-1]
-    return turn_cameras(frame, np.radians(rng.uniform(-max_deg, max_deg, (cameras, 3))))
+    """Turns each camera's calibration by up to `max_deg` about the vertical, each by itself."""
+    yaw = np.radians(rng.uniform(-max_deg, max_deg, frame.rig.present.shape[-1]))
+    return turn_cameras(frame, yaw[:, None] * np.array([0.0, 0.0, 1.0]))
 
 
 def yaw_cameras(frame: Frame, degrees: float, rng: np.random.Generator) -> Frame:

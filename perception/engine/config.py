@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from perception.models.bev_transformer import ModelConfig
 class DataSection:
     """Where the samples come from: `train_data` and `val_data` of a config."""
 
-    dataroot: str  # root of a nuScenes-format dataset
+    dataroot: str | tuple[str, ...]  # root of a nuScenes-format dataset, or several that are read as one
     version: str  # folder of its tables, e.g. v1.0-trainval
     split: str  # an official split or one of the dataset's own splits.json
     augment: Augment | None = None  # in a config: dict(), with those fields of Augment that differ from its defaults
@@ -51,7 +52,9 @@ class TrainSection:
     val_every: int  # epochs between two validations; the last epoch is always validated
     log_every: int  # iterations between two lines of the log
     workers: int  # processes that load clips; 0 loads them in the training process
-    init_from: str = ""  # weights to start from, .safetensors or .pth of the same network; random ones if empty
+    frozen_stages: int = -1  # of the image encoder: 0 holds the stem as it is, n the first n stages too, -1 nothing
+    trunk_weights: str = ""  # published weights of the image encoder's trunk to start from, .pth or .safetensors
+    init_from: str = ""  # weights to start from, .safetensors or .pth of the same network, images of any size
 
 
 @dataclass(frozen=True)
@@ -139,10 +142,10 @@ def build_dataset(section: DataSection, model: ModelConfig) -> NuScenesDataset:
     Raises:
         DataError: the root or one of its files is missing or malformed.
     """
-    if section.make_with and not Path(section.dataroot, section.version).is_dir():
-        raise DataError(
-            f"dataset {Path(section.dataroot, section.version)} does not exist; make it with: {section.make_with}"
-        )
+    roots = (section.dataroot,) if isinstance(section.dataroot, str) else section.dataroot
+    for folder in (Path(root, section.version) for root in roots):
+        if section.make_with and not folder.is_dir():
+            raise DataError(f"dataset {folder} does not exist; make it with: {section.make_with}")
     return NuScenesDataset(
         section.dataroot,
         section.version,
@@ -180,6 +183,9 @@ def _typed(where: str, value, kind):
         path, _, key = where.partition(": ")
         return None if value is None else _parse(path, key, value, Augment)
     origin = typing.get_origin(kind)
+    if isinstance(kind, types.UnionType):
+        kind = next((part for part in typing.get_args(kind) if isinstance(value, str) == (part is str)), kind)
+        origin = typing.get_origin(kind)
     if origin is tuple and isinstance(value, list | tuple):
         inner = typing.get_args(kind)
         inner = inner[:1] * len(value) if inner[-1:] == (Ellipsis,) else inner

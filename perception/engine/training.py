@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from perception.engine.config import TrainConfig, TrainSection, build_dataset
 from perception.errors import CheckpointError, ConfigError, TrainingError
 from perception.evaluation.streaming import evaluate_scenes, predict_stream
 from perception.losses import image_losses, set_losses
+from perception.models.backbone import read_trunk_weights
 from perception.models.bev_transformer import BEVTransformer, ModelConfig, halve, load_checkpoint, save_checkpoint
 from perception.types import Clip, State, map_tensors
 
@@ -257,7 +258,7 @@ def train(
 
     Raises:
         CheckpointError: the weights to start from are missing or belong to another network.
-        ConfigError: the work directory holds another training, or there are too few samples.
+        ConfigError: the work directory holds another training, or the config cannot be.
         DataError: the dataset is missing or malformed.
         TrainingError: a loss or a gradient is not finite.
     """
@@ -269,12 +270,32 @@ def train(
     set_random_seed(seed)
     train_set, val_set = build_dataset(config.train_data, config.model), build_dataset(config.val_data, config.model)
     # Channels last is what convolutions are fastest with, on CPU and GPU.
-    start = config.train.init_from
-    core = load_weights(start, config.model).train() if start else BEVTransformer(config.model)
-    model = TrainingModel(core).to(memory_format=torch.channels_last)
+    model = TrainingModel(make_core(config)).to(memory_format=torch.channels_last)
     runner = _build_runner(config, work_dir, model, train_set, val_set, seed, resume, amp, launcher)
     runner.train()
     return model.core
+
+
+def make_core(config: TrainConfig) -> BEVTransformer:
+    """The network that a training starts with.
+
+    Raises:
+        CheckpointError: the weights to start from are missing or belong to another network.
+        ConfigError: weights are given twice, or not so many stages can be frozen.
+    """
+    section = config.train
+    if section.init_from and section.trunk_weights:
+        raise ConfigError("train.init_from and train.trunk_weights are both given; the first holds a trunk already")
+    core = BEVTransformer(config.model)
+    if section.init_from:  # no weight depends on the size of the images
+        path = Path(section.init_from)
+        size = load_checkpoint(path)[0].config.image_size if path.suffix == ".safetensors" else config.model.image_size
+        core.load_state_dict(load_weights(path, replace(config.model, image_size=size)).state_dict())
+    trunk = core.image_encoder.trunk
+    if section.trunk_weights:
+        trunk.load_published(read_trunk_weights(section.trunk_weights), Path(section.trunk_weights))
+    trunk.freeze(section.frozen_stages)
+    return core
 
 
 def load_weights(path: str | Path, model_config: ModelConfig) -> BEVTransformer:
@@ -373,7 +394,7 @@ def _build_runner(config, work_dir, model, train_set, val_set, seed, resume, amp
         val_evaluator={},
         optim_wrapper={
             "type": CheckedOptimWrapper,
-            "optimizer": _adamw(model, section),
+            "optimizer": build_optimizer(model, section),
             "clip_grad": {"max_norm": section.grad_clip},
             "device_type": "cuda" if cuda else "cpu",
             "bfloat16": amp,
@@ -414,9 +435,10 @@ def _build_runner(config, work_dir, model, train_set, val_set, seed, resume, amp
     )
 
 
-def _adamw(model: nn.Module, section: TrainSection) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, section: TrainSection) -> torch.optim.AdamW:
     """AdamW that leaves biases and the scales of norms alone with its decay."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    learned = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in learned if p.ndim > 1]
+    vectors = [p for p in learned if p.ndim <= 1]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=section.lr, weight_decay=section.weight_decay)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from perception.errors import CheckpointError, ConfigError
 from perception.files import replacing
 from perception.grid import BEVGrid
-from perception.models.backbone import ResNetFPN
+from perception.models.backbone import FPNEncoder
 from perception.models.bev_encoder import BEVTrunk, CameraAttention, CameraAwareness, GatedMemory
 from perception.models.decoder import PRIOR_LOGIT, BoxDecoder, LineDecoder, encode_position
 from perception.types import BOX_CLASSES, LINE_CLASSES, Frame, ImagePrediction, Prediction, State
@@ -103,7 +103,7 @@ class BEVTransformer(nn.Module):
         self.config = config
         C, classes, line_classes = config.channels, len(BOX_CLASSES), len(LINE_CLASSES)
         self.grid = BEVGrid(config.x_range, config.y_range, config.grid)
-        self.image_encoder = ResNetFPN(config.backbone, config.backbone_stages, config.feature_stride, C)
+        self.image_encoder = FPNEncoder(config.backbone, config.backbone_stages, config.feature_stride, C)
         # What each pixel shows, how far away it is, where it is heading, how open it is to all distances.
         self.camera_awareness = CameraAwareness(C, classes + config.depth_bins + 2 + 1)
         nn.init.constant_(self.camera_awareness.head.bias[:classes], PRIOR_LOGIT)

@@ -16,10 +16,25 @@ from perception.synthetic.district import Actor, Trajectory
 from perception.synthetic.roads import Network, Road
 from perception.synthetic.traffic import STEP, draw_color, draw_size, still
 
-# What stands along kerbs, what a yard may be made for (each with its own chance), and what fills it up.
-_KERB_MIX = {"vehicle.car": 0.86, "vehicle.truck": 0.06, "vehicle.motorcycle": 0.05, "vehicle.bicycle": 0.03}
+# What stands along kerbs, what a yard may be made for (each with its own chance), and what fills it up: as streets have
+# it, and where things are rare that are rare in streets no more.
+_KERB_MIX = (
+    {"vehicle.car": 0.86, "vehicle.truck": 0.06, "vehicle.motorcycle": 0.05, "vehicle.bicycle": 0.03},
+    {"vehicle.car": 0.3, "vehicle.truck": 0.25, "vehicle.bus.rigid": 0.15, "vehicle.motorcycle": 0.15,
+     "vehicle.bicycle": 0.15},
+)  # fmt: skip
 _YARD_CHANCE = {"vehicle.construction": 0.75, "vehicle.trailer": 0.85, "vehicle.truck": 0.5, "vehicle.bus.rigid": 0.5}
-_YARD_FILL = {"vehicle.car": 0.8, "vehicle.truck": 0.12, "vehicle.construction": 0.08}
+_YARD_FILL = (
+    {"vehicle.car": 0.8, "vehicle.truck": 0.12, "vehicle.construction": 0.08},
+    {"vehicle.car": 0.1, "vehicle.truck": 0.2, "vehicle.construction": 0.25, "vehicle.trailer": 0.25,
+     "vehicle.bus.rigid": 0.2},
+)  # fmt: skip
+
+
+def mix(usual: dict[str, float], rare: dict[str, float], share: float) -> tuple[list[str], list[float]]:
+    """Categories and their chances, `share` of the way from one table to another that has all keys of the first."""
+    chances = [(1 - share) * usual.get(category, 0.0) + share * chance for category, chance in rare.items()]
+    return (list(rare), chances) if share else (list(usual), list(usual.values()))
 
 
 @dataclass(eq=False)
@@ -31,12 +46,14 @@ class Population:
         network: where they are.
         path: the recording car's path [P, 2].
         duration: seconds that walkers walk.
+        rare: 0 for streets as they are, 1 for many more of the vehicles, cycles and work sites that they seldom have.
     """
 
     rng: np.random.Generator
     network: Network
     path: np.ndarray
     duration: float
+    rare: float = 0.0
 
     def __post_init__(self) -> None:
         self.ego_line = LineString(self.path)
@@ -67,6 +84,7 @@ class Population:
     def parked(self) -> list[Actor]:
         """Vehicles along the kerbs of all parking strips near the path."""
         rng, actors = self.rng, []
+        categories, chances = mix(*_KERB_MIX, self.rare)
         occupancy = rng.uniform(0.3, 0.8)
         for index, run in dict.fromkeys((index, run) for index, run, _ in self.spots):
             road = self.network.roads[index]
@@ -74,7 +92,7 @@ class Population:
                 strip = road.parking[0 if side < 0 else 1]
                 s = run[0] + 5.0
                 while strip and s < run[1] - 10:
-                    category = str(rng.choice(list(_KERB_MIX), p=list(_KERB_MIX.values())))
+                    category = str(rng.choice(categories, p=chances))
                     size = draw_size(rng, category)
                     middle = s + size[0] / 2
                     xy = road.point(middle, road.edge(side) - side * (0.25 + size[1] / 2 + rng.uniform(0, 0.15)))
@@ -90,6 +108,7 @@ class Population:
         """Yards behind the walkway where large vehicles stand side by side, some closed off by barriers."""
         rng, yards, actors = self.rng, [], []
         taken = shapely.union_all([self.network.surface, *self.network.islands, self.walkable]).buffer(0.3)
+        filling, chances = mix(*_YARD_FILL, self.rare)
         wanted = [category for category, chance in _YARD_CHANCE.items() if rng.random() < chance]
         rng.shuffle(wanted)
         for _ in range(60):
@@ -111,7 +130,7 @@ class Population:
             at = -length / 2 + 2.2
             inward = np.arctan2(out[1], out[0])
             while at < length / 2 - 2.2:
-                category = wanted.pop() if wanted else str(rng.choice(list(_YARD_FILL), p=list(_YARD_FILL.values())))
+                category = wanted.pop() if wanted else str(rng.choice(filling, p=chances))
                 size = draw_size(rng, category)
                 yaw = inward + rng.normal(0, 0.04) + np.pi * rng.integers(2)
                 xy = corner + (at + size[1] / 2 - 1) * along + (size[0] / 2 + rng.uniform(0.5, 1.2)) * out
@@ -175,7 +194,7 @@ class Population:
     def cycles(self) -> list[Actor]:
         """Groups of bicycles and motorcycles that lean on the house side of the walkway or stand at the kerb."""
         rng, actors = self.rng, []
-        for category, most in (("vehicle.bicycle", 5), ("vehicle.motorcycle", 4)):
+        for category, most in (("vehicle.bicycle", 5), ("vehicle.motorcycle", 4)) * (1 + round(3 * self.rare)):
             if rng.random() > 0.7:
                 continue
             road, run, s = self.spot()

@@ -21,7 +21,7 @@ from perception.synthetic.district import (
     Trajectory,
     Tree,
 )
-from perception.synthetic.population import Population
+from perception.synthetic.population import Population, mix
 from perception.synthetic.roads import PAINT_HALF, TILE_HALF, Network, make_network
 from perception.synthetic.surroundings import make_buildings, make_greenery, make_light
 from perception.synthetic.traffic import (
@@ -42,6 +42,14 @@ __all__ = [
 
 # The only names that the devkit's NuScenesMap accepts. Traffic keeps to the left in Singapore.
 LOCATIONS = ("singapore-onenorth", "singapore-hollandvillage", "singapore-queenstown", "boston-seaport")
+
+# What is in motion: as streets have it, and where things that are rare in streets are rare no more.
+_MOVER_MIX = (
+    {"vehicle.car": 0.66, "vehicle.truck": 0.1, "vehicle.bus.rigid": 0.09, "vehicle.motorcycle": 0.07,
+     "vehicle.bicycle": 0.08},
+    {"vehicle.car": 0.2, "vehicle.truck": 0.22, "vehicle.bus.rigid": 0.22, "vehicle.motorcycle": 0.18,
+     "vehicle.bicycle": 0.18},
+)  # fmt: skip
 
 
 class _Placement:
@@ -102,12 +110,12 @@ def _make_movers(
     starts = [
         (index, way, offset, start + way * d) for d in (rng.uniform(14, 32), -rng.uniform(11, 22)) if rng.random() < 0.6
     ]
-    kinds = ["vehicle.car", "vehicle.truck", "vehicle.bus.rigid", "vehicle.motorcycle", "vehicle.bicycle"]
+    kinds, chances = mix(*_MOVER_MIX, people.rare)
     wanted = int(rng.integers(8, 17))
     for attempt in range(wanted * 4):
         if len(movers) >= wanted:
             break
-        category = str(rng.choice(kinds, p=[0.66, 0.1, 0.09, 0.07, 0.08]))
+        category = str(rng.choice(kinds, p=chances))
         if attempt < len(starts):
             index, way, offset, start = starts[attempt]
             category = "vehicle.car"
@@ -144,7 +152,7 @@ def _make_movers(
     return movers
 
 
-def make_district(seed: int, origin_xy, location: str, duration: float) -> District:
+def make_district(seed: int, origin_xy, location: str, duration: float, rare: float = 0.0) -> District:
     """Makes the world of one scene.
 
     Args:
@@ -153,17 +161,21 @@ def make_district(seed: int, origin_xy, location: str, duration: float) -> Distr
             only painted (surfaces, markings, kerbs, buildings) reaches further, so that roads do not end in view.
         location: one of `LOCATIONS`.
         duration: seconds of the scene; trajectories are one second longer.
+        rare: 0 for streets as they are, up to 1 for many more of the vehicles, cycles and work sites that they seldom
+            have: to train on, not to evaluate on.
 
     Returns:
         The district in global map metres.
 
     Raises:
-        ConfigError: for an unknown location or a duration that is not positive.
+        ConfigError: for an unknown location, a duration that is not positive or a `rare` that is not in 0..1.
     """
     if location not in LOCATIONS:
         raise ConfigError(f"make_district: location is {location!r}; choose one of {', '.join(LOCATIONS)}")
     if not duration > 0:
         raise ConfigError(f"make_district: duration is {duration}; give a positive number of seconds")
+    if not 0 <= rare <= 1:
+        raise ConfigError(f"make_district: rare is {rare}; give a number from 0 to 1")
     rng = np.random.default_rng(seed)
     angle = rng.uniform(-np.pi, np.pi)
     placement = _Placement(angle, location.startswith("singapore"), np.asarray(origin_xy, dtype=np.float64))
@@ -175,9 +187,9 @@ def make_district(seed: int, origin_xy, location: str, duration: float) -> Distr
     path, stop_lines, cruise, first = _ego_route(rng, network, duration)
     ego = Mover(path, stop_lines, 0.0, cruise, EGO_FRONT, EGO_BACK, EGO_WIDTH, ego=True)
     seen = int(np.searchsorted(ego.stations, cruise * (duration + 1)))
-    people = Population(rng, network, ego.path[: seen + 2], duration + 1)
-    yards, actors = people.yards(int(rng.choice([1, 2])))
-    for _ in range(int(rng.choice([1, 2], p=[0.5, 0.5]))):
+    people = Population(rng, network, ego.path[: seen + 2], duration + 1, rare)
+    yards, actors = people.yards(int(rng.choice([1, 2])) + round(2 * rare))
+    for _ in range(int(rng.choice([1, 2], p=[0.5, 0.5])) + round(2 * rare)):
         actors += people.work_site()
     actors += people.cycles()
     actors += people.parked()

@@ -61,6 +61,7 @@ class _Job:
     rate: int
     image_size: tuple[int, int]
     sweeps: bool
+    rare: float
 
     @property
     def name(self) -> str:
@@ -89,6 +90,7 @@ def simulate(
     split: str = "town_val",
     workers: int | None = None,
     sweeps: bool = False,
+    rare: float = 0.0,
 ) -> None:
     """Generates a dataset in nuScenes format (version `v1.0-synthetic`).
 
@@ -106,6 +108,7 @@ def simulate(
             ...) for the real dataset's scenes, so they cannot be used.
         workers: processes; all CPU cores if None. 1 works in this process.
         sweeps: also write camera pictures between keyframes, at 10 Hz altogether; for rates of 1 to 5.
+        rare: 0 for streets as they are, up to 1 for more of what is rare in them, see `make_district`.
 
     Raises:
         ConfigError: for an impossible argument.
@@ -121,6 +124,8 @@ def simulate(
         raise ConfigError(f"simulate: rate is {rate}; use one of {', '.join(map(str, RATES))} keyframes per second")
     if sweeps and rate > 5:
         raise ConfigError(f"simulate: sweeps at 10 Hz leave nothing between keyframes at {rate} Hz; leave sweeps out")
+    if not 0 <= rare <= 1:
+        raise ConfigError(f"simulate: rare is {rare}; give a number from 0 to 1")
     if min(image_size) < 16:
         raise ConfigError(f"simulate: image_size is {image_size}; give a height and a width of at least 16 pixels")
     if is_predefined_split(split):
@@ -137,7 +142,7 @@ def simulate(
             (root / "samples" / channel).mkdir(parents=True)
             if sweeps and channel != LIDAR_NAME:
                 (root / "sweeps" / channel).mkdir(parents=True)
-        jobs = [_Job(root, seed, i, keyframes, rate, tuple(image_size), sweeps) for i in range(scenes)]
+        jobs = [_Job(root, seed, i, keyframes, rate, tuple(image_size), sweeps, rare) for i in range(scenes)]
         parts, districts = [], []
         for tables, district in tqdm(_run(jobs, workers or os.cpu_count() or 1), total=scenes, desc="scenes"):
             parts.append(tables)
@@ -180,11 +185,11 @@ def scene_location(index: int) -> tuple[str, tuple[float, float]]:
     return LOCATIONS[index % len(LOCATIONS)], (250.0 + 300.0 * (place % 10), 250.0 + 300.0 * (place // 10))
 
 
-def scene_district(seed: int, index: int, keyframes: int, rate: int = 2) -> District:
-    """The district of scene `index` of the dataset with this seed, number of keyframes and keyframes per second."""
+def scene_district(seed: int, index: int, keyframes: int, rate: int = 2, rare: float = 0.0) -> District:
+    """The district of scene `index` of the dataset that `simulate` makes of the same arguments."""
     location, origin = scene_location(index)
     duration = (_LEAD_US + 1_000_000 // rate * (keyframes - 1)) * 1e-6
-    return make_district(int(_sequence(seed, index).generate_state(1)[0]), origin, location, duration)
+    return make_district(int(_sequence(seed, index).generate_state(1)[0]), origin, location, duration, rare)
 
 
 def _sequence(seed: int, index: int, *purpose: int) -> np.random.SeedSequence:
@@ -202,7 +207,7 @@ def scene_renderer(
 
 def _simulate_scene(job: _Job) -> tuple[dict[str, list[dict]], District]:
     """Renders one scene, writes its files and returns its rows of the tables."""
-    district = scene_district(job.seed, job.index, job.keyframes, job.rate)
+    district = scene_district(job.seed, job.index, job.keyframes, job.rate, job.rare)
     renderer, cameras, lidar = scene_renderer(job.seed, job.index, district, job.image_size)
     start_us = 1_600_000_000_000_000 + (job.seed % 100_000) * 1_000_000_000 + job.index * 60_000_000
     start_us += _LEAD_US

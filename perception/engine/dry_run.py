@@ -1,0 +1,147 @@
+"""What a training would cost: everything is built, and two real steps run at full size on generated streets."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from mmengine.runner import set_random_seed
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+
+from perception.data.loader import TrainSampler, collate
+from perception.engine.config import DataSection, TrainConfig, build_dataset
+from perception.engine.training import TrainingModel, build_optimizer
+from perception.models.bev_transformer import BEVTransformer
+from perception.synthetic import VERSION, simulate
+from perception.types import map_tensors
+
+NUSCENES_TRAIN_SAMPLES = 28130  # keyframes of nuScenes' official training split
+STEPS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class DryRun:
+    """What two steps of a training took.
+
+    Args:
+        parameters: of each part of the network.
+        learned: how many of them are not frozen.
+        gflops: of one frame of all cameras, forward; products and sums counted apart.
+        peak_memory: bytes; of the GPU, or of the whole process where there is none.
+        seconds_per_step: of the second step, without loading.
+        steps: of the whole training on its own dataset, None where that is not here and its size is not known.
+        device: what the steps ran on.
+    """
+
+    parameters: dict[str, int]
+    learned: int
+    gflops: float
+    peak_memory: int
+    seconds_per_step: float
+    steps: int | None
+    device: str
+
+    @property
+    def hours(self) -> float | None:
+        """Of the whole training at this pace, without validation."""
+        return None if self.steps is None else self.steps * self.seconds_per_step / 3600
+
+    def as_dict(self) -> dict:
+        """Plain JSON values."""
+        return dataclasses.asdict(self) | {"hours": self.hours}
+
+    def table(self) -> str:
+        """All of it as text for a terminal."""
+        rows = [(f"parameters of {part}", f"{count / 1e6:.2f} M") for part, count in self.parameters.items()]
+        rows += [
+            ("parameters", f"{sum(self.parameters.values()) / 1e6:.2f} M"),
+            ("of these learned", f"{self.learned / 1e6:.2f} M"),
+            ("forward, one frame", f"{self.gflops:.1f} GFLOP"),
+            ("peak memory", f"{self.peak_memory / 2**30:.2f} GiB"),
+            ("one step", f"{self.seconds_per_step:.2f} s"),
+            ("steps", "not known, the dataset is not here" if self.steps is None else f"{self.steps}"),
+            ("whole training", "not known" if self.hours is None else f"{self.hours:.1f} h"),
+            ("measured on", self.device),
+        ]
+        return "\n".join(f"{name:34s}{value:>36s}" for name, value in rows)
+
+
+def dry_run(config: TrainConfig, *, seed: int = 0, amp: bool = False) -> DryRun:
+    """Builds network, losses, loader and optimizer of a config and runs two steps on generated streets.
+
+    Args:
+        config: from `load_config`; its datasets need not be here.
+        seed: of weights and streets.
+        amp: runs the network in bfloat16.
+
+    Raises:
+        ConfigError: the network or the training cannot be.
+    """
+    set_random_seed(seed)
+    section = config.train
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    core = BEVTransformer(config.model)  # what it starts from does not change what it costs
+    core.image_encoder.trunk.freeze(section.frozen_stages)
+    model = TrainingModel(core).to(device, memory_format=torch.channels_last).train()
+    optimizer = build_optimizer(model, section)
+    with tempfile.TemporaryDirectory(prefix="perception-dry-run-") as folder:
+        root = Path(folder, "town")
+        simulate(
+            root, scenes=section.batch_size, seed=seed, keyframes=STEPS * section.window, split="dry",
+            image_size=config.model.image_size,
+        )  # fmt: skip
+        data = DataSection(str(root), VERSION, "dry", config.train_data.augment)
+        dataset = build_dataset(data, config.model)
+        sampler = TrainSampler(dataset.scene_of_sample, section.batch_size, 1, section.window, 0.0, seed)
+        state = None
+        for clip in DataLoader(dataset, section.batch_size, sampler=sampler, collate_fn=collate):
+            clip = map_tensors(lambda tensor: tensor.to(device), clip)
+            start = _now(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                losses, state = model(clip, state)
+            sum(losses.values()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            seconds = _now(device) - start
+        peak = (
+            torch.cuda.max_memory_allocated(device)
+            if device.type == "cuda"
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        )
+        frame = map_tensors(lambda tensor: tensor[:1, 0], clip.frames)
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        core.eval()(frame, core.initial_state(1))
+    return DryRun(
+        parameters={name: sum(p.numel() for p in part.parameters()) for name, part in core.named_children()},
+        learned=sum(p.numel() for p in core.parameters() if p.requires_grad),
+        gflops=counter.get_total_flops() / 1e9,
+        peak_memory=peak,
+        seconds_per_step=seconds,
+        steps=_steps(config),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU cores",
+    )
+
+
+def _steps(config: TrainConfig) -> int | None:
+    """Of the whole training in one process."""
+    data, section = config.train_data, config.train
+    roots = (data.dataroot,) if isinstance(data.dataroot, str) else data.dataroot
+    if all(Path(root, data.version).is_dir() for root in roots):
+        samples = len(build_dataset(data, config.model))
+    elif (data.version, data.split) == ("v1.0-trainval", "train"):
+        samples = NUSCENES_TRAIN_SAMPLES
+    else:
+        return None
+    per_epoch = round(samples * (1 - section.drop_frames) / (section.batch_size * section.window))
+    return (section.image_epochs + section.epochs) * per_epoch
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,114 @@
+"""Image encoders: trunks equal the networks they are taken from, what is frozen stays, mistakes are named."""
+
+import pytest
+import torch
+import torchvision
+
+from perception.engine.mmcv_ops import stand_in
+from perception.errors import CheckpointError, ConfigError
+from perception.models.backbone import FPNEncoder, read_trunk_weights
+
+SEEN = torch.rand(1, 3, 64, 96) * 255
+NORMALISED = (SEEN - torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1)) / torch.tensor(
+    [58.395, 57.12, 57.375]
+).view(3, 1, 1)
+
+
+def shaken(network: torch.nn.Module) -> torch.nn.Module:
+    """With statistics and scales that are not those of a fresh network, so that mixing them up shows."""
+    generator = torch.Generator().manual_seed(1)
+    for tensor in network.state_dict().values():
+        if tensor.is_floating_point() and tensor.ndim <= 1:
+            tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
+    network.eval()  # which mmdet's return nothing from
+    return network
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "convnext_tiny"])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_published_weights_give_the_published_network(name, suffix, tmp_path):
+    network = shaken(getattr(torchvision.models, name)(weights=None))
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".pth":
+        torch.save(network.state_dict(), path)
+    else:
+        from safetensors.torch import save_file
+
+        save_file(network.state_dict(), path)
+    encoder = FPNEncoder(name, 4, 16, 32).eval()
+    encoder.trunk.load_published(read_trunk_weights(path), path)
+    if name.startswith("resnet"):
+        x = network.layer1(network.maxpool(network.relu(network.bn1(network.conv1(NORMALISED)))))
+        expected = [x]
+        for stage in (network.layer2, network.layer3, network.layer4):
+            expected.append(stage(expected[-1]))
+    else:
+        x, expected = NORMALISED, []
+        for i, part in enumerate(network.features):
+            x = part(x)
+            expected += [x] if i % 2 else []
+    for found, wanted in zip(encoder.trunk(NORMALISED), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+    assert encoder(SEEN).shape == (1, 32, 4, 6)
+
+
+@torch.no_grad()
+def test_a_backbone_of_mmdet_is_a_trunk():
+    stand_in()
+    from mmdet.models.backbones import ResNeXt
+
+    encoder = FPNEncoder("mmdet:ResNeXt?depth=50&groups=32&base_width=4&style=pytorch", 4, 16, 32).eval()
+    network = shaken(ResNeXt(depth=50, groups=32, base_width=4, style="pytorch"))
+    weights = {f"backbone.{name}": tensor for name, tensor in network.state_dict().items()}
+    encoder.trunk.load_published(weights | {"bbox_head.fc.weight": torch.zeros(1)}, "detector.pth")
+    for found, wanted in zip(encoder.trunk(NORMALISED), network(NORMALISED), strict=True):
+        torch.testing.assert_close(found, wanted)
+    assert encoder(SEEN).shape == (1, 32, 4, 6)
+
+
+def test_what_is_frozen_stays_while_the_rest_learns():
+    encoder = FPNEncoder("resnet18", 3, 8, 16)
+    encoder.trunk.freeze(1)
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    encoder.train()
+    optimizer = torch.optim.SGD([p for p in encoder.parameters() if p.requires_grad], lr=0.1)
+    encoder(SEEN).square().mean().backward()
+    optimizer.step()
+    same = {name for name, tensor in encoder.state_dict().items() if torch.equal(tensor, before[name])}
+    frozen = {name for name in before if name.startswith(("trunk.stem", "trunk.stages.0"))}
+    assert frozen and frozen <= same
+    assert not any(name in same for name in before if name.startswith("trunk.stages.1") and before[name].ndim > 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("vgg16", 4, 16, 8), r"model\.backbone is 'vgg16'; use one of resnet18"),
+        (("resnet18", 2, 16, 8), r"feature_stride 16 does not exist with backbone_stages 2; use one of \[4, 8\]"),
+        (("mmdet:Nothing?depth=50", 4, 16, 8), r"mmdet has no backbone 'Nothing'; it has "),
+        (("mmdet:ResNet?depth=7", 4, 16, 8), r"mmdet's ResNet refuses \{'depth': 7\}"),
+        (("mmdet:ResNet?depth=50&strides=(1,2,2,1)", 4, 16, 8), r"do not have strides 4, 8, 16 and 32"),
+    ],
+)
+def test_encoders_that_cannot_be_are_refused(arguments, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        FPNEncoder(*arguments)
+
+
+def test_freezing_too_much_and_foreign_weights_are_refused(tmp_path):
+    encoder = FPNEncoder("resnet18", 3, 8, 16)
+    with pytest.raises(ConfigError, match=r"train\.frozen_stages is 4; use -1 to 3"):
+        encoder.trunk.freeze(4)
+    with pytest.raises(ConfigError, match=r"give frozen_stages in model\.backbone"):
+        FPNEncoder("mmdet:ResNet?depth=50", 4, 16, 8).trunk.freeze(1)
+    with pytest.raises(CheckpointError, match=r"conv1\.weight is missing, shape \(64, 3, 7, 7\) is needed"):
+        encoder.trunk.load_published({"other": torch.zeros(1)}, "w.pth")
+    with pytest.raises(CheckpointError, match="no such file"):
+        read_trunk_weights(tmp_path / "none.pth")
+    (tmp_path / "bad.pth").write_bytes(b"no tensors")
+    with pytest.raises(CheckpointError, match="not readable as weights"):
+        read_trunk_weights(tmp_path / "bad.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(CheckpointError, match="holds no state dict"):
+        read_trunk_weights(tmp_path / "list.pth")
