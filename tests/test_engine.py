@@ -201,6 +201,16 @@ def test_a_loss_that_is_not_finite_is_named(config_path):
         model(clip._replace(truth=clip.truth._replace(boxes=fast)), None)
 
 
+def test_losses_that_are_left_out(config_path):
+    config = load_config(config_path, {"train.without": ("heatmap", "image_depth")})
+    clip = collate([build_dataset(config.train_data, config.model)[0]])
+    core = BEVTransformer(config.model)
+    whole, part = TrainingModel(core)(clip, None)[0], TrainingModel(core, config.train.without)(clip, None)[0]
+    assert whole.keys() - part.keys() == {"heatmap", "image_depth"}
+    with pytest.raises(ConfigError, match=r"train\.without names 'heat'; the losses are box_class"):
+        TrainingModel(core, ("heat",))
+
+
 def test_losses_are_the_mean_over_the_unrolled_frames(config_path):
     """Frame 1 is judged with the memory of frame 0: two single frames by hand give the same losses."""
     from perception.losses import set_losses

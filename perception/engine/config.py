@@ -52,6 +52,7 @@ class TrainSection:
     val_every: int  # epochs between two validations; the last epoch is always validated
     log_every: int  # iterations between two lines of the log
     workers: int  # processes that load clips; 0 loads them in the training process
+    without: tuple[str, ...] = ()  # losses that are left out, by their names in perception.losses.LOSS_WEIGHTS
     frozen_stages: int = -1  # of the image encoder: 0 holds the stem as it is, n the first n stages too, -1 nothing
     trunk_weights: str = ""  # published weights of the image encoder's trunk to start from, .pth or .safetensors
     init_from: str = ""  # weights to start from, .safetensors or .pth of the same network, images of any size

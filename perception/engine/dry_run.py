@@ -87,7 +87,7 @@ def dry_run(config: TrainConfig, *, seed: int = 0, amp: bool = False) -> DryRun:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     core = BEVTransformer(config.model)  # what it starts from does not change what it costs
     core.image_encoder.trunk.freeze(section.frozen_stages)
-    model = TrainingModel(core).to(device, memory_format=torch.channels_last).train()
+    model = TrainingModel(core, section.without).to(device, memory_format=torch.channels_last).train()
     optimizer = build_optimizer(model, section)
     with tempfile.TemporaryDirectory(prefix="perception-dry-run-") as folder:
         root = Path(folder, "town")

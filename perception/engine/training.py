@@ -26,7 +26,7 @@ from perception.data.loader import TrainSampler, collate
 from perception.engine.config import TrainConfig, TrainSection, build_dataset
 from perception.errors import CheckpointError, ConfigError, TrainingError
 from perception.evaluation.streaming import evaluate_scenes, predict_stream
-from perception.losses import image_losses, set_losses
+from perception.losses import LOSS_WEIGHTS, image_losses, set_losses
 from perception.models.backbone import read_trunk_weights
 from perception.models.bev_transformer import BEVTransformer, ModelConfig, halve, load_checkpoint, save_checkpoint
 from perception.types import Clip, State, map_tensors
@@ -37,11 +37,19 @@ class TrainingModel(BaseModel):
 
     Args:
         core: the network.
+        without: names of losses to leave out.
+
+    Raises:
+        ConfigError: there is no loss of such a name, or none is left.
     """
 
-    def __init__(self, core: BEVTransformer) -> None:
+    def __init__(self, core: BEVTransformer, without: tuple[str, ...] = ()) -> None:
         super().__init__()
-        self.core = core
+        self.core, self.without = core, without
+        if unknown := sorted(set(without) - set(LOSS_WEIGHTS)):
+            raise ConfigError(f"train.without names {unknown[0]!r}; the losses are {', '.join(LOSS_WEIGHTS)}")
+        if set(without) == set(LOSS_WEIGHTS):
+            raise ConfigError("train.without names all losses; leave at least one")
 
     def forward(
         self, clip: Clip, state: State | None, images_only: bool = False
@@ -66,7 +74,7 @@ class TrainingModel(BaseModel):
             shown = self.core.look(flat.frames)[0]
             with torch.autocast(flat.sample_index.device.type, enabled=False):
                 shown = map_tensors(Tensor.float, shown)
-                return _checked(image_losses(shown, flat.truth.boxes, flat.frames)), state
+                return self._checked(image_losses(shown, flat.truth.boxes, flat.frames)), state
         state = self.core.initial_state(B) if state is None else state
         losses: dict[str, Tensor] = {}
         for t in range(T):
@@ -77,15 +85,14 @@ class TrainingModel(BaseModel):
                 prediction = map_tensors(Tensor.float, prediction)
                 for name, loss in set_losses(prediction, now.truth, now.frames, self.core.grid).items():
                     losses[name] = losses[name] + loss / T if name in losses else loss / T
-        return _checked(losses), map_tensors(Tensor.detach, state)
+        return self._checked(losses), map_tensors(Tensor.detach, state)
 
-
-def _checked(losses: dict[str, Tensor]) -> dict[str, Tensor]:
-    finite = torch.stack(list(losses.values())).isfinite().tolist()
-    for name, ok in zip(losses, finite, strict=True):
-        if not ok:
-            raise FloatingPointError(f"loss {name} is {losses[name].item()}")
-    return losses
+    def _checked(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        finite = torch.stack(list(losses.values())).isfinite().tolist()
+        for name, ok in zip(losses, finite, strict=True):
+            if not ok:
+                raise FloatingPointError(f"loss {name} is {losses[name].item()}")
+        return {name: loss for name, loss in losses.items() if name not in self.without}
 
 
 class CheckedOptimWrapper(OptimWrapper):
@@ -270,7 +277,7 @@ def train(
     set_random_seed(seed)
     train_set, val_set = build_dataset(config.train_data, config.model), build_dataset(config.val_data, config.model)
     # Channels last is what convolutions are fastest with, on CPU and GPU.
-    model = TrainingModel(make_core(config)).to(memory_format=torch.channels_last)
+    model = TrainingModel(make_core(config), config.train.without).to(memory_format=torch.channels_last)
     runner = _build_runner(config, work_dir, model, train_set, val_set, seed, resume, amp, launcher)
     runner.train()
     return model.core

@@ -1,0 +1,25 @@
+r"""A short training of the nano network on small images: what ablations are made with (docs/ablations.md).
+
+    python scripts/simulate.py --out out/town_short --scenes 60 --seed 4000 --rare 0.35 --split town_train \
+        --image-size 128x224
+    python scripts/simulate.py --out out/town_short_val --scenes 10 --seed 6000 --split town_val --image-size 128x224
+    python scripts/train.py configs/synthetic/ablation.py --work-dir out/ablation_one --amp
+
+Cost: not measured. Result: docs/ablations.md.
+"""
+
+_base_ = ["../_base_/town.py", "../_base_/schedule.py"]
+
+model = dict(preset="nano", image_size=(128, 224), grid=(64, 64))
+train_data = dict(
+    dataroot="out/town_short",
+    augment=dict(drop_camera=0.15),
+    make_with="python scripts/simulate.py --out out/town_short --scenes 60 --seed 4000 --rare 0.35 --split town_train "
+    "--image-size 128x224",
+)
+val_data = dict(
+    dataroot="out/town_short_val",
+    make_with="python scripts/simulate.py --out out/town_short_val --scenes 10 --seed 6000 --split town_val "
+    "--image-size 128x224",
+)
+train = dict(image_epochs=2, epochs=4, batch_size=2, lr=2e-3, warmup_iters=50, val_every=10, workers=1)

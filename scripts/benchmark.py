@@ -1,0 +1,52 @@
+"""Compares trainings: a config against variants of it, each with several seeds."""
+
+import argparse
+from pathlib import Path
+
+EXAMPLE = """example:
+  python scripts/benchmark.py ablation configs/synthetic/ablation.py --out out/ablation --seeds 0 1 --amp \\
+      --vary "no average of weights: train.ema_momentum=0" \\
+      --vary "boxes alone: train.without=('line_class','line_points','line_direction','line_spread','raster')"
+
+What is finished is not trained again, so the same command goes on after an interruption.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    ablation = commands.add_parser("ablation", help="a config against variants that differ in some of its values")
+    ablation.add_argument("config", help="what the variants are held to")
+    ablation.add_argument(
+        "--vary", action="append", default=[], metavar="'NAME: KEY=VALUE ...'", help="a variant; may be given often"
+    )
+    ablation.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="at least two (default: 0 1)")
+    ablation.add_argument("--out", type=Path, required=True, help="folder for the trainings")
+    ablation.add_argument("--amp", action="store_true", help="run the networks in bfloat16")
+    ablation.add_argument("--json", type=Path, help="file for all numbers")
+    arguments = parser.parse_args()
+
+    from perception.engine import compare, load_config, parse_options
+    from perception.errors import ConfigError
+    from perception.files import write_json
+
+    variants = {"as configured": load_config(arguments.config)}
+    for text in arguments.vary:
+        name, colon, options = text.partition(":")
+        if not colon or not options.strip():
+            raise ConfigError(
+                f"--vary {text!r} is not 'NAME: KEY=VALUE ...'; write e.g. 'no EMA: train.ema_momentum=0'"
+            )
+        variants[name.strip()] = load_config(arguments.config, parse_options(options.split()))
+    result = compare(variants, arguments.seeds, arguments.out, amp=arguments.amp)
+    print(result.table())
+    if arguments.json:
+        write_json(arguments.json, result.as_dict())
+
+
+if __name__ == "__main__":
+    from perception.errors import run_script
+
+    run_script(main)
