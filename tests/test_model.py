@@ -9,7 +9,7 @@ import torch
 from perception.errors import CheckpointError, ConfigError
 from perception.geometry import project_points, rigid_from_yaw
 from perception.grid import BEVGrid
-from perception.models.backbone import ResNetFPN
+from perception.models.backbone import FPNEncoder
 from perception.models.bev_encoder import (
     CameraAttention,
     GatedMemory,
@@ -362,16 +362,16 @@ def test_config_refuses_what_does_not_exist():
     with pytest.raises(ConfigError, match=r"model\.chanels"):
         ModelConfig.preset("nano", chanels=3)
     with pytest.raises(ConfigError, match="backbone"):
-        ResNetFPN("vgg", 3, 8, 16)
+        FPNEncoder("vgg", 3, 8, 16)
     with pytest.raises(ConfigError, match="feature_stride"):
-        ResNetFPN("resnet18", 2, 16, 16)
+        FPNEncoder("resnet18", 2, 16, 16)
 
 
 @pytest.mark.parametrize("preset", ["nano", "tiny", "base"])
 def test_presets_build(preset):
     config = ModelConfig.preset(preset)
     with torch.device("meta"):
-        encoder = ResNetFPN(config.backbone, config.backbone_stages, config.feature_stride, config.channels)
+        encoder = FPNEncoder(config.backbone, config.backbone_stages, config.feature_stride, config.channels)
         images = torch.empty(6, 3, *config.image_size)
         assert encoder(images).shape[-1] == config.image_size[1] // config.feature_stride
     assert sum(p.numel() for p in BEVTransformer(ModelConfig.nano()).parameters()) * 2 < 20e6  # half floats

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from perception.geometry import box_corners, invert_rigid, project_points, transform_points
+from perception.losses import set_losses
 from perception.models.bev_transformer import BEVTransformer, ModelConfig
-from perception.types import CameraRig, Frame, map_tensors
+from perception.models.decoder import decode
+from perception.types import Boxes, CameraRig, Frame, Polylines, Scene, map_tensors
 
 STEP = 0.5  # seconds
 CONFIG = ModelConfig.preset(
@@ -63,6 +65,57 @@ def test_a_stream_is_what_is_unrolled_and_holds_no_graph():
         assert state.bev.grad_fn is None
         for a, b in zip((*prediction[:-1], *prediction.images), (*expected[:-1], *expected.images), strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_velocity_is_learned_from_memory_and_only_from_memory():
+    """A cube that moves sideways: with memory its speed shows, without it every speed looks the same."""
+    torch.manual_seed(0)
+    model = BEVTransformer(CONFIG).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
+    generator = torch.Generator().manual_seed(3)
+    steps, B = 500, 8
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    for _ in range(steps):
+        place, velocity = draw(generator, B)
+        state, total = model.initial_state(B), 0.0
+        for t in range(3):
+            now = place + velocity * STEP * (t - 2)
+            frame = show(now, t == 0)
+            prediction, state = model(frame, state)
+            total = total + sum(set_losses(prediction, moving(now, velocity), frame, model.grid).values())
+        optimizer.zero_grad()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+        optimizer.step()
+        schedule.step()
+    model.eval()
+    place, velocity = draw(torch.Generator().manual_seed(4), 64)
+
+    @torch.inference_mode()
+    def error(memory: bool) -> float:
+        state = model.initial_state(len(place))
+        for t in range(3):
+            prediction, state = model(show(place + velocity * STEP * (t - 2), t == 0 or not memory), state)
+        boxes = decode(prediction).boxes
+        return (boxes.velocity[:, 0, 1] - velocity[:, 1]).abs().mean().item()  # of the surest box, m/s
+
+    assert error(memory=False) > 1.2  # guessing 0 is off by 1.5 on average
+    assert error(memory=True) < 0.5
+
+
+def moving(place: torch.Tensor, velocity: torch.Tensor) -> Scene:
+    """The truth of `show`: one cube, taken for a car, and no lines."""
+    B = len(place)
+    one, yes = torch.ones(B, 1), torch.ones(B, 1, dtype=torch.bool)
+    zero = torch.zeros(B, 1, dtype=torch.int64)
+    center = torch.cat([place, torch.ones(B, 1)], 1)[:, None]
+    boxes = Boxes(
+        center, 2 * torch.ones(B, 1, 3), 0 * one, velocity[:, None], zero, zero, one, yes, torch.zeros(B, 1, 9)
+    )
+    P = CONFIG.line_points
+    lines = Polylines(torch.zeros(B, 1, P, 2), ~yes, zero, 0 * one, ~yes, torch.zeros(B, 1, P, 2))
+    return Scene(boxes, lines)
 
 
 @pytest.mark.slow
