@@ -18,8 +18,9 @@ from torch import Tensor
 from perception.data.loader import fit_image
 from perception.errors import CheckpointError, ConfigError, DataError
 from perception.geometry import invert_rigid
-from perception.models.bev_transformer import BEVTransformer, load_checkpoint
-from perception.models.decoder import decode
+from perception.models.bev_transformer import BEVTransformer
+from perception.models.bevformer import BEVFormer
+from perception.models.checkpoint import load_checkpoint
 from perception.types import CameraRig, Frame, Scene, map_tensors
 
 MAX_GAP = 2.0  # seconds between two steps after which the memory is of no use
@@ -52,7 +53,11 @@ class Predictor:
     """
 
     def __init__(
-        self, model: BEVTransformer | str | Path, device: str | torch.device = "cpu", *, min_score: float = 0.0
+        self,
+        model: BEVTransformer | BEVFormer | str | Path,
+        device: str | torch.device = "cpu",
+        *,
+        min_score: float = 0.0,
     ) -> None:
         if not 0 <= min_score <= 1:
             raise ConfigError(f"Predictor: min_score is {min_score}; give a number from 0 to 1")
@@ -124,7 +129,7 @@ class Predictor:
         )
         prediction, self._state = self.model(map_tensors(lambda tensor: tensor.to(self.device), frame), self._state)
         self._last = global_from_ego, time_s
-        scene = map_tensors(lambda tensor: tensor[0].cpu(), decode(prediction))
+        scene = map_tensors(lambda tensor: tensor[0].cpu(), self.model.decode(prediction))
         return Scene(*(self._confident(noun) for noun in scene))
 
     def _confident(self, noun):

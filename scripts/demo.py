@@ -28,7 +28,7 @@ def main() -> None:
     from perception.draw import draw_frame
     from perception.evaluation.streaming import evaluate_stream
     from perception.files import replacing, write_json
-    from perception.models.bev_transformer import load_checkpoint
+    from perception.models.checkpoint import load_checkpoint
     from perception.predictor import shipped_weights
     from perception.synthetic import VERSION, simulate
     from perception.types import map_tensors

@@ -40,7 +40,7 @@ def library() -> list[tuple[str, str, str]]:
     import torch
 
     from perception.errors import CheckpointError
-    from perception.models.bev_transformer import load_checkpoint
+    from perception.models.checkpoint import load_checkpoint
     from perception.predictor import shipped_weights
 
     devices = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]

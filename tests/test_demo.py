@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from perception.models.bev_transformer import BEVTransformer, ModelConfig, save_checkpoint
+from perception.models.bev_transformer import BEVTransformer, ModelConfig
+from perception.models.checkpoint import save_checkpoint
 from perception.synthetic import VERSION
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -63,7 +64,7 @@ def test_demo_writes_pictures_and_numbers(tmp_path, checkpoint):
 def test_predict_fills_the_memory_up_to_the_sample(tmp_path, town_root, checkpoint):
     from perception.data.nuscenes import NuScenesDataset
     from perception.evaluation.streaming import predict_stream
-    from perception.models.bev_transformer import load_checkpoint
+    from perception.models.checkpoint import load_checkpoint
 
     token = [row["token"] for row in table(town_root, "sample") if row["next"] == ""][-1]
     out, numbers = tmp_path / "new" / "sample.png", tmp_path / "sample.json"

@@ -17,7 +17,8 @@ from perception.engine import TrainingModel, build_dataset, load_config, load_we
 from perception.engine.training import make_core
 from perception.errors import CheckpointError, ConfigError, TrainingError, run_script
 from perception.evaluation.streaming import evaluate_stream
-from perception.models.bev_transformer import BEVTransformer, halve, load_checkpoint
+from perception.models.bev_transformer import BEVTransformer
+from perception.models.checkpoint import halve, load_checkpoint
 from perception.synthetic import VERSION, simulate
 
 PROJECT = Path(__file__).resolve().parent.parent

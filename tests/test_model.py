@@ -18,7 +18,8 @@ from perception.models.bev_encoder import (
     read_depth,
     see_points,
 )
-from perception.models.bev_transformer import BEVTransformer, ModelConfig, load_checkpoint, save_checkpoint
+from perception.models.bev_transformer import BEVTransformer, ModelConfig
+from perception.models.checkpoint import load_checkpoint, save_checkpoint
 from perception.models.decoder import BoxReading, decode
 from perception.types import CameraRig, Frame, ImagePrediction, Prediction, map_tensors
 

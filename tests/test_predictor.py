@@ -9,7 +9,8 @@ import torch
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import CheckpointError, ConfigError, DataError
 from perception.evaluation.streaming import predict_stream
-from perception.models.bev_transformer import BEVTransformer, ModelConfig, save_checkpoint
+from perception.models.bev_transformer import BEVTransformer, ModelConfig
+from perception.models.checkpoint import save_checkpoint
 from perception.predictor import Predictor, shipped_weights
 from perception.synthetic import VERSION
 from perception.types import map_tensors

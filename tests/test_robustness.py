@@ -25,7 +25,8 @@ from perception.evaluation.robustness import (
 )
 from perception.evaluation.streaming import evaluate_scenes, predict_stream
 from perception.geometry import invert_rigid, project_points, transform_points
-from perception.models.bev_transformer import BEVTransformer, ModelConfig, save_checkpoint
+from perception.models.bev_transformer import BEVTransformer, ModelConfig
+from perception.models.checkpoint import save_checkpoint
 from perception.models.decoder import decode
 from perception.synthetic import VERSION
 from perception.types import ImagePrediction, Prediction, State

@@ -17,7 +17,8 @@ from perception.errors import DataError
 from perception.evaluation.lanes import evaluate_lanes
 from perception.evaluation.streaming import evaluate_scenes, save_submissions
 from perception.evaluation.submission import check_samples, read_submission, write_lanes
-from perception.models.bev_transformer import BEVTransformer, ModelConfig, save_checkpoint
+from perception.models.bev_transformer import BEVTransformer, ModelConfig
+from perception.models.checkpoint import save_checkpoint
 from perception.types import LINE_CLASSES, MapLine, Scene, map_tensors
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "evaluate.py"

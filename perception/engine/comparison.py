@@ -10,7 +10,7 @@ from pathlib import Path
 from perception.engine.config import TrainConfig
 from perception.engine.training import train
 from perception.errors import ConfigError
-from perception.models.bev_transformer import load_checkpoint
+from perception.models.checkpoint import load_checkpoint
 
 HEADLINE = ("nds", "map", "mATE", "mAOE", "mAVE", "lane_map")
 

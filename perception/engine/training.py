@@ -28,7 +28,8 @@ from perception.errors import CheckpointError, ConfigError, TrainingError
 from perception.evaluation.streaming import evaluate_scenes, predict_stream
 from perception.losses import LOSS_WEIGHTS, image_losses, set_losses
 from perception.models.backbone import read_trunk_weights
-from perception.models.bev_transformer import BEVTransformer, ModelConfig, halve, load_checkpoint, save_checkpoint
+from perception.models.bev_transformer import BEVTransformer, ModelConfig
+from perception.models.checkpoint import halve, load_checkpoint, save_checkpoint
 from perception.types import Clip, State, map_tensors
 
 

@@ -28,7 +28,6 @@ from perception.evaluation.stability import StabilityResult, evaluate_stability
 from perception.evaluation.submission import write_lanes
 from perception.files import write_json
 from perception.models.bev_transformer import BEVTransformer
-from perception.models.decoder import decode
 from perception.types import Clip, Frame, MapLine, Polylines, Scene, map_tensors
 
 # What goes wrong in a stream: takes frames with leading [1, 1], the number of their scene and of their sample.
@@ -105,7 +104,7 @@ def follow(model: BEVTransformer, clips: Iterable[Clip]) -> Iterator[tuple[Clip,
         frame = map_tensors(lambda tensor: tensor[:, 0].to(device), clip.frames)
         start = _now(device)
         prediction, state = model(frame, state)
-        scene = decode(prediction)
+        scene = model.decode(prediction)
         seconds = _now(device) - start
         yield clip, map_tensors(lambda tensor: tensor[0].cpu(), scene), seconds
 

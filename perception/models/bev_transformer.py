@@ -4,32 +4,24 @@
     state = model.initial_state(batch_size=1)
     for frame in frames:
         prediction, state = model(frame, state)
-        scene = decode(prediction)
+        scene = model.decode(prediction)
 
 The same `forward` is unrolled in training, called in live use and flattened for export.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, fields, replace
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from perception.errors import CheckpointError, ConfigError
-from perception.files import replacing
+from perception.errors import ConfigError
 from perception.grid import BEVGrid
 from perception.models.backbone import FPNEncoder
 from perception.models.bev_encoder import BEVTrunk, CameraAttention, CameraAwareness, GatedMemory
-from perception.models.decoder import PRIOR_LOGIT, BoxDecoder, LineDecoder, encode_position
-from perception.types import BOX_CLASSES, LINE_CLASSES, Frame, ImagePrediction, Prediction, State
-
-FORMAT = "perception-1"  # of checkpoint files; changes when old files can no longer be read
+from perception.models.decoder import PRIOR_LOGIT, BoxDecoder, LineDecoder, decode, encode_position
+from perception.types import BOX_CLASSES, LINE_CLASSES, Frame, ImagePrediction, Prediction, Scene, State
 
 
 @dataclass(frozen=True)
@@ -174,69 +166,6 @@ class BEVTransformer(nn.Module):
         )  # fmt: skip
         return prediction, State(memory)
 
-
-def save_checkpoint(path: str | Path, model: BEVTransformer, metrics: dict[str, float], half: bool = False) -> None:
-    """Writes weights, configuration and metrics into one safetensors file, beside and renamed.
-
-    Args:
-        path: file to write, ends in .safetensors.
-        model: the network.
-        metrics: numbers that were measured with these weights, stored as given.
-        half: store them as `halve` does.
-    """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    if half:
-        tensors = halve(tensors)
-    metadata = {"format": FORMAT, "config": json.dumps(asdict(model.config)), "metrics": json.dumps(metrics)}
-    with replacing(path) as beside:
-        safetensors.torch.save_file(tensors, beside, metadata)
-
-
-def halve(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Matrices and kernels in float16, which halves a file and moves each weight by one part in 2,000 at most.
-
-    Vectors stay as they are: the variances among them may be larger than float16 reaches.
-    """
-    return {name: tensor.half() if tensor.ndim > 1 else tensor for name, tensor in tensors.items()}
-
-
-def load_checkpoint(path: str | Path) -> tuple[BEVTransformer, dict[str, float]]:
-    """Reads a file of `save_checkpoint`.
-
-    Returns:
-        The network in evaluation mode on the CPU, and the metrics stored with it.
-
-    Raises:
-        CheckpointError: if the file is missing, is no such file, or does not fit its own configuration.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint; give the path of a .safetensors file that training wrote")
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            tensors = {name: t.float() if t.dtype == torch.float16 else t for name, t in tensors.items()}
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error}); write it again") from error
-    if metadata.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format is {metadata.get('format')!r}, not {FORMAT!r}; train or import it again")
-    try:
-        config = json.loads(metadata["config"])
-        config = ModelConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
-    except TypeError as error:
-        raise CheckpointError(f"{path}: config does not fit this version ({error}); train it again") from error
-    model = BEVTransformer(config)
-    _load_exactly(model, tensors, path)
-    return model.eval(), json.loads(metadata["metrics"])
-
-
-def _load_exactly(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Loads a state dict, or raises a CheckpointError that names the first key that does not fit."""
-    wanted = model.state_dict()
-    for name in sorted(wanted.keys() | tensors.keys()):
-        if name not in tensors or name not in wanted or tensors[name].shape != wanted[name].shape:
-            has = f"has shape {tuple(tensors[name].shape)}" if name in tensors else "is missing"
-            wants = f"shape {tuple(wanted[name].shape)} is needed" if name in wanted else "the network has no such key"
-            raise CheckpointError(f"{path}: {name} {has}, {wants}; the checkpoint belongs to another configuration")
-    model.load_state_dict(tensors)
+    def decode(self, prediction: Prediction) -> Scene:
+        """What the last layer says there is, see `perception.models.decoder.decode`."""
+        return decode(prediction)

@@ -1,0 +1,176 @@
+"""Weights as files: safetensors with configuration and metrics inside, and the import of published checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from perception.errors import CheckpointError
+from perception.files import replacing
+from perception.models.bev_transformer import BEVTransformer, ModelConfig
+from perception.models.bevformer import BEVFormer, BEVFormerConfig
+from perception.models.published_backbone import PublishedBackboneConfig
+
+FORMAT = "perception-1"  # changes when old files can no longer be read
+ARCHITECTURES = {"bev_transformer": (BEVTransformer, ModelConfig), "bevformer": (BEVFormer, BEVFormerConfig)}
+# The published networks that a checkpoint is compared with.
+PUBLISHED = {
+    "bevformer_tiny": ("bevformer", BEVFormerConfig.tiny),
+    "bevformer_small": ("bevformer", BEVFormerConfig.small),
+    "bevformer_base": ("bevformer", BEVFormerConfig.base),
+}
+PREFIXES = {"img_backbone.": "image_encoder.trunk.", "img_neck.": "image_encoder.neck.", "pts_bbox_head.": "head."}
+
+
+def save_checkpoint(
+    path: str | Path, model: BEVTransformer | BEVFormer, metrics: dict[str, float], half: bool = False
+) -> None:
+    """Writes weights, configuration and metrics into one safetensors file, beside and renamed.
+
+    Args:
+        path: file to write, ends in .safetensors.
+        model: the network.
+        metrics: numbers that were measured with these weights, stored as given.
+        half: store them as `halve` does.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    if half:
+        tensors = halve(tensors)
+    architecture = next(name for name, (kind, _) in ARCHITECTURES.items() if isinstance(model, kind))
+    metadata = {
+        "format": FORMAT,
+        "architecture": architecture,
+        "config": json.dumps(asdict(model.config)),
+        "metrics": json.dumps(metrics),
+    }
+    with replacing(path) as beside:
+        safetensors.torch.save_file(tensors, beside, metadata)
+
+
+def halve(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Matrices and kernels in float16, which halves a file and moves each weight by one part in 2,000 at most.
+
+    Vectors stay as they are: the variances among them may be larger than float16 reaches.
+    """
+    return {name: tensor.half() if tensor.ndim > 1 else tensor for name, tensor in tensors.items()}
+
+
+def load_checkpoint(path: str | Path) -> tuple[BEVTransformer | BEVFormer, dict[str, float]]:
+    """Reads a file of `save_checkpoint`.
+
+    Returns:
+        The network in evaluation mode on the CPU, and the metrics stored with it.
+
+    Raises:
+        CheckpointError: if the file is missing, is no such file, or does not fit its own configuration.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint; give the path of a .safetensors file that training wrote")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: t.float() if t.dtype == torch.float16 else t for name, t in tensors.items()}
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error}); write it again") from error
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: format is {metadata.get('format')!r}, not {FORMAT!r}; train or import it again")
+    architecture = metadata.get("architecture", "bev_transformer")
+    if architecture not in ARCHITECTURES:
+        raise CheckpointError(f"{path}: architecture {architecture!r} is not known to this version; use a newer one")
+    network, kind = ARCHITECTURES[architecture]
+    try:
+        config = _config(kind, json.loads(metadata["config"]))
+    except TypeError as error:
+        raise CheckpointError(f"{path}: config does not fit this version ({error}); train it again") from error
+    model = network(config)
+    _load_exactly(model, tensors, path)
+    return model.eval(), json.loads(metadata["metrics"])
+
+
+def _config(kind: type, values: dict):
+    """A dataclass from JSON: lists become tuples, and the backbone's dict a dataclass of its own."""
+
+    def frozen(value):
+        return tuple(map(frozen, value)) if isinstance(value, list) else value
+
+    known = {key: frozen(value) for key, value in values.items()}
+    if isinstance(known.get("backbone"), dict):
+        known["backbone"] = _config(PublishedBackboneConfig, known["backbone"])
+    return kind(**known)
+
+
+def import_published(path: str | Path) -> tuple[str, BEVFormer]:
+    """A network with the weights of a checkpoint that the published code wrote.
+
+    Args:
+        path: `.pth` of a state dict with the official keys, alone or under `state_dict`.
+
+    Returns:
+        The name of the published network, a key of `PUBLISHED`, and the network in evaluation mode.
+
+    Raises:
+        CheckpointError: the file is missing, is not one of plain tensors, or is not exactly one of these networks: each
+            key has to be there, with its shape, and nothing else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint; give the path of a .pth file of the published code")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever unpickling foreign bytes may raise
+        raise CheckpointError(
+            f"{path}: not readable as plain tensors ({type(error).__name__}); only files that torch.load reads with "
+            "weights_only=True are taken, so save its state_dict alone where it was made"
+        ) from None
+    weights = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(x, Tensor) for x in weights.values()) or not weights:
+        raise CheckpointError(f"{path}: holds no state dict; give a .pth that the published code wrote")
+    tensors = {our_key(name): tensor for name, tensor in weights.items()}
+    misfits = {}
+    for name, (architecture, make) in PUBLISHED.items():
+        config = make()
+        with torch.device("meta"):
+            wanted = ARCHITECTURES[architecture][0](config).state_dict()
+        misfits[name] = [
+            key
+            for key in sorted(wanted.keys() | tensors.keys())
+            if key not in wanted or key not in tensors or wanted[key].shape != tensors[key].shape
+        ]
+        if not misfits[name]:
+            model = ARCHITECTURES[architecture][0](config)
+            model.load_state_dict(tensors)
+            return name, model.eval()
+    nearest = min(misfits, key=lambda name: len(misfits[name]))
+    wrong = misfits[nearest]
+    raise CheckpointError(
+        f"{path}: is none of {', '.join(PUBLISHED)}; nearest is {nearest}, with {len(wrong)} keys that are missing, "
+        f"left over or of another shape, the first {wrong[0]}"
+    )
+
+
+def our_key(name: str) -> str:
+    """The library's name of an official key."""
+    for theirs, ours in PREFIXES.items():
+        if name.startswith(theirs):
+            name = ours + name.removeprefix(theirs)
+    return name.replace(".conv2_offset.", ".conv2.conv_offset.")  # older files name the layer so
+
+
+def _load_exactly(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Loads a state dict, or raises a CheckpointError that names the first key that does not fit."""
+    wanted = model.state_dict()
+    for name in sorted(wanted.keys() | tensors.keys()):
+        if name not in tensors or name not in wanted or tensors[name].shape != wanted[name].shape:
+            has = f"has shape {tuple(tensors[name].shape)}" if name in tensors else "is missing"
+            wants = f"shape {tuple(wanted[name].shape)} is needed" if name in wanted else "the network has no such key"
+            raise CheckpointError(f"{path}: {name} {has}, {wants}; the checkpoint belongs to another configuration")
+    model.load_state_dict(tensors)

@@ -1,0 +1,42 @@
+"""Multi-scale deformable attention as the published networks use it, in plain PyTorch.
+
+The operator of Deformable DETR (https://arxiv.org/abs/2010.04159), which BEVFormer and MapTR run as a compiled one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def deformable_attention(value: Tensor, sizes: Sequence[tuple[int, int]], places: Tensor, weight: Tensor) -> Tensor:
+    """The weighted sum of what each head reads at its places on all levels.
+
+    Args:
+        value: [B, sum of h * w, heads, C], levels one after the other, each row by row.
+        sizes: height and width of each level.
+        places: [B, Q, heads, levels, P, 2], x and y with 0..1 over a level; what lies outside reads zero.
+        weight: [B, Q, heads, levels, P].
+
+    Returns:
+        [B, Q, heads * C], the channels of head 0 first.
+    """
+    B, _, heads, C = value.shape
+    Q = places.shape[1]
+    grid = (2 * places - 1).transpose(1, 2).flatten(0, 1)  # [B * heads, Q, levels, P, 2]
+    weight = weight.transpose(1, 2).flatten(0, 1)[:, None]  # [B * heads, 1, Q, levels, P]
+    total = value.new_zeros(B * heads, C, Q)
+    for level, (part, (h, w)) in enumerate(zip(value.split([h * w for h, w in sizes], 1), sizes, strict=True)):
+        per_head = part.permute(0, 2, 3, 1).reshape(B * heads, C, h, w)
+        read = F.grid_sample(per_head, grid[:, :, level], align_corners=False)  # [B * heads, C, Q, P]
+        total = total + (read * weight[:, :, :, level]).sum(-1)
+    return total.view(B, heads * C, Q).transpose(1, 2)
+
+
+def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """The logit of probabilities, kept finite as the published code does."""
+    x = x.clamp(0, 1)
+    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))

@@ -1,0 +1,213 @@
+"""BEVFormer against what the published code itself returns, and in the nouns of the library."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from perception.errors import CheckpointError
+from perception.geometry import invert_rigid, rigid_from_yaw
+from perception.models.bevformer import (
+    BEVFormer,
+    BEVFormerConfig,
+    BEVFormerHead,
+    best_boxes,
+    can_bus,
+    cell_places,
+    decode_boxes,
+    map_shift,
+    see_pillars,
+    turn_map,
+)
+from perception.models.checkpoint import PUBLISHED, import_published, load_checkpoint, our_key, save_checkpoint
+from perception.models.published_backbone import PublishedBackboneConfig, PublishedImageEncoder
+from perception.types import CameraRig, Frame, map_tensors
+
+SMALL = BEVFormerConfig(
+    image_size=(60, 90), backbone=PublishedBackboneConfig(width=4, channels=32), bev=(20, 20), channels=32,
+    feed_forward=48, heads=4, encoder_layers=2, decoder_layers=2, queries=12, cameras=2, rotate_center=(10, 10),
+    max_boxes=20,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(golden):
+    folder = golden / "bevformer"
+    told = json.loads((folder / "config.json").read_text())
+    config = BEVFormerConfig(
+        image_size=tuple(told["img"]),
+        backbone=PublishedBackboneConfig(levels=told["num_levels"], channels=told["embed"]),
+        bev=(told["bev_h"], told["bev_w"]),
+        low=tuple(told["pc_range"][:3]),
+        high=tuple(told["pc_range"][3:]),
+        channels=told["embed"],
+        feed_forward=told["ffn_channels"],
+        heads=told["num_heads"],
+        encoder_layers=told["encoder_layers"],
+        decoder_layers=told["decoder_layers"],
+        queries=told["num_query"],
+        level_embeddings=told["num_feature_levels"],
+        pillar_points=told["num_points_in_pillar"],
+        camera_points=told["sca_points"],
+        points=told["tsa_points"],
+        cameras=told["num_cams"],
+        rotate_center=tuple(told["rotate_center"]),
+        max_boxes=told["max_num"],
+    )
+    head = BEVFormerHead(config).eval()
+    params = load_file(folder / "params.safetensors")
+    head.load_state_dict({name.removeprefix("pts_bbox_head."): tensor for name, tensor in params.items()})
+    return head, load_file(folder / "inputs.safetensors"), load_file(folder / "outputs.safetensors"), told
+
+
+@torch.no_grad()
+def test_two_frames_with_history(data):
+    head, inputs, expected, told = data
+    previous = None
+    for frame in ("frame1", "frame2"):
+        features = [inputs[f"{frame}.feat{level}"] for level in range(told["num_levels"])]
+        bus = inputs[f"{frame}.can_bus"].view(1, 18)
+        matrix = inputs[f"{frame}.lidar2img"]
+        _, seen = see_pillars(head.config, matrix, tuple(told["img"]))
+        mask = expected[f"{frame}.bev_mask"].bool()  # [N, B, h * w, Z]
+        assert torch.equal(seen, mask.any(-1).transpose(0, 1))
+        logits, params, bev = head(features, matrix, bus, tuple(told["img"]), previous)
+        close = {"atol": 1e-4, "rtol": 0}
+        torch.testing.assert_close(bev, expected[f"{frame}.bev_embed"].transpose(0, 1), **close)
+        torch.testing.assert_close(logits, expected[f"{frame}.all_cls_scores"], **close)
+        torch.testing.assert_close(params, expected[f"{frame}.all_bbox_preds"], atol=1e-3, rtol=0)
+        scores, labels, boxes = best_boxes(logits[-1], params[-1], told["max_num"])
+        torch.testing.assert_close(scores[0], expected[f"{frame}.det_scores"], **close)
+        assert torch.equal(labels[0], expected[f"{frame}.det_labels"])
+        torch.testing.assert_close(boxes[0], expected[f"{frame}.det_boxes"], atol=1e-3, rtol=0)
+        previous = bev
+    turned = turn_map(expected["frame1.bev_embed"][:, 0], head.config, bus[0, -1].item())
+    torch.testing.assert_close(turned, expected["frame2.prev_bev_rotated"][:, 0])
+
+
+def frame(seed: int, ego_from_prev: np.ndarray, is_first: bool) -> Frame:
+    """One camera ahead and one behind, random images."""
+    images = torch.randint(0, 256, (1, 2, 3, 60, 90), generator=torch.Generator().manual_seed(seed))
+    ahead = [[0.0, 0, 1, 1.5], [-1, 0, 0, 0], [0, -1, 0, 1.6], [0, 0, 0, 1]]
+    behind = [[0.0, 0, -1, 0], [1, 0, 0, 0], [0, -1, 0, 1.6], [0, 0, 0, 1]]
+    focal = torch.tensor([[60.0, 0, 45], [0, 60, 30], [0, 0, 1]])
+    rig = CameraRig(focal.expand(1, 2, 3, 3), torch.tensor([[ahead, behind]]), torch.ones(1, 2, dtype=torch.bool))
+    motion = torch.from_numpy(ego_from_prev).float()[None]
+    return Frame(images.byte(), rig, motion, torch.tensor([0.5]), torch.tensor([is_first]))
+
+
+def test_what_stands_still_stays_where_it_is():
+    """A blob in the previous map, read where the network reads it after a drive with a turn, lies where it should."""
+    ego_from_prev = invert_rigid(rigid_from_yaw(math.radians(20), (4.0, 1.0, 0.0)))
+    bus = can_bus(frame(0, ego_from_prev, False))
+    config = BEVFormerConfig(bev=(100, 100), rotate_center=(50, 50))
+    ego_from_lidar = np.array(config.ego_from_lidar)
+    lidar_from_prev = invert_rigid(ego_from_lidar) @ ego_from_prev @ ego_from_lidar
+    before = np.array([-12.0, 20.0, 0, 1])  # left of the car and ahead of it
+    places = cell_places(100, 100, "cpu")
+    metres = (places - 0.5) * 102.4
+    blob = torch.exp(-((metres - torch.tensor(before[:2])) ** 2).sum(-1, keepdim=True) / 8).float()
+    turned = turn_map(blob, config, bus[0, -1].item()).view(1, 1, 100, 100)
+    grid = (2 * (places + map_shift(config, bus)) - 1).view(1, 100, 100, 2)
+    now = torch.nn.functional.grid_sample(turned, grid, align_corners=False).flatten()
+    center = (now[:, None] * metres).sum(0) / now.sum()
+    # The turn is about the LiDAR where the car turns about its rear axle, as published: 0.94 m times 20 degrees.
+    assert center.numpy() == pytest.approx((lidar_from_prev @ before)[:2], abs=0.8)
+    still = can_bus(frame(0, np.eye(4), True))
+    assert still[0, 3] == 1 and still[0, [0, 1, 2, -2, -1]].abs().sum() == 0
+
+
+def test_boxes_come_in_the_ego_frame():
+    """A box 10 m ahead of and 2 m left of the LiDAR that heads ahead at 3 m/s, as mmdet3d before 1.0 would say it."""
+    yaw = -math.pi  # its length lies along LiDAR y: -yaw - pi / 2 = pi / 2
+    box = torch.tensor([-2.0, 10, math.log(1.9), math.log(4.5), -1, math.log(1.5), math.sin(yaw), math.cos(yaw), 0, 3])
+    logits = torch.full((1, 1, 1, 10), -9.0)
+    logits[..., 0] = 2.0
+    boxes = decode_boxes(logits, box.view(1, 1, 1, 10), torch.tensor(SMALL.ego_from_lidar), 1)
+    assert boxes.center[0, 0].tolist() == pytest.approx([10.9437, 2, 0.8402], abs=1e-4)
+    assert boxes.size[0, 0].tolist() == pytest.approx([4.5, 1.9, 1.5])
+    assert boxes.yaw[0, 0].item() == pytest.approx(0, abs=1e-5) and boxes.label[0, 0] == 0
+    assert boxes.velocity[0, 0].tolist() == pytest.approx([3, 0], abs=1e-6) and boxes.valid.all()
+
+
+@torch.inference_mode()
+def test_streams_and_batches(tmp_path):
+    torch.manual_seed(0)
+    model = BEVFormer(SMALL).eval()
+    for p in model.head.parameters():
+        p.add_(0.05 * torch.randn_like(p))
+    motion = invert_rigid(rigid_from_yaw(0.1, (2.0, 0.0, 0.0)))
+    first, second = frame(1, np.eye(4), True), frame(2, motion, False)
+    _, state = model(first, model.initial_state(1))
+    together, after = model(second, state)
+    alone, _ = model(second._replace(is_first=torch.tensor([True])), state)
+    assert (together[0] - alone[0]).abs().max() > 1e-3  # the memory counts
+    pair = type(second)(
+        *(torch.cat([a, b]) if isinstance(a, torch.Tensor) else CameraRig(*map(torch.cat, zip(a, b, strict=True)))
+          for a, b in zip(second, first, strict=True))
+    )  # fmt: skip
+    both, _ = model(pair, map_tensors(lambda tensor: tensor.expand(2, -1, -1, -1), state))
+    torch.testing.assert_close(both[0][:, :1], together[0], atol=1e-5, rtol=1e-5)
+    scene = model.decode(together)
+    assert scene.boxes.score.shape == (1, 20) and scene.lines.points.shape == (1, 0, 20, 2)
+    save_checkpoint(tmp_path / "w.safetensors", model, {"nds": 0.5})
+    loaded, metrics = load_checkpoint(tmp_path / "w.safetensors")
+    again, _ = loaded(second, state)
+    assert loaded.config == SMALL and metrics == {"nds": 0.5} and torch.equal(again[1], together[1])
+    assert after.bev.shape == (1, 32, 20, 20)
+
+
+@torch.inference_mode()
+def test_images_are_padded_below_and_at_the_right():
+    """As published: zeros after normalisation, to a multiple of 32, which the calibration does not notice."""
+    encoder = PublishedImageEncoder(SMALL.backbone).eval()
+    images = frame(3, np.eye(4), True).images
+    wide = torch.zeros(1, 2, 3, 64, 96)
+    wide[..., :60, :90] = (images - encoder.mean) / encoder.std
+    expected = encoder.neck([encoder.trunk(wide.flatten(0, 1))[3]])[0]
+    torch.testing.assert_close(encoder(images)[0].flatten(0, 1), expected)
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_official_keys(golden, name):
+    path = golden.parent / "keys" / f"{name}.json"
+    if not path.is_file():
+        pytest.skip(f"official keys are not at {path}")
+    official = {our_key(key): tuple(shape) for key, shape in json.loads(path.read_text()).items()}
+    architecture, make = PUBLISHED[name]
+    assert architecture == "bevformer"
+    with torch.device("meta"):
+        ours = {key: tuple(tensor.shape) for key, tensor in BEVFormer(make()).state_dict().items()}
+    assert ours == official
+
+
+def test_a_checkpoint_is_imported_whole_or_not_at_all(golden, tmp_path):
+    path = golden.parent / "keys" / "bevformer_tiny.json"
+    if not path.is_file():
+        pytest.skip(f"official keys are not at {path}")
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        key: torch.tensor(7) if key.endswith("num_batches_tracked") else torch.rand(shape, generator=generator)
+        for key, shape in json.loads(path.read_text()).items()
+    }
+    torch.save({"state_dict": weights, "meta": {"epoch": 24}}, tmp_path / "tiny.pth")
+    script = Path(__file__).parent.parent / "scripts" / "import_checkpoint.py"
+    command = [sys.executable, script, tmp_path / "tiny.pth", "--out", tmp_path / "tiny.safetensors"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "is bevformer_tiny, 33.52 M parameters" in run.stdout
+    state = load_checkpoint(tmp_path / "tiny.safetensors")[0].state_dict()
+    assert len(state) == len(weights)
+    assert all(torch.equal(state[our_key(key)], tensor) for key, tensor in weights.items())
+    weights["pts_bbox_head.extra"] = torch.zeros(1)
+    torch.save(weights, tmp_path / "tiny.pth")
+    with pytest.raises(CheckpointError, match=r"nearest is bevformer_tiny, with 1 keys .* the first head\.extra"):
+        import_published(tmp_path / "tiny.pth")
+    torch.save({"model": SMALL}, tmp_path / "code.pth")  # a pickle of more than tensors
+    with pytest.raises(CheckpointError, match="not readable as plain tensors"):
+        import_published(tmp_path / "code.pth")
