@@ -124,15 +124,15 @@ def test_what_stands_still_stays_where_it_is():
 
 
 def test_boxes_come_in_the_ego_frame():
-    """A box 10 m ahead of and 2 m left of the LiDAR that heads ahead at 3 m/s, as mmdet3d before 1.0 would say it."""
-    yaw = -math.pi  # its length lies along LiDAR y: -yaw - pi / 2 = pi / 2
+    """A box 10 m ahead of and 2 m left of the LiDAR turned by 0.5, at 3 m/s, as mmdet3d before 1.0 would say it."""
+    yaw = -math.pi - 0.5  # -yaw - pi / 2 is 0.5 more than LiDAR y, which is ahead
     box = torch.tensor([-2.0, 10, math.log(1.9), math.log(4.5), -1, math.log(1.5), math.sin(yaw), math.cos(yaw), 0, 3])
     logits = torch.full((1, 1, 1, 10), -9.0)
     logits[..., 0] = 2.0
     boxes = decode_boxes(logits, box.view(1, 1, 1, 10), torch.tensor(SMALL.ego_from_lidar), 1)
     assert boxes.center[0, 0].tolist() == pytest.approx([10.9437, 2, 0.8402], abs=1e-4)
     assert boxes.size[0, 0].tolist() == pytest.approx([4.5, 1.9, 1.5])
-    assert boxes.yaw[0, 0].item() == pytest.approx(0, abs=1e-5) and boxes.label[0, 0] == 0
+    assert boxes.yaw[0, 0].item() == pytest.approx(0.5, abs=1e-5) and boxes.label[0, 0] == 0
     assert boxes.velocity[0, 0].tolist() == pytest.approx([3, 0], abs=1e-6) and boxes.valid.all()
 
 
