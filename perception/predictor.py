@@ -18,9 +18,7 @@ from torch import Tensor
 from perception.data.loader import fit_image
 from perception.errors import CheckpointError, ConfigError, DataError
 from perception.geometry import invert_rigid
-from perception.models.bev_transformer import BEVTransformer
-from perception.models.bevformer import BEVFormer
-from perception.models.checkpoint import load_checkpoint
+from perception.models.checkpoint import Network, load_checkpoint
 from perception.types import CameraRig, Frame, Scene, map_tensors
 
 MAX_GAP = 2.0  # seconds between two steps after which the memory is of no use
@@ -54,7 +52,7 @@ class Predictor:
 
     def __init__(
         self,
-        model: BEVTransformer | BEVFormer | str | Path,
+        model: Network | str | Path,
         device: str | torch.device = "cpu",
         *,
         min_score: float = 0.0,

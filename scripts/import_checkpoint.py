@@ -1,4 +1,5 @@
-"""Imports a checkpoint of the published code: BEVFormer tiny, small or base, recognised by its keys."""
+"""Imports a checkpoint of the published code, recognised by its keys: BEVFormer tiny, small or base, or MapTR-tiny with
+BEVFormer's encoder."""
 
 import argparse
 from pathlib import Path

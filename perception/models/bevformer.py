@@ -386,10 +386,10 @@ class BEVFormerHead(nn.Module):
         self.transformer.decoder.layers = nn.ModuleList(
             [DecoderLayer(C, config.heads, config.points, config.feed_forward) for _ in range(config.decoder_layers)]
         )
-        self.cls_branches = nn.ModuleList([_branch(C, K, norm=True) for _ in range(config.decoder_layers)])
-        self.reg_branches = nn.ModuleList([_branch(C, 10, norm=False) for _ in range(config.decoder_layers)])
-        for branch in self.cls_branches:
-            nn.init.constant_(branch[-1].bias, -math.log(99))
+        self.cls_branches = nn.ModuleList([branch(C, K, norm=True) for _ in range(config.decoder_layers)])
+        self.reg_branches = nn.ModuleList([branch(C, 10, norm=False) for _ in range(config.decoder_layers)])
+        for classify in self.cls_branches:
+            nn.init.constant_(classify[-1].bias, -math.log(99))
         # Weights of the published loss; kept because the checkpoints hold them.
         self.code_weights = nn.Parameter(torch.tensor([1.0] * 8 + [0.2] * 2), requires_grad=False)
 
@@ -425,7 +425,8 @@ class BEVFormerHead(nn.Module):
         return torch.stack(all_logits), torch.stack(all_params), bev
 
 
-def _branch(channels: int, outputs: int, norm: bool) -> nn.Sequential:
+def branch(channels: int, outputs: int, norm: bool) -> nn.Sequential:
+    """What classifies or places a query."""
     layers: list[nn.Module] = []
     for _ in range(2):
         layers += [nn.Linear(channels, channels), *([nn.LayerNorm(channels)] if norm else []), nn.ReLU(inplace=True)]

@@ -16,22 +16,27 @@ from perception.errors import CheckpointError
 from perception.files import replacing
 from perception.models.bev_transformer import BEVTransformer, ModelConfig
 from perception.models.bevformer import BEVFormer, BEVFormerConfig
+from perception.models.maptr import MapTR, MapTRConfig
 from perception.models.published_backbone import PublishedBackboneConfig
 
 FORMAT = "perception-1"  # changes when old files can no longer be read
-ARCHITECTURES = {"bev_transformer": (BEVTransformer, ModelConfig), "bevformer": (BEVFormer, BEVFormerConfig)}
+ARCHITECTURES = {
+    "bev_transformer": (BEVTransformer, ModelConfig),
+    "bevformer": (BEVFormer, BEVFormerConfig),
+    "maptr": (MapTR, MapTRConfig),
+}
+Network = BEVTransformer | BEVFormer | MapTR
 # The published networks that a checkpoint is compared with.
 PUBLISHED = {
     "bevformer_tiny": ("bevformer", BEVFormerConfig.tiny),
     "bevformer_small": ("bevformer", BEVFormerConfig.small),
     "bevformer_base": ("bevformer", BEVFormerConfig.base),
+    "maptr_tiny_r50_24e_bevformer": ("maptr", MapTRConfig),
 }
 PREFIXES = {"img_backbone.": "image_encoder.trunk.", "img_neck.": "image_encoder.neck.", "pts_bbox_head.": "head."}
 
 
-def save_checkpoint(
-    path: str | Path, model: BEVTransformer | BEVFormer, metrics: dict[str, float], half: bool = False
-) -> None:
+def save_checkpoint(path: str | Path, model: Network, metrics: dict[str, float], half: bool = False) -> None:
     """Writes weights, configuration and metrics into one safetensors file, beside and renamed.
 
     Args:
@@ -62,7 +67,7 @@ def halve(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.half() if tensor.ndim > 1 else tensor for name, tensor in tensors.items()}
 
 
-def load_checkpoint(path: str | Path) -> tuple[BEVTransformer | BEVFormer, dict[str, float]]:
+def load_checkpoint(path: str | Path) -> tuple[Network, dict[str, float]]:
     """Reads a file of `save_checkpoint`.
 
     Returns:
@@ -108,7 +113,7 @@ def _config(kind: type, values: dict):
     return kind(**known)
 
 
-def import_published(path: str | Path) -> tuple[str, BEVFormer]:
+def import_published(path: str | Path) -> tuple[str, Network]:
     """A network with the weights of a checkpoint that the published code wrote.
 
     Args:

@@ -1,0 +1,172 @@
+"""MapTR (https://arxiv.org/abs/2208.14437) with BEVFormer's map encoder, faithful enough to run the published weights.
+
+As in `perception.models.bevformer`, modules are named as in the checkpoints and the network lives in the frame of
+LIDAR_TOP. It sees each frame by itself: there is no memory, and the vector of the CAN bus is that of a first frame.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from perception.models.bevformer import (
+    NUSCENES_EGO_FROM_LIDAR,
+    DecoderLayer,
+    LearnedPosition,
+    MapEncoder,
+    branch,
+    can_bus,
+    rig_from_lidar,
+)
+from perception.models.decoder import CLOSED_GAP, LOG_SPREAD_RANGE
+from perception.models.published_backbone import PAD_MULTIPLE, PublishedBackboneConfig, PublishedImageEncoder
+from perception.ops.deformable import inverse_sigmoid
+from perception.types import LINE_CLASSES, Boxes, Frame, Polylines, Scene, State
+
+
+@dataclass(frozen=True)
+class MapTRConfig:
+    """Everything that decides the shape of the network, MapTR-tiny by default; metres in the LiDAR's frame."""
+
+    image_size: tuple[int, int] = (450, 800)
+    backbone: PublishedBackboneConfig = field(default_factory=PublishedBackboneConfig)
+    bev: tuple[int, int] = (200, 100)  # rows along y, columns along x
+    low: tuple[float, float, float] = (-15.0, -30.0, -2.0)
+    high: tuple[float, float, float] = (15.0, 30.0, 2.0)
+    channels: int = 256
+    feed_forward: int = 512
+    heads: int = 8
+    encoder_layers: int = 1
+    decoder_layers: int = 6
+    lines: int = 50
+    line_points: int = 20
+    level_embeddings: int = 4  # rows of a table of which the first are used
+    pillar_points: int = 4
+    camera_points: int = 8  # per level and head, spread over the heights of a pillar
+    points: int = 4  # per head, in the map
+    cameras: int = 6
+    max_lines: int = 50
+    ego_from_lidar: tuple[tuple[float, ...], ...] = NUSCENES_EGO_FROM_LIDAR
+
+
+class MapTRHead(nn.Module):
+    """From features to raw lines; the modules and their names are the published ones."""
+
+    def __init__(self, config: MapTRConfig) -> None:
+        super().__init__()
+        self.config = config
+        C = config.channels
+        self.bev_embedding = nn.Embedding(config.bev[0] * config.bev[1], C)
+        self.instance_embedding = nn.Embedding(config.lines, 2 * C)
+        self.pts_embedding = nn.Embedding(config.line_points, 2 * C)
+        self.positional_encoding = LearnedPosition(config.bev, C)
+        self.transformer = MapEncoder(config)
+        self.transformer.reference_points = nn.Linear(C, 2)
+        self.transformer.decoder = nn.Module()
+        self.transformer.decoder.layers = nn.ModuleList(
+            [DecoderLayer(C, config.heads, config.points, config.feed_forward) for _ in range(config.decoder_layers)]
+        )
+        self.cls_branches = nn.ModuleList(
+            [branch(C, len(LINE_CLASSES), norm=True) for _ in range(config.decoder_layers)]
+        )
+        self.reg_branches = nn.ModuleList([branch(C, 2, norm=False) for _ in range(config.decoder_layers)])
+        for classify in self.cls_branches:
+            nn.init.constant_(classify[-1].bias, -math.log(99))
+        # Weights of the published loss; kept because the checkpoints hold them.
+        self.code_weights = nn.Parameter(torch.ones(4), requires_grad=False)
+
+    def forward(
+        self, features: list[Tensor], img_from_lidar: Tensor, bus: Tensor, image_size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Raw lines of all layers, and the map; arguments as in `MapEncoder.encode`.
+
+        Returns:
+            logits [L, B, Q, K]; points [L, B, Q, P, 2], x and y in 0..1 over the range; the map [B, h * w, C].
+        """
+        config = self.config
+        bev = self.transformer.encode(
+            features, self.bev_embedding.weight, self.positional_encoding(), img_from_lidar, bus, image_size, None
+        )
+        shape = (config.lines, config.line_points)
+        embedding = (self.instance_embedding.weight[:, None] + self.pts_embedding.weight).flatten(0, 1)
+        position, query = (x.expand(len(bev), -1, -1) for x in embedding.chunk(2, -1))  # [B, Q * P, C]
+        reference = self.transformer.reference_points(position).sigmoid()
+        all_logits, all_points = [], []
+        for layer, classify, regress in zip(
+            self.transformer.decoder.layers, self.cls_branches, self.reg_branches, strict=True
+        ):
+            query = layer(query, position, bev, reference, config.bev)
+            points = (regress(query) + inverse_sigmoid(reference)).sigmoid()
+            all_logits.append(classify(query.unflatten(1, shape).mean(2)))
+            all_points.append(points.unflatten(1, shape))
+            reference = points.detach()
+        return torch.stack(all_logits), torch.stack(all_points), bev
+
+
+class MapTR(nn.Module):
+    """Calibrated images in, raw lines out. `Frame.rig` must have the cameras that the network was trained with."""
+
+    def __init__(self, config: MapTRConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.image_encoder = PublishedImageEncoder(config.backbone)
+        self.head = MapTRHead(config)
+        self.register_buffer("ego_from_lidar", torch.tensor(config.ego_from_lidar), persistent=False)
+
+    def initial_state(self, batch_size: int) -> State:
+        """Nothing: the network has no memory."""
+        return State(self.ego_from_lidar.new_zeros(batch_size, 0, 1, 1))
+
+    def forward(self, frame: Frame, state: State) -> tuple[tuple[Tensor, Tensor], State]:
+        """One moment.
+
+        Args:
+            frame: leading [B], with images [B, N, 3, H, W] of the configured size.
+            state: handed back as it is.
+
+        Returns:
+            Logits and points of all layers as `MapTRHead` gives them, and the state.
+        """
+        H, W = (side + -side % PAD_MULTIPLE for side in frame.images.shape[-2:])
+        bus = can_bus(frame._replace(is_first=torch.ones_like(frame.is_first)))
+        features = self.image_encoder(frame.images)
+        logits, points, _ = self.head(features, rig_from_lidar(frame, self.ego_from_lidar), bus, (H, W))
+        return (logits, points), state
+
+    def decode(self, prediction: tuple[Tensor, Tensor]) -> Scene:
+        """The best lines in the ego frame, best first; there are no boxes."""
+        config = self.config
+        logits, points = (x[-1].float() for x in prediction)
+        score, label, points = best_lines(logits, points, config.low, config.high, config.max_lines)
+        turn = self.ego_from_lidar[:2, :2]
+        points = points @ turn.T + self.ego_from_lidar[:2, 3]
+        spread = torch.full_like(points, math.exp(LOG_SPREAD_RANGE[1]))
+        closed = (points[..., 0, :] - points[..., -1, :]).norm(dim=-1) < CLOSED_GAP
+        lines = Polylines(points, closed, label, score, torch.ones_like(closed), spread)
+        return Scene(no_boxes(len(score), score.device), lines)
+
+
+def best_lines(
+    logits: Tensor, points: Tensor, low: tuple[float, ...], high: tuple[float, ...], count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The published decoding of one layer [B, Q, ...]: scores, labels and points of the best (query, class) pairs.
+
+    Returns:
+        scores [B, count], labels [B, count], points [B, count, P, 2] in metres, LiDAR's frame.
+    """
+    Q, K = logits.shape[1:]
+    score, index = logits.sigmoid().flatten(1).topk(min(count, Q * K), dim=1)
+    row = torch.div(index, K, rounding_mode="floor")[..., None, None].expand(-1, -1, *points.shape[2:])
+    start, end = (points.new_tensor(x[:2]) for x in (low, high))
+    return score, index % K, start + points.gather(1, row) * (end - start)
+
+
+def no_boxes(batch_size: int, device) -> Boxes:
+    """The boxes of a network that finds none."""
+    three = torch.zeros(batch_size, 0, 3, device=device)
+    score = three.sum(-1)  # [B, 0]
+    label = score.long()
+    return Boxes(three, three, score, three[..., :2], label, label, score, score.bool(), three.repeat(1, 1, 3))

@@ -1,0 +1,76 @@
+"""MapTR against what the published code itself returns, and in the nouns of the library."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from perception.models.bevformer import see_pillars
+from perception.models.checkpoint import load_checkpoint, save_checkpoint
+from perception.models.maptr import MapTR, MapTRConfig, MapTRHead, best_lines
+from perception.models.published_backbone import PublishedBackboneConfig
+from perception.predictor import Predictor
+from perception.types import CameraRig
+
+
+@torch.no_grad()
+def test_one_frame_and_its_lines(golden):
+    folder = golden / "maptr"
+    told = json.loads((folder / "config.json").read_text())
+    weights = load_file(folder / "weights.safetensors")
+    config = MapTRConfig(
+        backbone=PublishedBackboneConfig(channels=told["dim"]),
+        bev=(told["bev_h"], told["bev_w"]),
+        low=tuple(told["pc_range"][:3]),
+        high=tuple(told["pc_range"][3:]),
+        channels=told["dim"],
+        feed_forward=len(weights["pts_bbox_head.transformer.decoder.layers.0.ffns.0.layers.0.0.bias"]),
+        encoder_layers=told["enc"],
+        decoder_layers=told["dec"],
+        lines=told["num_vec"],
+        line_points=told["num_pts"],
+        level_embeddings=len(weights["pts_bbox_head.transformer.level_embeds"]),
+    )
+    head = MapTRHead(config).eval()
+    head.load_state_dict({name.removeprefix("pts_bbox_head."): tensor for name, tensor in weights.items()})
+    inputs, expected = (load_file(folder / f"{name}.safetensors") for name in ("inputs", "outputs"))
+    size = tuple(inputs["img_shape"][:2].tolist())
+    matrix, bus = inputs["lidar2img"][None], inputs["can_bus"][None]
+    assert torch.equal(see_pillars(config, matrix, size)[1], expected["inter_bev_mask"].bool().any(-1).transpose(0, 1))
+    logits, points, bev = head([inputs["img_feat"]], matrix, bus, size)
+    close = {"atol": 1e-4, "rtol": 0}
+    torch.testing.assert_close(bev, expected["bev_embed"].transpose(0, 1), **close)
+    torch.testing.assert_close(logits, expected["all_cls_scores"], **close)
+    torch.testing.assert_close(points, expected["all_pts_preds"], **close)
+    scores, labels, metres = best_lines(logits[-1], points[-1], config.low, config.high, told["max_num"])
+    torch.testing.assert_close(scores[0], expected["decoded_scores"], **close)
+    assert torch.equal(labels[0], expected["decoded_labels"])
+    torch.testing.assert_close(metres[0], expected["decoded_pts"], atol=1e-3, rtol=0)
+
+
+@torch.inference_mode()
+def test_lines_come_in_the_ego_frame_through_the_predictor(tmp_path):
+    torch.manual_seed(0)
+    config = MapTRConfig(
+        image_size=(60, 90), backbone=PublishedBackboneConfig(width=4, channels=32), bev=(20, 10), channels=32,
+        feed_forward=48, heads=4, decoder_layers=2, lines=6, line_points=5, cameras=1, max_lines=4,
+    )  # fmt: skip
+    model = MapTR(config).eval()
+    # One line whatever is seen: LiDAR x 3 m (right), y from -6 to 6 m.
+    logits = torch.full((1, 1, 6, 3), -9.0)
+    logits[0, 0, 2, 1] = 3.0
+    points = torch.rand(1, 1, 6, 5, 2)
+    points[0, 0, 2] = torch.stack([torch.full((5,), 18 / 30), torch.linspace(24, 36, 5) / 60], -1)
+    lines = model.decode((logits, points)).lines
+    assert lines.label[0, 0] == 1 and lines.score[0, 0].item() == pytest.approx(0.9526, abs=1e-4)
+    assert lines.points[0, 0, :, 0].tolist() == pytest.approx([-5.0563, -2.0563, 0.9437, 3.9437, 6.9437], abs=1e-4)
+    assert lines.points[0, 0, :, 1].tolist() == pytest.approx([-3] * 5, abs=1e-5)
+    save_checkpoint(tmp_path / "w.safetensors", model, {})
+    assert load_checkpoint(tmp_path / "w.safetensors")[0].config == config
+    ahead = torch.tensor([[[0.0, 0, 1, 1.5], [-1, 0, 0, 0], [0, -1, 0, 1.6], [0, 0, 0, 1]]])
+    rig = CameraRig(torch.tensor([[[60.0, 0, 45], [0, 60, 30], [0, 0, 1]]]), ahead, torch.ones(1, dtype=torch.bool))
+    image = torch.randint(0, 256, (1, 60, 90, 3), dtype=torch.uint8).numpy()
+    scene = Predictor(tmp_path / "w.safetensors").step(image, rig, torch.eye(4).double().numpy(), 0.0)
+    assert scene.lines.points.shape == (4, 5, 2) and scene.boxes.score.shape == (0,)
+    assert scene.lines.points.isfinite().all()
