@@ -25,8 +25,12 @@ train = dict(epochs=1, batch_size=2, groups=1, window=2, drop_frames=0.0, image_
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_configs_are_sound_and_documented(name):
     config = load_config(CONFIGS / name)
-    assert config.train.epochs > 0 and config.val_data.augment is None
+    assert config.val_data.augment is None
     text = (CONFIGS / name).read_text()
+    if config.train is None:
+        assert f"scripts/evaluate.py configs/{name}" in text and "scripts/import_checkpoint.py" in text
+        return
+    assert config.train.epochs > 0
     assert f"scripts/train.py configs/{name} --work-dir" in text.replace("\\\n    ", "")
 
 

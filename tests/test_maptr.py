@@ -6,11 +6,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from perception.models.bevformer import see_pillars
+from perception.data.nuscenes import NuScenesDataset
+from perception.engine import load_config, load_weights, train
+from perception.errors import CheckpointError, ConfigError
+from perception.evaluation.streaming import evaluate_stream
+from perception.models.bev_transformer import ModelConfig
+from perception.models.bevformer import BEVFormer, BEVFormerConfig, see_pillars
 from perception.models.checkpoint import load_checkpoint, save_checkpoint
 from perception.models.maptr import MapTR, MapTRConfig, MapTRHead, best_lines
 from perception.models.published_backbone import PublishedBackboneConfig
 from perception.predictor import Predictor
+from perception.synthetic import VERSION
 from perception.types import CameraRig
 
 
@@ -47,6 +53,36 @@ def test_one_frame_and_its_lines(golden):
     torch.testing.assert_close(scores[0], expected["decoded_scores"], **close)
     assert torch.equal(labels[0], expected["decoded_labels"])
     torch.testing.assert_close(metres[0], expected["decoded_pts"], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("network", ["bevformer", "maptr"])
+def test_imported_networks_are_evaluated(network, tmp_path, town_root):
+    """The whole way of scripts/evaluate.py: a network without lines, and one without boxes."""
+    backbone = PublishedBackboneConfig(width=4, channels=32)
+    small = {"backbone": backbone, "channels": 32, "feed_forward": 48, "heads": 4, "decoder_layers": 2}
+    if network == "maptr":
+        model = MapTR(MapTRConfig(image_size=(60, 90), bev=(20, 10), lines=6, **small))
+    else:
+        model = BEVFormer(BEVFormerConfig(image_size=(60, 90), bev=(20, 20), queries=12, encoder_layers=1, **small))
+    data = NuScenesDataset(town_root, VERSION, "town_val", image_size=(60, 90))
+    evaluation, stream = evaluate_stream(model.eval(), data)
+    assert 0 <= evaluation.detection.nds < 0.2 and 0 <= evaluation.lanes.mean_ap < 0.2
+    assert len(stream.scenes) == len(data) and evaluation.table()
+    path = tmp_path / f"{network}.py"
+    preset = "bevformer_tiny" if network == "bevformer" else "maptr_tiny_r50_24e_bevformer"
+    path.write_text(f"""
+model = dict(preset={preset!r}, image_size=(60, 90))
+val_data = dict(dataroot={str(town_root)!r}, version={VERSION!r}, split="town_val")
+""")
+    config = load_config(path)
+    assert config.model.image_size == (60, 90) and config.train is None
+    save_checkpoint(tmp_path / "w.safetensors", model, {})
+    with pytest.raises(CheckpointError, match="the config's model has"):  # a small one, not the published one
+        load_weights(tmp_path / "w.safetensors", config.model)
+    with pytest.raises(CheckpointError, match="wants another network"):
+        load_weights(tmp_path / "w.safetensors", ModelConfig.nano())
+    with pytest.raises(ConfigError, match="has no section train"):
+        train(config, tmp_path / "work")
 
 
 @torch.inference_mode()

@@ -21,6 +21,9 @@ from perception.data.augment import Augment
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError, DataError
 from perception.models.bev_transformer import ModelConfig
+from perception.models.bevformer import BEVFormerConfig
+from perception.models.checkpoint import PUBLISHED
+from perception.models.maptr import MapTRConfig
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,10 @@ class TrainConfig:
     """A whole config, parsed."""
 
     name: str  # of the file, without .py; names the exported weights
-    model: ModelConfig
-    train_data: DataSection
+    model: ModelConfig | BEVFormerConfig | MapTRConfig
+    train_data: DataSection | None  # this and `train` may be left out of a config that is only evaluated
     val_data: DataSection
-    train: TrainSection
+    train: TrainSection | None
     source: Config  # as read, for the copy in the work directory
 
 
@@ -97,8 +100,12 @@ def load_config(path: str | Path, options: dict | None = None) -> TrainConfig:
         ) from None
     sections = {"model": None, "train_data": DataSection, "val_data": DataSection, "train": TrainSection}
     source_dict = source.to_dict()
-    _check_keys(path, "", source_dict, set(sections), set(sections))
-    parsed = {name: _parse(path, name, source_dict[name], kind) for name, kind in sections.items() if kind}
+    _check_keys(path, "", source_dict, set(sections), {"model", "val_data"})
+    parsed = {
+        name: _parse(path, name, source_dict[name], kind) if name in source_dict else None
+        for name, kind in sections.items()
+        if kind
+    }
     model = model_config(source_dict["model"], str(path))
     return TrainConfig(name=path.stem, model=model, source=source, **parsed)
 
@@ -121,23 +128,27 @@ def parse_options(pairs: list[str]) -> dict:
     return options
 
 
-def model_config(section: dict, where: str) -> ModelConfig:
-    """A ModelConfig from a preset and overrides.
+def model_config(section: dict, where: str) -> ModelConfig | BEVFormerConfig | MapTRConfig:
+    """The config of a network from a preset and overrides.
 
     Args:
-        section: `preset` ("nano", "tiny" or "base") and any fields of ModelConfig.
+        section: `preset`, of the flagship ("nano", "tiny" or "base") or of a published network (a key of
+            `perception.models.checkpoint.PUBLISHED`), and any fields of its config.
         where: the file that holds the section, for errors.
 
     Raises:
         ConfigError: the preset or a field does not exist, or a value has the wrong type.
     """
-    hints = typing.get_type_hints(ModelConfig)
+    preset = section.get("preset") if isinstance(section, dict) else None
+    published = PUBLISHED[preset][1]() if preset in PUBLISHED else None
+    hints = typing.get_type_hints(type(published) if published else ModelConfig)
     _check_keys(where, "model", section, {"preset", *hints}, {"preset"})
     changes = {key: _typed(f"{where}: model.{key}", value, hints.get(key, str)) for key, value in section.items()}
-    return ModelConfig.preset(changes.pop("preset"), **changes)
+    name = changes.pop("preset")
+    return dataclasses.replace(published, **changes) if published else ModelConfig.preset(name, **changes)
 
 
-def build_dataset(section: DataSection, model: ModelConfig) -> NuScenesDataset:
+def build_dataset(section: DataSection, model: ModelConfig | BEVFormerConfig | MapTRConfig) -> NuScenesDataset:
     """The dataset of a section, with images of the size that the model wants.
 
     Raises:
@@ -152,7 +163,7 @@ def build_dataset(section: DataSection, model: ModelConfig) -> NuScenesDataset:
         section.version,
         section.split,
         image_size=model.image_size,
-        points_per_line=model.line_points,
+        points_per_line=20 if isinstance(model, BEVFormerConfig) else model.line_points,
         augment=section.augment,
     )
 

@@ -29,7 +29,9 @@ from perception.evaluation.streaming import evaluate_scenes, predict_stream
 from perception.losses import LOSS_WEIGHTS, image_losses, set_losses
 from perception.models.backbone import read_trunk_weights
 from perception.models.bev_transformer import BEVTransformer, ModelConfig
-from perception.models.checkpoint import halve, load_checkpoint, save_checkpoint
+from perception.models.bevformer import BEVFormerConfig
+from perception.models.checkpoint import Network, halve, load_checkpoint, save_checkpoint
+from perception.models.maptr import MapTRConfig
 from perception.types import Clip, State, map_tensors
 
 
@@ -270,6 +272,7 @@ def train(
         DataError: the dataset is missing or malformed.
         TrainingError: a loss or a gradient is not finite.
     """
+    trainable(config)
     work_dir = Path(work_dir)
     if not resume and find_latest_checkpoint(str(work_dir)):
         raise ConfigError(
@@ -306,7 +309,21 @@ def make_core(config: TrainConfig) -> BEVTransformer:
     return core
 
 
-def load_weights(path: str | Path, model_config: ModelConfig) -> BEVTransformer:
+def trainable(config: TrainConfig) -> TrainConfig:
+    """The config itself.
+
+    Raises:
+        ConfigError: it has no `train` or `train_data`, or its network is none that is trained here.
+    """
+    for name in ("train", "train_data"):
+        if getattr(config, name) is None:
+            raise ConfigError(f"config {config.name} has no section {name}: it is for evaluation; choose another one")
+    if not isinstance(config.model, ModelConfig):
+        raise ConfigError(f"config {config.name}: only the presets nano, tiny and base can be trained")
+    return config
+
+
+def load_weights(path: str | Path, model_config: ModelConfig | BEVFormerConfig | MapTRConfig) -> Network:
     """A network in evaluation mode with the weights of a file.
 
     Args:
@@ -319,7 +336,11 @@ def load_weights(path: str | Path, model_config: ModelConfig) -> BEVTransformer:
     path = Path(path)
     if path.suffix == ".safetensors":
         core, _ = load_checkpoint(path)
-        for field in fields(ModelConfig):
+        if type(core.config) is not type(model_config):
+            raise CheckpointError(
+                f"{path}: holds a {type(core).__name__}, the config wants another network; use the config it belongs to"
+            )
+        for field in fields(model_config):
             has, wants = getattr(core.config, field.name), getattr(model_config, field.name)
             if has != wants:
                 raise CheckpointError(
@@ -329,6 +350,8 @@ def load_weights(path: str | Path, model_config: ModelConfig) -> BEVTransformer:
         return core
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint; give a .safetensors or .pth file that training wrote")
+    if not isinstance(model_config, ModelConfig):
+        raise CheckpointError(f"{path}: import it first with scripts/import_checkpoint.py")
     model = TrainingModel(BEVTransformer(model_config))
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
