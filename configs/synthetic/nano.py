@@ -10,7 +10,8 @@ r"""The nano network on the synthetic town; these weights are shipped with the l
 How far away a thing is shows in pixels, so the second stage has larger ones: 176 x 448 of 256 x 448, without the sky.
 What is rare in streets counts as much in NDS as cars do, so most of its scenes have more of it.
 
-Cost: COST. Result on town_val: RESULT.
+Cost: 50 min for 1,686 steps on two CPU cores, other work beside it. Result on town_val: NDS 0.348, mAP 0.288, lane
+mAP 0.700.
 """
 
 _base_ = ["../_base_/town.py", "../_base_/schedule.py"]
