@@ -74,6 +74,9 @@ class Witness(nn.Module):
     def initial_state(self, batch_size: int) -> State:
         return State(torch.zeros(batch_size))
 
+    def decode(self, prediction):
+        return decode(prediction)
+
     def forward(self, frame, state):
         pictures = [self.sample.get(p.numpy().tobytes()) for p in frame.images[0]]
         known = [n for n in range(len(pictures)) if frame.rig.present[0, n] and pictures[n] is not None]

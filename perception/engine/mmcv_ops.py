@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import types
+from importlib.machinery import ModuleSpec
 
 NAME = "mmcv._ext"
 
@@ -30,4 +31,5 @@ def stand_in() -> None:
         return
     module = _Operators(NAME)
     module.__file__ = __file__  # mmcv tells where its operators are from
+    module.__spec__ = ModuleSpec(NAME, None)  # without a loader, so that mmengine does not take it for the real ones
     sys.modules[NAME] = module
