@@ -1,11 +1,11 @@
-r"""A short training of the nano network on small images: what ablations are made with (docs/ablations.md).
+r"""A short training of the nano network on small images: what ablations are made with (scripts/benchmark.py).
 
     python scripts/simulate.py --out out/town_short --scenes 60 --seed 4000 --rare 0.35 --split town_train \
         --image-size 128x224
     python scripts/simulate.py --out out/town_short_val --scenes 10 --seed 6000 --split town_val --image-size 128x224
     python scripts/train.py configs/synthetic/ablation.py --work-dir out/ablation_one --amp
 
-Cost: not measured. Result: docs/ablations.md.
+Cost: not measured. Result: not measured.
 """
 
 _base_ = ["../_base_/town.py", "../_base_/schedule.py"]

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from perception.data.loader import TrainSampler, collate
 from perception.engine.config import DataSection, TrainConfig, build_dataset
-from perception.engine.training import TrainingModel, build_optimizer, trainable
+from perception.engine.training import TrainingModel, build_optimizer, check_trainable
 from perception.models.bev_transformer import BEVTransformer
 from perception.synthetic import VERSION, simulate
 from perception.types import map_tensors
@@ -82,7 +82,7 @@ def dry_run(config: TrainConfig, *, seed: int = 0, amp: bool = False) -> DryRun:
     Raises:
         ConfigError: the network or the training cannot be.
     """
-    trainable(config)
+    check_trainable(config)
     set_random_seed(seed)
     section = config.train
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -272,7 +272,7 @@ def train(
         DataError: the dataset is missing or malformed.
         TrainingError: a loss or a gradient is not finite.
     """
-    trainable(config)
+    check_trainable(config)
     work_dir = Path(work_dir)
     if not resume and find_latest_checkpoint(str(work_dir)):
         raise ConfigError(
@@ -309,8 +309,8 @@ def make_core(config: TrainConfig) -> BEVTransformer:
     return core
 
 
-def trainable(config: TrainConfig) -> TrainConfig:
-    """The config itself.
+def check_trainable(config: TrainConfig) -> None:
+    """Refuses a config that is for evaluation only.
 
     Raises:
         ConfigError: it has no `train` or `train_data`, or its network is none that is trained here.
@@ -320,7 +320,6 @@ def trainable(config: TrainConfig) -> TrainConfig:
             raise ConfigError(f"config {config.name} has no section {name}: it is for evaluation; choose another one")
     if not isinstance(config.model, ModelConfig):
         raise ConfigError(f"config {config.name}: only the presets nano, tiny and base can be trained")
-    return config
 
 
 def load_weights(path: str | Path, model_config: ModelConfig | BEVFormerConfig | MapTRConfig) -> Network:

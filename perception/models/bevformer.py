@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import rotate
 
 from perception.geometry import invert_rigid
-from perception.models.decoder import LOG_SPREAD_RANGE
+from perception.models.decoder import LOG_SPREAD_RANGE, best_pairs
 from perception.models.published_backbone import PAD_MULTIPLE, PublishedBackboneConfig, PublishedImageEncoder
 from perception.ops.deformable import deformable_attention, inverse_sigmoid
 from perception.types import BOX_CLASSES, Boxes, Frame, Polylines, Scene, State
@@ -293,6 +293,7 @@ class MapEncoder(nn.Module):
         for level, x in enumerate(features):
             x = x.flatten(3).transpose(2, 3) + self.cams_embeds[:, None] + self.level_embeds[level]
             flat.append(x)  # [B, N, h * w, C]
+        seen_features = torch.cat(flat, 2)
         places, seen = see_pillars(config, img_from_lidar, image_size)
         cells = cell_places(h, w, query.device).expand(B, -1, -1)  # [B, h * w, 2]
         both = torch.stack([cells, cells], 1)
@@ -304,7 +305,7 @@ class MapEncoder(nn.Module):
         for layer in self.encoder.layers:
             read = torch.stack([query, query], 1) if previous is None else values
             query = layer.norms[0](layer.attentions[0](query, position.expand(B, -1, -1), read, both, config.bev))
-            query = layer.norms[1](layer.attentions[1](query, torch.cat(flat, 2), sizes, places, seen))
+            query = layer.norms[1](layer.attentions[1](query, seen_features, sizes, places, seen))
             query = layer.norms[2](layer.ffns[0](query))
         return query
 
@@ -502,12 +503,11 @@ def best_boxes(logits: Tensor, params: Tensor, count: int) -> tuple[Tensor, Tens
         scores [B, count], labels [B, count], boxes [B, count, 9] as x, y, z (centre), width, length, height, yaw in the
         convention of mmdet3d before 1.0, velocity; LiDAR's frame, metres.
     """
-    B, Q, K = logits.shape
-    score, index = logits.sigmoid().flatten(1).topk(min(count, Q * K), dim=1)
-    row = torch.div(index, K, rounding_mode="floor")[..., None].expand(-1, -1, 10)
+    score, row, label = best_pairs(logits, count)
+    row = row[..., None].expand(-1, -1, 10)
     x, y, log_w, log_l, z, log_h, sin, cos, vx, vy = params.gather(1, row).unbind(-1)
     boxes = torch.stack([x, y, z, log_w.exp(), log_l.exp(), log_h.exp(), torch.atan2(sin, cos), vx, vy], -1)
-    return score, index % K, boxes
+    return score, label, boxes
 
 
 def decode_boxes(logits: Tensor, params: Tensor, ego_from_lidar: Tensor, count: int) -> Boxes:
@@ -518,9 +518,8 @@ def decode_boxes(logits: Tensor, params: Tensor, ego_from_lidar: Tensor, count: 
     # mmdet3d before 1.0 measured yaw clockwise from -y; the length of a box lies along its heading.
     heading = -boxes[..., 6] - math.pi / 2
     axis = torch.stack([heading.cos(), heading.sin()], -1) @ turn[:2, :2].T
-    valid = torch.ones_like(score, dtype=torch.bool)
     low, high = (center.new_tensor(x) for x in ((-61.2, -61.2, -10.0), (61.2, 61.2, 10.0)))
-    valid &= ((boxes[..., :3] >= low) & (boxes[..., :3] <= high)).all(-1)
+    valid = ((boxes[..., :3] >= low) & (boxes[..., :3] <= high)).all(-1)
     return Boxes(
         center=center,
         size=boxes[..., [4, 3, 5]],

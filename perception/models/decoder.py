@@ -365,7 +365,7 @@ def decode(prediction: Prediction) -> Scene:
         A Scene with leading [B]; `attribute` is -1, for the network does not predict it.
     """
     logits, params = prediction.box_logits[-1].float(), prediction.box_params[-1].float()
-    score, query, label = _best(logits)
+    score, query, label = best_pairs(logits, logits.shape[1])
     params = params.gather(1, query[..., None].expand(-1, -1, params.shape[-1]))  # [B, M, 10]
     spread = prediction.box_log_spread[-1].float().gather(1, query[..., None].expand(-1, -1, 9))
     valid = _apart(params[..., :2], label)
@@ -381,7 +381,7 @@ def decode(prediction: Prediction) -> Scene:
         spread=spread.clamp(*LOG_SPREAD_RANGE).exp(),
     )
     points = prediction.line_points[-1].float()  # [B, Q, P, 2]
-    score, query, label = _best(prediction.line_logits[-1].float())
+    score, query, label = best_pairs(prediction.line_logits[-1].float(), prediction.line_logits.shape[2])
     pick = query[..., None, None].expand(-1, -1, *points.shape[2:])
     points = points.gather(1, pick)
     spread = prediction.line_log_spread[-1].float().gather(1, pick)
@@ -411,8 +411,8 @@ def _apart(center: Tensor, label: Tensor) -> Tensor:
     return keep.to(center.device)
 
 
-def _best(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The Q best (query, class) pairs of logits [B, Q, K]: score, query and label, each [B, Q]."""
-    B, Q, K = logits.shape
-    score, index = logits.sigmoid().flatten(1).topk(Q, dim=1)
+def best_pairs(logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best (query, class) pairs of logits [B, Q, K], at most `count`: score, query and label, each [B, count]."""
+    Q, K = logits.shape[1:]
+    score, index = logits.sigmoid().flatten(1).topk(min(count, Q * K), dim=1)
     return score, torch.div(index, K, rounding_mode="floor"), index % K

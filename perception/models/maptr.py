@@ -21,7 +21,7 @@ from perception.models.bevformer import (
     can_bus,
     rig_from_lidar,
 )
-from perception.models.decoder import CLOSED_GAP, LOG_SPREAD_RANGE
+from perception.models.decoder import CLOSED_GAP, LOG_SPREAD_RANGE, best_pairs
 from perception.models.published_backbone import PAD_MULTIPLE, PublishedBackboneConfig, PublishedImageEncoder
 from perception.ops.deformable import inverse_sigmoid
 from perception.types import LINE_CLASSES, Boxes, Frame, Polylines, Scene, State
@@ -157,11 +157,10 @@ def best_lines(
     Returns:
         scores [B, count], labels [B, count], points [B, count, P, 2] in metres, LiDAR's frame.
     """
-    Q, K = logits.shape[1:]
-    score, index = logits.sigmoid().flatten(1).topk(min(count, Q * K), dim=1)
-    row = torch.div(index, K, rounding_mode="floor")[..., None, None].expand(-1, -1, *points.shape[2:])
+    score, row, label = best_pairs(logits, count)
+    row = row[..., None, None].expand(-1, -1, *points.shape[2:])
     start, end = (points.new_tensor(x[:2]) for x in (low, high))
-    return score, index % K, start + points.gather(1, row) * (end - start)
+    return score, label, start + points.gather(1, row) * (end - start)
 
 
 def no_boxes(batch_size: int, device) -> Boxes:
