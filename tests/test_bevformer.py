@@ -18,21 +18,17 @@ from perception.models.bevformer import (
     BEVFormerConfig,
     BEVFormerHead,
     best_boxes,
-    can_bus,
-    cell_places,
     decode_boxes,
-    map_shift,
-    see_pillars,
-    turn_map,
 )
 from perception.models.checkpoint import (
-    ARCHITECTURES,
     PUBLISHED,
+    build_network,
     import_published,
     load_checkpoint,
     our_key,
     save_checkpoint,
 )
+from perception.models.map_encoder import can_bus, cell_places, map_shift, see_pillars, turn_map
 from perception.models.published_backbone import PublishedBackboneConfig, PublishedImageEncoder
 from perception.types import CameraRig, Frame, map_tensors
 
@@ -187,9 +183,9 @@ def test_official_keys(golden, name):
     if not path.is_file():
         pytest.skip(f"official keys are not at {path}")
     official = {our_key(key): tuple(shape) for key, shape in json.loads(path.read_text()).items()}
-    architecture, make = PUBLISHED[name]
     with torch.device("meta"):
-        ours = {key: tuple(tensor.shape) for key, tensor in ARCHITECTURES[architecture][0](make()).state_dict().items()}
+        network = build_network(PUBLISHED[name]())
+    ours = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
     assert ours == official
 
 

@@ -11,9 +11,10 @@ from perception.engine import load_config, load_weights, train
 from perception.errors import CheckpointError, ConfigError
 from perception.evaluation.streaming import evaluate_stream
 from perception.models.bev_transformer import ModelConfig
-from perception.models.bevformer import BEVFormer, BEVFormerConfig, see_pillars
+from perception.models.bevformer import BEVFormer, BEVFormerConfig
 from perception.models.checkpoint import load_checkpoint, save_checkpoint
-from perception.models.maptr import MapTR, MapTRConfig, MapTRHead, best_lines
+from perception.models.map_encoder import see_pillars
+from perception.models.maptr import MapTR, MapTRConfig, MapTRHead, RawLines, best_lines
 from perception.models.published_backbone import PublishedBackboneConfig
 from perception.predictor import Predictor
 from perception.synthetic import VERSION
@@ -98,7 +99,7 @@ def test_lines_come_in_the_ego_frame_through_the_predictor(tmp_path):
     logits[0, 0, 2, 1] = 3.0
     points = torch.rand(1, 1, 6, 5, 2)
     points[0, 0, 2] = torch.stack([torch.full((5,), 18 / 30), torch.linspace(24, 36, 5) / 60], -1)
-    lines = model.decode((logits, points)).lines
+    lines = model.decode(RawLines(logits, points)).lines
     assert lines.label[0, 0] == 1 and lines.score[0, 0].item() == pytest.approx(0.9526, abs=1e-4)
     assert lines.points[0, 0, :, 0].tolist() == pytest.approx([-5.0563, -2.0563, 0.9437, 3.9437, 6.9437], abs=1e-4)
     assert lines.points[0, 0, :, 1].tolist() == pytest.approx([-3] * 5, abs=1e-5)

@@ -24,6 +24,7 @@ from perception.models.bev_transformer import ModelConfig
 from perception.models.bevformer import BEVFormerConfig
 from perception.models.checkpoint import PUBLISHED
 from perception.models.maptr import MapTRConfig
+from perception.models.published_backbone import FPNConfig, PublishedBackboneConfig
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class TrainSection:
     log_every: int  # iterations between two lines of the log
     workers: int  # processes that load clips; 0 loads them in the training process
     without: tuple[str, ...] = ()  # losses that are left out, by their names in perception.losses.LOSS_WEIGHTS
+    trunk_lr_share: float = 1.0  # of lr that the trunk of the image encoder learns with
     frozen_stages: int = -1  # of the image encoder: 0 holds the stem as it is, n the first n stages too, -1 nothing
     trunk_weights: str = ""  # published weights of the image encoder's trunk to start from, .pth or .safetensors
     init_from: str = ""  # weights to start from, .safetensors or .pth of the same network, images of any size
@@ -140,7 +142,7 @@ def model_config(section: dict, where: str) -> ModelConfig | BEVFormerConfig | M
         ConfigError: the preset or a field does not exist, or a value has the wrong type.
     """
     preset = section.get("preset") if isinstance(section, dict) else None
-    published = PUBLISHED[preset][1]() if preset in PUBLISHED else None
+    published = PUBLISHED[preset]() if preset in PUBLISHED else None
     hints = typing.get_type_hints(type(published) if published else ModelConfig)
     _check_keys(where, "model", section, {"preset", *hints}, {"preset"})
     changes = {key: _typed(f"{where}: model.{key}", value, hints.get(key, str)) for key, value in section.items()}
@@ -194,6 +196,10 @@ def _typed(where: str, value, kind):
     if kind == Augment | None:
         path, _, key = where.partition(": ")
         return None if value is None else _parse(path, key, value, Augment)
+    if kind == PublishedBackboneConfig | FPNConfig:
+        path, _, key = where.partition(": ")
+        torchvision = isinstance(value, dict) and "name" in value
+        return _parse(path, key, value, FPNConfig if torchvision else PublishedBackboneConfig)
     origin = typing.get_origin(kind)
     if isinstance(kind, types.UnionType):
         kind = next((part for part in typing.get_args(kind) if isinstance(value, str) == (part is str)), kind)

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from perception.data.loader import TrainSampler, collate
 from perception.engine.config import DataSection, TrainConfig, build_dataset
 from perception.engine.training import TrainingModel, build_optimizer, check_trainable
-from perception.models.bev_transformer import BEVTransformer
+from perception.models.checkpoint import build_network
 from perception.synthetic import VERSION, simulate
 from perception.types import map_tensors
 
@@ -86,7 +86,7 @@ def dry_run(config: TrainConfig, *, seed: int = 0, amp: bool = False) -> DryRun:
     set_random_seed(seed)
     section = config.train
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    core = BEVTransformer(config.model)  # what it starts from does not change what it costs
+    core = build_network(config.model)  # what it starts from does not change what it costs
     core.image_encoder.trunk.freeze(section.frozen_stages)
     model = TrainingModel(core, section.without).to(device, memory_format=torch.channels_last).train()
     optimizer = build_optimizer(model, section)

@@ -29,14 +29,15 @@ from perception.evaluation.streaming import evaluate_scenes, predict_stream
 from perception.losses import LOSS_WEIGHTS, image_losses, set_losses
 from perception.models.backbone import read_trunk_weights
 from perception.models.bev_transformer import BEVTransformer, ModelConfig
-from perception.models.bevformer import BEVFormerConfig
-from perception.models.checkpoint import Network, halve, load_checkpoint, save_checkpoint
-from perception.models.maptr import MapTRConfig
+from perception.models.bevformer import BEVFormer, BEVFormerConfig
+from perception.models.checkpoint import Network, build_network, halve, load_checkpoint, save_checkpoint
+from perception.models.maptr import MapTR, MapTRConfig
+from perception.published_losses import BOX_LOSS_WEIGHTS, LINE_LOSS_WEIGHTS, losses_of
 from perception.types import Clip, State, map_tensors
 
 
 class TrainingModel(BaseModel):
-    """The core network and its losses.
+    """A network and its losses.
 
     Args:
         core: the network.
@@ -46,12 +47,13 @@ class TrainingModel(BaseModel):
         ConfigError: there is no loss of such a name, or none is left.
     """
 
-    def __init__(self, core: BEVTransformer, without: tuple[str, ...] = ()) -> None:
+    def __init__(self, core: Network, without: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.core, self.without = core, without
-        if unknown := sorted(set(without) - set(LOSS_WEIGHTS)):
-            raise ConfigError(f"train.without names {unknown[0]!r}; the losses are {', '.join(LOSS_WEIGHTS)}")
-        if set(without) == set(LOSS_WEIGHTS):
+        weights = {BEVFormer: BOX_LOSS_WEIGHTS, MapTR: LINE_LOSS_WEIGHTS}.get(type(core), LOSS_WEIGHTS)
+        if unknown := sorted(set(without) - set(weights)):
+            raise ConfigError(f"train.without names {unknown[0]!r}; the losses are {', '.join(weights)}")
+        if set(without) == set(weights):
             raise ConfigError("train.without names all losses; leave at least one")
 
     def forward(
@@ -86,7 +88,11 @@ class TrainingModel(BaseModel):
             # Matching and losses stay in float32 whatever the network runs in.
             with torch.autocast(clip.sample_index.device.type, enabled=False):
                 prediction = map_tensors(Tensor.float, prediction)
-                for name, loss in set_losses(prediction, now.truth, now.frames, self.core.grid).items():
+                if isinstance(self.core, BEVTransformer):
+                    told = set_losses(prediction, now.truth, now.frames, self.core.grid)
+                else:
+                    told = losses_of(self.core, prediction, now.truth)
+                for name, loss in told.items():
                     losses[name] = losses[name] + loss / T if name in losses else loss / T
         return self._checked(losses), map_tensors(Tensor.detach, state)
 
@@ -248,7 +254,7 @@ def train(
     resume: bool = False,
     amp: bool = False,
     launcher: str = "none",
-) -> BEVTransformer:
+) -> Network:
     """Trains a network as a config says.
 
     Leaves in the work directory: checkpoints of the last two epochs, `<name>.safetensors` (best by the mean of NDS and
@@ -287,7 +293,7 @@ def train(
     return model.core
 
 
-def make_core(config: TrainConfig) -> BEVTransformer:
+def make_core(config: TrainConfig) -> Network:
     """The network that a training starts with.
 
     Raises:
@@ -297,7 +303,7 @@ def make_core(config: TrainConfig) -> BEVTransformer:
     section = config.train
     if section.init_from and section.trunk_weights:
         raise ConfigError("train.init_from and train.trunk_weights are both given; the first holds a trunk already")
-    core = BEVTransformer(config.model)
+    core = build_network(config.model)
     if section.init_from:  # no weight depends on the size of the images
         path = Path(section.init_from)
         size = load_checkpoint(path)[0].config.image_size if path.suffix == ".safetensors" else config.model.image_size
@@ -313,13 +319,15 @@ def check_trainable(config: TrainConfig) -> None:
     """Refuses a config that is for evaluation only.
 
     Raises:
-        ConfigError: it has no `train` or `train_data`, or its network is none that is trained here.
+        ConfigError: it has no `train` or `train_data`, or asks for what its network cannot.
     """
     for name in ("train", "train_data"):
         if getattr(config, name) is None:
             raise ConfigError(f"config {config.name} has no section {name}: it is for evaluation; choose another one")
-    if not isinstance(config.model, ModelConfig):
-        raise ConfigError(f"config {config.name}: only the presets nano, tiny and base can be trained")
+    if config.train.image_epochs and not isinstance(config.model, ModelConfig):
+        raise ConfigError(
+            f"config {config.name}: train.image_epochs must be 0, its network has no losses in the images"
+        )
 
 
 def load_weights(path: str | Path, model_config: ModelConfig | BEVFormerConfig | MapTRConfig) -> Network:
@@ -349,14 +357,13 @@ def load_weights(path: str | Path, model_config: ModelConfig | BEVFormerConfig |
         return core
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint; give a .safetensors or .pth file that training wrote")
-    if not isinstance(model_config, ModelConfig):
-        raise CheckpointError(f"{path}: import it first with scripts/import_checkpoint.py")
-    model = TrainingModel(BEVTransformer(model_config))
+    model = TrainingModel(build_network(model_config))
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     except Exception as error:  # whatever unpickling foreign bytes may raise
         raise CheckpointError(
-            f"{path}: not a readable training checkpoint ({type(error).__name__}); give a file that training wrote"
+            f"{path}: not a readable training checkpoint ({type(error).__name__}); give a file that training wrote, "
+            "or import one of the published code with scripts/import_checkpoint.py"
         ) from None
     wanted = model.state_dict()
     for name in sorted(wanted.keys() | weights.keys()):
@@ -465,10 +472,16 @@ def _build_runner(config, work_dir, model, train_set, val_set, seed, resume, amp
     )
 
 
-def build_optimizer(model: nn.Module, section: TrainSection) -> torch.optim.AdamW:
-    """AdamW that leaves biases and the scales of norms alone with its decay."""
-    learned = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in learned if p.ndim > 1]
-    vectors = [p for p in learned if p.ndim <= 1]
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+def build_optimizer(model: TrainingModel, section: TrainSection) -> torch.optim.AdamW:
+    """AdamW that leaves biases and the scales of norms alone with its decay, slower in the trunk where asked to."""
+    trunk = set(model.core.image_encoder.trunk.parameters())
+    groups = []
+    for inside in (False, True):
+        for matrices in (True, False):
+            chosen = [
+                p for p in model.parameters() if p.requires_grad and (p in trunk) == inside and (p.ndim > 1) == matrices
+            ]
+            if chosen:
+                lr = section.lr * (section.trunk_lr_share if inside else 1.0)
+                groups.append({"params": chosen, "lr": lr, **({} if matrices else {"weight_decay": 0.0})})
     return torch.optim.AdamW(groups, lr=section.lr, weight_decay=section.weight_decay)

@@ -1,66 +1,41 @@
 """BEVFormer (https://arxiv.org/abs/2203.17270), faithful enough to run the published weights.
 
 Modules are named as the published checkpoints name them, so a file of official keys loads after taking away prefixes
-(`perception.models.checkpoint`). What decides whether the published numbers come out is kept in three places:
-
-- The network lives in the frame of LIDAR_TOP, x to the right and y ahead; rows of its map run along y.
-  `BEVFormerConfig.ego_from_lidar` says where that is. Yaw leaves it as `-yaw - pi / 2` (`decode_boxes`).
-- It was given a vector of 18 numbers from the CAN bus. Three of them matter: how far the car drove, in which direction,
-  and by how much it turned. `can_bus` makes the vector from `Frame.ego_from_prev`; what a car's bus would have added
-  (global pose, acceleration) is zero.
-- The map of the previous frame is turned by the nearest cell, about a centre that is (100, 100) in all published
-  configurations whatever the size of the map, and moved by shifting the places where it is read.
+(`perception.models.checkpoint`). The quirks of frames and memory are told in `perception.models.map_encoder`; yaw
+leaves the network as `-yaw - pi / 2` (`decode_boxes`).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.transforms.functional import rotate
 
-from perception.geometry import invert_rigid
 from perception.models.decoder import LOG_SPREAD_RANGE, best_pairs
-from perception.models.published_backbone import PAD_MULTIPLE, PublishedBackboneConfig, PublishedImageEncoder
-from perception.ops.deformable import deformable_attention, inverse_sigmoid
-from perception.types import BOX_CLASSES, Boxes, Frame, Polylines, Scene, State
-
-# The pose of LIDAR_TOP on the cars of nuScenes, rotation without its tenths of a degree.
-NUSCENES_EGO_FROM_LIDAR = (
-    (0.0, 1.0, 0.0, 0.9437),
-    (-1.0, 0.0, 0.0, 0.0),
-    (0.0, 0.0, 1.0, 1.8402),
-    (0.0, 0.0, 0.0, 1.0),
+from perception.models.map_encoder import (
+    DecoderLayer,
+    LearnedPosition,
+    MapEncoder,
+    PublishedConfig,
+    branch,
+    can_bus,
+    rig_from_lidar,
+    start_matrices,
 )
-NEAREST_DEPTH = 1e-5  # metres
+from perception.models.published_backbone import PAD_MULTIPLE, PublishedBackboneConfig, build_image_encoder
+from perception.ops.deformable import inverse_sigmoid
+from perception.types import BOX_CLASSES, Boxes, Frame, Polylines, Scene, State
 
 
 @dataclass(frozen=True)
-class BEVFormerConfig:
+class BEVFormerConfig(PublishedConfig):
     """Everything that decides the shape of the network; metres in the LiDAR's frame."""
 
-    image_size: tuple[int, int] = (450, 800)
-    backbone: PublishedBackboneConfig = field(default_factory=PublishedBackboneConfig)
-    bev: tuple[int, int] = (50, 50)  # rows along y, columns along x
-    low: tuple[float, float, float] = (-51.2, -51.2, -5.0)
-    high: tuple[float, float, float] = (51.2, 51.2, 3.0)
-    channels: int = 256
-    feed_forward: int = 512
-    heads: int = 8
-    encoder_layers: int = 3
-    decoder_layers: int = 6
     queries: int = 900
-    level_embeddings: int = 4  # rows of a table of which the first are used
-    pillar_points: int = 4
-    camera_points: int = 8  # per level and head, spread over the heights of a pillar
-    points: int = 4  # per head, in the map
-    cameras: int = 6
-    rotate_center: tuple[int, int] = (100, 100)  # column and row, as published
     max_boxes: int = 300
-    ego_from_lidar: tuple[tuple[float, ...], ...] = NUSCENES_EGO_FROM_LIDAR
 
     @classmethod
     def tiny(cls) -> BEVFormerConfig:
@@ -82,295 +57,6 @@ class BEVFormerConfig:
         return cls(image_size=(900, 1600), backbone=backbone, bev=(200, 200), encoder_layers=6)
 
 
-class _FeedForward(nn.Module):
-    def __init__(self, channels: int, inner: int) -> None:
-        super().__init__()
-        first = nn.Sequential(nn.Linear(channels, inner), nn.ReLU(inplace=True))
-        self.layers = nn.Sequential(first, nn.Linear(inner, channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.layers(x)
-
-
-class TemporalSelfAttention(nn.Module):
-    """Each cell reads the map before it was looked around, and the previous one, and takes the mean of the two."""
-
-    def __init__(self, channels: int, heads: int, points: int) -> None:
-        super().__init__()
-        self.heads, self.points = heads, points
-        self.sampling_offsets = nn.Linear(2 * channels, 2 * heads * points * 2)
-        self.attention_weights = nn.Linear(2 * channels, 2 * heads * points)
-        self.value_proj = nn.Linear(channels, channels)
-        self.output_proj = nn.Linear(channels, channels)
-
-    def forward(self, query: Tensor, position: Tensor, values: Tensor, places: Tensor, size: tuple[int, int]) -> Tensor:
-        """Adds to the queries what they read.
-
-        Args:
-            query, position: [B, h * w, C].
-            values: [B, 2, h * w, C], the previous map and the present one.
-            places: [B, 2, h * w, 2], where a cell lies in each, x and y in 0..1.
-            size: (h, w).
-        """
-        B, Q, C = query.shape
-        told = torch.cat([values[:, 0], query + position], -1)
-        offsets = self.sampling_offsets(told).view(B, Q, self.heads, 2, 1, self.points, 2)
-        weight = self.attention_weights(told).view(B, Q, self.heads, 2, 1, self.points).softmax(-1)
-        places = places.transpose(1, 2)[:, :, None, :, None, None] + offsets / offsets.new_tensor([size[1], size[0]])
-        value = self.value_proj(values).view(B * 2, Q, self.heads, C // self.heads)
-        places, weight = (x.movedim(3, 1).flatten(0, 1) for x in (places, weight))
-        read = deformable_attention(value, [size], places, weight).view(B, 2, Q, C).mean(1)
-        return self.output_proj(read) + query
-
-
-class _CameraSampling(nn.Module):
-    def __init__(self, channels: int, heads: int, levels: int, points: int) -> None:
-        super().__init__()
-        self.sampling_offsets = nn.Linear(channels, heads * levels * points * 2)
-        self.attention_weights = nn.Linear(channels, heads * levels * points)
-        self.value_proj = nn.Linear(channels, channels)
-
-
-class SpatialCrossAttention(nn.Module):
-    """Each cell reads the cameras that see a point of its pillar, and takes the mean over them."""
-
-    def __init__(self, channels: int, heads: int, levels: int, points: int) -> None:
-        super().__init__()
-        self.heads, self.levels, self.points = heads, levels, points
-        self.deformable_attention = _CameraSampling(channels, heads, levels, points)
-        self.output_proj = nn.Linear(channels, channels)
-
-    def forward(
-        self, query: Tensor, features: Tensor, sizes: list[tuple[int, int]], places: Tensor, seen: Tensor
-    ) -> Tensor:
-        """Adds to the queries what they read.
-
-        Args:
-            query: [B, Q, C].
-            features: [B, N, sum of h * w, C].
-            sizes: of the levels.
-            places: [B, N, Q, Z, 2] x and y of the pillar's points in 0..1 of each image.
-            seen: [B, N, Q] bool, at least one of the points is.
-        """
-        B, N, S, C = features.shape
-        Q, Z = places.shape[2:4]
-        part = self.deformable_attention
-        value = part.value_proj(features).view(B, N, S, self.heads, C // self.heads)
-        offsets = part.sampling_offsets(query).view(B, Q, self.heads, self.levels, self.points // Z, Z, 2)
-        offsets = offsets / offsets.new_tensor([[w, h] for h, w in sizes])[:, None, None]
-        weight = part.attention_weights(query).view(B, Q, self.heads, self.levels * self.points).softmax(-1)
-        weight = weight.view(B, Q, self.heads, self.levels, self.points)
-        total = torch.zeros_like(query)
-        for b in range(B):
-            for n in range(N):  # only the cells that a camera sees are worked on
-                cells = seen[b, n].nonzero()[:, 0]
-                at = places[b, n, cells][:, None, None, None] + offsets[b, cells]  # [V, heads, levels, P / Z, Z, 2]
-                read = deformable_attention(value[b, n, None], sizes, at.flatten(3, 4)[None], weight[b, None, cells])
-                total[b] = total[b].index_add(0, cells, read[0])
-        mean = total / seen.sum(1).clamp(min=1)[..., None]
-        return self.output_proj(mean) + query
-
-
-class BEVFormerLayer(nn.Module):
-    """One round of the encoder."""
-
-    def __init__(self, config: BEVFormerConfig) -> None:
-        super().__init__()
-        C, heads = config.channels, config.heads
-        self.attentions = nn.ModuleList(
-            [
-                TemporalSelfAttention(C, heads, config.points),
-                SpatialCrossAttention(C, heads, config.backbone.levels, config.camera_points),
-            ]
-        )
-        self.ffns = nn.ModuleList([_FeedForward(C, config.feed_forward)])
-        self.norms = nn.ModuleList([nn.LayerNorm(C) for _ in range(3)])
-
-
-class _SelfAttention(nn.Module):
-    def __init__(self, channels: int, heads: int) -> None:
-        super().__init__()
-        self.attn = nn.MultiheadAttention(channels, heads, batch_first=True)
-
-    def forward(self, query: Tensor, position: Tensor) -> Tensor:
-        key = query + position
-        return query + self.attn(key, key, query, need_weights=False)[0]
-
-
-class MapAttention(nn.Module):
-    """Queries read the map around their reference points."""
-
-    def __init__(self, channels: int, heads: int, points: int) -> None:
-        super().__init__()
-        self.heads, self.points = heads, points
-        self.sampling_offsets = nn.Linear(channels, heads * points * 2)
-        self.attention_weights = nn.Linear(channels, heads * points)
-        self.value_proj = nn.Linear(channels, channels)
-        self.output_proj = nn.Linear(channels, channels)
-
-    def forward(self, query: Tensor, position: Tensor, value: Tensor, places: Tensor, size: tuple[int, int]) -> Tensor:
-        """query, position [B, Q, C], value [B, h * w, C], places [B, Q, 2] x and y in 0..1 -> [B, Q, C]."""
-        B, Q, C = query.shape
-        asked = query + position
-        offsets = self.sampling_offsets(asked).view(B, Q, self.heads, 1, self.points, 2)
-        weight = self.attention_weights(asked).view(B, Q, self.heads, 1, self.points).softmax(-1)
-        at = places[:, :, None, None, None] + offsets / offsets.new_tensor([size[1], size[0]])
-        value = self.value_proj(value).view(B, -1, self.heads, C // self.heads)
-        return self.output_proj(deformable_attention(value, [size], at, weight)) + query
-
-
-class DecoderLayer(nn.Module):
-    """One round of a DETR-like decoder on the map: among queries, from the map, by themselves."""
-
-    def __init__(self, channels: int, heads: int, points: int, feed_forward: int) -> None:
-        super().__init__()
-        self.attentions = nn.ModuleList([_SelfAttention(channels, heads), MapAttention(channels, heads, points)])
-        self.ffns = nn.ModuleList([_FeedForward(channels, feed_forward)])
-        self.norms = nn.ModuleList([nn.LayerNorm(channels) for _ in range(3)])
-
-    def forward(self, query: Tensor, position: Tensor, value: Tensor, places: Tensor, size: tuple[int, int]) -> Tensor:
-        query = self.norms[0](self.attentions[0](query, position))
-        query = self.norms[1](self.attentions[1](query, position, value, places, size))
-        return self.norms[2](self.ffns[0](query))
-
-
-class LearnedPosition(nn.Module):
-    """A learned vector per column and per row: [1, h * w, C]."""
-
-    def __init__(self, size: tuple[int, int], channels: int) -> None:
-        super().__init__()
-        self.row_embed = nn.Embedding(size[0], channels // 2)
-        self.col_embed = nn.Embedding(size[1], channels // 2)
-
-    def forward(self) -> Tensor:
-        rows, columns = self.row_embed.weight, self.col_embed.weight
-        h, w = len(rows), len(columns)
-        return torch.cat([columns.expand(h, -1, -1), rows[:, None].expand(-1, w, -1)], -1).flatten(0, 1)[None]
-
-
-class MapEncoder(nn.Module):
-    """Features of all cameras to the map, in the frame of the LiDAR; MapTR uses it too."""
-
-    def __init__(self, config: BEVFormerConfig) -> None:
-        super().__init__()
-        self.config = config
-        C = config.channels
-        self.level_embeds = nn.Parameter(torch.randn(config.level_embeddings, C))
-        self.cams_embeds = nn.Parameter(torch.randn(config.cameras, C))
-        self.can_bus_mlp = nn.Sequential(
-            nn.Linear(18, C // 2), nn.ReLU(inplace=True), nn.Linear(C // 2, C), nn.ReLU(inplace=True)
-        )
-        self.can_bus_mlp.add_module("norm", nn.LayerNorm(C))
-        self.encoder = nn.Module()
-        self.encoder.layers = nn.ModuleList([BEVFormerLayer(config) for _ in range(config.encoder_layers)])
-
-    def encode(
-        self,
-        features: list[Tensor],
-        queries: Tensor,
-        position: Tensor,
-        img_from_lidar: Tensor,
-        bus: Tensor,
-        image_size: tuple[int, int],
-        previous: Tensor | None,
-    ) -> Tensor:
-        """The map [B, h * w, C].
-
-        Args:
-            features: levels [B, N, C, h, w].
-            queries, position: [h * w, C] and [1, h * w, C].
-            img_from_lidar: [B, N, 4, 4], points to (u depth, v depth, depth).
-            bus: [B, 18] float64, see `can_bus`.
-            image_size: height and width that `img_from_lidar` is for.
-            previous: the map of the previous frame alike, in its own frame, or None.
-        """
-        config = self.config
-        B = len(bus)
-        h, w = config.bev
-        query = queries + self.can_bus_mlp(bus.float())[:, None]
-        sizes = [tuple(x.shape[-2:]) for x in features]
-        flat = []
-        for level, x in enumerate(features):
-            x = x.flatten(3).transpose(2, 3) + self.cams_embeds[:, None] + self.level_embeds[level]
-            flat.append(x)  # [B, N, h * w, C]
-        seen_features = torch.cat(flat, 2)
-        places, seen = see_pillars(config, img_from_lidar, image_size)
-        cells = cell_places(h, w, query.device).expand(B, -1, -1)  # [B, h * w, 2]
-        both = torch.stack([cells, cells], 1)
-        if previous is not None:
-            turned = [turn_map(x, config, angle) for x, angle in zip(previous, bus[:, -1].tolist(), strict=True)]
-            both = torch.stack([cells + map_shift(config, bus)[:, None], cells], 1)
-            # The present half is the map before the first round, in all rounds.
-            values = torch.stack([torch.stack(turned), query], 1)
-        for layer in self.encoder.layers:
-            read = torch.stack([query, query], 1) if previous is None else values
-            query = layer.norms[0](layer.attentions[0](query, position.expand(B, -1, -1), read, both, config.bev))
-            query = layer.norms[1](layer.attentions[1](query, seen_features, sizes, places, seen))
-            query = layer.norms[2](layer.ffns[0](query))
-        return query
-
-
-def cell_places(h: int, w: int, device) -> Tensor:
-    """Middles of all cells, x and y in 0..1: [h * w, 2], row by row."""
-    y, x = torch.meshgrid(
-        (torch.arange(h, device=device) + 0.5) / h, (torch.arange(w, device=device) + 0.5) / w, indexing="ij"
-    )
-    return torch.stack([x, y], -1).flatten(0, 1)
-
-
-def see_pillars(config: BEVFormerConfig, img_from_lidar: Tensor, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Where the cameras see the points of each cell's pillar.
-
-    Returns:
-        places [B, N, h * w, Z, 2], x and y in 0..1 of the image, and whether any of a pillar is seen [B, N, h * w].
-    """
-    img_from_lidar = img_from_lidar.float()
-    (h, w), Z = config.bev, config.pillar_points
-    low, high = (img_from_lidar.new_tensor(x) for x in (config.low, config.high))
-    height = high[2] - low[2]
-    z = torch.linspace(0.5, float(height) - 0.5, Z, device=low.device) / height
-    xy = cell_places(h, w, low.device)
-    cube = torch.cat([xy[:, None].expand(-1, Z, -1), z.view(1, Z, 1).expand(h * w, -1, -1)], -1)
-    points = F.pad(low + cube * (high - low), (0, 1), value=1.0)  # [h * w, Z, 4]
-    projected = torch.einsum("bnij,qzj->bnqzi", img_from_lidar, points)
-    depth = projected[..., 2]
-    places = projected[..., :2] / depth.clamp(min=NEAREST_DEPTH)[..., None]
-    places = places / places.new_tensor([image_size[1], image_size[0]])
-    inside = ((places > 0) & (places < 1)).all(-1) & (depth > NEAREST_DEPTH)
-    return places, inside.any(-1)
-
-
-def turn_map(bev: Tensor, config: BEVFormerConfig, angle_deg: float) -> Tensor:
-    """A map [h * w, C] turned by the nearest cell."""
-    grid = bev.view(*config.bev, -1).movedim(2, 0)
-    return rotate(grid, angle_deg, center=list(config.rotate_center)).movedim(0, 2).flatten(0, 1)
-
-
-def map_shift(config: BEVFormerConfig, bus: Tensor) -> Tensor:
-    """How far the car has driven, x and y in 0..1 of the map: [B, 2]."""
-    way = bus[:, :2].norm(dim=1)
-    angle = bus[:, -2] - torch.atan2(bus[:, 1], bus[:, 0])
-    along, across = way * angle.cos(), way * angle.sin()
-    extent = [high - low for low, high in zip(config.low, config.high, strict=True)]
-    return torch.stack([across / extent[0], along / extent[1]], -1).float()
-
-
-def can_bus(frame: Frame) -> Tensor:
-    """The 18 numbers [B, 18] float64 that the published networks want to be told, from the motion since the last frame.
-
-    Translation [0:3], quaternion [3:7], yaw [-2] in radians and its change [-1] in degrees. The published ones are
-    taken in the frame of the map; here the axes are those of the present ego frame, so yaw is 0.
-    """
-    motion = frame.ego_from_prev.double()
-    bus = motion.new_zeros(len(motion), 18)
-    bus[:, :3] = -motion[:, :3, 3]  # what stands still moved by this, and the car by the opposite
-    back = invert_rigid(motion)
-    bus[:, 3] = 1.0
-    bus[:, -1] = torch.atan2(back[:, 1, 0], back[:, 0, 0]).rad2deg()
-    bus[frame.is_first] = bus.new_tensor([0.0] * 3 + [1.0] + [0.0] * 14)
-    return bus
-
-
 class BEVFormerHead(nn.Module):
     """From features to raw boxes; the modules and their names are the published ones."""
 
@@ -387,6 +73,7 @@ class BEVFormerHead(nn.Module):
         self.transformer.decoder.layers = nn.ModuleList(
             [DecoderLayer(C, config.heads, config.points, config.feed_forward) for _ in range(config.decoder_layers)]
         )
+        start_matrices(self.transformer)
         self.cls_branches = nn.ModuleList([branch(C, K, norm=True) for _ in range(config.decoder_layers)])
         self.reg_branches = nn.ModuleList([branch(C, 10, norm=False) for _ in range(config.decoder_layers)])
         for classify in self.cls_branches:
@@ -426,12 +113,11 @@ class BEVFormerHead(nn.Module):
         return torch.stack(all_logits), torch.stack(all_params), bev
 
 
-def branch(channels: int, outputs: int, norm: bool) -> nn.Sequential:
-    """What classifies or places a query."""
-    layers: list[nn.Module] = []
-    for _ in range(2):
-        layers += [nn.Linear(channels, channels), *([nn.LayerNorm(channels)] if norm else []), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers, nn.Linear(channels, outputs))
+class RawBoxes(NamedTuple):
+    """What `BEVFormerHead` returns, for the losses."""
+
+    logits: Tensor  # [L, B, Q, K]
+    params: Tensor  # [L, B, Q, 10]
 
 
 class BEVFormer(nn.Module):
@@ -443,7 +129,7 @@ class BEVFormer(nn.Module):
     def __init__(self, config: BEVFormerConfig) -> None:
         super().__init__()
         self.config = config
-        self.image_encoder = PublishedImageEncoder(config.backbone)
+        self.image_encoder = build_image_encoder(config.backbone, config.channels)
         self.head = BEVFormerHead(config)
         self.register_buffer("ego_from_lidar", torch.tensor(config.ego_from_lidar), persistent=False)
 
@@ -451,7 +137,7 @@ class BEVFormer(nn.Module):
         """The memory of a network that has seen nothing; the layout is [B, C, rows along LiDAR y, columns along x]."""
         return State(self.head.bev_embedding.weight.new_zeros(batch_size, self.config.channels, *self.config.bev))
 
-    def forward(self, frame: Frame, state: State) -> tuple[tuple[Tensor, Tensor], State]:
+    def forward(self, frame: Frame, state: State) -> tuple[RawBoxes, State]:
         """One moment.
 
         Args:
@@ -472,21 +158,12 @@ class BEVFormer(nn.Module):
             results.append(self.head([x[one] for x in features], img_from_lidar[one], bus[one], (H, W), previous))
         logits, params, bev = zip(*results, strict=True)
         bev = torch.cat(bev).transpose(1, 2).unflatten(2, self.config.bev)
-        return (torch.cat(logits, 1), torch.cat(params, 1)), State(bev)
+        return RawBoxes(torch.cat(logits, 1), torch.cat(params, 1)), State(bev)
 
-    def decode(self, prediction: tuple[Tensor, Tensor]) -> Scene:
+    def decode(self, prediction: RawBoxes) -> Scene:
         """The best boxes in the ego frame, best first; there are no lines."""
         boxes = decode_boxes(*prediction, self.ego_from_lidar, self.config.max_boxes)
         return Scene(boxes, no_lines(len(boxes.score), boxes.score.device))
-
-
-def rig_from_lidar(frame: Frame, ego_from_lidar: Tensor) -> Tensor:
-    """From the LiDAR's frame to (u depth, v depth, depth, 1) of each camera, [B, N, 4, 4]; zero for absent ones."""
-    rig = frame.rig
-    img_from_cam = F.pad(rig.img_from_cam.double(), (0, 1, 0, 1))
-    img_from_cam[..., 3, 3] = 1.0
-    matrix = img_from_cam @ invert_rigid(rig.ego_from_cam.double()) @ ego_from_lidar.double()
-    return torch.where(rig.present[..., None, None], matrix, torch.zeros_like(matrix))
 
 
 def no_lines(batch_size: int, device) -> Polylines:

@@ -17,7 +17,7 @@ from perception.files import replacing
 from perception.models.bev_transformer import BEVTransformer, ModelConfig
 from perception.models.bevformer import BEVFormer, BEVFormerConfig
 from perception.models.maptr import MapTR, MapTRConfig
-from perception.models.published_backbone import PublishedBackboneConfig
+from perception.models.published_backbone import FPNConfig, PublishedBackboneConfig
 
 FORMAT = "perception-1"  # changes when old files can no longer be read
 ARCHITECTURES = {
@@ -26,14 +26,19 @@ ARCHITECTURES = {
     "maptr": (MapTR, MapTRConfig),
 }
 Network = BEVTransformer | BEVFormer | MapTR
-# The published networks that a checkpoint is compared with.
+# The configurations of the published networks, which a checkpoint is compared with.
 PUBLISHED = {
-    "bevformer_tiny": ("bevformer", BEVFormerConfig.tiny),
-    "bevformer_small": ("bevformer", BEVFormerConfig.small),
-    "bevformer_base": ("bevformer", BEVFormerConfig.base),
-    "maptr_tiny_r50_24e_bevformer": ("maptr", MapTRConfig),
+    "bevformer_tiny": BEVFormerConfig.tiny,
+    "bevformer_small": BEVFormerConfig.small,
+    "bevformer_base": BEVFormerConfig.base,
+    "maptr_tiny_r50_24e_bevformer": MapTRConfig,
 }
 PREFIXES = {"img_backbone.": "image_encoder.trunk.", "img_neck.": "image_encoder.neck.", "pts_bbox_head.": "head."}
+
+
+def build_network(config: ModelConfig | BEVFormerConfig | MapTRConfig) -> Network:
+    """A network with random weights."""
+    return next(network for network, kind in ARCHITECTURES.values() if type(config) is kind)(config)
 
 
 def save_checkpoint(path: str | Path, model: Network, metrics: dict[str, float], half: bool = False) -> None:
@@ -91,12 +96,12 @@ def load_checkpoint(path: str | Path) -> tuple[Network, dict[str, float]]:
     architecture = metadata.get("architecture", "bev_transformer")
     if architecture not in ARCHITECTURES:
         raise CheckpointError(f"{path}: architecture {architecture!r} is not known to this version; use a newer one")
-    network, kind = ARCHITECTURES[architecture]
+    kind = ARCHITECTURES[architecture][1]
     try:
         config = _config(kind, json.loads(metadata["config"]))
     except TypeError as error:
         raise CheckpointError(f"{path}: config does not fit this version ({error}); train it again") from error
-    model = network(config)
+    model = build_network(config)
     _load_exactly(model, tensors, path)
     return model.eval(), json.loads(metadata["metrics"])
 
@@ -109,7 +114,8 @@ def _config(kind: type, values: dict):
 
     known = {key: frozen(value) for key, value in values.items()}
     if isinstance(known.get("backbone"), dict):
-        known["backbone"] = _config(PublishedBackboneConfig, known["backbone"])
+        inner = FPNConfig if "name" in known["backbone"] else PublishedBackboneConfig
+        known["backbone"] = _config(inner, known["backbone"])
     return kind(**known)
 
 
@@ -141,17 +147,17 @@ def import_published(path: str | Path) -> tuple[str, Network]:
         raise CheckpointError(f"{path}: holds no state dict; give a .pth that the published code wrote")
     tensors = {our_key(name): tensor for name, tensor in weights.items()}
     misfits = {}
-    for name, (architecture, make) in PUBLISHED.items():
+    for name, make in PUBLISHED.items():
         config = make()
         with torch.device("meta"):
-            wanted = ARCHITECTURES[architecture][0](config).state_dict()
+            wanted = build_network(config).state_dict()
         misfits[name] = [
             key
             for key in sorted(wanted.keys() | tensors.keys())
             if key not in wanted or key not in tensors or wanted[key].shape != tensors[key].shape
         ]
         if not misfits[name]:
-            model = ARCHITECTURES[architecture][0](config)
+            model = build_network(config)
             model.load_state_dict(tensors)
             return name, model.eval()
     nearest = min(misfits, key=lambda name: len(misfits[name]))

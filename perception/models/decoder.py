@@ -52,6 +52,13 @@ def _turn_from_sight(sin_cos: Tensor, center: Tensor) -> Tensor:
     return torch.stack([sin * x + cos * y, cos * x - sin * y], -1)
 
 
+def _turn_by_heading(along: Tensor, heading: Tensor) -> Tensor:
+    """Vectors [..., 2] in frames whose x axes point along `heading` (sin, cos of any length), as vectors in ego's."""
+    sin, cos = F.normalize(heading, dim=-1).unbind(-1)
+    x, y = along.unbind(-1)
+    return torch.stack([cos * x - sin * y, sin * x + cos * y], -1)
+
+
 class BEVAttention(nn.Module):
     """Deformable attention from queries with a reference point to the BEV map.
 
@@ -230,8 +237,11 @@ class BoxDecoder(nn.Module):
             query = query + layer["feed_forward"](query)
             logits = logits + layer["to_class"](query).float()
             # A street tells how a box is turned against the car, a picture how it is turned against the line of sight.
-            change, by_sight = layer["to_box"](query).float().split([10, 2], -1)
-            refined = params + change + F.pad(_turn_from_sight(by_sight, reference), (6, 2))
+            change, along, by_sight = layer["to_box"](query).float().split([8, 2, 2], -1)
+            refined = params[..., :8] + change + F.pad(_turn_from_sight(by_sight, reference), (6, 0))
+            # What moves moves the way it heads: how fast is known even where the heading is not.
+            velocity = _turn_by_heading(along, refined[..., 6:].detach())
+            refined = torch.cat([refined, velocity], -1)
             all_logits.append(logits)
             all_params.append(refined)
             # How far off this may be is read from the query and does not change it: knowing costs no accuracy.

@@ -1,55 +1,45 @@
 """MapTR (https://arxiv.org/abs/2208.14437) with BEVFormer's map encoder, faithful enough to run the published weights.
 
-As in `perception.models.bevformer`, modules are named as in the checkpoints and the network lives in the frame of
+As in `perception.models.map_encoder`, modules are named as in the checkpoints and the network lives in the frame of
 LIDAR_TOP. It sees each frame by itself: there is no memory, and the vector of the CAN bus is that of a first frame.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from perception.models.bevformer import (
-    NUSCENES_EGO_FROM_LIDAR,
+from perception.models.decoder import CLOSED_GAP, LOG_SPREAD_RANGE, best_pairs
+from perception.models.map_encoder import (
     DecoderLayer,
     LearnedPosition,
     MapEncoder,
+    PublishedConfig,
     branch,
     can_bus,
     rig_from_lidar,
+    start_matrices,
 )
-from perception.models.decoder import CLOSED_GAP, LOG_SPREAD_RANGE, best_pairs
-from perception.models.published_backbone import PAD_MULTIPLE, PublishedBackboneConfig, PublishedImageEncoder
+from perception.models.published_backbone import PAD_MULTIPLE, build_image_encoder
 from perception.ops.deformable import inverse_sigmoid
 from perception.types import LINE_CLASSES, Boxes, Frame, Polylines, Scene, State
 
 
 @dataclass(frozen=True)
-class MapTRConfig:
+class MapTRConfig(PublishedConfig):
     """Everything that decides the shape of the network, MapTR-tiny by default; metres in the LiDAR's frame."""
 
-    image_size: tuple[int, int] = (450, 800)
-    backbone: PublishedBackboneConfig = field(default_factory=PublishedBackboneConfig)
-    bev: tuple[int, int] = (200, 100)  # rows along y, columns along x
+    bev: tuple[int, int] = (200, 100)
     low: tuple[float, float, float] = (-15.0, -30.0, -2.0)
     high: tuple[float, float, float] = (15.0, 30.0, 2.0)
-    channels: int = 256
-    feed_forward: int = 512
-    heads: int = 8
     encoder_layers: int = 1
-    decoder_layers: int = 6
     lines: int = 50
     line_points: int = 20
-    level_embeddings: int = 4  # rows of a table of which the first are used
-    pillar_points: int = 4
-    camera_points: int = 8  # per level and head, spread over the heights of a pillar
-    points: int = 4  # per head, in the map
-    cameras: int = 6
     max_lines: int = 50
-    ego_from_lidar: tuple[tuple[float, ...], ...] = NUSCENES_EGO_FROM_LIDAR
 
 
 class MapTRHead(nn.Module):
@@ -69,6 +59,7 @@ class MapTRHead(nn.Module):
         self.transformer.decoder.layers = nn.ModuleList(
             [DecoderLayer(C, config.heads, config.points, config.feed_forward) for _ in range(config.decoder_layers)]
         )
+        start_matrices(self.transformer)
         self.cls_branches = nn.ModuleList(
             [branch(C, len(LINE_CLASSES), norm=True) for _ in range(config.decoder_layers)]
         )
@@ -106,13 +97,20 @@ class MapTRHead(nn.Module):
         return torch.stack(all_logits), torch.stack(all_points), bev
 
 
+class RawLines(NamedTuple):
+    """What `MapTRHead` returns, for the losses."""
+
+    logits: Tensor  # [L, B, Q, K]
+    points: Tensor  # [L, B, Q, P, 2] x and y in 0..1 over the range
+
+
 class MapTR(nn.Module):
     """Calibrated images in, raw lines out. `Frame.rig` must have the cameras that the network was trained with."""
 
     def __init__(self, config: MapTRConfig) -> None:
         super().__init__()
         self.config = config
-        self.image_encoder = PublishedImageEncoder(config.backbone)
+        self.image_encoder = build_image_encoder(config.backbone, config.channels)
         self.head = MapTRHead(config)
         self.register_buffer("ego_from_lidar", torch.tensor(config.ego_from_lidar), persistent=False)
 
@@ -120,7 +118,7 @@ class MapTR(nn.Module):
         """Nothing: the network has no memory."""
         return State(self.ego_from_lidar.new_zeros(batch_size, 0, 1, 1))
 
-    def forward(self, frame: Frame, state: State) -> tuple[tuple[Tensor, Tensor], State]:
+    def forward(self, frame: Frame, state: State) -> tuple[RawLines, State]:
         """One moment.
 
         Args:
@@ -134,9 +132,9 @@ class MapTR(nn.Module):
         bus = can_bus(frame._replace(is_first=torch.ones_like(frame.is_first)))
         features = self.image_encoder(frame.images)
         logits, points, _ = self.head(features, rig_from_lidar(frame, self.ego_from_lidar), bus, (H, W))
-        return (logits, points), state
+        return RawLines(logits, points), state
 
-    def decode(self, prediction: tuple[Tensor, Tensor]) -> Scene:
+    def decode(self, prediction: RawLines) -> Scene:
         """The best lines in the ego frame, best first; there are no boxes."""
         config = self.config
         logits, points = (x[-1].float() for x in prediction)

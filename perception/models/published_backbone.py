@@ -6,11 +6,15 @@ Modules are named as the published checkpoints name them (`img_backbone.*` witho
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
+
+from perception.errors import CheckpointError, ConfigError
+from perception.models.backbone import FPNEncoder
 
 PAD_MULTIPLE = 32  # pixels; images are filled up to it below and at the right
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
@@ -37,6 +41,16 @@ class PublishedBackboneConfig:
     levels: int = 1
     width: int = 64
     channels: int = 256
+
+
+@dataclass(frozen=True)
+class FPNConfig:
+    """The flagship's image encoder in a published network, for comparisons; see `perception.models.backbone`."""
+
+    name: str = "resnet18"
+    stages: int = 3
+    stride: int = 8
+    levels: int = 1  # it has one
 
 
 class DeformableConv(nn.Module):
@@ -98,6 +112,53 @@ class PublishedResNet(nn.Module):
                 blocks.append(Bottleneck(channels, inner, stride, config.caffe, config.deformable[stage]))
                 channels = 4 * inner
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+
+        for (
+            module
+        ) in self.modules():  # published networks keep the statistics and scales of the weights they start from
+            if isinstance(module, nn.BatchNorm2d):
+                module.requires_grad_(False)
+
+    def freeze(self, stages: int) -> None:
+        """Holds the stem and the first stages as they are; -1 holds nothing.
+
+        Raises:
+            ConfigError: there are not so many stages.
+        """
+        if not -1 <= stages <= 4:
+            raise ConfigError(f"train.frozen_stages is {stages}; use -1 to 4")
+        parts = [self.conv1, *(getattr(self, f"layer{stage + 1}") for stage in range(stages))] if stages >= 0 else []
+        for part in parts:
+            part.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> PublishedResNet:
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
+    def load_published(self, weights: dict[str, Tensor], path: Path) -> None:
+        """Takes the weights of a whole image network, named as torchvision names them; its head is left out.
+
+        Args:
+            weights: its state dict.
+            path: where they are from, for errors.
+
+        Raises:
+            CheckpointError: one that is needed is missing or has another shape. The layers that tell deformable
+                convolutions where to read are no part of an image network and may be missing.
+        """
+        wanted = self.state_dict()
+        for name, tensor in wanted.items():
+            told = ".conv_offset." in name
+            if (name not in weights and not told) or (name in weights and weights[name].shape != tensor.shape):
+                has = f"has shape {tuple(weights[name].shape)}" if name in weights else "is missing"
+                raise CheckpointError(
+                    f"{path}: {name} {has}, shape {tuple(tensor.shape)} is needed; give the weights of a ResNet of "
+                    "this depth as train.trunk_weights"
+                )
+        self.load_state_dict({name: weights.get(name, tensor) for name, tensor in wanted.items()})
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Normalised images [B, 3, H, W] to maps at strides 4, 8, 16 and 32."""
@@ -166,3 +227,37 @@ class PublishedImageEncoder(nn.Module):
         H, W = x.shape[-2:]
         maps = self.trunk(F.pad(x, (0, -W % PAD_MULTIPLE, 0, -H % PAD_MULTIPLE)))
         return [x.unflatten(0, (B, N)) for x in self.neck([maps[stage] for stage in self.config.outputs])]
+
+
+class SingleMapEncoder(nn.Module):
+    """The flagship's image encoder behind the interface of the published ones."""
+
+    def __init__(self, config: FPNConfig, channels: int) -> None:
+        super().__init__()
+        self.encoder = FPNEncoder(config.name, config.stages, config.stride, channels)
+
+    @property
+    def trunk(self) -> nn.Module:
+        """What is frozen, and what published weights are loaded into."""
+        return self.encoder.trunk
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Images [B, N, 3, H, W], RGB 0..255, to one level [B, N, C, h, w] of the padded images."""
+        H, W = images.shape[-2:]
+        padded = F.pad(images.flatten(0, 1), (0, -W % PAD_MULTIPLE, 0, -H % PAD_MULTIPLE))
+        return [self.encoder(padded).unflatten(0, images.shape[:2])]
+
+
+def build_image_encoder(
+    config: PublishedBackboneConfig | FPNConfig, channels: int
+) -> PublishedImageEncoder | SingleMapEncoder:
+    """The image encoder of a published network with maps of so many channels.
+
+    Raises:
+        ConfigError: a published backbone has another number of channels.
+    """
+    if isinstance(config, FPNConfig):
+        return SingleMapEncoder(config, channels)
+    if config.channels != channels:
+        raise ConfigError(f"model.backbone.channels is {config.channels}, model.channels {channels}; make them equal")
+    return PublishedImageEncoder(config)

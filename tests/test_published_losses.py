@@ -1,0 +1,218 @@
+"""Matching and losses of the published networks against what the published code itself gives."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from mmengine.runner import set_random_seed
+from safetensors.torch import load_file
+
+from perception.data.loader import collate
+from perception.data.nuscenes import NuScenesDataset
+from perception.engine import TrainingModel, load_config, train
+from perception.engine.training import build_optimizer, make_core
+from perception.errors import ConfigError
+from perception.models.bevformer import BEVFormerConfig, RawBoxes, decode_boxes
+from perception.models.checkpoint import build_network, load_checkpoint
+from perception.models.maptr import MapTRConfig, RawLines
+from perception.models.published_backbone import FPNConfig
+from perception.published_losses import (
+    LINE_LOSS_WEIGHTS,
+    bevformer_losses,
+    encode_lidar_boxes,
+    lidar_boxes,
+    losses_of,
+    maptr_losses,
+    match_boxes,
+    match_lines,
+    published_orderings,
+)
+from perception.synthetic import VERSION
+from perception.types import Polylines, map_tensors
+
+SMALL = {"image_size": (64, 96), "backbone": FPNConfig(stages=2), "channels": 32, "feed_forward": 48, "heads": 4}
+
+
+def padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [M_b, ...] as [B, M, ...], and which are real [B, M]."""
+    most = max(len(row) for row in rows)
+    whole = torch.stack([torch.cat([row, row.new_zeros(most - len(row), *row.shape[1:])]) for row in rows])
+    return whole, torch.stack([torch.arange(most) < len(row) for row in rows])
+
+
+def cases(golden) -> list[str]:
+    return sorted({key.split(".")[0] for key in load_file(golden / "bevformer_loss/inputs.safetensors") if "." in key})
+
+
+def test_bevformer(golden):
+    inputs, expected = (load_file(golden / f"bevformer_loss/{name}.safetensors") for name in ("inputs", "outputs"))
+    assert cases(golden)
+    for case in cases(golden):
+        images = range(inputs["all_cls_scores"].shape[1])
+        boxes, valid = padded([inputs[f"{case}.gt_boxes{b}"] for b in images])
+        label, _ = padded([inputs[f"{case}.gt_labels{b}"] for b in images])
+        boxes[..., 2] += boxes[..., 5] / 2  # given by the middle of their bottom
+        targets = encode_lidar_boxes(boxes)
+        logits = inputs["all_cls_scores"].clone().requires_grad_()
+        params = inputs["all_bbox_preds"].clone().requires_grad_()
+        layers = len(logits)
+        for layer in range(layers):
+            match, cost = match_boxes(logits[layer], params[layer], targets, label, valid)
+            for b in images:
+                told = {key: expected[f"{case}.layer{layer}.image{b}.{key}"] for key in ("cost", "assigned_gt_inds")}
+                torch.testing.assert_close(cost[b, :, valid[b]], told["cost"], atol=1e-4, rtol=1e-5)
+                assigned = torch.zeros(logits.shape[2], dtype=torch.int64)
+                assigned[match.query[match.batch == b]] = match.target[match.batch == b] + 1
+                assert torch.equal(assigned, told["assigned_gt_inds"])
+        losses = bevformer_losses(logits, params, targets, label, valid)
+        for layer, told in enumerate(losses):
+            prefix = "" if layer == layers - 1 else f"d{layer}."
+            for name, ours in (("loss_cls", "box_class"), ("loss_bbox", "box_params")):
+                torch.testing.assert_close(
+                    told[ours].detach(), expected[f"{case}.{prefix}{name}"][0], atol=0, rtol=1e-5
+                )
+        sum(loss for layer in losses for loss in layer.values()).backward()
+        torch.testing.assert_close(logits.grad, expected[f"{case}.grad_all_cls_scores"], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(params.grad, expected[f"{case}.grad_all_bbox_preds"], atol=1e-5, rtol=1e-5)
+
+
+def resample(points: list, count: int) -> np.ndarray:
+    """`count` points at equal distances along a line."""
+    points = np.asarray(points, dtype=np.float64)
+    along = np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(points, axis=0), axis=1))])
+    wanted = np.linspace(0, along[-1], count)
+    return np.stack([np.interp(wanted, along, points[:, k]) for k in range(2)], 1)
+
+
+def test_maptr(golden):
+    folder = golden / "maptr"
+    told = json.loads((folder / "loss.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
+    outputs = load_file(folder / "outputs.safetensors")
+    P, M = config["num_pts"], len(told["gt"])
+    orderings, exists = torch.zeros(1, M, P - 1, P, 2), torch.zeros(1, M, P - 1, dtype=torch.bool)
+    for m, line in enumerate(told["gt"]):
+        walks = [line["pts"], line["pts"][::-1]]
+        if line["pts"][0] == line["pts"][-1]:  # from each vertex, moved to the right
+            ring = np.array(line["pts"][:-1])
+            walks = [np.roll(ring, k, axis=0) for k in range(len(ring))]
+            walks = [np.concatenate([walk, walk[:1]]) for walk in walks]
+        for k, walk in enumerate(walks):
+            orderings[0, m, k] = torch.from_numpy(resample(walk, P))
+            exists[0, m, k] = True
+    label = torch.tensor([[line["label"] for line in told["gt"]]])
+    valid = torch.ones(1, M, dtype=torch.bool)
+    low, high = config["pc_range"][:2], config["pc_range"][3:5]
+    shares = (orderings - torch.tensor(low)) / (torch.tensor(high) - torch.tensor(low))
+    logits = outputs["all_cls_scores"].requires_grad_()
+    found = outputs["all_pts_preds"].requires_grad_()
+    for layer, (assigned_inds, order) in enumerate(zip(told["assigned_gt_inds"], told["order_index"], strict=True)):
+        match, best = match_lines(logits[layer], found[layer], shares, exists, label, valid)
+        assigned = torch.zeros(logits.shape[2], dtype=torch.int64)
+        assigned[match.query] = match.target + 1
+        assert assigned.tolist() == assigned_inds
+        assert best[0].tolist() == order
+    losses = maptr_losses(logits, found, orderings, exists, label, valid, tuple(low), tuple(high))
+    names = {"loss_cls": "line_class", "loss_pts": "line_points", "loss_dir": "line_direction"}
+    for layer, values in enumerate(losses):
+        prefix = "" if layer == len(losses) - 1 else f"d{layer}."
+        for name, ours in names.items():
+            assert values[ours].item() == pytest.approx(told["losses"][prefix + name], rel=1e-4)
+            bare = values[ours].item() / LINE_LOSS_WEIGHTS[ours]
+            assert bare == pytest.approx(told["losses_all_weights_1"][prefix + name], rel=1e-4)
+    total = sum(loss for layer in losses for loss in layer.values())
+    assert total.item() == pytest.approx(told["total"], rel=1e-4)
+
+
+def test_orderings_of_rings_and_open_lines():
+    ring = torch.tensor([[0.0, 0], [1, 0], [1, 1], [0, 0]])
+    points = torch.stack([ring, ring + torch.arange(4.0)[:, None]])[None]
+    yes = torch.ones(1, 2, dtype=torch.bool)
+    closed = torch.tensor([[True, False]])
+    lines = Polylines(points, closed, closed.long(), yes.float(), yes, torch.zeros_like(points))
+    orderings, exists = published_orderings(lines)
+    assert exists[0].tolist() == [[True, True, True, False], [True, False, False, True]]
+    assert orderings[0, 0, 1].tolist() == [[1, 0], [1, 1], [0, 0], [1, 0]]
+    assert torch.equal(orderings[0, 1, 3], points[0, 1].flip(0))
+
+
+def test_boxes_go_to_the_lidar_and_back():
+    """The way of the truth is the way back of what is decoded."""
+    torch.manual_seed(0)
+    box = torch.cat(
+        [10 * torch.randn(1, 5, 3), 1 + torch.rand(1, 5, 3), 6 * torch.rand(1, 5, 1), torch.randn(1, 5, 2)], -1
+    )
+    ego_from_lidar = torch.tensor(BEVFormerConfig.tiny().ego_from_lidar)
+    logits = torch.full((1, 1, 5, 10), -9.0)
+    logits[0, 0, range(5), range(5)] = torch.arange(5.0, 0.0, -1.0)
+    boxes = decode_boxes(logits, encode_lidar_boxes(box)[None], ego_from_lidar, 5)
+    back = lidar_boxes(boxes, ego_from_lidar)
+    turns = (back[..., 6] - box[..., 6]) / (2 * math.pi)
+    assert turns.round().sub(turns).abs().max() < 1e-5
+    torch.testing.assert_close(
+        back[..., [0, 1, 2, 3, 4, 5, 7, 8]], box[..., [0, 1, 2, 3, 4, 5, 7, 8]], atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("network", ["bevformer", "maptr"])
+def test_what_is_true_costs_nothing(network, town_root):
+    """The truth, put where the network would say it, has no loss but that of not being quite sure."""
+    data = NuScenesDataset(town_root, VERSION, "town_val", image_size=(64, 96))
+    clip = collate([data[0]])
+    truth = map_tensors(lambda tensor: tensor[:, 0], clip).truth
+    model = build_network(BEVFormerConfig(**SMALL, bev=(8, 8)) if network == "bevformer" else MapTRConfig(**SMALL))
+    turn = model.ego_from_lidar
+    if network == "bevformer":
+        params = encode_lidar_boxes(lidar_boxes(truth.boxes, turn))[None]
+        inside = (params[0, ..., :2].abs() < 51.2).all(-1)  # what lies farther away is not asked for
+        label, known = truth.boxes.label, truth.boxes.valid & inside
+    else:
+        lidar = (truth.lines.points - turn[:2, 3]) @ turn[:2, :2]
+        params = ((lidar + torch.tensor([15.0, 30.0])) / torch.tensor([30.0, 60.0]))[None]
+        label, known = truth.lines.label, truth.lines.valid
+    logits = torch.full((1, *label.shape, 10 if network == "bevformer" else 3), -9.0)
+    logits[0, 0, torch.arange(label.shape[1])[known[0]], label[known]] = 9.0
+    prediction = (RawBoxes if network == "bevformer" else RawLines)(logits, params)
+    losses = losses_of(model, prediction, truth)
+    assert known.sum() > 3 and all(loss.item() < 1e-2 for loss in losses.values())
+    moved = prediction._replace(**{prediction._fields[1]: prediction[1] + 0.1})
+    assert sum(losses_of(model, moved, truth).values()) > 0.1
+
+
+@pytest.mark.parametrize("network", ["bevformer", "maptr"])
+def test_published_networks_are_trained(network, town_root, tmp_path):
+    """The whole way of scripts/train.py with the flagship's image encoder, and what it leaves is evaluated alike."""
+    preset = "bevformer_tiny" if network == "bevformer" else "maptr_tiny_r50_24e_bevformer"
+    path = tmp_path / "port.py"
+    path.write_text(f"""
+model = dict(
+    preset={preset!r}, image_size=(64, 96), channels=32, feed_forward=48, heads=4, decoder_layers=2, encoder_layers=1,
+    bev=(16, 16), backbone=dict(name="resnet18", stages=2, stride=8),
+)
+train_data = dict(dataroot={str(town_root)!r}, version={VERSION!r}, split="town_val", augment=dict(mirror=0.0))
+val_data = dict(dataroot={str(town_root)!r}, version={VERSION!r}, split="town_val")
+train = dict(
+    epochs=2, batch_size=2, groups=1, window=1, drop_frames=0.0, image_epochs=0, lr=1e-3, trunk_lr_share=0.5,
+    frozen_stages=0, weight_decay=0.01, warmup_iters=2, grad_clip=35.0, ema_momentum=0.0, val_every=2, log_every=1,
+    workers=0,
+)
+""")
+    config = load_config(path)
+    assert isinstance(config.model.backbone, FPNConfig)
+    trained = train(config, tmp_path / "work", seed=0)
+    told, metrics = load_checkpoint(tmp_path / "work" / "port.safetensors")
+    assert told.config == config.model and metrics["epoch"] == 2
+    set_random_seed(0)
+    start = make_core(config).state_dict()
+    changed = {name for name, tensor in trained.state_dict().items() if not torch.equal(tensor, start[name])}
+    assert any(name.startswith("head.transformer.decoder") for name in changed)
+    assert not any(name.startswith("image_encoder.encoder.trunk.stem") for name in changed)
+    model = TrainingModel(trained)
+    groups = build_optimizer(model, config.train).param_groups
+    assert {group["lr"] for group in groups} == {1e-3, 5e-4}
+    with pytest.raises(ConfigError, match="no losses in the images"):
+        train(load_config(path, {"train.image_epochs": 1}), tmp_path / "other")
+    with pytest.raises(ConfigError, match="names 'heatmap'; the losses are"):
+        TrainingModel(trained, ("heatmap",))
