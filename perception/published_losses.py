@@ -1,4 +1,4 @@
-"""Matching and losses of BEVFormer and MapTR as they were published, for training these networks.
+"""Matching and losses of BEVFormer, MapTR and MapTRv2 as they were published, for training these networks.
 
 They differ from `perception.losses` in what is compared: boxes as the published networks encode them, with little
 weight on velocities, and a box whose velocity is not known teaches nothing but its class; lines in shares of their
@@ -13,15 +13,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perception.losses import Match, focal_cost, focal_loss, hungarian, line_orderings
+from perception.grid import BEVGrid
+from perception.losses import Match, draw_boxes, draw_raster, focal_cost, focal_loss, hungarian, line_orderings
+from perception.models.bev_encoder import see_points
 from perception.models.bevformer import BEVFormer, RawBoxes
 from perception.models.maptr import MapTR, RawLines
-from perception.types import Boxes, Polylines, Scene
+from perception.models.maptrv2 import LiftedLines, MapTRv2
+from perception.models.published_backbone import PAD_MULTIPLE
+from perception.types import Boxes, CameraRig, Frame, Polylines, Scene, map_tensors
 
 BOX_CODE_WEIGHTS = (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.2, 0.2)
 # The total, and so the size of a gradient that is clipped, is as published.
 BOX_LOSS_WEIGHTS = {"box_class": 2.0, "box_params": 0.25}
 LINE_LOSS_WEIGHTS = {"line_class": 2.0, "line_points": 5.0, "line_direction": 0.005}
+LIFTED_LOSS_WEIGHTS = LINE_LOSS_WEIGHTS | {
+    "many_class": 2.0, "many_points": 5.0, "many_direction": 0.005, "raster": 1.0, "image_raster": 2.0, "depth": 3.0,
+}  # fmt: skip
 
 
 def lidar_boxes(boxes: Boxes, ego_from_lidar: Tensor) -> Tensor:
@@ -167,22 +174,107 @@ def maptr_losses(
     return [{name: LINE_LOSS_WEIGHTS[name] * loss for name, loss in layer.items()} for layer in losses]
 
 
-def losses_of(network: BEVFormer | MapTR, prediction: RawBoxes | RawLines, truth: Scene) -> dict[str, Tensor]:
+def lifted_losses(network: MapTRv2, prediction: LiftedLines, truth: Scene, frame: Frame) -> dict[str, Tensor]:
+    """Weighted losses of what MapTRv2 says beside its lines: further queries, rasters and depth.
+
+    The published network learns depth from the LiDAR. Here it learns it where images show boxes, from the boxes.
+
+    Args:
+        network: says in which frame and range its outputs are.
+        prediction: leading [B].
+        truth, frame: leading [B].
+    """
+    config, rig = network.config, frame.rig
+    lines = lidar_lines(truth.lines, network.ego_from_lidar)
+    many = map_tensors(lambda tensor: tensor.repeat_interleave(config.many_times, 1), lines)
+    orderings, exists = published_orderings(many)
+    layers = maptr_losses(
+        prediction.many_logits, prediction.many_points, orderings, exists, many.label, many.valid, config.low,
+        config.high,
+    )  # fmt: skip
+    losses = {name.replace("line", "many"): loss for name, loss in _summed(layers).items()}
+
+    rows, columns = config.bev
+    grid = BEVGrid((config.low[0], config.high[0]), (config.low[1], config.high[1]), (columns, rows))
+    passed = draw_raster(lines, grid, config.classes).amax(1, keepdim=True).transpose(2, 3)  # [B, 1, rows, columns]
+    losses["raster"] = network.head.loss_seg.loss_fn(prediction.raster_logits, passed)
+    H, W = (side + -side % PAD_MULTIPLE for side in frame.images.shape[-2:])
+    shown = draw_lines_in_images(truth.lines, rig, (H, W), prediction.image_logits.shape[-2:])
+    told = rig.present[..., None, None, None].expand_as(shown)
+    image_loss = network.head.loss_pv_seg.loss_fn(prediction.image_logits[told], shown[told])
+    losses["image_raster"] = LIFTED_LOSS_WEIGHTS["image_raster"] * image_loss
+
+    depth, _ = draw_boxes(truth.boxes, rig, (H, W), prediction.depth_logits.shape[-2:])  # [B, N, h, w]
+    first, end, step = config.depths
+    near = (depth >= first) & (depth < end) & rig.present[..., None, None]
+    b, n, v, u = near.nonzero(as_tuple=True)
+    likely = prediction.depth_logits[b, n, :, v, u].log_softmax(-1)  # [pixels, D]
+    bins = ((depth[near] - first) / step).long()
+    unlikely = -likely.gather(1, bins[:, None]).sum() / max(len(bins), 1)
+    losses["depth"] = LIFTED_LOSS_WEIGHTS["depth"] * unlikely
+    return losses
+
+
+def draw_lines_in_images(
+    lines: Polylines, rig: CameraRig, image_size: tuple[int, int], feature_size: tuple[int, int]
+) -> Tensor:
+    """1 in every pixel of a feature map that a line on the ground passes, [B, N, 1, h, w].
+
+    Args:
+        lines: [B, M] in the ego frame, at height 0.
+        rig: leading [B, N].
+        image_size: height and width in pixels of the images that the rig is calibrated for.
+        feature_size: height and width of the feature map.
+    """
+    h, w = feature_size
+    t = torch.linspace(0, 1, 8, device=lines.points.device)
+    dense = torch.lerp(lines.points[:, :, :-1, None], lines.points[:, :, 1:, None], t[:, None])  # [B, M, P - 1, 8, 2]
+    points = F.pad(dense.flatten(1, 3), (0, 1))  # [B, points, 3]
+    uv, _, seen = see_points(rig, points, image_size)  # [B, N, points, ...]
+    seen = seen & lines.valid.repeat_interleave(dense.shape[2] * dense.shape[3], 1)[:, None]
+    b, n, p = seen.nonzero(as_tuple=True)
+    u, v = (uv[b, n, p] * uv.new_tensor([w, h])).long().unbind(-1)
+    image = torch.zeros(*seen.shape[:2], 1, h, w, device=uv.device)
+    image[b, n, 0, v.clamp(max=h - 1), u.clamp(max=w - 1)] = 1.0
+    return image
+
+
+def lidar_lines(lines: Polylines, ego_from_lidar: Tensor) -> Polylines:
+    """Lines of the ego frame in the LiDAR's."""
+    return lines._replace(points=(lines.points - ego_from_lidar[:2, 3]) @ ego_from_lidar[:2, :2])
+
+
+def loss_weights(network: BEVFormer | MapTR | MapTRv2) -> dict[str, float]:
+    """The losses of a network by name, and what they count."""
+    return {BEVFormer: BOX_LOSS_WEIGHTS, MapTR: LINE_LOSS_WEIGHTS, MapTRv2: LIFTED_LOSS_WEIGHTS}[type(network)]
+
+
+def losses_of(
+    network: BEVFormer | MapTR | MapTRv2, prediction: RawBoxes | RawLines | LiftedLines, truth: Scene, frame: Frame
+) -> dict[str, Tensor]:
     """Weighted losses of one moment, added up over the layers.
 
     Args:
         network: says in which frame and range its outputs are.
         prediction: of its `forward`, leading [L, B].
         truth: leading [B], in the ego frame.
+        frame: leading [B], what the network saw.
     """
     config, ego_from_lidar = network.config, network.ego_from_lidar
     if isinstance(network, BEVFormer):
         boxes = lidar_boxes(truth.boxes, ego_from_lidar)
         low, high = (boxes.new_tensor(x[:2]) for x in (config.low, config.high))
         inside = ((boxes[..., :2] > low) & (boxes[..., :2] < high)).all(-1)
-        layers = bevformer_losses(*prediction, encode_lidar_boxes(boxes), truth.boxes.label, truth.boxes.valid & inside)
-    else:
-        lines = truth.lines._replace(points=(truth.lines.points - ego_from_lidar[:2, 3]) @ ego_from_lidar[:2, :2])
-        orderings, exists = published_orderings(lines)
-        layers = maptr_losses(*prediction, orderings, exists, lines.label, lines.valid, config.low, config.high)
+        targets, valid = encode_lidar_boxes(boxes), truth.boxes.valid & inside
+        return _summed(bevformer_losses(*prediction, targets, truth.boxes.label, valid))
+    lines = lidar_lines(truth.lines, ego_from_lidar)
+    layers = maptr_losses(
+        prediction.logits, prediction.points, *published_orderings(lines), lines.label, lines.valid, config.low,
+        config.high,
+    )  # fmt: skip
+    further = lifted_losses(network, prediction, truth, frame) if isinstance(network, MapTRv2) else {}
+    return _summed(layers) | further
+
+
+def _summed(layers: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([layer[name] for layer in layers]).sum() for name in layers[0]}

@@ -161,7 +161,7 @@ def test_what_is_true_costs_nothing(network, town_root):
     """The truth, put where the network would say it, has no loss but that of not being quite sure."""
     data = NuScenesDataset(town_root, VERSION, "town_val", image_size=(64, 96))
     clip = collate([data[0]])
-    truth = map_tensors(lambda tensor: tensor[:, 0], clip).truth
+    frame, truth, _ = map_tensors(lambda tensor: tensor[:, 0], clip)
     model = build_network(BEVFormerConfig(**SMALL, bev=(8, 8)) if network == "bevformer" else MapTRConfig(**SMALL))
     turn = model.ego_from_lidar
     if network == "bevformer":
@@ -175,16 +175,15 @@ def test_what_is_true_costs_nothing(network, town_root):
     logits = torch.full((1, *label.shape, 10 if network == "bevformer" else 3), -9.0)
     logits[0, 0, torch.arange(label.shape[1])[known[0]], label[known]] = 9.0
     prediction = (RawBoxes if network == "bevformer" else RawLines)(logits, params)
-    losses = losses_of(model, prediction, truth)
+    losses = losses_of(model, prediction, truth, frame)
     assert known.sum() > 3 and all(loss.item() < 1e-2 for loss in losses.values())
     moved = prediction._replace(**{prediction._fields[1]: prediction[1] + 0.1})
-    assert sum(losses_of(model, moved, truth).values()) > 0.1
+    assert sum(losses_of(model, moved, truth, frame).values()) > 0.1
 
 
-@pytest.mark.parametrize("network", ["bevformer", "maptr"])
-def test_published_networks_are_trained(network, town_root, tmp_path):
+@pytest.mark.parametrize("preset", ["bevformer_tiny", "maptr_tiny_r50_24e_gkt", "maptrv2_nusc_r50_24ep"])
+def test_published_networks_are_trained(preset, town_root, tmp_path):
     """The whole way of scripts/train.py with the flagship's image encoder, and what it leaves is evaluated alike."""
-    preset = "bevformer_tiny" if network == "bevformer" else "maptr_tiny_r50_24e_bevformer"
     path = tmp_path / "port.py"
     path.write_text(f"""
 model = dict(

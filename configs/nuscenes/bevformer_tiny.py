@@ -1,10 +1,14 @@
-"""The published BEVFormer-tiny on nuScenes, with the published weights.
+r"""The published BEVFormer-tiny on nuScenes: with the published weights, or trained anew.
 
     python scripts/import_checkpoint.py bevformer_tiny_epoch_24.pth --out out/bevformer_tiny.safetensors
     python scripts/evaluate.py configs/nuscenes/bevformer_tiny.py out/bevformer_tiny.safetensors --device cuda
+    torchrun --nproc_per_node 8 scripts/train.py configs/nuscenes/bevformer_tiny.py --work-dir out/bevformer_tiny \
+        --amp --launcher pytorch
 
-Result: not measured.
+Results: not measured.
 """
 
+_base_ = ["../_base_/nuscenes.py", "../_base_/published_schedule.py"]
+
 model = dict(preset="bevformer_tiny")
-val_data = dict(dataroot="data/nuscenes", version="v1.0-trainval", split="val")
+train = dict(batch_size=1, lr=2e-4)

@@ -1,10 +1,14 @@
-"""The published MapTR-tiny with BEVFormer's encoder on nuScenes, with the published weights.
+r"""The published MapTR-tiny with BEVFormer's encoder on nuScenes: with the published weights, or trained anew.
 
     python scripts/import_checkpoint.py maptr_tiny_r50_24e_bevformer.pth --out out/maptr_tiny.safetensors
     python scripts/evaluate.py configs/nuscenes/maptr_tiny.py out/maptr_tiny.safetensors --device cuda
+    torchrun --nproc_per_node 8 scripts/train.py configs/nuscenes/maptr_tiny.py --work-dir out/maptr_tiny \
+        --amp --launcher pytorch
 
-Result: not measured.
+Results: not measured.
 """
 
+_base_ = ["../_base_/nuscenes.py", "../_base_/published_schedule.py"]
+
 model = dict(preset="maptr_tiny_r50_24e_bevformer")
-val_data = dict(dataroot="data/nuscenes", version="v1.0-trainval", split="val")
+train = dict(batch_size=4, lr=6e-4)

@@ -22,8 +22,7 @@ from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError, DataError
 from perception.models.bev_transformer import ModelConfig
 from perception.models.bevformer import BEVFormerConfig
-from perception.models.checkpoint import PUBLISHED
-from perception.models.maptr import MapTRConfig
+from perception.models.checkpoint import PUBLISHED, NetworkConfig
 from perception.models.published_backbone import FPNConfig, PublishedBackboneConfig
 
 
@@ -68,7 +67,7 @@ class TrainConfig:
     """A whole config, parsed."""
 
     name: str  # of the file, without .py; names the exported weights
-    model: ModelConfig | BEVFormerConfig | MapTRConfig
+    model: NetworkConfig
     train_data: DataSection | None  # this and `train` may be left out of a config that is only evaluated
     val_data: DataSection
     train: TrainSection | None
@@ -130,7 +129,7 @@ def parse_options(pairs: list[str]) -> dict:
     return options
 
 
-def model_config(section: dict, where: str) -> ModelConfig | BEVFormerConfig | MapTRConfig:
+def model_config(section: dict, where: str) -> NetworkConfig:
     """The config of a network from a preset and overrides.
 
     Args:
@@ -150,7 +149,7 @@ def model_config(section: dict, where: str) -> ModelConfig | BEVFormerConfig | M
     return dataclasses.replace(published, **changes) if published else ModelConfig.preset(name, **changes)
 
 
-def build_dataset(section: DataSection, model: ModelConfig | BEVFormerConfig | MapTRConfig) -> NuScenesDataset:
+def build_dataset(section: DataSection, model: NetworkConfig) -> NuScenesDataset:
     """The dataset of a section, with images of the size that the model wants.
 
     Raises:

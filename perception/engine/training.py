@@ -29,10 +29,15 @@ from perception.evaluation.streaming import evaluate_scenes, predict_stream
 from perception.losses import LOSS_WEIGHTS, image_losses, set_losses
 from perception.models.backbone import read_trunk_weights
 from perception.models.bev_transformer import BEVTransformer, ModelConfig
-from perception.models.bevformer import BEVFormer, BEVFormerConfig
-from perception.models.checkpoint import Network, build_network, halve, load_checkpoint, save_checkpoint
-from perception.models.maptr import MapTR, MapTRConfig
-from perception.published_losses import BOX_LOSS_WEIGHTS, LINE_LOSS_WEIGHTS, losses_of
+from perception.models.checkpoint import (
+    Network,
+    NetworkConfig,
+    build_network,
+    halve,
+    load_checkpoint,
+    save_checkpoint,
+)
+from perception.published_losses import loss_weights, losses_of
 from perception.types import Clip, State, map_tensors
 
 
@@ -50,7 +55,7 @@ class TrainingModel(BaseModel):
     def __init__(self, core: Network, without: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.core, self.without = core, without
-        weights = {BEVFormer: BOX_LOSS_WEIGHTS, MapTR: LINE_LOSS_WEIGHTS}.get(type(core), LOSS_WEIGHTS)
+        weights = LOSS_WEIGHTS if isinstance(core, BEVTransformer) else loss_weights(core)
         if unknown := sorted(set(without) - set(weights)):
             raise ConfigError(f"train.without names {unknown[0]!r}; the losses are {', '.join(weights)}")
         if set(without) == set(weights):
@@ -91,7 +96,7 @@ class TrainingModel(BaseModel):
                 if isinstance(self.core, BEVTransformer):
                     told = set_losses(prediction, now.truth, now.frames, self.core.grid)
                 else:
-                    told = losses_of(self.core, prediction, now.truth)
+                    told = losses_of(self.core, prediction, now.truth, now.frames)
                 for name, loss in told.items():
                     losses[name] = losses[name] + loss / T if name in losses else loss / T
         return self._checked(losses), map_tensors(Tensor.detach, state)
@@ -330,7 +335,7 @@ def check_trainable(config: TrainConfig) -> None:
         )
 
 
-def load_weights(path: str | Path, model_config: ModelConfig | BEVFormerConfig | MapTRConfig) -> Network:
+def load_weights(path: str | Path, model_config: NetworkConfig) -> Network:
     """A network in evaluation mode with the weights of a file.
 
     Args:

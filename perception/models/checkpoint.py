@@ -17,6 +17,7 @@ from perception.files import replacing
 from perception.models.bev_transformer import BEVTransformer, ModelConfig
 from perception.models.bevformer import BEVFormer, BEVFormerConfig
 from perception.models.maptr import MapTR, MapTRConfig
+from perception.models.maptrv2 import MapTRv2, MapTRv2Config
 from perception.models.published_backbone import FPNConfig, PublishedBackboneConfig
 
 FORMAT = "perception-1"  # changes when old files can no longer be read
@@ -24,19 +25,24 @@ ARCHITECTURES = {
     "bev_transformer": (BEVTransformer, ModelConfig),
     "bevformer": (BEVFormer, BEVFormerConfig),
     "maptr": (MapTR, MapTRConfig),
+    "maptrv2": (MapTRv2, MapTRv2Config),
 }
-Network = BEVTransformer | BEVFormer | MapTR
+Network = BEVTransformer | BEVFormer | MapTR | MapTRv2
+NetworkConfig = ModelConfig | BEVFormerConfig | MapTRConfig
 # The configurations of the published networks, which a checkpoint is compared with.
 PUBLISHED = {
     "bevformer_tiny": BEVFormerConfig.tiny,
     "bevformer_small": BEVFormerConfig.small,
     "bevformer_base": BEVFormerConfig.base,
     "maptr_tiny_r50_24e_bevformer": MapTRConfig,
+    "maptr_tiny_r50_24e_gkt": MapTRConfig.gkt,
+    "maptrv2_nusc_r50_24ep": MapTRv2Config,
+    "maptrv2_nusc_r50_24ep_w_centerline": MapTRv2Config.with_centerlines,
 }
 PREFIXES = {"img_backbone.": "image_encoder.trunk.", "img_neck.": "image_encoder.neck.", "pts_bbox_head.": "head."}
 
 
-def build_network(config: ModelConfig | BEVFormerConfig | MapTRConfig) -> Network:
+def build_network(config: NetworkConfig) -> Network:
     """A network with random weights."""
     return next(network for network, kind in ARCHITECTURES.values() if type(config) is kind)(config)
 

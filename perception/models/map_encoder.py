@@ -55,12 +55,15 @@ class PublishedConfig:
     pillar_points: int = 4
     camera_points: int = 8  # per level and head, spread over the heights of a pillar
     points: int = 4  # per head, in the map
+    kernel: tuple[int, int] | None = None  # of patches that cameras are read in, see `KernelCrossAttention`
     cameras: int = 6
     rotate_center: tuple[int, int] = (100, 100)  # column and row, as published
     ego_from_lidar: tuple[tuple[float, ...], ...] = NUSCENES_EGO_FROM_LIDAR
 
 
-class _FeedForward(nn.Module):
+class FeedForward(nn.Module):
+    """Two linear layers around which the input goes."""
+
     def __init__(self, channels: int, inner: int) -> None:
         super().__init__()
         first = nn.Sequential(nn.Linear(channels, inner), nn.ReLU(inplace=True))
@@ -169,30 +172,85 @@ class SpatialCrossAttention(nn.Module):
         return self.output_proj(mean) + query
 
 
+class _KernelSampling(nn.Module):
+    def __init__(self, channels: int, heads: int, points: int) -> None:
+        super().__init__()
+        self.attention_weights = nn.Linear(channels, heads * points)
+        self.value_proj = nn.Linear(channels, channels)
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+
+
+class KernelCrossAttention(nn.Module):
+    """Each cell reads a patch of pixels around each point of its pillar, in the cameras that see one of the points.
+
+    Geometry-guided kernel attention (GKT, https://arxiv.org/abs/2206.04584) as MapTR was published with it: as many
+    heads as a pillar has points, each reads around its own, and nothing is interpolated.
+
+    Args:
+        channels: of queries and features.
+        heads: points of a pillar.
+        kernel: height and width of the patch in pixels of the features.
+    """
+
+    def __init__(self, channels: int, heads: int, kernel: tuple[int, int]) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention = _KernelSampling(channels, heads, kernel[0] * kernel[1])
+        self.output_proj = nn.Linear(channels, channels)
+        y, x = (torch.arange(side) - side // 2 for side in kernel)
+        patch = torch.cartesian_prod(x, y)  # [P, 2] column by column, as published
+        self.register_buffer("patch", patch, persistent=False)
+
+    def forward(
+        self, query: Tensor, features: Tensor, sizes: list[tuple[int, int]], places: Tensor, seen: Tensor
+    ) -> Tensor:
+        """Adds to the queries what they read; arguments as in `SpatialCrossAttention.forward`, of one level."""
+        B, N, S, C = features.shape
+        ((h, w),) = sizes
+        part = self.attention
+        value = part.value_proj(features).view(B, N, S, self.heads, C // self.heads)
+        weight = part.attention_weights(query).view(B, -1, self.heads, len(self.patch)).softmax(-1)
+        head = torch.arange(self.heads, device=query.device)[:, None]
+        total = torch.zeros_like(query)
+        for b in range(B):
+            for n in range(N):
+                cells = seen[b, n].nonzero()[:, 0]
+                at = (places[b, n, cells] * places.new_tensor([w, h]))[:, :, None] + self.patch  # [V, heads, P, 2]
+                x, y = at.round().long().unbind(-1)
+                pixel = y.clamp(0, h - 1) * w + x.clamp(0, w - 1)
+                read = (value[b, n][pixel, head] * weight[b, cells][..., None]).sum(2)  # [V, heads, C / heads]
+                total[b] = total[b].index_add(0, cells, read.flatten(1))
+        mean = total / seen.sum(1).clamp(min=1)[..., None]
+        return self.output_proj(mean) + query
+
+
 class BEVFormerLayer(nn.Module):
     """One round of the encoder."""
 
     def __init__(self, config: PublishedConfig) -> None:
         super().__init__()
         C, heads = config.channels, config.heads
-        self.attentions = nn.ModuleList(
-            [
-                TemporalSelfAttention(C, heads, config.points),
-                SpatialCrossAttention(C, heads, config.backbone.levels, config.camera_points),
-            ]
-        )
-        self.ffns = nn.ModuleList([_FeedForward(C, config.feed_forward)])
+        if config.kernel:
+            cameras = KernelCrossAttention(C, config.pillar_points, config.kernel)
+        else:
+            cameras = SpatialCrossAttention(C, heads, config.backbone.levels, config.camera_points)
+        self.attentions = nn.ModuleList([TemporalSelfAttention(C, heads, config.points), cameras])
+        self.ffns = nn.ModuleList([FeedForward(C, config.feed_forward)])
         self.norms = nn.ModuleList([nn.LayerNorm(C) for _ in range(3)])
 
 
-class _SelfAttention(nn.Module):
+class QueryAttention(nn.Module):
+    """Attention among queries, with their positions added to queries and keys."""
+
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
         self.attn = nn.MultiheadAttention(channels, heads, batch_first=True)
 
-    def forward(self, query: Tensor, position: Tensor) -> Tensor:
+    def forward(self, query: Tensor, position: Tensor, apart: Tensor | None = None) -> Tensor:
+        """query, position [B, Q, C] -> [B, Q, C]; `apart` [Q, Q] is True where two must not see each other."""
         key = query + position
-        return query + self.attn(key, key, query, need_weights=False)[0]
+        return query + self.attn(key, key, query, attn_mask=apart, need_weights=False)[0]
 
 
 class MapAttention(nn.Module):
@@ -223,8 +281,8 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, channels: int, heads: int, points: int, feed_forward: int) -> None:
         super().__init__()
-        self.attentions = nn.ModuleList([_SelfAttention(channels, heads), MapAttention(channels, heads, points)])
-        self.ffns = nn.ModuleList([_FeedForward(channels, feed_forward)])
+        self.attentions = nn.ModuleList([QueryAttention(channels, heads), MapAttention(channels, heads, points)])
+        self.ffns = nn.ModuleList([FeedForward(channels, feed_forward)])
         self.norms = nn.ModuleList([nn.LayerNorm(channels) for _ in range(3)])
 
     def forward(self, query: Tensor, position: Tensor, value: Tensor, places: Tensor, size: tuple[int, int]) -> Tensor:

@@ -41,6 +41,11 @@ class MapTRConfig(PublishedConfig):
     line_points: int = 20
     max_lines: int = 50
 
+    @classmethod
+    def gkt(cls) -> MapTRConfig:
+        """MapTR-tiny with geometry-guided kernel attention, the published default."""
+        return cls(kernel=(3, 5))
+
 
 class MapTRHead(nn.Module):
     """From features to raw lines; the modules and their names are the published ones."""
@@ -136,15 +141,17 @@ class MapTR(nn.Module):
 
     def decode(self, prediction: RawLines) -> Scene:
         """The best lines in the ego frame, best first; there are no boxes."""
-        config = self.config
-        logits, points = (x[-1].float() for x in prediction)
-        score, label, points = best_lines(logits, points, config.low, config.high, config.max_lines)
-        turn = self.ego_from_lidar[:2, :2]
-        points = points @ turn.T + self.ego_from_lidar[:2, 3]
-        spread = torch.full_like(points, math.exp(LOG_SPREAD_RANGE[1]))
-        closed = (points[..., 0, :] - points[..., -1, :]).norm(dim=-1) < CLOSED_GAP
-        lines = Polylines(points, closed, label, score, torch.ones_like(closed), spread)
-        return Scene(no_boxes(len(score), score.device), lines)
+        return decode_lines(prediction.logits[-1], prediction.points[-1], self.ego_from_lidar, self.config)
+
+
+def decode_lines(logits: Tensor, points: Tensor, ego_from_lidar: Tensor, config: MapTRConfig) -> Scene:
+    """The best lines of one layer [B, Q, ...] as a Scene in the ego frame, best first."""
+    score, label, points = best_lines(logits.float(), points.float(), config.low, config.high, config.max_lines)
+    points = points @ ego_from_lidar[:2, :2].T + ego_from_lidar[:2, 3]
+    spread = torch.full_like(points, math.exp(LOG_SPREAD_RANGE[1]))
+    closed = (points[..., 0, :] - points[..., -1, :]).norm(dim=-1) < CLOSED_GAP
+    lines = Polylines(points, closed, label, score, torch.ones_like(closed), spread)
+    return Scene(no_boxes(len(score), score.device), lines)
 
 
 def best_lines(

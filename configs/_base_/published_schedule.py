@@ -1,0 +1,9 @@
+"""What the trainings of the published networks on nuScenes share: 24 epochs on eight GPUs, as published but for
+dropout, GridMask and the order of samples: scenes are streamed, and every frame is learned from."""
+
+_base_ = ["schedule.py"]
+
+train = dict(
+    epochs=24, groups=32, window=1, warmup_iters=500, grad_clip=35.0, ema_momentum=0.0, trunk_lr_share=0.1,
+    frozen_stages=1, val_every=6, workers=4, log_every=50, trunk_weights="data/weights/resnet50-11ad3fa6.pth",
+)  # fmt: skip

@@ -1,0 +1,146 @@
+"""MapTRv2 and geometry-guided kernel attention: geometry against closed forms; keys are tested in test_bevformer.py.
+
+There are no numbers of the published code for these two here, so that its conventions are kept is checked step by step.
+"""
+
+import math
+
+import pytest
+import torch
+
+from perception.geometry import invert_rigid, project_points, transform_points
+from perception.models.checkpoint import load_checkpoint, save_checkpoint
+from perception.models.map_encoder import NUSCENES_EGO_FROM_LIDAR, KernelCrossAttention
+from perception.models.maptrv2 import MapTRv2, MapTRv2Config, calibration_numbers, lifted_points
+from perception.models.published_backbone import FPNConfig
+from perception.published_losses import draw_lines_in_images
+from perception.types import CameraRig, Frame, Polylines
+
+AHEAD = torch.tensor([[0.0, 0, 1, 1.5], [-1, 0, 0, 0], [0, -1, 0, 1.6], [0, 0, 0, 1]])
+BEHIND = torch.tensor([[0.0, 0, -1, 0], [1, 0, 0, 0], [0, -1, 0, 1.6], [0, 0, 0, 1]])
+RIG = CameraRig(
+    torch.tensor([[60.0, 0, 48], [0, 60, 32], [0, 0, 1]]).expand(1, 2, 3, 3),
+    torch.stack([AHEAD, BEHIND])[None],
+    torch.ones(1, 2, dtype=torch.bool),
+)
+SIZE = (64, 96)
+EGO_FROM_LIDAR = torch.tensor(NUSCENES_EGO_FROM_LIDAR)
+SMALL = MapTRv2Config(
+    image_size=SIZE, backbone=FPNConfig(stages=3, stride=16), bev=(20, 10), channels=16, feed_forward=24, heads=2,
+    decoder_layers=2, lines=6, line_points=5, many_lines=8, many_times=2, depths=(1.0, 25.0, 1.0), aspp_channels=4,
+    max_lines=4,
+)  # fmt: skip
+
+
+def frame(seed: int = 0) -> Frame:
+    images = torch.randint(0, 256, (1, 2, 3, *SIZE), generator=torch.Generator().manual_seed(seed)).byte()
+    return Frame(images, RIG, torch.eye(4)[None], torch.zeros(1), torch.ones(1, dtype=torch.bool))
+
+
+def test_pixels_lie_where_they_look():
+    """Projected back, a lifted point is its own pixel at its own depth."""
+    points = lifted_points(SMALL, RIG, EGO_FROM_LIDAR, SIZE, (4, 6))  # [1, 2, D, 4, 6, 3]
+    cam_from_lidar = invert_rigid(RIG.ego_from_cam) @ EGO_FROM_LIDAR
+    uv, depth = project_points(RIG.img_from_cam, transform_points(cam_from_lidar, points.flatten(2, 4)), 0.1)
+    uv, depth = uv.unflatten(2, points.shape[2:5]), depth.unflatten(2, points.shape[2:5])
+    assert depth[0, 1, :, 2, 3].tolist() == pytest.approx(list(range(1, 25)), abs=1e-4)
+    assert uv[0, 0, 7, 0, :, 0].tolist() == pytest.approx([95 * k / 5 for k in range(6)], abs=1e-3)
+    assert uv[0, 1, 7, :, 0, 1].tolist() == pytest.approx([63 * k / 3 for k in range(4)], abs=1e-3)
+
+
+@torch.no_grad()
+def test_features_fall_into_the_cell_that_they_belong_to():
+    """One pixel of the camera ahead, 10 m away: only the cell there gets its features; a missing camera gives none."""
+    torch.manual_seed(0)
+    encoder = MapTRv2(SMALL).eval().head.transformer.encoder
+    encoder.downsample = torch.nn.Identity()
+
+    def one_pixel(features, told):
+        logits = torch.full((2, 24, 4, 6), -200.0)
+        logits[:, 9] = 200.0
+        context = torch.zeros(2, 16, 4, 6)
+        context[0, 3, 2, 2] = 7.0
+        return logits, context
+
+    encoder.depth_net.forward = one_pixel
+    bev, _ = encoder(torch.zeros(1, 2, 16, 4, 6), RIG, EGO_FROM_LIDAR, SIZE)
+    assert bev.shape == (1, 16, 40, 20)
+    # Pixel (38, 42) of a camera 1.5 m ahead of the origin, 10 m along its axis: 1.667 m to the left.
+    x, y = 10.0 * (38 - 48) / 60, 11.5 - 0.9437  # LiDAR's right and ahead
+    row, column = math.floor((y + 30) / 1.5), math.floor((x + 15) / 1.5)
+    assert (bev > 1e-6).nonzero().tolist() == [[0, 3, row, column]]
+    assert bev[0, 3, row, column].item() == pytest.approx(7.0)
+    gone = RIG._replace(present=torch.tensor([[False, True]]))
+    assert not encoder(torch.zeros(1, 2, 16, 4, 6), gone, EGO_FROM_LIDAR, SIZE)[0].any()
+
+
+def test_calibration_is_told_of_the_cameras_own_image():
+    numbers = calibration_numbers(RIG, 0.5)[0, 1]
+    assert numbers.tolist() == pytest.approx(
+        [120, 120, 96, 64, 0.5, 0, 0, 0, 0.5, 0, 0, 0, -1, 0, 1, 0, 0, 0, 0, -1, 0, 1.6]
+    )
+
+
+def test_further_queries_only_in_training(tmp_path):
+    """What is trained beside the lines changes nothing of them: no query of the one kind sees one of the other."""
+    torch.manual_seed(0)
+    model = MapTRv2(SMALL).eval()
+    for parameter in model.head.parameters():  # all of it counts
+        torch.nn.init.normal_(parameter, std=0.2) if parameter.requires_grad else None
+    with torch.no_grad():
+        alone, state = model(frame(), model.initial_state(1))
+        model.head.training = True  # the flag alone: norms and dropout stay as they are
+        both, _ = model(frame(), state)
+    assert alone.many_logits.shape[2] == 0 and both.many_logits.shape[2] == 8
+    torch.testing.assert_close(alone.points, both.points, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(alone.logits, both.logits, atol=1e-5, rtol=1e-5)
+    scene = model.decode(alone)
+    assert scene.lines.points.shape == (1, 4, 5, 2) and scene.boxes.score.shape == (1, 0)
+    model.head.training = False
+    save_checkpoint(tmp_path / "w.safetensors", model, {})
+    again = load_checkpoint(tmp_path / "w.safetensors")[0]
+    assert again.config == SMALL
+    with torch.no_grad():
+        assert torch.equal(again(frame(), state)[0].points, alone.points)
+
+
+def test_lines_are_drawn_into_images():
+    """A line on the ground straight ahead, 5 to 20 m away, is seen by the camera ahead alone."""
+    points = torch.tensor([[[[5.0, 0.0], [20.0, 0.0]]]])
+    yes = torch.ones(1, 1, dtype=torch.bool)
+    lines = Polylines(points, ~yes, yes.long(), yes.float(), yes, torch.zeros_like(points))
+    image = draw_lines_in_images(lines, RIG, SIZE, (64, 96))
+    assert not image[0, 1].any()
+    rows, columns = image[0, 0, 0].nonzero(as_tuple=True)
+    assert set(columns.tolist()) == {48}
+    near, far = 32 + 60 * 1.6 / 3.5, 32 + 60 * 1.6 / 18.5
+    assert rows.max() == int(near) and rows.min() == int(far)
+    assert not draw_lines_in_images(lines._replace(valid=~yes), RIG, SIZE, (64, 96)).any()
+
+
+@torch.no_grad()
+def test_kernel_attention_is_what_loops_say():
+    torch.manual_seed(0)
+    heads, kernel, h, w, cells = 2, (3, 5), 4, 7, 9
+    attention = KernelCrossAttention(8, heads, kernel)
+    torch.nn.init.normal_(attention.attention.attention_weights.weight)
+    query, features = torch.randn(1, cells, 8), torch.randn(1, 2, h * w, 8)
+    places = torch.rand(1, 2, cells, heads, 2) * 1.4 - 0.2
+    seen = torch.rand(1, 2, cells) > 0.4
+    expected = torch.zeros(cells, 8)
+    value = attention.attention.value_proj(features)[0].view(2, h, w, heads, 4)
+    weight = attention.attention.attention_weights(query)[0].view(cells, heads, 15).softmax(-1)
+    for cell in range(cells):
+        cameras = [n for n in range(2) if seen[0, n, cell]]
+        for n in cameras:
+            for head in range(heads):
+                u, v = (places[0, n, cell, head] * torch.tensor([w, h])).tolist()
+                k = 0
+                for du in (-2, -1, 0, 1, 2):
+                    for dv in (-1, 0, 1):
+                        x, y = min(max(round(u + du), 0), w - 1), min(max(round(v + dv), 0), h - 1)
+                        part = weight[cell, head, k] * value[n, y, x, head] / len(cameras)
+                        expected[cell, 4 * head : 4 * head + 4] += part
+                        k += 1
+    found = attention(query, features, [(h, w)], places, seen)
+    torch.testing.assert_close(found[0], attention.output_proj(expected) + query[0])
