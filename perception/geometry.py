@@ -6,12 +6,14 @@ points take numpy arrays or torch tensors alike and keep their dtype; datasets w
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
-import torch
 
 
-def _concat(parts: list, axis: int):
-    return torch.cat(parts, axis) if isinstance(parts[0], torch.Tensor) else np.concatenate(parts, axis)
+def _library(array):
+    """numpy or torch, whichever the array is of; a vehicle has no torch."""
+    return np if isinstance(array, np.ndarray | np.generic) else sys.modules["torch"]
 
 
 def transform_points(dst_from_src, points):
@@ -31,15 +33,16 @@ def transform_points(dst_from_src, points):
 
 def invert_rigid(dst_from_src):
     """The inverse of rigid transforms [..., 4, 4], exact for a rotation and a translation."""
+    lib = _library(dst_from_src)
     rotation = dst_from_src[..., :3, :3].swapaxes(-1, -2)
     translation = -(rotation @ dst_from_src[..., :3, 3:])
-    top = _concat([rotation, translation], -1)
-    return _concat([top, dst_from_src[..., 3:, :]], -2)
+    top = lib.concatenate([rotation, translation], -1)
+    return lib.concatenate([top, dst_from_src[..., 3:, :]], -2)
 
 
 def yaw_from_rotation(rotation):
     """Yaw of rotations [..., 3+, 3+]: the angle of the turned x axis in the xy plane, radians in (-pi, pi]."""
-    lib = torch if isinstance(rotation, torch.Tensor) else np
+    lib = _library(rotation)
     return lib.arctan2(rotation[..., 1, 0], rotation[..., 0, 0])
 
 
@@ -94,7 +97,7 @@ def box_corners(center, size, yaw):
     Returns:
         [..., 8, 3]: bottom face counter-clockwise seen from above, from front-left, then the top face alike.
     """
-    lib = torch if isinstance(center, torch.Tensor) else np
+    lib = _library(center)
     signs = [[1, 1], [-1, 1], [-1, -1], [1, -1]]
     half = size / 2
     corners = []

@@ -16,12 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from perception.data.loader import fit_image
-from perception.errors import CheckpointError, ConfigError, DataError
-from perception.geometry import invert_rigid
+from perception.errors import CheckpointError, ConfigError
+from perception.live import Odometer, checked_image, checked_rig
 from perception.models.checkpoint import Network, load_checkpoint
 from perception.types import CameraRig, Frame, Scene, map_tensors
-
-MAX_GAP = 2.0  # seconds between two steps after which the memory is of no use
 
 
 def shipped_weights(name: str = "nano") -> Path:
@@ -72,7 +70,7 @@ class Predictor:
     def reset(self) -> None:
         """Forgets everything that was seen; the next step is a first one."""
         self._state = self.model.initial_state(1)
-        self._last: tuple[np.ndarray, float] | None = None  # global_from_ego [4, 4] float64, seconds
+        self._odometer = Odometer()
 
     @torch.inference_mode()
     def step(
@@ -102,31 +100,17 @@ class Predictor:
         Raises:
             DataError: an argument has the wrong shape or type, is not finite, or time did not go forward.
         """
-        global_from_ego = _rigid("global_from_ego", global_from_ego)
-        time_s = float(time_s)
-        if not np.isfinite(time_s):
-            raise DataError(f"time_s is {time_s}; give the seconds of this moment as a finite number")
+        motion = self._odometer.since_last(global_from_ego, time_s)
         pixels, fitted_rig = self._fit(images, rig)
-        if self._last is not None and time_s <= self._last[1]:
-            raise DataError(
-                f"time_s is {time_s:.6f}, but the last step was at {self._last[1]:.6f}: give moments in order, or call "
-                "reset() before another drive"
-            )
-        is_first = self._last is None or time_s - self._last[1] > MAX_GAP
-        ego_from_prev, seconds = np.eye(4), 0.0
-        if not is_first:
-            # In float64: global coordinates are kilometres, the motion is centimetres.
-            ego_from_prev = invert_rigid(global_from_ego) @ self._last[0]
-            seconds = time_s - self._last[1]
         frame = Frame(
             images=pixels[None],  # [B, N, 3, H, W]
             rig=map_tensors(lambda tensor: tensor[None], fitted_rig),
-            ego_from_prev=torch.from_numpy(ego_from_prev).float()[None],  # [B, 4, 4]
-            seconds_since_prev=torch.tensor([seconds], dtype=torch.float32),
-            is_first=torch.tensor([is_first]),
+            ego_from_prev=torch.from_numpy(motion.ego_from_prev).float()[None],  # [B, 4, 4]
+            seconds_since_prev=torch.tensor([motion.seconds], dtype=torch.float32),
+            is_first=torch.tensor([motion.is_first]),
         )
         prediction, self._state = self.model(map_tensors(lambda tensor: tensor.to(self.device), frame), self._state)
-        self._last = global_from_ego, time_s
+        self._odometer.keep(global_from_ego, time_s)
         scene = map_tensors(lambda tensor: tensor[0].cpu(), self.model.decode(prediction))
         return Scene(*(self._confident(noun) for noun in scene))
 
@@ -136,49 +120,13 @@ class Predictor:
 
     def _fit(self, images, rig: CameraRig) -> tuple[Tensor, CameraRig]:
         """Images [N, 3, H, W] uint8 of the network's size, and their calibration."""
-        N = len(images)
-        present = np.asarray(rig.present)
-        if present.shape != (N,) or present.dtype != bool:
-            raise DataError(
-                f"rig.present has shape {present.shape} and type {present.dtype}; {N} images were given, so give [{N}] "
-                "bool"
-            )
-        for name, matrix in (("img_from_cam", (3, 3)), ("ego_from_cam", (4, 4))):
-            if tuple(getattr(rig, name).shape) != (N, *matrix):
-                shape = tuple(getattr(rig, name).shape)
-                raise DataError(f"rig.{name} has shape {shape}; {N} images were given, so give {(N, *matrix)}")
-        pixels = torch.zeros(N, 3, *self.model.config.image_size, dtype=torch.uint8)
-        # A camera that is missing keeps a harmless calibration: even NaN times weight 0 would be NaN.
-        img_from_cam, ego_from_cam = np.tile(np.eye(3), (N, 1, 1)), np.tile(np.eye(4), (N, 1, 1))
-        for n in np.flatnonzero(present):
-            given = np.asarray(rig.img_from_cam[n], dtype=np.float64)
-            if not np.isfinite(given).all() or min(given[0, 0], given[1, 1]) <= 0 or (given[2] != (0, 0, 1)).any():
-                raise DataError(
-                    f"rig.img_from_cam[{n}] is not a pinhole calibration; give finite numbers, focal lengths above 0, "
-                    "and 0 0 1 in the last row"
-                )
-            ego_from_cam[n] = _rigid(f"rig.ego_from_cam[{n}]", rig.ego_from_cam[n])
-            image = images[n]
-            if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-                what = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-                raise DataError(f"images[{n}] is {what}; give RGB as a numpy array [H, W, 3] of uint8")
-            pixels[n], img_from_cam[n] = fit_image(Image.fromarray(image), given, self.model.config.image_size)
+        rig = checked_rig(rig, len(images))
+        pixels = torch.zeros(len(images), 3, *self.model.config.image_size, dtype=torch.uint8)
+        for n in np.flatnonzero(rig.present):
+            image = Image.fromarray(checked_image(f"images[{n}]", images[n]))
+            pixels[n], rig.img_from_cam[n] = fit_image(image, rig.img_from_cam[n], self.model.config.image_size)
         return pixels, CameraRig(
-            img_from_cam=torch.from_numpy(img_from_cam).float(),
-            ego_from_cam=torch.from_numpy(ego_from_cam).float(),
-            present=torch.from_numpy(present.copy()),
+            img_from_cam=torch.from_numpy(rig.img_from_cam).float(),
+            ego_from_cam=torch.from_numpy(rig.ego_from_cam).float(),
+            present=torch.from_numpy(rig.present),
         )
-
-
-def _rigid(name: str, matrix) -> np.ndarray:
-    """A rigid transform [4, 4] as float64, or a DataError that names it."""
-    matrix = np.array(matrix, dtype=np.float64)
-    if matrix.shape != (4, 4):
-        raise DataError(f"{name} has shape {matrix.shape}; give (4, 4)")
-    rotation = matrix[:3, :3]
-    # Rotations of real datasets are stored in single precision.
-    if not np.isfinite(matrix).all() or (matrix[3] != (0, 0, 0, 1)).any():
-        raise DataError(f"{name} is not a rigid transform; give finite numbers and 0 0 0 1 in the last row")
-    if np.abs(rotation @ rotation.T - np.eye(3)).max() > 1e-3 or np.linalg.det(rotation) < 0:
-        raise DataError(f"{name} is not a rigid transform; its upper left 3 x 3 must be a rotation")
-    return matrix

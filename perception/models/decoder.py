@@ -27,6 +27,8 @@ PEAK_BONUS = 3.0
 # Metres. Two boxes of one class count as one object where their centres are closer than its usual width, or than this:
 # a network that places things no better than to a cell of its grid answers small ones more than once.
 LEAST_DISTANCE = 1.5
+# Of chains of boxes of which each one is too close to the one before: so many links are settled exactly.
+LINKS = 16
 # Usual length, width and height of BOX_CLASSES in metres: where the search for a size starts.
 USUAL_SIZES = (
     (4.6, 1.95, 1.7), (6.9, 2.5, 2.8), (12.3, 2.9, 3.9), (11.0, 2.9, 3.5), (6.4, 2.9, 3.2),
@@ -412,13 +414,15 @@ def _apart(center: Tensor, label: Tensor) -> Tensor:
     Args:
         center: [B, M, 2] metres; label: [B, M].
     """
-    widths = torch.tensor([min(size[:2]) for size in USUAL_SIZES], device=center.device).clamp(min=LEAST_DISTANCE)
-    close = torch.cdist(center, center, compute_mode="donot_use_mm_for_euclid_dist") < widths[label][..., None]
-    rival = (close & (label[..., None] == label[:, None])).cpu()  # [B, M, M]
-    keep = torch.ones(label.shape, dtype=torch.bool)
-    for m in range(1, label.shape[1]):  # one after the other: who was dropped drops nobody
-        keep[:, m] = ~(rival[:, m, :m] & keep[:, :m]).any(-1)
-    return keep.to(center.device)
+    widths = center.new_tensor([max(min(size[:2]), LEAST_DISTANCE) for size in USUAL_SIZES])
+    distance = (center[:, :, None] - center[:, None]).norm(dim=-1)  # [B, M, M]
+    rival = (distance < widths[label][..., None]) & (label[..., None] == label[:, None])
+    better = torch.ones_like(rival).tril(-1)
+    rival = (rival & better).to(center.dtype)
+    keep = torch.ones_like(center[..., 0])
+    for _ in range(LINKS):  # who was dropped drops nobody; products instead of a loop over boxes, so that it exports
+        keep = 1 - (rival @ keep[..., None])[..., 0].clamp(max=1)
+    return keep > 0.5
 
 
 def best_pairs(logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,91 @@
+"""Half precision written into an ONNX graph: what may be halves is, and what decides the geometry stays in float32.
+
+Convolutions and products with weights run in halves, and so does what only moves or adds their results. Projection,
+sampling places, softmax, normalisation, decoding and memory stay as they are, with casts in between. A runtime that
+takes types as they are written (TensorRT 8.6, 10 and 11, TensorRT-RTX, ONNX Runtime) needs no further flag.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+WEIGHTED = ("Conv", "Gemm", "MatMul")
+# What hands halves on: the inputs that have to be halves, None for all of them.
+PASSING = {
+    "Relu": (0,), "MaxPool": (0,), "Resize": (0,), "Reshape": (0,), "Transpose": (0,), "Squeeze": (0,),
+    "Unsqueeze": (0,), "Slice": (0,), "Split": (0,), "Expand": (0,), "Flatten": (0,), "Concat": None, "Add": None,
+}  # fmt: skip
+LARGEST = 65504.0  # of float16
+
+
+def halve_graph(model):
+    """A copy of a float32 ONNX model with weights and most activations in float16; inputs and outputs keep their types.
+
+    Args:
+        model: an `onnx.ModelProto`, nodes in topological order, no subgraphs.
+
+    Raises:
+        ValueError: a weight is too large for float16.
+    """
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    model = onnx.ModelProto.FromString(model.SerializeToString())
+    graph = model.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    floats = {name for name, tensor in constants.items() if tensor.data_type == TensorProto.FLOAT}
+    halves: set[str] = set()  # names of tensors that are halves now
+    casts: dict[tuple[str, int], str] = {}
+    nodes = []
+
+    def cast(name: str, kind: int) -> str:
+        """The name of a tensor in the wanted type; of a constant, a constant of that type."""
+        if (name, kind) in casts:
+            return casts[name, kind]
+        suffix = "half" if kind == TensorProto.FLOAT16 else "float"
+        wanted = f"{name}/{suffix}"
+        if name in floats:
+            value = numpy_helper.to_array(constants[name])
+            if np.abs(value).max(initial=0.0) > LARGEST:
+                raise ValueError(f"weight {name} holds {np.abs(value).max()}, too large for float16")
+            graph.initializer.append(numpy_helper.from_array(value.astype(np.float16), wanted))
+        else:
+            nodes.append(helper.make_node("Cast", [name], [wanted], name=f"cast/{wanted}", to=kind))
+        casts[name, kind] = wanted
+        return wanted
+
+    for node in list(graph.node):
+        inputs = list(node.input)
+        weighted = node.op_type in WEIGHTED and len(inputs) > 1 and inputs[1] in floats
+        needed = PASSING.get(node.op_type, ())
+        needed = range(len(inputs)) if needed is None else needed
+        passing = (
+            node.op_type in PASSING
+            and any(inputs[i] in halves for i in needed)
+            and all(inputs[i] in halves or inputs[i] in floats for i in needed)
+        )
+        if weighted or passing:
+            for i in range(len(inputs)) if weighted else needed:
+                if inputs[i] and inputs[i] not in halves:
+                    node.input[i] = cast(inputs[i], TensorProto.FLOAT16)
+            halves.update(node.output)
+        else:
+            for i, name in enumerate(inputs):
+                if name in halves:
+                    node.input[i] = cast(name, TensorProto.FLOAT)
+        nodes.append(node)
+    for output in graph.output:
+        if output.name in halves:
+            raw = f"{output.name}/raw"
+            for node in nodes:
+                node.input[:] = [raw if name == output.name else name for name in node.input]
+                node.output[:] = [raw if name == output.name else name for name in node.output]
+            nodes.append(
+                helper.make_node("Cast", [raw], [output.name], name=f"cast/{output.name}", to=TensorProto.FLOAT)
+            )
+    used = {name for node in nodes for name in node.input} | {output.name for output in graph.output}
+    kept = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.node[:], graph.initializer[:], graph.value_info[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(kept)
+    return onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)

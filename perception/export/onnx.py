@@ -1,0 +1,253 @@
+"""A network as one ONNX graph of standard operators, with a contract that says what goes in and comes out.
+
+The graph is the whole way from pixels to boxes and lines: normalisation (and resizing, where it is asked for),
+network, decoding. Calibration, motion and memory are inputs, the new memory is an output. There are no plugins and no
+shapes that depend on data. With half precision the graph itself says which numbers are halves
+(`perception.export.half`), so that one file means the same to every runtime.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import logging
+import warnings
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from perception.errors import ConfigError
+from perception.export.contract import CONTRACT, write_contract
+from perception.export.half import halve_graph
+from perception.files import replacing
+from perception.models.bev_transformer import BEVTransformer
+from perception.models.checkpoint import Network
+from perception.types import CameraRig, Frame, State
+
+OPSET = 20
+PRECISIONS = ("fp32", "fp16")
+RAW_OUTPUTS = ("raw_box_logits", "raw_box_params", "raw_line_logits", "raw_line_points")
+MODEL = "model.onnx"
+
+
+class DeployedNetwork(nn.Module):
+    """A network as the vehicle calls it: one moment, named arrays in, named arrays out, no batch dimension.
+
+    Args:
+        network: in evaluation mode.
+        raw_size: height and width of the images that are given, None for those of the network.
+    """
+
+    INPUTS = (
+        "images", "img_from_cam", "ego_from_cam", "present", "ego_from_prev", "seconds_since_prev", "is_first",
+        "memory",
+    )  # fmt: skip
+    OUTPUTS = (
+        "box_center", "box_size", "box_yaw", "box_velocity", "box_label", "box_score", "box_valid", "box_spread",
+        "line_points", "line_closed", "line_label", "line_score", "line_spread", *RAW_OUTPUTS, "new_memory",
+    )  # fmt: skip
+
+    def __init__(self, network: Network, raw_size: tuple[int, int] | None = None) -> None:
+        super().__init__()
+        self.network = network
+        self.resized = raw_size is not None
+        if raw_size is not None:
+            rows, columns, img_from_raw = fitting_matrices(raw_size, network.config.image_size)
+            self.register_buffer("rows", rows)
+            self.register_buffer("columns", columns)
+            self.register_buffer("img_from_raw", img_from_raw)
+
+    def forward(
+        self,
+        images: Tensor,
+        img_from_cam: Tensor,
+        ego_from_cam: Tensor,
+        present: Tensor,
+        ego_from_prev: Tensor,
+        seconds_since_prev: Tensor,
+        is_first: Tensor,
+        memory: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Arguments in the order of `INPUTS`, results in that of `OUTPUTS`; shapes in `example_inputs`."""
+        pixels = images.permute(0, 3, 1, 2).float()  # [N, 3, H, W]
+        if self.resized:
+            pixels = fit_pixels(pixels, self.rows, self.columns)
+            img_from_cam = self.img_from_raw @ img_from_cam
+        frame = Frame(
+            pixels[None],
+            CameraRig(img_from_cam[None], ego_from_cam[None], present[None]),
+            ego_from_prev[None],
+            seconds_since_prev,
+            is_first,
+        )
+        prediction, state = self.network(frame, State(memory))
+        boxes, lines = self.network.decode(prediction)
+        return (
+            boxes.center[0], boxes.size[0], boxes.yaw[0], boxes.velocity[0], boxes.label[0].int(), boxes.score[0],
+            boxes.valid[0], boxes.spread[0],
+            lines.points[0], lines.closed[0], lines.label[0].int(), lines.score[0], lines.spread[0],
+            prediction.box_logits[-1, 0], prediction.box_params[-1, 0],
+            prediction.line_logits[-1, 0], prediction.line_points[-1, 0],
+            state.bev,
+        )  # fmt: skip
+
+
+def fit_pixels(pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Images [N, 3, raw H, raw W] at the network's size, with the matrices of `fitting_matrices`.
+
+    Bit for bit what Pillow makes of them: it counts in whole multiples of 2^-22 and rounds to whole grey values after
+    each of the two directions. Weights are split into two halves of 11 bits each, so that all products and sums are
+    exact in float32, and in TF32 too.
+    """
+
+    def narrowed(pixels: Tensor, weights: Tensor) -> Tensor:
+        coarse, fine = weights[0] @ pixels + 0.5, weights[1] @ pixels
+        whole = coarse.floor()
+        return (whole + (coarse - whole + fine).floor()).clamp(0, 255)
+
+    # The matrices stand first: what is multiplied by weights from the right is halved in half precision.
+    across = narrowed(pixels.transpose(2, 3), columns).transpose(2, 3)
+    return narrowed(across, rows)
+
+
+def fitting_matrices(raw_size: tuple[int, int], image_size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """What `perception.data.loader.fit_image` does, as products with constant matrices.
+
+    Pillow's bilinear filter is a triangle as wide as the scale; every row of a matrix holds the weights of one pixel.
+
+    Args:
+        raw_size, image_size: height and width given and wanted.
+
+    Returns:
+        rows [2, H, raw H], columns [2, W, raw W], the coarse and the fine part of each, and img_from_raw [3, 3] for the
+        calibration.
+    """
+    (H, W), (raw_h, raw_w) = image_size, raw_size
+    scale = max(W / raw_w, H / raw_h)
+    left, top = (raw_w - W / scale) / 2, raw_h - H / scale
+    img_from_raw = torch.tensor([[scale, 0, -left * scale], [0, scale, -top * scale], [0, 0, 1]])
+
+    def weights(count: int, given: int, start: float, end: float) -> Tensor:
+        start, end = np.float32(start), np.float32(end)  # as Pillow keeps them
+        step = float(end - start) / count
+        middle = float(start) + (torch.arange(count, dtype=torch.float64)[:, None] + 0.5) * step
+        reach = max(step, 1.0)
+        distance = (torch.arange(given, dtype=torch.float64) + 0.5 - middle) / reach
+        triangle = (1 - distance.abs()).clamp(min=0)
+        share = (triangle / triangle.sum(1, keepdim=True) * 2**22 + 0.5).floor()  # in 2^-22
+        coarse = (share / 2**11).floor() * 2**11
+        return (torch.stack([coarse, share - coarse]) / 2**22).float()
+
+    return weights(H, raw_h, top, raw_h), weights(W, raw_w, left, raw_w - left), img_from_raw
+
+
+def example_inputs(network: Network, cameras: int, raw_size: tuple[int, int] | None = None) -> tuple[Tensor, ...]:
+    """Arguments of `DeployedNetwork.forward` for a first frame of cameras that look in all directions."""
+    H, W = raw_size or network.config.image_size
+    angle = torch.arange(cameras) * (2 * torch.pi / cameras)
+    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros(cameras)
+    ego_from_cam = torch.eye(4).repeat(cameras, 1, 1)
+    ego_from_cam[:, :3, 0] = torch.stack([sin, -cos, zero], -1)
+    ego_from_cam[:, :3, 1] = torch.tensor([0.0, 0.0, -1.0])
+    ego_from_cam[:, :3, 2] = torch.stack([cos, sin, zero], -1)
+    ego_from_cam[:, 2, 3] = 1.6
+    img_from_cam = torch.tensor([[0.7 * W, 0.0, W / 2], [0.0, 0.7 * W, H / 2], [0.0, 0.0, 1.0]]).repeat(cameras, 1, 1)
+    return (
+        torch.randint(0, 256, (cameras, H, W, 3), dtype=torch.uint8), img_from_cam, ego_from_cam,
+        torch.ones(cameras, dtype=torch.bool), torch.eye(4), torch.zeros(1), torch.ones(1, dtype=torch.bool),
+        network.initial_state(1).bev,
+    )  # fmt: skip
+
+
+def export_onnx(
+    network: Network,
+    folder: str | Path,
+    *,
+    cameras: int = 6,
+    raw_size: tuple[int, int] | None = None,
+    precision: str = "fp32",
+) -> Path:
+    """Writes `model.onnx` and `contract.json`.
+
+    Args:
+        network: in evaluation mode, on the CPU.
+        folder: is made where it is missing.
+        cameras: how many images are given at a time; a camera that is missing is told by `present`.
+        raw_size: height and width of the images that are given, all alike; None where they come as the network takes
+            them.
+        precision: "fp32", or "fp16" for halves wherever geometry, normalisation and softmax allow.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: the network is none that is exported, or precision or cameras cannot be.
+    """
+    if not isinstance(network, BEVTransformer):
+        raise ConfigError(f"{type(network).__name__} is not exported; give weights of the flagship")
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision {precision!r} is not known; use one of {', '.join(PRECISIONS)}")
+    if cameras < 1:
+        raise ConfigError(f"cameras is {cameras}; give at least 1")
+    import onnx
+
+    folder = Path(folder)
+    model = DeployedNetwork(network, raw_size).eval()
+    inputs = example_inputs(network, cameras, raw_size)
+    graph = _trace(model, inputs)
+    if precision == "fp16":
+        graph = halve_graph(graph)
+    onnx.checker.check_model(graph)
+    strange = sorted({node.op_type for node in graph.graph.node if node.domain not in ("", "ai.onnx")})
+    if strange:
+        raise ConfigError(f"the graph holds operators that are no standard ones: {', '.join(strange)}")
+    content = graph.SerializeToString()
+    with torch.inference_mode():
+        outputs = dict(zip(model.OUTPUTS, model(*inputs), strict=True))
+    with replacing(folder / MODEL) as beside:
+        beside.write_bytes(content)
+    write_contract(
+        folder / CONTRACT,
+        inputs=dict(zip(model.INPUTS, map(_array, inputs), strict=True)),
+        outputs={name: _array(tensor) for name, tensor in outputs.items()},
+        sha256={MODEL: hashlib.sha256(content).hexdigest()},
+        network=type(network).__name__,
+        image_size=network.config.image_size,
+        raw_size=raw_size,
+        precision=precision,
+        opset=OPSET,
+        version=metadata.version("perception"),
+    )
+    return folder
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().numpy()
+
+
+def _trace(model: DeployedNetwork, inputs: tuple[Tensor, ...]):
+    """The graph of a network, without the exporter's talk."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                model, inputs, dynamo=True, opset_version=OPSET, verbose=False, optimize=True,
+                input_names=list(model.INPUTS), output_names=list(model.OUTPUTS),
+            )  # fmt: skip
+    finally:
+        logger.setLevel(level)
+    graph = program.model_proto
+    # Where in which file a node comes from is nobody's business in a vehicle.
+    for node in graph.graph.node:
+        del node.metadata_props[:]
+    for value in (*graph.graph.value_info, *graph.graph.input, *graph.graph.output, *graph.graph.initializer):
+        del value.metadata_props[:]
+    del graph.metadata_props[:], graph.graph.metadata_props[:]
+    return graph

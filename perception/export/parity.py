@@ -1,0 +1,286 @@
+"""The certificate: an exported network and its original over the same drive, each with its own memory.
+
+Differences of raw numbers show that the graph is the network; differences of the official metrics show that it does not
+matter. The drive has several scenes, moments without one of the cameras, and moments with another calibration, because
+these are inputs of the graph and must work as such.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy.optimize import linear_sum_assignment
+from tqdm import tqdm
+
+from perception.data.loader import fit_image
+from perception.data.nuscenes import NuScenesDataset
+from perception.errors import DataError
+from perception.evaluation.streaming import evaluate_scenes
+from perception.export.onnx import fit_pixels, fitting_matrices
+from perception.export.runtime import Runtime
+from perception.files import replacing, write_json
+from perception.models.checkpoint import Network
+from perception.types import CameraRig, Frame, Scene, State, map_tensors
+
+LEAST_FRAMES, LEAST_SCENES = 40, 2
+MISSING_AT, TURNED_AT = 3, 6  # moments of each scene with a camera less, and with the cameras turned
+TURN_DEG = 1.0
+METRICS = ("nds", "map", "mATE", "mASE", "mAOE", "mAVE", "mAAE", "lane_map", "lane_map_strict")
+# The largest differences that pass, by precision: of raw numbers (None: not held to any), NDS and lane mAP.
+GATES = {"fp32": (1e-3, 0.0005, 0.0005), "fp16": (None, 0.003, 0.005)}
+GROWTH = 3.0  # how many times larger the differences at the end of a long drive may be than at its beginning
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """How far an exported network is from its original.
+
+    Args:
+        precision: of the export.
+        frames, scenes: of the drive.
+        raw: largest and mean absolute difference by output, rows aligned.
+        pixels: the largest difference in grey values between images fitted in the graph and by Pillow, as in training,
+            and the share of values that differ at all; zero where nothing is fitted in the graph.
+        boxes, lines: largest and mean distance in metres of matched boxes (centres) and lines (points).
+        metrics: by name, of the original and of the export.
+        drift: largest differences of the memory over the first and over the last quarter of a long drive without a
+            reset, empty where none was made.
+    """
+
+    precision: str
+    frames: int
+    scenes: int
+    raw: dict[str, tuple[float, float]]
+    pixels: tuple[float, float]
+    boxes: tuple[float, float]
+    lines: tuple[float, float]
+    metrics: dict[str, tuple[float, float]]
+    drift: tuple[float, ...] = field(default=())
+
+    @property
+    def failures(self) -> list[str]:
+        """Why the export must not be used; empty if it may."""
+        most_raw, most_nds, most_lane = GATES[self.precision]
+        found = []
+        if most_raw is not None:
+            found += [
+                f"{name} differs by {largest:.2e}, more than {most_raw:.0e}"
+                for name, (largest, _) in self.raw.items()
+                if not largest <= most_raw
+            ]
+        for name, most in (("nds", most_nds), ("lane_map", most_lane)):
+            one, other = self.metrics[name]
+            if not abs(one - other) <= most:
+                found.append(f"{name} is {other:.4f} instead of {one:.4f}, more than {most} off")
+        if self.drift and not self.drift[1] <= max(GROWTH * self.drift[0], 1e-3):
+            found.append(f"the memory drifts: off by {self.drift[0]:.2e} early and by {self.drift[1]:.2e} late")
+        return found
+
+    def as_dict(self) -> dict:
+        """Plain JSON values."""
+        return asdict(self) | {"passed": not self.failures, "failures": self.failures}
+
+    def markdown(self) -> str:
+        """All of it for people."""
+        rows = [
+            f"Precision {self.precision}; {self.frames} frames of {self.scenes} scenes, in each a missing camera and "
+            "turned cameras.",
+            "",
+            "| output | largest difference | mean |",
+            "|---|---|---|",
+            *(f"| {name} | {largest:.2e} | {mean:.2e} |" for name, (largest, mean) in self.raw.items()),
+            f"| grey values of fitted images | {self.pixels[0]:.0f} | differ in {100 * self.pixels[1]:.3f} % |",
+            f"| centres of matched boxes, m | {self.boxes[0]:.2e} | {self.boxes[1]:.2e} |",
+            f"| points of matched lines, m | {self.lines[0]:.2e} | {self.lines[1]:.2e} |",
+            "",
+            "| metric | PyTorch fp32 | export |",
+            "|---|---|---|",
+            *(f"| {name} | {one:.4f} | {other:.4f} |" for name, (one, other) in self.metrics.items()),
+            "",
+        ]
+        if self.drift:
+            rows += [f"Memory without a reset: off by {self.drift[0]:.2e} early, by {self.drift[1]:.2e} late.", ""]
+        verdict = "**passed**" if not self.failures else "**failed**: " + "; ".join(self.failures)
+        return "\n".join([*rows, f"Gate: {verdict}", ""])
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `certificate.json` and `certificate.md`."""
+        write_json(Path(folder, "certificate.json"), self.as_dict())
+        with replacing(Path(folder, "certificate.md")) as beside:
+            beside.write_text(self.markdown(), encoding="utf-8")
+
+
+@torch.inference_mode()
+def certify(
+    network: Network, folder: str | Path, dataset: NuScenesDataset, *, drift_frames: int = 0, progress: bool = False
+) -> Certificate:
+    """Drives a dataset with a network and with its export.
+
+    Args:
+        network: the original, in evaluation mode, on the CPU.
+        folder: of the export.
+        dataset: images as the export takes them.
+        drift_frames: of a further drive without a reset, 0 for none.
+        progress: show progress bars.
+
+    Raises:
+        CheckpointError: the folder is none of an export.
+        DataError: the dataset has fewer than 40 frames or 2 scenes.
+    """
+    scenes = len(np.unique(dataset.scene_of_sample))
+    if len(dataset) < LEAST_FRAMES or scenes < LEAST_SCENES:
+        raise DataError(
+            f"the dataset has {len(dataset)} frames of {scenes} scenes; a certificate needs {LEAST_FRAMES} of "
+            f"{LEAST_SCENES}"
+        )
+    runtime = Runtime(folder)
+    image_size = tuple(runtime.contract["image_size"])
+    raw_size = tuple(runtime.contract["raw_size"]) if runtime.contract["raw_size"] else None
+    differences: dict[str, list[np.ndarray]] = {}
+    pixels = []
+    originals, exports = {}, {}
+    box_distances, line_distances = [], []
+    state = network.initial_state(1)
+    for token, frame in tqdm(drive(dataset), total=len(dataset), desc="certificate", disable=not progress):
+        seen = fitted(frame, image_size) if raw_size else frame
+        if raw_size:
+            pixels.append((seen.images - pillow_fitted(frame, image_size)).abs().numpy().ravel())
+        prediction, state, scene = _original(network, seen, state)
+        said = _exported(runtime, frame)
+        raw = {
+            "raw_box": np.concatenate([prediction.box_logits[-1, 0], prediction.box_params[-1, 0]], 1),
+            "raw_line_logits": prediction.line_logits[-1, 0].numpy(),
+            "raw_line_points": prediction.line_points[-1, 0].numpy(),
+            "memory": state.bev.numpy(),
+        }
+        theirs = {
+            "raw_box": np.concatenate([runtime.outputs["raw_box_logits"], runtime.outputs["raw_box_params"]], 1),
+            "raw_line_logits": runtime.outputs["raw_line_logits"],
+            "raw_line_points": runtime.outputs["raw_line_points"],
+            "memory": runtime.memory(),
+        }
+        # Two equally good places may be followed up in either order.
+        theirs["raw_box"] = theirs["raw_box"][_aligned(raw["raw_box"], theirs["raw_box"])]
+        for name, array in raw.items():
+            differences.setdefault(name, []).append(np.abs(array - theirs[name]).ravel())
+        box_distances.append(matched_distances(scene.boxes.center.numpy(), said.boxes.center, scene.boxes, said.boxes))
+        line_distances.append(matched_distances(scene.lines.points.numpy(), said.lines.points, scene.lines, said.lines))
+        originals[token], exports[token] = scene, map_tensors(lambda x: torch.from_numpy(x.copy()), said)
+    one, other = (evaluate_scenes(dataset, scenes).metrics() for scenes in (originals, exports))
+    return Certificate(
+        precision=runtime.contract["precision"],
+        frames=len(dataset),
+        scenes=scenes,
+        raw={name: _summary(parts) for name, parts in differences.items()},
+        pixels=(float(max(x.max() for x in pixels)), float(np.mean([(x > 0).mean() for x in pixels])))
+        if pixels
+        else (0.0, 0.0),
+        boxes=_summary(box_distances),
+        lines=_summary(line_distances),
+        metrics={name: (one[name], other[name]) for name in METRICS},
+        drift=_drift(network, runtime, dataset, drift_frames, image_size, progress) if drift_frames else (),
+    )
+
+
+def drive(dataset: NuScenesDataset) -> Iterator[tuple[str, Frame]]:
+    """Token and frame [1, ...] of every sample, scene by scene, with what a certificate wants to see."""
+    for scene in np.unique(dataset.scene_of_sample):
+        for moment, i in enumerate(np.flatnonzero(dataset.scene_of_sample == scene)):
+            frame = map_tensors(lambda tensor: tensor[:1], dataset[int(i)].frames)
+            present, ego_from_cam = frame.rig.present.clone(), frame.rig.ego_from_cam.clone()
+            if moment == MISSING_AT:
+                present[0, int(scene) % present.shape[1]] = False
+            if moment == TURNED_AT:
+                angle = torch.tensor(TURN_DEG).deg2rad()
+                turn = torch.eye(4)
+                turn[:2, :2] = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()]).view(2, 2)
+                ego_from_cam = turn @ ego_from_cam
+            yield dataset.tokens[i], frame._replace(rig=CameraRig(frame.rig.img_from_cam, ego_from_cam, present))
+
+
+def fitted(frame: Frame, image_size: tuple[int, int]) -> Frame:
+    """A frame [1, ...] with images of the network's size, fitted as in the graph."""
+    rows, columns, img_from_raw = fitting_matrices(tuple(frame.images.shape[-2:]), image_size)
+    images = fit_pixels(frame.images[0].float(), rows, columns)[None]
+    return frame._replace(images=images, rig=frame.rig._replace(img_from_cam=img_from_raw @ frame.rig.img_from_cam))
+
+
+def pillow_fitted(frame: Frame, image_size: tuple[int, int]) -> torch.Tensor:
+    """The images of a frame fitted as in training, [1, N, 3, H, W] float."""
+    images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in frame.images[0]]
+    return torch.stack([fit_image(image, np.eye(3), image_size)[0] for image in images])[None].float()
+
+
+def _original(network: Network, frame: Frame, state: State):
+    prediction, state = network(frame, state)
+    return prediction, state, map_tensors(lambda tensor: tensor[0], network.decode(prediction))
+
+
+def _exported(runtime: Runtime, frame: Frame) -> Scene:
+    runtime.inputs["images"][...] = frame.images[0].permute(0, 2, 3, 1).numpy()
+    rig = map_tensors(lambda tensor: tensor[0].numpy(), frame.rig)
+    motion = frame.ego_from_prev[0].numpy(), float(frame.seconds_since_prev[0]), bool(frame.is_first[0])
+    runtime.fill(rig, *motion)
+    runtime.run()
+    return runtime.scene()
+
+
+def _aligned(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Which rows of `other` [Q, C] are the rows of `one`, in the cheapest way."""
+    return linear_sum_assignment(np.abs(one[:, None] - other).sum(-1))[1]
+
+
+def matched_distances(one: np.ndarray, other: np.ndarray, nouns, other_nouns) -> np.ndarray:
+    """Distances in metres of things of the same class that both found with a score of 0.1 or more, best pairs first.
+
+    Args:
+        one, other: [M, 3] centres or [M, P, 2] points.
+        nouns, other_nouns: the Boxes or Polylines that they are from.
+    """
+    found = []
+    label, score, valid = (np.asarray(x) for x in (nouns.label, nouns.score, nouns.valid))
+    for k in np.unique(label):
+        a = (label == k) & (score >= 0.1) & valid
+        b = (other_nouns.label == k) & (other_nouns.score >= 0.1) & other_nouns.valid
+        if a.any() and b.any():
+            cost = np.linalg.norm(one[a][:, None] - other[b], axis=-1)
+            cost = cost.mean(-1) if cost.ndim == 3 else cost
+            found.append(cost[linear_sum_assignment(cost)])
+    return np.concatenate(found) if found else np.zeros(0)
+
+
+def _summary(parts: list[np.ndarray]) -> tuple[float, float]:
+    together = np.concatenate(parts)
+    return (float(together.max()), float(together.mean())) if len(together) else (0.0, 0.0)
+
+
+def _drift(
+    network: Network,
+    runtime: Runtime,
+    dataset: NuScenesDataset,
+    frames: int,
+    image_size: tuple[int, int],
+    progress: bool,
+) -> tuple[float, float]:
+    """The mean difference of the memories over the first and the last quarter of a drive that never starts afresh."""
+    state, off = network.initial_state(1), []
+    # Every frame but the very first goes on from the memory, whatever scene it is from.
+    bar = tqdm(total=frames, desc="drift", disable=not progress)
+    while len(off) < frames:
+        for _, frame in drive(dataset):
+            frame = frame._replace(is_first=torch.tensor([not off]))
+            seen = fitted(frame, image_size) if runtime.contract["raw_size"] else frame
+            _, state, _ = _original(network, seen, state)
+            _exported(runtime, frame)
+            off.append(float(np.abs(state.bev.numpy() - runtime.memory()).mean()))
+            bar.update()
+            if len(off) == frames:
+                break
+    bar.close()
+    quarter = max(frames // 4, 1)
+    return float(np.mean(off[:quarter])), float(np.mean(off[-quarter:]))

@@ -1,0 +1,161 @@
+"""Live use of an exported network: numpy and ONNX Runtime, no torch.
+
+    runtime = Runtime("out/nano_onnx")
+    for images, global_from_ego, time_s in drive:
+        scene = runtime.step(images, rig, global_from_ego, time_s)
+
+All buffers are made once. The memory stays where the network runs: two buffers take turns as its input and output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from perception.errors import ConfigError, DataError
+from perception.export.contract import read_contract
+from perception.live import Odometer, checked_image, checked_rig
+from perception.types import Boxes, CameraRig, Polylines, Scene
+
+MODEL = "model.onnx"
+
+
+class Runtime:
+    """An exported network, its memory, and the pose and time of the last step.
+
+    Args:
+        folder: that `scripts/export.py` wrote.
+        providers: of ONNX Runtime, first choice first, such as "CUDAExecutionProvider".
+        threads: of the CPU; 0 for as many as there are.
+        min_score: boxes and lines below this are left out, 0..1.
+
+    Raises:
+        CheckpointError: the folder is none of an export, or a file in it has changed.
+        ConfigError: a provider is not there, or `min_score` is not in 0..1.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+        threads: int = 0,
+        min_score: float = 0.0,
+    ) -> None:
+        if not 0 <= min_score <= 1:
+            raise ConfigError(f"Runtime: min_score is {min_score}; give a number from 0 to 1")
+        import onnxruntime
+
+        self.contract = read_contract(folder)
+        self.min_score = min_score
+        there = onnxruntime.get_available_providers()
+        for provider in providers:
+            if provider not in there:
+                raise ConfigError(f"Runtime: provider {provider} is not there; ONNX Runtime has {', '.join(there)}")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        self.session = onnxruntime.InferenceSession(str(Path(folder, MODEL)), options, providers=list(providers))
+        self.inputs, self.outputs = (
+            {x["name"]: np.zeros(x["shape"], x["dtype"]) for x in self.contract[side]} for side in ("inputs", "outputs")
+        )
+        memories = [np.zeros_like(self.inputs["memory"]) for _ in range(2)]
+        device = "cuda" if providers[0] == "CUDAExecutionProvider" else "cpu"
+
+        def on_device(array: np.ndarray):
+            return onnxruntime.OrtValue.ortvalue_from_numpy(array, device, 0)
+
+        self._memories = [on_device(array) for array in memories]
+        self._bindings = []
+        values = {n: onnxruntime.OrtValue.ortvalue_from_numpy(x) for n, x in (self.inputs | self.outputs).items()}
+        for turn in range(2):
+            binding = self.session.io_binding()
+            for name in self.inputs:
+                binding.bind_ortvalue_input(name, self._memories[turn] if name == "memory" else values[name])
+            for name in self.outputs:
+                binding.bind_ortvalue_output(name, self._memories[1 - turn] if name == "new_memory" else values[name])
+            self._bindings.append(binding)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything that was seen; the next step is a first one."""
+        self._odometer = Odometer()
+        self._turn = 0
+
+    def memory(self) -> np.ndarray:
+        """A copy of the memory that the next step will start from."""
+        return self._memories[self._turn].numpy().copy()
+
+    def run(self) -> None:
+        """One pass from `inputs` to `outputs`, which are the buffers themselves, and the memory's turn.
+
+        Fill `inputs` in place before; all but `memory`, which is kept here. `outputs["new_memory"]` is not filled.
+        """
+        self.session.run_with_iobinding(self._bindings[self._turn])
+        self._turn = 1 - self._turn
+
+    def step(
+        self,
+        images: np.ndarray | Sequence[np.ndarray | None],
+        rig: CameraRig,
+        global_from_ego: np.ndarray,
+        time_s: float,
+    ) -> Scene:
+        """One moment, as `perception.predictor.Predictor.step`.
+
+        Args:
+            images: [N, H, W, 3] uint8 RGB, of the size that the contract names. What stands for a camera that is not
+                present is ignored and may be None.
+            rig: img_from_cam [N, 3, 3] in pixels of these images, ego_from_cam [N, 4, 4] metres, present [N] bool.
+            global_from_ego: [4, 4] pose at `time_s`, metres, in any frame that stays the same from step to step.
+            time_s: seconds, later than the last step's.
+
+        Returns:
+            What there is to see in the ego frame, numpy arrays, best score first.
+
+        Raises:
+            DataError: an argument has the wrong shape or type, is not finite, or time did not go forward.
+        """
+        motion = self._odometer.since_last(global_from_ego, time_s)
+        N, H, W, _ = self.inputs["images"].shape
+        if len(images) != N:
+            raise DataError(f"{len(images)} images were given; the network was exported for {N} (absent ones are None)")
+        rig = checked_rig(rig, N)
+        for n in np.flatnonzero(rig.present):
+            if checked_image(f"images[{n}]", images[n]).shape != (H, W, 3):
+                raise DataError(
+                    f"images[{n}] is {images[n].shape[0]} x {images[n].shape[1]} pixels (height x width); the network "
+                    f"was exported for {H} x {W}"
+                )
+            self.inputs["images"][n] = images[n]
+        self.fill(rig, motion.ego_from_prev, motion.seconds, motion.is_first)
+        self.run()
+        self._odometer.keep(global_from_ego, time_s)
+        return Scene(*(self._confident(noun) for noun in self.scene()))
+
+    def fill(self, rig: CameraRig, ego_from_prev: np.ndarray, seconds: float, is_first: bool) -> None:
+        """Writes all inputs but the images into their buffers."""
+        for name in ("img_from_cam", "ego_from_cam", "present"):
+            self.inputs[name][...] = getattr(rig, name)
+        self.inputs["ego_from_prev"][...] = ego_from_prev
+        self.inputs["seconds_since_prev"][...] = seconds
+        self.inputs["is_first"][...] = is_first
+
+    def scene(self) -> Scene:
+        """What the last pass said, all of it; the arrays are the buffers that the next pass writes into."""
+        said = self.outputs
+        boxes = Boxes(
+            center=said["box_center"], size=said["box_size"], yaw=said["box_yaw"], velocity=said["box_velocity"],
+            label=said["box_label"], attribute=np.full_like(said["box_label"], -1), score=said["box_score"],
+            valid=said["box_valid"], spread=said["box_spread"],
+        )  # fmt: skip
+        lines = Polylines(
+            points=said["line_points"], closed=said["line_closed"], label=said["line_label"],
+            score=said["line_score"], valid=np.ones_like(said["line_closed"]), spread=said["line_spread"],
+        )  # fmt: skip
+        return Scene(boxes, lines)
+
+    def _confident(self, noun):
+        keep = noun.valid & (noun.score >= self.min_score)
+        return type(noun)(*(array[keep] for array in noun))

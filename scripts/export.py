@@ -1,0 +1,71 @@
+"""Exports a network for the vehicle and certifies it: the export drives the same streets as the original."""
+
+import argparse
+from pathlib import Path
+
+EXAMPLE = """examples:
+  python scripts/export.py nano --out out/nano_onnx
+  python scripts/export.py out/nano/nano.safetensors --out out/nano_fp16 --precision fp16 --cameras 6 --raw-size 256x448
+
+Without --dataroot the streets are generated. The folder holds model.onnx, contract.json, certificate.json and
+certificate.md. Exit code 2 if the export is not good enough; the folder says why.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", help="a .safetensors file, or the name of weights that came with the library")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--precision", choices=("fp32", "fp16"), default="fp32", help="(default: %(default)s)")
+    parser.add_argument("--cameras", type=int, default=6, help="images per moment (default: %(default)s)")
+    parser.add_argument("--raw-size", metavar="HxW", help="size of the images that are given, fitted in the graph")
+    parser.add_argument("--dataroot", type=Path, help="dataset to certify on, images of the size that is given")
+    parser.add_argument("--version", help="of the dataset")
+    parser.add_argument("--split", help="of the dataset")
+    parser.add_argument("--drift", type=int, default=0, help="frames of a further drive without a reset (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of generated streets (default: %(default)s)")
+    arguments = parser.parse_args()
+
+    import tempfile
+
+    from perception.data.nuscenes import NuScenesDataset
+    from perception.errors import ConfigError
+    from perception.export.onnx import export_onnx
+    from perception.export.parity import LEAST_FRAMES, LEAST_SCENES, certify
+    from perception.models.checkpoint import load_checkpoint
+    from perception.predictor import shipped_weights
+    from perception.synthetic import VERSION, simulate
+
+    name = arguments.checkpoint
+    network, _ = load_checkpoint(name if name.endswith(".safetensors") else shipped_weights(name))
+    raw_size = None
+    if arguments.raw_size:
+        try:
+            raw_size = tuple(int(side) for side in arguments.raw_size.lower().split("x"))
+            height, width = raw_size
+        except ValueError:
+            raise ConfigError(f"--raw-size {arguments.raw_size!r} is not HEIGHTxWIDTH, such as 900x1600") from None
+    if arguments.dataroot and not (arguments.version and arguments.split):
+        raise ConfigError("--dataroot needs --version and --split too")
+    export_onnx(network, arguments.out, cameras=arguments.cameras, raw_size=raw_size, precision=arguments.precision)
+    with tempfile.TemporaryDirectory(prefix="perception-export-") as folder:
+        root, version, split = arguments.dataroot, arguments.version, arguments.split
+        size = raw_size or network.config.image_size
+        if root is None:
+            root, version, split = Path(folder, "town"), VERSION, "certificate"
+            keyframes = LEAST_FRAMES // LEAST_SCENES
+            simulate(root, scenes=LEAST_SCENES, seed=arguments.seed, keyframes=keyframes, split=split, image_size=size)
+        dataset = NuScenesDataset(root, version, split, image_size=size)
+        certificate = certify(network, arguments.out, dataset, drift_frames=arguments.drift, progress=True)
+    certificate.save(arguments.out)
+    print(certificate.markdown())
+    if certificate.failures:
+        raise ConfigError(f"{arguments.out} must not be used: {'; '.join(certificate.failures)}")
+
+
+if __name__ == "__main__":
+    from perception.errors import run_script
+
+    run_script(main)

@@ -1,0 +1,253 @@
+"""Export: the graph is the network, the gate of the certificate can fail, and the runtime needs no torch."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from PIL import Image
+
+from perception.data.loader import fit_image
+from perception.data.nuscenes import NuScenesDataset
+from perception.errors import CheckpointError, ConfigError, DataError
+from perception.export.onnx import export_onnx, fit_pixels, fitting_matrices
+from perception.export.parity import certify, drive
+from perception.export.runtime import Runtime
+from perception.models.bev_transformer import BEVTransformer, ModelConfig
+from perception.models.bevformer import BEVFormer, BEVFormerConfig
+from perception.models.published_backbone import FPNConfig
+from perception.predictor import Predictor
+from perception.synthetic import VERSION, simulate
+from perception.types import CameraRig, map_tensors
+
+RAW = (64, 112)
+SMALL = ModelConfig.preset(
+    "nano", image_size=(40, 80), grid=(20, 20), channels=16, depth_bins=8, backbone_stages=2, decoder_layers=2,
+    box_queries=20, line_queries=8, line_points=6,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model() -> BEVTransformer:
+    torch.manual_seed(3)
+    model = BEVTransformer(SMALL)
+    # A fresh network starts its heads at zero; with noise everything depends on images, calibration and memory.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def town(tmp_path_factory):
+    root = tmp_path_factory.mktemp("export") / "town"
+    simulate(root, scenes=2, seed=8, keyframes=20, split="certificate", image_size=RAW)
+    return NuScenesDataset(root, VERSION, "certificate", image_size=RAW)
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    return export_onnx(model, tmp_path_factory.mktemp("onnx"), raw_size=RAW)
+
+
+@pytest.fixture(scope="module")
+def certificate(model, folder, town):
+    return certify(model, folder, town, drift_frames=60)
+
+
+def test_the_graph_is_the_network(folder, certificate):
+    """The whole drive with its own memory; images are fitted in the graph as Pillow does it."""
+    assert certificate.failures == []
+    assert certificate.frames == 40 and certificate.scenes == 2
+    assert max(largest for largest, _ in certificate.raw.values()) < 1e-3
+    assert certificate.boxes[0] < 1e-3 and certificate.lines[0] < 1e-3
+    assert certificate.pixels == (0.0, 0.0)
+    assert "Gate: **passed**" in certificate.markdown()
+    certificate.save(folder)
+    assert json.loads((folder / "certificate.json").read_text())["passed"]
+    assert "| nds |" in (folder / "certificate.md").read_text()
+
+
+def test_standard_operators_and_a_contract(folder):
+    graph = onnx.load(folder / "model.onnx")
+    onnx.checker.check_model(graph, full_check=True)
+    assert {(o.domain, o.version) for o in graph.opset_import} == {("", 20)}
+    operators = Counter(node.op_type for node in graph.graph.node)
+    # What TensorRT has no static form of.
+    assert not operators.keys() & {"NonZero", "ScatterND", "ScatterElements", "Loop", "If", "Unique", "Compress"}
+    assert all(d.dim_value for x in graph.graph.input for d in x.type.tensor_type.shape.dim)
+    shapes = {v.name: v.type.tensor_type.shape.dim for v in onnx.shape_inference.infer_shapes(graph).graph.value_info}
+    sampled = [len(shapes[node.input[0]]) for node in graph.graph.node if node.op_type == "GridSample"]
+    assert sampled and set(sampled) == {4}
+    assert b"/perception/" not in (folder / "model.onnx").read_bytes()  # no paths of the machine that exported
+    contract = json.loads((folder / "contract.json").read_text())
+    assert [x["name"] for x in contract["inputs"]] == [x.name for x in graph.graph.input]
+    assert [x["name"] for x in contract["outputs"]] == [x.name for x in graph.graph.output]
+    assert contract["raw_size"] == list(RAW) and contract["cameras"] == 6 and contract["box_classes"][0] == "car"
+
+
+def broken(folder, tmp_path, change):
+    """A copy of an export with one of its weights changed, under a contract that says so."""
+    import hashlib
+
+    shutil.copytree(folder, tmp_path / "broken")
+    graph = onnx.load(folder / "model.onnx")
+    change(graph.graph)
+    content = graph.SerializeToString()
+    (tmp_path / "broken" / "model.onnx").write_bytes(content)
+    contract = json.loads((folder / "contract.json").read_text())
+    contract["sha256"]["model.onnx"] = hashlib.sha256(content).hexdigest()
+    (tmp_path / "broken" / "contract.json").write_text(json.dumps(contract))
+    return tmp_path / "broken"
+
+
+def test_the_gate_sees_a_broken_weight(model, folder, town, tmp_path):
+    def change(graph):
+        weight = next(x for x in graph.initializer if "smooth" in x.name and len(x.dims) == 4)
+        weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * 1.02, weight.name))
+
+    found = certify(model, broken(folder, tmp_path, change), town)
+    assert any(text.startswith("raw_box differs by") for text in found.failures)
+    assert "Gate: **failed**" in found.markdown()
+
+
+def test_the_gate_sees_a_lost_memory(model, folder, town, tmp_path, monkeypatch):
+    monkeypatch.setattr(Runtime, "fill", lambda self, *a, fill=Runtime.fill: fill(self, *a[:3], True))
+    found = certify(model, folder, town)
+    assert any(text.startswith("memory differs by") for text in found.failures)
+
+
+def test_the_gate_sees_a_wrong_calibration(model, folder, town, monkeypatch):
+    def fill(self, rig, *motion, fill=Runtime.fill):
+        matrix = rig.img_from_cam.copy()
+        matrix[0, 0, 2] += 0.5  # pixels
+        fill(self, rig._replace(img_from_cam=matrix), *motion)
+
+    monkeypatch.setattr(Runtime, "fill", fill)
+    assert certify(model, folder, town).failures
+
+
+def test_the_gate_sees_other_metrics(certificate):
+    metrics = certificate.metrics | {"lane_map": (0.5, 0.4989)}
+    assert replace(certificate, metrics=metrics).failures == [
+        "lane_map is 0.4989 instead of 0.5000, more than 0.0005 off"
+    ]
+    assert replace(certificate, metrics=metrics, precision="fp16").failures == []
+    assert replace(certificate, drift=(1e-3, 1e-2)).failures == [
+        "the memory drifts: off by 1.00e-03 early and by 1.00e-02 late"
+    ]
+
+
+def test_halves(model, town, tmp_path):
+    """Halves are in the graph, not where places are computed, and the answer stays close."""
+    folder = export_onnx(model, tmp_path / "half", raw_size=RAW, precision="fp16")
+    graph = onnx.shape_inference.infer_shapes(onnx.load(folder / "model.onnx")).graph
+    kinds = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
+    kinds |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    half, whole = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
+    convolutions = [node for node in graph.node if node.op_type == "Conv"]
+    assert convolutions and all(kinds[name] == half for node in convolutions for name in node.input)
+    for kind in ("GridSample", "Softmax", "LayerNormalization", "TopK"):
+        nodes = [node for node in graph.node if node.op_type == kind]
+        assert nodes and all(kinds[node.input[0]] == whole for node in nodes)
+    contract = json.loads((folder / "contract.json").read_text())
+    assert {x["dtype"] for x in contract["inputs"]} == {"uint8", "float32", "bool"}
+    found = certify(model, folder, town)
+    assert found.failures == [] and 1e-5 < found.boxes[1] < 0.05
+
+
+def test_images_are_fitted_as_in_training():
+    generator = np.random.default_rng(0)
+    sizes = (
+        ((90, 160), (40, 80)),
+        (RAW, (40, 80)),
+        ((30, 50), (40, 80)),
+        ((40, 80), (40, 80)),
+        ((225, 400), (44, 112)),
+    )
+    for raw, size in sizes:
+        image = generator.integers(0, 256, (*raw, 3), dtype=np.uint8)
+        matrix = np.array([[60.0, 0, 50], [0, 61, 30], [0, 0, 1]])
+        wanted, wanted_matrix = fit_image(Image.fromarray(image), matrix, size)
+        rows, columns, img_from_raw = fitting_matrices(raw, size)
+        pixels = torch.from_numpy(image).permute(2, 0, 1).float()[None]
+        found = fit_pixels(pixels, rows, columns)
+        assert torch.equal(found[0], wanted.float())
+        assert (img_from_raw.double().numpy() @ matrix) == pytest.approx(wanted_matrix, abs=1e-4)
+
+
+def test_step_is_what_the_predictor_says(model, folder, town):
+    predictor, runtime = Predictor(model), Runtime(folder, min_score=0.02)
+    predictor.min_score = 0.02
+    for k, (_, frame) in enumerate(drive(town)):
+        if k == 5:
+            break
+        images = frame.images[0].permute(0, 2, 3, 1).numpy()
+        rig = CameraRig(*(tensor[0].numpy() for tensor in frame.rig))
+        given = [image if there else None for image, there in zip(images, rig.present, strict=True)]
+        one = predictor.step(given, rig, town.ego_pose(k), k * 0.5)
+        other = runtime.step(given, rig, town.ego_pose(k), k * 0.5)
+        assert len(one.boxes.score) == len(other.boxes.score) > 0
+        assert other.boxes.score == pytest.approx(one.boxes.score.numpy(), abs=1e-4)
+        assert other.lines.points == pytest.approx(one.lines.points.numpy(), abs=1e-3)
+    buffer = runtime.outputs["box_center"]
+    runtime.run()
+    assert runtime.outputs["box_center"] is buffer  # nothing is made anew
+
+
+def test_the_runtime_runs_where_torch_cannot_be_imported(folder, town, tmp_path):
+    frame = map_tensors(lambda tensor: tensor[:1], town[0].frames)
+    rig = {name: getattr(frame.rig, name)[0].numpy() for name in frame.rig._fields}
+    np.savez(tmp_path / "frame.npz", images=frame.images[0].permute(0, 2, 3, 1).numpy(), **rig)
+    code = f"""
+import sys
+sys.modules["torch"] = None
+import numpy as np
+from perception.export.runtime import Runtime
+from perception.types import CameraRig
+data = np.load({str(tmp_path / "frame.npz")!r})
+runtime = Runtime({str(folder)!r})
+rig = CameraRig(*(data[name] for name in CameraRig._fields))
+scene = runtime.step(data["images"], rig, np.eye(4), 0.0)
+assert len(scene.boxes.score) and np.isfinite(scene.lines.points).all()
+print(len(scene.boxes.score))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) > 0
+
+
+def test_errors_that_can_be_acted_on(model, folder, town, tmp_path):
+    runtime = Runtime(folder)
+    rig = CameraRig(np.eye(3)[None].repeat(6, 0), np.eye(4)[None].repeat(6, 0), np.ones(6, dtype=bool))
+    images = np.zeros((6, *RAW, 3), np.uint8)
+    with pytest.raises(DataError, match="5 images were given; the network was exported for 6"):
+        runtime.step(images[:5], rig, np.eye(4), 0.0)
+    with pytest.raises(DataError, match=r"images\[0\] is 60 x 112 pixels .* exported for 64 x 112"):
+        runtime.step(images[:, :60], rig, np.eye(4), 0.0)
+    with pytest.raises(ConfigError, match="provider NoProvider is not there; ONNX Runtime has"):
+        Runtime(folder, providers=["NoProvider"])
+    with pytest.raises(CheckpointError, match=r"contract\.json is missing"):
+        Runtime(tmp_path)
+    shutil.copytree(folder, tmp_path / "changed")
+    (tmp_path / "changed" / "model.onnx").write_bytes(b"other")
+    with pytest.raises(CheckpointError, match=r"is not the file that .* was written for"):
+        Runtime(tmp_path / "changed")
+    with pytest.raises(ConfigError, match="precision 'int4' is not known"):
+        export_onnx(model, tmp_path, precision="int4")
+    port = BEVFormer(
+        BEVFormerConfig(image_size=(64, 96), backbone=FPNConfig(stages=2), channels=16, heads=2, bev=(4, 4))
+    )
+    with pytest.raises(ConfigError, match="BEVFormer is not exported"):
+        export_onnx(port, tmp_path)
+    few = NuScenesDataset(town.roots[0], VERSION, "certificate", image_size=RAW)
+    few.__class__ = type("Few", (NuScenesDataset,), {"__len__": lambda self: 7})
+    with pytest.raises(DataError, match="has 7 frames of 2 scenes; a certificate needs 40 of 2"):
+        certify(model, folder, few)
