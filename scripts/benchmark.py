@@ -1,4 +1,4 @@
-"""Compares trainings: a config against variants of it, each with several seeds."""
+"""Compares trainings, each with several seeds: a config against variants of it, or networks against each other."""
 
 import argparse
 from pathlib import Path
@@ -7,6 +7,8 @@ EXAMPLE = """example:
   python scripts/benchmark.py ablation configs/synthetic/ablation.py --out out/ablation --seeds 0 1 --amp \\
       --vary "no average of weights: train.ema_momentum=0" \\
       --vary "boxes alone: train.without=('line_class','line_points','line_direction','line_spread','raster')"
+  python scripts/benchmark.py accuracy configs/synthetic/compare_flagship.py configs/synthetic/compare_bevformer.py \\
+      configs/synthetic/compare_maptr.py --out out/accuracy --seeds 0 1 --amp --json out/accuracy.json
 
 What is finished is not trained again, so the same command goes on after an interruption.
 """
@@ -22,16 +24,25 @@ def main() -> None:
     ablation.add_argument(
         "--vary", action="append", default=[], metavar="'NAME: KEY=VALUE ...'", help="a variant; may be given often"
     )
-    ablation.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="at least two (default: 0 1)")
-    ablation.add_argument("--out", type=Path, required=True, help="folder for the trainings")
-    ablation.add_argument("--amp", action="store_true", help="run the networks in bfloat16")
-    ablation.add_argument("--json", type=Path, help="file for all numbers")
+    accuracy = commands.add_parser("accuracy", help="networks against each other, with what a frame costs each")
+    accuracy.add_argument("configs", nargs="+", help="the others are held to the first")
+    for command in (ablation, accuracy):
+        command.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="at least two (default: 0 1)")
+        command.add_argument("--out", type=Path, required=True, help="folder for the trainings")
+        command.add_argument("--amp", action="store_true", help="run the networks in bfloat16")
+        command.add_argument("--json", type=Path, help="file for all numbers")
     arguments = parser.parse_args()
 
-    from perception.engine import compare, load_config, parse_options
-    from perception.errors import ConfigError
-    from perception.files import write_json
+    import dataclasses
 
+    from perception.engine import compare, load_config, measure_costs, parse_options
+    from perception.errors import ConfigError
+
+    if arguments.command == "accuracy":
+        configs = {Path(path).stem: load_config(path) for path in arguments.configs}
+        result = compare(configs, arguments.seeds, arguments.out, amp=arguments.amp)
+        _tell(dataclasses.replace(result, costs=measure_costs(configs)), arguments.json)
+        return
     variants = {"as configured": load_config(arguments.config)}
     for text in arguments.vary:
         name, colon, options = text.partition(":")
@@ -40,10 +51,15 @@ def main() -> None:
                 f"--vary {text!r} is not 'NAME: KEY=VALUE ...'; write e.g. 'no EMA: train.ema_momentum=0'"
             )
         variants[name.strip()] = load_config(arguments.config, parse_options(options.split()))
-    result = compare(variants, arguments.seeds, arguments.out, amp=arguments.amp)
+    _tell(compare(variants, arguments.seeds, arguments.out, amp=arguments.amp), arguments.json)
+
+
+def _tell(result, path: Path | None) -> None:
+    from perception.files import write_json
+
     print(result.table())
-    if arguments.json:
-        write_json(arguments.json, result.as_dict())
+    if path:
+        write_json(path, result.as_dict())
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def test_two_frames_with_history(data):
         assert torch.equal(labels[0], expected[f"{frame}.det_labels"])
         torch.testing.assert_close(boxes[0], expected[f"{frame}.det_boxes"], atol=1e-3, rtol=0)
         previous = bev
-    turned = turn_map(expected["frame1.bev_embed"][:, 0], head.config, bus[0, -1].item())
+    turned = turn_map(expected["frame1.bev_embed"].transpose(0, 1), head.config, bus[:, -1])[0]
     torch.testing.assert_close(turned, expected["frame2.prev_bev_rotated"][:, 0])
 
 
@@ -116,7 +116,7 @@ def test_what_stands_still_stays_where_it_is():
     places = cell_places(100, 100, "cpu")
     metres = (places - 0.5) * 102.4
     blob = torch.exp(-((metres - torch.tensor(before[:2])) ** 2).sum(-1, keepdim=True) / 8).float()
-    turned = turn_map(blob, config, bus[0, -1].item()).view(1, 1, 100, 100)
+    turned = turn_map(blob[None], config, bus[:, -1]).view(1, 1, 100, 100)
     grid = (2 * (places + map_shift(config, bus)) - 1).view(1, 100, 100, 2)
     now = torch.nn.functional.grid_sample(turned, grid, align_corners=False).flatten()
     center = (now[:, None] * metres).sum(0) / now.sum()

@@ -1,9 +1,12 @@
 """Comparisons: means and spreads by hand, a gain only beyond the spread, finished runs are not repeated."""
 
+import dataclasses
+
 import pytest
 
-from perception.engine import Comparison, compare, load_config
+from perception.engine import Comparison, Cost, compare, load_config, measure_costs
 from perception.errors import ConfigError
+from perception.models.checkpoint import build_network
 from perception.synthetic import VERSION
 
 ZERO = dict.fromkeys(("nds", "map", "mATE", "mAOE", "mAVE", "lane_map"), 0.0)
@@ -29,7 +32,20 @@ def test_a_gain_is_more_than_the_spread():
     assert told.gain("more", "lane_map") is None  # 0.017, within 0.034
     row = told.table().splitlines()[3]
     assert row.startswith("| more | 0.345 ± 0.005* |") and row.endswith("| 0.527 ± 0.017 |")
-    assert told.as_dict()["more"]["nds"]["gain"] == pytest.approx(0.035)
+    assert told.as_dict()["more"]["nds"]["gain"] == pytest.approx(0.035) and "cost" not in told.as_dict()["more"]
+    costs = {"plain": Cost(1_500_000, 12.34, 0.1), "more": Cost(2_000_000, 10.0, 0.05)}
+    row = dataclasses.replace(told, costs=costs).table().splitlines()[2]
+    assert row.startswith("| plain | 0.310 ± 0.010 |") and row.endswith("| 1.50 | 12.3 | 100 |")
+
+
+def test_costs_are_those_of_the_networks(tmp_path, town_root):
+    path = tmp_path / "small.py"
+    path.write_text(CONFIG.format(root=str(town_root), version=VERSION))
+    wide = load_config(path, {"model.channels": 32})
+    costs = measure_costs({"small": load_config(path), "wide": wide}, passes=1)
+    network = build_network(wide.model)
+    assert costs["wide"].parameters == sum(p.numel() for p in network.parameters()) > costs["small"].parameters
+    assert costs["wide"].gflops > costs["small"].gflops > 0 and costs["small"].seconds > 0
 
 
 def test_variants_are_trained_once(tmp_path, town_root):

@@ -22,6 +22,9 @@ from perception.export.parity import certify, drive
 from perception.export.runtime import Runtime
 from perception.models.bev_transformer import BEVTransformer, ModelConfig
 from perception.models.bevformer import BEVFormer, BEVFormerConfig
+from perception.models.checkpoint import build_network
+from perception.models.maptr import MapTRConfig
+from perception.models.maptrv2 import MapTRv2, MapTRv2Config
 from perception.models.published_backbone import FPNConfig
 from perception.predictor import Predictor
 from perception.synthetic import VERSION, simulate
@@ -163,6 +166,34 @@ def test_halves(model, town, tmp_path):
     assert found.failures == [] and 1e-5 < found.boxes[1] < 0.05
 
 
+@pytest.mark.parametrize("network", ["bevformer", "maptr"])
+def test_published_networks_are_exported(network, town, tmp_path):
+    """Without cells that are sought out at run time, in single precision, with or without a memory."""
+    torch.manual_seed(0)
+    small = {
+        "image_size": RAW, "backbone": FPNConfig(stages=2), "channels": 16, "feed_forward": 24, "heads": 2,
+        "encoder_layers": 1, "decoder_layers": 2,
+    }  # fmt: skip
+    if network == "bevformer":
+        config = BEVFormerConfig(**small, bev=(10, 10), rotate_center=(5, 5), queries=15, max_boxes=10)
+    else:
+        config = MapTRConfig(**small, bev=(10, 6), lines=6, line_points=5, max_lines=5, kernel=(3, 5))
+    model = build_network(config)
+    with torch.no_grad():
+        for parameter in model.head.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    folder = export_onnx(model.eval(), tmp_path)
+    graph = onnx.load(folder / "model.onnx").graph
+    kinds = {v.type.tensor_type.elem_type for v in graph.value_info} | {x.data_type for x in graph.initializer}
+    assert onnx.TensorProto.DOUBLE not in kinds
+    assert not {node.op_type for node in graph.node} & {"NonZero", "ScatterND", "Loop", "If"}
+    found = certify(model, folder, town)
+    assert found.failures == []
+    assert set(found.raw) == ({"memory", "raw_box"} if network == "bevformer" else {"raw_line"})
+    scene = Runtime(folder).scene()
+    assert len(scene.boxes.score) == (10 if network == "bevformer" else 0)
+
+
 def test_images_are_fitted_as_in_training():
     generator = np.random.default_rng(0)
     sizes = (
@@ -242,11 +273,11 @@ def test_errors_that_can_be_acted_on(model, folder, town, tmp_path):
         Runtime(tmp_path / "changed")
     with pytest.raises(ConfigError, match="precision 'int4' is not known"):
         export_onnx(model, tmp_path, precision="int4")
-    port = BEVFormer(
-        BEVFormerConfig(image_size=(64, 96), backbone=FPNConfig(stages=2), channels=16, heads=2, bev=(4, 4))
-    )
-    with pytest.raises(ConfigError, match="BEVFormer is not exported"):
-        export_onnx(port, tmp_path)
+    small = {"image_size": (64, 96), "backbone": FPNConfig(stages=2), "channels": 16, "heads": 2, "bev": (4, 4)}
+    with pytest.raises(ConfigError, match="cameras is 4; this BEVFormer was trained with 6"):
+        export_onnx(BEVFormer(BEVFormerConfig(**small)), tmp_path, cameras=4)
+    with pytest.raises(ConfigError, match="MapTRv2 is not exported"):
+        export_onnx(MapTRv2(MapTRv2Config(**small)), tmp_path)
     few = NuScenesDataset(town.roots[0], VERSION, "certificate", image_size=RAW)
     few.__class__ = type("Few", (NuScenesDataset,), {"__len__": lambda self: 7})
     with pytest.raises(DataError, match="has 7 frames of 2 scenes; a certificate needs 40 of 2"):

@@ -1,12 +1,13 @@
 """Training with MMEngine; the only package that imports it."""
 
-from perception.engine.comparison import Comparison, compare
+from perception.engine.comparison import Comparison, Cost, compare, measure_costs
 from perception.engine.config import DataSection, TrainConfig, TrainSection, build_dataset, load_config, parse_options
 from perception.engine.dry_run import DryRun, dry_run
 from perception.engine.training import TrainingModel, load_weights, train
 
 __all__ = [
     "Comparison",
+    "Cost",
     "DataSection",
     "DryRun",
     "TrainConfig",
@@ -17,6 +18,7 @@ __all__ = [
     "dry_run",
     "load_config",
     "load_weights",
+    "measure_costs",
     "parse_options",
     "train",
 ]

@@ -4,15 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from perception.engine.config import TrainConfig
+import torch
+
+from perception.data.loader import collate
+from perception.engine.config import TrainConfig, build_dataset
+from perception.engine.dry_run import forward_gflops
 from perception.engine.training import train
 from perception.errors import ConfigError
-from perception.models.checkpoint import load_checkpoint
+from perception.models.checkpoint import build_network, load_checkpoint
+from perception.types import map_tensors
 
 HEADLINE = ("nds", "map", "mATE", "mAOE", "mAVE", "lane_map")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What one frame of the validation data costs a network.
+
+    Args:
+        parameters: of the whole network.
+        gflops: forward; products and sums counted apart.
+        seconds: network and decoding, the median of passes that took turns with those of the others.
+    """
+
+    parameters: int
+    gflops: float
+    seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +41,7 @@ class Comparison:
     """Metrics after the last epoch, by variant, one dict per seed; the first variant is what the others are held to."""
 
     runs: dict[str, list[dict[str, float]]]
+    costs: dict[str, Cost] = dataclasses.field(default_factory=dict)
 
     def mean(self, variant: str, metric: str) -> float:
         """Over the seeds."""
@@ -49,18 +71,24 @@ class Comparison:
                     }
                     for metric in HEADLINE
                 },
+                **({"cost": dataclasses.asdict(self.costs[name])} if self.costs else {}),
             }
             for name, runs in self.runs.items()
         }
 
     def table(self) -> str:
         """Means and spreads as Markdown; * marks what differs from the first row by more than chance."""
-        lines = ["| variant | " + " | ".join(HEADLINE) + " |", "|---" * (len(HEADLINE) + 1) + "|"]
+        costs = ["M parameters", "GFLOP", "ms a frame"] if self.costs else []
+        heads = ["variant", *HEADLINE, *costs]
+        lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
         for number, name in enumerate(self.runs):
             cells = []
             for metric in HEADLINE:
                 star = "*" if number and self.gain(name, metric) is not None else ""
                 cells.append(f"{self.mean(name, metric):.3f} ± {self.spread(name, metric) / 2:.3f}{star}")
+            if self.costs:
+                cost = self.costs[name]
+                cells += [f"{cost.parameters / 1e6:.2f}", f"{cost.gflops:.1f}", f"{1e3 * cost.seconds:.0f}"]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         return "\n".join(lines)
 
@@ -91,3 +119,45 @@ def compare(
                 train(config, folder, seed=seed, resume=True, amp=amp)
             runs.setdefault(name, []).append(load_checkpoint(last)[1])
     return Comparison(runs)
+
+
+@torch.inference_mode()
+def measure_costs(configs: Mapping[str, TrainConfig], passes: int = 20) -> dict[str, Cost]:
+    """What one frame costs each network, on the GPU where there is one.
+
+    Args:
+        configs: by name.
+        passes: timed for each network, after two that are not; the networks take turns, so that whatever else the
+            machine does falls on all of them.
+
+    Raises:
+        DataError: the validation data of a config are missing.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    networks, frames, seconds = {}, {}, {name: [] for name in configs}
+    for name, config in configs.items():
+        clip = collate([build_dataset(config.val_data, config.model)[0]])
+        frames[name] = map_tensors(lambda tensor: tensor[:, 0].to(device), clip.frames)
+        networks[name] = build_network(config.model).eval().to(device)
+    for number in range(passes + 2):
+        for name, network in networks.items():
+            state = network.initial_state(1)
+            _wait(device)
+            start = time.perf_counter()
+            network.decode(network(frames[name], state)[0])
+            _wait(device)
+            if number >= 2:
+                seconds[name].append(time.perf_counter() - start)
+    return {
+        name: Cost(
+            sum(p.numel() for p in network.parameters()),
+            forward_gflops(network, frames[name]),
+            statistics.median(seconds[name]),
+        )
+        for name, network in networks.items()
+    }
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

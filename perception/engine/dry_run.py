@@ -16,9 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from perception.data.loader import TrainSampler, collate
 from perception.engine.config import DataSection, TrainConfig, build_dataset
 from perception.engine.training import TrainingModel, build_optimizer, check_trainable
-from perception.models.checkpoint import build_network
+from perception.models.checkpoint import Network, build_network
 from perception.synthetic import VERSION, simulate
-from perception.types import map_tensors
+from perception.types import Frame, map_tensors
 
 NUSCENES_TRAIN_SAMPLES = 28130  # keyframes of nuScenes' official training split
 STEPS = 2
@@ -115,17 +115,22 @@ def dry_run(config: TrainConfig, *, seed: int = 0, amp: bool = False) -> DryRun:
             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         )
         frame = map_tensors(lambda tensor: tensor[:1, 0], clip.frames)
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        core.eval()(frame, core.initial_state(1))
     return DryRun(
         parameters={name: sum(p.numel() for p in part.parameters()) for name, part in core.named_children()},
         learned=sum(p.numel() for p in core.parameters() if p.requires_grad),
-        gflops=counter.get_total_flops() / 1e9,
+        gflops=forward_gflops(core.eval(), frame),
         peak_memory=peak,
         seconds_per_step=seconds,
         steps=_steps(config),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU cores",
     )
+
+
+def forward_gflops(core: Network, frame: Frame) -> float:
+    """Floating-point operations of one pass over a frame [1, ...], products and sums counted apart."""
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        core(frame, core.initial_state(1))
+    return counter.get_total_flops() / 1e9
 
 
 def _steps(config: TrainConfig) -> int | None:

@@ -41,9 +41,9 @@ MEANING = {
     "line_score": "0..1, best first",
     "line_spread": "expected error of each point along ego x and y, metres",
     "raw_box_logits": "last decoder layer before decoding, for comparisons",
-    "raw_box_params": "last decoder layer before decoding, for comparisons",
+    "raw_box_places": "last decoder layer before decoding, for comparisons",
     "raw_line_logits": "last decoder layer before decoding, for comparisons",
-    "raw_line_points": "last decoder layer before decoding, for comparisons",
+    "raw_line_places": "last decoder layer before decoding, for comparisons",
     "new_memory": "hand it in as memory at the next moment",
 }
 

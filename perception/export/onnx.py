@@ -24,13 +24,23 @@ from perception.errors import ConfigError
 from perception.export.contract import CONTRACT, write_contract
 from perception.export.half import halve_graph
 from perception.files import replacing
-from perception.models.bev_transformer import BEVTransformer
+from perception.models.bevformer import BEVFormer, RawBoxes
 from perception.models.checkpoint import Network
-from perception.types import CameraRig, Frame, State
+from perception.models.maptr import MapTR, RawLines
+from perception.models.maptrv2 import MapTRv2
+from perception.types import CameraRig, Frame, Prediction, State
 
 OPSET = 20
 PRECISIONS = ("fp32", "fp16")
-RAW_OUTPUTS = ("raw_box_logits", "raw_box_params", "raw_line_logits", "raw_line_points")
+MOMENT = (
+    "images", "img_from_cam", "ego_from_cam", "present", "ego_from_prev", "seconds_since_prev", "is_first",
+)  # fmt: skip
+OUTPUTS = {
+    "box": (
+        "box_center", "box_size", "box_yaw", "box_velocity", "box_label", "box_score", "box_valid", "box_spread",
+    ),
+    "line": ("line_points", "line_closed", "line_label", "line_score", "line_spread"),
+}  # fmt: skip
 MODEL = "model.onnx"
 
 
@@ -42,18 +52,17 @@ class DeployedNetwork(nn.Module):
         raw_size: height and width of the images that are given, None for those of the network.
     """
 
-    INPUTS = (
-        "images", "img_from_cam", "ego_from_cam", "present", "ego_from_prev", "seconds_since_prev", "is_first",
-        "memory",
-    )  # fmt: skip
-    OUTPUTS = (
-        "box_center", "box_size", "box_yaw", "box_velocity", "box_label", "box_score", "box_valid", "box_spread",
-        "line_points", "line_closed", "line_label", "line_score", "line_spread", *RAW_OUTPUTS, "new_memory",
-    )  # fmt: skip
-
     def __init__(self, network: Network, raw_size: tuple[int, int] | None = None) -> None:
         super().__init__()
         self.network = network
+        self.remembers = network.initial_state(1).bev.numel() > 0
+        self.finds = tuple(
+            kind for kind, without in (("box", MapTR), ("line", BEVFormer)) if not isinstance(network, without)
+        )
+        self.input_names = (*MOMENT, "memory") if self.remembers else MOMENT
+        self.output_names = tuple(
+            name for kind in self.finds for name in (*OUTPUTS[kind], f"raw_{kind}_logits", f"raw_{kind}_places")
+        ) + (("new_memory",) if self.remembers else ())
         self.resized = raw_size is not None
         if raw_size is not None:
             rows, columns, img_from_raw = fitting_matrices(raw_size, network.config.image_size)
@@ -70,9 +79,9 @@ class DeployedNetwork(nn.Module):
         ego_from_prev: Tensor,
         seconds_since_prev: Tensor,
         is_first: Tensor,
-        memory: Tensor,
+        memory: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """Arguments in the order of `INPUTS`, results in that of `OUTPUTS`; shapes in `example_inputs`."""
+        """Arguments in the order of `input_names`, results in that of `output_names`; shapes in `example_inputs`."""
         pixels = images.permute(0, 3, 1, 2).float()  # [N, 3, H, W]
         if self.resized:
             pixels = fit_pixels(pixels, self.rows, self.columns)
@@ -84,16 +93,26 @@ class DeployedNetwork(nn.Module):
             seconds_since_prev,
             is_first,
         )
-        prediction, state = self.network(frame, State(memory))
-        boxes, lines = self.network.decode(prediction)
-        return (
-            boxes.center[0], boxes.size[0], boxes.yaw[0], boxes.velocity[0], boxes.label[0].int(), boxes.score[0],
-            boxes.valid[0], boxes.spread[0],
-            lines.points[0], lines.closed[0], lines.label[0].int(), lines.score[0], lines.spread[0],
-            prediction.box_logits[-1, 0], prediction.box_params[-1, 0],
-            prediction.line_logits[-1, 0], prediction.line_points[-1, 0],
-            state.bev,
-        )  # fmt: skip
+        state = self.network.initial_state(1) if memory is None else State(memory)
+        prediction, state = self.network(frame, state)
+        scene = self.network.decode(prediction)
+        results = []
+        for kind in self.finds:
+            noun = scene.boxes if kind == "box" else scene.lines
+            for name in OUTPUTS[kind]:
+                result = getattr(noun, name.removeprefix(f"{kind}_"))[0]
+                results.append(result.int() if name.endswith("label") else result)
+            results += [raw[-1, 0] for raw in raw_outputs(prediction, kind)]
+        return (*results, state.bev) if self.remembers else tuple(results)
+
+
+def raw_outputs(prediction: Prediction | RawBoxes | RawLines, kind: str) -> tuple[Tensor, Tensor]:
+    """Logits and places (parameters of boxes, points of lines) of all layers, [L, B, Q, ...]."""
+    if not isinstance(prediction, Prediction):
+        return prediction
+    if kind == "box":
+        return prediction.box_logits, prediction.box_params
+    return prediction.line_logits, prediction.line_points
 
 
 def fit_pixels(pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -146,7 +165,10 @@ def fitting_matrices(raw_size: tuple[int, int], image_size: tuple[int, int]) -> 
 
 
 def example_inputs(network: Network, cameras: int, raw_size: tuple[int, int] | None = None) -> tuple[Tensor, ...]:
-    """Arguments of `DeployedNetwork.forward` for a first frame of cameras that look in all directions."""
+    """Arguments of `DeployedNetwork.forward` for a first frame of cameras that look in all directions.
+
+    The memory is the last; a network without one has none.
+    """
     H, W = raw_size or network.config.image_size
     angle = torch.arange(cameras) * (2 * torch.pi / cameras)
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros(cameras)
@@ -156,10 +178,11 @@ def example_inputs(network: Network, cameras: int, raw_size: tuple[int, int] | N
     ego_from_cam[:, :3, 2] = torch.stack([cos, sin, zero], -1)
     ego_from_cam[:, 2, 3] = 1.6
     img_from_cam = torch.tensor([[0.7 * W, 0.0, W / 2], [0.0, 0.7 * W, H / 2], [0.0, 0.0, 1.0]]).repeat(cameras, 1, 1)
+    memory = network.initial_state(1).bev
     return (
         torch.randint(0, 256, (cameras, H, W, 3), dtype=torch.uint8), img_from_cam, ego_from_cam,
         torch.ones(cameras, dtype=torch.bool), torch.eye(4), torch.zeros(1), torch.ones(1, dtype=torch.bool),
-        network.initial_state(1).bev,
+        *((memory,) if memory.numel() else ()),
     )  # fmt: skip
 
 
@@ -187,8 +210,11 @@ def export_onnx(
     Raises:
         ConfigError: the network is none that is exported, or precision or cameras cannot be.
     """
-    if not isinstance(network, BEVTransformer):
-        raise ConfigError(f"{type(network).__name__} is not exported; give weights of the flagship")
+    if isinstance(network, MapTRv2):
+        raise ConfigError("MapTRv2 is not exported: it sums up features where their depths say, which depends on data")
+    wanted = getattr(network.config, "cameras", cameras)
+    if cameras != wanted:
+        raise ConfigError(f"cameras is {cameras}; this {type(network).__name__} was trained with {wanted}")
     if precision not in PRECISIONS:
         raise ConfigError(f"precision {precision!r} is not known; use one of {', '.join(PRECISIONS)}")
     if cameras < 1:
@@ -207,12 +233,12 @@ def export_onnx(
         raise ConfigError(f"the graph holds operators that are no standard ones: {', '.join(strange)}")
     content = graph.SerializeToString()
     with torch.inference_mode():
-        outputs = dict(zip(model.OUTPUTS, model(*inputs), strict=True))
+        outputs = dict(zip(model.output_names, model(*inputs), strict=True))
     with replacing(folder / MODEL) as beside:
         beside.write_bytes(content)
     write_contract(
         folder / CONTRACT,
-        inputs=dict(zip(model.INPUTS, map(_array, inputs), strict=True)),
+        inputs=dict(zip(model.input_names, map(_array, inputs), strict=True)),
         outputs={name: _array(tensor) for name, tensor in outputs.items()},
         sha256={MODEL: hashlib.sha256(content).hexdigest()},
         network=type(network).__name__,
@@ -239,7 +265,7 @@ def _trace(model: DeployedNetwork, inputs: tuple[Tensor, ...]):
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 model, inputs, dynamo=True, opset_version=OPSET, verbose=False, optimize=True,
-                input_names=list(model.INPUTS), output_names=list(model.OUTPUTS),
+                input_names=list(model.input_names), output_names=list(model.output_names),
             )  # fmt: skip
     finally:
         logger.setLevel(level)

@@ -21,7 +21,7 @@ from perception.data.loader import fit_image
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import DataError
 from perception.evaluation.streaming import evaluate_scenes
-from perception.export.onnx import fit_pixels, fitting_matrices
+from perception.export.onnx import fit_pixels, fitting_matrices, raw_outputs
 from perception.export.runtime import Runtime
 from perception.files import replacing, write_json
 from perception.models.checkpoint import Network
@@ -152,22 +152,16 @@ def certify(
             pixels.append((seen.images - pillow_fitted(frame, image_size)).abs().numpy().ravel())
         prediction, state, scene = _original(network, seen, state)
         said = _exported(runtime, frame)
-        raw = {
-            "raw_box": np.concatenate([prediction.box_logits[-1, 0], prediction.box_params[-1, 0]], 1),
-            "raw_line_logits": prediction.line_logits[-1, 0].numpy(),
-            "raw_line_points": prediction.line_points[-1, 0].numpy(),
-            "memory": state.bev.numpy(),
-        }
-        theirs = {
-            "raw_box": np.concatenate([runtime.outputs["raw_box_logits"], runtime.outputs["raw_box_params"]], 1),
-            "raw_line_logits": runtime.outputs["raw_line_logits"],
-            "raw_line_points": runtime.outputs["raw_line_points"],
-            "memory": runtime.memory(),
-        }
-        # Two equally good places may be followed up in either order.
-        theirs["raw_box"] = theirs["raw_box"][_aligned(raw["raw_box"], theirs["raw_box"])]
-        for name, array in raw.items():
-            differences.setdefault(name, []).append(np.abs(array - theirs[name]).ravel())
+        pairs = {"memory": (state.bev.numpy().ravel(), runtime.memory().ravel())} if state.bev.numel() else {}
+        for kind in ("box", "line"):
+            if f"raw_{kind}_logits" in runtime.outputs:
+                one = np.concatenate([raw[-1, 0].flatten(1) for raw in raw_outputs(prediction, kind)], 1)  # [Q, ...]
+                names = f"raw_{kind}_logits", f"raw_{kind}_places"
+                other = np.concatenate([runtime.outputs[name].reshape(len(one), -1) for name in names], 1)
+                # Two equally good places may be followed up in either order.
+                pairs[f"raw_{kind}"] = one, other[_aligned(one, other)]
+        for name, (one, other) in pairs.items():
+            differences.setdefault(name, []).append(np.abs(one - other).ravel())
         box_distances.append(matched_distances(scene.boxes.center.numpy(), said.boxes.center, scene.boxes, said.boxes))
         line_distances.append(matched_distances(scene.lines.points.numpy(), said.lines.points, scene.lines, said.lines))
         originals[token], exports[token] = scene, map_tensors(lambda x: torch.from_numpy(x.copy()), said)

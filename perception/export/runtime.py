@@ -20,6 +20,14 @@ from perception.live import Odometer, checked_image, checked_rig
 from perception.types import Boxes, CameraRig, Polylines, Scene
 
 MODEL = "model.onnx"
+_none, _no_label, _no_flag = np.zeros(0, np.float32), np.zeros(0, np.int32), np.zeros(0, bool)
+NOTHING = {
+    "box_center": np.zeros((0, 3), np.float32), "box_size": np.zeros((0, 3), np.float32), "box_yaw": _none,
+    "box_velocity": np.zeros((0, 2), np.float32), "box_label": _no_label, "box_score": _none, "box_valid": _no_flag,
+    "box_spread": np.zeros((0, 9), np.float32), "line_points": np.zeros((0, 2, 2), np.float32),
+    "line_closed": _no_flag, "line_label": _no_label, "line_score": _none,
+    "line_spread": np.zeros((0, 2, 2), np.float32),
+}  # fmt: skip
 
 
 class Runtime:
@@ -60,7 +68,8 @@ class Runtime:
         self.inputs, self.outputs = (
             {x["name"]: np.zeros(x["shape"], x["dtype"]) for x in self.contract[side]} for side in ("inputs", "outputs")
         )
-        memories = [np.zeros_like(self.inputs["memory"]) for _ in range(2)]
+        memory = self.inputs.get("memory", np.zeros(0, np.float32))  # a network may have none
+        memories = [np.zeros_like(memory) for _ in range(2)]
         device = "cuda" if providers[0] == "CUDAExecutionProvider" else "cpu"
 
         def on_device(array: np.ndarray):
@@ -143,18 +152,17 @@ class Runtime:
         self.inputs["is_first"][...] = is_first
 
     def scene(self) -> Scene:
-        """What the last pass said, all of it; the arrays are the buffers that the next pass writes into."""
-        said = self.outputs
-        boxes = Boxes(
-            center=said["box_center"], size=said["box_size"], yaw=said["box_yaw"], velocity=said["box_velocity"],
-            label=said["box_label"], attribute=np.full_like(said["box_label"], -1), score=said["box_score"],
-            valid=said["box_valid"], spread=said["box_spread"],
-        )  # fmt: skip
-        lines = Polylines(
-            points=said["line_points"], closed=said["line_closed"], label=said["line_label"],
-            score=said["line_score"], valid=np.ones_like(said["line_closed"]), spread=said["line_spread"],
-        )  # fmt: skip
-        return Scene(boxes, lines)
+        """What the last pass said, all of it; the arrays are the buffers that the next pass writes into.
+
+        What a network does not look for, boxes or lines, is empty.
+        """
+        said = NOTHING | self.outputs
+        boxes = {name: said[f"box_{name}"] for name in Boxes._fields if name != "attribute"}
+        lines = {name: said[f"line_{name}"] for name in Polylines._fields if name != "valid"}
+        return Scene(
+            Boxes(attribute=np.full_like(boxes["label"], -1), **boxes),
+            Polylines(valid=np.ones_like(lines["closed"]), **lines),
+        )
 
     def _confident(self, noun):
         keep = noun.valid & (noun.score >= self.min_score)

@@ -82,7 +82,13 @@ class BEVFormerHead(nn.Module):
         self.code_weights = nn.Parameter(torch.tensor([1.0] * 8 + [0.2] * 2), requires_grad=False)
 
     def forward(
-        self, features: list[Tensor], img_from_lidar: Tensor, bus: Tensor, image_size, previous: Tensor | None
+        self,
+        features: list[Tensor],
+        img_from_lidar: Tensor,
+        bus: Tensor,
+        image_size: tuple[int, int],
+        previous: Tensor | None,
+        is_first: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Raw boxes of all layers, and the map; arguments as in `MapEncoder.encode`.
 
@@ -92,8 +98,9 @@ class BEVFormerHead(nn.Module):
         """
         config = self.config
         bev = self.transformer.encode(
-            features, self.bev_embedding.weight, self.positional_encoding(), img_from_lidar, bus, image_size, previous
-        )
+            features, self.bev_embedding.weight, self.positional_encoding(), img_from_lidar, bus, image_size, previous,
+            is_first,
+        )  # fmt: skip
         position, query = (x.expand(len(bev), -1, -1) for x in self.query_embedding.weight.chunk(2, -1))
         reference = self.transformer.reference_points(position).sigmoid()  # [B, Q, 3]
         low, high = (reference.new_tensor(x) for x in (config.low, config.high))
@@ -151,14 +158,9 @@ class BEVFormer(nn.Module):
         features = self.image_encoder(frame.images)
         img_from_lidar = rig_from_lidar(frame, self.ego_from_lidar)
         bus = can_bus(frame)
-        results = []
-        for b in range(len(bus)):  # one by one, for a first frame goes another way
-            one = slice(b, b + 1)
-            previous = None if frame.is_first[b] else state.bev[one].flatten(2).transpose(1, 2)
-            results.append(self.head([x[one] for x in features], img_from_lidar[one], bus[one], (H, W), previous))
-        logits, params, bev = zip(*results, strict=True)
-        bev = torch.cat(bev).transpose(1, 2).unflatten(2, self.config.bev)
-        return RawBoxes(torch.cat(logits, 1), torch.cat(params, 1)), State(bev)
+        previous = state.bev.flatten(2).transpose(1, 2)
+        logits, params, bev = self.head(features, img_from_lidar, bus, (H, W), previous, frame.is_first)
+        return RawBoxes(logits, params), State(bev.transpose(1, 2).unflatten(2, self.config.bev))
 
     def decode(self, prediction: RawBoxes) -> Scene:
         """The best boxes in the ego frame, best first; there are no lines."""

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.transforms.functional import rotate
 
 from perception.geometry import invert_rigid
 from perception.models.published_backbone import FPNConfig, PublishedBackboneConfig
@@ -161,13 +160,21 @@ class SpatialCrossAttention(nn.Module):
         offsets = offsets / offsets.new_tensor([[w, h] for h, w in sizes])[:, None, None]
         weight = part.attention_weights(query).view(B, Q, self.heads, self.levels * self.points).softmax(-1)
         weight = weight.view(B, Q, self.heads, self.levels, self.points)
-        total = torch.zeros_like(query)
-        for b in range(B):
-            for n in range(N):  # only the cells that a camera sees are worked on
-                cells = seen[b, n].nonzero()[:, 0]
-                at = places[b, n, cells][:, None, None, None] + offsets[b, cells]  # [V, heads, levels, P / Z, Z, 2]
-                read = deformable_attention(value[b, n, None], sizes, at.flatten(3, 4)[None], weight[b, None, cells])
-                total[b] = total[b].index_add(0, cells, read[0])
+        if torch.compiler.is_exporting():  # all cells of all cameras: shapes must not depend on what is seen
+            at = places[:, :, :, None, None, None] + offsets[:, None]  # [B, N, Q, heads, levels, P / Z, Z, 2]
+            weights = weight[:, None].expand(-1, N, -1, -1, -1, -1).flatten(0, 1)
+            read = deformable_attention(value.flatten(0, 1), sizes, at.flatten(5, 6).flatten(0, 1), weights)
+            total = (read.view(B, N, Q, C) * seen[..., None]).sum(1)
+        else:
+            total = torch.zeros_like(query)
+            for b in range(B):
+                for n in range(N):  # only the cells that a camera sees are worked on
+                    cells = seen[b, n].nonzero()[:, 0]
+                    at = places[b, n, cells][:, None, None, None] + offsets[b, cells]  # [V, heads, levels, ..., Z, 2]
+                    read = deformable_attention(
+                        value[b, n, None], sizes, at.flatten(3, 4)[None], weight[b, None, cells]
+                    )
+                    total[b] = total[b].index_add(0, cells, read[0])
         mean = total / seen.sum(1).clamp(min=1)[..., None]
         return self.output_proj(mean) + query
 
@@ -212,15 +219,17 @@ class KernelCrossAttention(nn.Module):
         value = part.value_proj(features).view(B, N, S, self.heads, C // self.heads)
         weight = part.attention_weights(query).view(B, -1, self.heads, len(self.patch)).softmax(-1)
         head = torch.arange(self.heads, device=query.device)[:, None]
-        total = torch.zeros_like(query)
+        total = []
         for b in range(B):
+            part = torch.zeros_like(query[b])
             for n in range(N):
-                cells = seen[b, n].nonzero()[:, 0]
-                at = (places[b, n, cells] * places.new_tensor([w, h]))[:, :, None] + self.patch  # [V, heads, P, 2]
+                at = (places[b, n] * places.new_tensor([w, h]))[:, :, None] + self.patch  # [Q, heads, P, 2]
                 x, y = at.round().long().unbind(-1)
                 pixel = y.clamp(0, h - 1) * w + x.clamp(0, w - 1)
-                read = (value[b, n][pixel, head] * weight[b, cells][..., None]).sum(2)  # [V, heads, C / heads]
-                total[b] = total[b].index_add(0, cells, read.flatten(1))
+                read = (value[b, n][pixel, head] * weight[b][..., None]).sum(2)  # [Q, heads, C / heads]
+                part = part + read.flatten(1) * seen[b, n, :, None]
+            total.append(part)
+        total = torch.stack(total)
         mean = total / seen.sum(1).clamp(min=1)[..., None]
         return self.output_proj(mean) + query
 
@@ -330,6 +339,7 @@ class MapEncoder(nn.Module):
         bus: Tensor,
         image_size: tuple[int, int],
         previous: Tensor | None,
+        is_first: Tensor | None = None,
     ) -> Tensor:
         """The map [B, h * w, C].
 
@@ -337,9 +347,10 @@ class MapEncoder(nn.Module):
             features: levels [B, N, C, h, w].
             queries, position: [h * w, C] and [1, h * w, C].
             img_from_lidar: [B, N, 4, 4], points to (u depth, v depth, depth).
-            bus: [B, 18] float64, see `can_bus`.
+            bus: [B, 18], see `can_bus`.
             image_size: height and width that `img_from_lidar` is for.
-            previous: the map of the previous frame alike, in its own frame, or None.
+            previous: the map of the previous frame alike, in its own frame, or None where all are first frames.
+            is_first: [B] bool, True where `previous` must not count; None for nowhere.
         """
         config = self.config
         B = len(bus)
@@ -354,13 +365,17 @@ class MapEncoder(nn.Module):
         places, seen = see_pillars(config, img_from_lidar, image_size)
         cells = cell_places(h, w, query.device).expand(B, -1, -1)  # [B, h * w, 2]
         both = torch.stack([cells, cells], 1)
+        known = None
         if previous is not None:
-            turned = [turn_map(x, config, angle) for x, angle in zip(previous, bus[:, -1].tolist(), strict=True)]
-            both = torch.stack([cells + map_shift(config, bus)[:, None], cells], 1)
+            first = torch.zeros_like(bus[:, 0], dtype=torch.bool) if is_first is None else is_first
+            known = ~first.view(B, 1, 1, 1)
+            moved = torch.stack([cells + map_shift(config, bus)[:, None], cells], 1)
+            both = torch.where(known, moved, both)
             # The present half is the map before the first round, in all rounds.
-            values = torch.stack([torch.stack(turned), query], 1)
+            values = torch.stack([turn_map(previous, config, bus[:, -1]), query], 1)
         for layer in self.encoder.layers:
-            read = torch.stack([query, query], 1) if previous is None else values
+            read = torch.stack([query, query], 1)
+            read = read if known is None else torch.where(known, values, read)
             query = layer.norms[0](layer.attentions[0](query, position.expand(B, -1, -1), read, both, config.bev))
             query = layer.norms[1](layer.attentions[1](query, seen_features, sizes, places, seen))
             query = layer.norms[2](layer.ffns[0](query))
@@ -384,8 +399,8 @@ def see_pillars(config: PublishedConfig, img_from_lidar: Tensor, image_size: tup
     img_from_lidar = img_from_lidar.float()
     (h, w), Z = config.bev, config.pillar_points
     low, high = (img_from_lidar.new_tensor(x) for x in (config.low, config.high))
-    height = high[2] - low[2]
-    z = torch.linspace(0.5, float(height) - 0.5, Z, device=low.device) / height
+    height = config.high[2] - config.low[2]
+    z = torch.linspace(0.5, height - 0.5, Z, device=low.device) / height
     xy = cell_places(h, w, low.device)
     cube = torch.cat([xy[:, None].expand(-1, Z, -1), z.view(1, Z, 1).expand(h * w, -1, -1)], -1)
     points = F.pad(low + cube * (high - low), (0, 1), value=1.0)  # [h * w, Z, 4]
@@ -397,10 +412,20 @@ def see_pillars(config: PublishedConfig, img_from_lidar: Tensor, image_size: tup
     return places, inside.any(-1)
 
 
-def turn_map(bev: Tensor, config: PublishedConfig, angle_deg: float) -> Tensor:
-    """A map [h * w, C] turned by the nearest cell."""
-    grid = bev.view(*config.bev, -1).movedim(2, 0)
-    return rotate(grid, angle_deg, center=list(config.rotate_center)).movedim(0, 2).flatten(0, 1)
+def turn_map(bev: Tensor, config: PublishedConfig, angle_deg: Tensor) -> Tensor:
+    """Maps [B, h * w, C] turned by angles [B], by the nearest cell, as torchvision's `rotate` turns images."""
+    h, w = config.bev
+    angle = angle_deg.deg2rad()
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+    # In pixels from the middle of the image; so is the centre of the turn.
+    rows, columns = (torch.arange(side, device=bev.device) - (side - 1) / 2 for side in (h, w))
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
+    center_x, center_y = config.rotate_center[0] - w / 2, config.rotate_center[1] - h / 2
+    x, y = (side.flatten().to(angle.dtype) - center for side, center in ((x, center_x), (y, center_y)))
+    from_x, from_y = cos * x - sin * y + center_x, sin * x + cos * y + center_y  # [B, h * w]
+    grid = torch.stack([from_x / (w / 2), from_y / (h / 2)], -1).to(bev.dtype).view(-1, h, w, 2)
+    image = bev.transpose(1, 2).unflatten(2, (h, w))
+    return F.grid_sample(image, grid, mode="nearest", align_corners=False).flatten(2).transpose(1, 2)
 
 
 def map_shift(config: PublishedConfig, bus: Tensor) -> Tensor:
@@ -413,27 +438,26 @@ def map_shift(config: PublishedConfig, bus: Tensor) -> Tensor:
 
 
 def can_bus(frame: Frame) -> Tensor:
-    """The 18 numbers [B, 18] float64 that the published networks want to be told, from the motion since the last frame.
+    """The 18 numbers [B, 18] that the published networks want to be told, from the motion since the last frame.
 
     Translation [0:3], quaternion [3:7], yaw [-2] in radians and its change [-1] in degrees. The published ones are
     taken in the frame of the map; here the axes are those of the present ego frame, so yaw is 0.
     """
-    motion = frame.ego_from_prev.double()
-    bus = motion.new_zeros(len(motion), 18)
-    bus[:, :3] = -motion[:, :3, 3]  # what stands still moved by this, and the car by the opposite
+    motion = frame.ego_from_prev.float()
+    moved = -motion[:, :3, 3]  # what stands still moved by the opposite, and the car by this
     back = invert_rigid(motion)
-    bus[:, 3] = 1.0
-    bus[:, -1] = torch.atan2(back[:, 1, 0], back[:, 0, 0]).rad2deg()
-    bus[frame.is_first] = bus.new_tensor([0.0] * 3 + [1.0] + [0.0] * 14)
-    return bus
+    turned = torch.atan2(back[:, 1, 0], back[:, 0, 0]).rad2deg()[:, None]
+    known = (~frame.is_first[:, None]).float()
+    rest = torch.zeros_like(turned).expand(-1, 13)  # of the quaternion 1 0 0 0, what a bus would add, and yaw
+    return torch.cat([moved * known, torch.ones_like(turned), rest, turned * known], 1)
 
 
 def rig_from_lidar(frame: Frame, ego_from_lidar: Tensor) -> Tensor:
     """From the LiDAR's frame to (u depth, v depth, depth, 1) of each camera, [B, N, 4, 4]; zero for absent ones."""
     rig = frame.rig
-    img_from_cam = F.pad(rig.img_from_cam.double(), (0, 1, 0, 1))
-    img_from_cam[..., 3, 3] = 1.0
-    matrix = img_from_cam @ invert_rigid(rig.ego_from_cam.double()) @ ego_from_lidar.double()
+    last = F.pad(torch.zeros_like(rig.img_from_cam[..., :1, :]), (0, 1), value=1.0)  # 0 0 0 1
+    img_from_cam = torch.cat([F.pad(rig.img_from_cam.float(), (0, 1)), last], -2)  # [B, N, 4, 4]
+    matrix = img_from_cam @ invert_rigid(rig.ego_from_cam.float()) @ ego_from_lidar.float()
     return torch.where(rig.present[..., None, None], matrix, torch.zeros_like(matrix))
 
 

@@ -1,0 +1,18 @@
+r"""MapTR (lines) in the comparison of networks: the same image encoder, images, streets and steps for all.
+
+    python scripts/simulate.py --out out/town_short --scenes 60 --seed 4000 --rare 0.35 --split town_train \
+        --image-size 128x224
+    python scripts/simulate.py --out out/town_short_val --scenes 10 --seed 6000 --split town_val --image-size 128x224
+    python scripts/train.py configs/synthetic/compare_maptr.py --work-dir out/compare_maptr --amp
+
+docs/benchmarks.md compares them. Cost: not measured. Result: not measured.
+"""
+
+_base_ = ["ablation.py"]
+
+model = dict(
+    _delete_=True, preset="maptr_tiny_r50_24e_bevformer", image_size=(128, 224),
+    backbone=dict(name="resnet18", stages=3, stride=8),
+    bev=(80, 40), channels=64, feed_forward=128, heads=4, encoder_layers=1, decoder_layers=3, lines=40, max_lines=40,
+)  # fmt: skip
+train = dict(image_epochs=0, epochs=6)
