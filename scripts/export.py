@@ -5,6 +5,7 @@ from pathlib import Path
 
 EXAMPLE = """examples:
   python scripts/export.py nano --out out/nano_onnx
+  python scripts/export.py nano --out out/nano_rtx --precision fp16 --format tensorrt-rtx --target sm86,sm89
   python scripts/export.py out/nano/nano.safetensors --out out/nano_fp16 --precision fp16 --cameras 6 --raw-size 256x448
 
 Without --dataroot the streets are generated. The folder holds model.onnx, contract.json, certificate.json and
@@ -19,6 +20,12 @@ def main() -> None:
     parser.add_argument("checkpoint", help="a .safetensors file, or the name of weights that came with the library")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--precision", choices=("fp32", "fp16"), default="fp32", help="(default: %(default)s)")
+    parser.add_argument(
+        "--format", choices=("onnx", "tensorrt-rtx", "tensorrt"), default="onnx",
+        help="tensorrt-rtx builds engines for any target without a GPU, tensorrt for the GPU of this machine "
+        "(default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--target", default="current", help="of engines, such as sm86,sm89 (default: %(default)s)")
     parser.add_argument("--cameras", type=int, default=6, help="images per moment (default: %(default)s)")
     parser.add_argument("--raw-size", metavar="HxW", help="size of the images that are given, fitted in the graph")
     parser.add_argument("--dataroot", type=Path, help="dataset to certify on, images of the size that is given")
@@ -34,6 +41,7 @@ def main() -> None:
     from perception.errors import ConfigError
     from perception.export.onnx import export_onnx
     from perception.export.parity import LEAST_FRAMES, LEAST_SCENES, certify
+    from perception.export.tensorrt import build_engines
     from perception.models.checkpoint import load_checkpoint
     from perception.predictor import shipped_weights
     from perception.synthetic import VERSION, simulate
@@ -50,6 +58,10 @@ def main() -> None:
     if arguments.dataroot and not (arguments.version and arguments.split):
         raise ConfigError("--dataroot needs --version and --split too")
     export_onnx(network, arguments.out, cameras=arguments.cameras, raw_size=raw_size, precision=arguments.precision)
+    if arguments.format != "onnx":
+        engines = build_engines(arguments.out, package=arguments.format, targets=arguments.target.split(","))
+        for target, path in engines.items():
+            print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB for {target}")
     with tempfile.TemporaryDirectory(prefix="perception-export-") as folder:
         root, version, split = arguments.dataroot, arguments.version, arguments.split
         size = raw_size or network.config.image_size

@@ -17,9 +17,11 @@ from PIL import Image
 from perception.data.loader import fit_image
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import CheckpointError, ConfigError, DataError
+from perception.export.contract import read_contract
 from perception.export.onnx import export_onnx, fit_pixels, fitting_matrices
 from perception.export.parity import certify, drive
 from perception.export.runtime import Runtime
+from perception.export.tensorrt import build_engines
 from perception.models.bev_transformer import BEVTransformer, ModelConfig
 from perception.models.bevformer import BEVFormer, BEVFormerConfig
 from perception.models.checkpoint import build_network
@@ -194,6 +196,30 @@ def test_published_networks_are_exported(network, town, tmp_path):
     assert len(scene.boxes.score) == (10 if network == "bevformer" else 0)
 
 
+def test_engines_are_built_without_a_gpu(model, tmp_path):
+    pytest.importorskip("tensorrt_rtx")
+    folder = export_onnx(model, tmp_path, raw_size=RAW, precision="fp16")
+    with pytest.raises(ConfigError, match=r"target 'sm12' is not known to tensorrt-rtx; it builds for .*sm89"):
+        build_engines(folder, targets=["sm12"])
+    engines = build_engines(folder, targets=["sm89"])
+    assert engines["sm89"].stat().st_size > 100_000
+    contract = read_contract(folder)  # hashes and all
+    assert contract["engines"]["sm89"]["package"] == "tensorrt-rtx" and "model.sm89.engine" in contract["sha256"]
+    assert contract["layers"]["Conv"].keys() == {"float16"} and contract["layers"]["GridSample"].keys() == {"float"}
+    Runtime(folder).run()  # the graph beside it still runs
+    engines["sm89"].write_bytes(b"other")
+    with pytest.raises(CheckpointError, match=r"sm89\.engine is not the file"):
+        read_contract(folder)
+
+
+def test_engines_that_cannot_be_built(folder, monkeypatch):
+    with pytest.raises(ConfigError, match="package 'onnx' is not known"):
+        build_engines(folder, package="onnx")
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(ConfigError, match=r"tensorrt is not installed .* pip install tensorrt"):
+        build_engines(folder, package="tensorrt")
+
+
 def test_images_are_fitted_as_in_training():
     generator = np.random.default_rng(0)
     sizes = (
@@ -242,6 +268,7 @@ import sys
 sys.modules["torch"] = None
 import numpy as np
 from perception.export.runtime import Runtime
+from perception.export.tensorrt import build_engines
 from perception.types import CameraRig
 data = np.load({str(tmp_path / "frame.npz")!r})
 runtime = Runtime({str(folder)!r})

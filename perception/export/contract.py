@@ -59,9 +59,18 @@ def write_contract(
     raw_size: tuple[int, int] | None,
     precision: str,
     opset: int,
+    layers: Mapping[str, Mapping[str, int]],
     version: str,
 ) -> None:
-    """Writes the contract of an export; arrays are examples whose shapes and types count."""
+    """Writes the contract of an export.
+
+    Args:
+        path: of the file.
+        inputs, outputs: by name; examples whose shapes and types count.
+        sha256: by file name.
+        network, image_size, raw_size, precision, opset, version: what was exported, and how.
+        layers: how many operators of each kind run in which type.
+    """
 
     def described(arrays: Mapping[str, np.ndarray]) -> list[dict]:
         return [
@@ -79,6 +88,8 @@ def write_contract(
             "opset": opset,
             "image_size": list(image_size),
             "raw_size": list(raw_size) if raw_size else None,
+            "layers": {kind: dict(types) for kind, types in layers.items()},
+            "engines": {},
             "cameras": int(inputs["present"].shape[0]),
             "max_gap_s": MAX_GAP,
             "box_classes": list(BOX_CLASSES),

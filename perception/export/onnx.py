@@ -13,6 +13,7 @@ import hashlib
 import io
 import logging
 import warnings
+from collections import Counter
 from importlib import metadata
 from pathlib import Path
 
@@ -82,7 +83,7 @@ class DeployedNetwork(nn.Module):
         memory: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Arguments in the order of `input_names`, results in that of `output_names`; shapes in `example_inputs`."""
-        pixels = images.permute(0, 3, 1, 2).float()  # [N, 3, H, W]
+        pixels = images.float().permute(0, 3, 1, 2)  # [N, 3, H, W]; TensorRT can only cast bytes
         if self.resized:
             pixels = fit_pixels(pixels, self.rows, self.columns)
             img_from_cam = self.img_from_raw @ img_from_cam
@@ -246,9 +247,23 @@ def export_onnx(
         raw_size=raw_size,
         precision=precision,
         opset=OPSET,
+        layers=layer_types(graph),
         version=metadata.version("perception"),
     )
     return folder
+
+
+def layer_types(model) -> dict[str, dict[str, int]]:
+    """How many operators of each kind give which type: what a strongly typed runtime will run them in."""
+    import onnx
+
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    kinds = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.output)}
+    counts: dict[str, Counter] = {}
+    for node in graph.node:
+        kind = onnx.TensorProto.DataType.Name(kinds.get(node.output[0], 0)).lower()
+        counts.setdefault(node.op_type, Counter())[kind] += 1
+    return {name: dict(counts[name]) for name in sorted(counts)}
 
 
 def _array(tensor: Tensor) -> np.ndarray:
