@@ -1,4 +1,4 @@
-"""Compares trainings, each with several seeds: a config against variants of it, or networks against each other."""
+"""Compares trainings, each with several seeds (a config against variants of it, or networks), and runtimes."""
 
 import argparse
 from pathlib import Path
@@ -9,6 +9,7 @@ EXAMPLE = """example:
       --vary "boxes alone: train.without=('line_class','line_points','line_direction','line_spread','raster')"
   python scripts/benchmark.py accuracy configs/synthetic/compare_flagship.py configs/synthetic/compare_bevformer.py \\
       configs/synthetic/compare_maptr.py --out out/accuracy --seeds 0 1 --amp --json out/accuracy.json
+  python scripts/benchmark.py latency nano --backends pytorch ort --json out/latency.json
 
 What is finished is not trained again, so the same command goes on after an interruption.
 """
@@ -31,7 +32,19 @@ def main() -> None:
         command.add_argument("--out", type=Path, required=True, help="folder for the trainings")
         command.add_argument("--amp", action="store_true", help="run the networks in bfloat16")
         command.add_argument("--json", type=Path, help="file for all numbers")
+    latency = commands.add_parser("latency", help="one moment in several runtimes that take turns")
+    latency.add_argument("checkpoint", help="a .safetensors file, or the name of weights that came with the library")
+    latency.add_argument("--backends", nargs="+", default=["pytorch", "ort"], help="pytorch, compile, ort")
+    latency.add_argument("--precision", choices=("fp32", "fp16"), default="fp32", help="of the export")
+    latency.add_argument("--cameras", type=int, default=6, help="images per moment (default: %(default)s)")
+    latency.add_argument("--passes", type=int, default=30, help="timed for each (default: %(default)s)")
+    latency.add_argument("--threads", type=int, default=0, help="of the CPU; 0 for all (default: %(default)s)")
+    latency.add_argument("--seed", type=int, default=0, help="of the images (default: %(default)s)")
+    latency.add_argument("--json", type=Path, help="file for all numbers")
     arguments = parser.parse_args()
+    if arguments.command == "latency":
+        _latency(arguments)
+        return
 
     import dataclasses
 
@@ -52,6 +65,28 @@ def main() -> None:
             )
         variants[name.strip()] = load_config(arguments.config, parse_options(options.split()))
     _tell(compare(variants, arguments.seeds, arguments.out, amp=arguments.amp), arguments.json)
+
+
+def _latency(arguments) -> None:
+    import tempfile
+
+    from perception.export.latency import as_dict, measure, table
+    from perception.export.onnx import export_onnx
+    from perception.files import write_json
+    from perception.models.checkpoint import load_checkpoint
+    from perception.predictor import shipped_weights
+
+    name = arguments.checkpoint
+    network, _ = load_checkpoint(name if name.endswith(".safetensors") else shipped_weights(name))
+    with tempfile.TemporaryDirectory(prefix="perception-latency-") as folder:
+        export_onnx(network, folder, cameras=arguments.cameras, precision=arguments.precision)
+        measured = measure(
+            network, folder, arguments.backends, passes=arguments.passes, threads=arguments.threads,
+            seed=arguments.seed,
+        )  # fmt: skip
+    print(table(measured))
+    if arguments.json:
+        write_json(arguments.json, as_dict(measured))
 
 
 def _tell(result, path: Path | None) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 from perception.data.loader import fit_image
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import CheckpointError, ConfigError, DataError
+from perception.export import latency
 from perception.export.contract import read_contract
 from perception.export.onnx import export_onnx, fit_pixels, fitting_matrices
 from perception.export.parity import certify, drive
@@ -218,6 +219,17 @@ def test_engines_that_cannot_be_built(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(ConfigError, match=r"tensorrt is not installed .* pip install tensorrt"):
         build_engines(folder, package="tensorrt")
+
+
+def test_latency_of_runtimes_that_take_turns(model, folder):
+    measured = latency.measure(model, folder, ["pytorch", "ort"], passes=3)
+    assert [len(told.passes) for told in measured.values()] == [3, 3]
+    rows = latency.table(measured).splitlines()
+    assert rows[2].startswith("| pytorch |") and rows[2].endswith("| 1.00 |") and rows[3].startswith("| ort | CPU |")
+    told = latency.as_dict(measured)["ort"]
+    assert told["p50"] == np.percentile(told["passes"], 50) > told["filling"] > 0
+    with pytest.raises(ConfigError, match="backend 'abacus' is not known"):
+        latency.measure(model, folder, ["abacus"])
 
 
 def test_images_are_fitted_as_in_training():
