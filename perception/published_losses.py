@@ -129,7 +129,7 @@ def match_lines(
         distance = torch.cdist(points.float().flatten(2), shares.flatten(3).flatten(1, 2), p=1).unflatten(2, (M, O))
         distance, best = distance.masked_fill(~exists[:, None], math.inf).min(-1)  # [B, Q, M]
         cost = LINE_LOSS_WEIGHTS["line_class"] * focal_cost(logits, label)
-        cost = cost + LINE_LOSS_WEIGHTS["line_points"] * distance.nan_to_num(posinf=0.0)  # padding has no ordering
+        cost = cost + LINE_LOSS_WEIGHTS["line_points"] * distance
         return hungarian(cost, valid), best
 
 

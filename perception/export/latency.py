@@ -122,9 +122,8 @@ def _torch(network: Network, inputs, raw_size, name: str) -> tuple[Callable[[], 
             result.cpu()
         return filling
 
-    return run, torch.cuda.get_device_name(
-        device
-    ) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    cpu = f"{torch.get_num_threads()} CPU threads"
+    return run, torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
 
 
 def _ort(folder: str | Path, inputs, threads: int) -> tuple[Callable[[], float], str]:
