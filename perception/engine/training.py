@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,7 @@ from perception.models.checkpoint import (
     build_network,
     halve,
     load_checkpoint,
+    misfits,
     save_checkpoint,
 )
 from perception.published_losses import loss_weights, losses_of
@@ -309,10 +310,8 @@ def make_core(config: TrainConfig) -> Network:
     if section.init_from and section.trunk_weights:
         raise ConfigError("train.init_from and train.trunk_weights are both given; the first holds a trunk already")
     core = build_network(config.model)
-    if section.init_from:  # no weight depends on the size of the images
-        path = Path(section.init_from)
-        size = load_checkpoint(path)[0].config.image_size if path.suffix == ".safetensors" else config.model.image_size
-        core.load_state_dict(load_weights(path, replace(config.model, image_size=size)).state_dict())
+    if section.init_from:
+        core.load_state_dict(load_weights(section.init_from, config.model, any_size=True).state_dict())
     trunk = core.image_encoder.trunk
     if section.trunk_weights:
         trunk.load_published(read_trunk_weights(section.trunk_weights), Path(section.trunk_weights))
@@ -335,12 +334,13 @@ def check_trainable(config: TrainConfig) -> None:
         )
 
 
-def load_weights(path: str | Path, model_config: NetworkConfig) -> Network:
+def load_weights(path: str | Path, model_config: NetworkConfig, *, any_size: bool = False) -> Network:
     """A network in evaluation mode with the weights of a file.
 
     Args:
         path: weights exported by training (`.safetensors`) or a training checkpoint (`.pth`).
         model_config: the network that is wanted.
+        any_size: the file may be of a network for images of another size; no weight depends on it.
 
     Raises:
         CheckpointError: the file is missing, unreadable, or belongs to another architecture.
@@ -354,7 +354,7 @@ def load_weights(path: str | Path, model_config: NetworkConfig) -> Network:
             )
         for field in fields(model_config):
             has, wants = getattr(core.config, field.name), getattr(model_config, field.name)
-            if has != wants:
+            if has != wants and not (any_size and field.name == "image_size"):
                 raise CheckpointError(
                     f"{path}: its network has {field.name}={has}, the config's model has {wants}; use the config "
                     "it was trained with"
@@ -370,12 +370,10 @@ def load_weights(path: str | Path, model_config: NetworkConfig) -> Network:
             f"{path}: not a readable training checkpoint ({type(error).__name__}); give a file that training wrote, "
             "or import one of the published code with scripts/import_checkpoint.py"
         ) from None
-    wanted = model.state_dict()
-    for name in sorted(wanted.keys() | weights.keys()):
-        if name not in weights or name not in wanted or weights[name].shape != wanted[name].shape:
-            raise CheckpointError(
-                f"{path}: its {name} does not fit the config's model; evaluate with the config it was trained with"
-            )
+    for name in misfits(model, weights):
+        raise CheckpointError(
+            f"{path}: its {name} does not fit the config's model; evaluate with the config it was trained with"
+        )
     model.load_state_dict(weights)
     return model.core.eval()
 

@@ -152,25 +152,19 @@ def import_published(path: str | Path) -> tuple[str, Network]:
     if not isinstance(weights, dict) or not all(isinstance(x, Tensor) for x in weights.values()) or not weights:
         raise CheckpointError(f"{path}: holds no state dict; give a .pth that the published code wrote")
     tensors = {our_key(name): tensor for name, tensor in weights.items()}
-    misfits = {}
+    wrong = {}
     for name, make in PUBLISHED.items():
         config = make()
         with torch.device("meta"):
-            wanted = build_network(config).state_dict()
-        misfits[name] = [
-            key
-            for key in sorted(wanted.keys() | tensors.keys())
-            if key not in wanted or key not in tensors or wanted[key].shape != tensors[key].shape
-        ]
-        if not misfits[name]:
+            wrong[name] = misfits(build_network(config), tensors)
+        if not wrong[name]:
             model = build_network(config)
             model.load_state_dict(tensors)
             return name, model.eval()
-    nearest = min(misfits, key=lambda name: len(misfits[name]))
-    wrong = misfits[nearest]
+    nearest = min(wrong, key=lambda name: len(wrong[name]))
     raise CheckpointError(
-        f"{path}: is none of {', '.join(PUBLISHED)}; nearest is {nearest}, with {len(wrong)} keys that are missing, "
-        f"left over or of another shape, the first {wrong[0]}"
+        f"{path}: is none of {', '.join(PUBLISHED)}; nearest is {nearest}, with {len(wrong[nearest])} keys that are "
+        f"missing, left over or of another shape, the first {wrong[nearest][0]}"
     )
 
 
@@ -182,12 +176,21 @@ def our_key(name: str) -> str:
     return name.replace(".conv2_offset.", ".conv2.conv_offset.")  # older files name the layer so
 
 
+def misfits(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Keys of a network that a state dict lacks, has too many of, or has in another shape, in alphabetical order."""
+    wanted = model.state_dict()
+    return [
+        name
+        for name in sorted(wanted.keys() | tensors.keys())
+        if name not in wanted or name not in tensors or wanted[name].shape != tensors[name].shape
+    ]
+
+
 def _load_exactly(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     """Loads a state dict, or raises a CheckpointError that names the first key that does not fit."""
-    wanted = model.state_dict()
-    for name in sorted(wanted.keys() | tensors.keys()):
-        if name not in tensors or name not in wanted or tensors[name].shape != wanted[name].shape:
-            has = f"has shape {tuple(tensors[name].shape)}" if name in tensors else "is missing"
-            wants = f"shape {tuple(wanted[name].shape)} is needed" if name in wanted else "the network has no such key"
-            raise CheckpointError(f"{path}: {name} {has}, {wants}; the checkpoint belongs to another configuration")
+    for name in misfits(model, tensors):
+        wanted = model.state_dict()
+        has = f"has shape {tuple(tensors[name].shape)}" if name in tensors else "is missing"
+        wants = f"shape {tuple(wanted[name].shape)} is needed" if name in wanted else "the network has no such key"
+        raise CheckpointError(f"{path}: {name} {has}, {wants}; the checkpoint belongs to another configuration")
     model.load_state_dict(tensors)
