@@ -19,7 +19,7 @@ def main() -> None:
     )
     parser.add_argument("checkpoint", help="a .safetensors file, or the name of weights that came with the library")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--precision", choices=("fp32", "fp16"), default="fp32", help="(default: %(default)s)")
+    parser.add_argument("--precision", choices=("fp32", "fp16", "int8"), default="fp32", help="(default: %(default)s)")
     parser.add_argument(
         "--format", choices=("onnx", "tensorrt-rtx", "tensorrt"), default="onnx",
         help="tensorrt-rtx builds engines for any target without a GPU, tensorrt for the GPU of this machine "
@@ -57,20 +57,31 @@ def main() -> None:
             raise ConfigError(f"--raw-size {arguments.raw_size!r} is not HEIGHTxWIDTH, such as 900x1600") from None
     if arguments.dataroot and not (arguments.version and arguments.split):
         raise ConfigError("--dataroot needs --version and --split too")
-    export_onnx(network, arguments.out, cameras=arguments.cameras, raw_size=raw_size, precision=arguments.precision)
-    if arguments.format != "onnx":
-        engines = build_engines(arguments.out, package=arguments.format, targets=arguments.target.split(","))
-        for target, path in engines.items():
-            print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB for {target}")
+    size = raw_size or network.config.image_size
     with tempfile.TemporaryDirectory(prefix="perception-export-") as folder:
-        root, version, split = arguments.dataroot, arguments.version, arguments.split
-        size = raw_size or network.config.image_size
-        if root is None:
-            root, version, split = Path(folder, "town"), VERSION, "certificate"
+
+        def streets(name: str, seed: int) -> NuScenesDataset:
             keyframes = LEAST_FRAMES // LEAST_SCENES
-            simulate(root, scenes=LEAST_SCENES, seed=arguments.seed, keyframes=keyframes, split=split, image_size=size)
-        dataset = NuScenesDataset(root, version, split, image_size=size)
-        certificate = certify(network, arguments.out, dataset, drift_frames=arguments.drift, progress=True)
+            root = Path(folder, name)
+            simulate(root, scenes=LEAST_SCENES, seed=seed, keyframes=keyframes, split=name, image_size=size)
+            return NuScenesDataset(root, VERSION, name, image_size=size)
+
+        if arguments.dataroot:
+            judge = NuScenesDataset(arguments.dataroot, arguments.version, arguments.split, image_size=size)
+        else:
+            judge = streets("certificate", arguments.seed)
+        calibration = None
+        if arguments.precision == "int8":
+            calibration = judge if arguments.dataroot else streets("ranges", arguments.seed + 1)
+        export_onnx(
+            network, arguments.out, cameras=arguments.cameras, raw_size=raw_size, precision=arguments.precision,
+            calibration=calibration,
+        )  # fmt: skip
+        if arguments.format != "onnx":
+            engines = build_engines(arguments.out, package=arguments.format, targets=arguments.target.split(","))
+            for target, path in engines.items():
+                print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB for {target}")
+        certificate = certify(network, arguments.out, judge, drift_frames=arguments.drift, progress=True)
     certificate.save(arguments.out)
     print(certificate.markdown())
     if certificate.failures:

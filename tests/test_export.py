@@ -19,8 +19,10 @@ from perception.data.nuscenes import NuScenesDataset
 from perception.errors import CheckpointError, ConfigError, DataError
 from perception.export import latency
 from perception.export.contract import read_contract
+from perception.export.drive import drive
 from perception.export.onnx import export_onnx, fit_pixels, fitting_matrices
-from perception.export.parity import certify, drive
+from perception.export.parity import certify
+from perception.export.quantize import BUDGET
 from perception.export.runtime import Runtime
 from perception.export.tensorrt import build_engines
 from perception.models.bev_transformer import BEVTransformer, ModelConfig
@@ -197,6 +199,35 @@ def test_published_networks_are_exported(network, town, tmp_path):
     assert len(scene.boxes.score) == (10 if network == "bevformer" else 0)
 
 
+def test_int8_where_it_changes_little(model, town, tmp_path):
+    """Marks on real ranges, the most sensitive layers left out, halves around them, and the certificate tells of it."""
+    with pytest.raises(ConfigError, match="int8 needs a dataset"):
+        export_onnx(model, tmp_path, raw_size=RAW, precision="int8")
+    folder = export_onnx(model, tmp_path, raw_size=RAW, precision="int8", calibration=town)
+    told = read_contract(folder)["quantization"]
+    assert told["together"] <= BUDGET and set(told["groups"]) < set(told["sensitivities"])
+    left_out = set(told["sensitivities"]) - set(told["groups"])
+    assert min(told["sensitivities"][name] for name in left_out) >= max(
+        told["sensitivities"][name] for name in told["groups"]
+    )
+    graph = onnx.load(folder / "model.onnx").graph
+    int8 = onnx.TensorProto.INT8
+    weights = {x.name: x for x in graph.initializer if x.data_type == int8 and len(x.dims) == 4}
+    made_by = {name: node for node in graph.node for name in node.output}
+    quantized = [
+        node for node in graph.node if node.op_type == "Conv" and made_by[node.input[0]].op_type == "DequantizeLinear"
+    ]
+    assert len(quantized) == len(weights) > 5
+    scales = {x.name: x for x in graph.initializer}
+    for node in quantized:  # a scale per channel, in halves
+        scale = scales[made_by[node.input[1]].input[1]]
+        assert list(scale.dims) == list(weights[made_by[node.input[1]].input[0]].dims[:1])
+        assert scale.data_type == onnx.TensorProto.FLOAT16
+    found = certify(model, folder, town)
+    assert found.precision == "int8" and found.quantization == told and 1e-4 < found.boxes[1] < 1
+    assert "| all that are INT8 together |" in found.markdown()
+
+
 def test_engines_are_built_without_a_gpu(model, tmp_path):
     pytest.importorskip("tensorrt_rtx")
     folder = export_onnx(model, tmp_path, raw_size=RAW, precision="fp16")
@@ -279,6 +310,7 @@ def test_the_runtime_runs_where_torch_cannot_be_imported(folder, town, tmp_path)
 import sys
 sys.modules["torch"] = None
 import numpy as np
+from perception.export.quantize import BUDGET
 from perception.export.runtime import Runtime
 from perception.export.tensorrt import build_engines
 from perception.types import CameraRig

@@ -60,6 +60,7 @@ def write_contract(
     precision: str,
     opset: int,
     layers: Mapping[str, Mapping[str, int]],
+    quantization: dict,
     version: str,
 ) -> None:
     """Writes the contract of an export.
@@ -70,6 +71,7 @@ def write_contract(
         sha256: by file name.
         network, image_size, raw_size, precision, opset, version: what was exported, and how.
         layers: how many operators of each kind run in which type.
+        quantization: what `perception.export.quantize` found out, empty for other precisions.
     """
 
     def described(arrays: Mapping[str, np.ndarray]) -> list[dict]:
@@ -89,6 +91,7 @@ def write_contract(
             "image_size": list(image_size),
             "raw_size": list(raw_size) if raw_size else None,
             "layers": {kind: dict(types) for kind, types in layers.items()},
+            "quantization": quantization,
             "engines": {},
             "cameras": int(inputs["present"].shape[0]),
             "max_gap_s": MAX_GAP,

@@ -1,7 +1,8 @@
 """Half precision written into an ONNX graph: what may be halves is, and what decides the geometry stays in float32.
 
 Convolutions and products with weights run in halves, and so does what only moves or adds their results. Projection,
-sampling places, softmax, normalisation, decoding and memory stay as they are, with casts in between. A runtime that
+sampling places, softmax, normalisation, decoding and memory stay as they are, with casts in between. INT8 marks take
+halves and give halves. A runtime that
 takes types as they are written (TensorRT 8.6, 10 and 11, TensorRT-RTX, ONNX Runtime) needs no further flag.
 """
 
@@ -54,9 +55,12 @@ def halve_graph(model):
         casts[name, kind] = wanted
         return wanted
 
+    marked = {
+        node.output[0] for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in constants
+    }
     for node in list(graph.node):
         inputs = list(node.input)
-        weighted = node.op_type in WEIGHTED and len(inputs) > 1 and inputs[1] in floats
+        weighted = node.op_type in WEIGHTED and len(inputs) > 1 and (inputs[1] in floats or inputs[1] in marked)
         needed = PASSING.get(node.op_type, ())
         needed = range(len(inputs)) if needed is None else needed
         passing = (
@@ -64,7 +68,11 @@ def halve_graph(model):
             and any(inputs[i] in halves for i in needed)
             and all(inputs[i] in halves or inputs[i] in floats for i in needed)
         )
-        if weighted or passing:
+        if node.op_type == "DequantizeLinear" or (node.op_type == "QuantizeLinear" and inputs[0] in halves):
+            node.input[1] = cast(inputs[1], TensorProto.FLOAT16)  # what is marked has the type of its scale
+            if node.op_type == "DequantizeLinear":
+                halves.update(node.output)
+        elif weighted or passing:
             for i in range(len(inputs)) if weighted else needed:
                 if inputs[i] and inputs[i] not in halves:
                     node.input[i] = cast(inputs[i], TensorProto.FLOAT16)

@@ -21,9 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError
 from perception.export.contract import CONTRACT, write_contract
 from perception.export.half import halve_graph
+from perception.export.quantize import quantize_graph, record
 from perception.files import replacing
 from perception.models.bevformer import BEVFormer, RawBoxes
 from perception.models.checkpoint import Network
@@ -32,7 +34,7 @@ from perception.models.maptrv2 import MapTRv2
 from perception.types import CameraRig, Frame, Prediction, State
 
 OPSET = 20
-PRECISIONS = ("fp32", "fp16")
+PRECISIONS = ("fp32", "fp16", "int8")
 MOMENT = (
     "images", "img_from_cam", "ego_from_cam", "present", "ego_from_prev", "seconds_since_prev", "is_first",
 )  # fmt: skip
@@ -194,6 +196,7 @@ def export_onnx(
     cameras: int = 6,
     raw_size: tuple[int, int] | None = None,
     precision: str = "fp32",
+    calibration: NuScenesDataset | None = None,
 ) -> Path:
     """Writes `model.onnx` and `contract.json`.
 
@@ -203,7 +206,9 @@ def export_onnx(
         cameras: how many images are given at a time; a camera that is missing is told by `present`.
         raw_size: height and width of the images that are given, all alike; None where they come as the network takes
             them.
-        precision: "fp32", or "fp16" for halves wherever geometry, normalisation and softmax allow.
+        precision: "fp32"; "fp16" for halves wherever geometry, normalisation and softmax allow; or "int8" for INT8 in
+            the layers with convolutions that bear it, and halves in the others.
+        calibration: streets for the ranges of "int8", images as the export takes them.
 
     Returns:
         The folder.
@@ -218,6 +223,8 @@ def export_onnx(
         raise ConfigError(f"cameras is {cameras}; this {type(network).__name__} was trained with {wanted}")
     if precision not in PRECISIONS:
         raise ConfigError(f"precision {precision!r} is not known; use one of {', '.join(PRECISIONS)}")
+    if precision == "int8" and calibration is None:
+        raise ConfigError("precision int8 needs a dataset for the ranges of its numbers; give one as calibration")
     if cameras < 1:
         raise ConfigError(f"cameras is {cameras}; give at least 1")
     import onnx
@@ -226,7 +233,10 @@ def export_onnx(
     model = DeployedNetwork(network, raw_size).eval()
     inputs = example_inputs(network, cameras, raw_size)
     graph = _trace(model, inputs)
-    if precision == "fp16":
+    quantization = {}
+    if precision == "int8":
+        graph, quantization = quantize_graph(graph, record(graph, calibration))
+    if precision != "fp32":
         graph = halve_graph(graph)
     onnx.checker.check_model(graph)
     strange = sorted({node.op_type for node in graph.graph.node if node.domain not in ("", "ai.onnx")})
@@ -248,6 +258,7 @@ def export_onnx(
         precision=precision,
         opset=OPSET,
         layers=layer_types(graph),
+        quantization=quantization,
         version=metadata.version("perception"),
     )
     return folder

@@ -7,7 +7,6 @@ these are inputs of the graph and must work as such.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -21,18 +20,17 @@ from perception.data.loader import fit_image
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import DataError
 from perception.evaluation.streaming import evaluate_scenes
+from perception.export.drive import drive, moment_inputs
 from perception.export.onnx import fit_pixels, fitting_matrices, raw_outputs
 from perception.export.runtime import Runtime
 from perception.files import replacing, write_json
 from perception.models.checkpoint import Network
-from perception.types import CameraRig, Frame, Scene, State, map_tensors
+from perception.types import Frame, Scene, State, map_tensors
 
 LEAST_FRAMES, LEAST_SCENES = 40, 2
-MISSING_AT, TURNED_AT = 3, 6  # moments of each scene with a camera less, and with the cameras turned
-TURN_DEG = 1.0
 METRICS = ("nds", "map", "mATE", "mASE", "mAOE", "mAVE", "mAAE", "lane_map", "lane_map_strict")
 # The largest differences that pass, by precision: of raw numbers (None: not held to any), NDS and lane mAP.
-GATES = {"fp32": (1e-3, 0.0005, 0.0005), "fp16": (None, 0.003, 0.005)}
+GATES = {"fp32": (1e-3, 0.0005, 0.0005), "fp16": (None, 0.003, 0.005), "int8": (None, 0.01, 0.01)}
 GROWTH = 3.0  # how many times larger the differences at the end of a long drive may be than at its beginning
 
 
@@ -50,6 +48,7 @@ class Certificate:
         metrics: by name, of the original and of the export.
         drift: largest differences of the memory over the first and over the last quarter of a long drive without a
             reset, empty where none was made.
+        quantization: what `quantize_graph` found out, empty for other precisions.
     """
 
     precision: str
@@ -60,7 +59,8 @@ class Certificate:
     boxes: tuple[float, float]
     lines: tuple[float, float]
     metrics: dict[str, tuple[float, float]]
-    drift: tuple[float, ...] = field(default=())
+    drift: tuple[float, ...] = ()
+    quantization: dict = field(default_factory=dict)
 
     @property
     def failures(self) -> list[str]:
@@ -107,6 +107,17 @@ class Certificate:
         ]
         if self.drift:
             rows += [f"Memory without a reset: off by {self.drift[0]:.2e} early, by {self.drift[1]:.2e} late.", ""]
+        if self.quantization:
+            rows += [
+                "| layers | changes the answers by | INT8 |",
+                "|---|---|---|",
+                *(
+                    f"| {group} | {share:.4f} | {'yes' if group in self.quantization['groups'] else 'no'} |"
+                    for group, share in self.quantization["sensitivities"].items()
+                ),
+                f"| all that are INT8 together | {self.quantization['together']:.4f} | |",
+                "",
+            ]
         verdict = "**passed**" if not self.failures else "**failed**: " + "; ".join(self.failures)
         return "\n".join([*rows, f"Gate: {verdict}", ""])
 
@@ -178,24 +189,9 @@ def certify(
         boxes=_summary(box_distances),
         lines=_summary(line_distances),
         metrics={name: (one[name], other[name]) for name in METRICS},
+        quantization=runtime.contract["quantization"],
         drift=_drift(network, runtime, dataset, drift_frames, image_size, progress) if drift_frames else (),
     )
-
-
-def drive(dataset: NuScenesDataset) -> Iterator[tuple[str, Frame]]:
-    """Token and frame [1, ...] of every sample, scene by scene, with what a certificate wants to see."""
-    for scene in np.unique(dataset.scene_of_sample):
-        for moment, i in enumerate(np.flatnonzero(dataset.scene_of_sample == scene)):
-            frame = map_tensors(lambda tensor: tensor[:1], dataset[int(i)].frames)
-            present, ego_from_cam = frame.rig.present.clone(), frame.rig.ego_from_cam.clone()
-            if moment == MISSING_AT:
-                present[0, int(scene) % present.shape[1]] = False
-            if moment == TURNED_AT:
-                angle = torch.tensor(TURN_DEG).deg2rad()
-                turn = torch.eye(4)
-                turn[:2, :2] = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()]).view(2, 2)
-                ego_from_cam = turn @ ego_from_cam
-            yield dataset.tokens[i], frame._replace(rig=CameraRig(frame.rig.img_from_cam, ego_from_cam, present))
 
 
 def fitted(frame: Frame, image_size: tuple[int, int]) -> Frame:
@@ -217,10 +213,8 @@ def _original(network: Network, frame: Frame, state: State):
 
 
 def _exported(runtime: Runtime, frame: Frame) -> Scene:
-    runtime.inputs["images"][...] = frame.images[0].permute(0, 2, 3, 1).numpy()
-    rig = map_tensors(lambda tensor: tensor[0].numpy(), frame.rig)
-    motion = frame.ego_from_prev[0].numpy(), float(frame.seconds_since_prev[0]), bool(frame.is_first[0])
-    runtime.fill(rig, *motion)
+    for name, array in moment_inputs(frame).items():
+        runtime.inputs[name][...] = array
     runtime.run()
     return runtime.scene()
 

@@ -1,0 +1,43 @@
+"""A drive through a dataset as the vehicle meets it, with what calibration and certificates want to see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from perception.data.nuscenes import NuScenesDataset
+from perception.types import CameraRig, Frame, map_tensors
+
+MISSING_AT, TURNED_AT = 3, 6  # moments of each scene with a camera less, and with the cameras turned
+TURN_DEG = 1.0
+
+
+def drive(dataset: NuScenesDataset) -> Iterator[tuple[str, Frame]]:
+    """Token and frame [1, ...] of every sample, scene by scene, with what a certificate wants to see."""
+    for scene in np.unique(dataset.scene_of_sample):
+        for moment, i in enumerate(np.flatnonzero(dataset.scene_of_sample == scene)):
+            frame = map_tensors(lambda tensor: tensor[:1], dataset[int(i)].frames)
+            present, ego_from_cam = frame.rig.present.clone(), frame.rig.ego_from_cam.clone()
+            if moment == MISSING_AT:
+                present[0, int(scene) % present.shape[1]] = False
+            if moment == TURNED_AT:
+                angle = torch.tensor(TURN_DEG).deg2rad()
+                turn = torch.eye(4)
+                turn[:2, :2] = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()]).view(2, 2)
+                ego_from_cam = turn @ ego_from_cam
+            yield dataset.tokens[i], frame._replace(rig=CameraRig(frame.rig.img_from_cam, ego_from_cam, present))
+
+
+def moment_inputs(frame: Frame) -> dict[str, np.ndarray]:
+    """A frame [1, ...] as the inputs of an export by name, all but the memory."""
+    return {
+        "images": frame.images[0].permute(0, 2, 3, 1).numpy(),
+        "img_from_cam": frame.rig.img_from_cam[0].numpy(),
+        "ego_from_cam": frame.rig.ego_from_cam[0].numpy(),
+        "present": frame.rig.present[0].numpy(),
+        "ego_from_prev": frame.ego_from_prev[0].numpy(),
+        "seconds_since_prev": frame.seconds_since_prev.numpy(),
+        "is_first": frame.is_first.numpy(),
+    }
