@@ -228,9 +228,10 @@ def test_int8_where_it_changes_little(model, town, tmp_path):
     assert "| all that are INT8 together |" in found.markdown()
 
 
-def test_engines_are_built_without_a_gpu(model, tmp_path):
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_engines_are_built_without_a_gpu(model, town, precision, tmp_path):
     pytest.importorskip("tensorrt_rtx")
-    folder = export_onnx(model, tmp_path, raw_size=RAW, precision="fp16")
+    folder = export_onnx(model, tmp_path, raw_size=RAW, precision=precision, calibration=town)
     with pytest.raises(ConfigError, match=r"target 'sm12' is not known to tensorrt-rtx; it builds for .*sm89"):
         build_engines(folder, targets=["sm12"])
     engines = build_engines(folder, targets=["sm89"])
