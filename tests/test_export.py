@@ -17,9 +17,9 @@ from PIL import Image
 from perception.data.loader import fit_image
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import CheckpointError, ConfigError, DataError
-from perception.export import latency
+from perception.export import latency, parity
 from perception.export.contract import read_contract
-from perception.export.drive import drive
+from perception.export.drive import drive, moment_inputs
 from perception.export.onnx import export_onnx, fit_pixels, fitting_matrices
 from perception.export.parity import certify
 from perception.export.quantize import BUDGET
@@ -127,18 +127,18 @@ def test_the_gate_sees_a_broken_weight(model, folder, town, tmp_path):
 
 
 def test_the_gate_sees_a_lost_memory(model, folder, town, tmp_path, monkeypatch):
-    monkeypatch.setattr(Runtime, "fill", lambda self, *a, fill=Runtime.fill: fill(self, *a[:3], True))
+    monkeypatch.setattr(parity, "moment_inputs", lambda frame: moment_inputs(frame) | {"is_first": np.ones(1, bool)})
     found = certify(model, folder, town)
     assert any(text.startswith("memory differs by") for text in found.failures)
 
 
 def test_the_gate_sees_a_wrong_calibration(model, folder, town, monkeypatch):
-    def fill(self, rig, *motion, fill=Runtime.fill):
-        matrix = rig.img_from_cam.copy()
+    def off(frame):
+        matrix = frame.rig.img_from_cam[0].numpy().copy()
         matrix[0, 0, 2] += 0.5  # pixels
-        fill(self, rig._replace(img_from_cam=matrix), *motion)
+        return moment_inputs(frame) | {"img_from_cam": matrix}
 
-    monkeypatch.setattr(Runtime, "fill", fill)
+    monkeypatch.setattr(parity, "moment_inputs", off)
     assert certify(model, folder, town).failures
 
 

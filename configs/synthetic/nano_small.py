@@ -1,4 +1,4 @@
-r"""The nano network on small images of the synthetic town: the first stage of the shipped weights, `nano.py` goes on.
+r"""The nano network on small images of the synthetic town: the first stage of the shipped weights.
 
     python scripts/simulate.py --out out/town_small --scenes 300 --seed 1000 --split town_train --image-size 160x288
     python scripts/simulate.py --out out/town_val --scenes 20 --seed 5000 --split town_val

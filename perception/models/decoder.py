@@ -229,6 +229,7 @@ class BoxDecoder(nn.Module):
         z = log_size[..., 2:].exp() / 2
         rest = log_size.new_tensor([0.0, 1.0, 0.0, 0.0]).expand(B, self.queries, -1)
         params = torch.cat([center, z, log_size, rest], -1)
+        speed = torch.zeros_like(params[..., 8:])
         all_logits, all_params, all_spreads = [], [], []
         for layer in self.layers:
             reference = params[..., :2]
@@ -242,8 +243,8 @@ class BoxDecoder(nn.Module):
             change, along, by_sight = layer["to_box"](query).float().split([8, 2, 2], -1)
             refined = params[..., :8] + change + F.pad(_turn_from_sight(by_sight, reference), (6, 0))
             # What moves moves the way it heads: how fast is known even where the heading is not.
-            velocity = _turn_by_heading(along, refined[..., 6:].detach())
-            refined = torch.cat([refined, velocity], -1)
+            speed = speed.detach() + along  # along the heading and across, m/s
+            refined = torch.cat([refined, _turn_by_heading(speed, refined[..., 6:].detach())], -1)
             all_logits.append(logits)
             all_params.append(refined)
             # How far off this may be is read from the query and does not change it: knowing costs no accuracy.
