@@ -311,9 +311,7 @@ def test_the_runtime_runs_where_torch_cannot_be_imported(folder, town, tmp_path)
 import sys
 sys.modules["torch"] = None
 import numpy as np
-from perception.export.quantize import BUDGET
 from perception.export.runtime import Runtime
-from perception.export.tensorrt import build_engines
 from perception.types import CameraRig
 data = np.load({str(tmp_path / "frame.npz")!r})
 runtime = Runtime({str(folder)!r})
