@@ -14,7 +14,7 @@ from perception.files import write_json
 from perception.live import MAX_GAP
 from perception.types import BOX_CLASSES, LINE_CLASSES
 
-CONTRACT = "contract.json"
+CONTRACT, MODEL = "contract.json", "model.onnx"
 FORMAT = "perception-export-1"  # changes when old folders can no longer be read
 
 MEANING = {

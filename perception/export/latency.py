@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from perception.errors import ConfigError
+from perception.export.contract import read_contract
 from perception.export.onnx import DeployedNetwork, example_inputs
 from perception.export.runtime import Runtime
 from perception.models.checkpoint import Network
@@ -72,7 +73,7 @@ def measure(
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    contract = Runtime(folder).contract
+    contract = read_contract(folder)
     raw_size = tuple(contract["raw_size"]) if contract["raw_size"] else None
     inputs = example_inputs(network, contract["cameras"], raw_size)
     runs: dict[str, tuple[Callable[[], float], str, float]] = {}

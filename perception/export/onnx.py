@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError
-from perception.export.contract import CONTRACT, write_contract
+from perception.export.contract import CONTRACT, MODEL, write_contract
 from perception.export.half import halve_graph
 from perception.export.quantize import quantize_graph, record
 from perception.files import replacing
@@ -44,7 +44,6 @@ OUTPUTS = {
     ),
     "line": ("line_points", "line_closed", "line_label", "line_score", "line_spread"),
 }  # fmt: skip
-MODEL = "model.onnx"
 
 
 class DeployedNetwork(nn.Module):

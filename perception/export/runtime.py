@@ -15,11 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from perception.errors import ConfigError, DataError
-from perception.export.contract import read_contract
+from perception.export.contract import MODEL, read_contract
 from perception.live import Odometer, checked_image, checked_rig
 from perception.types import Boxes, CameraRig, Polylines, Scene
 
-MODEL = "model.onnx"
 _none, _no_label, _no_flag = np.zeros(0, np.float32), np.zeros(0, np.int32), np.zeros(0, bool)
 NOTHING = {
     "box_center": np.zeros((0, 3), np.float32), "box_size": np.zeros((0, 3), np.float32), "box_yaw": _none,

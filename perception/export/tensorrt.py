@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from perception.errors import ConfigError
-from perception.export.contract import CONTRACT, read_contract
-from perception.export.runtime import MODEL
+from perception.export.contract import CONTRACT, MODEL, read_contract
 from perception.files import replacing, write_json
 
 PACKAGES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
