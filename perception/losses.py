@@ -23,7 +23,17 @@ from perception.geometry import invert_rigid, transform_points, wrap_angle
 from perception.grid import BEVGrid
 from perception.models.bev_encoder import depth_position, pixel_rays
 from perception.models.decoder import LOG_SPREAD_RANGE
-from perception.types import BOX_CLASSES, Boxes, CameraRig, Frame, ImagePrediction, Polylines, Prediction, Scene
+from perception.types import (
+    BOX_CLASSES,
+    Boxes,
+    CameraRig,
+    Frame,
+    ImagePrediction,
+    Polylines,
+    Prediction,
+    Scene,
+    map_tensors,
+)
 
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0  # https://arxiv.org/abs/1708.02002
 # Weights of the ten box parameters (centre, log size, sin cos yaw, velocity) in cost and loss. Most things stand: with
@@ -61,27 +71,22 @@ def set_losses(prediction: Prediction, truth: Scene, frame: Frame, grid: BEVGrid
     """
     L = prediction.box_logits.shape[0]
     boxes = _inside(truth.boxes, grid)
-    box_targets = encode_boxes(boxes)
-    orderings, exists = line_orderings(truth.lines)
-    sums: dict[str, Tensor] = {}
-    for layer in range(L):
-        losses = box_losses(
-            prediction.box_logits[layer],
-            prediction.box_params[layer],
-            prediction.box_log_spread[layer],
-            boxes,
-            box_targets,
-        )
-        losses |= line_losses(
-            prediction.line_logits[layer],
-            prediction.line_points[layer],
-            prediction.line_log_spread[layer],
-            truth.lines,
-            orderings,
-            exists,
-        )
-        for name, loss in losses.items():
-            sums[name] = sums.get(name, 0.0) + loss / L
+    # All layers in one go, as a batch L times as large: a GPU is kept waiting by many small calls.
+    copies = map_tensors(lambda tensor: tensor.repeat(L, *[1] * (tensor.ndim - 1)), Scene(boxes, truth.lines))
+    sums = box_losses(
+        prediction.box_logits.flatten(0, 1),
+        prediction.box_params.flatten(0, 1),
+        prediction.box_log_spread.flatten(0, 1),
+        copies.boxes,
+        L,
+    )
+    sums |= line_losses(
+        prediction.line_logits.flatten(0, 1),
+        prediction.line_points.flatten(0, 1),
+        prediction.line_log_spread.flatten(0, 1),
+        copies.lines,
+        L,
+    )
     sums["heatmap"] = heatmap_loss(prediction.heatmap_logits, boxes, grid)
     sums["raster"] = raster_loss(prediction.raster_logits, truth.lines, grid)
     sums = {name: LOSS_WEIGHTS[name] * loss for name, loss in sums.items()}
@@ -103,13 +108,15 @@ def encode_boxes(boxes: Boxes) -> Tensor:
     return torch.cat([boxes.center, boxes.size.clamp(min=1e-2).log(), turn, boxes.velocity], -1)
 
 
-def box_losses(logits: Tensor, params: Tensor, log_spread: Tensor, boxes: Boxes, targets: Tensor) -> dict[str, Tensor]:
-    """Focal loss of the classes, L1 of the parameters and likelihood of the errors of matched boxes, one layer.
+def box_losses(logits: Tensor, params: Tensor, log_spread: Tensor, boxes: Boxes, layers: int) -> dict[str, Tensor]:
+    """Focal loss of the classes, L1 of the parameters and likelihood of the errors of matched boxes.
 
     Args:
         logits: [B, Q, K]; params: [B, Q, 10]; log_spread: [B, Q, 9].
-        boxes: the truth [B, M]; targets: [B, M, 10] from `encode_boxes`.
+        boxes: the truth [B, M].
+        layers: how many answers to the same truth the batch holds.
     """
+    targets = encode_boxes(boxes)
     weights = params.new_tensor(BOX_WEIGHTS)
     with torch.no_grad():
         # Neither yaw nor velocity decides who is who: not all classes have the one, and the other may be unknown.
@@ -117,7 +124,7 @@ def box_losses(logits: Tensor, params: Tensor, log_spread: Tensor, boxes: Boxes,
         cost = LOSS_WEIGHTS["box_class"] * focal_cost(logits, boxes.label)
         cost = cost + LOSS_WEIGHTS["box_params"] * (distance * weights[:6]).sum(-1)
         match = hungarian(cost, boxes.valid)
-    count = max(len(match.query), 1)
+    count = max(len(match.query), layers)  # at least one of each layer
     wanted = torch.zeros_like(logits)
     wanted[match.batch, match.query, boxes.label[match.batch, match.target]] = 1.0
     target = targets[match.batch, match.target]
@@ -158,24 +165,19 @@ def draw_heatmap(boxes: Boxes, grid: BEVGrid, classes: int) -> Tensor:
     """Gaussian bumps at the centres: [B, K, X, Y], 1 at the cell that holds a centre, the highest where bumps meet."""
     B = boxes.valid.shape[0]
     X, Y = grid.shape
-    device = boxes.center.device
-    heat = torch.zeros(B, classes, X, Y, device=device)
-    cell = grid.cells(boxes.center).round()  # [B, M, 2]
+    cell = grid.cells(boxes.center).round().long()  # [B, M, 2]
     # Bumps as wide as the object, but at least about one cell.
     sigma = (boxes.size[..., :2].amax(-1) / (6 * min(grid.cell_size))).clamp(0.7, 2.0)
-    radius = 5
-    window = torch.arange(-radius, radius + 1, device=device)
-    for b, m in boxes.valid.nonzero().tolist():
-        i, j = cell[b, m].long().tolist()
-        bump = torch.exp(-(window**2) / (2 * sigma[b, m] ** 2))
-        bump = bump[:, None] * bump[None]
-        top, left = max(i - radius, 0), max(j - radius, 0)
-        bottom, right = min(i + radius + 1, X), min(j + radius + 1, Y)
-        part = heat[b, boxes.label[b, m], top:bottom, left:right]
-        start_i, start_j = top - i + radius, left - j + radius
-        bump = bump[start_i : start_i + bottom - top, start_j : start_j + right - left]
-        torch.maximum(part, bump, out=part)
-    return heat
+    step = torch.arange(-5, 6, device=cell.device)
+    bump = torch.exp(-(step**2) / (2 * sigma[..., None] ** 2))  # [B, M, 11]
+    bump = bump[..., :, None] * bump[..., None, :]  # [B, M, 11, 11]
+    x, y = (cell[..., i, None] + step for i in range(2))  # [B, M, 11]
+    inside = ((x >= 0) & (x < X))[..., :, None] & ((y >= 0) & (y < Y))[..., None, :] & boxes.valid[..., None, None]
+    plane = torch.arange(B, device=cell.device)[:, None] * classes + boxes.label  # [B, M]
+    place = plane[..., None, None] * (X * Y) + x[..., :, None] * Y + y[..., None, :]
+    heat = bump.new_zeros(B * classes * X * Y)
+    place, bump = place.masked_fill(~inside, 0), bump.masked_fill(~inside, 0.0)
+    return heat.scatter_reduce(0, place.flatten(), bump.flatten(), "amax").view(B, classes, X, Y)
 
 
 # ---------------------------------------------------------------------------------------------------------------- lines
@@ -205,16 +207,16 @@ def line_orderings(lines: Polylines) -> tuple[Tensor, Tensor]:
     return torch.where(closed[..., None, None], rings, open_lines), closed | exists
 
 
-def line_losses(
-    logits: Tensor, points: Tensor, log_spread: Tensor, lines: Polylines, orderings: Tensor, exists: Tensor
-) -> dict[str, Tensor]:
-    """Focal loss of the classes, L1 and likelihood of the points and cosine of the edges of matched lines, one layer.
+def line_losses(logits: Tensor, points: Tensor, log_spread: Tensor, lines: Polylines, layers: int) -> dict[str, Tensor]:
+    """Focal loss of the classes, L1 and likelihood of the points and cosine of the edges of matched lines.
 
     Args:
         logits: [B, Q, K]; points: [B, Q, P, 2] metres; log_spread: [B, Q, P, 2].
-        lines: the truth [B, M]; orderings, exists: from `line_orderings`.
+        lines: the truth [B, M].
+        layers: how many answers to the same truth the batch holds.
     """
-    B, Q, P, _ = points.shape
+    P = points.shape[2]
+    orderings, exists = line_orderings(lines)
     with torch.no_grad():
         M, O = exists.shape[1:]
         distance = torch.cdist(points.float().flatten(2), orderings.flatten(3).flatten(1, 2), p=1)  # [B, Q, M * O]
@@ -222,7 +224,7 @@ def line_losses(
         distance, ordering = distance.masked_fill(~exists[:, None], math.inf).min(-1)  # [B, Q, M]
         cost = LOSS_WEIGHTS["line_class"] * focal_cost(logits, lines.label) + LOSS_WEIGHTS["line_points"] * distance
         match = hungarian(cost, lines.valid)
-    count = max(len(match.query), 1)
+    count = max(len(match.query), layers)  # at least one of each layer
     wanted = torch.zeros_like(logits)
     wanted[match.batch, match.query, lines.label[match.batch, match.target]] = 1.0
     best = ordering[match.batch, match.query, match.target]
