@@ -35,6 +35,15 @@ def shipped_weights(name: str = "nano") -> Path:
     return path
 
 
+def weights_file(which: str | Path) -> Path:
+    """A `.safetensors` file as it is; anything else is the name of shipped weights, see `shipped_weights`.
+
+    Raises:
+        CheckpointError: there are none of this name.
+    """
+    return Path(which) if Path(which).suffix == ".safetensors" else shipped_weights(str(which))
+
+
 class Predictor:
     """A network, its memory, and the pose and time of the last step.
 

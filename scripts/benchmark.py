@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 EXAMPLE = """example:
-  python scripts/benchmark.py ablation configs/synthetic/ablation.py --out out/ablation --seeds 0 1 --amp \\
+  python scripts/benchmark.py ablation configs/synthetic/compare_flagship.py --out out/ablation --seeds 0 1 --amp \\
       --vary "no average of weights: train.ema_momentum=0" \\
       --vary "boxes alone: train.without=('line_class','line_points','line_direction','line_spread','raster')"
   python scripts/benchmark.py accuracy configs/synthetic/compare_flagship.py configs/synthetic/compare_bevformer.py \\
@@ -74,10 +74,9 @@ def _latency(arguments) -> None:
     from perception.export.onnx import export_onnx
     from perception.files import write_json
     from perception.models.checkpoint import load_checkpoint
-    from perception.predictor import shipped_weights
+    from perception.predictor import weights_file
 
-    name = arguments.checkpoint
-    network, _ = load_checkpoint(name if name.endswith(".safetensors") else shipped_weights(name))
+    network, _ = load_checkpoint(weights_file(arguments.checkpoint))
     with tempfile.TemporaryDirectory(prefix="perception-latency-") as folder:
         export_onnx(network, folder, cameras=arguments.cameras, precision=arguments.precision)
         measured = measure(

@@ -43,11 +43,10 @@ def main() -> None:
     from perception.export.parity import LEAST_FRAMES, LEAST_SCENES, certify
     from perception.export.tensorrt import build_engines
     from perception.models.checkpoint import load_checkpoint
-    from perception.predictor import shipped_weights
+    from perception.predictor import weights_file
     from perception.synthetic import VERSION, simulate
 
-    name = arguments.checkpoint
-    network, _ = load_checkpoint(name if name.endswith(".safetensors") else shipped_weights(name))
+    network, _ = load_checkpoint(weights_file(arguments.checkpoint))
     raw_size = None
     if arguments.raw_size:
         try:

@@ -11,7 +11,7 @@ from perception.errors import CheckpointError, ConfigError, DataError
 from perception.evaluation.streaming import predict_stream
 from perception.models.bev_transformer import BEVTransformer, ModelConfig
 from perception.models.checkpoint import save_checkpoint
-from perception.predictor import Predictor, shipped_weights
+from perception.predictor import Predictor, shipped_weights, weights_file
 from perception.synthetic import VERSION
 from perception.types import map_tensors
 
@@ -173,7 +173,8 @@ def test_a_checkpoint_file_will_do(tmp_path, drive, model):
     loaded = Predictor(tmp_path / "some.safetensors")
     assert_same(loaded.step(*drive.moment(0)), Predictor(model).step(*drive.moment(0)))
     with pytest.raises(CheckpointError, match="no weights of this name"):
-        shipped_weights("unheard_of")
+        weights_file("unheard_of")
+    assert weights_file("nano") == shipped_weights() == weights_file(shipped_weights())
 
 
 @pytest.mark.parametrize("seconds", [0.0, -0.1])

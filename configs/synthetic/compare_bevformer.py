@@ -5,10 +5,10 @@ r"""BEVFormer (boxes) in the comparison of networks: the same image encoder, ima
     python scripts/simulate.py --out out/town_short_val --scenes 10 --seed 6000 --split town_val --image-size 128x224
     python scripts/train.py configs/synthetic/compare_bevformer.py --work-dir out/compare_bevformer --amp
 
-docs/benchmarks.md compares them. Cost: not measured. Result: not measured.
+docs/benchmarks.md compares them.
 """
 
-_base_ = ["ablation.py"]
+_base_ = ["compare_flagship.py"]
 
 model = dict(
     _delete_=True, preset="bevformer_tiny", image_size=(128, 224),
@@ -16,4 +16,3 @@ model = dict(
     rotate_center=(32, 32), channels=64, feed_forward=128, heads=4, encoder_layers=3, decoder_layers=3, queries=100,
     max_boxes=100,
 )  # fmt: skip
-train = dict(image_epochs=0, epochs=6)

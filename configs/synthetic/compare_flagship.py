@@ -1,16 +1,25 @@
-r"""The flagship in the comparison of networks: the same image encoder, images, streets and steps for all.
+r"""The flagship in the comparison of networks, and what ablations are made with: a short training on small images.
 
     python scripts/simulate.py --out out/town_short --scenes 60 --seed 4000 --rare 0.35 --split town_train \
         --image-size 128x224
     python scripts/simulate.py --out out/town_short_val --scenes 10 --seed 6000 --split town_val --image-size 128x224
     python scripts/train.py configs/synthetic/compare_flagship.py --work-dir out/compare_flagship --amp
 
-docs/benchmarks.md compares them. Cost: not measured. Result: not measured.
+docs/benchmarks.md compares networks, docs/ablations.md variants of this one.
 """
 
-_base_ = ["ablation.py"]
+_base_ = ["../_base_/town.py", "../_base_/schedule.py"]
 
-model = dict(
-    _delete_=True, preset="nano", image_size=(128, 224), grid=(64, 64),
-)  # fmt: skip
-train = dict(image_epochs=0, epochs=6)
+model = dict(preset="nano", image_size=(128, 224), grid=(64, 64))
+train_data = dict(
+    dataroot="out/town_short",
+    augment=dict(drop_camera=0.15),
+    make_with="python scripts/simulate.py --out out/town_short --scenes 60 --seed 4000 --rare 0.35 --split town_train "
+    "--image-size 128x224",
+)
+val_data = dict(
+    dataroot="out/town_short_val",
+    make_with="python scripts/simulate.py --out out/town_short_val --scenes 10 --seed 6000 --split town_val "
+    "--image-size 128x224",
+)
+train = dict(epochs=6, batch_size=2, lr=2e-3, warmup_iters=50, val_every=10, workers=1)

@@ -5,14 +5,13 @@ r"""MapTR (lines) in the comparison of networks: the same image encoder, images,
     python scripts/simulate.py --out out/town_short_val --scenes 10 --seed 6000 --split town_val --image-size 128x224
     python scripts/train.py configs/synthetic/compare_maptr.py --work-dir out/compare_maptr --amp
 
-docs/benchmarks.md compares them. Cost: not measured. Result: not measured.
+docs/benchmarks.md compares them.
 """
 
-_base_ = ["ablation.py"]
+_base_ = ["compare_flagship.py"]
 
 model = dict(
     _delete_=True, preset="maptr_tiny_r50_24e_bevformer", image_size=(128, 224),
     backbone=dict(name="resnet18", stages=3, stride=8),
     bev=(80, 40), channels=64, feed_forward=128, heads=4, encoder_layers=1, decoder_layers=3, lines=40, max_lines=40,
 )  # fmt: skip
-train = dict(image_epochs=0, epochs=6)

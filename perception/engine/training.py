@@ -403,6 +403,7 @@ def _build_runner(config, work_dir, model, train_set, val_set, seed, resume, amp
             *get_dist_info(),
         ),
         pin_memory=cuda,
+        persistent_workers=section.workers > 0,
         **loading,
     )
     if section.warmup_iters < 2:
@@ -467,6 +468,8 @@ def _build_runner(config, work_dir, model, train_set, val_set, seed, resume, amp
         },
         log_processor={"window_size": section.log_every},
         randomness={"seed": seed},
+        # All batches have the same shapes, so the fastest convolutions are sought once.
+        env_cfg={"cudnn_benchmark": cuda, "dist_cfg": {"backend": "nccl"}},
         launcher=launcher,
         resume=resume,
         # MMEngine finds logs and hubs again by this name, so two trainings in one process must not share it.

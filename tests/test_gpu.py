@@ -1,0 +1,88 @@
+"""What needs a GPU: the same answers as on the CPU, training in bfloat16, memory that does not grow."""
+
+import copy
+
+import pytest
+import torch
+from test_engine import CONFIG, scalars
+
+from perception.data.loader import TrainSampler, collate
+from perception.data.nuscenes import NuScenesDataset
+from perception.engine import TrainingModel, load_config, train
+from perception.evaluation.streaming import predict_stream
+from perception.models.checkpoint import load_checkpoint
+from perception.predictor import shipped_weights
+from perception.synthetic import VERSION
+from perception.types import map_tensors
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+
+
+@pytest.fixture(autouse=True)
+def exact_float32(monkeypatch):
+    """Convolutions in float32, as the CPU has them, not in TF32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture(scope="module")
+def network():
+    return load_checkpoint(shipped_weights())[0].eval()
+
+
+@pytest.fixture(scope="module")
+def dataset(town_root, network) -> NuScenesDataset:
+    return NuScenesDataset(town_root, VERSION, "town_val", image_size=network.config.image_size)
+
+
+def test_a_stream_is_the_same_as_on_the_cpu(network, dataset):
+    here = predict_stream(network, dataset).scenes
+    there = predict_stream(copy.deepcopy(network).cuda(), dataset).scenes
+    for token in dataset.tokens:
+        sure = here[token].boxes.score > 0.05
+        assert sure.any()
+        for name in ("center", "size", "velocity", "score"):
+            ours, theirs = (getattr(scenes[token].boxes, name)[sure] for scenes in (here, there))
+            torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-2)
+        sure = here[token].lines.score > 0.05
+        torch.testing.assert_close(
+            there[token].lines.points[sure], here[token].lines.points[sure], rtol=1e-3, atol=1e-2
+        )
+
+
+def test_losses_and_gradients_are_those_of_the_cpu(network, dataset):
+    draws = iter(TrainSampler(dataset.scene_of_sample, 2, 1, 2, 0.0, 0))
+    clip = collate([dataset[next(draws)] for _ in range(2)])
+    results = []
+    for device in ("cpu", "cuda"):
+        model = TrainingModel(copy.deepcopy(network)).to(device).eval()
+        losses, _ = model(map_tensors(lambda tensor, device=device: tensor.to(device), clip), None)
+        sum(losses.values()).backward()
+        gradient = torch.cat([p.grad.flatten().cpu() for p in model.parameters() if p.grad is not None])
+        results.append(({name: loss.item() for name, loss in losses.items()}, gradient))
+    (ours, our_gradient), (theirs, their_gradient) = results
+    assert theirs == pytest.approx(ours, rel=1e-3)
+    assert (our_gradient - their_gradient).norm() < 1e-2 * our_gradient.norm()
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_training_learns_on_a_gpu(tmp_path, town_root, amp):
+    path = tmp_path / "small.py"
+    path.write_text(CONFIG.format(root=str(town_root), version=VERSION))
+    core = train(load_config(path, {"train.workers": 2}), tmp_path / "work", seed=5, amp=amp)
+    assert next(core.parameters()).is_cuda
+    told = [line["loss"] for line in scalars(tmp_path / "work") if "loss" in line]
+    assert len(told) == 20
+    assert sum(told[-4:]) < 0.9 * sum(told[4:8])
+
+
+def test_memory_of_the_gpu_is_flat(network, dataset):
+    model = copy.deepcopy(network).cuda()
+    frame = map_tensors(lambda tensor: tensor[None, 0].cuda(), dataset[1].frames)
+    used = []
+    with torch.inference_mode():
+        state = model.initial_state(1)
+        for _ in range(1000):
+            _, state = model(frame, state)
+            used.append(torch.cuda.memory_allocated())
+    assert max(used[10:]) == min(used[10:])
+    assert not state.bev.requires_grad
