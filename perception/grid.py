@@ -50,13 +50,19 @@ class BEVGrid:
 
     def normalize(self, points_ego: Tensor) -> Tensor:
         """Metres to 0..1 over the grid's extent: [..., 2+] -> [..., 2], first along x."""
-        low = points_ego.new_tensor([self.x_range[0], self.y_range[0]])
-        high = points_ego.new_tensor([self.x_range[1], self.y_range[1]])
-        return (points_ego[..., :2] - low) / (high - low)
+        # With plain numbers, not with a tensor made of them: that would have to travel to a GPU every time.
+        return torch.stack(
+            [
+                (points_ego[..., axis] - low) / (high - low)
+                for axis, (low, high) in enumerate((self.x_range, self.y_range))
+            ],
+            -1,
+        )
 
     def cells(self, points_ego: Tensor) -> Tensor:
         """Metres to fractional cell coordinates: [..., 2+] -> [..., 2]; the centre of cell (i, j) is (i, j)."""
-        return self.normalize(points_ego) * points_ego.new_tensor(self.shape) - 0.5
+        place = self.normalize(points_ego)
+        return torch.stack([place[..., axis] * count - 0.5 for axis, count in enumerate(self.shape)], -1)
 
     def sample(self, bev: Tensor, points_ego: Tensor) -> Tensor:
         """Bilinear reading of a map at points, zero outside.

@@ -86,3 +86,31 @@ def test_memory_of_the_gpu_is_flat(network, dataset):
             used.append(torch.cuda.memory_allocated())
     assert max(used[10:]) == min(used[10:])
     assert not state.bev.requires_grad
+
+
+def test_a_moment_is_captured_as_a_graph(network, dataset):
+    model = copy.deepcopy(network).cuda()
+    first, second = (map_tensors(lambda tensor: tensor[None, 0].cuda(), dataset[i].frames) for i in (0, 1))
+    with torch.inference_mode():
+        frame, state = map_tensors(torch.clone, first), model.initial_state(1)
+        _, after_first = model(first, state)
+        expected = model.decode(model(second, after_first)[0])
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(3):
+                model.decode(model(frame, state)[0])
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            prediction, after = model(frame, state)
+            scene = model.decode(prediction)
+        graph.replay()
+        state.bev.copy_(after.bev)
+        for static, new in zip((*frame.rig, *frame[2:]), (*second.rig, *second[2:]), strict=True):
+            static.copy_(new)
+        frame.images.copy_(second.images)
+        graph.replay()
+        sure = expected.boxes.score > 0.05
+        torch.testing.assert_close(scene.boxes.center[sure], expected.boxes.center[sure], rtol=1e-3, atol=1e-2)
+        torch.testing.assert_close(scene.boxes.score, expected.boxes.score, rtol=1e-3, atol=1e-3)

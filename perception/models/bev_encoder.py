@@ -78,7 +78,7 @@ def see_points(rig: CameraRig, points_ego: Tensor, image_size: tuple[int, int]) 
     cam_from_ego = invert_rigid(rig.ego_from_cam.float())
     points_cam = transform_points(cam_from_ego, points_ego.unsqueeze(-3))  # [B, N, P, 3]
     uv_img, depth = project_points(rig.img_from_cam.float(), points_cam, MIN_DEPTH)
-    uv = uv_img / uv_img.new_tensor([W, H])
+    uv = torch.stack([uv_img[..., 0] / W, uv_img[..., 1] / H], -1)
     inside = ((uv > 0) & (uv < 1)).all(-1)
     return uv, depth, inside & (depth > MIN_DEPTH) & rig.present[..., None]
 
@@ -226,7 +226,8 @@ class CameraAttention(nn.Module):
         farther = DEPTH_CONTRAST * (mean - depth_position(depth, 2)).clamp(-0.1, 0.1)
         told = torch.stack([gate, farther], -1) * (seen / seen.sum(-1, keepdim=True).clamp(min=1))[..., None]
 
-        offset = self.offset(query).float().reshape(B, XY * Z, 1, S, 2) / query.new_tensor([w, h])
+        offset = self.offset(query).float().reshape(B, XY * Z, 1, S, 2)
+        offset = torch.stack([offset[..., 0] / w, offset[..., 1] / h], -1)
         place = (uv[:, :, :, None] + offset).reshape(B, XY * Z, K * S, 2)
         weight = (seen * gate)[..., None]  # [B, XY * Z, K, S]; a point that nobody sees reads nothing
         if self.weight is not None:

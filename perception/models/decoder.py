@@ -227,7 +227,7 @@ class BoxDecoder(nn.Module):
         # A box starts on the ground with the size that its class usually has, heading along x, standing.
         log_size = (logits.softmax(-1)[..., None] * self.usual_log_sizes).sum(-2)  # [B, Q, 3]
         z = log_size[..., 2:].exp() / 2
-        rest = log_size.new_tensor([0.0, 1.0, 0.0, 0.0]).expand(B, self.queries, -1)
+        rest = F.pad(torch.ones_like(z), (1, 2))  # sin, cos and two speeds
         params = torch.cat([center, z, log_size, rest], -1)
         speed = torch.zeros_like(params[..., 8:])
         all_logits, all_params, all_spreads = [], [], []
@@ -415,9 +415,9 @@ def _apart(center: Tensor, label: Tensor) -> Tensor:
     Args:
         center: [B, M, 2] metres; label: [B, M].
     """
-    widths = center.new_tensor([max(min(size[:2]), LEAST_DISTANCE) for size in USUAL_SIZES])
+    width = sum(max(min(size[:2]), LEAST_DISTANCE) * (label == k) for k, size in enumerate(USUAL_SIZES))  # [B, M]
     distance = (center[:, :, None] - center[:, None]).norm(dim=-1)  # [B, M, M]
-    rival = (distance < widths[label][..., None]) & (label[..., None] == label[:, None])
+    rival = (distance < width[..., None]) & (label[..., None] == label[:, None])
     better = torch.ones_like(rival).tril(-1)
     rival = (rival & better).to(center.dtype)
     keep = torch.ones_like(center[..., 0])
