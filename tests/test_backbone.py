@@ -67,6 +67,17 @@ def test_a_backbone_of_mmdet_is_a_trunk():
     assert encoder(SEEN).shape == (1, 32, 4, 6)
 
 
+def test_the_trunk_of_a_network_of_the_library_is_taken():
+    network = FPNEncoder("resnet18", 4, 8, 16).eval()
+    weights = {f"image_encoder.{name}": tensor for name, tensor in shaken(network).state_dict().items()}
+    encoder = FPNEncoder("resnet18", 3, 8, 32).eval()
+    encoder.trunk.load_published(weights, "nano.safetensors")
+    for found, wanted in zip(encoder.trunk(NORMALISED), network.trunk(NORMALISED), strict=False):
+        torch.testing.assert_close(found, wanted)
+    with pytest.raises(CheckpointError, match=r"conv1\.weight is missing"):
+        FPNEncoder("resnet50", 3, 8, 32).trunk.load_published(weights, "nano.safetensors")
+
+
 def test_what_is_frozen_stays_while_the_rest_learns():
     encoder = FPNEncoder("resnet18", 3, 8, 16)
     encoder.trunk.freeze(1)

@@ -22,4 +22,7 @@ val_data = dict(
     make_with="python scripts/simulate.py --out out/town_short_val --scenes 10 --seed 6000 --split town_val "
     "--image-size 128x224",
 )
-train = dict(epochs=6, batch_size=2, lr=2e-3, warmup_iters=50, val_every=10, workers=1)
+train = dict(
+    trunk_weights="perception/weights/nano.safetensors", frozen_stages=3, epochs=4, batch_size=2, lr=2e-3,
+    warmup_iters=50, ema_momentum=0.01, val_every=10, workers=1,
+)  # fmt: skip

@@ -5,7 +5,8 @@ r"""The nano network on streets that it has not seen yet: the third stage of the
     python scripts/simulate.py --out out/town_more_5hz --scenes 20 --seed 9000 --rare 0.35 --rate 5 --split town_train
     python scripts/simulate.py --out out/town_val --scenes 20 --seed 5000 --split town_val
     python scripts/train.py configs/synthetic/nano_more.py --work-dir out/nano_more --amp
-    python scripts/evaluate.py configs/synthetic/nano_more.py out/nano_more/nano_more.safetensors --json out/nano_more/evaluation.json
+    python scripts/evaluate.py configs/synthetic/nano_more.py out/nano_more/nano_more.safetensors \
+        --json out/nano_more/evaluation.json
 
 Goes on from `nano_large.py`.
 

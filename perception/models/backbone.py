@@ -80,10 +80,10 @@ class StagedTrunk(nn.Module):
         return self
 
     def load_published(self, weights: dict[str, Tensor], path: Path) -> None:
-        """Takes the weights of torchvision's whole network, as its weight files name them.
+        """Takes the weights of a whole network of torchvision, as its weight files name them, or of this library.
 
         Args:
-            weights: its state dict; the head, and stages that are not kept, are left out.
+            weights: the state dict; the head, stages that are not kept, and what follows the trunk are left out.
             path: where they are from, for errors.
 
         Raises:
@@ -92,6 +92,10 @@ class StagedTrunk(nn.Module):
         wanted = self.state_dict()
         found = {}
         for name in wanted:
+            ours = f"image_encoder.trunk.{name}"
+            if ours in weights and weights[ours].shape == wanted[name].shape:
+                found[name] = weights[ours]
+                continue
             part, index, rest = name.split(".", 2) if name.startswith("stages") else ("stem", *name.split(".", 2)[1:])
             if self.name in RESNETS:
                 theirs = f"layer{int(index) + 1}" if part == "stages" else ("conv1", "bn1")[int(index)]
