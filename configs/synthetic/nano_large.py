@@ -1,4 +1,4 @@
-r"""The nano network on larger images: the second stage of the shipped weights. `nano_small.py` before, `nano_more.py` after.
+r"""The nano network on larger images: second stage of the shipped weights, between `nano_small.py` and `nano_more.py`.
 
     python scripts/simulate.py --out out/town_train --scenes 60 --seed 1000 --split town_train
     python scripts/simulate.py --out out/town_train_rare --scenes 160 --seed 3000 --rare 0.7 --split town_train
