@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -15,6 +16,16 @@ def existing(path: Path, what: str) -> Path:
     if not path.exists():
         pytest.skip(f"{what} is not at {path}")
     return path
+
+
+def noisy(network, config):
+    """A fresh network whose answers depend on images, calibration and memory: its heads would start at zero."""
+    torch.manual_seed(3)
+    model = network(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model.eval()
 
 
 @pytest.fixture(scope="session", autouse=True)

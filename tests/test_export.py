@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from conftest import noisy
 from onnx import numpy_helper
 from PIL import Image
 
@@ -44,13 +45,7 @@ SMALL = ModelConfig.preset(
 
 @pytest.fixture(scope="module")
 def model() -> BEVTransformer:
-    torch.manual_seed(3)
-    model = BEVTransformer(SMALL)
-    # A fresh network starts its heads at zero; with noise everything depends on images, calibration and memory.
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
-    return model.eval()
+    return noisy(BEVTransformer, SMALL)
 
 
 @pytest.fixture(scope="module")

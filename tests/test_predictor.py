@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import noisy
 
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import CheckpointError, ConfigError, DataError
@@ -24,13 +25,7 @@ SMALL = ModelConfig.preset(
 
 @pytest.fixture(scope="module")
 def model() -> BEVTransformer:
-    torch.manual_seed(3)
-    model = BEVTransformer(SMALL)
-    # A fresh network starts its heads at zero; with noise everything depends on images, calibration and memory.
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
-    return model.eval()
+    return noisy(BEVTransformer, SMALL)
 
 
 def intrinsics(root) -> dict:
