@@ -35,8 +35,7 @@ def main() -> None:
     latency = commands.add_parser("latency", help="one moment in several runtimes that take turns")
     latency.add_argument("checkpoint", help="a .safetensors file, or the name of weights that came with the library")
     latency.add_argument("--backends", nargs="+", default=["pytorch", "ort"], help="pytorch, compile, ort")
-    latency.add_argument("--precision", choices=("fp32", "fp16"), default="fp32", help="of the export")
-    latency.add_argument("--cameras", type=int, default=6, help="images per moment (default: %(default)s)")
+    latency.add_argument("--export", type=Path, help="folder that scripts/export.py wrote; one is made where not given")
     latency.add_argument("--passes", type=int, default=30, help="timed for each (default: %(default)s)")
     latency.add_argument("--threads", type=int, default=0, help="of the CPU; 0 for all (default: %(default)s)")
     latency.add_argument("--seed", type=int, default=0, help="of the images (default: %(default)s)")
@@ -78,9 +77,10 @@ def _latency(arguments) -> None:
 
     network, _ = load_checkpoint(weights_file(arguments.checkpoint))
     with tempfile.TemporaryDirectory(prefix="perception-latency-") as folder:
-        export_onnx(network, folder, cameras=arguments.cameras, precision=arguments.precision)
+        if not arguments.export:
+            export_onnx(network, folder)
         measured = measure(
-            network, folder, arguments.backends, passes=arguments.passes, threads=arguments.threads,
+            network, arguments.export or folder, arguments.backends, passes=arguments.passes, threads=arguments.threads,
             seed=arguments.seed,
         )  # fmt: skip
     print(table(measured))
