@@ -1,4 +1,4 @@
-"""A drive through a dataset as the vehicle meets it, with what calibration and certificates want to see."""
+"""A drive through a dataset as the vehicle meets it, and what calibration and certificates share beside it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 
 from perception.data.nuscenes import NuScenesDataset
 from perception.types import CameraRig, Frame, map_tensors
@@ -41,3 +42,9 @@ def moment_inputs(frame: Frame) -> dict[str, np.ndarray]:
         "seconds_since_prev": frame.seconds_since_prev.numpy(),
         "is_first": frame.is_first.numpy(),
     }
+
+
+def aligned(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Which rows of `other` [Q, C] are the rows of `one`, in the cheapest way: queries start at peaks of a map, and two
+    equally high ones may come in either order."""
+    return linear_sum_assignment(np.abs(one[:, None] - other).sum(-1))[1]

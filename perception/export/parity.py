@@ -20,7 +20,7 @@ from perception.data.loader import fit_image
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import DataError
 from perception.evaluation.streaming import evaluate_scenes
-from perception.export.drive import drive, moment_inputs
+from perception.export.drive import aligned, drive, moment_inputs
 from perception.export.onnx import fit_pixels, fitting_matrices, raw_outputs
 from perception.export.runtime import Runtime
 from perception.files import replacing, write_json
@@ -173,7 +173,7 @@ def certify(
                 names = f"raw_{kind}_logits", f"raw_{kind}_places"
                 other = np.concatenate([runtime.outputs[name].reshape(len(one), -1) for name in names], 1)
                 # Two equally good places may be followed up in either order.
-                pairs[f"raw_{kind}"] = one, other[_aligned(one, other)]
+                pairs[f"raw_{kind}"] = one, other[aligned(one, other)]
         for name, (one, other) in pairs.items():
             differences.setdefault(name, []).append((np.abs(one - other) / np.maximum(1, np.abs(one))).ravel())
         box_distances.append(matched_distances(scene.boxes.center.numpy(), said.boxes.center, scene.boxes, said.boxes))
@@ -218,11 +218,6 @@ def _exported(runtime: Runtime, frame: Frame) -> Scene:
         runtime.inputs[name][...] = array
     runtime.run()
     return runtime.scene()
-
-
-def _aligned(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Which rows of `other` [Q, C] are the rows of `one`, in the cheapest way."""
-    return linear_sum_assignment(np.abs(one[:, None] - other).sum(-1))[1]
 
 
 def matched_distances(one: np.ndarray, other: np.ndarray, nouns, other_nouns) -> np.ndarray:
