@@ -58,9 +58,7 @@ class TrainSection:
     without: tuple[str, ...] = ()  # losses that are left out, by their names in perception.losses.LOSS_WEIGHTS
     trunk_lr_share: float = 1.0  # of lr that the trunk of the image encoder learns with
     frozen_stages: int = -1  # of the image encoder: 0 holds the stem as it is, n the first n stages too, -1 nothing
-    trunk_weights: str = (
-        ""  # what the image encoder's trunk starts from: published weights, or a network of the library
-    )
+    trunk_weights: str = ""  # that the image encoder's trunk starts from: published ones, or a network of the library
     init_from: str = ""  # weights to start from, .safetensors or .pth of the same network, images of any size
 
 

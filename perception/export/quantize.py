@@ -24,7 +24,7 @@ from perception.export.half import WEIGHTED
 
 RANGES_FROM, JUDGED_ON = 16, 4  # moments
 # By how much of its spread all layers in INT8 together may change an answer; the most sensitive are left out for it.
-BUDGET = 0.03
+BUDGET = 0.01
 PERCENTILE = 99.99  # of absolute values that a range holds; what lies beyond is cut off
 JUDGED = ("raw_box_logits", "raw_box_places", "raw_line_logits", "raw_line_places", "new_memory")
 Moment = Mapping[str, np.ndarray]  # the inputs of one pass by name
