@@ -8,6 +8,7 @@ import pytest
 import torch
 from mmengine.runner import set_random_seed
 from safetensors.torch import load_file
+from torch import nn
 
 from perception.data.loader import collate
 from perception.data.nuscenes import NuScenesDataset
@@ -154,6 +155,25 @@ def test_boxes_go_to_the_lidar_and_back():
     torch.testing.assert_close(
         back[..., [0, 1, 2, 3, 4, 5, 7, 8]], box[..., [0, 1, 2, 3, 4, 5, 7, 8]], atol=1e-5, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("network", ["bevformer", "maptr"])
+def test_places_keep_their_digits_in_bfloat16(network, town_root):
+    """Eight binary digits of a range of 60 m are a quarter of a metre, and 1 cannot be told from nearly 1."""
+    dataset = NuScenesDataset(town_root, VERSION, "town_val", image_size=(64, 96))
+    frame = map_tensors(lambda tensor: tensor[:, 0], collate([dataset[0]]).frames)
+    torch.manual_seed(0)
+    model = build_network(BEVFormerConfig(**SMALL, bev=(8, 8)) if network == "bevformer" else MapTRConfig(**SMALL))
+    start = model.head.transformer.reference_points
+    nn.init.constant_(start.bias, 7.0)
+    gradients = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            places = model.eval()(frame, model.initial_state(1))[0][1]
+        assert places.dtype == torch.float32
+        gradients.append(torch.autograd.grad(places[0].mean(), start.bias)[0])
+    assert (places != places.bfloat16()).any()
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0.2, atol=1e-7)
 
 
 @pytest.mark.parametrize("network", ["bevformer", "maptr"])

@@ -102,14 +102,15 @@ class BEVFormerHead(nn.Module):
             is_first,
         )  # fmt: skip
         position, query = (x.expand(len(bev), -1, -1) for x in self.query_embedding.weight.chunk(2, -1))
-        reference = self.transformer.reference_points(position).sigmoid()  # [B, Q, 3]
+        # In float32 whatever the network runs in: half the digits would be decimetres, and the way back from 1 steep.
+        reference = self.transformer.reference_points(position).float().sigmoid()  # [B, Q, 3]
         low, high = (reference.new_tensor(x) for x in (config.low, config.high))
         all_logits, all_params = [], []
         for layer, classify, regress in zip(
             self.transformer.decoder.layers, self.cls_branches, self.reg_branches, strict=True
         ):
             query = layer(query, position, bev, reference[..., :2], config.bev)
-            change = regress(query)
+            change = regress(query).float()
             start = inverse_sigmoid(reference)
             center = torch.stack([change[..., 0], change[..., 1], change[..., 4]], -1) + start
             center = center.sigmoid()

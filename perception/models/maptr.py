@@ -89,13 +89,14 @@ class MapTRHead(nn.Module):
         shape = (config.lines, config.line_points)
         embedding = (self.instance_embedding.weight[:, None] + self.pts_embedding.weight).flatten(0, 1)
         position, query = (x.expand(len(bev), -1, -1) for x in embedding.chunk(2, -1))  # [B, Q * P, C]
-        reference = self.transformer.reference_points(position).sigmoid()
+        # In float32 whatever the network runs in: half the digits would be decimetres, and the way back from 1 steep.
+        reference = self.transformer.reference_points(position).float().sigmoid()
         all_logits, all_points = [], []
         for layer, classify, regress in zip(
             self.transformer.decoder.layers, self.cls_branches, self.reg_branches, strict=True
         ):
             query = layer(query, position, bev, reference, config.bev)
-            points = (regress(query) + inverse_sigmoid(reference)).sigmoid()
+            points = (regress(query).float() + inverse_sigmoid(reference)).sigmoid()
             all_logits.append(classify(query.unflatten(1, shape).mean(2)))
             all_points.append(points.unflatten(1, shape))
             reference = points.detach()

@@ -329,13 +329,14 @@ class MapTRv2Head(nn.Module):
         position, query = (x.expand(len(bev), -1, -1, -1) for x in embedding.chunk(2, -1))
         further = torch.arange(lines, device=bev.device) >= config.lines
         apart = further[:, None] != further if self.training else None
-        reference = self.transformer.reference_points(position).sigmoid()  # [B, Q, P, 2]
+        # In float32 whatever the network runs in: half the digits would be decimetres, and the way back from 1 steep.
+        reference = self.transformer.reference_points(position).float().sigmoid()  # [B, Q, P, 2]
         all_logits, all_points = [], []
         for layer, classify, regress in zip(
             self.transformer.decoder.layers, self.cls_branches, self.reg_branches, strict=True
         ):
             query = layer(query, position, bev, reference, config.bev, apart)
-            points = (regress(query) + inverse_sigmoid(reference)).sigmoid()
+            points = (regress(query).float() + inverse_sigmoid(reference)).sigmoid()
             all_logits.append(classify(query.mean(2)))
             all_points.append(points)
             reference = points.detach()
