@@ -5,6 +5,7 @@ from pathlib import Path
 
 EXAMPLE = """examples:
   python scripts/export.py nano --out out/nano_onnx
+  python scripts/export.py nano --out out/nano_cpu --precision int8 --target cpu
   python scripts/export.py nano --out out/nano_rtx --precision fp16 --format tensorrt-rtx --target sm86,sm89
   python scripts/export.py out/nano/nano.safetensors --out out/nano_fp16 --precision fp16 --cameras 6 --raw-size 256x448
 
@@ -19,13 +20,19 @@ def main() -> None:
     )
     parser.add_argument("checkpoint", help="a .safetensors file, or the name of weights that came with the library")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--precision", choices=("fp32", "fp16", "int8"), default="fp32", help="(default: %(default)s)")
+    parser.add_argument(
+        "--precision", choices=("fp32", "fp16", "int8", "fp8"), default="fp32", help="(default: %(default)s)"
+    )
     parser.add_argument(
         "--format", choices=("onnx", "tensorrt-rtx", "tensorrt"), default="onnx",
         help="tensorrt-rtx builds engines for any target without a GPU, tensorrt for the GPU of this machine "
         "(default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--target", default="current", help="of engines, such as sm86,sm89 (default: %(default)s)")
+    parser.add_argument(
+        "--target",
+        default="current",
+        help="of engines, such as sm86,sm89; or cpu, for INT8 as CPUs want it (default: %(default)s)",
+    )
     parser.add_argument("--cameras", type=int, default=6, help="images per moment (default: %(default)s)")
     parser.add_argument("--raw-size", metavar="HxW", help="size of the images that are given, fitted in the graph")
     parser.add_argument("--dataroot", type=Path, help="dataset to certify on, images of the size that is given")
@@ -56,6 +63,9 @@ def main() -> None:
             raise ConfigError(f"--raw-size {arguments.raw_size!r} is not HEIGHTxWIDTH, such as 900x1600") from None
     if arguments.dataroot and not (arguments.version and arguments.split):
         raise ConfigError("--dataroot needs --version and --split too")
+    for_cpu = arguments.target == "cpu"
+    if for_cpu and arguments.format != "onnx":
+        raise ConfigError(f"--format {arguments.format} builds for GPUs; leave it out with --target cpu")
     size = raw_size or network.config.image_size
     with tempfile.TemporaryDirectory(prefix="perception-export-") as folder:
 
@@ -70,11 +80,11 @@ def main() -> None:
         else:
             judge = streets("certificate", arguments.seed)
         calibration = None
-        if arguments.precision == "int8":
+        if arguments.precision in ("int8", "fp8"):
             calibration = judge if arguments.dataroot else streets("ranges", arguments.seed + 1)
         export_onnx(
             network, arguments.out, cameras=arguments.cameras, raw_size=raw_size, precision=arguments.precision,
-            calibration=calibration,
+            for_cpu=for_cpu, calibration=calibration,
         )  # fmt: skip
         if arguments.format != "onnx":
             engines = build_engines(arguments.out, package=arguments.format, targets=arguments.target.split(","))

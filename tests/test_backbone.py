@@ -6,7 +6,7 @@ import torchvision
 
 from perception.engine.mmcv_ops import stand_in
 from perception.errors import CheckpointError, ConfigError
-from perception.models.backbone import FPNEncoder, read_trunk_weights
+from perception.models.backbone import FPNEncoder, load_trunk, read_trunk_weights
 
 SEEN = torch.rand(1, 3, 64, 96) * 255
 NORMALISED = (SEEN - torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1)) / torch.tensor(
@@ -37,7 +37,7 @@ def test_published_weights_give_the_published_network(name, suffix, tmp_path):
 
         save_file(network.state_dict(), path)
     encoder = FPNEncoder(name, 4, 16, 32).eval()
-    encoder.trunk.load_published(read_trunk_weights(path), path)
+    load_trunk(encoder.trunk, path)
     if name.startswith("resnet"):
         x = network.layer1(network.maxpool(network.relu(network.bn1(network.conv1(NORMALISED)))))
         expected = [x]
@@ -67,15 +67,21 @@ def test_a_backbone_of_mmdet_is_a_trunk():
     assert encoder(SEEN).shape == (1, 32, 4, 6)
 
 
-def test_the_trunk_of_a_network_of_the_library_is_taken():
-    network = FPNEncoder("resnet18", 4, 8, 16).eval()
-    weights = {f"image_encoder.{name}": tensor for name, tensor in shaken(network).state_dict().items()}
-    encoder = FPNEncoder("resnet18", 3, 8, 32).eval()
-    encoder.trunk.load_published(weights, "nano.safetensors")
+@pytest.mark.parametrize("name", ["resnet18", "mmdet:ResNeXt?depth=50&groups=32&base_width=4"])
+@torch.no_grad()
+def test_the_trunk_of_a_network_of_the_library_is_taken(name, tmp_path):
+    from safetensors.torch import save_file
+
+    stand_in()
+    network = FPNEncoder(name, 4, 8, 16).eval()
+    path = tmp_path / "nano.safetensors"
+    save_file({f"image_encoder.{key}": tensor for key, tensor in shaken(network).state_dict().items()}, path)
+    encoder = FPNEncoder(name, 4 if ":" in name else 3, 8, 32).eval()
+    load_trunk(encoder.trunk, path)
     for found, wanted in zip(encoder.trunk(NORMALISED), network.trunk(NORMALISED), strict=False):
         torch.testing.assert_close(found, wanted)
     with pytest.raises(CheckpointError, match=r"conv1\.weight is missing"):
-        FPNEncoder("resnet50", 3, 8, 32).trunk.load_published(weights, "nano.safetensors")
+        load_trunk(FPNEncoder("resnet50", 3, 8, 32).trunk, path)
 
 
 def test_what_is_frozen_stays_while_the_rest_learns():

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -21,9 +23,10 @@ from perception.errors import CheckpointError, ConfigError, DataError
 from perception.export import latency, parity
 from perception.export.contract import read_contract
 from perception.export.drive import drive, moment_inputs
-from perception.export.onnx import export_onnx, fit_pixels, fitting_matrices
+from perception.export.half import WEIGHTED
+from perception.export.onnx import DeployedNetwork, example_inputs, export_onnx, fit_pixels, fitting_matrices, trace
 from perception.export.parity import certify
-from perception.export.quantize import BUDGET, changed
+from perception.export.quantize import BUDGET, KINDS, Quantizer, answers, changed, record
 from perception.export.runtime import Runtime
 from perception.export.tensorrt import build_engines
 from perception.models.bev_transformer import BEVTransformer, ModelConfig
@@ -56,8 +59,28 @@ def town(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def folder(model, tmp_path_factory):
-    return export_onnx(model, tmp_path_factory.mktemp("onnx"), raw_size=RAW)
+def graph(model):
+    """Traced once: that takes longer than all else."""
+    return trace(DeployedNetwork(model, RAW).eval(), example_inputs(model, 6, RAW))
+
+
+@pytest.fixture(scope="module")
+def exports(model, graph, town, tmp_path_factory):
+    """Folders by precision and whether for CPUs, each made when it is first asked for."""
+
+    @cache
+    def make(precision: str, for_cpu: bool = False):
+        out = tmp_path_factory.mktemp(precision)
+        return export_onnx(
+            model, out, raw_size=RAW, precision=precision, for_cpu=for_cpu, calibration=town, graph=graph
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def folder(exports):
+    return exports("fp32")
 
 
 @pytest.fixture(scope="module")
@@ -148,9 +171,9 @@ def test_the_gate_sees_other_metrics(certificate):
     ]
 
 
-def test_halves(model, town, tmp_path):
+def test_halves(model, town, exports):
     """Halves are in the graph, not where places are computed, and the answer stays close."""
-    folder = export_onnx(model, tmp_path / "half", raw_size=RAW, precision="fp16")
+    folder = exports("fp16")
     graph = onnx.shape_inference.infer_shapes(onnx.load(folder / "model.onnx")).graph
     kinds = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
     kinds |= {tensor.name: tensor.data_type for tensor in graph.initializer}
@@ -212,11 +235,11 @@ def test_what_is_sure_decides_about_int8_and_order_does_not():
     assert changed(wanted, unsure) < 0.02 * changed(wanted, sure)
 
 
-def test_int8_where_it_changes_little(model, town, tmp_path):
+def test_int8_where_it_changes_little(model, town, exports, tmp_path):
     """Marks on real ranges, the most sensitive layers left out, halves around them, and the certificate tells of it."""
     with pytest.raises(ConfigError, match="int8 needs a dataset"):
         export_onnx(model, tmp_path, raw_size=RAW, precision="int8")
-    folder = export_onnx(model, tmp_path, raw_size=RAW, precision="int8", calibration=town)
+    folder = exports("int8")
     told = read_contract(folder)["quantization"]
     assert told["together"] <= BUDGET and set(told["groups"]) < set(told["sensitivities"])
     left_out = set(told["sensitivities"]) - set(told["groups"])
@@ -225,26 +248,81 @@ def test_int8_where_it_changes_little(model, town, tmp_path):
     )
     graph = onnx.load(folder / "model.onnx").graph
     int8 = onnx.TensorProto.INT8
-    weights = {x.name: x for x in graph.initializer if x.data_type == int8 and len(x.dims) == 4}
+    weights = {x.name: x for x in graph.initializer if x.data_type == int8 and len(x.dims) > 1}
     made_by = {name: node for node in graph.node for name in node.output}
-    quantized = [node for node in graph.node if node.op_type == "Conv" and node.input[1] in made_by]
+    quantized = [node for node in graph.node if node.op_type in WEIGHTED and node.input[1] in made_by]
     quantized = [node for node in quantized if made_by[node.input[1]].op_type == "DequantizeLinear"]
-    assert len(quantized) == len(weights) > 5
+    assert {made_by[node.input[1]].input[0] for node in quantized} == set(weights) and len(weights) > 5
+    assert {node.op_type for node in quantized} >= {"Conv", "MatMul"}
     assert all(made_by[node.input[0]].op_type == "DequantizeLinear" for node in quantized)
     scales = {x.name: x for x in graph.initializer}
     for node in quantized:  # a scale per channel, in halves
         scale = scales[made_by[node.input[1]].input[1]]
-        assert list(scale.dims) == list(weights[made_by[node.input[1]].input[0]].dims[:1])
+        channels = 0 if node.op_type == "Conv" else 1
+        assert list(scale.dims) == [weights[made_by[node.input[1]].input[0]].dims[channels]]
         assert scale.data_type == onnx.TensorProto.FLOAT16
     found = certify(model, folder, town)
     assert found.precision == "int8" and found.quantization == told and 1e-4 < found.boxes[1] < 1
-    assert "| all that are INT8 together |" in found.markdown()
+    assert "| all that are in eight bits together |" in found.markdown()
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_engines_are_built_without_a_gpu(model, town, precision, tmp_path):
+def test_int8_for_cpus(model, town, exports, tmp_path):
+    """Bytes from zero up between layers, whole biases, float32 around: what CPUs have fast kernels for."""
+    with pytest.raises(ConfigError, match="fp16 is slow on CPUs; take fp32 or int8"):
+        export_onnx(model, tmp_path, raw_size=RAW, precision="fp16", for_cpu=True)
+    folder = exports("int8", for_cpu=True)
+    graph = onnx.load(folder / "model.onnx").graph
+    kinds = Counter(tensor.data_type for tensor in graph.initializer)
+    assert onnx.TensorProto.FLOAT16 not in kinds
+    weights = {x.name for x in graph.initializer if x.data_type == onnx.TensorProto.INT8 and len(x.dims) > 1}
+    zeros = {x.name: x.data_type for x in graph.initializer}
+    into = {zeros[node.input[2]] for node in graph.node if node.op_type == "QuantizeLinear"}
+    assert into == {onnx.TensorProto.UINT8} and len(weights) > 3
+    found = certify(model, folder, town)
+    assert found.precision == "int8" and 1e-4 < found.raw["memory"][1] < 0.05
+
+
+def test_fp8_keeps_three_bits_of_what_is_seen(model, exports):
+    """Weights and values in FP8 are off by their half last digit, in the graph as the library runs it, too."""
+    folder = exports("fp8")
+    graph = onnx.load(folder / "model.onnx").graph
+    fp8 = {x.name: x for x in graph.initializer if x.data_type == onnx.TensorProto.FLOAT8E4M3FN and len(x.dims) > 1}
+    original = {name: p.detach().numpy() for name, p in model.named_parameters()}
+    scales = {x.name: numpy_helper.to_array(x).astype(np.float64) for x in graph.initializer}
+    compared = 0
+    for node in graph.node:
+        name, transposed, _ = node.input[0].removeprefix("network.").removesuffix("_quantized").partition("/")
+        if node.op_type != "DequantizeLinear" or name not in original:
+            continue
+        wanted, scale = original[name], scales[node.input[1]].reshape(-1, *[1] * (original[name].ndim - 1))
+        found = numpy_helper.to_array(fp8[node.input[0]]).astype(np.float64)
+        found = (found.T if transposed else found) * scale
+        # Half a unit of three bits, and of the smallest step; a scale in halves is off by up to 2^-11 too.
+        bound = np.abs(wanted) * (2**-4 + 2**-11) + scale * 2**-10
+        assert (np.abs(found - wanted) <= bound).all()
+        compared += 1
+    assert compared > 3
+
+
+def test_a_relu_before_eight_bits_stays(graph, town):
+    """What is optimised says the same as what is not, for every kind of eight bits."""
+    import onnxruntime
+
+    moments = record(graph, town)
+    for kind in KINDS:
+        marked = Quantizer(graph, moments[:4], kind).quantized(["image_encoder.trunk.stages.1"])
+        told = answers(marked, moments[-1:], kind)["new_memory"][0]
+        plain = onnxruntime.SessionOptions()
+        plain.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        session = onnxruntime.InferenceSession(marked.SerializeToString(), plain, providers=["CPUExecutionProvider"])
+        wanted = session.run(["new_memory"], dict(moments[-1]))[0]
+        assert np.abs(told - wanted).mean() < 0.01 * wanted.std(), kind
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8", "fp8"])
+def test_engines_are_built_without_a_gpu(exports, precision, tmp_path):
     pytest.importorskip("tensorrt_rtx")
-    folder = export_onnx(model, tmp_path, raw_size=RAW, precision=precision, calibration=town)
+    folder = Path(shutil.copytree(exports(precision), tmp_path / precision))
     with pytest.raises(ConfigError, match=r"target 'sm12' is not known to tensorrt-rtx; it builds for .*sm89"):
         build_engines(folder, targets=["sm12"])
     engines = build_engines(folder, targets=["sm89"])

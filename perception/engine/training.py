@@ -27,7 +27,7 @@ from perception.engine.config import TrainConfig, TrainSection, build_dataset
 from perception.errors import CheckpointError, ConfigError, TrainingError
 from perception.evaluation.streaming import evaluate_scenes, predict_stream
 from perception.losses import LOSS_WEIGHTS, image_losses, set_losses
-from perception.models.backbone import read_trunk_weights
+from perception.models.backbone import load_trunk
 from perception.models.bev_transformer import BEVTransformer, ModelConfig
 from perception.models.checkpoint import (
     Network,
@@ -314,7 +314,7 @@ def make_core(config: TrainConfig) -> Network:
         core.load_state_dict(load_weights(section.init_from, config.model, any_size=True).state_dict())
     trunk = core.image_encoder.trunk
     if section.trunk_weights:
-        trunk.load_published(read_trunk_weights(section.trunk_weights), Path(section.trunk_weights))
+        load_trunk(trunk, section.trunk_weights)
     trunk.freeze(section.frozen_stages)
     return core
 

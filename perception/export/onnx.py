@@ -8,6 +8,7 @@ shapes that depend on data. With half precision the graph itself says which numb
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import hashlib
 import io
@@ -16,6 +17,7 @@ import warnings
 from collections import Counter
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,8 +26,8 @@ from torch import Tensor, nn
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError
 from perception.export.contract import CONTRACT, MODEL, write_contract
-from perception.export.half import halve_graph
-from perception.export.quantize import quantize_graph, record
+from perception.export.half import WEIGHTED, halve_graph
+from perception.export.quantize import KINDS, quantize_graph, record
 from perception.files import replacing
 from perception.models.bevformer import BEVFormer, RawBoxes
 from perception.models.checkpoint import Network
@@ -33,8 +35,11 @@ from perception.models.maptr import MapTR, RawLines
 from perception.models.maptrv2 import MapTRv2
 from perception.types import CameraRig, Frame, Prediction, State
 
+if TYPE_CHECKING:
+    import onnx
+
 OPSET = 20
-PRECISIONS = ("fp32", "fp16", "int8")
+PRECISIONS = ("fp32", "fp16", "int8", "fp8")
 MOMENT = (
     "images", "img_from_cam", "ego_from_cam", "present", "ego_from_prev", "seconds_since_prev", "is_first",
 )  # fmt: skip
@@ -195,7 +200,9 @@ def export_onnx(
     cameras: int = 6,
     raw_size: tuple[int, int] | None = None,
     precision: str = "fp32",
+    for_cpu: bool = False,
     calibration: NuScenesDataset | None = None,
+    graph: onnx.ModelProto | None = None,
 ) -> Path:
     """Writes `model.onnx` and `contract.json`.
 
@@ -205,9 +212,11 @@ def export_onnx(
         cameras: how many images are given at a time; a camera that is missing is told by `present`.
         raw_size: height and width of the images that are given, all alike; None where they come as the network takes
             them.
-        precision: "fp32"; "fp16" for halves wherever geometry, normalisation and softmax allow; or "int8" for INT8 in
-            the layers with convolutions that bear it, and halves in the others.
-        calibration: streets for the ranges of "int8", images as the export takes them.
+        precision: "fp32"; "fp16" for halves wherever geometry, normalisation and softmax allow; "int8" or "fp8" for
+            eight bits in the layers with weights that bear it, and halves in the others.
+        for_cpu: "int8" as CPUs want it, with bytes from zero up between the layers and float32 instead of halves.
+        calibration: streets for the ranges of eight bits, images as the export takes them.
+        graph: what `trace` made of the same network, cameras and sizes, which takes longest; made here where not given.
 
     Returns:
         The folder.
@@ -222,8 +231,12 @@ def export_onnx(
         raise ConfigError(f"cameras is {cameras}; this {type(network).__name__} was trained with {wanted}")
     if precision not in PRECISIONS:
         raise ConfigError(f"precision {precision!r} is not known; use one of {', '.join(PRECISIONS)}")
-    if precision == "int8" and calibration is None:
-        raise ConfigError("precision int8 needs a dataset for the ranges of its numbers; give one as calibration")
+    if precision in KINDS and calibration is None:
+        raise ConfigError(
+            f"precision {precision} needs a dataset for the ranges of its numbers; give one as calibration"
+        )
+    if for_cpu and precision not in ("fp32", "int8"):
+        raise ConfigError(f"precision {precision} is slow on CPUs; take fp32 or int8")
     if cameras < 1:
         raise ConfigError(f"cameras is {cameras}; give at least 1")
     import onnx
@@ -231,11 +244,12 @@ def export_onnx(
     folder = Path(folder)
     model = DeployedNetwork(network, raw_size).eval()
     inputs = example_inputs(network, cameras, raw_size)
-    graph = _trace(model, inputs)
+    graph = trace(model, inputs) if graph is None else graph
     quantization = {}
-    if precision == "int8":
-        graph, quantization = quantize_graph(graph, record(graph, calibration))
-    if precision != "fp32":
+    if precision in KINDS:
+        kind = "uint8" if for_cpu else precision
+        graph, quantization = quantize_graph(graph, record(graph, calibration), kind)
+    if precision != "fp32" and not for_cpu:
         graph = halve_graph(graph)
     onnx.checker.check_model(graph)
     strange = sorted({node.op_type for node in graph.graph.node if node.domain not in ("", "ai.onnx")})
@@ -280,8 +294,13 @@ def _array(tensor: Tensor) -> np.ndarray:
     return tensor.detach().numpy()
 
 
-def _trace(model: DeployedNetwork, inputs: tuple[Tensor, ...]):
-    """The graph of a network, without the exporter's talk."""
+def trace(model: DeployedNetwork, inputs: tuple[Tensor, ...]) -> onnx.ModelProto:
+    """The graph of a network in float32, weights under the names that they have in the network.
+
+    Args:
+        model: in evaluation mode.
+        inputs: from `example_inputs`.
+    """
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -295,6 +314,7 @@ def _trace(model: DeployedNetwork, inputs: tuple[Tensor, ...]):
     finally:
         logger.setLevel(level)
     graph = program.model_proto
+    _name_weights(graph)
     # Where in which file a node comes from is nobody's business in a vehicle.
     for node in graph.graph.node:
         del node.metadata_props[:]
@@ -302,3 +322,19 @@ def _trace(model: DeployedNetwork, inputs: tuple[Tensor, ...]):
         del value.metadata_props[:]
     del graph.metadata_props[:], graph.graph.metadata_props[:]
     return graph
+
+
+def _name_weights(graph) -> None:
+    """Gives weights that the exporter transposed, and numbered, the names of the layers that they belong to."""
+    constants = {tensor.name: tensor for tensor in graph.graph.initializer}
+    names: dict[str, str] = {}
+    for node in graph.graph.node:
+        weight = node.input[1] if node.op_type in WEIGHTED and len(node.input) > 1 else ""
+        scopes = {prop.key: prop.value for prop in node.metadata_props}.get("pkg.torch.onnx.name_scopes", "[]")
+        scopes = [scope for scope in ast.literal_eval(scopes) if scope.startswith("network.")]
+        if weight in constants and not weight.startswith("network.") and scopes:
+            names[weight] = f"{scopes[-1]}.weight/{weight}"
+    for node in graph.graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+    for old, new in names.items():
+        constants[old].name = new

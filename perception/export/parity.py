@@ -30,7 +30,12 @@ from perception.types import Frame, Scene, State, map_tensors
 LEAST_FRAMES, LEAST_SCENES = 40, 2
 METRICS = ("nds", "map", "mATE", "mASE", "mAOE", "mAVE", "mAAE", "lane_map", "lane_map_strict")
 # The largest differences that pass, by precision: of raw numbers (None: not held to any), NDS and lane mAP.
-GATES = {"fp32": (1e-3, 0.0005, 0.0005), "fp16": (None, 0.003, 0.005), "int8": (None, 0.01, 0.01)}
+GATES = {
+    "fp32": (1e-3, 0.0005, 0.0005),
+    "fp16": (None, 0.003, 0.005),
+    "int8": (None, 0.01, 0.01),
+    "fp8": (None, 0.01, 0.01),
+}
 GROWTH = 3.0  # how many times larger the differences at the end of a long drive may be than at its beginning
 
 
@@ -110,13 +115,13 @@ class Certificate:
             rows += [f"Memory without a reset: off by {self.drift[0]:.2e} early, by {self.drift[1]:.2e} late.", ""]
         if self.quantization:
             rows += [
-                "| layers | changes the answers by | INT8 |",
+                "| layers | change the answers by | in eight bits |",
                 "|---|---|---|",
                 *(
                     f"| {group} | {share:.4f} | {'yes' if group in self.quantization['groups'] else 'no'} |"
                     for group, share in self.quantization["sensitivities"].items()
                 ),
-                f"| all that are INT8 together | {self.quantization['together']:.4f} | |",
+                f"| all that are in eight bits together | {self.quantization['together']:.4f} | |",
                 "",
             ]
         verdict = "**passed**" if not self.failures else "**failed**: " + "; ".join(self.failures)

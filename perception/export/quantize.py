@@ -1,9 +1,12 @@
-"""INT8 by post-training quantisation: ranges from real frames, and layers that suffer most left in half precision.
+"""Eight bits by post-training quantisation: ranges from real frames, and layers that suffer most left as they are.
 
 Quantised tensors are marked in the graph (QuantizeLinear, DequantizeLinear), weights channel by channel, so the graph
-runs and is certified in ONNX Runtime, and TensorRT takes the same marks for its INT8 kernels. Calibration and marks are
-those of ONNX Runtime; which layers are marked is found out here: each group of layers is quantised alone, and what that
-changes in the network's answers is its sensitivity.
+runs and is certified in ONNX Runtime, and TensorRT takes the same marks for its kernels. Calibration and marks are
+those of ONNX Runtime; which layers are marked is found out here: each group of layers is quantised alone, and what
+that changes in the network's answers over a short drive, its memory fed back, is its sensitivity.
+
+Three kinds of eight bits: whole numbers around zero ("int8", for TensorRT), whole numbers from zero up for what flows
+between the layers ("uint8", for which CPUs have instructions) and floats with four bits of exponent ("fp8", E4M3).
 """
 
 from __future__ import annotations
@@ -21,9 +24,13 @@ import numpy as np
 from perception.data.nuscenes import NuScenesDataset
 from perception.export.drive import aligned, drive, moment_inputs
 from perception.export.half import WEIGHTED
+from perception.export.runtime import session_options
 
-RANGES_FROM, JUDGED_ON = 16, 4  # moments
-# By how much of its spread all layers in INT8 together may change an answer; the most sensitive are left out for it.
+RANGES_FROM, JUDGED_ON = 16, 6  # moments: spread over a drive, and one after the other
+KINDS = ("int8", "uint8", "fp8")
+LARGEST_INT8, LARGEST_FP8 = 127.0, 448.0
+# By how much of its spread all layers in eight bits together may change an answer; for it the most sensitive are left
+# out.
 BUDGET = 0.01
 PERCENTILE = 99.99  # of absolute values that a range holds; what lies beyond is cut off
 JUDGED = ("raw_box_logits", "raw_box_places", "raw_line_logits", "raw_line_places", "new_memory")
@@ -37,10 +44,12 @@ class Quantizer:
     Args:
         model: an `onnx.ModelProto` in float32, as `perception.export.onnx` traces it.
         moments: inputs of real frames, memory included; the ranges come from them.
+        kind: one of KINDS.
     """
 
     model: object
     moments: Sequence[Moment]
+    kind: str
     groups: dict[str, list[str]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -50,16 +59,17 @@ class Quantizer:
         self._path.write_bytes(self.model.SerializeToString())
 
     def quantized(self, groups: Iterable[str]):
-        """The graph with the layers of these groups in INT8."""
+        """The graph with the layers of these groups in eight bits."""
         import onnx
         from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
         out = Path(self._folder.name, "model.onnx")
         nodes = [name for group in groups for name in self.groups[group]]
         options = {
-            "ActivationSymmetric": True,
+            "ActivationSymmetric": self.kind != "uint8",
             "WeightSymmetric": True,
-            "QuantizeBias": False,  # its scale would be too small for halves
+            # Its scale would be too small for halves; CPUs add it in whole numbers.
+            "QuantizeBias": self.kind == "uint8",
             "CalibPercentile": PERCENTILE,
         }
         with _quiet():
@@ -70,44 +80,82 @@ class Quantizer:
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=list(WEIGHTED),
                 per_channel=True,
-                activation_type=QuantType.QInt8,
+                activation_type=QuantType.QUInt8 if self.kind == "uint8" else QuantType.QInt8,
                 weight_type=QuantType.QInt8,
                 nodes_to_quantize=nodes,
                 calibrate_method=CalibrationMethod.Percentile,
                 calibration_cache_path=Path(self._folder.name, "ranges.json"),
                 extra_options=options,
             )
-        return onnx.load(out)
+        return in_float8(onnx.load(out), self.model) if self.kind == "fp8" else onnx.load(out)
 
     def sensitivities(self, moments: Sequence[Moment]) -> dict[str, float]:
         """By group, what its quantisation alone changes (see `changed`), most sensitive first."""
         wanted = answers(self.model, moments)
-        found = {group: changed(wanted, answers(self.quantized([group]), moments)) for group in self.groups}
+        found = {group: changed(wanted, answers(self.quantized([group]), moments, self.kind)) for group in self.groups}
         return dict(sorted(found.items(), key=lambda pair: -pair[1]))
 
 
-def quantize_graph(model, moments: Sequence[Moment]) -> tuple[object, dict]:
-    """A graph with INT8 marks wherever that changes its answers little.
+def quantize_graph(model, moments: Sequence[Moment], kind: str) -> tuple[object, dict]:
+    """A graph with marks of eight bits wherever that changes its answers little.
 
     Args:
         model: an `onnx.ModelProto` in float32.
-        moments: inputs of real frames; the last few judge, the others give ranges.
+        moments: inputs of real frames; the last few, one after the other, judge, the others give ranges.
+        kind: one of KINDS.
 
     Returns:
-        The graph, and plain JSON values: the sensitivity of each group of layers, the groups that are in INT8, and what
-        all of them together change.
+        The graph, and plain JSON values: the sensitivity of each group of layers, the groups that are in eight bits,
+        and what all of them together change.
     """
     judges = moments[-JUDGED_ON:]
-    quantizer = Quantizer(model, moments[:-JUDGED_ON])
+    quantizer = Quantizer(model, moments[:-JUDGED_ON], kind)
     wanted = answers(model, judges)
     sensitivities = quantizer.sensitivities(judges)
     groups = list(sensitivities)
-    while True:
-        graph = quantizer.quantized(groups)
-        together = changed(wanted, answers(graph, judges))
-        if together <= BUDGET or len(groups) == 1:
-            return graph, {"sensitivities": sensitivities, "groups": groups, "together": together}
-        groups = groups[1:]  # without the most sensitive
+    left_out, enough = 0, len(groups) - 1  # the least sensitive group is always in eight bits
+    while left_out < enough:  # more left out is closer to the original: the fewest that do are found by halving
+        middle = (left_out + enough) // 2
+        if changed(wanted, answers(quantizer.quantized(groups[middle:]), judges, kind)) <= BUDGET:
+            enough = middle
+        else:
+            left_out = middle + 1
+    graph = quantizer.quantized(groups[enough:])
+    together = changed(wanted, answers(graph, judges, kind))
+    return graph, {"sensitivities": sensitivities, "groups": groups[enough:], "together": together}
+
+
+def in_float8(marked, model):
+    """A graph with marks of INT8 as one with the same ranges in FP8 (E4M3).
+
+    Args:
+        marked: with signed marks around zero.
+        model: the graph in float32 that it was made from, where the weights still have all their digits.
+    """
+    import ml_dtypes
+    import onnx
+    from onnx import numpy_helper
+
+    graph = onnx.ModelProto.FromString(marked.SerializeToString())
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.graph.initializer}
+    changed_ones: dict[str, np.ndarray] = {}
+    for node in graph.graph.node:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        value, scale, zero = node.input
+        changed_ones[scale] = (constants[scale] * (LARGEST_INT8 / LARGEST_FP8)).astype(np.float32)
+        changed_ones[zero] = np.zeros(constants[zero].shape, ml_dtypes.float8_e4m3fn)
+        if value in constants:
+            weight = numpy_helper.to_array(weights[value.removesuffix("_quantized")])
+            axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
+            shape = [-1 if k == axis else 1 for k in range(weight.ndim)]
+            changed_ones[value] = (weight / changed_ones[scale].reshape(shape)).astype(ml_dtypes.float8_e4m3fn)
+    for tensor in graph.graph.initializer:
+        if tensor.name in changed_ones:
+            tensor.CopyFrom(numpy_helper.from_array(changed_ones[tensor.name], tensor.name))
+    del graph.graph.value_info[:]  # they tell the old types
+    return graph
 
 
 def changed(wanted: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -> float:
@@ -133,14 +181,19 @@ def changed(wanted: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -
     return float(np.mean(shares))
 
 
-def record(model, dataset: NuScenesDataset, count: int = RANGES_FROM + JUDGED_ON) -> list[Moment]:
-    """Inputs of a graph at moments of a drive, spread evenly, with the memory that the graph itself had then."""
+def record(model, dataset: NuScenesDataset) -> list[Moment]:
+    """Inputs of a graph at moments of a drive, with the memory that the graph itself had then.
+
+    Returns:
+        RANGES_FROM moments spread evenly, then JUDGED_ON that follow one another: the last of the drive.
+    """
     import onnxruntime
 
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     shapes = {x.name: x.shape for x in session.get_inputs()}
     memory = {"memory": np.zeros(shapes["memory"], np.float32)} if "memory" in shapes else {}
-    chosen = set(np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist())
+    last = range(max(len(dataset) - JUDGED_ON, 1), len(dataset))
+    chosen = {*np.linspace(0, last[0] - 1, RANGES_FROM).round().astype(int).tolist(), *last}
     moments = []
     for number, (_, frame) in enumerate(drive(dataset)):
         moment = moment_inputs(frame) | memory
@@ -152,25 +205,35 @@ def record(model, dataset: NuScenesDataset, count: int = RANGES_FROM + JUDGED_ON
 
 
 def layer_groups(model) -> dict[str, list[str]]:
-    """Names of the nodes with weights by part of the network: two words of a weight's name, four in the image trunk."""
+    """Names of the nodes with weights by part of the network: two words of a weight's name, four in the image trunk,
+    three in the layers of the decoders."""
     constants = {tensor.name for tensor in model.graph.initializer}
     groups: dict[str, list[str]] = {}
     for node in model.graph.node:
         if node.op_type in WEIGHTED and len(node.input) > 1 and node.input[1] in constants:
             words = node.input[1].removeprefix("network.").split(".")
             if len(words) > 1:  # a weight under its own name; others were made by the exporter
-                words = words[:4] if "trunk" in words[:2] and "stages" in words else words[:2]
-                groups.setdefault(".".join(words), []).append(node.name)
+                count = 4 if "trunk" in words[:2] and "stages" in words else 3 if words[1] == "layers" else 2
+                groups.setdefault(".".join(words[:count]), []).append(node.name)
     return groups
 
 
-def answers(model, moments: Sequence[Moment]) -> dict[str, np.ndarray]:
-    """What a graph says to each of the moments, one after the other: [moments, ...] by name of the raw outputs."""
+def answers(model, moments: Sequence[Moment], precision: str = "fp32") -> dict[str, np.ndarray]:
+    """What a graph says to moments that follow one another: [moments, ...] by name of the raw outputs.
+
+    It starts from the memory of the first moment and goes on with its own.
+    """
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), session_options(precision), providers=["CPUExecutionProvider"]
+    )
     names = [output.name for output in session.get_outputs() if output.name in JUDGED]
-    rows = [session.run(names, dict(moment)) for moment in moments]
+    rows, memory = [], {}
+    for moment in moments:
+        rows.append(session.run(names, {**moment, **memory}))
+        if "new_memory" in names:
+            memory = {"memory": rows[-1][names.index("new_memory")]}
     return {name: np.stack([row[k] for row in rows]) for k, name in enumerate(names)}
 
 

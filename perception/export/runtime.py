@@ -29,6 +29,17 @@ NOTHING = {
 }  # fmt: skip
 
 
+def session_options(precision: str):
+    """Options of ONNX Runtime for a graph of this precision."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    if precision == "fp8":
+        # Its further optimisations (1.32) take a ReLU before an 8-bit float away, which only bytes from zero up allow.
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    return options
+
+
 class Runtime:
     """An exported network, its memory, and the pose and time of the last step.
 
@@ -61,7 +72,7 @@ class Runtime:
         for provider in providers:
             if provider not in there:
                 raise ConfigError(f"Runtime: provider {provider} is not there; ONNX Runtime has {', '.join(there)}")
-        options = onnxruntime.SessionOptions()
+        options = session_options(self.contract["precision"])
         options.intra_op_num_threads = threads
         self.session = onnxruntime.InferenceSession(str(Path(folder, MODEL)), options, providers=list(providers))
         self.inputs, self.outputs = (

@@ -80,7 +80,7 @@ class StagedTrunk(nn.Module):
         return self
 
     def load_published(self, weights: dict[str, Tensor], path: Path) -> None:
-        """Takes the weights of a whole network of torchvision, as its weight files name them, or of this library.
+        """Takes the weights of a whole network of torchvision, as its weight files name them.
 
         Args:
             weights: the state dict; the head, stages that are not kept, and what follows the trunk are left out.
@@ -92,10 +92,6 @@ class StagedTrunk(nn.Module):
         wanted = self.state_dict()
         found = {}
         for name in wanted:
-            ours = f"image_encoder.trunk.{name}"
-            if ours in weights and weights[ours].shape == wanted[name].shape:
-                found[name] = weights[ours]
-                continue
             part, index, rest = name.split(".", 2) if name.startswith("stages") else ("stem", *name.split(".", 2)[1:])
             if self.name in RESNETS:
                 theirs = f"layer{int(index) + 1}" if part == "stages" else ("conv1", "bn1")[int(index)]
@@ -174,6 +170,24 @@ class FPNEncoder(nn.Module):
             x = lateral(x)
             merged = x if merged is None else x + F.interpolate(merged, size=x.shape[-2:], mode="nearest")
         return self.smooth(merged)  # [B, C, h, w]
+
+
+def load_trunk(trunk: nn.Module, path: str | Path) -> None:
+    """Gives the trunk of an image encoder the weights of a published image network, or of a flagship with such a trunk.
+
+    Args:
+        trunk: a `StagedTrunk` or another with `load_published`.
+        path: of a `.safetensors` file or a `.pth` of plain tensors.
+
+    Raises:
+        CheckpointError: the file is missing or holds other weights.
+    """
+    weights = read_trunk_weights(path)
+    own = {name: weights.get(f"image_encoder.trunk.{name}") for name in trunk.state_dict()}
+    if all(own[name] is not None and own[name].shape == tensor.shape for name, tensor in trunk.state_dict().items()):
+        trunk.load_state_dict(own)
+    else:
+        trunk.load_published(weights, Path(path))
 
 
 def read_trunk_weights(path: str | Path) -> dict[str, Tensor]:
