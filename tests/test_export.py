@@ -242,10 +242,10 @@ def test_int8_where_it_changes_little(model, town, exports, tmp_path):
     folder = exports("int8")
     told = read_contract(folder)["quantization"]
     assert told["together"] <= BUDGET and set(told["groups"]) < set(told["sensitivities"])
-    left_out = set(told["sensitivities"]) - set(told["groups"])
-    assert min(told["sensitivities"][name] for name in left_out) >= max(
-        told["sensitivities"][name] for name in told["groups"]
-    )
+    assert sum(told["work"].values()) == pytest.approx(1)
+    price = {name: told["sensitivities"][name] / told["work"][name] for name in told["work"]}  # of what it saves
+    left_out = set(price) - set(told["groups"])
+    assert min(price[name] for name in left_out) >= max(price[name] for name in told["groups"])
     graph = onnx.load(folder / "model.onnx").graph
     int8 = onnx.TensorProto.INT8
     weights = {x.name: x for x in graph.initializer if x.data_type == int8 and len(x.dims) > 1}

@@ -115,13 +115,15 @@ class Certificate:
             rows += [f"Memory without a reset: off by {self.drift[0]:.2e} early, by {self.drift[1]:.2e} late.", ""]
         if self.quantization:
             rows += [
-                "| layers | change the answers by | in eight bits |",
-                "|---|---|---|",
+                "| layers | change the answers by | share of the work | in eight bits |",
+                "|---|---|---|---|",
                 *(
-                    f"| {group} | {share:.4f} | {'yes' if group in self.quantization['groups'] else 'no'} |"
-                    for group, share in self.quantization["sensitivities"].items()
+                    f"| {group} | {change:.4f} | {self.quantization['work'][group]:.3f} "
+                    f"| {'yes' if group in self.quantization['groups'] else 'no'} |"
+                    for group, change in self.quantization["sensitivities"].items()
                 ),
-                f"| all that are in eight bits together | {self.quantization['together']:.4f} | |",
+                f"| all that are in eight bits together | {self.quantization['together']:.4f} | "
+                f"{sum(self.quantization['work'][group] for group in self.quantization['groups']):.3f} | |",
                 "",
             ]
         verdict = "**passed**" if not self.failures else "**failed**: " + "; ".join(self.failures)
