@@ -226,14 +226,16 @@ def group_work(model, groups: Mapping[str, Sequence[str]]) -> dict[str, float]:
     import onnx
 
     graph = onnx.shape_inference.infer_shapes(model).graph
-    shapes = {value.name: [x.dim_value for x in value.type.tensor_type.shape.dim] for value in graph.value_info}
+    values = (*graph.value_info, *graph.output)
+    shapes = {value.name: [x.dim_value for x in value.type.tensor_type.shape.dim] for value in values}
     shapes |= {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    weighted = {name for names in groups.values() for name in names}
     count = {}
     for node in graph.node:
-        if node.op_type in WEIGHTED:
+        if node.name in weighted:
             weight = shapes[node.input[1]]  # [out, in / groups, h, w] or [in, out]
             each = np.prod(weight[1:]) if node.op_type == "Conv" else weight[0]
-            count[node.name] = float(np.prod(shapes.get(node.output[0], weight))) * float(each)
+            count[node.name] = float(np.prod(shapes[node.output[0]])) * float(each)
     work = {group: sum(count[name] for name in names) for group, names in groups.items()}
     total = sum(work.values())
     return {group: amount / total for group, amount in work.items()}
