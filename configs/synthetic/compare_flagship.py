@@ -8,7 +8,7 @@ r"""The flagship in the comparison of networks, and what ablations are made with
 All networks of the comparison take the image trunk of the shipped weights and hold it: from random weights so short a
 training learns next to nothing. That trunk was trained in the flagship, which may favour it.
 
-Cost: not measured. Result: not measured.
+Result: docs/benchmarks.md and docs/ablations.md.
 """
 
 _base_ = ["../_base_/town.py", "../_base_/schedule.py"]
