@@ -54,7 +54,7 @@ class Quantizer:
 
     def __post_init__(self) -> None:
         self.groups = layer_groups(self.model)
-        self._folder = tempfile.TemporaryDirectory(prefix="perception-int8-")
+        self._folder = tempfile.TemporaryDirectory(prefix="perception-quantize-")
         self._path = Path(self._folder.name, "float.onnx")  # the library changes models that it is given as objects
         self._path.write_bytes(self.model.SerializeToString())
 
@@ -89,9 +89,8 @@ class Quantizer:
             )
         return in_float8(onnx.load(out), self.model) if self.kind == "fp8" else onnx.load(out)
 
-    def sensitivities(self, moments: Sequence[Moment]) -> dict[str, float]:
-        """By group, what its quantisation alone changes (see `changed`), most sensitive first."""
-        wanted = answers(self.model, moments)
+    def sensitivities(self, moments: Sequence[Moment], wanted: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """By group, what its quantisation alone changes in the wanted answers (see `changed`), most sensitive first."""
         found = {group: changed(wanted, answers(self.quantized([group]), moments, self.kind)) for group in self.groups}
         return dict(sorted(found.items(), key=lambda pair: -pair[1]))
 
@@ -111,7 +110,7 @@ def quantize_graph(model, moments: Sequence[Moment], kind: str) -> tuple[object,
     judges = moments[-JUDGED_ON:]
     quantizer = Quantizer(model, moments[:-JUDGED_ON], kind)
     wanted = answers(model, judges)
-    sensitivities = quantizer.sensitivities(judges)
+    sensitivities = quantizer.sensitivities(judges, wanted)
     work = group_work(model, quantizer.groups)
     # Left out first is what changes most for what it saves.
     groups = sorted(sensitivities, key=lambda group: -sensitivities[group] / work[group])
@@ -142,21 +141,21 @@ def in_float8(marked, model):
     graph = onnx.ModelProto.FromString(marked.SerializeToString())
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.graph.initializer}
-    changed_ones: dict[str, np.ndarray] = {}
+    replaced: dict[str, np.ndarray] = {}
     for node in graph.graph.node:
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
             continue
         value, scale, zero = node.input
-        changed_ones[scale] = (constants[scale] * (LARGEST_INT8 / LARGEST_FP8)).astype(np.float32)
-        changed_ones[zero] = np.zeros(constants[zero].shape, ml_dtypes.float8_e4m3fn)
+        replaced[scale] = (constants[scale] * (LARGEST_INT8 / LARGEST_FP8)).astype(np.float32)
+        replaced[zero] = np.zeros(constants[zero].shape, ml_dtypes.float8_e4m3fn)
         if value in constants:
             weight = numpy_helper.to_array(weights[value.removesuffix("_quantized")])
             axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
             shape = [-1 if k == axis else 1 for k in range(weight.ndim)]
-            changed_ones[value] = (weight / changed_ones[scale].reshape(shape)).astype(ml_dtypes.float8_e4m3fn)
+            replaced[value] = (weight / replaced[scale].reshape(shape)).astype(ml_dtypes.float8_e4m3fn)
     for tensor in graph.graph.initializer:
-        if tensor.name in changed_ones:
-            tensor.CopyFrom(numpy_helper.from_array(changed_ones[tensor.name], tensor.name))
+        if tensor.name in replaced:
+            tensor.CopyFrom(numpy_helper.from_array(replaced[tensor.name], tensor.name))
     del graph.graph.value_info[:]  # they tell the old types
     return graph
 

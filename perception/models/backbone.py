@@ -182,9 +182,9 @@ def load_trunk(trunk: nn.Module, path: str | Path) -> None:
     Raises:
         CheckpointError: the file is missing or holds other weights.
     """
-    weights = read_trunk_weights(path)
-    own = {name: weights.get(f"image_encoder.trunk.{name}") for name in trunk.state_dict()}
-    if all(own[name] is not None and own[name].shape == tensor.shape for name, tensor in trunk.state_dict().items()):
+    weights, wanted = read_trunk_weights(path), trunk.state_dict()
+    own = {name: weights.get(f"image_encoder.trunk.{name}") for name in wanted}
+    if all(own[name] is not None and own[name].shape == wanted[name].shape for name in wanted):
         trunk.load_state_dict(own)
     else:
         trunk.load_published(weights, Path(path))
