@@ -34,7 +34,7 @@ def main() -> None:
         command.add_argument("--json", type=Path, help="file for all numbers")
     latency = commands.add_parser("latency", help="one moment in several runtimes that take turns")
     latency.add_argument("checkpoint", help="a .safetensors file, or the name of weights that came with the library")
-    latency.add_argument("--backends", nargs="+", default=["pytorch", "ort"], help="pytorch, compile, ort")
+    latency.add_argument("--backends", nargs="+", default=["pytorch", "ort"], help="pytorch, compile, ort, tensorrt")
     latency.add_argument("--export", type=Path, help="folder that scripts/export.py wrote; one is made where not given")
     latency.add_argument("--passes", type=int, default=30, help="timed for each (default: %(default)s)")
     latency.add_argument("--threads", type=int, default=0, help="of the CPU; 0 for all (default: %(default)s)")

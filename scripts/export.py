@@ -10,7 +10,8 @@ EXAMPLE = """examples:
   python scripts/export.py out/nano/nano.safetensors --out out/nano_fp16 --precision fp16 --cameras 6 --raw-size 256x448
 
 Without --dataroot the streets are generated. The folder holds model.onnx, contract.json, certificate.json and
-certificate.md. Exit code 2 if the export is not good enough; the folder says why.
+certificate.md; where a GPU is here that an engine was built for, certificate.tensorrt.json and .md of that engine too.
+Exit code 2 if the export is not good enough; the folder says why.
 """
 
 
@@ -46,6 +47,8 @@ def main() -> None:
 
     from perception.data.nuscenes import NuScenesDataset
     from perception.errors import ConfigError
+    from perception.export.contract import read_contract
+    from perception.export.engine_session import find_engine
     from perception.export.onnx import export_onnx
     from perception.export.parity import LEAST_FRAMES, LEAST_SCENES, certify
     from perception.export.tensorrt import build_engines
@@ -90,11 +93,23 @@ def main() -> None:
             engines = build_engines(arguments.out, package=arguments.format, targets=arguments.target.split(","))
             for target, path in engines.items():
                 print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB for {target}")
-        certificate = certify(network, arguments.out, judge, drift_frames=arguments.drift, progress=True)
-    certificate.save(arguments.out)
-    print(certificate.markdown())
-    if certificate.failures:
-        raise ConfigError(f"{arguments.out} must not be used: {'; '.join(certificate.failures)}")
+        certificates = [certify(network, arguments.out, judge, drift_frames=arguments.drift, progress=True)]
+        if arguments.format != "onnx":
+            try:
+                find_engine(arguments.out, read_contract(arguments.out))
+            except ConfigError as error:
+                print(f"engines are built but not run: {error}")
+            else:
+                certificates.append(
+                    certify(
+                        network, arguments.out, judge, backend="tensorrt", drift_frames=arguments.drift, progress=True
+                    )
+                )
+    for certificate in certificates:
+        certificate.save(arguments.out)
+        print(certificate.markdown())
+    if failures := [failure for certificate in certificates for failure in certificate.failures]:
+        raise ConfigError(f"{arguments.out} must not be used: {'; '.join(failures)}")
 
 
 if __name__ == "__main__":

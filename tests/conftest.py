@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,61 @@ def noisy(network, config):
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
     return model.eval()
+
+
+RAW = (64, 112)  # pixels that the small export takes
+
+
+@pytest.fixture(scope="session")
+def small_network():
+    """The flagship, as small as it gets, with random weights."""
+    from perception.models.bev_transformer import BEVTransformer, ModelConfig
+
+    config = ModelConfig.preset(
+        "nano", image_size=(40, 80), grid=(20, 20), channels=16, depth_bins=8, backbone_stages=2, decoder_layers=2,
+        box_queries=20, line_queries=8, line_points=6,
+    )  # fmt: skip
+    return noisy(BEVTransformer, config)
+
+
+@pytest.fixture(scope="session")
+def small_town(tmp_path_factory):
+    """What certificates are made on: 2 scenes of 20 keyframes."""
+    from perception.data.nuscenes import NuScenesDataset
+    from perception.synthetic import VERSION, simulate
+
+    root = tmp_path_factory.mktemp("export") / "town"
+    simulate(root, scenes=2, seed=8, keyframes=20, split="certificate", image_size=RAW)
+    return NuScenesDataset(root, VERSION, "certificate", image_size=RAW)
+
+
+@pytest.fixture(scope="session")
+def small_graph(small_network):
+    """The graph of the small network, traced once: that takes longer than all else."""
+    from perception.export.onnx import DeployedNetwork, example_inputs, trace
+
+    return trace(DeployedNetwork(small_network, RAW).eval(), example_inputs(small_network, 6, RAW))
+
+
+@pytest.fixture(scope="session")
+def exports(small_network, small_graph, small_town, tmp_path_factory):
+    """Folders by precision and whether for CPUs, each made when it is first asked for."""
+    from perception.export.onnx import export_onnx
+
+    @cache
+    def make(precision: str, for_cpu: bool = False) -> Path:
+        return export_onnx(
+            small_network, tmp_path_factory.mktemp(precision), raw_size=RAW, precision=precision, for_cpu=for_cpu,
+            calibration=small_town, graph=small_graph,
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def fp32_export(exports) -> Path:
+    """The small network's export in float32; tests that change it work on a copy."""
+    return exports("fp32")
 
 
 @pytest.fixture(scope="session", autouse=True)

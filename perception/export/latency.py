@@ -16,7 +16,7 @@ from perception.export.onnx import DeployedNetwork, example_inputs
 from perception.export.runtime import Runtime
 from perception.models.checkpoint import Network
 
-BACKENDS = ("pytorch", "compile", "ort")
+BACKENDS = ("pytorch", "compile", "ort", "tensorrt")
 WARM_UP = 3  # passes that are not timed
 
 
@@ -59,14 +59,14 @@ def measure(
 
     Args:
         network: in evaluation mode; moved to the GPU for PyTorch where there is one.
-        folder: of its export, for "ort".
+        folder: of its export, for "ort" and "tensorrt".
         backends: of `BACKENDS`; the first is what the others are held to.
         passes: timed for each.
         threads: of the CPU, 0 for as many as there are.
         seed: of the images.
 
     Raises:
-        ConfigError: a backend is not known, or the network cannot be compiled here.
+        ConfigError: a backend is not known or cannot run here, or the network cannot be compiled here.
     """
     if strange := [name for name in backends if name not in BACKENDS]:
         raise ConfigError(f"backend {strange[0]!r} is not known; use some of {', '.join(BACKENDS)}")
@@ -79,7 +79,10 @@ def measure(
     runs: dict[str, tuple[Callable[[], float], str, float]] = {}
     for name in backends:
         before = _resident()
-        run, device = _ort(folder, inputs, threads) if name == "ort" else _torch(network, inputs, raw_size, name)
+        if name in ("ort", "tensorrt"):
+            run, device = _exported(folder, inputs, name, threads)
+        else:
+            run, device = _torch(network, inputs, raw_size, name)
         for _ in range(WARM_UP):
             run()
         runs[name] = run, device, (_resident() - before) / 2**20
@@ -127,12 +130,15 @@ def _torch(network: Network, inputs, raw_size, name: str) -> tuple[Callable[[], 
     return run, torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
 
 
-def _ort(folder: str | Path, inputs, threads: int) -> tuple[Callable[[], float], str]:
-    import onnxruntime
+def _exported(folder: str | Path, inputs, name: str, threads: int) -> tuple[Callable[[], float], str]:
+    if name == "tensorrt":
+        runtime = Runtime(folder, backend="tensorrt")
+    else:
+        import onnxruntime
 
-    there = onnxruntime.get_available_providers()
-    provider = "CUDAExecutionProvider" if "CUDAExecutionProvider" in there else "CPUExecutionProvider"
-    runtime = Runtime(folder, providers=[provider], threads=threads)
+        there = onnxruntime.get_available_providers()
+        provider = "CUDAExecutionProvider" if "CUDAExecutionProvider" in there else "CPUExecutionProvider"
+        runtime = Runtime(folder, providers=[provider], threads=threads)
     moment = [tensor.numpy() for tensor in inputs[:7]]
 
     def run() -> float:
@@ -143,7 +149,7 @@ def _ort(folder: str | Path, inputs, threads: int) -> tuple[Callable[[], float],
         runtime.run()
         return filling
 
-    return run, provider.removesuffix("ExecutionProvider")
+    return run, runtime.device
 
 
 def _resident() -> int:

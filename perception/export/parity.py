@@ -45,6 +45,7 @@ class Certificate:
 
     Args:
         precision: of the export.
+        backend: that ran the export, as `Runtime` calls it.
         frames, scenes: of the drive.
         raw: largest and mean difference by output, rows aligned. A number that is larger than one counts in units of
             itself, for float32 keeps digits, not decimals: a box 40 m away is not known to a millimetre.
@@ -58,6 +59,7 @@ class Certificate:
     """
 
     precision: str
+    backend: str
     frames: int
     scenes: int
     raw: dict[str, tuple[float, float]]
@@ -96,8 +98,8 @@ class Certificate:
     def markdown(self) -> str:
         """All of it for people."""
         rows = [
-            f"Precision {self.precision}; {self.frames} frames of {self.scenes} scenes, in each a missing camera and "
-            "turned cameras.",
+            f"Precision {self.precision}, run by {self.backend}; {self.frames} frames of {self.scenes} scenes, in "
+            "each a missing camera and turned cameras.",
             "",
             "| output | largest difference | mean |",
             "|---|---|---|",
@@ -130,15 +132,22 @@ class Certificate:
         return "\n".join([*rows, f"Gate: {verdict}", ""])
 
     def save(self, folder: str | Path) -> None:
-        """Writes `certificate.json` and `certificate.md`."""
-        write_json(Path(folder, "certificate.json"), self.as_dict())
-        with replacing(Path(folder, "certificate.md")) as beside:
+        """Writes `certificate.json` and `certificate.md`, of TensorRT `certificate.tensorrt.json` and `.md`."""
+        name = "certificate" if self.backend == "onnxruntime" else f"certificate.{self.backend}"
+        write_json(Path(folder, f"{name}.json"), self.as_dict())
+        with replacing(Path(folder, f"{name}.md")) as beside:
             beside.write_text(self.markdown(), encoding="utf-8")
 
 
 @torch.inference_mode()
 def certify(
-    network: Network, folder: str | Path, dataset: NuScenesDataset, *, drift_frames: int = 0, progress: bool = False
+    network: Network,
+    folder: str | Path,
+    dataset: NuScenesDataset,
+    *,
+    backend: str = "onnxruntime",
+    drift_frames: int = 0,
+    progress: bool = False,
 ) -> Certificate:
     """Drives a dataset with a network and with its export.
 
@@ -146,11 +155,13 @@ def certify(
         network: the original, in evaluation mode, on the CPU.
         folder: of the export.
         dataset: images as the export takes them.
+        backend: that runs the export, as for `Runtime`.
         drift_frames: of a further drive without a reset, 0 for none.
         progress: show progress bars.
 
     Raises:
         CheckpointError: the folder is none of an export.
+        ConfigError: the backend cannot run here.
         DataError: the dataset has fewer than 40 frames or 2 scenes.
     """
     scenes = len(np.unique(dataset.scene_of_sample))
@@ -159,7 +170,7 @@ def certify(
             f"the dataset has {len(dataset)} frames of {scenes} scenes; a certificate needs {LEAST_FRAMES} of "
             f"{LEAST_SCENES}"
         )
-    runtime = Runtime(folder)
+    runtime = Runtime(folder, backend=backend)
     image_size = tuple(runtime.contract["image_size"])
     raw_size = tuple(runtime.contract["raw_size"]) if runtime.contract["raw_size"] else None
     differences: dict[str, list[np.ndarray]] = {}
@@ -190,6 +201,7 @@ def certify(
     one, other = (evaluate_scenes(dataset, scenes).metrics() for scenes in (originals, exports))
     return Certificate(
         precision=runtime.contract["precision"],
+        backend=backend,
         frames=len(dataset),
         scenes=scenes,
         raw={name: _summary(parts) for name, parts in differences.items()},

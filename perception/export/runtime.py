@@ -1,6 +1,7 @@
-"""Live use of an exported network: numpy and ONNX Runtime, no torch.
+"""Live use of an exported network: numpy and ONNX Runtime or TensorRT, no torch.
 
-    runtime = Runtime("out/nano_onnx")
+    runtime = Runtime("out/nano_onnx")                            # ONNX Runtime, on the CPU
+    runtime = Runtime("out/nano_rtx", backend="tensorrt")         # the engine that fits this GPU
     for images, global_from_ego, time_s in drive:
         scene = runtime.step(images, rig, global_from_ego, time_s)
 
@@ -41,61 +42,93 @@ def session_options(precision: str):
     return options
 
 
+class OnnxSession:
+    """The graph of an export in ONNX Runtime, with its buffers.
+
+    Args:
+        folder: of the export.
+        contract: of `read_contract`.
+        providers: of ONNX Runtime, first choice first.
+        threads: of the CPU; 0 for as many as there are.
+
+    Raises:
+        ConfigError: a provider is not there.
+    """
+
+    def __init__(self, folder: str | Path, contract: dict, providers: Sequence[str], threads: int) -> None:
+        import onnxruntime
+
+        there = onnxruntime.get_available_providers()
+        for provider in providers:
+            if provider not in there:
+                raise ConfigError(f"Runtime: provider {provider} is not there; ONNX Runtime has {', '.join(there)}")
+        options = session_options(contract["precision"])
+        options.intra_op_num_threads = threads
+        self._session = onnxruntime.InferenceSession(str(Path(folder, MODEL)), options, providers=list(providers))
+        self.device = providers[0].removesuffix("ExecutionProvider")
+        self.inputs, self.outputs = (
+            {x["name"]: np.zeros(x["shape"], x["dtype"]) for x in contract[side]} for side in ("inputs", "outputs")
+        )
+        memory = self.inputs.get("memory", np.zeros(0, np.float32))  # a network may have none
+        device = "cuda" if self.device == "CUDA" else "cpu"
+        self._memories = [onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros_like(memory), device, 0) for _ in range(2)]
+        self._bindings = []
+        values = {n: onnxruntime.OrtValue.ortvalue_from_numpy(x) for n, x in (self.inputs | self.outputs).items()}
+        for turn in range(2):
+            binding = self._session.io_binding()
+            for name in self.inputs:
+                binding.bind_ortvalue_input(name, self._memories[turn] if name == "memory" else values[name])
+            for name in self.outputs:
+                binding.bind_ortvalue_output(name, self._memories[1 - turn] if name == "new_memory" else values[name])
+            self._bindings.append(binding)
+
+    def run(self, turn: int) -> None:
+        """One pass from `inputs` to `outputs` that reads the memory of this turn and writes the other."""
+        self._session.run_with_iobinding(self._bindings[turn])
+
+    def memory(self, turn: int) -> np.ndarray:
+        """A copy of the memory that a pass of this turn reads."""
+        return self._memories[turn].numpy().copy()
+
+
 class Runtime:
     """An exported network, its memory, and the pose and time of the last step.
 
     Args:
         folder: that `scripts/export.py` wrote.
+        backend: "onnxruntime", which runs the graph, or "tensorrt", which runs an engine of the folder on a GPU.
         providers: of ONNX Runtime, first choice first, such as "CUDAExecutionProvider".
-        threads: of the CPU; 0 for as many as there are.
+        threads: of the CPU, for ONNX Runtime; 0 for as many as there are.
         min_score: boxes and lines below this are left out, 0..1.
 
     Raises:
         CheckpointError: the folder is none of an export, or a file in it has changed.
-        ConfigError: a provider is not there, or `min_score` is not in 0..1.
+        ConfigError: the backend is not known or cannot run here (no GPU, no engine that fits it, another version of
+            TensorRT, no such provider), or `min_score` is not in 0..1.
     """
 
     def __init__(
         self,
         folder: str | Path,
         *,
+        backend: str = "onnxruntime",
         providers: Sequence[str] = ("CPUExecutionProvider",),
         threads: int = 0,
         min_score: float = 0.0,
     ) -> None:
         if not 0 <= min_score <= 1:
             raise ConfigError(f"Runtime: min_score is {min_score}; give a number from 0 to 1")
-        import onnxruntime
-
         self.contract = read_contract(folder)
         self.min_score = min_score
-        there = onnxruntime.get_available_providers()
-        for provider in providers:
-            if provider not in there:
-                raise ConfigError(f"Runtime: provider {provider} is not there; ONNX Runtime has {', '.join(there)}")
-        options = session_options(self.contract["precision"])
-        options.intra_op_num_threads = threads
-        self.session = onnxruntime.InferenceSession(str(Path(folder, MODEL)), options, providers=list(providers))
-        self.inputs, self.outputs = (
-            {x["name"]: np.zeros(x["shape"], x["dtype"]) for x in self.contract[side]} for side in ("inputs", "outputs")
-        )
-        memory = self.inputs.get("memory", np.zeros(0, np.float32))  # a network may have none
-        memories = [np.zeros_like(memory) for _ in range(2)]
-        device = "cuda" if providers[0] == "CUDAExecutionProvider" else "cpu"
+        if backend == "onnxruntime":
+            self._session = OnnxSession(folder, self.contract, providers, threads)
+        elif backend == "tensorrt":
+            from perception.export.engine_session import EngineSession
 
-        def on_device(array: np.ndarray):
-            return onnxruntime.OrtValue.ortvalue_from_numpy(array, device, 0)
-
-        self._memories = [on_device(array) for array in memories]
-        self._bindings = []
-        values = {n: onnxruntime.OrtValue.ortvalue_from_numpy(x) for n, x in (self.inputs | self.outputs).items()}
-        for turn in range(2):
-            binding = self.session.io_binding()
-            for name in self.inputs:
-                binding.bind_ortvalue_input(name, self._memories[turn] if name == "memory" else values[name])
-            for name in self.outputs:
-                binding.bind_ortvalue_output(name, self._memories[1 - turn] if name == "new_memory" else values[name])
-            self._bindings.append(binding)
+            self._session = EngineSession(folder, self.contract)
+        else:
+            raise ConfigError(f"Runtime: backend {backend!r} is not known; use onnxruntime or tensorrt")
+        self.inputs, self.outputs, self.device = self._session.inputs, self._session.outputs, self._session.device
         self.reset()
 
     def reset(self) -> None:
@@ -105,14 +138,14 @@ class Runtime:
 
     def memory(self) -> np.ndarray:
         """A copy of the memory that the next step will start from."""
-        return self._memories[self._turn].numpy().copy()
+        return self._session.memory(self._turn)
 
     def run(self) -> None:
         """One pass from `inputs` to `outputs`, which are the buffers themselves, and the memory's turn.
 
         Fill `inputs` in place before; all but `memory`, which is kept here. `outputs["new_memory"]` is not filled.
         """
-        self.session.run_with_iobinding(self._bindings[self._turn])
+        self._session.run(self._turn)
         self._turn = 1 - self._turn
 
     def step(

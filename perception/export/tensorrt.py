@@ -7,15 +7,14 @@ kind of GPU and to one version of TensorRT; both are written into the contract b
 from __future__ import annotations
 
 import hashlib
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from perception.errors import ConfigError
 from perception.export.contract import CONTRACT, MODEL, read_contract
+from perception.export.engine_session import Cuda, import_tensorrt
 from perception.files import replacing, write_json
 
-PACKAGES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 CURRENT = "current"  # the GPU of this machine
 
 
@@ -24,7 +23,8 @@ def build_engines(
 ) -> dict[str, Path]:
     """Builds an engine of the graph in a folder for each target and enters them into its contract.
 
-    Timings of kernels are kept in `timing.cache`, so that a second build takes less time; it may be deleted.
+    With "tensorrt", timings of kernels are kept in `timing.cache`, so that a second build takes less time; it may be
+    deleted.
 
     Args:
         folder: that `export_onnx` wrote.
@@ -41,10 +41,11 @@ def build_engines(
     """
     folder = Path(folder)
     contract = read_contract(folder)
-    trt = _package(package)
+    trt = import_tensorrt(package)
     logger = trt.Logger(trt.Logger.ERROR)
     engines = {}
     for target in targets:
+        gpu = Cuda().target() if target == CURRENT else target
         builder = trt.Builder(logger)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, logger)
@@ -52,10 +53,12 @@ def build_engines(
             reason = str(parser.get_error(0)).splitlines()[0] if parser.num_errors else "it does not say why"
             raise ConfigError(f"{package} does not take {folder / MODEL}: {reason}")
         config = builder.create_builder_config()
+        config.clear_flag(trt.BuilderFlag.TF32)  # geometry in float32 means all of its digits
         _aim(trt, package, config, target)
-        cache = folder / "timing.cache"
-        timings = config.create_timing_cache(cache.read_bytes() if cache.is_file() else b"")
-        config.set_timing_cache(timings, ignore_mismatch=False)
+        cache = folder / "timing.cache" if package == "tensorrt" else None  # TensorRT-RTX times nothing
+        if cache:
+            timings = config.create_timing_cache(cache.read_bytes() if cache.is_file() else b"")
+            config.set_timing_cache(timings, ignore_mismatch=False)
         engine = builder.build_serialized_network(network, config)
         if engine is None:
             raise ConfigError(f"{package} builds no engine of {folder / MODEL} for {target}; its messages say why")
@@ -63,22 +66,16 @@ def build_engines(
         content = bytes(engine)
         with replacing(folder / name) as beside:
             beside.write_bytes(content)
-        with replacing(cache) as beside:
-            beside.write_bytes(bytes(config.get_timing_cache().serialize()))
-        contract["engines"][target] = {"file": name, "package": package, "package_version": trt.__version__}
+        if cache:
+            with replacing(cache) as beside:
+                beside.write_bytes(bytes(config.get_timing_cache().serialize()))
+        contract["engines"][target] = {
+            "file": name, "gpu": gpu, "package": package, "package_version": trt.__version__,
+        }  # fmt: skip
         contract["sha256"][name] = hashlib.sha256(content).hexdigest()
         write_json(folder / CONTRACT, contract)
         engines[target] = folder / name
     return engines
-
-
-def _package(package: str):
-    if package not in PACKAGES:
-        raise ConfigError(f"package {package!r} is not known; use one of {', '.join(PACKAGES)}")
-    try:
-        return importlib.import_module(PACKAGES[package])
-    except ImportError as error:
-        raise ConfigError(f"{package} is not installed ({error}); pip install {package}") from None
 
 
 def _aim(trt, package: str, config, target: str) -> None:

@@ -1,0 +1,217 @@
+"""A TensorRT engine on the GPU of this machine, with all its buffers: numpy, TensorRT and CUDA's runtime, no torch."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import weakref
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from perception.errors import ConfigError
+
+PACKAGES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+
+
+def import_tensorrt(package: str):
+    """The module of a package.
+
+    Raises:
+        ConfigError: there is no such package, or it is not installed.
+    """
+    if package not in PACKAGES:
+        raise ConfigError(f"package {package!r} is not known; use one of {', '.join(PACKAGES)}")
+    try:
+        return importlib.import_module(PACKAGES[package])
+    except ImportError as error:
+        raise ConfigError(f"{package} is not installed ({error}); pip install {package}") from None
+
+
+class Cuda:
+    """CUDA's runtime whose errors are exceptions.
+
+    Raises:
+        ConfigError: cuda-bindings is not installed; from every call that fails, such as all of them without a GPU.
+    """
+
+    def __init__(self) -> None:
+        try:
+            self.api = importlib.import_module("cuda.bindings.runtime")
+        except ImportError as error:
+            raise ConfigError(
+                f"engines need CUDA's runtime for Python ({error}); pip install cuda-bindings of the driver's version"
+            ) from None
+
+    def __call__(self, function: str, *arguments):
+        """Calls `cuda<function>` and returns what it gives."""
+        error, *results = getattr(self.api, f"cuda{function}")(*arguments)
+        if error != self.api.cudaError_t.cudaSuccess:
+            _, text = self.api.cudaGetErrorString(error)
+            raise ConfigError(f"cuda{function} failed ({text.decode()}); this needs an NVIDIA GPU and its driver")
+        return results[0] if results else None
+
+    def target(self) -> str:
+        """The compute capability of the GPU in use, such as "sm89"."""
+        attributes, device = self.api.cudaDeviceAttr, self("GetDevice")
+        major, minor = (
+            self("DeviceGetAttribute", getattr(attributes, f"cudaDevAttrComputeCapability{part}"), device)
+            for part in ("Major", "Minor")
+        )
+        return f"sm{major}{minor}"
+
+
+def find_engine(folder: str | Path, contract: dict) -> dict:
+    """The entry in a contract of the engine that this machine can run.
+
+    Args:
+        folder: of the export, for messages.
+        contract: of `read_contract`.
+
+    Raises:
+        ConfigError: there is no GPU, no engine for it, or none of the version of TensorRT that is here.
+    """
+    engines = list(contract["engines"].values())
+    if not engines:
+        raise ConfigError(f"{folder} holds no engine; build one with scripts/export.py --format tensorrt-rtx")
+    here = Cuda().target()
+    fitting = [engine for engine in engines if engine["gpu"] == here]
+    if not fitting:
+        gpus = ", ".join(engine["gpu"] for engine in engines)
+        raise ConfigError(f"{folder} holds engines for {gpus}; the GPU of this machine is {here}: build one for it")
+    for engine in fitting:
+        version = import_tensorrt(engine["package"]).__version__
+        if engine["package_version"] == version:
+            return engine
+    raise ConfigError(
+        f"{Path(folder, engine['file'])} was built with {engine['package']} {engine['package_version']}, here is "
+        f"{version}; build it again, or install the version that it was built with"
+    )
+
+
+class EngineSession:
+    """An engine, the buffers on both sides, and one captured CUDA graph for each turn of the memory.
+
+    A pass copies the inputs to the GPU, runs the engine and copies the outputs back, as one graph that is launched:
+    nothing is allocated or decided while driving. Host buffers are page-locked. The memory stays on the GPU, where two
+    buffers take turns as what is read and what is written.
+
+    Args:
+        folder: of the export.
+        contract: of `read_contract`.
+
+    Raises:
+        ConfigError: as `find_engine`; TensorRT does not take the file, or it is not the network of the contract.
+    """
+
+    def __init__(self, folder: str | Path, contract: dict) -> None:
+        described = find_engine(folder, contract)
+        self.device = described["gpu"]
+        path = Path(folder, described["file"])
+        trt = import_tensorrt(described["package"])
+        self._cuda = cuda = Cuda()
+        self._allocated: list[tuple[str, object]] = []
+        # Whoever forgets the session gets the memory of the GPU back.
+        self._free = weakref.finalize(self, _release, cuda, self._allocated)
+        self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))  # must outlive the engine
+        self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        if self._engine is None:
+            raise ConfigError(f"{path}: {described['package']} does not take this engine here; build it again")
+        self._check(trt, path, contract)
+        self._stream = self._keep("StreamDestroy", cuda("StreamCreateWithFlags", cuda.api.cudaStreamNonBlocking))
+        self.inputs = {x["name"]: self._host(x) for x in contract["inputs"]}
+        self.outputs = {x["name"]: self._host(x) for x in contract["outputs"]}
+        device = {name: self._device(x) for name, x in (self.inputs | self.outputs).items()}
+        self._memories = [device[name] for name in ("memory", "new_memory") if name in device]
+        self._contexts, self._graphs = [], []
+        for turn in range(2):
+            if self._memories:
+                device |= {"memory": self._memories[turn], "new_memory": self._memories[1 - turn]}
+            self._graphs.append(self._capture(path, device))
+        for address in self._memories:  # passes over empty inputs may have left what is not finite
+            cuda("Memset", address, 0, self.inputs["memory"].nbytes)
+
+    def run(self, turn: int) -> None:
+        """One pass from `inputs` to `outputs` that reads the memory of this turn and writes the other."""
+        self._cuda("GraphLaunch", self._graphs[turn], self._stream)
+        self._cuda("StreamSynchronize", self._stream)
+
+    def memory(self, turn: int) -> np.ndarray:
+        """A copy of the memory that a pass of this turn reads; empty where the network has none."""
+        if not self._memories:
+            return np.zeros(0, np.float32)
+        copy = np.empty_like(self.inputs["memory"])
+        kind = self._cuda.api.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self._cuda("Memcpy", copy.ctypes.data, self._memories[turn], copy.nbytes, kind)
+        return copy
+
+    def _check(self, trt, path: Path, contract: dict) -> None:
+        """Names, directions, types and shapes of the engine are those of the contract."""
+        engine = self._engine
+        for side, mode in (("inputs", trt.TensorIOMode.INPUT), ("outputs", trt.TensorIOMode.OUTPUT)):
+            names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+            found = {
+                name: (np.dtype(trt.nptype(engine.get_tensor_dtype(name))).name, tuple(engine.get_tensor_shape(name)))
+                for name in names
+                if engine.get_tensor_mode(name) == mode
+            }
+            wanted = {x["name"]: (x["dtype"], tuple(x["shape"])) for x in contract[side]}
+            for name in sorted(wanted.keys() | found.keys()):
+                if wanted.get(name) != found.get(name):
+                    raise ConfigError(
+                        f"{path}: {side} {name} is {found.get(name)} in the engine and {wanted.get(name)} in the "
+                        "contract; export again"
+                    )
+
+    def _keep(self, release: str, handle):
+        """Notes how a handle is given back."""
+        self._allocated.append((release, handle))
+        return handle
+
+    def _host(self, described: dict) -> np.ndarray:
+        """A page-locked array, zeros."""
+        dtype, shape = np.dtype(described["dtype"]), tuple(described["shape"])
+        size = dtype.itemsize * prod(shape)
+        address = self._cuda("HostAlloc", size, self._cuda.api.cudaHostAllocDefault)
+        memory = (ctypes.c_uint8 * size).from_address(int(address))
+        # Given back when the last array that looks at it is gone, which may be later than the session.
+        weakref.finalize(memory, self._cuda, "FreeHost", address)
+        array = np.frombuffer(memory, dtype).reshape(shape)
+        array[...] = 0
+        return array
+
+    def _device(self, array: np.ndarray) -> int:
+        return int(self._keep("Free", self._cuda("Malloc", array.nbytes)))
+
+    def _capture(self, path: Path, places: dict[str, int]):
+        """The graph of one pass with the engine's tensors at these addresses."""
+        cuda, stream, kinds = self._cuda, self._stream, self._cuda.api.cudaMemcpyKind
+        context = self._engine.create_execution_context()
+        if context is None:
+            raise ConfigError(f"{path}: TensorRT makes no context of this engine; its messages say why")
+        self._contexts.append(context)  # a graph works in its context's scratch memory
+        for name, address in places.items():
+            context.set_tensor_address(name, address)
+        sent = {name: array for name, array in self.inputs.items() if name != "memory"}
+        fetched = {name: array for name, array in self.outputs.items() if name != "new_memory"}
+
+        def enqueue() -> None:
+            for name, array in sent.items():
+                cuda("MemcpyAsync", places[name], array.ctypes.data, array.nbytes, kinds.cudaMemcpyHostToDevice, stream)
+            if not context.execute_async_v3(int(stream)):
+                raise ConfigError(f"{path}: TensorRT does not run this engine; its messages say why")
+            for name, array in fetched.items():
+                cuda("MemcpyAsync", array.ctypes.data, places[name], array.nbytes, kinds.cudaMemcpyDeviceToHost, stream)
+
+        enqueue()  # what TensorRT puts off until the first pass must not be captured
+        cuda("StreamSynchronize", stream)
+        cuda("StreamBeginCapture", stream, cuda.api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
+        enqueue()
+        graph = self._keep("GraphDestroy", cuda("StreamEndCapture", stream))
+        return self._keep("GraphExecDestroy", cuda("GraphInstantiate", graph, 0))
+
+
+def _release(cuda: Cuda, allocated: list[tuple[str, object]]) -> None:
+    for release, handle in reversed(allocated):
+        cuda(release, handle)

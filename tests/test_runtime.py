@@ -1,0 +1,233 @@
+"""Runtimes of an export: answers, errors, buffers of engines, latency; none of them needs torch."""
+
+import gc
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import pytest
+from conftest import RAW
+from host_cuda import HostContext, HostCuda, HostEngine, HostRuntime, HostTensorRT
+
+from perception.errors import CheckpointError, ConfigError, DataError
+from perception.export import latency
+from perception.export.contract import read_contract
+from perception.export.drive import drive
+from perception.export.parity import certify
+from perception.export.runtime import Runtime
+from perception.export.tensorrt import build_engines
+from perception.predictor import Predictor
+from perception.types import CameraRig, map_tensors
+
+
+def test_step_is_what_the_predictor_says(small_network, fp32_export, small_town):
+    predictor, runtime = Predictor(small_network), Runtime(fp32_export, min_score=0.02)
+    predictor.min_score = 0.02
+    for k, (_, frame) in enumerate(drive(small_town)):
+        if k == 5:
+            break
+        images = frame.images[0].permute(0, 2, 3, 1).numpy()
+        rig = CameraRig(*(tensor[0].numpy() for tensor in frame.rig))
+        given = [image if there else None for image, there in zip(images, rig.present, strict=True)]
+        one = predictor.step(given, rig, small_town.ego_pose(k), k * 0.5)
+        other = runtime.step(given, rig, small_town.ego_pose(k), k * 0.5)
+        assert len(one.boxes.score) == len(other.boxes.score) > 0
+        assert other.boxes.score == pytest.approx(one.boxes.score.numpy(), abs=1e-4)
+        assert other.lines.points == pytest.approx(one.lines.points.numpy(), abs=1e-3)
+    buffer = runtime.outputs["box_center"]
+    runtime.run()
+    assert runtime.outputs["box_center"] is buffer  # nothing is made anew
+
+
+def test_the_runtime_runs_where_torch_cannot_be_imported(fp32_export, small_town, tmp_path):
+    frame = map_tensors(lambda tensor: tensor[:1], small_town[0].frames)
+    rig = {name: getattr(frame.rig, name)[0].numpy() for name in frame.rig._fields}
+    np.savez(tmp_path / "frame.npz", images=frame.images[0].permute(0, 2, 3, 1).numpy(), **rig)
+    code = f"""
+import sys
+sys.modules["torch"] = None
+import numpy as np
+import perception.export.engine_session
+from perception.export.runtime import Runtime
+from perception.types import CameraRig
+data = np.load({str(tmp_path / "frame.npz")!r})
+runtime = Runtime({str(fp32_export)!r})
+rig = CameraRig(*(data[name] for name in CameraRig._fields))
+scene = runtime.step(data["images"], rig, np.eye(4), 0.0)
+assert len(scene.boxes.score) and np.isfinite(scene.lines.points).all()
+print(len(scene.boxes.score))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) > 0
+
+
+def test_errors_that_can_be_acted_on(fp32_export, tmp_path):
+    runtime = Runtime(fp32_export)
+    rig = CameraRig(np.eye(3)[None].repeat(6, 0), np.eye(4)[None].repeat(6, 0), np.ones(6, dtype=bool))
+    images = np.zeros((6, *RAW, 3), np.uint8)
+    with pytest.raises(DataError, match="5 images were given; the network was exported for 6"):
+        runtime.step(images[:5], rig, np.eye(4), 0.0)
+    with pytest.raises(DataError, match=r"images\[0\] is 60 x 112 pixels .* exported for 64 x 112"):
+        runtime.step(images[:, :60], rig, np.eye(4), 0.0)
+    with pytest.raises(ConfigError, match="provider NoProvider is not there; ONNX Runtime has"):
+        Runtime(fp32_export, providers=["NoProvider"])
+    with pytest.raises(CheckpointError, match=r"contract\.json is missing"):
+        Runtime(tmp_path)
+    shutil.copytree(fp32_export, tmp_path / "changed")
+    (tmp_path / "changed" / "model.onnx").write_bytes(b"other")
+    with pytest.raises(CheckpointError, match=r"is not the file that .* was written for"):
+        Runtime(tmp_path / "changed")
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8", "fp8"])
+def test_engines_are_built_without_a_gpu(exports, precision, tmp_path):
+    pytest.importorskip("tensorrt_rtx")
+    folder = Path(shutil.copytree(exports(precision), tmp_path / precision))
+    with pytest.raises(ConfigError, match=r"target 'sm12' is not known to tensorrt-rtx; it builds for .*sm89"):
+        build_engines(folder, targets=["sm12"])
+    engines = build_engines(folder, targets=["sm89"])
+    assert engines["sm89"].stat().st_size > 100_000
+    contract = read_contract(folder)  # hashes and all
+    assert contract["engines"]["sm89"]["package"] == "tensorrt-rtx" and "model.sm89.engine" in contract["sha256"]
+    assert contract["layers"]["Conv"].keys() == {"float16"} and contract["layers"]["GridSample"].keys() == {"float"}
+    Runtime(folder).run()  # the graph beside it still runs
+    engines["sm89"].write_bytes(b"other")
+    with pytest.raises(CheckpointError, match=r"sm89\.engine is not the file"):
+        read_contract(folder)
+
+
+def test_engines_that_cannot_be_built(fp32_export, monkeypatch):
+    with pytest.raises(ConfigError, match="package 'onnx' is not known"):
+        build_engines(fp32_export, package="onnx")
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(ConfigError, match=r"tensorrt is not installed .* pip install tensorrt"):
+        build_engines(fp32_export, package="tensorrt")
+
+
+def test_latency_of_runtimes_that_take_turns(small_network, fp32_export):
+    measured = latency.measure(small_network, fp32_export, ["pytorch", "ort"], passes=3)
+    assert [len(told.passes) for told in measured.values()] == [3, 3]
+    rows = latency.table(measured).splitlines()
+    assert rows[2].startswith("| pytorch |") and rows[2].endswith("| 1.00 |") and rows[3].startswith("| ort | CPU |")
+    told = latency.as_dict(measured)["ort"]
+    assert told["p50"] == np.percentile(told["passes"], 50) > told["filling"] > 0
+    with pytest.raises(ConfigError, match="backend 'abacus' is not known"):
+        latency.measure(small_network, fp32_export, ["abacus"])
+
+
+@pytest.fixture
+def engine_folder(fp32_export, tmp_path, monkeypatch):
+    """An export with an engine, a graphics card that fits it and a TensorRT of its version, by way of stand-ins."""
+    folder = Path(shutil.copytree(fp32_export, tmp_path / "engine"))
+    write_engine(folder, (folder / "model.onnx").read_bytes())
+    cuda = HostCuda((8, 9))
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cuda)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", HostTensorRT(cuda, "1.7"))
+    return folder
+
+
+def write_engine(folder, content, **changed):
+    (folder / "model.sm89.engine").write_bytes(content)
+    contract = json.loads((folder / "contract.json").read_text())
+    engine = {"file": "model.sm89.engine", "gpu": "sm89", "package": "tensorrt-rtx", "package_version": "1.7"}
+    contract["engines"] = {"sm89": engine | changed}
+    contract["sha256"]["model.sm89.engine"] = hashlib.sha256(content).hexdigest()
+    (folder / "contract.json").write_text(json.dumps(contract))
+
+
+def test_an_engine_gets_every_buffer_where_it_belongs(engine_folder, small_town):
+    cuda = sys.modules["cuda.bindings.runtime"]
+    ours, theirs = Runtime(engine_folder, backend="tensorrt", min_score=0.02), Runtime(engine_folder, min_score=0.02)
+    assert ours.device == "sm89"
+    assert not ours.memory().any()
+    buffers = {name: array.ctypes.data for name, array in (ours.inputs | ours.outputs).items()}
+    made = {side: set(blocks) for side, blocks in cuda._memory.items()}
+    for k, (_, frame) in enumerate(drive(small_town)):
+        if k == 5:
+            break
+        images = frame.images[0].permute(0, 2, 3, 1).numpy()
+        rig = CameraRig(*(tensor[0].numpy() for tensor in frame.rig))
+        one, other = (runtime.step(images, rig, small_town.ego_pose(k), 0.5 * k) for runtime in (ours, theirs))
+        assert len(one.boxes.score) and np.array_equal(one.boxes.center, other.boxes.center)
+        assert np.array_equal(one.lines.points, other.lines.points)
+        assert ours.memory().any() and np.array_equal(ours.memory(), theirs.memory())
+    assert buffers == {name: array.ctypes.data for name, array in (ours.inputs | ours.outputs).items()}
+    assert made == {side: set(blocks) for side, blocks in cuda._memory.items()}  # nothing is made anew
+    last = ours.scene().lines.points
+    wanted = last.copy()
+    del ours
+    gc.collect()
+    assert not cuda._memory["device"]
+    assert np.array_equal(last, wanted) and cuda._memory["host"]  # still looked at
+    del last, one
+    gc.collect()
+    assert not cuda._memory["host"]
+
+
+def test_a_certificate_of_an_engine(engine_folder, small_network, small_town):
+    found = certify(small_network, engine_folder, small_town, backend="tensorrt")
+    assert found.failures == [] and "run by tensorrt" in found.markdown()
+    found.save(engine_folder)
+    assert json.loads((engine_folder / "certificate.tensorrt.json").read_text())["backend"] == "tensorrt"
+    measured = latency.measure(small_network, engine_folder, ["pytorch", "tensorrt"], passes=1)
+    assert measured["tensorrt"].device == "sm89"
+
+
+def test_engines_that_do_not_fit_are_refused(engine_folder, fp32_export, monkeypatch):
+    content = (engine_folder / "model.onnx").read_bytes()
+    write_engine(engine_folder, content, gpu="sm120")
+    with pytest.raises(ConfigError, match="holds engines for sm120; the GPU of this machine is sm89: build one for it"):
+        Runtime(engine_folder, backend="tensorrt")
+    write_engine(engine_folder, content, package_version="1.6")
+    with pytest.raises(ConfigError, match=r"was built with tensorrt-rtx 1\.6, here is 1\.7; build it again"):
+        Runtime(engine_folder, backend="tensorrt")
+    write_engine(engine_folder, b"rubbish")
+    with pytest.raises(ConfigError, match="does not take this engine here; build it again"):
+        Runtime(engine_folder, backend="tensorrt")
+    graph = onnx.load(engine_folder / "model.onnx")
+    next(x for x in graph.graph.output if x.name == "box_score").name = "score"
+    next(node for node in graph.graph.node if "box_score" in node.output).output[:] = ["score"]
+    write_engine(engine_folder, graph.SerializeToString())
+    with pytest.raises(
+        ConfigError, match=r"outputs box_score is None in the engine and \('float32', \(20,\)\) in the con"
+    ):
+        Runtime(engine_folder, backend="tensorrt")
+    with pytest.raises(ConfigError, match="holds no engine; build one with"):
+        Runtime(fp32_export, backend="tensorrt")
+    with pytest.raises(ConfigError, match="backend 'abacus' is not known; use onnxruntime or tensorrt"):
+        Runtime(fp32_export, backend="abacus")
+    monkeypatch.setattr(HostCuda, "cudaGetDevice", lambda self: (100, None))
+    with pytest.raises(ConfigError, match=r"cudaGetDevice failed \(no CUDA-capable device is detected\); this needs"):
+        Runtime(engine_folder, backend="tensorrt")
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
+    with pytest.raises(ConfigError, match=r"engines need CUDA's runtime for Python .* pip install cuda-bindings"):
+        Runtime(engine_folder, backend="tensorrt")
+
+
+def test_stand_ins_take_only_what_the_real_ones_take():
+    trt, cuda = pytest.importorskip("tensorrt_rtx"), pytest.importorskip("cuda.bindings.runtime")
+    pairs = [
+        (HostCuda, cuda),
+        (HostTensorRT, trt),
+        (HostRuntime, trt.Runtime),
+        (HostEngine, trt.ICudaEngine),
+        (HostContext, trt.IExecutionContext),
+    ]
+    for stand_in, real in pairs:
+        for name, value in vars(stand_in).items():
+            if not name.startswith("_"):
+                assert hasattr(real, name), (real, name)
+                if isinstance(value, SimpleNamespace):
+                    assert all(hasattr(getattr(real, name), field) for field in vars(value))
+    for name, function in vars(HostCuda).items():  # the real ones say in their first line what they take
+        if name.startswith("cuda") and callable(function):
+            taken = getattr(cuda, name).__doc__.splitlines()[0].split("(")[1].rstrip(")")
+            count = len([argument for argument in taken.split(",") if argument.strip()])
+            assert count == function.__code__.co_argcount - 1, name
