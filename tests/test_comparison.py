@@ -33,9 +33,9 @@ def test_a_gain_is_more_than_the_spread():
     row = told.table().splitlines()[3]
     assert row.startswith("| more | 0.345 ± 0.005* |") and row.endswith("| 0.527 ± 0.017 |")
     assert told.as_dict()["more"]["nds"]["gain"] == pytest.approx(0.035) and "cost" not in told.as_dict()["more"]
-    costs = {"plain": Cost(1_500_000, 12.34, 0.1), "more": Cost(2_000_000, 10.0, 0.05)}
-    row = dataclasses.replace(told, costs=costs).table().splitlines()[2]
-    assert row.startswith("| plain | 0.310 ± 0.010 |") and row.endswith("| 1.50 | 12.3 | 100 |")
+    costs = {"plain": Cost(1_500_000, 12.34, 0.1, 1.0), "more": Cost(2_000_000, 10.0, 0.05, 0.5)}
+    row = dataclasses.replace(told, costs=costs).table().splitlines()[3]
+    assert row.startswith("| more | 0.345 ± 0.005* |") and row.endswith("| 2.00 | 10.0 | 50 | 0.50 |")
 
 
 def test_costs_are_those_of_the_networks(tmp_path, town_root):
@@ -46,6 +46,8 @@ def test_costs_are_those_of_the_networks(tmp_path, town_root):
     network = build_network(wide.model)
     assert costs["wide"].parameters == sum(p.numel() for p in network.parameters()) > costs["small"].parameters
     assert costs["wide"].gflops > costs["small"].gflops > 0 and costs["small"].seconds > 0
+    assert costs["small"].share == 1
+    assert costs["wide"].share == pytest.approx(costs["wide"].seconds / costs["small"].seconds)  # of one pass
 
 
 def test_variants_are_trained_once(tmp_path, town_root):

@@ -29,11 +29,13 @@ class Cost:
         parameters: of the whole network.
         gflops: forward; products and sums counted apart.
         seconds: network and decoding, the median of passes that took turns with those of the others.
+        share: of what the first network took in the same turn, the median.
     """
 
     parameters: int
     gflops: float
     seconds: float
+    share: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Comparison:
 
     def table(self) -> str:
         """Means and spreads as Markdown; * marks what differs from the first row by more than chance."""
-        costs = ["M parameters", "GFLOP", "ms a frame"] if self.costs else []
+        costs = ["M parameters", "GFLOP", "ms a frame", "of the first"] if self.costs else []
         heads = ["variant", *HEADLINE, *costs]
         lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
         for number, name in enumerate(self.runs):
@@ -89,6 +91,7 @@ class Comparison:
             if self.costs:
                 cost = self.costs[name]
                 cells += [f"{cost.parameters / 1e6:.2f}", f"{cost.gflops:.1f}", f"{1e3 * cost.seconds:.0f}"]
+                cells.append(f"{cost.share:.2f}")
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         return "\n".join(lines)
 
@@ -122,7 +125,7 @@ def compare(
 
 
 @torch.inference_mode()
-def measure_costs(configs: Mapping[str, TrainConfig], passes: int = 20) -> dict[str, Cost]:
+def measure_costs(configs: Mapping[str, TrainConfig], passes: int = 60) -> dict[str, Cost]:
     """What one frame costs each network, on the GPU where there is one.
 
     Args:
@@ -148,11 +151,13 @@ def measure_costs(configs: Mapping[str, TrainConfig], passes: int = 20) -> dict[
             _wait(device)
             if number >= 2:
                 seconds[name].append(time.perf_counter() - start)
+    first = next(iter(seconds.values()))
     return {
         name: Cost(
             sum(p.numel() for p in network.parameters()),
             forward_gflops(network, frames[name]),
             statistics.median(seconds[name]),
+            statistics.median(own / other for own, other in zip(seconds[name], first, strict=True)),
         )
         for name, network in networks.items()
     }
