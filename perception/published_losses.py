@@ -19,7 +19,7 @@ from perception.models.bev_encoder import see_points
 from perception.models.bevformer import BEVFormer, RawBoxes
 from perception.models.maptr import MapTR, RawLines
 from perception.models.maptrv2 import LiftedLines, MapTRv2
-from perception.models.published_backbone import PAD_MULTIPLE
+from perception.models.published_backbone import padded_size
 from perception.types import Boxes, CameraRig, Frame, Polylines, Scene, map_tensors
 
 BOX_CODE_WEIGHTS = (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.2, 0.2)
@@ -198,13 +198,13 @@ def lifted_losses(network: MapTRv2, prediction: LiftedLines, truth: Scene, frame
     grid = BEVGrid((config.low[0], config.high[0]), (config.low[1], config.high[1]), (columns, rows))
     passed = draw_raster(lines, grid, config.classes).amax(1, keepdim=True).transpose(2, 3)  # [B, 1, rows, columns]
     losses["raster"] = network.head.loss_seg.loss_fn(prediction.raster_logits, passed)
-    H, W = (side + -side % PAD_MULTIPLE for side in frame.images.shape[-2:])
-    shown = draw_lines_in_images(truth.lines, rig, (H, W), prediction.image_logits.shape[-2:])
+    image_size = padded_size(frame.images)
+    shown = draw_lines_in_images(truth.lines, rig, image_size, prediction.image_logits.shape[-2:])
     told = rig.present[..., None, None, None].expand_as(shown)
     image_loss = network.head.loss_pv_seg.loss_fn(prediction.image_logits[told], shown[told])
     losses["image_raster"] = LIFTED_LOSS_WEIGHTS["image_raster"] * image_loss
 
-    depth, _ = draw_boxes(truth.boxes, rig, (H, W), prediction.depth_logits.shape[-2:])  # [B, N, h, w]
+    depth, _ = draw_boxes(truth.boxes, rig, image_size, prediction.depth_logits.shape[-2:])  # [B, N, h, w]
     first, end, step = config.depths
     near = (depth >= first) & (depth < end) & rig.present[..., None, None]
     b, n, v, u = near.nonzero(as_tuple=True)

@@ -291,7 +291,7 @@ def test_images_are_fitted_as_in_training():
         assert (img_from_raw.double().numpy() @ matrix) == pytest.approx(wanted_matrix, abs=1e-4)
 
 
-def test_what_cannot_be_exported(small_network, fp32_export, small_town, tmp_path):
+def test_what_cannot_be_exported(small_network, small_graph, fp32_export, small_town, tmp_path):
     with pytest.raises(ConfigError, match="precision 'int4' is not known"):
         export_onnx(small_network, tmp_path, precision="int4")
     small = {"image_size": (64, 96), "backbone": FPNConfig(stages=2), "channels": 16, "heads": 2, "bev": (4, 4)}
@@ -303,3 +303,5 @@ def test_what_cannot_be_exported(small_network, fp32_export, small_town, tmp_pat
     few.__class__ = type("Few", (NuScenesDataset,), {"__len__": lambda self: 7})
     with pytest.raises(DataError, match="has 7 frames of 2 scenes; a certificate needs 40 of 2"):
         certify(small_network, fp32_export, few)
+    with pytest.raises(DataError, match="ranges of eight bits has 7 frames; it needs 22"):
+        export_onnx(small_network, tmp_path, raw_size=RAW, precision="int8", calibration=few, graph=small_graph)

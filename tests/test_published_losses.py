@@ -12,7 +12,7 @@ from torch import nn
 
 from perception.data.loader import collate
 from perception.data.nuscenes import NuScenesDataset
-from perception.engine import TrainingModel, load_config, train
+from perception.engine import TrainingModel, dry_run, load_config, train
 from perception.engine.training import build_optimizer, make_core
 from perception.errors import ConfigError
 from perception.models.bevformer import BEVFormerConfig, RawBoxes, decode_boxes
@@ -228,6 +228,7 @@ train = dict(
     changed = {name for name, tensor in trained.state_dict().items() if not torch.equal(tensor, start[name])}
     assert any(name.startswith("head.transformer.decoder") for name in changed)
     assert not any(name.startswith("image_encoder.encoder.trunk.stem") for name in changed)
+    assert sum(dry_run(config).parameters.values()) == sum(p.numel() for p in trained.parameters())
     model = TrainingModel(trained)
     groups = build_optimizer(model, config.train).param_groups
     assert {group["lr"] for group in groups} == {1e-3, 5e-4}

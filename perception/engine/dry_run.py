@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import resource
 import tempfile
@@ -128,6 +129,8 @@ def dry_run(config: TrainConfig, *, seed: int = 0, amp: bool = False) -> DryRun:
 
 def forward_gflops(core: Network, frame: Frame) -> float:
     """Floating-point operations of one pass over a frame [1, ...], products and sums counted apart."""
+    # The counter follows every module input that asks for a gradient, and finds no graph to follow it in.
+    core = copy.deepcopy(core).requires_grad_(False)
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         core(frame, core.initial_state(1))
     return counter.get_total_flops() / 1e9

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from perception.data.nuscenes import NuScenesDataset
+from perception.errors import DataError
 from perception.export.drive import aligned, drive, moment_inputs
 from perception.export.half import WEIGHTED
 from perception.export.runtime import session_options
@@ -188,13 +189,20 @@ def record(model, dataset: NuScenesDataset) -> list[Moment]:
 
     Returns:
         RANGES_FROM moments spread evenly, then JUDGED_ON that follow one another: the last of the drive.
+
+    Raises:
+        DataError: the dataset is too short for that.
     """
+    if len(dataset) < RANGES_FROM + JUDGED_ON:
+        raise DataError(
+            f"the dataset for the ranges of eight bits has {len(dataset)} frames; it needs {RANGES_FROM + JUDGED_ON}"
+        )
     import onnxruntime
 
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     shapes = {x.name: x.shape for x in session.get_inputs()}
     memory = {"memory": np.zeros(shapes["memory"], np.float32)} if "memory" in shapes else {}
-    last = range(max(len(dataset) - JUDGED_ON, 1), len(dataset))
+    last = range(len(dataset) - JUDGED_ON, len(dataset))
     chosen = {*np.linspace(0, last[0] - 1, RANGES_FROM).round().astype(int).tolist(), *last}
     moments = []
     for number, (_, frame) in enumerate(drive(dataset)):

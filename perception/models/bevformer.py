@@ -25,8 +25,8 @@ from perception.models.map_encoder import (
     rig_from_lidar,
     start_matrices,
 )
-from perception.models.published_backbone import PAD_MULTIPLE, PublishedBackboneConfig, build_image_encoder
-from perception.ops.deformable import inverse_sigmoid
+from perception.models.published_backbone import PublishedBackboneConfig, build_image_encoder, padded_size
+from perception.ops.deformable import refined
 from perception.types import BOX_CLASSES, Boxes, Frame, Polylines, Scene, State
 
 
@@ -102,7 +102,6 @@ class BEVFormerHead(nn.Module):
             is_first,
         )  # fmt: skip
         position, query = (x.expand(len(bev), -1, -1) for x in self.query_embedding.weight.chunk(2, -1))
-        # In float32 whatever the network runs in: half the digits would be decimetres, and the way back from 1 steep.
         reference = self.transformer.reference_points(position).float().sigmoid()  # [B, Q, 3]
         low, high = (reference.new_tensor(x) for x in (config.low, config.high))
         all_logits, all_params = [], []
@@ -111,9 +110,7 @@ class BEVFormerHead(nn.Module):
         ):
             query = layer(query, position, bev, reference[..., :2], config.bev)
             change = regress(query).float()
-            start = inverse_sigmoid(reference)
-            center = torch.stack([change[..., 0], change[..., 1], change[..., 4]], -1) + start
-            center = center.sigmoid()
+            center = refined(reference, change[..., [0, 1, 4]])
             metres = low + center * (high - low)
             all_logits.append(classify(query))
             all_params.append(torch.cat([metres[..., :2], change[..., 2:4], metres[..., 2:], change[..., 5:]], -1))
@@ -155,12 +152,12 @@ class BEVFormer(nn.Module):
         Returns:
             Logits and parameters of all layers as `BEVFormerHead` gives them, and the memory for the next call.
         """
-        H, W = (side + -side % PAD_MULTIPLE for side in frame.images.shape[-2:])
+        image_size = padded_size(frame.images)
         features = self.image_encoder(frame.images)
         img_from_lidar = rig_from_lidar(frame, self.ego_from_lidar)
         bus = can_bus(frame)
         previous = state.bev.flatten(2).transpose(1, 2)
-        logits, params, bev = self.head(features, img_from_lidar, bus, (H, W), previous, frame.is_first)
+        logits, params, bev = self.head(features, img_from_lidar, bus, image_size, previous, frame.is_first)
         return RawBoxes(logits, params), State(bev.transpose(1, 2).unflatten(2, self.config.bev))
 
     def decode(self, prediction: RawBoxes) -> Scene:

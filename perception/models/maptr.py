@@ -24,8 +24,8 @@ from perception.models.map_encoder import (
     rig_from_lidar,
     start_matrices,
 )
-from perception.models.published_backbone import PAD_MULTIPLE, build_image_encoder
-from perception.ops.deformable import inverse_sigmoid
+from perception.models.published_backbone import build_image_encoder, padded_size
+from perception.ops.deformable import refined
 from perception.types import LINE_CLASSES, Boxes, Frame, Polylines, Scene, State
 
 
@@ -89,14 +89,13 @@ class MapTRHead(nn.Module):
         shape = (config.lines, config.line_points)
         embedding = (self.instance_embedding.weight[:, None] + self.pts_embedding.weight).flatten(0, 1)
         position, query = (x.expand(len(bev), -1, -1) for x in embedding.chunk(2, -1))  # [B, Q * P, C]
-        # In float32 whatever the network runs in: half the digits would be decimetres, and the way back from 1 steep.
         reference = self.transformer.reference_points(position).float().sigmoid()
         all_logits, all_points = [], []
         for layer, classify, regress in zip(
             self.transformer.decoder.layers, self.cls_branches, self.reg_branches, strict=True
         ):
             query = layer(query, position, bev, reference, config.bev)
-            points = (regress(query).float() + inverse_sigmoid(reference)).sigmoid()
+            points = refined(reference, regress(query))
             all_logits.append(classify(query.unflatten(1, shape).mean(2)))
             all_points.append(points.unflatten(1, shape))
             reference = points.detach()
@@ -134,10 +133,10 @@ class MapTR(nn.Module):
         Returns:
             Logits and points of all layers as `MapTRHead` gives them, and the state.
         """
-        H, W = (side + -side % PAD_MULTIPLE for side in frame.images.shape[-2:])
+        image_size = padded_size(frame.images)
         bus = can_bus(frame._replace(is_first=torch.ones_like(frame.is_first)))
         features = self.image_encoder(frame.images)
-        logits, points, _ = self.head(features, rig_from_lidar(frame, self.ego_from_lidar), bus, (H, W))
+        logits, points, _ = self.head(features, rig_from_lidar(frame, self.ego_from_lidar), bus, image_size)
         return RawLines(logits, points), state
 
     def decode(self, prediction: RawLines) -> Scene:

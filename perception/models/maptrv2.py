@@ -30,8 +30,8 @@ from perception.models.map_encoder import (
     start_matrices,
 )
 from perception.models.maptr import MapTRConfig, decode_lines
-from perception.models.published_backbone import PAD_MULTIPLE, build_image_encoder
-from perception.ops.deformable import inverse_sigmoid
+from perception.models.published_backbone import build_image_encoder, padded_size
+from perception.ops.deformable import refined
 from perception.types import LINE_CLASSES, CameraRig, Frame, Scene, State
 
 
@@ -329,14 +329,13 @@ class MapTRv2Head(nn.Module):
         position, query = (x.expand(len(bev), -1, -1, -1) for x in embedding.chunk(2, -1))
         further = torch.arange(lines, device=bev.device) >= config.lines
         apart = further[:, None] != further if self.training else None
-        # In float32 whatever the network runs in: half the digits would be decimetres, and the way back from 1 steep.
         reference = self.transformer.reference_points(position).float().sigmoid()  # [B, Q, P, 2]
         all_logits, all_points = [], []
         for layer, classify, regress in zip(
             self.transformer.decoder.layers, self.cls_branches, self.reg_branches, strict=True
         ):
             query = layer(query, position, bev, reference, config.bev, apart)
-            points = (regress(query).float() + inverse_sigmoid(reference)).sigmoid()
+            points = refined(reference, regress(query))
             all_logits.append(classify(query.mean(2)))
             all_points.append(points)
             reference = points.detach()
@@ -373,9 +372,9 @@ class MapTRv2(nn.Module):
         Returns:
             What `MapTRv2Head` returns, and the state.
         """
-        H, W = (side + -side % PAD_MULTIPLE for side in frame.images.shape[-2:])
+        image_size = padded_size(frame.images)
         features = self.image_encoder(frame.images)[-1]
-        return self.head(features, frame.rig, self.ego_from_lidar, (H, W)), state
+        return self.head(features, frame.rig, self.ego_from_lidar, image_size), state
 
     def decode(self, prediction: LiftedLines) -> Scene:
         """The best lines in the ego frame, best first; there are no boxes."""

@@ -20,6 +20,17 @@ PAD_MULTIPLE = 32  # pixels; images are filled up to it below and at the right
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
 
+def padded_size(images: Tensor) -> tuple[int, int]:
+    """Height and width of images [..., H, W] once they are filled up for the trunk."""
+    H, W = (side + -side % PAD_MULTIPLE for side in images.shape[-2:])
+    return H, W
+
+
+def _padded(images: Tensor) -> Tensor:
+    (H, W), (wanted_h, wanted_w) = images.shape[-2:], padded_size(images)
+    return F.pad(images, (0, wanted_w - W, 0, wanted_h - H))
+
+
 @dataclass(frozen=True)
 class PublishedBackboneConfig:
     """What decides an image encoder's shape.
@@ -224,8 +235,7 @@ class PublishedImageEncoder(nn.Module):
         B, N = images.shape[:2]
         x = images.flatten(0, 1).float()
         x = ((x.flip(1) if self.config.caffe else x) - self.mean) / self.std  # Caffe's weights want BGR
-        H, W = x.shape[-2:]
-        maps = self.trunk(F.pad(x, (0, -W % PAD_MULTIPLE, 0, -H % PAD_MULTIPLE)))
+        maps = self.trunk(_padded(x))
         return [x.unflatten(0, (B, N)) for x in self.neck([maps[stage] for stage in self.config.outputs])]
 
 
@@ -243,9 +253,7 @@ class SingleMapEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Images [B, N, 3, H, W], RGB 0..255, to one level [B, N, C, h, w] of the padded images."""
-        H, W = images.shape[-2:]
-        padded = F.pad(images.flatten(0, 1), (0, -W % PAD_MULTIPLE, 0, -H % PAD_MULTIPLE))
-        return [self.encoder(padded).unflatten(0, images.shape[:2])]
+        return [self.encoder(_padded(images.flatten(0, 1))).unflatten(0, images.shape[:2])]
 
 
 def build_image_encoder(

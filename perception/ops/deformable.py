@@ -40,3 +40,12 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
     """The logit of probabilities, kept finite as the published code does."""
     x = x.clamp(0, 1)
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+
+
+def refined(places: Tensor, change: Tensor) -> Tensor:
+    """Places in 0..1 after a decoder layer has changed their logits.
+
+    In float32 whatever the network runs in: bfloat16 would round them to decimetres, and the gradient at a place that
+    is rounded to one would be huge.
+    """
+    return (change.float() + inverse_sigmoid(places)).sigmoid()
