@@ -1,6 +1,7 @@
-"""What needs a GPU: the same answers as on the CPU, training in bfloat16, memory that does not grow."""
+"""What needs a GPU: the same answers as on the CPU, training in bfloat16, memory that does not grow, engines."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,10 @@ from perception.data.loader import TrainSampler, collate
 from perception.data.nuscenes import NuScenesDataset
 from perception.engine import TrainingModel, load_config, train
 from perception.evaluation.streaming import predict_stream
+from perception.export import latency
+from perception.export.engine_session import Cuda
+from perception.export.parity import certify
+from perception.export.tensorrt import build_engines
 from perception.models.checkpoint import load_checkpoint
 from perception.predictor import shipped_weights
 from perception.synthetic import VERSION
@@ -115,3 +120,16 @@ def test_a_moment_is_captured_as_a_graph(network, dataset):
         sure = expected.boxes.score > 0.05
         torch.testing.assert_close(scene.boxes.center[sure], expected.boxes.center[sure], rtol=1e-3, atol=1e-2)
         torch.testing.assert_close(scene.boxes.score, expected.boxes.score, rtol=1e-3, atol=1e-3)
+
+
+def test_an_engine_passes_the_gate_of_the_graph(exports, small_network, small_town, tmp_path):
+    trt = pytest.importorskip("tensorrt_rtx")
+    target = Cuda().target()
+    if not hasattr(trt.ComputeCapability, target.upper()):
+        pytest.skip(f"TensorRT-RTX has no engines for {target}")
+    folder = shutil.copytree(exports("fp32"), tmp_path / "engine")
+    build_engines(folder, targets=[target])
+    found = certify(small_network, folder, small_town, backend="tensorrt")
+    assert found.failures == []
+    measured = latency.measure(small_network, folder, ["pytorch", "tensorrt"], passes=10)
+    assert measured["tensorrt"].device == target
