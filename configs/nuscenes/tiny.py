@@ -3,7 +3,7 @@
     torchrun --nproc_per_node 8 scripts/train.py configs/nuscenes/tiny.py --work-dir out/tiny --amp --launcher pytorch
     python scripts/evaluate.py configs/nuscenes/tiny.py out/tiny/tiny.safetensors --json out/tiny/evaluation.json
 
-Cost: not measured. Result: not measured.
+Cost: docs/training.md. Result: not measured.
 """
 
 _base_ = ["../_base_/nuscenes.py", "../_base_/schedule.py"]
