@@ -13,5 +13,5 @@ _base_ = ["compare_flagship.py"]
 model = dict(
     _delete_=True, preset="maptr_tiny_r50_24e_bevformer", image_size=(128, 224),
     backbone=dict(name="resnet18", stages=3, stride=8),
-    bev=(128, 64), channels=64, feed_forward=128, heads=4, encoder_layers=1, decoder_layers=3, lines=40, max_lines=40,
+    bev=(136, 68), channels=64, feed_forward=128, heads=4, encoder_layers=1, decoder_layers=3, lines=40, max_lines=40,
 )  # fmt: skip
