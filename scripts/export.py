@@ -48,10 +48,10 @@ def main() -> None:
     from perception.data.nuscenes import NuScenesDataset
     from perception.errors import ConfigError
     from perception.export.contract import read_contract
-    from perception.export.engine_session import find_engine
+    from perception.export.engine_session import Cuda, find_engine, import_tensorrt
     from perception.export.onnx import export_onnx
     from perception.export.parity import LEAST_FRAMES, LEAST_SCENES, certify
-    from perception.export.tensorrt import build_engines
+    from perception.export.tensorrt import CURRENT, build_engines
     from perception.models.checkpoint import load_checkpoint
     from perception.predictor import weights_file
     from perception.synthetic import VERSION, simulate
@@ -69,6 +69,11 @@ def main() -> None:
     for_cpu = arguments.target == "cpu"
     if for_cpu and arguments.format != "onnx":
         raise ConfigError(f"--format {arguments.format} builds for GPUs; leave it out with --target cpu")
+    targets = arguments.target.split(",")
+    if arguments.format != "onnx":  # what is missing is told before the long work
+        import_tensorrt(arguments.format)
+        if CURRENT in targets:
+            Cuda().target()
     size = raw_size or network.config.image_size
     with tempfile.TemporaryDirectory(prefix="perception-export-") as folder:
 
@@ -90,7 +95,7 @@ def main() -> None:
             for_cpu=for_cpu, calibration=calibration,
         )  # fmt: skip
         if arguments.format != "onnx":
-            engines = build_engines(arguments.out, package=arguments.format, targets=arguments.target.split(","))
+            engines = build_engines(arguments.out, package=arguments.format, targets=targets)
             for target, path in engines.items():
                 print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB for {target}")
         certificates = [certify(network, arguments.out, judge, drift_frames=arguments.drift, progress=True)]

@@ -35,6 +35,7 @@ def session_options(precision: str):
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors: it warns of every half that a CPU has no kernel for
     if precision == "fp8":
         # ONNX Runtime 1.32 treats marks of 8-bit floats as if they were bytes from zero up: the further optimisations
         # take a ReLU before them away, and the basic ones change the answers where halves are around them.
