@@ -48,10 +48,10 @@ def main() -> None:
     from perception.data.nuscenes import NuScenesDataset
     from perception.errors import ConfigError
     from perception.export.contract import read_contract
-    from perception.export.engine_session import Cuda, find_engine, import_tensorrt
+    from perception.export.engine_session import find_engine
     from perception.export.onnx import export_onnx
     from perception.export.parity import LEAST_FRAMES, LEAST_SCENES, certify
-    from perception.export.tensorrt import CURRENT, build_engines
+    from perception.export.tensorrt import build_engines, gpus_of
     from perception.models.checkpoint import load_checkpoint
     from perception.predictor import weights_file
     from perception.synthetic import VERSION, simulate
@@ -70,10 +70,8 @@ def main() -> None:
     if for_cpu and arguments.format != "onnx":
         raise ConfigError(f"--format {arguments.format} builds for GPUs; leave it out with --target cpu")
     targets = arguments.target.split(",")
-    if arguments.format != "onnx":  # what is missing is told before the long work
-        import_tensorrt(arguments.format)
-        if CURRENT in targets:
-            Cuda().target()
+    if arguments.format != "onnx":
+        gpus_of(arguments.format, targets)  # what is missing is told before the long work
     size = raw_size or network.config.image_size
     with tempfile.TemporaryDirectory(prefix="perception-export-") as folder:
 

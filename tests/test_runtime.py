@@ -26,17 +26,20 @@ from perception.predictor import Predictor
 from perception.types import CameraRig, map_tensors
 
 
+def five_steps(town):
+    """What the first five moments of a drive hand to `step`; in one of them a camera is missing."""
+    for k, (_, frame) in zip(range(5), drive(town), strict=False):
+        rig = CameraRig(*(tensor[0].numpy() for tensor in frame.rig))
+        images = frame.images[0].permute(0, 2, 3, 1).numpy()
+        given = [image if there else None for image, there in zip(images, rig.present, strict=True)]
+        yield given, rig, town.ego_pose(k), k * 0.5
+
+
 def test_step_is_what_the_predictor_says(small_network, fp32_export, small_town):
     predictor, runtime = Predictor(small_network), Runtime(fp32_export, min_score=0.02)
     predictor.min_score = 0.02
-    for k, (_, frame) in enumerate(drive(small_town)):
-        if k == 5:
-            break
-        images = frame.images[0].permute(0, 2, 3, 1).numpy()
-        rig = CameraRig(*(tensor[0].numpy() for tensor in frame.rig))
-        given = [image if there else None for image, there in zip(images, rig.present, strict=True)]
-        one = predictor.step(given, rig, small_town.ego_pose(k), k * 0.5)
-        other = runtime.step(given, rig, small_town.ego_pose(k), k * 0.5)
+    for moment in five_steps(small_town):
+        one, other = predictor.step(*moment), runtime.step(*moment)
         assert len(one.boxes.score) == len(other.boxes.score) > 0
         assert other.boxes.score == pytest.approx(one.boxes.score.numpy(), abs=1e-4)
         assert other.lines.points == pytest.approx(one.lines.points.numpy(), abs=1e-3)
@@ -149,12 +152,8 @@ def test_an_engine_gets_every_buffer_where_it_belongs(engine_folder, small_town)
     assert not ours.memory().any()
     buffers = {name: array.ctypes.data for name, array in (ours.inputs | ours.outputs).items()}
     made = {side: set(blocks) for side, blocks in cuda._memory.items()}
-    for k, (_, frame) in enumerate(drive(small_town)):
-        if k == 5:
-            break
-        images = frame.images[0].permute(0, 2, 3, 1).numpy()
-        rig = CameraRig(*(tensor[0].numpy() for tensor in frame.rig))
-        one, other = (runtime.step(images, rig, small_town.ego_pose(k), 0.5 * k) for runtime in (ours, theirs))
+    for moment in five_steps(small_town):
+        one, other = (runtime.step(*moment) for runtime in (ours, theirs))
         assert len(one.boxes.score) and np.array_equal(one.boxes.center, other.boxes.center)
         assert np.array_equal(one.lines.points, other.lines.points)
         assert ours.memory().any() and np.array_equal(ours.memory(), theirs.memory())

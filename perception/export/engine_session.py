@@ -113,7 +113,7 @@ class EngineSession:
         self._cuda = cuda = Cuda()
         self._allocated: list[tuple[str, object]] = []
         # Whoever forgets the session gets the memory of the GPU back.
-        self._free = weakref.finalize(self, _release, cuda, self._allocated)
+        weakref.finalize(self, _release, cuda, self._allocated)
         self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))  # must outlive the engine
         self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:

@@ -41,11 +41,11 @@ def build_engines(
     """
     folder = Path(folder)
     contract = read_contract(folder)
+    gpus = gpus_of(package, targets)
     trt = import_tensorrt(package)
     logger = trt.Logger(trt.Logger.ERROR)
     engines = {}
-    for target in targets:
-        gpu = Cuda().target() if target == CURRENT else target
+    for target, gpu in gpus.items():
         builder = trt.Builder(logger)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, logger)
@@ -54,7 +54,9 @@ def build_engines(
             raise ConfigError(f"{package} does not take {folder / MODEL}: {reason}")
         config = builder.create_builder_config()
         config.clear_flag(trt.BuilderFlag.TF32)  # geometry in float32 means all of its digits
-        _aim(trt, package, config, target)
+        if target != CURRENT:
+            config.num_compute_capabilities = 1
+            config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), 0)
         cache = folder / "timing.cache" if package == "tensorrt" else None  # TensorRT-RTX times nothing
         if cache:
             timings = config.create_timing_cache(cache.read_bytes() if cache.is_file() else b"")
@@ -78,14 +80,25 @@ def build_engines(
     return engines
 
 
-def _aim(trt, package: str, config, target: str) -> None:
-    """Tells a build what it is for."""
-    if target == CURRENT:
-        return
-    if package != "tensorrt-rtx":
-        raise ConfigError(f"target {target!r}: {package} builds for the GPU of this machine only; use {CURRENT!r}")
-    known = [name.lower() for name in dir(trt.ComputeCapability) if name.startswith("SM")]
-    if target not in known:
-        raise ConfigError(f"target {target!r} is not known to {package}; it builds for {', '.join(known)}")
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), 0)
+def gpus_of(package: str, targets: Sequence[str]) -> dict[str, str]:
+    """The compute capability that each target means, such as "sm89"; asked before long work, it says what is missing.
+
+    Args:
+        package, targets: as for `build_engines`.
+
+    Raises:
+        ConfigError: the package is not installed or does not know a target, or there is no GPU to be the current one.
+    """
+    trt = import_tensorrt(package)
+    gpus = {}
+    for target in targets:
+        if target == CURRENT:
+            gpus[target] = Cuda().target()
+            continue
+        if package != "tensorrt-rtx":
+            raise ConfigError(f"target {target!r}: {package} builds for the GPU of this machine only; use {CURRENT!r}")
+        known = [name.lower() for name in dir(trt.ComputeCapability) if name.startswith("SM")]
+        if target not in known:
+            raise ConfigError(f"target {target!r} is not known to {package}; it builds for {', '.join(known)}")
+        gpus[target] = target
+    return gpus
