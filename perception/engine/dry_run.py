@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import resource
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -110,11 +110,7 @@ def dry_run(config: TrainConfig, *, seed: int = 0, amp: bool = False) -> DryRun:
             optimizer.step()
             optimizer.zero_grad()
             seconds = _now(device) - start
-        peak = (
-            torch.cuda.max_memory_allocated(device)
-            if device.type == "cuda"
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        )
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _highest_resident()
         frame = map_tensors(lambda tensor: tensor[:1, 0], clip.frames)
     return DryRun(
         parameters={name: sum(p.numel() for p in part.parameters()) for name, part in core.named_children()},
@@ -154,3 +150,9 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def _highest_resident() -> int:
+    """Bytes. What getrusage() tells is at least what the process that started this one had needed until then."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
