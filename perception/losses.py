@@ -32,7 +32,6 @@ from perception.types import (
     Polylines,
     Prediction,
     Scene,
-    map_tensors,
 )
 
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0  # https://arxiv.org/abs/1708.02002
@@ -69,24 +68,9 @@ def set_losses(prediction: Prediction, truth: Scene, frame: Frame, grid: BEVGrid
         Scalars by name; their sum is what to minimise. Nothing is hidden: a NaN in the prediction or the truth of a
         matched object is a NaN here, except velocities, whose truth is NaN where it is not known.
     """
-    L = prediction.box_logits.shape[0]
     boxes = _inside(truth.boxes, grid)
-    # All layers in one go, as a batch L times as large: a GPU is kept waiting by many small calls.
-    copies = map_tensors(lambda tensor: tensor.repeat(L, *[1] * (tensor.ndim - 1)), Scene(boxes, truth.lines))
-    sums = box_losses(
-        prediction.box_logits.flatten(0, 1),
-        prediction.box_params.flatten(0, 1),
-        prediction.box_log_spread.flatten(0, 1),
-        copies.boxes,
-        L,
-    )
-    sums |= line_losses(
-        prediction.line_logits.flatten(0, 1),
-        prediction.line_points.flatten(0, 1),
-        prediction.line_log_spread.flatten(0, 1),
-        copies.lines,
-        L,
-    )
+    sums = box_losses(prediction.box_logits, prediction.box_params, prediction.box_log_spread, boxes)
+    sums |= line_losses(prediction.line_logits, prediction.line_points, prediction.line_log_spread, truth.lines)
     sums["heatmap"] = heatmap_loss(prediction.heatmap_logits, boxes, grid)
     sums["raster"] = raster_loss(prediction.raster_logits, truth.lines, grid)
     sums = {name: LOSS_WEIGHTS[name] * loss for name, loss in sums.items()}
@@ -108,28 +92,25 @@ def encode_boxes(boxes: Boxes) -> Tensor:
     return torch.cat([boxes.center, boxes.size.clamp(min=1e-2).log(), turn, boxes.velocity], -1)
 
 
-def box_losses(logits: Tensor, params: Tensor, log_spread: Tensor, boxes: Boxes, layers: int) -> dict[str, Tensor]:
+def box_losses(logits: Tensor, params: Tensor, log_spread: Tensor, boxes: Boxes) -> dict[str, Tensor]:
     """Focal loss of the classes, L1 of the parameters and likelihood of the errors of matched boxes.
 
     Args:
-        logits: [B, Q, K]; params: [B, Q, 10]; log_spread: [B, Q, 9].
+        logits: [L, B, Q, K]; params: [L, B, Q, 10]; log_spread: [L, B, Q, 9].
         boxes: the truth [B, M].
-        layers: how many answers to the same truth the batch holds.
     """
     targets = encode_boxes(boxes)
     weights = params.new_tensor(BOX_WEIGHTS)
     with torch.no_grad():
         # Neither yaw nor velocity decides who is who: not all classes have the one, and the other may be unknown.
-        distance = (params[:, :, None, :6] - targets[:, None, :, :6]).abs()  # [B, Q, M, 6]
+        distance = (params[..., None, :6] - targets[:, None, :, :6]).abs()  # [L, B, Q, M, 6]
         cost = LOSS_WEIGHTS["box_class"] * focal_cost(logits, boxes.label)
         cost = cost + LOSS_WEIGHTS["box_params"] * (distance * weights[:6]).sum(-1)
-        match = hungarian(cost, boxes.valid)
-    count = max(len(match.query), layers)  # at least one of each layer
+        answer, asked = match_layers(cost, boxes.valid)
+    label, target, found = boxes.label[asked], targets[asked], params[answer]
+    count = max(len(label), len(logits))  # at least one of each layer
     wanted = torch.zeros_like(logits)
-    wanted[match.batch, match.query, boxes.label[match.batch, match.target]] = 1.0
-    target = targets[match.batch, match.target]
-    found = params[match.batch, match.query]
-    label = boxes.label[match.batch, match.target]
+    wanted[(*answer, label)] = 1.0
     target = torch.cat([target[:, :6], nearest_turn(found[:, 6:8], target[:, 6:8], label), target[:, 8:]], 1)
     known = ~target.isnan()
     difference = torch.where(known, found - target.nan_to_num(), 0.0).abs()
@@ -137,7 +118,7 @@ def box_losses(logits: Tensor, params: Tensor, log_spread: Tensor, boxes: Boxes,
     weights[label == ROUND, 6:8] = 0.0
     yaw_error = torch.atan2(found[:, 6], found[:, 7]) - torch.atan2(target[:, 6], target[:, 7])
     error = torch.cat([difference[:, :6], wrap_angle(yaw_error)[:, None].abs(), difference[:, 8:]], 1)  # [pairs, 9]
-    likelihood = laplace_loss(log_spread[match.batch, match.query], error) * torch.cat([known[:, :7], known[:, 8:]], 1)
+    likelihood = laplace_loss(log_spread[answer], error) * torch.cat([known[:, :7], known[:, 8:]], 1)
     return {
         "box_class": focal_loss(logits, wanted).sum() / count,
         "box_params": (difference * weights).sum() / count,
@@ -207,36 +188,33 @@ def line_orderings(lines: Polylines) -> tuple[Tensor, Tensor]:
     return torch.where(closed[..., None, None], rings, open_lines), closed | exists
 
 
-def line_losses(logits: Tensor, points: Tensor, log_spread: Tensor, lines: Polylines, layers: int) -> dict[str, Tensor]:
+def line_losses(logits: Tensor, points: Tensor, log_spread: Tensor, lines: Polylines) -> dict[str, Tensor]:
     """Focal loss of the classes, L1 and likelihood of the points and cosine of the edges of matched lines.
 
     Args:
-        logits: [B, Q, K]; points: [B, Q, P, 2] metres; log_spread: [B, Q, P, 2].
+        logits: [L, B, Q, K]; points: [L, B, Q, P, 2] metres; log_spread: [L, B, Q, P, 2].
         lines: the truth [B, M].
-        layers: how many answers to the same truth the batch holds.
     """
-    P = points.shape[2]
+    P = points.shape[3]
     orderings, exists = line_orderings(lines)
     with torch.no_grad():
         M, O = exists.shape[1:]
-        distance = torch.cdist(points.float().flatten(2), orderings.flatten(3).flatten(1, 2), p=1)  # [B, Q, M * O]
-        distance = distance.unflatten(2, (M, O)) / P  # mean L1 distance of a point, metres
-        distance, ordering = distance.masked_fill(~exists[:, None], math.inf).min(-1)  # [B, Q, M]
+        distance = torch.cdist(points.float().flatten(3), orderings.flatten(3).flatten(1, 2), p=1)  # [L, B, Q, M * O]
+        distance = distance.unflatten(3, (M, O)) / P  # mean L1 distance of a point, metres
+        distance, ordering = distance.masked_fill(~exists[:, None], math.inf).min(-1)  # [L, B, Q, M]
         cost = LOSS_WEIGHTS["line_class"] * focal_cost(logits, lines.label) + LOSS_WEIGHTS["line_points"] * distance
-        match = hungarian(cost, lines.valid)
-    count = max(len(match.query), layers)  # at least one of each layer
+        answer, asked = match_layers(cost, lines.valid)
+    label, found = lines.label[asked], points[answer]
+    target = orderings[(*asked, ordering[(*answer, asked[1])])]  # [pairs, P, 2]
+    count = max(len(label), len(logits))  # at least one of each layer
     wanted = torch.zeros_like(logits)
-    wanted[match.batch, match.query, lines.label[match.batch, match.target]] = 1.0
-    best = ordering[match.batch, match.query, match.target]
-    target = orderings[match.batch, match.target, best]  # [pairs, P, 2]
-    found = points[match.batch, match.query]
+    wanted[(*answer, label)] = 1.0
     cosine = F.cosine_similarity(found.diff(dim=1), target.diff(dim=1), dim=-1, eps=1e-3)
     return {
         "line_class": focal_loss(logits, wanted).sum() / count,
         "line_points": (found - target).abs().sum(-1).mean(-1).sum() / count,
         "line_direction": (1 - cosine).mean(-1).sum() / count,
-        "line_spread": laplace_loss(log_spread[match.batch, match.query], (found - target).abs()).mean((1, 2)).sum()
-        / count,
+        "line_spread": laplace_loss(log_spread[answer], (found - target).abs()).mean((1, 2)).sum() / count,
     }
 
 
@@ -388,10 +366,34 @@ def laplace_loss(log_spread: Tensor, error: Tensor) -> Tensor:
 
 
 def focal_cost(logits: Tensor, label: Tensor) -> Tensor:
-    """What calling query q by the class of object m would cost more than calling it background: [B, Q, M]."""
+    """What calling query q by the class of object m would cost more than calling it background.
+
+    Args:
+        logits: [..., B, Q, K].
+        label: [B, M].
+
+    Returns:
+        [..., B, Q, M].
+    """
     one, zero = torch.ones_like(logits), torch.zeros_like(logits)
-    gain = focal_loss(logits, one) - focal_loss(logits, zero)  # [B, Q, K]
-    return gain.gather(2, label[:, None].expand(-1, logits.shape[1], -1))
+    gain = focal_loss(logits, one) - focal_loss(logits, zero)  # [..., B, Q, K]
+    return gain.gather(-1, label[:, None].expand(*gain.shape[:-1], -1))
+
+
+def match_layers(cost: Tensor, valid: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Every decoder layer matched anew; all in one go, for a GPU is kept waiting by many small calls.
+
+    Args:
+        cost: [L, B, Q, M].
+        valid: [B, M] bool.
+
+    Returns:
+        Where the matched answers are in tensors [L, B, Q], and what was asked for in tensors [B, M].
+    """
+    L, B = cost.shape[:2]
+    match = hungarian(cost.flatten(0, 1), valid.repeat(L, 1))
+    scene = match.batch % B
+    return (match.batch // B, scene, match.query), (scene, match.target)
 
 
 def hungarian(cost: Tensor, valid: Tensor) -> Match:
