@@ -227,19 +227,23 @@ def raster_loss(logits: Tensor, lines: Polylines, grid: BEVGrid) -> Tensor:
 
 def draw_raster(lines: Polylines, grid: BEVGrid, classes: int) -> Tensor:
     """1 in every cell that a line passes, [B, K, X, Y]: lines are sampled at a quarter of a cell."""
-    B, M, P, _ = lines.points.shape
+    B = lines.points.shape[0]
     X, Y = grid.shape
     longest = lines.points.diff(dim=2).norm(dim=-1)[lines.valid].amax().item() if lines.valid.any() else 0.0
     steps = max(2, math.ceil(longest / (min(grid.cell_size) / 4)) + 1)
-    t = torch.linspace(0, 1, steps, device=lines.points.device)
-    dense = torch.lerp(lines.points[:, :, :-1, None], lines.points[:, :, 1:, None], t[:, None])  # [B, M, P - 1, S, 2]
-    cell = grid.cells(dense.flatten(2, 3)).round().long()  # [B, M, (P - 1) * S, 2]
+    cell = grid.cells(densify(lines.points, steps)).round().long()  # [B, M, (P - 1) * steps, 2]
     inside = ((cell >= 0) & (cell < cell.new_tensor([X, Y]))).all(-1) & lines.valid[..., None]
     b = torch.arange(B, device=cell.device).view(B, 1, 1).expand_as(inside)
     label = lines.label[..., None].expand_as(inside)
     raster = torch.zeros(B, classes, X, Y, device=cell.device)
     raster[b[inside], label[inside], cell[..., 0][inside], cell[..., 1][inside]] = 1.0
     return raster
+
+
+def densify(points: Tensor, steps: int) -> Tensor:
+    """Lines [..., P, 2] with every edge as `steps` points, its two ends among them: [..., (P - 1) * steps, 2]."""
+    t = torch.linspace(0, 1, steps, device=points.device)
+    return torch.lerp(points[..., :-1, None, :], points[..., 1:, None, :], t[:, None]).flatten(-3, -2)
 
 
 # --------------------------------------------------------------------------------------------------------------- images

@@ -14,7 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perception.grid import BEVGrid
-from perception.losses import Match, draw_boxes, draw_raster, focal_cost, focal_loss, hungarian, line_orderings
+from perception.losses import (
+    Match,
+    densify,
+    draw_boxes,
+    draw_raster,
+    focal_cost,
+    focal_loss,
+    hungarian,
+    line_orderings,
+)
 from perception.models.bev_encoder import see_points
 from perception.models.bevformer import BEVFormer, RawBoxes
 from perception.models.maptr import MapTR, RawLines
@@ -227,11 +236,10 @@ def draw_lines_in_images(
         feature_size: height and width of the feature map.
     """
     h, w = feature_size
-    t = torch.linspace(0, 1, 8, device=lines.points.device)
-    dense = torch.lerp(lines.points[:, :, :-1, None], lines.points[:, :, 1:, None], t[:, None])  # [B, M, P - 1, 8, 2]
-    points = F.pad(dense.flatten(1, 3), (0, 1))  # [B, points, 3]
+    dense = densify(lines.points, 8)  # [B, M, (P - 1) * 8, 2]
+    points = F.pad(dense.flatten(1, 2), (0, 1))  # [B, points, 3]
     uv, _, seen = see_points(rig, points, image_size)  # [B, N, points, ...]
-    seen = seen & lines.valid.repeat_interleave(dense.shape[2] * dense.shape[3], 1)[:, None]
+    seen = seen & lines.valid.repeat_interleave(dense.shape[2], 1)[:, None]
     b, n, p = seen.nonzero(as_tuple=True)
     u, v = (uv[b, n, p] * uv.new_tensor([w, h])).long().unbind(-1)
     image = torch.zeros(*seen.shape[:2], 1, h, w, device=uv.device)

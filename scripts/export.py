@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--dataroot", type=Path, help="dataset to certify on, images of the size that is given")
     parser.add_argument("--version", help="of the dataset")
     parser.add_argument("--split", help="of the dataset")
+    parser.add_argument("--calibration-split", help="of the dataset, for int8 and fp8; another than --split")
     parser.add_argument("--drift", type=int, default=0, help="frames of a further drive without a reset (default: 0)")
     parser.add_argument("--seed", type=int, default=0, help="of generated streets (default: %(default)s)")
     arguments = parser.parse_args()
@@ -64,8 +65,14 @@ def main() -> None:
             height, width = raw_size
         except ValueError:
             raise ConfigError(f"--raw-size {arguments.raw_size!r} is not HEIGHTxWIDTH, such as 900x1600") from None
-    if arguments.dataroot and not (arguments.version and arguments.split):
-        raise ConfigError("--dataroot needs --version and --split too")
+    if len({bool(arguments.dataroot), bool(arguments.version), bool(arguments.split)}) > 1:
+        raise ConfigError("--dataroot, --version and --split go together; give all three or none")
+    eight_bits = arguments.precision in ("int8", "fp8")
+    if arguments.dataroot and eight_bits and arguments.calibration_split in (None, arguments.split):
+        raise ConfigError(
+            "give --calibration-split a split other than --split: ranges of eight bits are not judged on the frames "
+            "they were taken from"
+        )
     for_cpu = arguments.target == "cpu"
     if for_cpu and arguments.format != "onnx":
         raise ConfigError(f"--format {arguments.format} builds for GPUs; leave it out with --target cpu")
@@ -75,19 +82,16 @@ def main() -> None:
     size = raw_size or network.config.image_size
     with tempfile.TemporaryDirectory(prefix="perception-export-") as folder:
 
-        def streets(name: str, seed: int) -> NuScenesDataset:
-            keyframes = LEAST_FRAMES // LEAST_SCENES
-            root = Path(folder, name)
-            simulate(root, scenes=LEAST_SCENES, seed=seed, keyframes=keyframes, split=name, image_size=size)
-            return NuScenesDataset(root, VERSION, name, image_size=size)
+        def streets(split: str | None, seed: int) -> NuScenesDataset:
+            """A split of the dataset that was given; without one, generated streets of that seed."""
+            if arguments.dataroot:
+                return NuScenesDataset(arguments.dataroot, arguments.version, split, image_size=size)
+            root, keyframes = Path(folder, str(seed)), LEAST_FRAMES // LEAST_SCENES
+            simulate(root, scenes=LEAST_SCENES, seed=seed, keyframes=keyframes, split="export", image_size=size)
+            return NuScenesDataset(root, VERSION, "export", image_size=size)
 
-        if arguments.dataroot:
-            judge = NuScenesDataset(arguments.dataroot, arguments.version, arguments.split, image_size=size)
-        else:
-            judge = streets("certificate", arguments.seed)
-        calibration = None
-        if arguments.precision in ("int8", "fp8"):
-            calibration = judge if arguments.dataroot else streets("ranges", arguments.seed + 1)
+        judge = streets(arguments.split, arguments.seed)
+        calibration = streets(arguments.calibration_split, arguments.seed + 1) if eight_bits else None
         export_onnx(
             network, arguments.out, cameras=arguments.cameras, raw_size=raw_size, precision=arguments.precision,
             for_cpu=for_cpu, calibration=calibration,

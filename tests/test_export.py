@@ -1,6 +1,7 @@
 """Export: the graph is the network, the gate of the certificate can fail, and the runtime needs no torch."""
 
 import json
+import runpy
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -9,13 +10,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import RAW
+from conftest import PROJECT, RAW
 from onnx import numpy_helper
 from PIL import Image
 
 from perception.data.loader import fit_image
 from perception.data.nuscenes import NuScenesDataset
-from perception.errors import ConfigError, DataError
+from perception.errors import ConfigError, DataError, run_script
 from perception.export import parity
 from perception.export.contract import read_contract
 from perception.export.drive import moment_inputs
@@ -25,7 +26,7 @@ from perception.export.parity import certify
 from perception.export.quantize import BUDGET, KINDS, Quantizer, answers, changed, record
 from perception.export.runtime import Runtime
 from perception.models.bevformer import BEVFormer, BEVFormerConfig
-from perception.models.checkpoint import build_network
+from perception.models.checkpoint import build_network, save_checkpoint
 from perception.models.maptr import MapTRConfig
 from perception.models.maptrv2 import MapTRv2, MapTRv2Config
 from perception.models.published_backbone import FPNConfig
@@ -289,6 +290,43 @@ def test_images_are_fitted_as_in_training():
         found = fit_pixels(pixels, rows, columns)
         assert torch.equal(found[0], wanted.float())
         assert (img_from_raw.double().numpy() @ matrix) == pytest.approx(wanted_matrix, abs=1e-4)
+
+
+def test_the_script(small_network, small_town, tmp_path, monkeypatch, capsys):
+    """Export and certificate on a dataset; one that is not good enough ends in exit code 2, and its folder says why."""
+    checkpoint, out = tmp_path / "small.safetensors", tmp_path / "export"
+    save_checkpoint(checkpoint, small_network, {})
+    main = runpy.run_path(str(PROJECT / "scripts" / "export.py"))["main"]
+
+    def export(*arguments) -> int:
+        command = ["export.py", checkpoint, "--out", out, "--raw-size", f"{RAW[0]}x{RAW[1]}", *arguments]
+        monkeypatch.setattr("sys.argv", list(map(str, command)))
+        try:
+            run_script(main)
+        except SystemExit as stop:
+            return stop.code
+        return 0
+
+    for arguments, said in (
+        (("--raw-size", "64"), "--raw-size '64' is not HEIGHTxWIDTH"),
+        (("--split", "certificate"), "--dataroot, --version and --split go together"),
+        (("--format", "tensorrt", "--target", "cpu"), "leave it out with --target cpu"),
+    ):
+        assert export(*arguments) == 2 and said in capsys.readouterr().err
+    town = ("--dataroot", small_town.roots[0], "--version", VERSION, "--split", "certificate")
+    for calibration in ((), ("--calibration-split", "certificate")):
+        assert export(*town, "--precision", "int8", *calibration) == 2
+        assert "give --calibration-split a split other than --split" in capsys.readouterr().err
+    assert not out.exists()
+
+    monkeypatch.setitem(parity.GATES, "fp32", (1e-12, 0.0005, 0.0005))
+    assert export(*town) == 2
+    said = capsys.readouterr()
+    assert f"error: {out} must not be used: " in said.err and "Gate: **failed**" in said.out
+    assert not json.loads((out / "certificate.json").read_text())["passed"]
+    assert {path.name for path in out.iterdir()} == {
+        "model.onnx", "contract.json", "certificate.json", "certificate.md",
+    }  # fmt: skip
 
 
 def test_what_cannot_be_exported(small_network, small_graph, fp32_export, small_town, tmp_path):
