@@ -89,6 +89,12 @@ def test_bad_options_are_named(pair, sentence):
         load_config(NANO, parse_options([pair]))
 
 
+def test_options_for_a_section_that_is_not_there():
+    path = CONFIGS / "nuscenes" / "bevformer_base.py"  # for evaluation only
+    with pytest.raises(ConfigError, match=r"train\.lr: .* has no train; its sections: model, val_data"):
+        load_config(path, {"train.lr": 1e-4})
+
+
 def test_a_missing_config_or_dataset_tells_what_to_do(tmp_path):
     with pytest.raises(ConfigError, match=r"absent\.py does not exist"):
         load_config(tmp_path / "absent.py")

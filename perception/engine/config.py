@@ -93,13 +93,16 @@ def load_config(path: str | Path, options: dict | None = None) -> TrainConfig:
         raise ConfigError(
             f"{path}: {type(error).__name__}: {str(error).splitlines()[0]}; fix the config file"
         ) from None
+    sections = {"model": None, "train_data": DataSection, "val_data": DataSection, "train": TrainSection}
+    for key in options or {}:
+        if (section := key.split(".")[0]) in sections and section not in source:
+            raise ConfigError(f"--cfg-options {key}: {path} has no {section}; its sections: {', '.join(source)}")
     try:
         source.merge_from_dict(options or {})
     except (TypeError, KeyError, AssertionError, IndexError) as error:
         raise ConfigError(
             f"--cfg-options {options} does not fit {path} ({error}); write section.key=value, e.g. train.lr=1e-4"
         ) from None
-    sections = {"model": None, "train_data": DataSection, "val_data": DataSection, "train": TrainSection}
     source_dict = source.to_dict()
     _check_keys(path, "", source_dict, set(sections), {"model", "val_data"})
     parsed = {
