@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from mmengine.runner import set_random_seed
 
-from perception.data.loader import Draw, collate
+from perception.data.loader import Draw, TrainSampler, collate
 from perception.engine import TrainingModel, build_dataset, load_config, load_weights, train
 from perception.engine.training import make_core
 from perception.errors import CheckpointError, ConfigError, TrainingError, run_script
@@ -268,6 +269,57 @@ def test_too_short_a_training_is_refused(config_path, tmp_path):
         train(load_config(config_path, {"train.warmup_iters": 20}), tmp_path)
     with pytest.raises(ConfigError, match=r"train\.drop_frames is 1\.5"):
         train(load_config(config_path, {"train.drop_frames": 1.5}), tmp_path)
+
+
+ONE_OF_TWO = """
+import os, sys, torch
+from perception.engine import load_config, train
+
+options = {"train.image_epochs": 0, "train.epochs": 2, "train.val_every": 2}
+core = train(load_config(sys.argv[1], options), sys.argv[2], seed=5, resume=True, launcher="pytorch")
+torch.save(core.state_dict(), f"{sys.argv[2]}/rank{os.environ['RANK']}.pt")
+"""
+
+
+def test_two_processes_train_one_network(config_path, tmp_path):
+    """Each has scenes of its own, steps go along the mean of their gradients, and resuming is exact."""
+    script = tmp_path / "one_of_two.py"
+    script.write_text(ONE_OF_TWO)
+
+    def run(work_dir: Path) -> list[dict]:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT), "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(
+            [*command, script, config_path, work_dir], capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+        return [torch.load(work_dir / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+    whole, rest = tmp_path / "whole", tmp_path / "rest"
+    one, other = run(whole)
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    rest.mkdir()
+    shutil.copy(whole / "epoch_1.pth", rest)
+    (rest / "last_checkpoint").write_text(str(rest / "epoch_1.pth"))
+    assert all(torch.equal(tensor, one[name]) for name, tensor in run(rest)[0].items())
+    assert [line["nds"] for line in scalars(whole) if "nds" in line]  # of all scenes, or the devkit refuses them
+
+    config = load_config(config_path)
+    set_random_seed(5)
+    model, dataset = TrainingModel(make_core(config)), build_dataset(config.train_data, config.model)
+    for rank in range(2):  # gradients of the first step of both add up in .grad
+        draws = TrainSampler(dataset.scene_of_sample, 1, 1, 2, 0.0, 5, rank, 2)
+        losses, _ = model(collate([dataset[next(iter(draws))]]), None)
+        sum(losses.values()).backward()
+    norm = sum((p.grad / 2).square().sum() for p in model.parameters() if p.grad is not None).sqrt()
+    assert scalars(whole)[0]["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of processes without a GPU each")
+@pytest.mark.parametrize(("launcher", "said"), [("pytorch", "start them with: torchrun"), ("slurm", "needs a GPU")])
+def test_a_launcher_that_did_not_start_this(config_path, tmp_path, launcher, said):
+    with pytest.raises(ConfigError, match=f"--launcher {launcher} .*{said}"):
+        train(load_config(config_path), tmp_path, launcher=launcher)
 
 
 def run_command(name: str, *arguments) -> subprocess.CompletedProcess:

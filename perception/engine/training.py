@@ -1,43 +1,39 @@
 """Training with MMEngine's Runner: the adapter between the core library and the engine.
 
-The core knows nothing of the engine. What the engine needs is here: a model that unrolls a clip and returns losses,
-loops that name the samples of a failed step and validate by streaming, and hooks for the frame rate and the exported
-weights. Loops and hooks are handed to the Runner as classes; nothing is registered by name.
+The core knows nothing of the engine. What the engine needs is here, a model that unrolls a clip and returns losses, and
+in `perception.engine.loops`, which are handed to the Runner as classes; nothing is registered by name.
 """
 
 from __future__ import annotations
 
-import copy
-import math
+import os
 from dataclasses import fields
 from pathlib import Path
 
-import numpy as np
 import torch
-from mmengine.dist import all_gather_object, broadcast_object_list, get_dist_info, init_dist, is_distributed
-from mmengine.hooks import Hook
-from mmengine.model import BaseModel
-from mmengine.optim import OptimWrapper
-from mmengine.runner import BaseLoop, EpochBasedTrainLoop, Runner, find_latest_checkpoint, set_random_seed
-from torch import Tensor, nn
+from mmengine.device import get_device
+from mmengine.dist import get_dist_info, init_dist, is_distributed
+from mmengine.model import BaseModel, MMDistributedDataParallel
+from mmengine.runner import Runner, find_latest_checkpoint, set_random_seed
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from perception.data.loader import TrainSampler, collate
 from perception.engine.config import TrainConfig, TrainSection, build_dataset
-from perception.errors import CheckpointError, ConfigError, TrainingError
-from perception.evaluation.streaming import evaluate_scenes, predict_stream
+from perception.engine.loops import (
+    CheckedOptimWrapper,
+    ExportHook,
+    FrameRateHook,
+    PlainCheckpointHook,
+    SharedStatisticsHook,
+    StreamTrainLoop,
+    StreamValLoop,
+)
+from perception.errors import CheckpointError, ConfigError
 from perception.losses import LOSS_WEIGHTS, image_losses, set_losses
 from perception.models.backbone import load_trunk
 from perception.models.bev_transformer import BEVTransformer, ModelConfig
-from perception.models.checkpoint import (
-    Network,
-    NetworkConfig,
-    build_network,
-    halve,
-    load_checkpoint,
-    misfits,
-    save_checkpoint,
-)
+from perception.models.checkpoint import Network, NetworkConfig, build_network, load_checkpoint, misfits
 from perception.published_losses import loss_weights, losses_of
 from perception.types import Clip, State, map_tensors
 
@@ -110,148 +106,6 @@ class TrainingModel(BaseModel):
         return {name: loss for name, loss in losses.items() if name not in self.without}
 
 
-class CheckedOptimWrapper(OptimWrapper):
-    """Refuses to step along a gradient that is not finite; runs the forward pass in bfloat16 where asked to.
-
-    bfloat16 has float32's range, so no loss scaling is needed, and it is the same on CPU and GPU.
-    """
-
-    def __init__(self, optimizer, clip_grad: dict, device_type: str, bfloat16: bool) -> None:
-        super().__init__(optimizer, clip_grad=clip_grad)
-        self.autocast = {"device_type": device_type, "dtype": torch.bfloat16, "enabled": bfloat16}
-
-    def optim_context(self, model: nn.Module):
-        """The context of the forward pass."""
-        return torch.autocast(**self.autocast)
-
-    def _clip_grad(self) -> None:
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = nn.utils.clip_grad_norm_(parameters, **self.clip_grad_kwargs)
-        if not torch.isfinite(norm):
-            raise FloatingPointError(f"the gradient has norm {norm.item()} although every loss is finite")
-        self.message_hub.update_scalar("train/grad_norm", float(norm))
-
-
-class StreamTrainLoop(EpochBasedTrainLoop):
-    """Epochs over scenes with the memory handed on along each scene; a step that is not finite ends training with
-    the names of its samples.
-
-    Args:
-        groups: batches that take turns, each with a memory of its own; see `TrainSampler`.
-        image_epochs: the first epochs, which train what the images show and nothing else. Where an object is seen, and
-            how far away, is learned from images alone at half the cost; a map cannot be learned from features that do
-            not know it yet.
-    """
-
-    def __init__(self, runner: Runner, dataloader: DataLoader, groups: int, image_epochs: int, **schedule) -> None:
-        super().__init__(runner, dataloader, **schedule)
-        self.image_epochs = image_epochs
-        self.states: list[State | None] = [None] * groups
-
-    def run_epoch(self) -> None:
-        self.states = [None] * len(self.states)  # every epoch starts at the beginning of scenes
-        super().run_epoch()
-
-    def run_iter(self, idx: int, data_batch: Clip) -> None:
-        runner, model, group = self.runner, self.runner.model, idx % len(self.states)
-        runner.call_hook("before_train_iter", batch_idx=idx, data_batch=data_batch)
-        device = next(model.parameters()).device
-        clip = map_tensors(lambda tensor: tensor.to(device, non_blocking=True), data_batch)
-        try:
-            with runner.optim_wrapper.optim_context(model):
-                losses, self.states[group] = model(clip, self.states[group], self.epoch < self.image_epochs)
-            total = sum(losses.values())
-            runner.optim_wrapper.update_params(total)
-        except FloatingPointError as error:
-            tokens = [self.dataloader.dataset.tokens[i] for i in data_batch.sample_index.flatten().tolist()]
-            raise TrainingError(
-                f"training stopped at iteration {self.iter + 1}: {error} for the samples {', '.join(tokens)}; look at "
-                "their annotations and calibration, or lower train.lr"
-            ) from None
-        outputs = {"loss": total, **losses}
-        runner.call_hook("after_train_iter", batch_idx=idx, data_batch=data_batch, outputs=outputs)
-        self._iter += 1
-
-
-class StreamValLoop(BaseLoop):
-    """Streams the validation split in scene order, scenes shared out among the processes, and evaluates all of it once.
-
-    Args:
-        runner: the Runner.
-        dataloader: holds the dataset to stream.
-        evaluator: nothing; MMEngine passes one.
-    """
-
-    def __init__(self, runner: Runner, dataloader: DataLoader, evaluator: object) -> None:
-        super().__init__(runner, dataloader)
-
-    def run(self) -> dict[str, float]:
-        runner, dataset = self.runner, self.dataloader.dataset
-        runner.call_hook("before_val")
-        runner.call_hook("before_val_epoch")
-        rank, world = get_dist_info()
-        model = runner.model.module if hasattr(runner.model, "module") else runner.model
-        core = copy.deepcopy(model.core).eval()
-        core.load_state_dict(halve(core.state_dict()))  # judged as it is exported
-        stream = predict_stream(core, dataset, rank=rank, world_size=world, workers=self.dataloader.num_workers)
-        scenes = {token: scene for part in all_gather_object(stream.scenes) for token, scene in part.items()}
-        told = [evaluate_scenes(dataset, scenes).metrics() if rank == 0 else None]
-        broadcast_object_list(told)
-        metrics = told[0] | {"fps": 1 / stream.seconds_per_frame}
-        runner.call_hook("after_val_epoch", metrics=metrics)
-        runner.call_hook("after_val")
-        return metrics
-
-
-class FrameRateHook(Hook):
-    """Logs the frames trained on per second, over all processes."""
-
-    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Clip, outputs: dict | None = None) -> None:
-        seconds = runner.message_hub.get_scalar("train/time").current()
-        _, world = get_dist_info()
-        runner.message_hub.update_scalar("train/frames_per_s", data_batch.sample_index.numel() * world / seconds)
-
-
-class PlainCheckpointHook(Hook):
-    """Keeps checkpoints to tensors and plain values, which torch.load reads without running code from the file.
-
-    MMEngine 0.10.7 also pickles histories of logged scalars, objects with bound methods that torch >= 2.6 refuses for
-    good reason. They only smooth the log, so a resumed training starts them afresh.
-    """
-
-    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        hub = checkpoint["message_hub"]
-        hub["log_scalars"] = {}
-        hub["runtime_info"] = {
-            key: value.item() if isinstance(value, np.generic) else value for key, value in hub["runtime_info"].items()
-        }
-
-
-class ExportHook(Hook):
-    """Writes the validated weights (the averaged ones where there is an average), in half floats, for use without the
-    engine.
-
-    `<name>-last.safetensors` after every validation, `<name>.safetensors` where the score is the best so far.
-
-    Args:
-        name: of the files in the work directory.
-    """
-
-    priority = "HIGH"  # before the averaged weights are swapped out again
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        if get_dist_info()[0] != 0:
-            return
-        core = (runner.model.module if hasattr(runner.model, "module") else runner.model).core
-        told = metrics | {"epoch": runner.epoch}
-        save_checkpoint(Path(runner.work_dir, f"{self.name}-last.safetensors"), core, told, half=True)
-        if metrics["score"] > runner.message_hub.runtime_info.get("best_score", -math.inf):
-            save_checkpoint(Path(runner.work_dir, f"{self.name}.safetensors"), core, told, half=True)
-
-
 def train(
     config: TrainConfig,
     work_dir: str | Path,
@@ -273,14 +127,15 @@ def train(
             also when training was interrupted and resumed (bit for bit on CPU with the same number of threads).
         resume: goes on from the newest checkpoint in the work directory, from the start where there is none.
         amp: runs the network in bfloat16; losses and weights stay in float32.
-        launcher: "none", or "pytorch", "slurm" or "mpi" for one process per GPU.
+        launcher: "none", or what started the processes: "pytorch" (torchrun), "slurm" or "mpi", one per GPU. Without
+            GPUs those of torchrun share the CPU.
 
     Returns:
         The network after the last epoch (raw weights, not their average).
 
     Raises:
         CheckpointError: the weights to start from are missing or belong to another network.
-        ConfigError: the work directory holds another training, or the config cannot be.
+        ConfigError: the work directory holds another training, the config cannot be, or the launcher is another one.
         DataError: the dataset is missing or malformed.
         TrainingError: a loss or a gradient is not finite.
     """
@@ -290,6 +145,7 @@ def train(
         raise ConfigError(
             f"{work_dir} already holds checkpoints of a training; add --resume or choose another --work-dir"
         )
+    join_processes(launcher)
     set_random_seed(seed)
     train_set, val_set = build_dataset(config.train_data, config.model), build_dataset(config.val_data, config.model)
     # Channels last is what convolutions are fastest with, on CPU and GPU.
@@ -297,6 +153,27 @@ def train(
     runner = _build_runner(config, work_dir, model, train_set, val_set, seed, resume, amp, launcher)
     runner.train()
     return model.core
+
+
+def join_processes(launcher: str) -> None:
+    """Makes this process one of those that train together; the sampler asks how many they are.
+
+    Raises:
+        ConfigError: the launcher did not start this process, or needs GPUs and there is none.
+    """
+    if launcher == "none" or is_distributed():
+        return
+    if launcher == "pytorch" and "RANK" not in os.environ:
+        raise ConfigError(
+            "--launcher pytorch is for processes of torchrun; start them with: torchrun --nproc_per_node N "
+            "scripts/train.py CONFIG --work-dir DIR --launcher pytorch"
+        )
+    if torch.cuda.is_available():
+        init_dist(launcher)
+    elif launcher == "pytorch":
+        torch.distributed.init_process_group("gloo")
+    else:
+        raise ConfigError(f"--launcher {launcher} needs a GPU per process and finds none; torchrun can do without")
 
 
 def make_core(config: TrainConfig) -> Network:
@@ -385,10 +262,6 @@ def _build_runner(config, work_dir, model, train_set, val_set, seed, resume, amp
         raise ConfigError(f"train.groups is {section.groups}; give at least 1")
     if not 0 <= section.drop_frames < 1:
         raise ConfigError(f"train.drop_frames is {section.drop_frames}; give a share of at least 0 and less than 1")
-    if launcher != "none" and not cuda:
-        raise ConfigError(f"--launcher {launcher} needs a GPU per process and finds none; train with --launcher none")
-    if launcher != "none" and not is_distributed():
-        init_dist(launcher)  # before the sampler, which asks how many processes there are
     loading = {"collate_fn": collate, "num_workers": section.workers}
     train_loader = DataLoader(
         train_set,
@@ -415,7 +288,18 @@ def _build_runner(config, work_dir, model, train_set, val_set, seed, resume, amp
             f"{epochs} epochs of {len(train_set)} samples are {iterations} iterations, not more than "
             f"train.warmup_iters={section.warmup_iters}; lower it or train longer"
         )
+    optimizer = build_optimizer(model, section)
+    if launcher != "none":
+        model = MMDistributedDataParallel(
+            model.to(get_device()),
+            device_ids=[int(os.environ["LOCAL_RANK"])] if cuda else None,
+            broadcast_buffers=False,
+            # Epochs of images alone leave the rest of the network out, and so do losses that are left out.
+            find_unused_parameters=bool(section.image_epochs or section.without),
+        )
     hooks = [{"type": FrameRateHook}, {"type": PlainCheckpointHook}, {"type": ExportHook, "name": config.name}]
+    if launcher != "none":
+        hooks.append({"type": SharedStatisticsHook})
     if section.ema_momentum > 0:
         hooks.append({"type": "EMAHook", "momentum": section.ema_momentum, "strict_load": True})
     return Runner(
@@ -435,7 +319,7 @@ def _build_runner(config, work_dir, model, train_set, val_set, seed, resume, amp
         val_evaluator={},
         optim_wrapper={
             "type": CheckedOptimWrapper,
-            "optimizer": build_optimizer(model, section),
+            "optimizer": optimizer,
             "clip_grad": {"max_norm": section.grad_clip},
             "device_type": "cuda" if cuda else "cpu",
             "bfloat16": amp,
