@@ -28,8 +28,8 @@ from perception.models.checkpoint import (
     our_key,
     save_checkpoint,
 )
-from perception.models.map_encoder import can_bus, cell_places, map_shift, see_pillars, turn_map
 from perception.models.published_backbone import PublishedBackboneConfig, PublishedImageEncoder
+from perception.models.published_geometry import can_bus, cell_places, map_shift, see_pillars, turn_map
 from perception.types import CameraRig, Frame, map_tensors
 
 SMALL = BEVFormerConfig(

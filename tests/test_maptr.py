@@ -13,9 +13,9 @@ from perception.evaluation.streaming import evaluate_stream
 from perception.models.bev_transformer import ModelConfig
 from perception.models.bevformer import BEVFormer, BEVFormerConfig
 from perception.models.checkpoint import load_checkpoint, save_checkpoint
-from perception.models.map_encoder import see_pillars
 from perception.models.maptr import MapTR, MapTRConfig, MapTRHead, RawLines, best_lines
 from perception.models.published_backbone import PublishedBackboneConfig
+from perception.models.published_geometry import see_pillars
 from perception.predictor import Predictor
 from perception.synthetic import VERSION
 from perception.types import CameraRig

@@ -10,9 +10,10 @@ import torch
 
 from perception.geometry import invert_rigid, project_points, transform_points
 from perception.models.checkpoint import load_checkpoint, save_checkpoint
-from perception.models.map_encoder import NUSCENES_EGO_FROM_LIDAR, KernelCrossAttention
+from perception.models.map_encoder import KernelCrossAttention
 from perception.models.maptrv2 import MapTRv2, MapTRv2Config, calibration_numbers, lifted_points
 from perception.models.published_backbone import FPNConfig
+from perception.models.published_geometry import NUSCENES_EGO_FROM_LIDAR
 from perception.published_losses import draw_lines_in_images
 from perception.types import CameraRig, Frame, Polylines
 

@@ -1,8 +1,8 @@
 """BEVFormer (https://arxiv.org/abs/2203.17270), faithful enough to run the published weights.
 
 Modules are named as the published checkpoints name them, so a file of official keys loads after taking away prefixes
-(`perception.models.checkpoint`). The quirks of frames and memory are told in `perception.models.map_encoder`; yaw
-leaves the network as `-yaw - pi / 2` (`decode_boxes`).
+(`perception.models.checkpoint`). The quirks of frames and memory are told in `perception.models.published_geometry`;
+yaw leaves the network as `-yaw - pi / 2` (`decode_boxes`).
 """
 
 from __future__ import annotations
@@ -19,13 +19,11 @@ from perception.models.map_encoder import (
     DecoderLayer,
     LearnedPosition,
     MapEncoder,
-    PublishedConfig,
     branch,
-    can_bus,
-    rig_from_lidar,
     start_matrices,
 )
 from perception.models.published_backbone import PublishedBackboneConfig, build_image_encoder, padded_size
+from perception.models.published_geometry import PublishedConfig, can_bus, rig_from_lidar
 from perception.ops.deformable import refined
 from perception.types import BOX_CLASSES, Boxes, Frame, Polylines, Scene, State
 

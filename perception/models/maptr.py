@@ -1,7 +1,8 @@
 """MapTR (https://arxiv.org/abs/2208.14437) with BEVFormer's map encoder, faithful enough to run the published weights.
 
-As in `perception.models.map_encoder`, modules are named as in the checkpoints and the network lives in the frame of
-LIDAR_TOP. It sees each frame by itself: there is no memory, and the vector of the CAN bus is that of a first frame.
+Modules are named as in the checkpoints and the network lives in the frame of LIDAR_TOP (see
+`perception.models.published_geometry`). It sees each frame by itself: there is no memory, and the vector of the CAN bus
+is that of a first frame.
 """
 
 from __future__ import annotations
@@ -18,13 +19,11 @@ from perception.models.map_encoder import (
     DecoderLayer,
     LearnedPosition,
     MapEncoder,
-    PublishedConfig,
     branch,
-    can_bus,
-    rig_from_lidar,
     start_matrices,
 )
 from perception.models.published_backbone import build_image_encoder, padded_size
+from perception.models.published_geometry import PublishedConfig, can_bus, rig_from_lidar
 from perception.ops.deformable import refined
 from perception.types import LINE_CLASSES, Boxes, Frame, Polylines, Scene, State
 

@@ -1,8 +1,8 @@
 """MapTRv2 (https://arxiv.org/abs/2308.05736): lines from a map that is lifted from the images by their depth.
 
-As in `perception.models.map_encoder`, modules are named as in the published checkpoints and the network lives in the
-frame of LIDAR_TOP. What it does otherwise than MapTR: each pixel says how far away it is and puts its features there
-(Lift-Splat, https://arxiv.org/abs/2008.05711, with the camera-aware depth of BEVDepth,
+Modules are named as in the published checkpoints and the network lives in the frame of LIDAR_TOP (see
+`perception.models.published_geometry`). What it does otherwise than MapTR: each pixel says how far away it is and puts
+its features there (Lift-Splat, https://arxiv.org/abs/2008.05711, with the camera-aware depth of BEVDepth,
 https://arxiv.org/abs/2206.10092); queries attend among lines and along each line apart; and in training further queries
 are matched with every line six times over.
 
