@@ -19,7 +19,7 @@ from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError, DataError, run_script
 from perception.export import parity
 from perception.export.contract import read_contract
-from perception.export.drive import moment_inputs
+from perception.export.drive import drive, moment_inputs, seated
 from perception.export.half import WEIGHTED
 from perception.export.onnx import export_onnx, fit_pixels, fitting_matrices
 from perception.export.parity import certify
@@ -293,7 +293,8 @@ def test_images_are_fitted_as_in_training():
 
 
 def test_the_script(small_network, small_town, tmp_path, monkeypatch, capsys):
-    """Export and certificate on a dataset; one that is not good enough ends in exit code 2, and its folder says why."""
+    """Export and certificate on a dataset, of a rig with other cameras than the dataset's; one that is not good enough
+    ends in exit code 2, and its folder says why."""
     checkpoint, out = tmp_path / "small.safetensors", tmp_path / "export"
     save_checkpoint(checkpoint, small_network, {})
     main = runpy.run_path(str(PROJECT / "scripts" / "export.py"))["main"]
@@ -320,13 +321,30 @@ def test_the_script(small_network, small_town, tmp_path, monkeypatch, capsys):
     assert not out.exists()
 
     monkeypatch.setitem(parity.GATES, "fp32", (1e-12, 0.0005, 0.0005))
-    assert export(*town) == 2
+    assert export(*town, "--cameras", "4") == 2
     said = capsys.readouterr()
     assert f"error: {out} must not be used: " in said.err and "Gate: **failed**" in said.out
-    assert not json.loads((out / "certificate.json").read_text())["passed"]
+    certificate = json.loads((out / "certificate.json").read_text())
+    assert not certificate["passed"] and all("more than 1e-12" in failure for failure in certificate["failures"])
     assert {path.name for path in out.iterdir()} == {
         "model.onnx", "contract.json", "certificate.json", "certificate.md",
     }  # fmt: skip
+
+
+def test_seats_without_a_camera_change_nothing(small_network, small_town):
+    """What a certificate of an export for more cameras than the dataset has is driven with."""
+    _, frame = next(drive(small_town, 6))
+    frame = frame._replace(images=frame.images[..., : small_network.config.image_size[0], :80])
+    more = seated(frame, 8)
+    assert more.images.shape[1] == 8 and more.rig.present.tolist() == [[True] * 6 + [False] * 2]
+    with torch.inference_mode():
+        (one, _), (other, _) = (small_network(x, small_network.initial_state(1)) for x in (frame, more))
+    torch.testing.assert_close(other.box_params, one.box_params, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(other.line_points, one.line_points, rtol=1e-5, atol=1e-5)
+    fewer = seated(frame, 4)
+    assert torch.equal(fewer.images, frame.images[:, :4]) and torch.equal(
+        fewer.rig.ego_from_cam, frame.rig.ego_from_cam[:, :4]
+    )
 
 
 def test_what_cannot_be_exported(small_network, small_graph, fp32_export, small_town, tmp_path):

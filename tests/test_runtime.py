@@ -28,7 +28,7 @@ from perception.types import CameraRig, map_tensors
 
 def five_steps(town):
     """What the first five moments of a drive hand to `step`; in one of them a camera is missing."""
-    for k, (_, frame) in zip(range(5), drive(town), strict=False):
+    for k, (_, frame) in zip(range(5), drive(town, 6), strict=False):
         rig = CameraRig(*(tensor[0].numpy() for tensor in frame.rig))
         images = frame.images[0].permute(0, 2, 3, 1).numpy()
         given = [image if there else None for image, there in zip(images, rig.present, strict=True)]

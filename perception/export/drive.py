@@ -15,20 +15,28 @@ MISSING_AT, TURNED_AT = 3, 6  # moments of each scene with a camera less, and wi
 TURN_DEG = 1.0
 
 
-def drive(dataset: NuScenesDataset) -> Iterator[tuple[str, Frame]]:
-    """Token and frame [1, ...] of every sample, scene by scene, with what a certificate wants to see."""
+def drive(dataset: NuScenesDataset, cameras: int) -> Iterator[tuple[str, Frame]]:
+    """Token and frame [1, cameras, ...] of every sample, scene by scene, with what a certificate wants to see."""
     for scene in np.unique(dataset.scene_of_sample):
         for moment, i in enumerate(np.flatnonzero(dataset.scene_of_sample == scene)):
-            frame = map_tensors(lambda tensor: tensor[:1], dataset[int(i)].frames)
+            frame = seated(map_tensors(lambda tensor: tensor[:1], dataset[int(i)].frames), cameras)
             present, ego_from_cam = frame.rig.present.clone(), frame.rig.ego_from_cam.clone()
-            if moment == MISSING_AT:
-                present[0, int(scene) % present.shape[1]] = False
+            if moment == MISSING_AT and cameras > 1:
+                present[0, int(scene) % cameras] = False
             if moment == TURNED_AT:
                 angle = torch.tensor(TURN_DEG).deg2rad()
                 turn = torch.eye(4)
                 turn[:2, :2] = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()]).view(2, 2)
                 ego_from_cam = turn @ ego_from_cam
             yield dataset.tokens[i], frame._replace(rig=CameraRig(frame.rig.img_from_cam, ego_from_cam, present))
+
+
+def seated(frame: Frame, cameras: int) -> Frame:
+    """The first cameras of a frame [1, N, ...]; where it has too few, its first stands in for the others, absent."""
+    there = torch.arange(cameras) < frame.rig.present.shape[1]
+    seats = torch.arange(cameras) * there
+    rig = map_tensors(lambda tensor: tensor[:, seats], frame.rig)
+    return frame._replace(images=frame.images[:, seats], rig=rig._replace(present=rig.present & there))
 
 
 def moment_inputs(frame: Frame) -> dict[str, np.ndarray]:

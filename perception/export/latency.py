@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -155,7 +156,7 @@ def _exported(folder: str | Path, inputs, name: str, threads: int) -> tuple[Call
 def _resident() -> int:
     """Bytes of memory that the process holds."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * 4096
+    return pages * resource.getpagesize()
 
 
 def table(measured: dict[str, Latency]) -> str:

@@ -178,7 +178,9 @@ def certify(
     originals, exports = {}, {}
     box_distances, line_distances = [], []
     state = network.initial_state(1)
-    for token, frame in tqdm(drive(dataset), total=len(dataset), desc="certificate", disable=not progress):
+    for token, frame in tqdm(
+        drive(dataset, runtime.contract["cameras"]), total=len(dataset), desc="certificate", disable=not progress
+    ):
         seen = fitted(frame, image_size) if raw_size else frame
         if raw_size:
             pixels.append((seen.images - pillow_fitted(frame, image_size)).abs().numpy().ravel())
@@ -276,7 +278,7 @@ def _drift(
     # Every frame but the very first goes on from the memory, whatever scene it is from.
     bar = tqdm(total=frames, desc="drift", disable=not progress)
     while len(off) < frames:
-        for _, frame in drive(dataset):
+        for _, frame in drive(dataset, runtime.contract["cameras"]):
             frame = frame._replace(is_first=torch.tensor([not off]))
             seen = fitted(frame, image_size) if runtime.contract["raw_size"] else frame
             _, state, _ = _original(network, seen, state)

@@ -205,7 +205,7 @@ def record(model, dataset: NuScenesDataset) -> list[Moment]:
     last = range(len(dataset) - JUDGED_ON, len(dataset))
     chosen = {*np.linspace(0, last[0] - 1, RANGES_FROM).round().astype(int).tolist(), *last}
     moments = []
-    for number, (_, frame) in enumerate(drive(dataset)):
+    for number, (_, frame) in enumerate(drive(dataset, shapes["present"][0])):
         moment = moment_inputs(frame) | memory
         if number in chosen:
             moments.append({name: array.copy() for name, array in moment.items()})
