@@ -301,9 +301,11 @@ def trace(model: DeployedNetwork, inputs: tuple[Tensor, ...]) -> onnx.ModelProto
         model: in evaluation mode.
         inputs: from `example_inputs`.
     """
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    # They tell what they could not optimise.
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
             warnings.simplefilter("ignore")
@@ -312,7 +314,8 @@ def trace(model: DeployedNetwork, inputs: tuple[Tensor, ...]) -> onnx.ModelProto
                 input_names=list(model.input_names), output_names=list(model.output_names),
             )  # fmt: skip
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
     graph = program.model_proto
     _name_weights(graph)
     # Where in which file a node comes from is nobody's business in a vehicle.
