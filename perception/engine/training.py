@@ -292,7 +292,7 @@ def _build_runner(config, work_dir, model, train_set, val_set, seed, resume, amp
     if launcher != "none":
         model = MMDistributedDataParallel(
             model.to(get_device()),
-            device_ids=[int(os.environ["LOCAL_RANK"])] if cuda else None,
+            device_ids=[torch.cuda.current_device()] if cuda else None,
             broadcast_buffers=False,
             # Epochs of images alone leave the rest of the network out, and so do losses that are left out.
             find_unused_parameters=bool(section.image_epochs or section.without),
