@@ -23,16 +23,7 @@ from perception.geometry import invert_rigid, transform_points, wrap_angle
 from perception.grid import BEVGrid
 from perception.models.bev_encoder import depth_position, pixel_rays
 from perception.models.decoder import LOG_SPREAD_RANGE
-from perception.types import (
-    BOX_CLASSES,
-    Boxes,
-    CameraRig,
-    Frame,
-    ImagePrediction,
-    Polylines,
-    Prediction,
-    Scene,
-)
+from perception.types import BOX_CLASSES, Boxes, CameraRig, Frame, ImagePrediction, Polylines, Prediction, Scene
 
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0  # https://arxiv.org/abs/1708.02002
 # Weights of the ten box parameters (centre, log size, sin cos yaw, velocity) in cost and loss. Most things stand: with

@@ -52,6 +52,7 @@ def main() -> None:
     from perception.export.engine_session import find_engine
     from perception.export.onnx import export_onnx
     from perception.export.parity import LEAST_FRAMES, LEAST_SCENES, certify
+    from perception.export.quantize import KINDS
     from perception.export.tensorrt import build_engines, gpus_of
     from perception.models.checkpoint import load_checkpoint
     from perception.predictor import weights_file
@@ -67,7 +68,7 @@ def main() -> None:
             raise ConfigError(f"--raw-size {arguments.raw_size!r} is not HEIGHTxWIDTH, such as 900x1600") from None
     if len({bool(arguments.dataroot), bool(arguments.version), bool(arguments.split)}) > 1:
         raise ConfigError("--dataroot, --version and --split go together; give all three or none")
-    eight_bits = arguments.precision in ("int8", "fp8")
+    eight_bits = arguments.precision in KINDS
     if arguments.dataroot and eight_bits and arguments.calibration_split in (None, arguments.split):
         raise ConfigError(
             "give --calibration-split a split other than --split: ranges of eight bits are not judged on the frames "

@@ -342,9 +342,8 @@ def test_seats_without_a_camera_change_nothing(small_network, small_town):
     torch.testing.assert_close(other.box_params, one.box_params, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(other.line_points, one.line_points, rtol=1e-5, atol=1e-5)
     fewer = seated(frame, 4)
-    assert torch.equal(fewer.images, frame.images[:, :4]) and torch.equal(
-        fewer.rig.ego_from_cam, frame.rig.ego_from_cam[:, :4]
-    )
+    assert torch.equal(fewer.images, frame.images[:, :4])
+    assert torch.equal(fewer.rig.ego_from_cam, frame.rig.ego_from_cam[:, :4])
 
 
 def test_what_cannot_be_exported(small_network, small_graph, fp32_export, small_town, tmp_path):

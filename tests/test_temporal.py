@@ -1,12 +1,11 @@
 """Memory: a stream is what is unrolled, a long one costs no more than a short one, and it lies where the world is."""
 
 import math
-import resource
-from pathlib import Path
 
 import pytest
 import torch
 
+from perception.export.latency import resident_bytes
 from perception.geometry import box_corners, invert_rigid, project_points, transform_points
 from perception.losses import set_losses
 from perception.models.bev_transformer import BEVTransformer, ModelConfig
@@ -128,8 +127,7 @@ def test_a_thousand_frames_take_no_more_memory():
     resident = []  # MiB
     for _ in range(1001):
         prediction, state = model(frame, state)
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-        resident.append(pages * resource.getpagesize() / 2**20)
+        resident.append(resident_bytes() / 2**20)
     assert prediction.box_params.isfinite().all() and state.bev.abs().max() < 1e4
     # Not the process's highest so far, under which a leak could hide once another test has needed more.
     assert max(resident[101:]) - max(resident[:101]) < 20

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from mmengine.dist import all_gather_object, all_reduce_params, broadcast_object_list, get_dist_info
 from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, Runner
 from torch import nn
@@ -21,8 +22,14 @@ from torch.utils.data import DataLoader
 
 from perception.errors import TrainingError
 from perception.evaluation.streaming import evaluate_scenes, predict_stream
-from perception.models.checkpoint import halve, save_checkpoint
+from perception.models.checkpoint import Network, halve, save_checkpoint
 from perception.types import Clip, State, map_tensors
+
+
+def core_of(runner: Runner) -> Network:
+    """The network that a Runner trains, without losses and whatever makes it one of several processes'."""
+    model = runner.model
+    return (model.module if is_model_wrapper(model) else model).core
 
 
 class CheckedOptimWrapper(OptimWrapper):
@@ -105,8 +112,7 @@ class StreamValLoop(BaseLoop):
         runner.call_hook("before_val")
         runner.call_hook("before_val_epoch")
         rank, world = get_dist_info()
-        model = runner.model.module if hasattr(runner.model, "module") else runner.model
-        core = copy.deepcopy(model.core).eval()
+        core = copy.deepcopy(core_of(runner)).eval()
         core.load_state_dict(halve(core.state_dict()))  # judged as it is exported
         stream = predict_stream(core, dataset, rank=rank, world_size=world, workers=self.dataloader.num_workers)
         scenes = {token: scene for part in all_gather_object(stream.scenes) for token, scene in part.items()}
@@ -135,9 +141,12 @@ class SharedStatisticsHook(Hook):
 
     priority = "ABOVE_NORMAL"  # before the averaged network copies them
 
+    def before_train(self, runner: Runner) -> None:
+        norm = nn.modules.batchnorm._BatchNorm
+        self.norms = [part for part in core_of(runner).modules() if isinstance(part, norm)]
+
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Clip, outputs: dict | None = None) -> None:
-        norms = [part for part in runner.model.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
-        seen = [tensor for norm in norms if norm.training for tensor in (norm.running_mean, norm.running_var)]
+        seen = [tensor for norm in self.norms if norm.training for tensor in (norm.running_mean, norm.running_var)]
         all_reduce_params(seen, op="mean")
 
 
@@ -174,8 +183,7 @@ class ExportHook(Hook):
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         if get_dist_info()[0] != 0:
             return
-        core = (runner.model.module if hasattr(runner.model, "module") else runner.model).core
-        told = metrics | {"epoch": runner.epoch}
+        core, told = core_of(runner), metrics | {"epoch": runner.epoch}
         save_checkpoint(Path(runner.work_dir, f"{self.name}-last.safetensors"), core, told, half=True)
         if metrics["score"] > runner.message_hub.runtime_info.get("best_score", -math.inf):
             save_checkpoint(Path(runner.work_dir, f"{self.name}.safetensors"), core, told, half=True)

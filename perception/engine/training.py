@@ -289,6 +289,7 @@ def _build_runner(config, work_dir, model, train_set, val_set, seed, resume, amp
             f"train.warmup_iters={section.warmup_iters}; lower it or train longer"
         )
     optimizer = build_optimizer(model, section)
+    hooks = [{"type": FrameRateHook}, {"type": PlainCheckpointHook}, {"type": ExportHook, "name": config.name}]
     if launcher != "none":
         model = MMDistributedDataParallel(
             model.to(get_device()),
@@ -297,8 +298,6 @@ def _build_runner(config, work_dir, model, train_set, val_set, seed, resume, amp
             # Epochs of images alone leave the rest of the network out, and so do losses that are left out.
             find_unused_parameters=bool(section.image_epochs or section.without),
         )
-    hooks = [{"type": FrameRateHook}, {"type": PlainCheckpointHook}, {"type": ExportHook, "name": config.name}]
-    if launcher != "none":
         hooks.append({"type": SharedStatisticsHook})
     if section.ema_momentum > 0:
         hooks.append({"type": "EMAHook", "momentum": section.ema_momentum, "strict_load": True})

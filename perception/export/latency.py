@@ -79,14 +79,14 @@ def measure(
     inputs = example_inputs(network, contract["cameras"], raw_size)
     runs: dict[str, tuple[Callable[[], float], str, float]] = {}
     for name in backends:
-        before = _resident()
+        before = resident_bytes()
         if name in ("ort", "tensorrt"):
             run, device = _exported(folder, inputs, name, threads)
         else:
             run, device = _torch(network, inputs, raw_size, name)
         for _ in range(WARM_UP):
             run()
-        runs[name] = run, device, (_resident() - before) / 2**20
+        runs[name] = run, device, (resident_bytes() - before) / 2**20
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in backends}
     for _ in range(passes):
         for name, (run, _, _) in runs.items():
@@ -153,7 +153,7 @@ def _exported(folder: str | Path, inputs, name: str, threads: int) -> tuple[Call
     return run, runtime.device
 
 
-def _resident() -> int:
+def resident_bytes() -> int:
     """Bytes of memory that the process holds."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * resource.getpagesize()

@@ -9,10 +9,7 @@ shapes that depend on data. With half precision the graph itself says which numb
 from __future__ import annotations
 
 import ast
-import contextlib
 import hashlib
-import io
-import logging
 import warnings
 from collections import Counter
 from importlib import metadata
@@ -27,7 +24,7 @@ from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError
 from perception.export.contract import CONTRACT, MODEL, write_contract
 from perception.export.half import WEIGHTED, halve_graph
-from perception.export.quantize import KINDS, quantize_graph, record
+from perception.export.quantize import KINDS, quantize_graph, quiet, record
 from perception.files import replacing
 from perception.models.bevformer import BEVFormer, RawBoxes
 from perception.models.checkpoint import Network
@@ -301,21 +298,12 @@ def trace(model: DeployedNetwork, inputs: tuple[Tensor, ...]) -> onnx.ModelProto
         model: in evaluation mode.
         inputs: from `example_inputs`.
     """
-    # They tell what they could not optimise.
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                model, inputs, dynamo=True, opset_version=OPSET, verbose=False, optimize=True,
-                input_names=list(model.input_names), output_names=list(model.output_names),
-            )  # fmt: skip
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    with warnings.catch_warnings(), quiet(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            model, inputs, dynamo=True, opset_version=OPSET, verbose=False, optimize=True,
+            input_names=list(model.input_names), output_names=list(model.output_names),
+        )  # fmt: skip
     graph = program.model_proto
     _name_weights(graph)
     # Where in which file a node comes from is nobody's business in a vehicle.

@@ -73,7 +73,7 @@ class Quantizer:
             "QuantizeBias": self.kind == "uint8",
             "CalibPercentile": PERCENTILE,
         }
-        with _quiet():
+        with quiet():
             quantize_static(
                 self._path,
                 out,
@@ -277,12 +277,15 @@ class _Reader:
 
 
 @contextlib.contextmanager
-def _quiet():
-    """Without the library's progress reports."""
-    level = logging.root.level
-    logging.root.setLevel(logging.ERROR)
+def quiet():
+    """Without what libraries report of their progress and of what they could not optimise; errors are still told."""
+    loggers = logging.root, logging.getLogger("torch.onnx")  # torch's loggers do not ask the root
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
-        logging.root.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
