@@ -21,7 +21,8 @@ from perception.export import parity
 from perception.export.contract import read_contract
 from perception.export.drive import drive, moment_inputs, seated
 from perception.export.half import WEIGHTED
-from perception.export.onnx import export_onnx, fit_pixels, fitting_matrices
+from perception.export.images import fit_pixels, fitting_matrices
+from perception.export.onnx import export_onnx
 from perception.export.parity import certify
 from perception.export.quantize import BUDGET, KINDS, Quantizer, answers, changed, record
 from perception.export.runtime import Runtime

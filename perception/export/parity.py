@@ -21,7 +21,8 @@ from perception.data.nuscenes import NuScenesDataset
 from perception.errors import DataError
 from perception.evaluation.streaming import evaluate_scenes
 from perception.export.drive import aligned, drive, moment_inputs
-from perception.export.onnx import fit_pixels, fitting_matrices, raw_outputs
+from perception.export.images import fit_pixels, fitting_matrices
+from perception.export.onnx import raw_outputs
 from perception.export.runtime import Runtime
 from perception.files import replacing, write_json
 from perception.models.checkpoint import Network
