@@ -17,6 +17,7 @@ from perception.data.loader import fit_image
 from perception.errors import ConfigError, DataError
 from perception.export.contract import FORMAT, IMAGE_FORMATS, ImageInputs
 from perception.export.images import ImagePreprocessing, fit_pixels, fitting_matrices, from_rgb, to_rgb
+from perception.export.lowering import OPSET, lower_graph
 from perception.export.onnx import trace
 from perception.export.tensorrt import build_engines
 
@@ -44,7 +45,7 @@ def graphs():
     def make(image_format):
         images = ImageInputs(SIZES, image_format)
         buffers = tuple(torch.zeros(images.shape(n), dtype=torch.uint8) for n in range(len(SIZES)))
-        return trace(Pixels(images).eval(), (buffers,)).SerializeToString()
+        return lower_graph(trace(Pixels(images).eval(), (buffers,)), OPSET).SerializeToString()
 
     return make
 

@@ -26,6 +26,7 @@ from perception.errors import ConfigError
 from perception.export.contract import CONTRACT, MODEL, ImageInputs, write_contract
 from perception.export.half import WEIGHTED, halve_graph
 from perception.export.images import ImagePreprocessing
+from perception.export.lowering import OPSET, OPSET_FP8, TRACED, lower_graph
 from perception.export.quantize import KINDS, quantize_graph, quiet, record
 from perception.files import replacing
 from perception.models.bevformer import BEVFormer, RawBoxes
@@ -37,7 +38,6 @@ from perception.types import CameraRig, Frame, Prediction, State
 if TYPE_CHECKING:
     import onnx
 
-OPSET = 20
 PRECISIONS = ("fp32", "fp16", "int8", "fp8")
 CALIBRATION_AND_MOTION = (
     "img_from_cam", "ego_from_cam", "present", "ego_from_prev", "seconds_since_prev", "is_first",
@@ -186,8 +186,6 @@ def export_onnx(
     if for_cpu and precision not in ("fp32", "int8"):
         raise ConfigError(f"precision {precision} is slow on CPUs; take fp32 or int8")
     images = ImageInputs.of_rig(cameras, network.config.image_size, raw_size, image_format)
-    import onnx
-
     folder = Path(folder)
     model = DeployedNetwork(network, images).eval()
     inputs = example_inputs(network, images)
@@ -198,10 +196,10 @@ def export_onnx(
         graph, quantization = quantize_graph(graph, record(graph, calibration, images), kind)
     if precision != "fp32" and not for_cpu:
         graph = halve_graph(graph)
-    onnx.checker.check_model(graph)
     strange = sorted({node.op_type for node in graph.graph.node if node.domain not in ("", "ai.onnx")})
     if strange:
         raise ConfigError(f"the graph holds operators that are no standard ones: {', '.join(strange)}")
+    graph = lower_graph(graph, OPSET_FP8 if precision == "fp8" else OPSET)
     content = graph.SerializeToString()
     with torch.inference_mode():
         outputs = dict(zip(model.output_names, model(*inputs), strict=True))
@@ -216,7 +214,7 @@ def export_onnx(
         image_size=network.config.image_size,
         images=images,
         precision=precision,
-        opset=OPSET,
+        opset=graph.opset_import[0].version,
         layers=layer_types(graph),
         quantization=quantization,
         version=metadata.version("perception"),
@@ -242,7 +240,7 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 
 def trace(model: DeployedNetwork, inputs: tuple[tuple[Tensor, ...] | Tensor, ...]) -> onnx.ModelProto:
-    """The graph of a network in float32, weights under the names that they have in the network.
+    """The graph of a network in float32 and opset 18, weights under the names that they have in the network.
 
     Args:
         model: in evaluation mode.
@@ -251,7 +249,7 @@ def trace(model: DeployedNetwork, inputs: tuple[tuple[Tensor, ...] | Tensor, ...
     with warnings.catch_warnings(), quiet(), torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            model, inputs, dynamo=True, opset_version=OPSET, verbose=False, optimize=True,
+            model, inputs, dynamo=True, opset_version=TRACED, verbose=False, optimize=True,
             input_names=list(model.input_names), output_names=list(model.output_names),
         )  # fmt: skip
     graph = program.model_proto
