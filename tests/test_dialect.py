@@ -1,7 +1,10 @@
 """Forms of operators: what a parser reads otherwise is refused, by the table and by the layers that a parser makes."""
 
+import json
+
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
@@ -116,20 +119,22 @@ ODD = [
     (graph_of("Einsum", [(FLOAT, [2, 3]), (FLOAT, [4, 3])], equation="...j,kj->...k"), "is not of two operands"),
     (graph_of("Where", [(BOOL, [2]), (FLOAT, [2]), (FLOAT, [2])], opset=16), "opset 16; write it in 17 or newer"),
     (graph_of("Mul", [(INT64, [2])], constants=[np.array([2**31])]), r"does not fit in 32 bits.*\(TensorRT 8\.6;"),
-    (graph_of("Reshape", [(FLOAT, [1] * 8)], constants=[np.array([1] * 9)]), "has 9 axes, more than 8"),
+    (graph_of("Reshape", [(FLOAT, [1] * 8)], constants=[np.array([1] * 9)]), "has more than 8 axes"),
     (
         graph_of(
             "QuantizeLinear", [(FLOAT, [4])], constants=[np.float32(0.1), np.uint8(0)],
         ),
-        "its eight bits are UINT8",
+        "it is quantised to UINT8",
     ),
     (graph_of("QuantizeLinear", [(FLOAT, [4])], constants=[np.float32(0.1), np.int8(3)]), "not as many zeros"),
     (graph_of("DequantizeLinear", [], constants=[np.int8([1, 2]), np.float16(1), np.int8(0)]), "its scale is FLOAT16"),
     (
-        graph_of("DequantizeLinear", [], constants=[np.ones((2, 2), np.int8), np.ones(2, np.float32), np.zeros(2, np.int8)]),
-        "a scale per channel and no axis",
+        graph_of("DequantizeLinear", [], constants=[np.ones((2, 2), np.int8), np.ones(2, "f"), np.zeros(2, np.int8)]),
+        "a scale per channel but no axis",
     ),
-    # its meaning is that of every runtime, but nobody read how it is parsed
+    (graph_of("MaxPool", [(FLOAT, [1, 1, 8, 8])], outputs=2, kernel_shape=[3, 3]), "it has 2 outputs, more than 1"),
+    (graph_of("ConstantOfShape", [], constants=[INTS], value=helper.make_tensor("v", INT64, [1], [3])), "with INT64"),
+    # Parsers may read it well, but it is not listed.
     (graph_of("Tile", [(FLOAT, [2])], constants=[INTS * 2]), "Tile sampled: no supported parser was read for this op"),
 ]  # fmt: skip
 
@@ -157,7 +162,7 @@ def test_a_refusal_names_the_runtimes_that_it_is_for():
     assert checked["TensorRT 8.6"] == [] and all(checked[name] for name in newer)
 
 
-def test_the_first_few_findings_are_told():
+def test_an_error_lists_the_first_findings():
     nodes = [helper.make_node("Tile", ["x", "n"], [f"y{k}"], name=f"tile{k}") for k in range(5)]
     inputs = [helper.make_tensor_value_info("x", FLOAT, [2]), helper.make_tensor_value_info("n", INT64, [1])]
     outputs = [helper.make_tensor_value_info(f"y{k}", FLOAT, None) for k in range(5)]
@@ -177,8 +182,10 @@ def test_what_the_misread_forms_mean():
     def run(model, *values):
         return ReferenceEvaluator(model).run(None, {f"x{k}": value for k, value in enumerate(values)})[0]
 
-    bilinear, linear = run(sampling(), image, grid), run(sampling("linear", 20), image, grid)
-    assert np.array_equal(bilinear, linear)  # one thing in ONNX; parsers up to TensorRT 11.1 read the second as nearest
+    # The reference knows the newer word only, ONNX Runtime both; parsers up to TensorRT 11.1 read it as nearest.
+    session = onnxruntime.InferenceSession(sampling().SerializeToString(), providers=["CPUExecutionProvider"])
+    bilinear = session.run(None, {"x0": image, "x1": grid})[0]
+    assert run(sampling("linear", 20), image, grid) == pytest.approx(bilinear, abs=1e-6)
     # x = ((-0.25 + 1) * 4 - 1) / 2 = 1 and y = ((-1 / 3 + 1) * 3 - 1) / 2 = 0.5: half way between two pixels.
     assert bilinear[0, 0, 0, 0] == pytest.approx((image[0, 0, 0, 1] + image[0, 0, 1, 1]) / 2, abs=1e-6)
     assert np.abs(run(sampling("nearest"), image, grid) - bilinear).max() > 0.3
@@ -186,9 +193,65 @@ def test_what_the_misread_forms_mean():
     assert np.array_equal(run(maximum(), values), values.max(1))
     assert np.array_equal(run(maximum(18), values), values.max(1))  # the parser of TensorRT 8.6 reads values.max()
     channels = [np.array([[2, 4], [6, 8]], np.int8), np.float32([1, 10]), np.zeros(2, np.int8)]
-    rows = graph_of("DequantizeLinear", [], constants=channels, axis=0)
-    default = graph_of("DequantizeLinear", [], constants=channels)
+    rows = graph_of("DequantizeLinear", [], 19, channels, axis=0)
+    default = graph_of("DequantizeLinear", [], 19, channels)  # parsers take axis 0
     assert run(rows).tolist() == [[2, 4], [60, 80]] and run(default).tolist() == [[2, 40], [6, 80]]
+
+
+@pytest.mark.parametrize(
+    ("precision", "for_cpu"), [("fp32", False), ("fp16", False), ("int8", False), ("fp8", False), ("int8", True)]
+)
+def test_an_export_is_checked_for_the_runtimes_that_it_is_for(exports, precision, for_cpu):
+    folder = exports(precision, for_cpu)
+    checked = json.loads((folder / "contract.json").read_text())["checked"]
+    assert checked.keys() == RUNTIMES.keys()
+    wanted = [] if for_cpu else [name for name in RUNTIMES if precision != "fp8" or name != "TensorRT 8.6"]
+    assert [name for name, by in checked.items() if by] == wanted
+    model = onnx.load(folder / "model.onnx")
+    if for_cpu:
+        with pytest.raises(ConfigError, match=r"DequantizeLinear .*: its input is INT32"):
+            check_dialect(model)
+    else:
+        assert check_dialect(model) == checked
+        trt = pytest.importorskip("tensorrt_rtx")
+        logger = trt.Logger(trt.Logger.ERROR)
+        network, _reader = parse_graph(trt, trt.Builder(logger), logger, folder / "model.onnx", "tensorrt-rtx")
+        assert network.num_layers > len(model.graph.node)
+
+
+def test_one_changed_node_of_an_export_is_refused(fp32_export):
+    """Mode, axes and opset, as an exporter with other settings would have written them."""
+
+    def changed(change):
+        model = onnx.load(fp32_export / "model.onnx")
+        change(model)
+        with pytest.raises(ConfigError) as refused:
+            check_dialect(model)
+        return str(refused.value)
+
+    def mode(model):
+        node = next(node for node in model.graph.node if node.op_type == "GridSample")
+        node.name = "the changed one"
+        next(attribute for attribute in node.attribute if attribute.name == "mode").s = b"linear"
+
+    def axes(model):
+        node = next(node for node in model.graph.node if node.op_type == "ReduceMax")
+        node.name = "the changed one"
+        attribute = next(attribute for attribute in node.attribute if attribute.name == "axes")
+        model.graph.initializer.append(helper.make_tensor("axes", INT64, [len(attribute.ints)], attribute.ints))
+        node.input.append("axes")
+        node.attribute.remove(attribute)
+
+    def opset(model):
+        model.opset_import[0].version = 20
+
+    error = changed(mode)
+    assert "GridSample the changed one: mode is 'linear', and parsers read a mode that they do not know as" in error
+    assert all(name in error for name in RUNTIMES)
+    error = changed(axes)
+    assert "ReduceMax the changed one: it has 2 inputs instead of 1, and TensorRT 8.6 ignores axes" in error
+    error = changed(opset)
+    assert "TensorRT 8.6" in error and "is not known to be read" in error and "more" in error
 
 
 def test_every_form_can_be_met():
@@ -276,6 +339,9 @@ def test_a_parser_that_misreads_is_refused(parser, tmp_path, monkeypatch):
     """A file with `linear`, read once as it is meant and once as the older parsers read it."""
     trt, _ = parser
     path, logger = tmp_path / "model.onnx", trt.Logger(trt.Logger.ERROR)
+    path.write_bytes(b"rubbish")
+    with pytest.raises(ConfigError, match=r"tensorrt-rtx does not take .*model\.onnx"):
+        parse_graph(trt, trt.Builder(logger), logger, path, "tensorrt-rtx")
     path.write_bytes(sampling("linear", 20).SerializeToString())
     network, _reader = parse_graph(trt, trt.Builder(logger), logger, path, "tensorrt-rtx")
     assert network.num_layers == 1
@@ -288,13 +354,12 @@ def test_a_parser_that_misreads_is_refused(parser, tmp_path, monkeypatch):
             return super().parse(model.SerializeToString())
 
     monkeypatch.setattr(trt, "OnnxParser", OlderParser)
-    with pytest.raises(ConfigError, match=r"parser of tensorrt-rtx .* reads .*model\.onnx otherwise .* NEAREST instead"):
+    with pytest.raises(
+        ConfigError, match=r"parser of tensorrt-rtx .* reads .*model\.onnx otherwise .* NEAREST instead"
+    ):
         parse_graph(trt, trt.Builder(logger), logger, path, "tensorrt-rtx")
     path.write_bytes(sampling().SerializeToString())
     parse_graph(trt, trt.Builder(logger), logger, path, "tensorrt-rtx")
-    path.write_bytes(b"rubbish")
-    with pytest.raises(ConfigError, match=r"tensorrt-rtx does not take .*model\.onnx"):
-        parse_graph(trt, trt.Builder(logger), logger, path, "tensorrt-rtx")
 
 
 def test_names_of_runtimes():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +61,7 @@ def write_contract(
     opset: int,
     layers: Mapping[str, Mapping[str, int]],
     quantization: dict,
+    checked: Mapping[str, Sequence[str]],
     version: str,
 ) -> None:
     """Writes the contract of an export.
@@ -72,6 +73,8 @@ def write_contract(
         network, image_size, raw_size, precision, opset, version: what was exported, and how.
         layers: how many operators of each kind run in which type.
         quantization: what `perception.export.quantize` found out, empty for other precisions.
+        checked: by runtime, how it was checked that it reads the graph as ONNX defines it; from
+            `perception.export.dialect`, empty for a runtime that the graph is not for.
     """
 
     def described(arrays: Mapping[str, np.ndarray]) -> list[dict]:
@@ -92,6 +95,7 @@ def write_contract(
             "raw_size": list(raw_size) if raw_size else None,
             "layers": {kind: dict(types) for kind, types in layers.items()},
             "quantization": quantization,
+            "checked": {runtime: list(checks) for runtime, checks in checked.items()},
             "engines": {},
             "cameras": int(inputs["present"].shape[0]),
             "max_gap_s": MAX_GAP,

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from perception.errors import ConfigError
+from perception.export.nodes import UNKNOWN, Node, nodes_of, opset_of
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ RUNTIMES = {
     "TensorRT 10.13": Runtime(
         19,
         "parser source read",
-        # Its own tag could not be had: the versions before and after it were read, and the release notes between.
+        # The source of 10.13 itself was not read, but the versions before and after it, and the release notes between.
         "onnx/onnx-tensorrt, onnxOpImporters.cpp and importerUtils.cpp of 10.10 (gedoensmax/onnx-tensorrt, "
         "external-weight-10-10) and onnxOpImporters.cpp of commit dd0a3a9, which has operators of 10.14; release notes "
         "of 10.11 to 10.13; NVIDIA/TensorRT#4646",
@@ -61,6 +62,7 @@ EVERY = tuple(RUNTIMES)
 FROM_10 = EVERY[1:]
 OLDEST_OPSET = 17
 LARGEST_RANK, LARGEST_K = 8, 3840
+MANY = 1 << 20  # inputs or outputs
 SHOWN = 3  # findings that an error names
 
 FLOATS = frozenset({"FLOAT", "FLOAT16"})
@@ -75,43 +77,6 @@ def any_value(value: object) -> bool:
     return True
 
 
-@dataclass(frozen=True)
-class Node:
-    """An operator of a graph with what is known of its tensors.
-
-    Args:
-        version: of the operator's definition in the graph's opset.
-        given: attributes that the node has.
-        attributes: these, and the defaults of ONNX for the others.
-        constants: by input name, for all constants of the graph.
-        kinds: element type and shape by tensor name.
-        dequantized: names of constants that a DequantizeLinear gives out.
-    """
-
-    operator: str
-    name: str
-    version: int
-    inputs: Sequence[str]
-    outputs: Sequence[str]
-    given: Mapping[str, object]
-    attributes: Mapping[str, object]
-    constants: Mapping[str, np.ndarray]
-    kinds: Mapping[str, tuple[str, tuple[int, ...]]]
-    dequantized: frozenset[str]
-
-    def has(self, k: int) -> bool:
-        return k < len(self.inputs) and self.inputs[k] != ""
-
-    def constant(self, k: int) -> np.ndarray | None:
-        return self.constants.get(self.inputs[k]) if self.has(k) else None
-
-    def kind(self, k: int) -> str:
-        return self.kinds.get(self.inputs[k], ("unknown", ()))[0]
-
-    def shape(self, k: int) -> tuple[int, ...]:
-        return self.kinds.get(self.inputs[k], ("unknown", ()))[1]
-
-
 # Conditions that attributes alone do not express. Each returns what is wrong with a node, "" if nothing is.
 
 
@@ -121,7 +86,7 @@ def _four_dimensional(node: Node) -> str:
 
 
 def _convolution(node: Node) -> str:
-    weight = node.constant(1) is not None or node.inputs[1] in node.dequantized
+    weight = node.constant(1) is not None or node.inputs[1] in node.tensors.dequantized
     return _four_dimensional(node) or ("" if weight else "its weight is not constant")
 
 
@@ -171,6 +136,11 @@ def _cast(node: Node) -> str:
     return "" if known else f"{node.kind(0)} is cast to type {node.attributes['to']}"
 
 
+def _filled(node: Node) -> str:
+    kind = node.tensors.kinds.get(node.outputs[0], UNKNOWN)[0]
+    return "" if kind == "FLOAT" else f"it is filled with {kind} instead of FLOAT"
+
+
 def _condition(node: Node) -> str:
     same = node.kind(0) == "BOOL" and node.kind(1) == node.kind(2) and node.kind(1) in MOVED
     return "" if same else f"its inputs are {', '.join(node.kind(k) for k in range(3))}"
@@ -186,11 +156,11 @@ def _einsum(node: Node) -> str:
 
 
 def _quantized(node: Node) -> str:
-    """Whole numbers around zero with float32 scales, from opset 19 on 8-bit floats and half scales too."""
+    """Symmetric INT8 with float32 scales; from opset 19 on FLOAT8E4M3FN and half-precision scales too."""
     into = node.operator == "QuantizeLinear"
     number, real = node.kind(2), node.kind(0) if into else node.kind(1)
     if number not in ({"INT8"} if node.version < 19 else {"INT8", "FLOAT8E4M3FN"}):
-        return f"its eight bits are {number}; around zero, INT8 is read by all and FLOAT8E4M3FN from opset 19 on"
+        return f"it is quantised to {number}; give INT8 or, from opset 19 on, FLOAT8E4M3FN"
     if node.kind(1) != real or real not in ({"FLOAT"} if node.version < 19 else FLOATS):
         return f"its scale is {node.kind(1)} and its values are {real}; give FLOAT, from opset 19 on FLOAT16 too"
     if not into and node.kind(0) != number:
@@ -201,9 +171,9 @@ def _quantized(node: Node) -> str:
     if zero.shape != scale.shape or zero.astype(np.float32).any():
         return "its zero points are not as many zeros as scales"
     if scale.size > 1 and "axis" not in node.given:
-        return "it has a scale per channel and no axis, which is taken for axis 0"  # ONNX: axis 1
+        return "it has a scale per channel but no axis, and parsers take axis 0"  # ONNX: axis 1
     if scale.size > 1 and (into or node.constant(0) is None):
-        return "it has a scale per channel and no constant values"
+        return "it has a scale per channel for values that are not constant"
     return ""
 
 
@@ -218,6 +188,7 @@ class Form:
         constants: inputs that have to be constants of the graph.
         attributes: by name, the values that are read as meant, or a function that accepts them; a node with any other
             attribute is refused.
+        outputs: the most that it may have.
         versions: of the operator's definition, the oldest and the newest that have this form.
         runtimes: that read it.
         functions: of the parser's source that read it, if they are not named after the operator.
@@ -230,6 +201,7 @@ class Form:
     inputs: tuple[int, int]
     constants: tuple[int, ...] = ()
     attributes: Mapping[str, tuple | Callable[[object], bool]] = field(default_factory=dict)
+    outputs: int = 1
     versions: tuple[int, int] = (1, 19)
     runtimes: tuple[str, ...] = EVERY
     functions: str = ""
@@ -243,6 +215,8 @@ class Form:
             counted = f"{least}" if least == most else f"{least} to {most}"
             return [f"it has {len(node.inputs)} inputs instead of {counted}"]
         found = []
+        if len(node.outputs) > self.outputs:
+            found.append(f"it has {len(node.outputs)} outputs, more than {self.outputs}")
         if node.kind(0) not in self.types:
             found.append(f"its input is {node.kind(0)}")
         for k in self.constants:
@@ -274,26 +248,32 @@ FORMS = (
         "Abs Atan Cos Exp Floor Log Neg Reciprocal Round Sin Sqrt", FLOATS, (1, 1), functions="unaryHelper"
     ),  # ties of Round go to even numbers in both
     Form("Not", BOOL, (1, 1), functions="unaryHelper"),
-    Form("IsNaN", FLOATS, (1, 1)),  # up to TensorRT 10.0 it becomes not (x == x)
+    Form("IsNaN", FLOATS, (1, 1), versions=(13, 20)),  # up to TensorRT 10.0 it becomes not (x == x)
     Form("Relu Sigmoid", FLOATS, (1, 1), functions="activationHelper"),
     Form("Clip", NUMBERS, (1, 3), constants=(1, 2), functions="Clip, elementwiseClipHelper"),
     Form(
         "Cast", MOVED | {"UINT8"}, (1, 1), attributes={"to": any_value, "saturate": (1,)}, condition=_cast
-    ),  # 64-bit whole numbers become 32-bit ones in TensorRT 8.6
+    ),  # INT64 becomes INT32 in TensorRT 8.6
     Form("Where", BOOL, (3, 3), condition=_condition),
     Form("Reshape", MOVED, (2, 2), constants=(1,), attributes={"allowzero": FLAG}),
     Form("Transpose", MOVED, (1, 1), attributes={"perm": any_value}),
     Form("Squeeze Unsqueeze Expand", MOVED, (2, 2), constants=(1,)),
-    Form("Concat", MOVED, (1, 1 << 20), attributes={"axis": any_value}),
+    Form("Concat", MOVED, (1, MANY), attributes={"axis": any_value}),
     Form("Slice", MOVED, (4, 5), constants=(1, 2, 3, 4)),
     Form("Gather GatherElements", MOVED, (2, 2), attributes={"axis": any_value}),
     Form("GatherND", MOVED, (2, 2), attributes={"batch_dims": (0,)}),
-    Form("ConstantOfShape", frozenset({"INT64"}), (1, 1), constants=(0,), attributes={"value": any_value}),
-    Form("Pad", NUMBERS, (2, 3), constants=(1, 2), attributes={"mode": ("constant",)}),
-    Form("Split", MOVED, (1, 2), constants=(1,), attributes={"axis": any_value}, versions=(13, 17), condition=_split),
     Form(
-        "Split", MOVED, (1, 2), constants=(1,), attributes={"axis": any_value, "num_outputs": any_value},
-        versions=(18, 19), condition=_split,
+        "ConstantOfShape", frozenset({"INT64"}), (1, 1), constants=(0,), attributes={"value": any_value},
+        condition=_filled,
+    ),
+    Form("Pad", NUMBERS, (2, 3), constants=(1, 2), attributes={"mode": ("constant",)}),
+    Form(
+        "Split", MOVED, (1, 2), constants=(1,), outputs=MANY, attributes={"axis": any_value}, versions=(13, 17),
+        condition=_split,
+    ),
+    Form(
+        "Split", MOVED, (1, 2), constants=(1,), outputs=MANY, versions=(18, 19), condition=_split,
+        attributes={"axis": any_value, "num_outputs": any_value},
     ),
     *(
         form
@@ -354,7 +334,7 @@ FORMS = (
         otherwise="parsers read a mode that they do not know as nearest; write bilinear (opset 17)",
     ),
     Form(
-        "TopK", FLOATS, (2, 2), constants=(1,), condition=_top,
+        "TopK", FLOATS, (2, 2), constants=(1,), outputs=2, condition=_top,
         attributes={"axis": any_value, "largest": FLAG, "sorted": (1,)},
     ),
     Form(
@@ -368,8 +348,6 @@ FORMS = (
         otherwise="TensorRT 8.6 reads every scale as FLOAT and no 8-bit floats",
     ),
 )  # fmt: skip
-ENUMERATED = {name: [form for form in FORMS if name in form.operators.split()] for form in FORMS
-              for name in form.operators.split()}  # fmt: skip
 
 
 def check_dialect(model, runtimes: Sequence[str] | None = None) -> dict[str, list[str]]:
@@ -394,11 +372,11 @@ def check_dialect(model, runtimes: Sequence[str] | None = None) -> dict[str, lis
         eight = onnx.TensorProto.FLOAT8E4M3FN
         floats8 = any(tensor.data_type == eight for tensor in model.graph.initializer)
         runtimes = FROM_10 if floats8 else EVERY
-    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+    opset = opset_of(model)
     if opset < OLDEST_OPSET:
         raise ConfigError(
-            f"the graph is of opset {opset}; write it in {OLDEST_OPSET} or newer: its operators were not read for older "
-            f"ones ({', '.join(runtimes)})"
+            f"the graph is of opset {opset}; write it in {OLDEST_OPSET} or newer: how operators of older ones are read "
+            f"is not known ({', '.join(runtimes)})"
         )
     findings = []
     for node in nodes_of(model) if runtimes else ():
@@ -420,74 +398,22 @@ def check_dialect(model, runtimes: Sequence[str] | None = None) -> dict[str, lis
 
 def _findings(node: Node, runtime: str) -> list[str]:
     """What of a node a runtime may read otherwise."""
-    if node.operator not in ENUMERATED:
+    forms = [form for form in FORMS if node.operator in form.operators.split()]
+    if not forms:
         return ["no supported parser was read for this operator"]
-    forms = ENUMERATED[node.operator]
     form = next((form for form in forms if form.versions[0] <= node.version <= form.versions[1]), forms[0])
-    hint = f", and {form.otherwise}" if form.otherwise else ""
-    functions = f" [{form.functions or node.operator}]"
-    known = form.versions[0] <= node.version <= min(form.versions[1], RUNTIMES[runtime].opset)
-    if not known or runtime not in form.runtimes:
-        return [f"its form of opset {node.version} is not known to be read{hint}{functions}"]
-    found = form.findings(node)
-    if not found:
-        found += [
-            f"output {name} has {len(node.kinds[name][1])} axes, more than {LARGEST_RANK}"
-            for name in node.outputs
-            if len(node.kinds.get(name, ("", ()))[1]) > LARGEST_RANK
-        ]
-        if runtime == EVERY[0] and node.operator != "Slice":  # a slice may end anywhere behind the last element
-            whole = [value for value in map(node.constant, range(len(node.inputs))) if value is not None]
-            if any(value.dtype == np.int64 and np.abs(value).max(initial=0) >= 2**31 for value in whole):
-                found.append("a constant does not fit in 32 bits, to which whole numbers are cut")
-        return [f"{text}{functions}" for text in found]
-    return [f"{text}{hint}{functions}" for text in found]
-
-
-def nodes_of(model) -> list[Node]:
-    """The operators of a graph; types and shapes are those that ONNX infers."""
-    import onnx
-    from onnx import defs, helper, numpy_helper
-
-    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
-    graph = onnx.shape_inference.infer_shapes(model).graph
-    name_of = onnx.TensorProto.DataType.Name
-    kinds = {
-        value.name: (
-            name_of(value.type.tensor_type.elem_type),
-            tuple(d.dim_value for d in value.type.tensor_type.shape.dim),
-        )
-        for value in (*graph.value_info, *graph.input, *graph.output)
-    }
-    kinds |= {tensor.name: (name_of(tensor.data_type), tuple(tensor.dims)) for tensor in graph.initializer}
-    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    dequantized = frozenset(
-        node.output[0] for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in constants
-    )
-    nodes = []
-    for number, node in enumerate(graph.node):
-        name = node.name or f"number {number}"
-        given = {attribute.name: _plain(helper.get_attribute_value(attribute)) for attribute in node.attribute}
-        defaults, version = {}, opset
-        if node.domain in ("", "ai.onnx") and defs.has(node.op_type, opset):
-            schema = defs.get_schema(node.op_type, opset)
-            version = schema.since_version
-            defaults = {
-                key: _plain(helper.get_attribute_value(attribute.default_value))
-                for key, attribute in schema.attributes.items()
-                if attribute.default_value.type
-            }
-        operator = node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
-        nodes.append(
-            Node(
-                operator, name, version, list(node.input), list(node.output), given, {**defaults, **given}, constants,
-                kinds, dequantized,
-            )  # fmt: skip
-        )
-    return nodes
-
-
-def _plain(value):
-    if isinstance(value, bytes):
-        return value.decode()
-    return list(value) if isinstance(value, (list, tuple)) else value
+    oldest, newest = form.versions[0], min(form.versions[1], RUNTIMES[runtime].opset)
+    if runtime in form.runtimes and oldest <= node.version <= newest:
+        found = form.findings(node)
+    else:
+        found = [f"its form of opset {node.version} is not known to be read"]
+    if found and form.otherwise:
+        found[-1] += f", and {form.otherwise}"
+    for name in node.outputs:
+        if len(node.tensors.kinds.get(name, UNKNOWN)[1]) > LARGEST_RANK:
+            found.append(f"output {name} has more than {LARGEST_RANK} axes")
+    if runtime == EVERY[0] and node.operator != "Slice":  # a slice may end anywhere behind the last element
+        constants = [value for value in map(node.constant, range(len(node.inputs))) if value is not None]
+        if any(value.dtype == np.int64 and np.abs(value).max(initial=0) >= 2**31 for value in constants):
+            found.append("a constant does not fit in 32 bits, to which INT64 is cut")
+    return [f"{text} [{form.functions or node.operator}]" for text in found]

@@ -17,8 +17,8 @@ import numpy as np
 
 from perception.errors import ConfigError
 from perception.export.contract import CONTRACT, MODEL, read_contract
-from perception.export.dialect import Node, nodes_of
 from perception.export.engine_session import Cuda, import_tensorrt
+from perception.export.nodes import UNKNOWN, Node, nodes_of
 from perception.files import replacing, write_json
 
 CURRENT = "current"  # the GPU of this machine
@@ -111,6 +111,30 @@ def build_engines(
     return engines
 
 
+def gpus_of(package: str, targets: Sequence[str]) -> dict[str, str]:
+    """The compute capability that each target means, such as "sm89"; asked before long work, it says what is missing.
+
+    Args:
+        package, targets: as for `build_engines`.
+
+    Raises:
+        ConfigError: the package is not installed or does not know a target, or there is no GPU to be the current one.
+    """
+    trt = import_tensorrt(package)
+    gpus = {}
+    for target in targets:
+        if target == CURRENT:
+            gpus[target] = Cuda().target()
+            continue
+        if package != "tensorrt-rtx":
+            raise ConfigError(f"target {target!r}: {package} builds for the GPU of this machine only; use {CURRENT!r}")
+        known = [name.lower() for name in dir(trt.ComputeCapability) if name.startswith("SM")]
+        if target not in known:
+            raise ConfigError(f"target {target!r} is not known to {package}; it builds for {', '.join(known)}")
+        gpus[target] = target
+    return gpus
+
+
 def runtime_name(package: str, version: str) -> str:
     """The name of a runtime in contracts, such as "TensorRT-RTX 1.7"."""
     return f"{NAMES[package]} {'.'.join(version.split('.')[:2])}"
@@ -170,7 +194,7 @@ def compare_layers(trt, network, model) -> list[str]:
     tensors = {layer.get_output(k).name: layer.get_output(k) for layer in layers for k in range(layer.num_outputs)}
     for node in nodes:
         for name in filter(None, node.outputs):
-            kind, shape = node.kinds.get(name, ("unknown", ()))
+            kind, shape = node.tensors.kinds.get(name, UNKNOWN)
             if name not in tensors:
                 differences.append(f"{node.operator} {node.name} has no tensor {name}")
             elif (found := tensors[name].dtype) != getattr(trt.DataType, TYPES.get(kind, kind), None):
@@ -270,7 +294,7 @@ def _settings(trt, node: Node) -> Mapping[str, object]:
         return {"axis": given["axis"] % rank}
     if kind == "Einsum":
         return {"equation": given["equation"]}
-    if kind.endswith("quantizeLinear") or kind == "QuantizeLinear":
+    if kind in ("QuantizeLinear", "DequantizeLinear"):
         scale = node.constant(1)
         return {"axis": given["axis"] % rank} if scale is not None and scale.size > 1 else {}
     return {}
