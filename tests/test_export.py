@@ -23,6 +23,7 @@ from perception.export.onnx import export_onnx
 from perception.export.parity import certify
 from perception.export.quantize import BUDGET, KINDS, Quantizer, answers, changed, record
 from perception.export.runtime import Runtime
+from perception.export.tensorrt import parse_graph
 from perception.models.bevformer import BEVFormer, BEVFormerConfig
 from perception.models.checkpoint import build_network, save_checkpoint
 from perception.models.maptr import MapTRConfig
@@ -183,6 +184,10 @@ def test_published_networks_are_exported(network, small_town, tmp_path):
     assert set(found.raw) == ({"memory", "raw_box"} if network == "bevformer" else {"raw_line"})
     scene = Runtime(folder).scene()
     assert len(scene.boxes.score) == (10 if network == "bevformer" else 0)
+    assert all(read_contract(folder)["checked"].values())  # every runtime reads it as ONNX defines it
+    trt = pytest.importorskip("tensorrt_rtx")
+    logger = trt.Logger(trt.Logger.ERROR)
+    parse_graph(trt, trt.Builder(logger), logger, folder / "model.onnx", "tensorrt-rtx")
 
 
 def test_what_is_sure_decides_about_int8_and_order_does_not():

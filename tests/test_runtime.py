@@ -22,7 +22,7 @@ from perception.export.contract import ImageInputs, read_contract
 from perception.export.drive import camera_frame, drive
 from perception.export.parity import certify
 from perception.export.runtime import Runtime
-from perception.export.tensorrt import build_engines
+from perception.export.tensorrt import build_engines, runtime_name
 from perception.predictor import Predictor
 from perception.types import CameraRig, map_tensors
 
@@ -122,6 +122,9 @@ def test_engines_are_built_without_a_gpu(exports, precision, tmp_path):
     assert contract["engines"]["sm89"]["package"] == "tensorrt-rtx" and "model.sm89.engine" in contract["sha256"]
     assert contract["layers"]["Conv"].keys() == ({"float", "float16"} if precision == "int8" else {"float16"})
     assert contract["layers"]["GridSample"].keys() == {"float"}
+    assert contract["checked"][runtime_name("tensorrt-rtx", contract["engines"]["sm89"]["package_version"])][-1:] == [
+        "parser run"
+    ]
     Runtime(folder).run()  # the graph beside it still runs
     engines["sm89"].write_bytes(b"other")
     with pytest.raises(CheckpointError, match=r"sm89\.engine is not the file"):

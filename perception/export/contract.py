@@ -173,6 +173,7 @@ def write_contract(
     opset: int,
     layers: Mapping[str, Mapping[str, int]],
     quantization: dict,
+    checked: Mapping[str, Sequence[str]],
     version: str,
 ) -> None:
     """Writes the contract of an export.
@@ -184,6 +185,8 @@ def write_contract(
         network, image_size, images, precision, opset, version: what was exported, and how.
         layers: how many operators of each kind run in which type.
         quantization: what `perception.export.quantize` found out, empty for other precisions.
+        checked: by runtime, how it was checked that it reads the graph as ONNX defines it; from
+            `perception.export.dialect`, empty for a runtime that the graph is not for.
     """
 
     image = IMAGE_FORMATS[images.image_format] + ", rows from the top; ignored while the camera is missing"
@@ -208,6 +211,7 @@ def write_contract(
             "image_format": images.image_format,
             "layers": {kind: dict(types) for kind, types in layers.items()},
             "quantization": quantization,
+            "checked": {runtime: list(checks) for runtime, checks in checked.items()},
             "engines": {},
             "cameras": len(images.sizes),
             "max_gap_s": MAX_GAP,

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError
 from perception.export.contract import CONTRACT, MODEL, ImageInputs, write_contract
+from perception.export.dialect import check_dialect
 from perception.export.half import WEIGHTED, halve_graph
 from perception.export.images import ImagePreprocessing
 from perception.export.lowering import OPSET, OPSET_FP8, TRACED, lower_graph
@@ -170,7 +171,8 @@ def export_onnx(
         The folder.
 
     Raises:
-        ConfigError: the network is none that is exported, or precision, cameras, sizes or format cannot be.
+        ConfigError: the network is none that is exported, precision, cameras, sizes or format cannot be, or the graph
+            has a form that a TensorRT parser may read otherwise than ONNX defines it.
     """
     if isinstance(network, MapTRv2):
         raise ConfigError("MapTRv2 is not exported: it sums up features where their depths say, which depends on data")
@@ -200,6 +202,7 @@ def export_onnx(
     if strange:
         raise ConfigError(f"the graph holds operators that are no standard ones: {', '.join(strange)}")
     graph = lower_graph(graph, OPSET_FP8 if precision == "fp8" else OPSET)
+    checked = check_dialect(graph, () if for_cpu and precision in KINDS else None)  # bytes from zero up are for CPUs
     content = graph.SerializeToString()
     with torch.inference_mode():
         outputs = dict(zip(model.output_names, model(*inputs), strict=True))
@@ -217,6 +220,7 @@ def export_onnx(
         opset=graph.opset_import[0].version,
         layers=layer_types(graph),
         quantization=quantization,
+        checked=checked,
         version=metadata.version("perception"),
     )
     return folder
