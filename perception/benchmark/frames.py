@@ -10,7 +10,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -76,8 +76,8 @@ RACED = (REFERENCE, Mode("bf16", True), Mode("bf16", True, graph=True), Mode("fp
 
 
 def runs_on(mode: Mode, device: torch.device) -> bool:
-    """Whether a device has such a way."""
-    return device.type == "cuda" or not (mode.graph or mode.precision == "tf32")
+    """Whether a device has such a way; a CPU without float16 in hardware would take minutes for it."""
+    return device.type == "cuda" or not (mode.graph or mode.precision in ("tf32", "fp16"))
 
 
 # ----------------------------------------------------------------------------------------------------- networks, frames
@@ -150,24 +150,27 @@ class Runner:
 
     Args:
         network: in evaluation mode; copied where the mode wants another layout.
-        frame, state: kept; a captured graph reads and writes them at their place.
+        frame, state: copied; a captured graph reads and writes the copies at their place.
         mode: how.
+        advance: what a runner without a graph has compiled; compiled here where not given.
     """
 
-    def __init__(self, network: Network, frame: Frame, state: State, mode: Mode) -> None:
-        if mode.channels_last:
-            network = copy.deepcopy(network).to(memory_format=torch.channels_last)
-        else:
+    def __init__(
+        self, network: Network, frame: Frame, state: State, mode: Mode, advance: Callable | None = None
+    ) -> None:
+        if not mode.channels_last:
             frame = frame._replace(images=frame.images.contiguous())
+        elif advance is None:
+            network = copy.deepcopy(network).to(memory_format=torch.channels_last)
         self.mode, self.device = mode, frame.images.device
         self.frame, self.state = map_tensors(torch.clone, frame), map_tensors(torch.clone, state)
         self._start = state
 
-        def advance(frame: Frame, state: State) -> tuple[Prediction, Scene, State]:
+        def pass_of(frame: Frame, state: State) -> tuple[Prediction, Scene, State]:
             prediction, state = network(frame, state)
             return prediction, network.decode(prediction), state
 
-        self._advance = torch.compile(advance, dynamic=False) if mode.compiled else advance
+        self.advance = advance or (torch.compile(pass_of, dynamic=False) if mode.compiled else pass_of)
         self._graph = None
         self.results: tuple[Prediction, Scene] | None = None
         if mode.graph:
@@ -191,7 +194,7 @@ class Runner:
 
     def _pass(self) -> None:
         with self._settings():
-            *results, after = self._advance(self.frame, self.state)
+            *results, after = self.advance(self.frame, self.state)
             self.state.bev.copy_(after.bev)
         self.results = tuple(results)
 
@@ -283,44 +286,42 @@ def measure_frames(recorder: Recorder, model: str, device_name: str, compiled: b
     state = memory_of(network, frame)
     reference = Runner(network, frame, state, REFERENCE)
     wanted = reference.first_pass()
-    fastest: tuple[float, Mode] | None = None
+    runners: dict[Mode | str, Runner] = {}  # of what was compiled, and "fastest"
+    fastest = float("inf")
+
+    def measure_mode(mode: Mode) -> dict:
+        """A row; keeps the runner while nothing is faster."""
+        nonlocal fastest
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        start = time.perf_counter()
+        plain = runners.get(replace(mode, graph=False)) if mode.compiled else None
+        runner = Runner(network, frame, state, mode, plain and plain.advance)
+        found = runner.first_pass()
+        wait(device)
+        row = {"prepared_s": time.perf_counter() - start}
+        if device.type == "cuda":
+            row["peak_mib"] = torch.cuda.max_memory_allocated(device) / 2**20
+        if mode.compiled:
+            runners[mode] = runner
+        seconds = take_turns({"reference": reference, "mode": runner}, device)
+        row |= timings(seconds["mode"])
+        if row["p50_ms"] < fastest:
+            fastest, runners["fastest"] = row["p50_ms"], runner
+        row["speedup"] = float(np.median(seconds["reference"] / seconds["mode"]))
+        row["difference"] = differences(network, wanted, found)
+        return row
+
     for mode in (REFERENCE, *(COMPILED if compiled else EAGER)):
-        if not runs_on(mode, device):
-            continue
-        limit = COMPILE_LIMIT if mode.compiled else LIMIT
-        row = recorder.attempt(mode.name, limit, _measure_mode, network, frame, state, mode, reference, wanted)
-        if "error" not in row and (fastest is None or row["p50_ms"] < fastest[0]):
-            fastest = row["p50_ms"], mode
-    if fastest is None:
-        return
-    mode = fastest[1]
-    recorder.attempt("with copies", COMPILE_LIMIT, _measure_copies, network, frame, state, mode, reference)
-    recorder.attempt("profile", COMPILE_LIMIT, _profile, Runner(network, frame, state, mode))
+        if runs_on(mode, device):
+            recorder.attempt(mode.name, COMPILE_LIMIT if mode.compiled else LIMIT, measure_mode, mode)
+    if "fastest" in runners:
+        recorder.attempt("with copies", LIMIT, _measure_copies, runners["fastest"], reference)
+        recorder.attempt("profile", LIMIT, _profile, runners["fastest"])
 
 
-def _measure_mode(
-    network: Network, frame: Frame, state: State, mode: Mode, reference: Runner, wanted: tuple[Prediction, Scene, State]
-) -> dict:
-    device = frame.images.device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    start = time.perf_counter()
-    runner = Runner(network, frame, state, mode)
-    found = runner.first_pass()
-    wait(device)
-    row = {"prepared_s": time.perf_counter() - start}
-    if device.type == "cuda":
-        row["peak_mib"] = torch.cuda.max_memory_allocated(device) / 2**20
-    seconds = take_turns({"reference": reference, "mode": runner}, device)
-    row |= timings(seconds["mode"])
-    row["speedup"] = float(np.median(seconds["reference"] / seconds["mode"]))
-    row["difference"] = differences(network, wanted, found)
-    return row
-
-
-def _measure_copies(network: Network, frame: Frame, state: State, mode: Mode, reference: Runner) -> dict:
-    """The fastest way with images from the host and boxes and lines back to it."""
-    runner = Runner(network, frame, state, mode)
+def _measure_copies(runner: Runner, reference: Runner) -> dict:
+    """A way with images from the host and boxes and lines back to it."""
     host = runner.frame.images.cpu()
     if runner.device.type == "cuda":
         host = host.pin_memory()
@@ -333,7 +334,7 @@ def _measure_copies(network: Network, frame: Frame, state: State, mode: Mode, re
     with torch.inference_mode():
         seconds = take_turns({"reference": reference, "mode": run}, runner.device)
     speedup = float(np.median(seconds["reference"] / seconds["mode"]))
-    return {"mode": mode.name} | timings(seconds["mode"]) | {"speedup": speedup}
+    return {"mode": runner.mode.name} | timings(seconds["mode"]) | {"speedup": speedup}
 
 
 def differences(
