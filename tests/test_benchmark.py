@@ -10,7 +10,7 @@ import torch
 
 from perception.benchmark import frames, gpu, stages, training
 from perception.benchmark.frames import Mode, Runner, differences, frame_of, measure_frames, memory_of, network_of
-from perception.benchmark.sampling import inputs_of, measure_sampling
+from perception.benchmark.sampling import measure_sampling, samplings_of
 from perception.benchmark.stages import Recorder, Stage, run_stages
 from perception.benchmark.training import RandomClips, Step, measure_training
 from perception.data.loader import collate
@@ -92,7 +92,8 @@ def test_modes_are_held_to_float32(weights):
     rows = []
     measure_frames(Recorder(rows.append, 120.0), weights, "cpu", False)
     assert [row["name"] for row in rows] == [
-        "eager fp32 untuned", "eager fp32", "eager bf16", "eager bf16 channels_last", "with copies", "profile",
+        "eager fp32 untuned plain sampling", "eager fp32", "eager bf16", "eager bf16 channels_last", "with copies",
+        "profile",
     ]  # fmt: skip
     assert not any("error" in row for row in rows), rows
     same, half = rows[0], rows[2]
@@ -154,14 +155,17 @@ def test_random_networks_depend_on_the_images(small_network, monkeypatch):
 
 @pytest.mark.usefixtures("few_passes")
 def test_sampling_is_measured_at_the_sizes_of_a_network(weights, small_network):
-    features, uv, camera, weight = inputs_of(small_network, "bf16")
+    cameras, bev = samplings_of(small_network, "bf16").values()
+    features, uv, weight = cameras.inputs
     assert features.shape == (1, 6, 16, 5, 10) and features.dtype == torch.bfloat16
-    assert uv.shape == (1, 20 * 20 * 3, 1, 2) and camera.unique().tolist() == list(range(6))
+    assert uv.shape == (1, 20 * 20 * 3, 1, 2) and weight.shape == uv.shape[:-1]
     assert (weight == 0).float().mean() == pytest.approx(0.41, abs=0.05)
+    assert [tuple(x.shape) for x in bev.inputs] == [(1, 16, 20, 20), (1, 20, 4, 4, 2), (1, 20, 4, 4)]
+    assert bev.inputs[1].abs().max() > 40  # metres, all over the grid
     rows = []
     measure_sampling(Recorder(rows.append, 60.0), (weights,), "cpu")
-    assert [len(row["difference"]) for row in rows] == [1, 4] * 3
-    assert max(off for row in rows for off in row["difference"]) < 1e-2
+    assert [len(row["difference"]) for row in rows] == [1, 4] * 6
+    assert 0 < max(off for row in rows for off in row["difference"]) < 1e-2
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -220,9 +224,9 @@ def test_one_call_writes_what_it_has(weights, tmp_path):
 
     content = gpu.measure(path, models=[weights], stages=["sampling"], device="cpu", seconds=600.0, progress=progress)
     assert json.loads(path.read_text()) == content and content["machine"]["torch"] == torch.__version__
-    assert [count for _, count in seen] == list(range(1, 7))  # the file holds each row when it is told
+    assert [count for _, count in seen] == list(range(1, 13))  # the file holds each row when it is told
     text = gpu.tables(content)
-    assert text.count("\n| ") == 7 and "Not measured" not in text
+    assert text.count("\n| ") == 13 and "Not measured" not in text
 
 
 def test_the_first_model_comes_first():

@@ -9,6 +9,7 @@ import torch
 from perception.errors import ConfigError
 from perception.grid import BEVGrid
 from perception.ops import bilinear, sample_bev, sample_cameras
+from perception.ops.bilinear import choose_implementation, preferred_implementation
 from perception.ops.deformable import deformable_attention
 
 TRITON = pytest.param(
@@ -196,3 +197,13 @@ def test_an_unknown_implementation_is_refused():
     features, uv = torch.rand(1, 2, 3, 4, 5), torch.rand(1, 6, 2, 2)
     with pytest.raises(ConfigError, match="'cuda'; use one of plain, embedding_bag, triton"):
         sample_cameras(features, uv, torch.zeros(1, 6, 2, dtype=torch.int64), uv[..., 0], "cuda")
+
+
+def test_a_preferred_implementation_is_used_where_none_is_asked_for():
+    maps = torch.zeros(1)
+    with preferred_implementation("plain"):
+        assert choose_implementation(maps, None) == "plain"
+        assert choose_implementation(maps, "triton") == "triton"
+    assert choose_implementation(maps, None) == "embedding_bag"
+    with pytest.raises(ConfigError, match="'grid'; use one of plain"), preferred_implementation("grid"):
+        pass

@@ -24,6 +24,7 @@ from perception.models.bev_transformer import BEVTransformer, ModelConfig
 from perception.models.bevformer import BEVFormer
 from perception.models.checkpoint import PUBLISHED, Network, build_network, load_checkpoint
 from perception.models.maptr import MapTR
+from perception.ops.bilinear import preferred_implementation
 from perception.predictor import shipped_weights, weights_file
 from perception.types import CameraRig, Frame, Prediction, Scene, State, map_tensors
 
@@ -45,6 +46,7 @@ class Mode:
         compiled: by `torch.compile`.
         graph: captured as a CUDA graph and replayed.
         tuned: cuDNN tries its algorithms once and keeps the fastest.
+        plain: cameras and maps are sampled by `F.grid_sample`, not by kernels of this library.
     """
 
     precision: str = "fp32"
@@ -52,16 +54,18 @@ class Mode:
     compiled: bool = False
     graph: bool = False
     tuned: bool = True
+    plain: bool = False
 
     @property
     def name(self) -> str:
         """As tables have it."""
         parts = ["compile" if self.compiled else "eager", self.precision]
-        parts += ["channels_last"] * self.channels_last + ["untuned"] * (not self.tuned) + ["graph"] * self.graph
+        parts += ["channels_last"] * self.channels_last + ["untuned"] * (not self.tuned)
+        parts += ["plain sampling"] * self.plain + ["graph"] * self.graph
         return " ".join(parts)
 
 
-REFERENCE = Mode(tuned=False)
+REFERENCE = Mode(tuned=False, plain=True)
 EAGER = (
     Mode(), Mode("tf32"), Mode("bf16"), Mode("fp16"), Mode("tf32", True), Mode("bf16", True), Mode("fp16", True),
     Mode(graph=True), Mode("tf32", True, graph=True), Mode("bf16", True, graph=True), Mode("fp16", True, graph=True),
@@ -175,7 +179,7 @@ class Runner:
         self.results: tuple[Prediction, Scene] | None = None
         if mode.graph:
             with torch.inference_mode():
-                self._capture()
+                self._graph = captured(self._pass)
 
     def __call__(self) -> None:
         """One pass; its results are in `results` until the next."""
@@ -202,21 +206,25 @@ class Runner:
         mode, stack = self.mode, ExitStack()
         if self.device.type == "cuda":
             stack.enter_context(_products(mode.precision == "tf32", mode.tuned))
+        if mode.plain:
+            stack.enter_context(preferred_implementation("plain"))
         if mode.precision in DTYPES:
             stack.enter_context(torch.autocast(self.device.type, DTYPES[mode.precision]))
         return stack
 
-    def _capture(self) -> None:
-        other = torch.cuda.Stream()
-        other.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(other):
-            for _ in range(WARM_UP):
-                self._pass()
-        torch.cuda.current_stream().wait_stream(other)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._pass()
-        self._graph = graph
+
+def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """A pass as a CUDA graph, after some passes on another stream, as capturing wants it."""
+    other = torch.cuda.Stream()
+    other.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(other):
+        for _ in range(WARM_UP):
+            run()
+    torch.cuda.current_stream().wait_stream(other)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph
 
 
 @contextmanager

@@ -182,7 +182,11 @@ def tables(content: dict) -> str:
         for row in good
         if row["stage"] == "sampling"
     ]  # fmt: skip
-    add("sample_cameras", ["sizes of", "p50 ms", "plain ms", "times as fast", "off"], lines)
+    add(
+        "sampling, in turns with F.grid_sample",
+        ["function, sizes of", "p50 ms", "plain ms", "times as fast", "off"],
+        lines,
+    )
     parts_of_step = ("data", "forward", "losses", "matching", "backward", "optimizer")
     lines = [
         [

@@ -17,6 +17,8 @@ atomic additions, so its last bits differ from run to run, as those of `F.grid_s
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from shutil import which
 
@@ -29,6 +31,25 @@ from perception.errors import ConfigError
 IMPLEMENTATIONS = ("plain", "embedding_bag", "triton")
 # Triton builds a small launcher with a C compiler when a kernel first runs; slim containers have none.
 HAS_TRITON = find_spec("triton") is not None and bool(os.environ.get("CC") or any(map(which, ("cc", "gcc", "clang"))))
+
+_preferred: str | None = None
+
+
+@contextmanager
+def preferred_implementation(implementation: str) -> Iterator[None]:
+    """Within the block, functions that are asked for no implementation use this one: to compare networks, for example.
+
+    Raises:
+        ConfigError: the implementation is not known.
+    """
+    global _preferred
+    if implementation not in IMPLEMENTATIONS:
+        raise ConfigError(f"implementation is {implementation!r}; use one of {', '.join(IMPLEMENTATIONS)}")
+    before, _preferred = _preferred, implementation
+    try:
+        yield
+    finally:
+        _preferred = before
 
 
 def choose_implementation(maps: Tensor, implementation: str | None) -> str:
@@ -43,6 +64,8 @@ def choose_implementation(maps: Tensor, implementation: str | None) -> str:
         return implementation
     if torch.compiler.is_exporting() or maps.dtype == torch.float64:
         return "plain"
+    if _preferred is not None:
+        return _preferred
     if maps.device.type == "cpu":
         return "embedding_bag"
     return "triton" if HAS_TRITON and maps.device.type == "cuda" else "plain"
