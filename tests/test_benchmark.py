@@ -14,7 +14,7 @@ from perception.benchmark.sampling import measure_sampling, samplings_of
 from perception.benchmark.stages import Recorder, Stage, run_stages
 from perception.benchmark.training import RandomClips, Step, measure_training
 from perception.data.loader import collate
-from perception.errors import ConfigError
+from perception.errors import CheckpointError, ConfigError
 from perception.models.checkpoint import save_checkpoint
 
 CPU = torch.device("cpu")
@@ -241,6 +241,10 @@ def test_the_first_model_comes_first():
         gpu.plan([], ["frames"], "cuda", 360.0)
     with pytest.raises(ConfigError, match="device 'tpu' is not here"):
         gpu.measure("never.json", device="tpu")
+    with pytest.raises(ConfigError, match="model preset is 'bse'"):
+        gpu.measure("never.json", device="cpu", models=["nano", "bse"])
+    with pytest.raises(CheckpointError, match=r"none\.safetensors: no such checkpoint"):
+        gpu.measure("never.json", device="cpu", models=["none.safetensors"])
 
 
 def test_tables_say_what_is_missing():

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from perception.benchmark.stages import Recorder
+from perception.errors import CheckpointError
 from perception.export.drive import aligned
 from perception.export.onnx import example_inputs, raw_outputs
 from perception.models.bev_transformer import BEVTransformer, ModelConfig
@@ -29,9 +31,9 @@ from perception.predictor import shipped_weights, weights_file
 from perception.types import CameraRig, Frame, Prediction, Scene, State, map_tensors
 
 CAMERAS = 6
-SECONDS, LEAST_PASSES, MOST_PASSES = 1.5, 20, 200  # of the timed passes of one way
+SECONDS, LEAST_PASSES, MOST_PASSES = 1.0, 30, 200  # of the timed passes of one way
 WARM_UP = 3  # passes that are not timed
-LIMIT, COMPILE_LIMIT = 15.0, 75.0  # seconds of one measurement, preparation included
+LIMIT, COMPILE_LIMIT = 20.0, 110.0  # seconds of one measurement, preparation included
 PORTS = ("bevformer_tiny", "maptr_tiny_r50_24e_bevformer")  # for boxes and for lines
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -87,6 +89,23 @@ def runs_on(mode: Mode, device: torch.device) -> bool:
 # ----------------------------------------------------------------------------------------------------- networks, frames
 
 
+def check_model(name: str) -> None:
+    """Raises what `network_of` would, without making the network.
+
+    Raises:
+        CheckpointError: there is no such file.
+        ConfigError: there is no such preset.
+    """
+    if name.endswith(".safetensors") and not Path(name).is_file():
+        raise CheckpointError(f"{name}: no such checkpoint; give the path of a .safetensors file that training wrote")
+    if not _has_weights(name) and name not in PUBLISHED:
+        ModelConfig.preset(name)
+
+
+def _has_weights(name: str) -> bool:
+    return name.endswith(".safetensors") or shipped_weights().with_name(f"{name}.safetensors").is_file()
+
+
 def network_of(name: str, device: torch.device) -> Network:
     """A network to measure, in evaluation mode.
 
@@ -100,7 +119,7 @@ def network_of(name: str, device: torch.device) -> Network:
         ConfigError: there is no such preset.
     """
     torch.manual_seed(0)
-    if name.endswith(".safetensors") or shipped_weights().with_name(f"{name}.safetensors").is_file():
+    if _has_weights(name):
         return load_checkpoint(weights_file(name))[0].to(device)
     network = build_network(PUBLISHED[name]() if name in PUBLISHED else ModelConfig.preset(name)).to(device)
     with torch.no_grad():
@@ -222,7 +241,8 @@ def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
             run()
     torch.cuda.current_stream().wait_stream(other)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Relaxed: a kernel that is needed in this pass for the first time may be loaded meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="relaxed"):
         run()
     return graph
 

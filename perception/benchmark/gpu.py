@@ -1,7 +1,7 @@
 """All measurements on a GPU in one call, most important first; results are written as they come.
 
-What matters most is the flagship at its full size: `models[0]`. Limits of the stages are shares of the whole time; what
-a stage leaves over goes to those at the end.
+What matters most is the flagship at its full size: `models[0]`. Limits of the stages are shares of the whole time, more
+than one together, since most need less; what is left goes to those at the end.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from perception.benchmark.frames import PORTS, measure_frames, measure_ports
+from perception.benchmark.frames import PORTS, check_model, measure_frames, measure_ports
 from perception.benchmark.sampling import measure_sampling
 from perception.benchmark.stages import Stage, run_stages
 from perception.benchmark.training import measure_training
@@ -53,14 +53,15 @@ def plan(models: Sequence[str], stages: Sequence[str], device: str, seconds: flo
         return Stage("training", model, measure_training, (model, device, BATCHES), share * seconds)
 
     order = [
-        frames(first, 0.14),
-        compiled(first, 0.28),
+        frames(first, 0.15),
+        compiled(first, 0.36),
         Stage("ports", first, measure_ports, (first, device), 0.14 * seconds),
-        *(frames(model, 0.1) for model in others),
+        *(frames(model, 0.1) for model in others[:1]),
         Stage("sampling", "", measure_sampling, (tuple(models), device), 0.1 * seconds),
         training(first, 0.17),
-        *(training(model, 0.14) for model in others[:1]),
-        *(compiled(model, 0.3) for model in others),
+        *(training(model, 0.13) for model in others[:1]),
+        *(frames(model, 0.1) for model in others[1:]),
+        *(compiled(model, 0.36) for model in others),
         *(training(model, 0.2) for model in others[1:]),
     ]
     return [stage for stage in order if stage.name in stages]
@@ -86,11 +87,14 @@ def measure(
         What is in the file: the machine, and `rows` with `stage`, `model`, `name` and values, or an `error`.
 
     Raises:
-        ConfigError: there is no such device here, or as in `plan`.
+        CheckpointError: a model's file is missing.
+        ConfigError: there is no such device here or no such model, or as in `plan`.
     """
     order = plan(models, stages, device, seconds)
     if device not in ("cuda", "cpu") or (device == "cuda" and not torch.cuda.is_available()):
         raise ConfigError(f"device {device!r} is not here; use one of {', '.join(_devices())}")
+    for model in models:
+        check_model(model)
     content = {"machine": _machine(device), "seconds": seconds, "rows": []}
     write_json(path, content)
     for row in run_stages(order, seconds):
