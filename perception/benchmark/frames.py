@@ -70,16 +70,16 @@ class Mode:
 
 REFERENCE = Mode(tuned=False, plain=True)
 EAGER = (
-    Mode(), Mode("tf32"), Mode("bf16"), Mode("fp16"), Mode("tf32", True), Mode("bf16", True), Mode("fp16", True),
-    Mode(graph=True), Mode("tf32", True, graph=True), Mode("bf16", True, graph=True), Mode("fp16", True, graph=True),
-    Mode("bf16", graph=True),
+    Mode(), Mode(graph=True), Mode("bf16", True, graph=True), Mode("fp16", True, graph=True),
+    Mode("tf32", True, graph=True), Mode("bf16", graph=True), Mode("bf16", True), Mode("fp16", True), Mode("bf16"),
+    Mode("fp16"), Mode("tf32"), Mode("tf32", True),
 )  # fmt: skip
 COMPILED = (
     Mode("bf16", True, compiled=True), Mode("bf16", True, compiled=True, graph=True),
     Mode("fp16", True, compiled=True), Mode("fp16", True, compiled=True, graph=True),
     Mode("tf32", True, compiled=True, graph=True),
 )  # fmt: skip
-RACED = (REFERENCE, Mode("bf16", True), Mode("bf16", True, graph=True), Mode("fp16", True, graph=True))
+RACED = (REFERENCE, Mode("bf16", True, graph=True), Mode("fp16", True, graph=True), Mode("bf16", True))
 
 
 def runs_on(mode: Mode, device: torch.device) -> bool:
