@@ -200,8 +200,9 @@ def test_training_is_measured_until_batches_do_not_fit(weights, monkeypatch):
     monkeypatch.setattr(Step, "__call__", step_on_a_small_gpu)
     monkeypatch.setattr(training, "STEPS", 1)
     monkeypatch.setattr(training, "STORED_SIZE", (90, 160))
-    monkeypatch.setattr(training, "LOADED_SHARE", 0.04)
-    measure_training(Recorder(rows.append, 60.0), weights, "cpu", (1, 2, 4, 8))
+    monkeypatch.setattr(training, "LIMIT", 200.0)
+    monkeypatch.setattr(training, "LOADED_SHARE", 0.005)
+    measure_training(Recorder(rows.append, 400.0), weights, "cpu", (1, 2, 4, 8))
     assert [(row["name"], row.get("error")) for row in rows] == [
         ("batch 1", None), ("batch 2", None), ("batch 4", "out of memory"), ("loaded", None),
     ]  # fmt: skip
