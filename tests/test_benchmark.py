@@ -44,10 +44,19 @@ def _exhaust() -> dict:
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
+def _ignore() -> dict:
+    try:
+        time.sleep(60)
+    except BaseException:
+        time.sleep(60)
+    return {}
+
+
 def break_down(recorder: Recorder) -> None:
     recorder.attempt("fails", 5.0, _fail)
     recorder.attempt("too large", 5.0, _exhaust)
     recorder.attempt("too slow", 0.2, time.sleep, 60)
+    recorder.attempt("ignores it", 0.2, _ignore)
     recorder.attempt("works", 5.0, dict)
     os._exit(3)
 
@@ -61,14 +70,15 @@ def test_nothing_ends_a_run(monkeypatch):
     monkeypatch.setattr(stages, "GRACE", 0.5)
     order = [Stage("a", "m", break_down, (), 60.0), Stage("b", "", hang, (), 3.0), Stage("c", "", hang, (), 2.0)]
     rows = list(run_stages(order, 120.0))
-    assert rows[:5] == [
+    assert rows[:6] == [
         {"stage": "a", "model": "m", "name": "fails", "error": "ValueError: a kernel did not compile"},
         {"stage": "a", "model": "m", "name": "too large", "error": "out of memory"},
         {"stage": "a", "model": "m", "name": "too slow", "error": "stopped after 0 s"},
+        {"stage": "a", "model": "m", "name": "ignores it", "error": "stopped after 0 s"},
         {"stage": "a", "model": "m", "name": "works"},
         {"stage": "a", "model": "m", "name": "", "error": "the process ended with code 3"},
     ]
-    assert rows[5:] == [
+    assert rows[6:] == [
         {"stage": "b", "model": "", "name": "", "error": "the process was ended after 4 s"},
         {"stage": "c", "model": "", "name": "", "error": "no time was left"},  # two seconds are not worth a start
     ]
@@ -200,8 +210,9 @@ def test_training_is_measured_until_batches_do_not_fit(weights, monkeypatch):
     monkeypatch.setattr(Step, "__call__", step_on_a_small_gpu)
     monkeypatch.setattr(training, "STEPS", 1)
     monkeypatch.setattr(training, "STORED_SIZE", (90, 160))
-    monkeypatch.setattr(training, "LOADED_SHARE", 0.04)
-    measure_training(Recorder(rows.append, 60.0), weights, "cpu", (1, 2, 4, 8))
+    monkeypatch.setattr(training, "LIMIT", 200.0)
+    monkeypatch.setattr(training, "LOADED_SHARE", 0.005)
+    measure_training(Recorder(rows.append, 400.0), weights, "cpu", (1, 2, 4, 8))
     assert [(row["name"], row.get("error")) for row in rows] == [
         ("batch 1", None), ("batch 2", None), ("batch 4", "out of memory"), ("loaded", None),
     ]  # fmt: skip

@@ -122,8 +122,7 @@ class SpatialCrossAttention(nn.Module):
         offsets = offsets / constants([[w, h] for h, w in sizes], offsets)[:, None, None]
         weight = part.attention_weights(query).view(B, Q, self.heads, self.levels * self.points).softmax(-1)
         weight = weight.view(B, Q, self.heads, self.levels, self.points)
-        # A graph, traced or captured, works on all cells of all cameras: its shapes must not depend on what is seen.
-        if torch.compiler.is_compiling() or (query.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if torch.compiler.is_exporting():  # all cells of all cameras: shapes must not depend on what is seen
             at = places[:, :, :, None, None, None] + offsets[:, None]  # [B, N, Q, heads, levels, P / Z, Z, 2]
             weights = weight[:, None].expand(-1, N, -1, -1, -1, -1).flatten(0, 1)
             read = deformable_attention(value.flatten(0, 1), sizes, at.flatten(5, 6).flatten(0, 1), weights)
