@@ -108,6 +108,10 @@ ODD = [
         "antialias is 1.*TensorRT 8.6 ignores antialias",
     ),
     (
+        graph_of("Resize", [(FLOAT, [1, 1, 4, 6])], 19, [None, None, np.array([8, 12])], mode="linear", axes=[2, 3]),
+        "it has the attribute axes",
+    ),
+    (
         graph_of("Resize", [(FLOAT, [1, 1, 4, 6])], constants=[None, np.float32([1, 1, 2, 2])], mode="linear"),
         "has 3 inputs",
     ),
