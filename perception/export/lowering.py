@@ -54,6 +54,7 @@ def _lower(graph) -> None:
         value.name: [d.dim_value for d in value.type.tensor_type.shape.dim]
         for value in (*graph.value_info, *graph.input, *graph.output)
     }
+    shapes |= {name: list(tensor.dims) for name, tensor in constants.items()}
     for node in graph.node:
         kind = node.op_type
         if defs.get_schema(kind, TRACED, "").since_version < TRACED:
