@@ -10,6 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+# Without a GPU its kernels run in Triton's interpreter, which has to be chosen before Triton is loaded.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 PROJECT = Path(__file__).resolve().parent.parent
 
 

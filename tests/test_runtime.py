@@ -16,7 +16,7 @@ import pytest
 from conftest import MIXED, RAW
 from host_cuda import HostContext, HostCuda, HostEngine, HostRuntime, HostTensorRT
 
-from perception.errors import CheckpointError, ConfigError, DataError
+from perception.errors import CheckpointError, ConfigError, DataError, PerceptionWarning
 from perception.export import latency
 from perception.export.contract import ImageInputs, read_contract
 from perception.export.drive import camera_frame, drive
@@ -108,6 +108,36 @@ def test_errors_that_can_be_acted_on(fp32_export, tmp_path):
     (tmp_path / "changed" / "model.onnx").write_bytes(b"other")
     with pytest.raises(CheckpointError, match=r"is not the file that .* was written for"):
         Runtime(tmp_path / "changed")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"threads": -5}, r"threads is -5; give a whole number of 0\.\.1024, 0 for as many as there are"),
+        ({"threads": 10**9}, "threads is 1000000000"),
+        ({"threads": 2.0}, r"threads is 2\.0"),
+        ({"threads": None}, "threads is None"),
+        ({"threads": True}, "threads is True"),
+        ({"providers": []}, r"providers is \[\]; give a list of some of .*CPUExecutionProvider"),
+        ({"providers": "CPUExecutionProvider"}, "providers is 'CPUExecutionProvider'; give a list"),
+        ({"providers": None}, "providers is None"),
+        ({"providers": [None]}, "provider None is not there"),
+        ({"backend": None}, "backend None is not known"),
+    ],
+)
+def test_impossible_settings_are_named(fp32_export, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        Runtime(fp32_export, **settings)
+
+
+def test_a_contract_of_another_graph_is_refused(fp32_export, tmp_path):
+    folder = Path(shutil.copytree(fp32_export, tmp_path / "other"))
+    contract = json.loads((folder / "contract.json").read_text())
+    memory = next(x for x in contract["inputs"] if x["name"] == "memory")
+    memory["shape"][-1] += 1
+    (folder / "contract.json").write_text(json.dumps(contract))
+    with pytest.raises(CheckpointError, match=r"inputs memory is .*20, 20\]\) in the graph and .*20, 21\]\) in the"):
+        Runtime(folder)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8", "fp8"])
@@ -205,6 +235,21 @@ def test_an_engine_gets_every_buffer_where_it_belongs(engine_folder, small_town)
     del last, one
     gc.collect()
     assert not cuda._memory["host"]
+
+
+def test_an_engine_whose_output_is_not_finite_starts_afresh(engine_folder, small_town):
+    cuda = sys.modules["cuda.bindings.runtime"]
+    moments = list(five_steps(small_town))
+    runtime, fresh = Runtime(engine_folder, backend="tensorrt"), Runtime(engine_folder)
+    runtime.step(*moments[0])
+    for address in runtime._session._memories:
+        cuda.cudaMemsetAsync(address, 0xFF, runtime.inputs["memory"].nbytes, None)  # NaN
+    with pytest.warns(PerceptionWarning, match="memory is dropped, and the next step is a first one"):
+        scene = runtime.step(*moments[1])
+    assert len(scene.boxes.score) == len(scene.lines.score) == 0 and not runtime.memory().any()
+    one, other = runtime.step(*moments[2]), fresh.step(*moments[2])
+    assert np.array_equal(one.boxes.center, other.boxes.center) and len(one.boxes.center)
+    assert np.array_equal(runtime.memory(), fresh.memory())
 
 
 def test_a_certificate_of_an_engine(engine_folder, small_network, small_town):

@@ -7,20 +7,31 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import numpy as np
 
 from perception.errors import CheckpointError, ConfigError, DataError
 from perception.files import write_json
-from perception.live import MAX_GAP
+from perception.live import JUMP_MARGIN_M, JUMP_MARGIN_RAD, MAX_GAP, MAX_SPEED, MAX_TURN_RATE
 from perception.types import BOX_CLASSES, LINE_CLASSES
 
 CONTRACT, MODEL = "contract.json", "model.onnx"
 FORMAT = "perception-export-2"  # changes when old folders can no longer be read
 MAX_SIDE = 16384  # pixels
+DTYPES = ("bool", "uint8", "int32", "int64", "float16", "float32")
+# What readers of a contract rely on.
+FIELDS = {
+    "precision": (str,), "cameras": (int,), "inputs": (list,), "outputs": (list,), "sha256": (dict,),
+    "engines": (dict,), "image_size": (list,), "raw_size": (list,), "image_format": (str,), "quantization": (dict,),
+    "checked": (dict,),
+}  # fmt: skip
+GEOMETRY = {"img_from_cam", "ego_from_cam", "present", "ego_from_prev", "seconds_since_prev", "is_first"}
+ENGINE_FIELDS = ("file", "gpu", "package", "package_version")
 
 _NV12 = "NV12 [H * 3/2, W]: luma, then pairs of Cb and Cr, one for 2 x 2 pixels, rows without padding; "
 IMAGE_FORMATS = {
@@ -40,8 +51,12 @@ MEANING = {
     "present": "false for a camera that is missing",
     "ego_from_prev": "takes points of the ego frame of the moment before to the present one; metres; identity if first",
     "seconds_since_prev": "seconds since the moment before, 0 if first",
-    "is_first": "true where the memory must not count: the first moment, or after a gap",
-    "memory": "new_memory of the moment before; anything finite if first",
+    "is_first": "true where the memory must not count: at the first frame; if more than max_gap_s have passed since "
+    "the frame before; if the pose has jumped since, which is a distance above max_speed_m_s * seconds + jump_margin_m "
+    "or an angle about any axis above max_turn_rate_rad_s * seconds + jump_margin_rad; after an output that is not "
+    "finite",
+    "memory": "new_memory of the frame before; anything finite if first, so fill it with zeros after an output that "
+    "is not finite",
     "box_center": "middle of the boxes, metres, ego frame",
     "box_size": "length (along the heading), width, height, metres",
     "box_yaw": "heading from ego x towards ego y, radians",
@@ -215,6 +230,10 @@ def write_contract(
             "engines": {},
             "cameras": len(images.sizes),
             "max_gap_s": MAX_GAP,
+            "max_speed_m_s": MAX_SPEED,
+            "max_turn_rate_rad_s": MAX_TURN_RATE,
+            "jump_margin_m": JUMP_MARGIN_M,
+            "jump_margin_rad": JUMP_MARGIN_RAD,
             "box_classes": list(BOX_CLASSES),
             "line_classes": list(LINE_CLASSES),
             "inputs": described(inputs),
@@ -225,24 +244,89 @@ def write_contract(
 
 
 def read_contract(folder: str | Path) -> dict:
-    """The contract of an exported folder, with the hashes of its files checked.
+    """Reads the contract of an exported folder and checks the hashes of its files.
 
     Raises:
-        CheckpointError: the folder is none of an export, is of another version, or a file has changed.
+        CheckpointError: the folder is none of an export, is of another version, or a file has changed; the contract is
+            damaged, lacks the hash of a file that is run, or names a file outside the folder.
     """
+    if not isinstance(folder, str | Path):
+        raise CheckpointError(f"the folder of an export is {type(folder).__name__}; give its path")
     path = Path(folder, CONTRACT)
     try:
         contract = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{path} is missing; give a folder that scripts/export.py wrote") from None
-    except ValueError as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); make it readable") from None
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); export again") from None
+    if not isinstance(contract, dict):
+        raise CheckpointError(f"{path} holds a {type(contract).__name__}, not an object; export again")
     if contract.get("format") != FORMAT:
         raise CheckpointError(f"{path}: format is {contract.get('format')!r}, not {FORMAT!r}; export again")
+    if fault := _fault(contract):
+        raise CheckpointError(f"{path}: {fault}; export again")
     for name, wanted in contract["sha256"].items():
         file = Path(folder, name)
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing; export again")
-        if hashlib.sha256(file.read_bytes()).hexdigest() != wanted:
+        try:
+            content = file.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise CheckpointError(f"{file} is missing; export again") from None
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read ({error.strerror}); export again") from None
+        if hashlib.sha256(content).hexdigest() != wanted:
             raise CheckpointError(f"{file} is not the file that {path} was written for; export again")
     return contract
+
+
+def _fault(contract: dict) -> str:
+    """What a runtime would stumble over in a contract, empty if nothing."""
+    for key, kinds in FIELDS.items():
+        if key not in contract:
+            return f"{key} is missing"
+        if not isinstance(contract[key], kinds):
+            return f"{key} is a {type(contract[key]).__name__}, not a {kinds[0].__name__}"
+    if contract["cameras"] < 1:
+        return f"cameras is {contract['cameras']}, not 1 or more"
+    for side in ("inputs", "outputs"):
+        for place, entry in enumerate(contract[side]):
+            if not _describes_array(entry):
+                return f"{side}[{place}] has no name, no shape of whole numbers above 0, or no dtype of {DTYPES}"
+    sizes = contract["raw_size"]
+    if len(sizes) != contract["cameras"] or not all(
+        isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)
+        for size in sizes
+    ):
+        return "raw_size does not hold height and width of each camera's images"
+    if contract["image_format"] not in IMAGE_FORMATS:
+        return f"image_format is {contract['image_format']!r}, not one of {', '.join(IMAGE_FORMATS)}"
+    names = {entry["name"] for entry in contract["inputs"]}
+    if lacking := sorted((GEOMETRY | {f"image_{n}" for n in range(len(sizes))}) - names):
+        return f"inputs has no {lacking[0]}"
+    for target, engine in contract["engines"].items():
+        if not isinstance(engine, dict) or not all(isinstance(engine.get(key), str) for key in ENGINE_FIELDS):
+            return f"engines[{target!r}] does not hold {', '.join(ENGINE_FIELDS)} as text"
+    hashes = contract["sha256"]
+    for name in (MODEL, *(engine["file"] for engine in contract["engines"].values())):
+        if name not in hashes:
+            return f"sha256 has no entry for {name}, so that nothing shows whether it has changed"
+    for name, value in hashes.items():
+        # Wherever the folder is read, also on Windows.
+        parts = name.replace("\\", "/").split("/")
+        if "" in parts or ".." in parts or ":" in name or "\0" in name:
+            return f"sha256 names {name!r}, which is no file inside the folder"
+        if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
+            return f"sha256[{name!r}] is no SHA-256 in lower case"
+    return ""
+
+
+def _describes_array(entry) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("name"), str)
+        and entry.get("dtype") in DTYPES
+        and isinstance(entry.get("shape"), list)
+        and all(type(size) is int and size > 0 for size in entry["shape"])
+        and prod(entry["shape"]) < 2**31
+    )
