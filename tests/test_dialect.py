@@ -58,6 +58,10 @@ READ = [
         "Resize", [(FLOAT, [1, 1, 4, 6])], constants=[None, None, np.array([1, 1, 8, 12])], mode="linear",
         coordinate_transformation_mode="half_pixel",
     ),
+    graph_of(
+        "Resize", [(FLOAT, [1, 1, 4, 6])], constants=[None, None, np.array([1, 1, 8, 12])], mode="nearest",
+        coordinate_transformation_mode="asymmetric", nearest_mode="floor",
+    ),
     graph_of("Einsum", [(FLOAT, [2, 3]), (FLOAT, [4, 3])], equation="ij,kj->ik"),
 ]  # fmt: skip
 
@@ -99,7 +103,7 @@ ODD = [
     (graph_of("LayerNormalization", [(HALF, [4, 6])], constants=[np.ones(6, np.float16)] * 2), "has to be in FLOAT"),
     (
         graph_of("Resize", [(FLOAT, [1, 1, 4, 6])], constants=[None, None, np.array([1, 1, 8, 12])], mode="nearest"),
-        "mode is 'nearest'",
+        "it is nearest, half_pixel, round_prefer_floor; give linear, half_pixel or nearest, asymmetric, floor",
     ),
     (
         graph_of(
