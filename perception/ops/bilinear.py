@@ -31,8 +31,13 @@ IMPLEMENTATIONS = ("plain", "embedding_bag", "triton")
 HAS_TRITON = find_spec("triton") is not None and bool(os.environ.get("CC") or any(map(which, ("cc", "gcc", "clang"))))
 
 
-def choose_implementation(maps: Tensor, implementation: str | None) -> str:
-    """The implementation to use for maps: what the caller asked for, or the fastest one that is exact enough.
+def choose_implementation(maps: Tensor, implementation: str | None, on_cpu: str) -> str:
+    """The implementation to use for maps: what the caller asked for, or the fastest one.
+
+    Args:
+        maps: what is sampled.
+        implementation: of `IMPLEMENTATIONS`, or None.
+        on_cpu: the fastest one on CPUs.
 
     Raises:
         ConfigError: the implementation is not known.
@@ -44,7 +49,7 @@ def choose_implementation(maps: Tensor, implementation: str | None) -> str:
     if torch.compiler.is_exporting() or maps.dtype == torch.float64:
         return "plain"
     if maps.device.type == "cpu":
-        return "embedding_bag"
+        return on_cpu
     return "triton" if HAS_TRITON and maps.device.type == "cuda" else "plain"
 
 
