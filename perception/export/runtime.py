@@ -1,6 +1,7 @@
-"""Live use of an exported network: numpy and ONNX Runtime or TensorRT, no torch.
+"""Live use of an exported network: numpy and ONNX Runtime, OpenVINO or TensorRT, no torch.
 
     runtime = Runtime("out/nano_onnx")                            # ONNX Runtime, on the CPU
+    runtime = Runtime("out/nano_onnx", backend="openvino")        # OpenVINO, on the CPU
     runtime = Runtime("out/nano_rtx", backend="tensorrt")         # the engine that fits this GPU
     for images, global_from_ego, time_s in drive:
         scene = runtime.step(images, rig, global_from_ego, time_s)
@@ -20,6 +21,7 @@ from perception.export.contract import MODEL, read_contract
 from perception.live import Odometer, checked_image, checked_rig
 from perception.types import Boxes, CameraRig, Polylines, Scene
 
+BACKENDS = ("onnxruntime", "openvino", "openvino-bf16", "tensorrt")
 _none, _no_label, _no_flag = np.zeros(0, np.float32), np.zeros(0, np.int32), np.zeros(0, bool)
 NOTHING = {
     "box_center": np.zeros((0, 3), np.float32), "box_size": np.zeros((0, 3), np.float32), "box_yaw": _none,
@@ -97,15 +99,16 @@ class Runtime:
 
     Args:
         folder: that `scripts/export.py` wrote.
-        backend: "onnxruntime", which runs the graph, or "tensorrt", which runs an engine of the folder on a GPU.
+        backend: one of `BACKENDS`. "onnxruntime" runs the graph; "openvino" runs it on the CPU, "openvino-bf16" with
+            convolutions and products with weights in bfloat16; "tensorrt" runs an engine of the folder on a GPU.
         providers: of ONNX Runtime, first choice first, such as "CUDAExecutionProvider".
-        threads: of the CPU, for ONNX Runtime; 0 for as many as there are.
+        threads: of the CPU, for ONNX Runtime and OpenVINO; 0 for as many as there are.
         min_score: boxes and lines below this are left out, 0..1.
 
     Raises:
         CheckpointError: the folder is none of an export, or a file in it has changed.
-        ConfigError: the backend is not known or cannot run here (no GPU, no engine that fits it, another version of
-            TensorRT, no such provider), or `min_score` is not in 0..1.
+        ConfigError: the backend is not known or cannot run here (not installed, no GPU, no engine that fits it, another
+            version of TensorRT, no bfloat16, no such provider), or `min_score` is not in 0..1.
     """
 
     def __init__(
@@ -123,12 +126,16 @@ class Runtime:
         self.min_score = min_score
         if backend == "onnxruntime":
             self._session = OnnxSession(folder, self.contract, providers, threads)
+        elif backend in ("openvino", "openvino-bf16"):
+            from perception.export.openvino_session import OpenVINOSession
+
+            self._session = OpenVINOSession(folder, self.contract, backend, threads)
         elif backend == "tensorrt":
             from perception.export.engine_session import EngineSession
 
             self._session = EngineSession(folder, self.contract)
         else:
-            raise ConfigError(f"Runtime: backend {backend!r} is not known; use onnxruntime or tensorrt")
+            raise ConfigError(f"Runtime: backend {backend!r} is not known; use one of {', '.join(BACKENDS)}")
         self.inputs, self.outputs, self.device = self._session.inputs, self._session.outputs, self._session.device
         self.reset()
 
