@@ -1,4 +1,5 @@
-"""Compares trainings, each with several seeds (a config against variants of it, or networks), and runtimes."""
+"""Compares trainings, each with several seeds (a config against variants of it, or networks), and runtimes; measures a
+GPU."""
 
 import argparse
 from pathlib import Path
@@ -10,6 +11,7 @@ EXAMPLE = """example:
   python scripts/benchmark.py accuracy configs/synthetic/compare_flagship.py configs/synthetic/compare_bevformer.py \\
       configs/synthetic/compare_maptr.py --out out/accuracy --seeds 0 1 --amp --json out/accuracy.json
   python scripts/benchmark.py latency nano --backends pytorch ort openvino openvino-bf16 --json out/latency.json
+  python scripts/benchmark.py gpu --json out/gpu.json
 
 What is finished is not trained again, so the same command goes on after an interruption. An interrupted latency prints
 what it has measured, and writes no JSON.
@@ -48,9 +50,24 @@ def main() -> None:
     latency.add_argument("--threads", type=int, default=0, help="of the CPU; 0 for all (default: %(default)s)")
     latency.add_argument("--seed", type=int, default=0, help="of the images (default: %(default)s)")
     latency.add_argument("--json", type=Path, help="file for all numbers")
+    gpu = commands.add_parser("gpu", help="a frame, its parts and training steps on a GPU, most important first")
+    gpu.add_argument(
+        "--models", nargs="+", default=["base", "nano", "tiny"], metavar="MODEL",
+        help="presets, shipped weights or .safetensors files, what matters most first (default: %(default)s)",
+    )  # fmt: skip
+    gpu.add_argument(
+        "--stages", nargs="+", default=["frames", "compiled", "ports", "sampling", "training"], metavar="STAGE",
+        help="which to run (default: %(default)s)",
+    )  # fmt: skip
+    gpu.add_argument("--seconds", type=float, default=360, help="of all together (default: %(default)s)")
+    gpu.add_argument("--device", default="cuda", help="cuda, or cpu without CUDA graphs (default: %(default)s)")
+    gpu.add_argument("--json", type=Path, required=True, help="file for all numbers, written anew after each of them")
     arguments = parser.parse_args()
     if arguments.command == "latency":
         _latency(arguments)
+        return
+    if arguments.command == "gpu":
+        _gpu(arguments)
         return
 
     import dataclasses
@@ -105,6 +122,16 @@ def _latency(arguments) -> None:
     print(table(measured))
     if arguments.json:
         write_json(arguments.json, as_dict(measured))
+
+
+def _gpu(arguments) -> None:
+    from perception.benchmark.gpu import measure, tables
+
+    content = measure(
+        arguments.json, models=arguments.models, stages=arguments.stages, device=arguments.device,
+        seconds=arguments.seconds,
+    )  # fmt: skip
+    print(tables(content))
 
 
 def _tell(result, path: Path | None) -> None:

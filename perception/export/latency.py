@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from perception.errors import ConfigError
-from perception.export.contract import read_contract
+from perception.export.contract import ImageInputs, read_contract
 from perception.export.drive import aligned
 from perception.export.engine_session import find_engine
 from perception.export.onnx import DeployedNetwork, example_inputs
@@ -171,8 +171,8 @@ def measure(
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
     contract = read_contract(folder)
-    raw_size = tuple(contract["raw_size"]) if contract["raw_size"] else None
-    inputs = example_inputs(network, contract["cameras"], raw_size)
+    images = ImageInputs.of_contract(contract)
+    inputs = example_inputs(network, images)
     prepared: dict[str, _Prepared] = {}
     megabytes, answers = {}, {}
     turns: list[dict[str, tuple[float, float]]] = []  # seconds of each runtime's pass, and of bringing its images
@@ -182,7 +182,7 @@ def measure(
                 bar.set_description(f"making {name} ready (compiling may take minutes)")
                 before = resident_bytes()
                 if name in ("pytorch", "compile"):
-                    prepared[name] = _torch(network, inputs, raw_size, compiled=name == "compile")
+                    prepared[name] = _torch(network, inputs, images, compiled=name == "compile")
                 else:
                     prepared[name] = _exported(folder, inputs, name, threads)
                 for k in range(WARM_UP):
@@ -252,20 +252,21 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def _moments(inputs: Sequence[Tensor]) -> dict[bool, list[Tensor]]:
-    """The inputs but the memory, of a first moment (True) and of a later one (False)."""
-    images_and_rig = list(inputs[:5])
-    return {
-        first: [*images_and_rig, torch.tensor([0.0 if first else SECONDS_BETWEEN]), torch.tensor([first])]
-        for first in (True, False)
-    }
+def _moments(inputs: tuple) -> dict[bool, list[Tensor]]:
+    """Images of each camera, calibration and motion, of a first moment (True) and of a later one (False)."""
+    images, *calibration_and_pose = inputs[:5]
+    moments = {}
+    for first, seconds in ((True, 0.0), (False, SECONDS_BETWEEN)):
+        moments[first] = [*images, *calibration_and_pose, torch.tensor([seconds]), torch.tensor([first])]
+    return moments
 
 
-def _torch(network: Network, inputs: Sequence[Tensor], raw_size: tuple[int, int] | None, *, compiled: bool):
+def _torch(network: Network, inputs: tuple, images: ImageInputs, *, compiled: bool) -> _Prepared:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = DeployedNetwork(network, raw_size).eval().to(device)
+    model = DeployedNetwork(network, images).eval().to(device)
     call = torch.compile(model) if compiled else model
     moments, memory = _moments(inputs), [tensor.to(device) for tensor in inputs[7:]]
+    N = len(images.sizes)
     last: list[Tensor] = []
 
     @torch.inference_mode()
@@ -274,7 +275,7 @@ def _torch(network: Network, inputs: Sequence[Tensor], raw_size: tuple[int, int]
         moment = [tensor.to(device) for tensor in moments[first]]
         filling = time.perf_counter() - start
         try:
-            results = call(*moment, *memory)
+            results = call(moment[:N], *moment[N:], *memory)
         except Exception as error:  # whatever a compiler may raise
             if not compiled:
                 raise
@@ -293,7 +294,7 @@ def _torch(network: Network, inputs: Sequence[Tensor], raw_size: tuple[int, int]
     return _Prepared(run, answers, torch.cuda.get_device_name(device) if device.type == "cuda" else cpu)
 
 
-def _exported(folder: str | Path, inputs: Sequence[Tensor], name: str, threads: int) -> _Prepared:
+def _exported(folder: str | Path, inputs: tuple, name: str, threads: int) -> _Prepared:
     if name == "ort":
         import onnxruntime
 
@@ -306,7 +307,7 @@ def _exported(folder: str | Path, inputs: Sequence[Tensor], name: str, threads: 
 
     def run(first: bool) -> float:
         start = time.perf_counter()
-        for buffer, array in zip(list(runtime.inputs.values())[:7], moments[first], strict=True):
+        for buffer, array in zip(list(runtime.inputs.values())[: len(moments[first])], moments[first], strict=True):
             buffer[...] = array
         filling = time.perf_counter() - start
         runtime.run()

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from perception.errors import ConfigError
-from perception.export.contract import MODEL
+from perception.export.contract import MODEL, check_graph
 
 FLOAT32, BFLOAT16 = "openvino", "openvino-bf16"  # backends, by the type of convolutions and products with weights
 TELEMETRY = "openvino_telemetry"
@@ -83,6 +83,7 @@ class OpenVINOSession:
 
     Raises:
         ConfigError: as `openvino_core`, or OpenVINO does not take the graph.
+        CheckpointError: the graph has other inputs or outputs than the contract.
     """
 
     def __init__(self, folder: str | Path, contract: dict, backend: str, threads: int) -> None:
@@ -101,6 +102,11 @@ class OpenVINOSession:
         except RuntimeError as error:
             reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), "it does not say why")
             raise ConfigError(f"{path}: OpenVINO {openvino.__version__} does not take this graph: {reason}") from None
+        inputs, outputs = (
+            {x.any_name: (x.element_type.to_dtype().name, list(x.partial_shape.to_shape())) for x in ports}
+            for ports in (graph.inputs, graph.outputs)
+        )
+        check_graph(path, contract, inputs, outputs)
         self.device = "CPU"
         self.inputs, self.outputs = (
             {x["name"]: np.zeros(x["shape"], x["dtype"]) for x in contract[side]} for side in ("inputs", "outputs")
@@ -123,6 +129,15 @@ class OpenVINOSession:
     def memory(self, turn: int) -> np.ndarray:
         """A copy of the memory that a pass of this turn reads; empty where the network has none."""
         return self._memories[turn].copy()
+
+    def memory_is_finite(self, turn: int) -> bool:
+        """Tells whether the memory that a pass of this turn reads is finite."""
+        return bool(np.isfinite(self._memories[turn]).all())
+
+    def clear(self) -> None:
+        """Fills the memory with zeros."""
+        for memory in self._memories:
+            memory[...] = 0
 
 
 def _in_bfloat16(path: Path) -> bytes:

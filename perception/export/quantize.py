@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import DataError
-from perception.export.drive import aligned, drive, moment_inputs
+from perception.export.contract import ImageInputs
+from perception.export.drive import aligned, camera_frame, drive, moment_inputs
 from perception.export.half import WEIGHTED
 from perception.export.runtime import session_options
 
@@ -191,12 +192,13 @@ def changed(wanted: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -
     return float(np.mean(shares))
 
 
-def record(model, dataset: NuScenesDataset, *, progress: bool = False) -> list[Moment]:
+def record(model, dataset: NuScenesDataset, images: ImageInputs, *, progress: bool = False) -> list[Moment]:
     """Inputs of a graph at moments of a drive, with the memory that the graph itself had then.
 
     Args:
-        model: an `onnx.ModelProto` in float32.
-        dataset: images as the graph takes them.
+        model: the graph, an `onnx.ModelProto` in float32.
+        dataset: to drive through.
+        images: how the graph takes them.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -218,10 +220,10 @@ def record(model, dataset: NuScenesDataset, *, progress: bool = False) -> list[M
     chosen = {*np.linspace(0, last[0] - 1, RANGES_FROM).round().astype(int).tolist(), *last}
     moments = []
     frames = tqdm(
-        drive(dataset, shapes["present"][0]), total=len(dataset), desc="calibration", unit="frame", disable=not progress
+        drive(dataset, len(images.sizes)), total=len(dataset), desc="calibration", unit="frame", disable=not progress
     )
     for number, (_, frame) in enumerate(frames):
-        moment = moment_inputs(frame) | memory
+        moment = moment_inputs(camera_frame(frame, images)) | memory
         if number in chosen:
             moments.append({name: array.copy() for name, array in moment.items()})
         if memory:

@@ -115,21 +115,18 @@ class SpatialCrossAttention(nn.Module):
         offsets = offsets / offsets.new_tensor([[w, h] for h, w in sizes])[:, None, None]
         weight = part.attention_weights(query).view(B, Q, self.heads, self.levels * self.points).softmax(-1)
         weight = weight.view(B, Q, self.heads, self.levels, self.points)
-        if torch.compiler.is_exporting():  # all cells of all cameras: shapes must not depend on what is seen
+        # A graph, traced or captured, works on all cells of all cameras: its shapes must not depend on what is seen.
+        if torch.compiler.is_compiling() or (query.is_cuda and torch.cuda.is_current_stream_capturing()):
             at = places[:, :, :, None, None, None] + offsets[:, None]  # [B, N, Q, heads, levels, P / Z, Z, 2]
             weights = weight[:, None].expand(-1, N, -1, -1, -1, -1).flatten(0, 1)
             read = deformable_attention(value.flatten(0, 1), sizes, at.flatten(5, 6).flatten(0, 1), weights)
             total = (read.view(B, N, Q, C) * seen[..., None]).sum(1)
-        else:
+        else:  # camera by camera, with weights of zero, which are not read, where a camera sees nothing of a pillar
             total = torch.zeros_like(query)
-            for b in range(B):
-                for n in range(N):  # only the cells that a camera sees are worked on
-                    cells = seen[b, n].nonzero()[:, 0]
-                    at = places[b, n, cells][:, None, None, None] + offsets[b, cells]  # [V, heads, levels, ..., Z, 2]
-                    read = deformable_attention(
-                        value[b, n, None], sizes, at.flatten(3, 4)[None], weight[b, None, cells]
-                    )
-                    total[b] = total[b].index_add(0, cells, read[0])
+            for n in range(N):
+                at = (places[:, n, :, None, None, None] + offsets).flatten(4, 5)  # [B, Q, heads, levels, P, 2]
+                counted = weight * seen[:, n, :, None, None, None]
+                total = total + deformable_attention(value[:, n], sizes, at, counted)
         mean = total / seen.sum(1).clamp(min=1)[..., None]
         return self.output_proj(mean) + query
 
