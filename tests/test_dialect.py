@@ -58,6 +58,10 @@ READ = [
         "Resize", [(FLOAT, [1, 1, 4, 6])], constants=[None, None, np.array([1, 1, 8, 12])], mode="linear",
         coordinate_transformation_mode="half_pixel",
     ),
+    graph_of(
+        "Resize", [(FLOAT, [1, 1, 4, 6])], constants=[None, None, np.array([1, 1, 8, 12])], mode="nearest",
+        coordinate_transformation_mode="asymmetric", nearest_mode="floor",
+    ),
     graph_of("Einsum", [(FLOAT, [2, 3]), (FLOAT, [4, 3])], equation="ij,kj->ik"),
 ]  # fmt: skip
 
@@ -99,13 +103,17 @@ ODD = [
     (graph_of("LayerNormalization", [(HALF, [4, 6])], constants=[np.ones(6, np.float16)] * 2), "has to be in FLOAT"),
     (
         graph_of("Resize", [(FLOAT, [1, 1, 4, 6])], constants=[None, None, np.array([1, 1, 8, 12])], mode="nearest"),
-        "mode is 'nearest'",
+        "it is nearest, half_pixel, round_prefer_floor; give linear, half_pixel or nearest, asymmetric, floor",
     ),
     (
         graph_of(
             "Resize", [(FLOAT, [1, 1, 4, 6])], 19, [None, None, np.array([1, 1, 2, 3])], mode="linear", antialias=1
         ),
         "antialias is 1.*TensorRT 8.6 ignores antialias",
+    ),
+    (
+        graph_of("Resize", [(FLOAT, [1, 1, 4, 6])], 19, [None, None, np.array([8, 12])], mode="linear", axes=[2, 3]),
+        "it has the attribute axes",
     ),
     (
         graph_of("Resize", [(FLOAT, [1, 1, 4, 6])], constants=[None, np.float32([1, 1, 2, 2])], mode="linear"),

@@ -61,6 +61,7 @@ RUNTIMES = {
 EVERY = tuple(RUNTIMES)
 FROM_10 = EVERY[1:]
 OLDEST_OPSET = 17
+FLOORED = ("nearest", "asymmetric", "floor")  # of Resize
 LARGEST_RANK, LARGEST_K = 8, 3840
 MANY = 1 << 20  # inputs or outputs
 SHOWN = 3  # findings that an error names
@@ -112,6 +113,10 @@ def _reduced(node: Node) -> str:
 def _resized(node: Node) -> str:
     if node.has(1) or node.has(2):
         return "it has a region or scales; give sizes alone"
+    names = "mode", "coordinate_transformation_mode", "nearest_mode"
+    mode, transformation, rounding = (node.attributes[name] for name in names)
+    if (mode, transformation) != ("linear", "half_pixel") and (mode, transformation, rounding) != FLOORED:
+        return f"it is {mode}, {transformation}, {rounding}; give linear, half_pixel or {', '.join(FLOORED)}"
     sizes, shape = node.constant(3), node.shape(0)
     kept = sizes is not None and len(shape) == 4 and tuple(sizes[:2]) == shape[:2]
     return "" if kept else "sizes are not those of the two last of 4 axes"
@@ -315,10 +320,9 @@ FORMS = (
     Form(
         "Resize", FLOATS, (4, 4), constants=(3,), condition=_resized,
         attributes={
-            "mode": ("linear",), "coordinate_transformation_mode": ("half_pixel",), "antialias": (0,),
-            "exclude_outside": (0,), "keep_aspect_ratio_policy": ("stretch",), "extrapolation_value": (0.0,),
-            # read for other modes only
-            "nearest_mode": any_value, "cubic_coeff_a": any_value,
+            "mode": any_value, "coordinate_transformation_mode": any_value, "nearest_mode": any_value,
+            "antialias": (0,), "exclude_outside": (0,), "extrapolation_value": (0.0,),
+            "keep_aspect_ratio_policy": ("stretch",), "cubic_coeff_a": any_value,  # read for other modes only
         },
         otherwise="TensorRT 8.6 ignores antialias and axes",
     ),

@@ -27,6 +27,7 @@ from perception.errors import DataError
 from perception.export.contract import ImageInputs
 from perception.export.drive import aligned, camera_frame, drive, moment_inputs
 from perception.export.half import WEIGHTED
+from perception.export.lowering import OPSET_FP8
 from perception.export.runtime import session_options
 
 RANGES_FROM, JUDGED_ON = 16, 6  # moments: spread over a drive, and one after the other
@@ -166,6 +167,9 @@ def in_float8(marked, model):
         if tensor.name in replaced:
             tensor.CopyFrom(numpy_helper.from_array(replaced[tensor.name], tensor.name))
     del graph.graph.value_info[:]  # they tell the old types
+    for entry in graph.opset_import:
+        if entry.domain == "":
+            entry.version = OPSET_FP8  # no older one takes 8-bit floats
     return graph
 
 

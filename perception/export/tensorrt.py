@@ -269,6 +269,7 @@ def _settings(trt, node: Node) -> Mapping[str, object]:
                 trt.ResizeCoordinateTransformation, given["coordinate_transformation_mode"].upper()
             ),
             "exclude_outside": bool(given["exclude_outside"]),
+            **({"nearest_rounding": trt.ResizeRoundMode.FLOOR} if given["nearest_mode"] == "floor" else {}),
         }
     if kind == "TopK":
         operation = trt.TopKOperation.MAX if given["largest"] else trt.TopKOperation.MIN

@@ -418,8 +418,8 @@ def _apart(center: Tensor, label: Tensor) -> Tensor:
     width = sum(max(min(size[:2]), LEAST_DISTANCE) * (label == k) for k, size in enumerate(USUAL_SIZES))  # [B, M]
     distance = (center[:, :, None] - center[:, None]).norm(dim=-1)  # [B, M, M]
     rival = (distance < width[..., None]) & (label[..., None] == label[:, None])
-    better = torch.ones_like(rival).tril(-1)
-    rival = (rival & better).to(center.dtype)
+    rank = torch.arange(center.shape[1], device=center.device)
+    rival = (rival & (rank[:, None] > rank)).to(center.dtype)  # no tril: parsers of TensorRT take none of booleans
     keep = torch.ones_like(center[..., 0])
     for _ in range(LINKS):  # who was dropped drops nobody; products instead of a loop over boxes, so that it exports
         keep = 1 - (rival @ keep[..., None])[..., 0].clamp(max=1)
