@@ -5,6 +5,7 @@ from pathlib import Path
 
 EXAMPLE = """examples:
   python scripts/export.py nano --out out/nano_onnx
+  python scripts/export.py nano --out out/nano_onnx --also openvino openvino-bf16
   python scripts/export.py nano --out out/nano_cpu --precision int8 --target cpu
   python scripts/export.py nano --out out/nano_rtx --precision fp16 --format tensorrt-rtx --target sm86,sm89
   python scripts/export.py out/nano/nano.safetensors --out out/nano_fp16 --precision fp16 --cameras 6 --raw-size 256x448
@@ -24,7 +25,8 @@ Formats of images, one buffer of bytes per camera:
 {formats}
 
 Without --dataroot the streets are generated. The folder holds model.onnx, contract.json, certificate.json and
-certificate.md; where a GPU is here that an engine was built for, certificate.tensorrt.json and .md of that engine too.
+certificate.md; of each runtime in --also, such as openvino, certificate.openvino.json and .md too; and where a GPU is
+here that an engine was built for, certificate.tensorrt.json and .md of that engine. Progress goes to stderr.
 Exit code 2 if the export is not good enough; the folder says why.
 """
 DRAWN_WIDTH = 1600  # pixels
@@ -54,6 +56,10 @@ def main() -> None:
         default="current",
         help="of engines, such as sm86,sm89; or cpu, for INT8 as CPUs want it (default: %(default)s)",
     )
+    parser.add_argument(
+        "--also", nargs="+", choices=("openvino", "openvino-bf16"), default=[], metavar="RUNTIME",
+        help="certify the graph in these runtimes too: openvino, openvino-bf16",
+    )  # fmt: skip
     parser.add_argument("--cameras", type=int, default=6, help="images per moment (default: %(default)s)")
     parser.add_argument(
         "--raw-size", metavar="HxW", action="append",
@@ -78,14 +84,20 @@ def main() -> None:
     from perception.errors import ConfigError
     from perception.export.contract import ImageInputs, read_contract
     from perception.export.engine_session import find_engine
-    from perception.export.onnx import export_onnx
+    from perception.export.onnx import check_export, export_onnx
+    from perception.export.openvino_session import openvino_core
     from perception.export.parity import LEAST_FRAMES, LEAST_SCENES, certify
+    from perception.export.progress import stage
     from perception.export.quantize import KINDS
     from perception.export.tensorrt import build_engines, gpus_of
+    from perception.files import check_place
     from perception.models.checkpoint import load_checkpoint
     from perception.predictor import weights_file
     from perception.synthetic import VERSION, simulate
 
+    if arguments.drift < 0:
+        raise ConfigError(f"--drift is {arguments.drift}; give a number of frames, or 0 for none")
+    check_place("--out", arguments.out, folder=True)
     network, _ = load_checkpoint(weights_file(arguments.checkpoint))
     raw_size = read_sizes(arguments.raw_size) if arguments.raw_size else None
     images = ImageInputs.of_rig(arguments.cameras, network.config.image_size, raw_size, arguments.image_format)
@@ -100,6 +112,9 @@ def main() -> None:
     for_cpu = arguments.target == "cpu"
     if for_cpu and arguments.format != "onnx":
         raise ConfigError(f"--format {arguments.format} builds for GPUs; leave it out with --target cpu")
+    check_export(network, cameras=arguments.cameras, precision=arguments.precision, for_cpu=for_cpu)
+    for backend in arguments.also:
+        openvino_core(backend, arguments.precision)
     targets = arguments.target.split(",")
     if arguments.format != "onnx":
         gpus_of(arguments.format, targets)  # what is missing is told before the long work
@@ -115,32 +130,39 @@ def main() -> None:
             simulate(root, scenes=LEAST_SCENES, seed=seed, keyframes=keyframes, split="export", image_size=drawn)
             return NuScenesDataset(root, VERSION, "export", image_size=drawn)
 
-        judge = streets(arguments.split, arguments.seed)
-        calibration = streets(arguments.calibration_split, arguments.seed + 1) if eight_bits else None
-        export_onnx(
-            network, arguments.out, cameras=arguments.cameras, raw_size=images.sizes,
-            image_format=images.image_format, precision=arguments.precision, for_cpu=for_cpu, calibration=calibration,
-        )  # fmt: skip
+        with stage("drive for the certificate", progress=True):
+            judge = streets(arguments.split, arguments.seed)
+        calibration = None
+        if eight_bits:
+            with stage("drive for the ranges of eight bits", progress=True):
+                calibration = streets(arguments.calibration_split, arguments.seed + 1)
+        with stage(f"export to {arguments.out}", progress=True):
+            export_onnx(
+                network, arguments.out, cameras=arguments.cameras, raw_size=images.sizes,
+                image_format=images.image_format, precision=arguments.precision, for_cpu=for_cpu,
+                calibration=calibration, progress=True,
+            )  # fmt: skip
+        backends = ["onnxruntime", *dict.fromkeys(arguments.also)]
         if arguments.format != "onnx":
-            engines = build_engines(arguments.out, package=arguments.format, targets=targets)
+            with stage(f"engines of {arguments.format} for {arguments.target}", progress=True):
+                engines = build_engines(arguments.out, package=arguments.format, targets=targets)
             for target, path in engines.items():
                 print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB for {target}")
-        certificates = [certify(network, arguments.out, judge, drift_frames=arguments.drift, progress=True)]
-        if arguments.format != "onnx":
             try:
                 find_engine(arguments.out, read_contract(arguments.out))
             except ConfigError as error:
                 print(f"engines are built but not run: {error}")
             else:
-                certificates.append(
-                    certify(
-                        network, arguments.out, judge, backend="tensorrt", drift_frames=arguments.drift, progress=True
-                    )
-                )
-    for certificate in certificates:
-        certificate.save(arguments.out)
-        print(certificate.markdown())
-    if failures := [failure for certificate in certificates for failure in certificate.failures]:
+                backends.append("tensorrt")
+        failures = []
+        for backend in backends:
+            certificate = certify(
+                network, arguments.out, judge, backend=backend, drift_frames=arguments.drift, progress=True
+            )
+            certificate.save(arguments.out)
+            print(certificate.markdown())
+            failures += [f"{backend}: {failure}" for failure in certificate.failures]
+    if failures:
         raise ConfigError(f"{arguments.out} must not be used: {'; '.join(failures)}")
 
 

@@ -330,3 +330,29 @@ def _describes_array(entry) -> bool:
         and all(type(size) is int and size > 0 for size in entry["shape"])
         and prod(entry["shape"]) < 2**31
     )
+
+
+def check_graph(
+    path: Path,
+    contract: Mapping,
+    inputs: Mapping[str, tuple[str, list[int]]],
+    outputs: Mapping[str, tuple[str, list[int]]],
+) -> None:
+    """Checks that a graph takes and gives what its contract describes.
+
+    Args:
+        path: of the graph.
+        contract: of `read_contract`.
+        inputs, outputs: type, as numpy calls it, and shape of those of the graph by name.
+
+    Raises:
+        CheckpointError: a name, a type or a shape is another.
+    """
+    for side, found in (("inputs", inputs), ("outputs", outputs)):
+        wanted = {x["name"]: (x["dtype"], x["shape"]) for x in contract[side]}
+        for name in sorted(wanted.keys() | found.keys()):
+            if wanted.get(name) != found.get(name):
+                raise CheckpointError(
+                    f"{path}: {side} {name} is {found.get(name)} in the graph and {wanted.get(name)} in the contract; "
+                    "export again"
+                )

@@ -28,6 +28,7 @@ from perception.export.dialect import check_dialect
 from perception.export.half import WEIGHTED, halve_graph
 from perception.export.images import ImagePreprocessing
 from perception.export.lowering import OPSET, OPSET_FP8, TRACED, lower_graph
+from perception.export.progress import stage
 from perception.export.quantize import KINDS, quantize_graph, quiet, record
 from perception.files import replacing
 from perception.models.bevformer import BEVFormer, RawBoxes
@@ -140,6 +141,28 @@ def example_inputs(network: Network, images: ImageInputs) -> tuple[tuple[Tensor,
     )  # fmt: skip
 
 
+def check_export(network: Network, *, cameras: int, precision: str, for_cpu: bool) -> None:
+    """Checks what `export_onnx` is asked for; ask before long work.
+
+    Args:
+        network, cameras, precision, for_cpu: as for `export_onnx`.
+
+    Raises:
+        ConfigError: the network is none that is exported, or precision or cameras cannot be.
+    """
+    if isinstance(network, MapTRv2):
+        raise ConfigError("MapTRv2 is not exported: it sums up features where their depths say, which depends on data")
+    if cameras < 1:
+        raise ConfigError(f"cameras is {cameras}; give at least 1")
+    wanted = getattr(network.config, "cameras", cameras)
+    if cameras != wanted:
+        raise ConfigError(f"cameras is {cameras}; this {type(network).__name__} was trained with {wanted}")
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision {precision!r} is not known; use one of {', '.join(PRECISIONS)}")
+    if for_cpu and precision not in ("fp32", "int8"):
+        raise ConfigError(f"precision {precision} is slow on CPUs; take fp32 or int8")
+
+
 def export_onnx(
     network: Network,
     folder: str | Path,
@@ -151,8 +174,9 @@ def export_onnx(
     for_cpu: bool = False,
     calibration: NuScenesDataset | None = None,
     graph: onnx.ModelProto | None = None,
+    progress: bool = False,
 ) -> Path:
-    """Writes `model.onnx` and `contract.json`.
+    """Writes `model.onnx` and `contract.json`. Certificates in the folder, which are of another graph, are removed.
 
     Args:
         network: in evaluation mode, on the CPU.
@@ -166,6 +190,7 @@ def export_onnx(
         for_cpu: "int8" as CPUs want it, with bytes from zero up between the layers and float32 instead of halves.
         calibration: streets for the ranges of eight bits, images as the export takes them.
         graph: what `trace` made of the same network, cameras and sizes, which takes longest; made here where not given.
+        progress: show on stderr what is done and how long it took.
 
     Returns:
         The folder.
@@ -174,28 +199,23 @@ def export_onnx(
         ConfigError: the network is none that is exported, precision, cameras, sizes or format cannot be, or the graph
             has a form that a TensorRT parser may read otherwise than ONNX defines it.
     """
-    if isinstance(network, MapTRv2):
-        raise ConfigError("MapTRv2 is not exported: it sums up features where their depths say, which depends on data")
-    wanted = getattr(network.config, "cameras", cameras)
-    if cameras != wanted:
-        raise ConfigError(f"cameras is {cameras}; this {type(network).__name__} was trained with {wanted}")
-    if precision not in PRECISIONS:
-        raise ConfigError(f"precision {precision!r} is not known; use one of {', '.join(PRECISIONS)}")
+    check_export(network, cameras=cameras, precision=precision, for_cpu=for_cpu)
     if precision in KINDS and calibration is None:
         raise ConfigError(
             f"precision {precision} needs a dataset for the ranges of its numbers; give one as calibration"
         )
-    if for_cpu and precision not in ("fp32", "int8"):
-        raise ConfigError(f"precision {precision} is slow on CPUs; take fp32 or int8")
     images = ImageInputs.of_rig(cameras, network.config.image_size, raw_size, image_format)
     folder = Path(folder)
     model = DeployedNetwork(network, images).eval()
     inputs = example_inputs(network, images)
-    graph = trace(model, inputs) if graph is None else graph
+    if graph is None:
+        with stage("tracing the network", progress):
+            graph = trace(model, inputs)
     quantization = {}
     if precision in KINDS:
         kind = "uint8" if for_cpu else precision
-        graph, quantization = quantize_graph(graph, record(graph, calibration, images), kind)
+        moments = record(graph, calibration, images, progress=progress)
+        graph, quantization = quantize_graph(graph, moments, kind, progress=progress)
     if precision != "fp32" and not for_cpu:
         graph = halve_graph(graph)
     strange = sorted({node.op_type for node in graph.graph.node if node.domain not in ("", "ai.onnx")})
@@ -206,6 +226,8 @@ def export_onnx(
     content = graph.SerializeToString()
     with torch.inference_mode():
         outputs = dict(zip(model.output_names, model(*inputs), strict=True))
+    for old in folder.glob("certificate*"):
+        old.unlink()
     with replacing(folder / MODEL) as beside:
         beside.write_bytes(content)
     write_contract(

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import DataError
@@ -92,19 +93,23 @@ class Quantizer:
             )
         return in_float8(onnx.load(out), self.model) if self.kind == "fp8" else onnx.load(out)
 
-    def sensitivities(self, moments: Sequence[Moment], wanted: Mapping[str, np.ndarray]) -> dict[str, float]:
+    def sensitivities(
+        self, moments: Sequence[Moment], wanted: Mapping[str, np.ndarray], progress: bool = False
+    ) -> dict[str, float]:
         """By group, what its quantisation alone changes in the wanted answers (see `changed`), most sensitive first."""
-        found = {group: changed(wanted, answers(self.quantized([group]), moments, self.kind)) for group in self.groups}
+        groups = tqdm(self.groups, desc="sensitivities", unit="group", disable=not progress)
+        found = {group: changed(wanted, answers(self.quantized([group]), moments, self.kind)) for group in groups}
         return dict(sorted(found.items(), key=lambda pair: -pair[1]))
 
 
-def quantize_graph(model, moments: Sequence[Moment], kind: str) -> tuple[object, dict]:
+def quantize_graph(model, moments: Sequence[Moment], kind: str, *, progress: bool = False) -> tuple[object, dict]:
     """A graph with marks of eight bits wherever that changes its answers little.
 
     Args:
         model: an `onnx.ModelProto` in float32.
         moments: inputs of real frames; the last few, one after the other, judge, the others give ranges.
         kind: one of KINDS.
+        progress: show progress bars on stderr.
 
     Returns:
         The graph, and plain JSON values: the sensitivity of each group of layers, its share of all multiplications with
@@ -113,17 +118,19 @@ def quantize_graph(model, moments: Sequence[Moment], kind: str) -> tuple[object,
     judges = moments[-JUDGED_ON:]
     quantizer = Quantizer(model, moments[:-JUDGED_ON], kind)
     wanted = answers(model, judges)
-    sensitivities = quantizer.sensitivities(judges, wanted)
+    sensitivities = quantizer.sensitivities(judges, wanted, progress)
     work = group_work(model, quantizer.groups)
     # Left out first is what changes most for what it saves.
     groups = sorted(sensitivities, key=lambda group: -sensitivities[group] / work[group])
     left_out, enough = 0, len(groups) - 1  # one group is always in eight bits
-    while left_out < enough:  # more left out is closer to the original: the fewest that do are found by halving
-        middle = (left_out + enough) // 2
-        if changed(wanted, answers(quantizer.quantized(groups[middle:]), judges, kind)) <= BUDGET:
-            enough = middle
-        else:
-            left_out = middle + 1
+    with tqdm(total=enough.bit_length(), desc="search", unit="trial", disable=not progress) as bar:
+        while left_out < enough:  # more left out is closer to the original: the fewest that do are found by halving
+            middle = (left_out + enough) // 2
+            if changed(wanted, answers(quantizer.quantized(groups[middle:]), judges, kind)) <= BUDGET:
+                enough = middle
+            else:
+                left_out = middle + 1
+            bar.update()
     graph = quantizer.quantized(groups[enough:])
     together = changed(wanted, answers(graph, judges, kind))
     told = {"sensitivities": sensitivities, "work": work, "groups": groups[enough:], "together": together}
@@ -189,13 +196,14 @@ def changed(wanted: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -
     return float(np.mean(shares))
 
 
-def record(model, dataset: NuScenesDataset, images: ImageInputs) -> list[Moment]:
+def record(model, dataset: NuScenesDataset, images: ImageInputs, *, progress: bool = False) -> list[Moment]:
     """Inputs of a graph at moments of a drive, with the memory that the graph itself had then.
 
     Args:
         model: the graph, an `onnx.ModelProto` in float32.
         dataset: to drive through.
         images: how the graph takes them.
+        progress: show a progress bar on stderr.
 
     Returns:
         RANGES_FROM moments spread evenly, then JUDGED_ON that follow one another: the last of the drive.
@@ -215,7 +223,10 @@ def record(model, dataset: NuScenesDataset, images: ImageInputs) -> list[Moment]
     last = range(len(dataset) - JUDGED_ON, len(dataset))
     chosen = {*np.linspace(0, last[0] - 1, RANGES_FROM).round().astype(int).tolist(), *last}
     moments = []
-    for number, (_, frame) in enumerate(drive(dataset, len(images.sizes))):
+    frames = tqdm(
+        drive(dataset, len(images.sizes)), total=len(dataset), desc="calibration", unit="frame", disable=not progress
+    )
+    for number, (_, frame) in enumerate(frames):
         moment = moment_inputs(camera_frame(frame, images)) | memory
         if number in chosen:
             moments.append({name: array.copy() for name, array in moment.items()})

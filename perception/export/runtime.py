@@ -1,6 +1,7 @@
-"""Live use of an exported network: numpy and ONNX Runtime or TensorRT, no torch.
+"""Live use of an exported network: numpy and ONNX Runtime, OpenVINO or TensorRT, no torch.
 
     runtime = Runtime("out/nano_onnx")                            # ONNX Runtime, on the CPU
+    runtime = Runtime("out/nano_onnx", backend="openvino")        # OpenVINO, on the CPU
     runtime = Runtime("out/nano_rtx", backend="tensorrt")         # the engine that fits this GPU
     for images, global_from_ego, time_s in drive:
         scene = runtime.step(images, rig, global_from_ego, time_s)
@@ -16,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from perception.errors import CheckpointError, ConfigError, PerceptionWarning
-from perception.export.contract import MODEL, ImageInputs, read_contract
+from perception.errors import ConfigError, PerceptionWarning
+from perception.export.contract import MODEL, ImageInputs, check_graph, read_contract
 from perception.live import (
     MAX_SPEED,
     MAX_TURN_RATE,
@@ -31,6 +32,7 @@ from perception.live import (
 )
 from perception.types import Boxes, CameraRig, Polylines, Scene, map_tensors
 
+BACKENDS = ("onnxruntime", "openvino", "openvino-bf16", "tensorrt")
 _none, _no_label, _no_flag = np.zeros(0, np.float32), np.zeros(0, np.int32), np.zeros(0, bool)
 MAX_THREADS = 1024  # more than any vehicle has; ONNX Runtime starts as many as it is given
 DTYPES = {
@@ -69,18 +71,13 @@ class OnnxSession:
         threads: of the CPU; 0 for as many as there are.
 
     Raises:
-        ConfigError: a provider is not there, or the number of threads is none.
+        ConfigError: a provider is not there.
         CheckpointError: the graph has other inputs or outputs than the contract.
     """
 
     def __init__(self, folder: str | Path, contract: dict, providers: Sequence[str], threads: int) -> None:
         import onnxruntime
 
-        whole = isinstance(threads, int | np.integer) and not isinstance(threads, bool)
-        if not whole or not 0 <= threads <= MAX_THREADS:
-            raise ConfigError(
-                f"Runtime: threads is {threads!r}; give a whole number of 0..{MAX_THREADS}, 0 for as many as there are"
-            )
         there = onnxruntime.get_available_providers()
         if not isinstance(providers, list | tuple) or not providers:
             raise ConfigError(f"Runtime: providers is {providers!r}; give a list of some of {', '.join(there)}")
@@ -88,9 +85,13 @@ class OnnxSession:
             if provider not in there:
                 raise ConfigError(f"Runtime: provider {provider} is not there; ONNX Runtime has {', '.join(there)}")
         options = session_options(contract["precision"])
-        options.intra_op_num_threads = int(threads)
+        options.intra_op_num_threads = threads
         self._session = onnxruntime.InferenceSession(str(Path(folder, MODEL)), options, providers=list(providers))
-        self._check(Path(folder, MODEL), contract)
+        inputs, outputs = (
+            {x.name: (DTYPES.get(x.type, x.type), list(x.shape)) for x in values}
+            for values in (self._session.get_inputs(), self._session.get_outputs())
+        )
+        check_graph(Path(folder, MODEL), contract, inputs, outputs)
         self.device = providers[0].removesuffix("ExecutionProvider")
         self.inputs, self.outputs = (
             {x["name"]: np.zeros(x["shape"], x["dtype"]) for x in contract[side]} for side in ("inputs", "outputs")
@@ -127,36 +128,25 @@ class OnnxSession:
         for value in self._memories:
             value.update_inplace(self._no_memory)
 
-    def _check(self, path: Path, contract: dict) -> None:
-        """Names, types and shapes of the graph are those of the contract."""
-        for side, values in (("inputs", self._session.get_inputs()), ("outputs", self._session.get_outputs())):
-            found = {x.name: (DTYPES.get(x.type, x.type), list(x.shape)) for x in values}
-            wanted = {x["name"]: (x["dtype"], x["shape"]) for x in contract[side]}
-            for name in sorted(wanted.keys() | found.keys()):
-                if wanted.get(name) != found.get(name):
-                    raise CheckpointError(
-                        f"{path}: {side} {name} is {found.get(name)} in the graph and {wanted.get(name)} in the "
-                        "contract; export again"
-                    )
-
 
 class Runtime:
     """An exported network, its memory, and the pose and time of the last step.
 
     Args:
         folder: that `scripts/export.py` wrote.
-        backend: "onnxruntime", which runs the graph, or "tensorrt", which runs an engine of the folder on a GPU.
+        backend: one of `BACKENDS`. "onnxruntime" runs the graph; "openvino" runs it on the CPU, "openvino-bf16" with
+            convolutions and products with weights in bfloat16; "tensorrt" runs an engine of the folder on a GPU.
         providers: of ONNX Runtime, first choice first, such as "CUDAExecutionProvider".
-        threads: of the CPU, for ONNX Runtime; 0 for as many as there are.
+        threads: of the CPU, for ONNX Runtime and OpenVINO; 0 for as many as there are.
         min_score: boxes and lines below this are left out, 0..1.
         max_speed: m/s above which the pose has jumped, so that the memory is dropped; inf for no limit.
         max_turn_rate: rad/s, likewise.
 
     Raises:
         CheckpointError: the folder is none of an export, or a file in it has changed.
-        ConfigError: the backend is not known or cannot run here (no GPU, no engine that fits it, another version of
-            TensorRT, no such provider), `min_score` is not in 0..1, `threads` is no number of threads, or a limit is
-            negative.
+        ConfigError: the backend is not known or cannot run here (not installed, no GPU, no engine that fits it, another
+            version of TensorRT, no bfloat16, no such provider), `min_score` is not in 0..1, `threads` is no number of
+            threads, or a limit is negative.
     """
 
     def __init__(
@@ -171,17 +161,26 @@ class Runtime:
         max_turn_rate: float = MAX_TURN_RATE,
     ) -> None:
         self.min_score = checked_setting("Runtime: min_score", min_score, 0, 1, "a number from 0 to 1")
+        whole = isinstance(threads, int | np.integer) and not isinstance(threads, bool)
+        if not whole or not 0 <= threads <= MAX_THREADS:
+            raise ConfigError(
+                f"Runtime: threads is {threads!r}; give a whole number of 0..{MAX_THREADS}, 0 for as many as there are"
+            )
         self._odometer = Odometer(max_speed, max_turn_rate)
         self.contract = read_contract(folder)
         self.images = ImageInputs.of_contract(self.contract)
         if backend == "onnxruntime":
-            self._session = OnnxSession(folder, self.contract, providers, threads)
+            self._session = OnnxSession(folder, self.contract, providers, int(threads))
+        elif backend in ("openvino", "openvino-bf16"):
+            from perception.export.openvino_session import OpenVINOSession
+
+            self._session = OpenVINOSession(folder, self.contract, backend, int(threads))
         elif backend == "tensorrt":
             from perception.export.engine_session import EngineSession
 
             self._session = EngineSession(folder, self.contract)
         else:
-            raise ConfigError(f"Runtime: backend {backend!r} is not known; use onnxruntime or tensorrt")
+            raise ConfigError(f"Runtime: backend {backend!r} is not known; use one of {', '.join(BACKENDS)}")
         self.inputs, self.outputs, self.device = self._session.inputs, self._session.outputs, self._session.device
         self.reset()
 
