@@ -18,6 +18,7 @@ from perception.data.loader import fit_image
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError, DataError, run_script
 from perception.export import parity
+from perception.export.certificate import GATES
 from perception.export.contract import read_contract
 from perception.export.drive import drive, moment_inputs, seated
 from perception.export.half import WEIGHTED
@@ -320,7 +321,7 @@ def test_the_script(small_network, small_town, tmp_path, monkeypatch, capsys):
         assert "give --calibration-split a split other than --split" in capsys.readouterr().err
     assert not out.exists()
 
-    monkeypatch.setitem(parity.GATES, "fp32", (1e-12, 0.0005, 0.0005))
+    monkeypatch.setitem(GATES, "fp32", (1e-12, 0.0005, 0.0005))
     assert export(*town, "--cameras", "4") == 2
     said = capsys.readouterr()
     assert f"error: {out} must not be used: " in said.err and "Gate: **failed**" in said.out
