@@ -9,8 +9,9 @@ EXAMPLE = """examples:
   python scripts/export.py nano --out out/nano_rtx --precision fp16 --format tensorrt-rtx --target sm86,sm89
   python scripts/export.py out/nano/nano.safetensors --out out/nano_fp16 --precision fp16 --cameras 6 --raw-size 256x448
 
-Without --dataroot the streets are generated. The folder holds model.onnx, contract.json, certificate.json and
-certificate.md; where a GPU is here that an engine was built for, certificate.tensorrt.json and .md of that engine too.
+Without --dataroot the streets are generated; those of a second rig, with other cameras, always are. The folder holds
+model.onnx, contract.json, certificate.json and certificate.md; where a GPU is here that an engine was built for,
+certificate.tensorrt.json and .md of that engine too.
 Exit code 2 if the export is not good enough; the folder says why.
 """
 
@@ -48,6 +49,7 @@ def main() -> None:
 
     from perception.data.nuscenes import NuScenesDataset
     from perception.errors import ConfigError
+    from perception.export.certificate import Certificate
     from perception.export.contract import read_contract
     from perception.export.engine_session import find_engine
     from perception.export.onnx import export_onnx
@@ -57,6 +59,7 @@ def main() -> None:
     from perception.models.checkpoint import load_checkpoint
     from perception.predictor import weights_file
     from perception.synthetic import VERSION, simulate
+    from perception.synthetic.sensors import EIGHT_CAMERAS, FIVE_CAMERAS, SIX_CAMERAS, Mounting
 
     network, _ = load_checkpoint(weights_file(arguments.checkpoint))
     raw_size = None
@@ -83,15 +86,27 @@ def main() -> None:
     size = raw_size or network.config.image_size
     with tempfile.TemporaryDirectory(prefix="perception-export-") as folder:
 
+        def generated(seed: int, rig: tuple[Mounting, ...] = SIX_CAMERAS) -> NuScenesDataset:
+            root, keyframes = Path(folder, str(seed)), LEAST_FRAMES // LEAST_SCENES
+            simulate(
+                root, scenes=LEAST_SCENES, seed=seed, keyframes=keyframes, split="export", image_size=size, rig=rig
+            )
+            return NuScenesDataset(root, VERSION, "export", image_size=size, cameras=[camera.name for camera in rig])
+
         def streets(split: str | None, seed: int) -> NuScenesDataset:
             """A split of the dataset that was given; without one, generated streets of that seed."""
             if arguments.dataroot:
                 return NuScenesDataset(arguments.dataroot, arguments.version, split, image_size=size)
-            root, keyframes = Path(folder, str(seed)), LEAST_FRAMES // LEAST_SCENES
-            simulate(root, scenes=LEAST_SCENES, seed=seed, keyframes=keyframes, split="export", image_size=size)
-            return NuScenesDataset(root, VERSION, "export", image_size=size)
+            return generated(seed)
+
+        def certified(backend: str) -> Certificate:
+            return certify(
+                network, arguments.out, judge, other_rig=other_rig, backend=backend, drift_frames=arguments.drift,
+                progress=True,
+            )  # fmt: skip
 
         judge = streets(arguments.split, arguments.seed)
+        other_rig = generated(arguments.seed + 2, EIGHT_CAMERAS if arguments.cameras >= 8 else FIVE_CAMERAS)
         calibration = streets(arguments.calibration_split, arguments.seed + 1) if eight_bits else None
         export_onnx(
             network, arguments.out, cameras=arguments.cameras, raw_size=raw_size, precision=arguments.precision,
@@ -101,18 +116,14 @@ def main() -> None:
             engines = build_engines(arguments.out, package=arguments.format, targets=targets)
             for target, path in engines.items():
                 print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB for {target}")
-        certificates = [certify(network, arguments.out, judge, drift_frames=arguments.drift, progress=True)]
+        certificates = [certified("onnxruntime")]
         if arguments.format != "onnx":
             try:
                 find_engine(arguments.out, read_contract(arguments.out))
             except ConfigError as error:
                 print(f"engines are built but not run: {error}")
             else:
-                certificates.append(
-                    certify(
-                        network, arguments.out, judge, backend="tensorrt", drift_frames=arguments.drift, progress=True
-                    )
-                )
+                certificates.append(certified("tensorrt"))
     for certificate in certificates:
         certificate.save(arguments.out)
         print(certificate.markdown())

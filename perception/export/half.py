@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from perception.errors import ConfigError
+
 WEIGHTED = ("Conv", "Gemm", "MatMul")
 # What hands halves on: the inputs that have to be halves, None for all of them.
 PASSING = {
@@ -19,6 +21,20 @@ PASSING = {
 LARGEST = 65504.0  # of float16
 
 
+def check_weight(name: str, value: np.ndarray) -> None:
+    """Refuses a weight that float16 cannot hold.
+
+    Raises:
+        ConfigError: a value is larger than 65504, or not a number.
+    """
+    largest = np.abs(value).max(initial=0.0)
+    if not largest <= LARGEST:
+        raise ConfigError(
+            f"weight {name} holds {largest:.6g}, but float16 ends at {LARGEST:.0f}; take precision fp32, or scale this "
+            "layer down and the next one up"
+        )
+
+
 def halve_graph(model):
     """A copy of a float32 ONNX model with weights and most activations in float16; inputs and outputs keep their types.
 
@@ -26,7 +42,7 @@ def halve_graph(model):
         model: an `onnx.ModelProto`, nodes in topological order, no subgraphs.
 
     Raises:
-        ValueError: a weight is too large for float16.
+        ConfigError: a weight is too large for float16.
     """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
@@ -47,8 +63,7 @@ def halve_graph(model):
         wanted = f"{name}/{suffix}"
         if name in floats:
             value = numpy_helper.to_array(constants[name])
-            if np.abs(value).max(initial=0.0) > LARGEST:
-                raise ValueError(f"weight {name} holds {np.abs(value).max()}, too large for float16")
+            check_weight(name, value)
             graph.initializer.append(numpy_helper.from_array(value.astype(np.float16), wanted))
         else:
             nodes.append(helper.make_node("Cast", [name], [wanted], name=f"cast/{wanted}", to=kind))

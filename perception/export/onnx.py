@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError
 from perception.export.contract import CONTRACT, MODEL, write_contract
-from perception.export.half import WEIGHTED, halve_graph
+from perception.export.half import WEIGHTED, check_weight, halve_graph
 from perception.export.quantize import KINDS, quantize_graph, quiet, record
 from perception.files import replacing
 from perception.models.bevformer import BEVFormer, RawBoxes
@@ -219,7 +219,8 @@ def export_onnx(
         The folder.
 
     Raises:
-        ConfigError: the network is none that is exported, or precision or cameras cannot be.
+        ConfigError: the network is none that is exported, precision or cameras cannot be, or a weight is too large for
+            float16.
     """
     if isinstance(network, MapTRv2):
         raise ConfigError("MapTRv2 is not exported: it sums up features where their depths say, which depends on data")
@@ -238,15 +239,23 @@ def export_onnx(
         raise ConfigError(f"cameras is {cameras}; give at least 1")
     import onnx
 
+    halved = precision != "fp32" and not for_cpu
+    for module_name, module in network.named_modules() if halved else ():
+        # A convolution without a bias has a batch norm behind it, which the trace folds into its weight.
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
+            for name, parameter in module.named_parameters(recurse=False):
+                check_weight(f"{module_name}.{name}", _array(parameter))
     folder = Path(folder)
     model = DeployedNetwork(network, raw_size).eval()
     inputs = example_inputs(network, cameras, raw_size)
     graph = trace(model, inputs) if graph is None else graph
     quantization = {}
     if precision in KINDS:
+        if halved:
+            halve_graph(graph)  # refuses a weight that the trace has folded before the long work
         kind = "uint8" if for_cpu else precision
         graph, quantization = quantize_graph(graph, record(graph, calibration), kind)
-    if precision != "fp32" and not for_cpu:
+    if halved:
         graph = halve_graph(graph)
     onnx.checker.check_model(graph)
     strange = sorted({node.op_type for node in graph.graph.node if node.domain not in ("", "ai.onnx")})

@@ -2,11 +2,13 @@
 
 Differences of raw numbers show that the graph is the network; differences of the official metrics show that it does not
 matter. The drive has several scenes, moments without one of the cameras, and moments with another calibration, because
-these are inputs of the graph and must work as such.
+these are inputs of the graph and must work as such. A second dataset shows that another rig and blinded cameras do too.
+Along with both runs the graph in float32, which shows how close the values come to what the export's types can hold.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +21,10 @@ from perception.data.loader import fit_image
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import DataError
 from perception.evaluation.streaming import evaluate_scenes
-from perception.export.certificate import METRICS, Certificate
+from perception.export.certificate import METRICS, Certificate, Replay
+from perception.export.contract import MODEL
 from perception.export.drive import aligned, drive, moment_inputs
+from perception.export.headroom import RangeMonitor
 from perception.export.onnx import fit_pixels, fitting_matrices, raw_outputs
 from perception.export.runtime import Runtime
 from perception.models.checkpoint import Network
@@ -35,16 +39,18 @@ def certify(
     folder: str | Path,
     dataset: NuScenesDataset,
     *,
+    other_rig: NuScenesDataset | None = None,
     backend: str = "onnxruntime",
     drift_frames: int = 0,
     progress: bool = False,
 ) -> Certificate:
-    """Drives a dataset with a network and with its export.
+    """Drives datasets with a network and with its export.
 
     Args:
         network: the original, in evaluation mode, on the CPU.
         folder: of the export.
         dataset: images as the export takes them.
+        other_rig: a second dataset, of other cameras. Some of its images are made black or white; the same gates hold.
         backend: that runs the export, as for `Runtime`.
         drift_frames: of a further drive without a reset, 0 for none.
         progress: show progress bars.
@@ -52,30 +58,71 @@ def certify(
     Raises:
         CheckpointError: the folder is none of an export.
         ConfigError: the backend cannot run here.
-        DataError: the dataset has fewer than 40 frames or 2 scenes.
+        DataError: a dataset has fewer than 40 frames or 2 scenes.
     """
-    scenes = len(np.unique(dataset.scene_of_sample))
-    if len(dataset) < LEAST_FRAMES or scenes < LEAST_SCENES:
-        raise DataError(
-            f"the dataset has {len(dataset)} frames of {scenes} scenes; a certificate needs {LEAST_FRAMES} of "
-            f"{LEAST_SCENES}"
-        )
+    datasets = [dataset] if other_rig is None else [dataset, other_rig]
+    for each in datasets:
+        scenes = len(np.unique(each.scene_of_sample))
+        if len(each) < LEAST_FRAMES or scenes < LEAST_SCENES:
+            raise DataError(
+                f"the dataset has {len(each)} frames of {scenes} scenes; a certificate needs {LEAST_FRAMES} of "
+                f"{LEAST_SCENES}"
+            )
+    import onnx
+
     runtime = Runtime(folder, backend=backend)
+    precision = runtime.contract["precision"]
+    monitor = None if precision == "fp32" else RangeMonitor(onnx.load(Path(folder, MODEL)))
+    replays = tuple(
+        replay(network, runtime, each, monitor, bad_images=each is other_rig, progress=progress) for each in datasets
+    )
     image_size = tuple(runtime.contract["image_size"])
+    return Certificate(
+        precision=precision,
+        backend=backend,
+        replays=replays,
+        peaks=monitor.peaks() if monitor else {},
+        saturation=monitor.saturation() if monitor else {},
+        quantization=runtime.contract["quantization"],
+        drift=_drift(network, runtime, dataset, drift_frames, image_size, progress) if drift_frames else (),
+    )
+
+
+def replay(
+    network: Network,
+    runtime: Runtime,
+    dataset: NuScenesDataset,
+    monitor: RangeMonitor | None,
+    *,
+    bad_images: bool,
+    progress: bool = False,
+) -> Replay:
+    """Drives one dataset with a network and with its export, and measures the values of the export in float32.
+
+    Args:
+        network, dataset, progress: as for `certify`.
+        runtime: of the export.
+        monitor: of the export's graph, keeps what it measures; None where float32 holds everything.
+        bad_images: make some images black or white.
+    """
+    image_size = tuple(runtime.contract["image_size"])
+    seats = runtime.contract["cameras"]
     raw_size = tuple(runtime.contract["raw_size"]) if runtime.contract["raw_size"] else None
     differences: dict[str, list[np.ndarray]] = {}
     pixels = []
     originals, exports = {}, {}
     box_distances, line_distances = [], []
     state = network.initial_state(1)
-    for token, frame in tqdm(
-        drive(dataset, runtime.contract["cameras"]), total=len(dataset), desc="certificate", disable=not progress
-    ):
+    sequence = drive(dataset, seats, bad_images=bad_images)
+    for token, frame in tqdm(sequence, total=len(dataset), desc="certificate", disable=not progress):
         seen = fitted(frame, image_size) if raw_size else frame
         if raw_size:
             pixels.append((seen.images - pillow_fitted(frame, image_size)).abs().numpy().ravel())
         prediction, state, scene = _original(network, seen, state)
-        said = _exported(runtime, frame)
+        inputs = moment_inputs(frame)
+        if monitor:
+            monitor.run(inputs)
+        said = _exported(runtime, inputs)
         pairs = {"memory": (state.bev.numpy().ravel(), runtime.memory().ravel())} if state.bev.numel() else {}
         for kind in ("box", "line"):
             if f"raw_{kind}_logits" in runtime.outputs:
@@ -91,18 +138,20 @@ def certify(
         originals[token], exports[token] = scene, map_tensors(lambda x: torch.from_numpy(x.copy()), said)
     off = np.concatenate(pixels) if pixels else np.zeros(1)
     one, other = (evaluate_scenes(dataset, scenes).metrics() for scenes in (originals, exports))
-    return Certificate(
-        precision=runtime.contract["precision"],
-        backend=backend,
+    first = dataset[0].frames
+    focal_lengths = first.rig.img_from_cam[0, :seats, 0, 0] / first.images.shape[-1]
+    return Replay(
+        cameras=len(focal_lengths),
+        seats=seats,
+        focal_lengths=tuple(focal_lengths.tolist()),
+        bad_images=bad_images,
         frames=len(dataset),
-        scenes=scenes,
+        scenes=len(np.unique(dataset.scene_of_sample)),
         raw={name: _summary(parts) for name, parts in differences.items()},
         pixels=(float(off.max()), float((off > 0).mean())),
         boxes=_summary(box_distances),
         lines=_summary(line_distances),
         metrics={name: (one[name], other[name]) for name in METRICS},
-        quantization=runtime.contract["quantization"],
-        drift=_drift(network, runtime, dataset, drift_frames, image_size, progress) if drift_frames else (),
     )
 
 
@@ -124,8 +173,8 @@ def _original(network: Network, frame: Frame, state: State):
     return prediction, state, map_tensors(lambda tensor: tensor[0], network.decode(prediction))
 
 
-def _exported(runtime: Runtime, frame: Frame) -> Scene:
-    for name, array in moment_inputs(frame).items():
+def _exported(runtime: Runtime, inputs: Mapping[str, np.ndarray]) -> Scene:
+    for name, array in inputs.items():
         runtime.inputs[name][...] = array
     runtime.run()
     return runtime.scene()
@@ -172,7 +221,7 @@ def _drift(
             frame = frame._replace(is_first=torch.tensor([not off]))
             seen = fitted(frame, image_size) if runtime.contract["raw_size"] else frame
             _, state, _ = _original(network, seen, state)
-            _exported(runtime, frame)
+            _exported(runtime, moment_inputs(frame))
             off.append(float(np.abs(state.bev.numpy() - runtime.memory()).mean()))
             bar.update()
             if len(off) == frames:

@@ -23,11 +23,12 @@ import numpy as np
 
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import DataError
-from perception.export.drive import aligned, drive, moment_inputs
+from perception.export.drive import aligned, drive, filled, moment_inputs
 from perception.export.half import WEIGHTED
 from perception.export.runtime import session_options
 
 RANGES_FROM, JUDGED_ON = 16, 6  # moments: spread over a drive, and one after the other
+BAD_EVERY = 4  # of the former, one in so many comes again with a black image, and again with a white one
 KINDS = ("int8", "uint8", "fp8")
 LARGEST_INT8, LARGEST_FP8 = 127.0, 448.0
 # By how much of its spread all layers in eight bits together may change an answer; for it the most sensitive are left
@@ -188,7 +189,8 @@ def record(model, dataset: NuScenesDataset) -> list[Moment]:
     """Inputs of a graph at moments of a drive, with the memory that the graph itself had then.
 
     Returns:
-        RANGES_FROM moments spread evenly, then JUDGED_ON that follow one another: the last of the drive.
+        RANGES_FROM moments spread evenly, in between some of them again with a black and with a white image, then
+        JUDGED_ON that follow one another: the last of the drive.
 
     Raises:
         DataError: the dataset is too short for that.
@@ -203,12 +205,14 @@ def record(model, dataset: NuScenesDataset) -> list[Moment]:
     shapes = {x.name: x.shape for x in session.get_inputs()}
     memory = {"memory": np.zeros(shapes["memory"], np.float32)} if "memory" in shapes else {}
     last = range(len(dataset) - JUDGED_ON, len(dataset))
-    chosen = {*np.linspace(0, last[0] - 1, RANGES_FROM).round().astype(int).tolist(), *last}
+    spread = np.linspace(0, last[0] - 1, RANGES_FROM).round().astype(int).tolist()
     moments = []
     for number, (_, frame) in enumerate(drive(dataset, shapes["present"][0])):
         moment = moment_inputs(frame) | memory
-        if number in chosen:
-            moments.append({name: array.copy() for name, array in moment.items()})
+        variants = [moment] if number in spread or number in last else []
+        if number in spread[::BAD_EVERY]:  # a blinded camera must not drive the layers out of their ranges
+            variants += [moment_inputs(filled(frame, number + k, grey)) | memory for k, grey in enumerate((0, 255))]
+        moments += [{name: array.copy() for name, array in variant.items()} for variant in variants]
         if memory:
             memory = {"memory": session.run(["new_memory"], moment)[0]}
     return moments
