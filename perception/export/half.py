@@ -1,9 +1,12 @@
 """Half precision written into an ONNX graph: what may be halves is, and what decides the geometry stays in float32.
 
 Convolutions and products with weights run in halves, and so does what only moves or adds their results. Projection,
-sampling places, softmax, normalisation, decoding and memory stay as they are, with casts in between. INT8 marks take
-halves and give halves. A runtime that
-takes types as they are written (TensorRT 8.6, 10 and 11, TensorRT-RTX, ONNX Runtime) needs no further flag.
+sampling places, softmax, normalisation, decoding and memory stay as they are, with casts in between. A runtime that
+takes types as they are written (TensorRT 10 and 11, TensorRT-RTX, ONNX Runtime) needs no further flag.
+
+Layers in INT8 keep float32 scales and float32 around them: opset 17 has no other, and the parser of TensorRT 8.6 reads
+every scale as float32 (onnx/onnx-tensorrt, release/8.6-GA, QuantDequantLinearHelper). Layers in FP8 have halves around
+them.
 """
 
 from __future__ import annotations
@@ -70,9 +73,8 @@ def halve_graph(model):
         casts[name, kind] = wanted
         return wanted
 
-    marked = {
-        node.output[0] for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in constants
-    }
+    float8 = {name for name, tensor in constants.items() if tensor.data_type == TensorProto.FLOAT8E4M3FN}
+    marked = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in float8}
     for node in list(graph.node):
         inputs = list(node.input)
         weighted = node.op_type in WEIGHTED and len(inputs) > 1 and (inputs[1] in floats or inputs[1] in marked)
@@ -83,7 +85,8 @@ def halve_graph(model):
             and any(inputs[i] in halves for i in needed)
             and all(inputs[i] in halves or inputs[i] in floats for i in needed)
         )
-        if node.op_type == "DequantizeLinear" or (node.op_type == "QuantizeLinear" and inputs[0] in halves):
+        of_float8 = node.op_type in ("QuantizeLinear", "DequantizeLinear") and inputs[2] in float8
+        if of_float8 and (node.op_type == "DequantizeLinear" or inputs[0] in halves):
             node.input[1] = cast(inputs[1], TensorProto.FLOAT16)  # what is marked has the type of its scale
             if node.op_type == "DequantizeLinear":
                 halves.update(node.output)

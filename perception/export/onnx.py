@@ -24,6 +24,7 @@ from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError
 from perception.export.contract import CONTRACT, MODEL, write_contract
 from perception.export.half import WEIGHTED, check_weight, halve_graph
+from perception.export.lowering import OPSET, OPSET_FP8, TRACED, lower_graph
 from perception.export.quantize import KINDS, quantize_graph, quiet, record
 from perception.files import replacing
 from perception.models.bevformer import BEVFormer, RawBoxes
@@ -35,7 +36,6 @@ from perception.types import CameraRig, Frame, Prediction, State
 if TYPE_CHECKING:
     import onnx
 
-OPSET = 20
 PRECISIONS = ("fp32", "fp16", "int8", "fp8")
 MOMENT = (
     "images", "img_from_cam", "ego_from_cam", "present", "ego_from_prev", "seconds_since_prev", "is_first",
@@ -237,8 +237,6 @@ def export_onnx(
         raise ConfigError(f"precision {precision} is slow on CPUs; take fp32 or int8")
     if cameras < 1:
         raise ConfigError(f"cameras is {cameras}; give at least 1")
-    import onnx
-
     halved = precision != "fp32" and not for_cpu
     for module_name, module in network.named_modules() if halved else ():
         # A convolution without a bias has a batch norm behind it, which the trace folds into its weight.
@@ -257,10 +255,10 @@ def export_onnx(
         graph, quantization = quantize_graph(graph, record(graph, calibration), kind)
     if halved:
         graph = halve_graph(graph)
-    onnx.checker.check_model(graph)
     strange = sorted({node.op_type for node in graph.graph.node if node.domain not in ("", "ai.onnx")})
     if strange:
         raise ConfigError(f"the graph holds operators that are no standard ones: {', '.join(strange)}")
+    graph = lower_graph(graph, OPSET_FP8 if precision == "fp8" else OPSET)
     content = graph.SerializeToString()
     with torch.inference_mode():
         outputs = dict(zip(model.output_names, model(*inputs), strict=True))
@@ -275,7 +273,7 @@ def export_onnx(
         image_size=network.config.image_size,
         raw_size=raw_size,
         precision=precision,
-        opset=OPSET,
+        opset=graph.opset_import[0].version,
         layers=layer_types(graph),
         quantization=quantization,
         version=metadata.version("perception"),
@@ -301,7 +299,7 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 
 def trace(model: DeployedNetwork, inputs: tuple[Tensor, ...]) -> onnx.ModelProto:
-    """The graph of a network in float32, weights under the names that they have in the network.
+    """The graph of a network in float32 and opset 18, weights under the names that they have in the network.
 
     Args:
         model: in evaluation mode.
@@ -310,7 +308,7 @@ def trace(model: DeployedNetwork, inputs: tuple[Tensor, ...]) -> onnx.ModelProto
     with warnings.catch_warnings(), quiet(), torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            model, inputs, dynamo=True, opset_version=OPSET, verbose=False, optimize=True,
+            model, inputs, dynamo=True, opset_version=TRACED, verbose=False, optimize=True,
             input_names=list(model.input_names), output_names=list(model.output_names),
         )  # fmt: skip
     graph = program.model_proto
