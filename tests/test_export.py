@@ -240,8 +240,8 @@ def test_blinded_cameras_of_a_drive(small_town, other_rig_town):
     assert {len(cameras) for cameras in (*black.values(), *white.values())} == {1}
     for number, (one, other) in enumerate(zip(usual, bad, strict=True)):
         gone = (black | white).get(number, [])
-        for name in one:
-            assert np.array_equal(np.delete(one[name], gone, 0), np.delete(other[name], gone, 0)), name
+        assert all(np.array_equal(one[name], other[name]) for name in one.keys() - {"images"})
+        assert np.array_equal(np.delete(one["images"], gone, 0), np.delete(other["images"], gone, 0))
     five = [moment_inputs(x) for _, x in drive(other_rig_town, 6, bad_images=True)]
     assert not any(moment["present"][5] for moment in five)
     assert len(blinded(five, 0)) == len(blinded(five, 255)) == 2

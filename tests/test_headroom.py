@@ -98,7 +98,7 @@ def test_magnitudes_are_those_of_the_network(small_network, exports, small_town)
             break
     for hook in hooks:
         hook.remove()
-    found = {label.partition(" (")[0]: peak for label, peak in monitor.peaks().items()}
+    found = {label.partition(" (")[0]: peak for label, peak in monitor.peaks().items()}  # the last: with a bias
     assert {name: found[name] for name in layers} == pytest.approx(largest, rel=0.01)
     halves = {label for label in monitor.peaks() if label.startswith(("Add", "Cast"))}
     assert len(found) > 20 and len(halves) > 10 and RAW == tuple(frame.images.shape[-2:])

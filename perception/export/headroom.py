@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from perception.export.half import WEIGHTED
 from perception.export.quantize import LARGEST_FP8
 from perception.export.runtime import session_options
 
@@ -169,22 +168,27 @@ def measured_graph(model) -> MeasuredGraph:
 
 
 def layer_names(model) -> dict[str, str]:
-    """By tensor, the layer that computes it from a weight, or that takes it in eight bits: its name in the network."""
+    """By tensor, the layer of the network that computes it with a weight or bias, or that takes it in eight bits."""
     constants = {tensor.name for tensor in model.graph.initializer}
     made_by = {name: node for node in model.graph.node for name in node.output}
+
+    def unmarked(name: str) -> str:
+        node = made_by.get(name)
+        return node.input[0] if node is not None and node.op_type == "DequantizeLinear" else name
+
     names: dict[str, str] = {}
     for node in model.graph.node:
-        if node.op_type not in WEIGHTED or len(node.input) < 2:
+        inputs = [unmarked(name) for name in node.input]
+        weights = [name for name in inputs if name in constants and name.startswith("network.")]
+        if not weights or node.op_type == "DequantizeLinear":
             continue
-        activation, weight = (made_by.get(name) for name in node.input[:2])
-        quantized = weight is not None and weight.op_type == "DequantizeLinear"
-        weight = weight.input[0] if quantized else node.input[1]
-        if weight in constants:
-            name = weight.removesuffix("/half").removesuffix("_quantized").removeprefix("network.")
-            names[node.output[0]] = layer = name.partition(".weight")[0]
-            if quantized and activation is not None and activation.op_type == "DequantizeLinear":
-                for name in (*activation.output, *activation.input[:1]):
-                    names.setdefault(name, f"input of {layer}")
+        layer = weights[0].removeprefix("network.").removesuffix("/half").removesuffix("_quantized")
+        layer = layer.partition(".weight")[0].partition(".bias")[0]
+        names[node.output[0]] = layer
+        for name, quantized in zip(node.input, inputs, strict=True):
+            if name != quantized and quantized not in constants:
+                for tensor in (name, quantized):
+                    names.setdefault(tensor, f"input of {layer}")
     return names
 
 
