@@ -29,6 +29,10 @@ class TrainingError(PerceptionError):
     """Training cannot go on: a loss or a gradient is no longer a finite number."""
 
 
+class PerceptionWarning(UserWarning):
+    """A result or the memory was dropped, or an input is hardly what was meant; the message says which, and the fix."""
+
+
 def _sentence(error: PerceptionError) -> str:
     # torch raises the error of a DataLoader worker anew, with the worker's whole traceback as its message; the last
     # line of that is the name of the class and the sentence.

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from perception.errors import ConfigError
+
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
@@ -30,3 +32,27 @@ def write_json(path: str | Path, content: object, indent: int | None = 1) -> Non
     separators = (",", ":") if indent is None else None
     with replacing(path) as beside:
         beside.write_text(json.dumps(content, indent=indent, separators=separators) + "\n", encoding="utf-8")
+
+
+def check_place(option: str, path: str | Path, *, folder: bool = False) -> None:
+    """Checks that a file, or files in a folder, can be written, without writing anything; ask before long work.
+
+    Args:
+        option: what the place was given as, for messages.
+        path: of the file or folder, which need not exist.
+        folder: whether it is one.
+
+    Raises:
+        ConfigError: there is a folder where a file is wanted or the other way round, or no permission to write.
+    """
+    path = Path(path)
+    if path.exists() and path.is_dir() != folder:
+        found, wanted = ("a file", "a folder") if folder else ("a folder", "a file")
+        raise ConfigError(f"{option} {path} is {found}; give {wanted}")
+    place = path if folder else path.parent
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise ConfigError(f"{option} {path} cannot be written: {place} is not a folder; give another place")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"{option} {path} cannot be written: no permission in {place}; give another place")

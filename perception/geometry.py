@@ -13,7 +13,8 @@ import numpy as np
 
 def _library(array):
     """numpy or torch, whichever the array is of; a vehicle has no torch."""
-    return np if isinstance(array, np.ndarray | np.generic) else sys.modules["torch"]
+    # A tuple of types: `torch.compile` splits its graph at a union of types.
+    return np if isinstance(array, (np.ndarray, np.generic)) else sys.modules["torch"]
 
 
 def transform_points(dst_from_src, points):

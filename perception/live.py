@@ -1,69 +1,204 @@
-"""What every live use checks and keeps, with numpy alone: calibration, and the motion from one moment to the next."""
+"""Checks the inputs of every live use and measures the motion between frames, with numpy alone.
+
+A network with a memory never forgets a number that is not finite. So whatever no vehicle can have is refused here,
+before the network runs; a motion that no vehicle can make starts the memory afresh.
+"""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
 
-from perception.errors import DataError
+from perception.errors import ConfigError, DataError, PerceptionWarning
 from perception.geometry import invert_rigid
-from perception.types import CameraRig
+from perception.types import CameraRig, Scene
 
 MAX_GAP = 2.0  # seconds between two steps after which the memory is of no use
+MAX_SPEED = 60.0  # m/s above which a motion is a jump of the pose
+MAX_TURN_RATE = 2.0  # rad/s, likewise
+JUMP_MARGIN_M, JUMP_MARGIN_RAD = 1.0, 0.1  # allowed for noise of poses, which is large beside a motion of milliseconds
+
+FARTHEST_POSE = 1e8  # metres; coordinates of UTM and ECEF stay below 1.1e7
+FARTHEST_CAMERA = 50.0  # metres from the ego origin
+FOCAL_RANGE = 0.05, 100.0  # times the larger side of the image: fields of view of 169 and 0.6 degrees
+FARTHEST_PRINCIPAL = 3.0  # larger sides of the image from its middle; crops move the point out of the image
+MAX_SKEW = 0.1  # of the focal length
+EPOCH_UNITS = (("nanoseconds", 1e17, "1e9"), ("microseconds", 1e14, "1e6"), ("milliseconds", 1e11, "1e3"))
+STEP_UNITS = (("nanoseconds", 1e7, "1e9"), ("microseconds", 1e4, "1e6"), ("milliseconds", 1e1, "1e3"))
+
+NOT_FINITE = (
+    "the network's output is not finite: this step returns no boxes and no lines, the memory is dropped, and the next "
+    "step is a first one; check the images and the calibration of this frame, and the weights if it happens again"
+)
 
 
 class Motion(NamedTuple):
-    """From the moment before to this one."""
+    """The motion from the previous frame to this one, and what the next one is measured from."""
 
     ego_from_prev: np.ndarray  # [4, 4] float64, identity if first
     seconds: float  # 0 if first
     is_first: bool
+    global_from_ego: np.ndarray  # [4, 4] float64
+    time_s: float
+    gaps: int  # how many frames in a row, up to this one, came after a gap
+    warning: str  # empty if nothing is strange
 
 
 class Odometer:
-    """Remembers pose and time of the last moment."""
+    """Remembers the pose and time of the last frame.
 
-    def __init__(self) -> None:
-        self._last: tuple[np.ndarray, float] | None = None  # global_from_ego [4, 4] float64, seconds
+    Args:
+        max_speed: m/s above which the pose has jumped, inf for no limit.
+        max_turn_rate: rad/s above which the pose has jumped, inf for no limit.
+
+    Raises:
+        ConfigError: a limit is not a number, or negative.
+    """
+
+    def __init__(self, max_speed: float = MAX_SPEED, max_turn_rate: float = MAX_TURN_RATE) -> None:
+        self.max_speed = checked_setting("max_speed", max_speed, 0, np.inf, "m/s, 0 or more")
+        self.max_turn_rate = checked_setting("max_turn_rate", max_turn_rate, 0, np.inf, "rad/s, 0 or more")
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the last frame; the next one is a first one."""
+        self._last: Motion | None = None
 
     def since_last(self, global_from_ego: np.ndarray, time_s: float) -> Motion:
-        """The motion since the last moment that was kept; a first one if that was more than `MAX_GAP` ago.
+        """Measures the motion since the frame that was kept last.
+
+        The frame is a first one if there is none before it, if that was more than `MAX_GAP` seconds ago, or if the pose
+        has jumped (see `jumped`).
 
         Raises:
-            DataError: the pose is not rigid, the time not finite, or it did not go forward.
+            DataError: the pose is not rigid or out of range, the time is no number of seconds or did not go forward.
         """
-        pose, time_s = rigid("global_from_ego", global_from_ego), float(time_s)
-        if not np.isfinite(time_s):
-            raise DataError(f"time_s is {time_s}; give the seconds of this moment as a finite number")
-        if self._last is None:
-            return Motion(np.eye(4), 0.0, True)
-        last_pose, last_time = self._last
-        if time_s <= last_time:
+        pose, time_s = checked_pose(global_from_ego), checked_time(time_s)
+        first = Motion(np.eye(4), 0.0, True, pose, time_s, 0, "")
+        last = self._last
+        if last is None:
+            return first
+        if time_s <= last.time_s:
             raise DataError(
-                f"time_s is {time_s:.6f}, but the last step was at {last_time:.6f}: give moments in order, or call "
+                f"time_s is {time_s:.6f}, but the last step was at {last.time_s:.6f}: give frames in order, or call "
                 "reset() before another drive"
             )
-        if time_s - last_time > MAX_GAP:
-            return Motion(np.eye(4), 0.0, True)
+        seconds = time_s - last.time_s
+        if seconds > MAX_GAP:
+            gaps = last.gaps + 1
+            return first._replace(gaps=gaps, warning=_gap_warning(seconds) if gaps == 3 else "")
         # In float64: global coordinates are kilometres, the motion is centimetres.
-        return Motion(invert_rigid(pose) @ last_pose, time_s - last_time, False)
+        ego_from_prev = invert_rigid(pose) @ last.global_from_ego
+        if jumped(ego_from_prev, seconds, self.max_speed, self.max_turn_rate):
+            distance, angle = motion_size(ego_from_prev)
+            return first._replace(
+                warning=f"the pose moved {distance:.4g} m and turned {angle:.3g} rad in {seconds:.3g} s, but max_speed "
+                f"is {self.max_speed:g} m/s and max_turn_rate {self.max_turn_rate:g} rad/s: the memory is dropped and "
+                "this step is a first one; correct the poses, or raise the limit if the vehicle does move so"
+            )
+        return Motion(ego_from_prev, seconds, False, pose, time_s, 0, "")
 
-    def keep(self, global_from_ego: np.ndarray, time_s: float) -> None:
-        """Makes this the last moment."""
-        self._last = np.array(global_from_ego, dtype=np.float64), float(time_s)
+    def keep(self, motion: Motion) -> None:
+        """Makes a frame the last one, and warns of what was strange about it."""
+        self._last = motion
+        if motion.warning:
+            warnings.warn(motion.warning, PerceptionWarning, stacklevel=3)  # at the line that called step()
+
+
+def jumped(
+    ego_from_prev: np.ndarray,
+    seconds: np.ndarray | float,
+    max_speed: float = MAX_SPEED,
+    max_turn_rate: float = MAX_TURN_RATE,
+) -> np.ndarray:
+    """Tells which motions no vehicle makes: faster than the limits by more than `JUMP_MARGIN_M`, `JUMP_MARGIN_RAD`.
+
+    Args:
+        ego_from_prev: [..., 4, 4] rigid.
+        seconds: [...] that each motion took.
+        max_speed: m/s.
+        max_turn_rate: rad/s, about any axis.
+
+    Returns:
+        [...] bool.
+    """
+    distance, angle = motion_size(ego_from_prev)
+    return (distance > max_speed * seconds + JUMP_MARGIN_M) | (angle > max_turn_rate * seconds + JUMP_MARGIN_RAD)
+
+
+def motion_size(ego_from_prev: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distance in metres and angle in radians (0..pi, about any axis) of rigid motions [..., 4, 4], both [...]."""
+    rotation = ego_from_prev[..., :3, :3]
+    skew = rotation - rotation.swapaxes(-1, -2)
+    sin = np.sqrt(skew[..., 2, 1] ** 2 + skew[..., 0, 2] ** 2 + skew[..., 1, 0] ** 2)  # twice the sine
+    cos = np.trace(rotation, axis1=-2, axis2=-1) - 1  # twice the cosine
+    return np.linalg.norm(ego_from_prev[..., :3, 3], axis=-1), np.arctan2(sin, cos)
+
+
+def _gap_warning(seconds: float) -> str:
+    fix = "give frames more often"
+    for unit, least, divisor in STEP_UNITS:
+        if least <= seconds <= 100 * least:  # frames come every 0.01 to 1 s
+            fix = f"these look like {unit}, so divide time_s by {divisor}"
+            break
+    return (
+        f"three steps in a row came more than {MAX_GAP:g} s after the one before, the last one {seconds:.6g} s after "
+        f"it, so the memory is never used: {fix}"
+    )
+
+
+def checked_setting(name: str, value, low: float, high: float, meaning: str) -> float:
+    """A number of low..high as float, or a ConfigError that names it."""
+    number = _real(value)
+    if number is None or not low <= number <= high:
+        raise ConfigError(f"{name} is {value!r}; give {meaning}")
+    return number
+
+
+def checked_time(time_s) -> float:
+    """A time in seconds as float, or a DataError that names the likely unit."""
+    seconds = _real(time_s)
+    if seconds is None:
+        raise DataError(
+            f"time_s is {_described(time_s)}; give the seconds of this frame as a number, as datetime.timestamp() does"
+        )
+    if not np.isfinite(seconds):
+        raise DataError(f"time_s is {seconds}; give the seconds of this frame as a finite number")
+    for unit, least, divisor in EPOCH_UNITS:
+        if abs(seconds) >= least:
+            raise DataError(f"time_s is {seconds:.10g}, which looks like {unit} since 1970; divide it by {divisor}")
+    return seconds
+
+
+def checked_pose(global_from_ego) -> np.ndarray:
+    """A pose [4, 4] as float64, or a DataError that says what is wrong."""
+    pose = rigid("global_from_ego", global_from_ego)
+    farthest = np.abs(pose[:3, 3]).max()
+    if farthest > FARTHEST_POSE:
+        raise DataError(
+            f"global_from_ego is {farthest:.4g} m from its origin, and no place on Earth needs more than "
+            f"{FARTHEST_POSE:.0e}; give metres (not millimetres), and look for numbers that were never set"
+        )
+    return pose
 
 
 def rigid(name: str, matrix) -> np.ndarray:
     """A rigid transform [4, 4] as float64, or a DataError that names it."""
-    matrix = np.array(matrix, dtype=np.float64)
-    if matrix.shape != (4, 4):
-        raise DataError(f"{name} has shape {matrix.shape}; give (4, 4)")
+    matrix = _floats(name, matrix, (4, 4), "give (4, 4)")
     rotation = matrix[:3, :3]
     # Rotations of real datasets are stored in single precision.
     if not np.isfinite(matrix).all() or (matrix[3] != (0, 0, 0, 1)).any():
         raise DataError(f"{name} is not a rigid transform; give finite numbers and 0 0 0 1 in the last row")
-    if np.abs(rotation @ rotation.T - np.eye(3)).max() > 1e-3 or np.linalg.det(rotation) < 0:
+    # Large numbers first: their products would overflow.
+    if (
+        np.abs(rotation).max() > 2
+        or np.abs(rotation @ rotation.T - np.eye(3)).max() > 1e-3
+        or np.linalg.det(rotation) < 0
+    ):
         raise DataError(f"{name} is not a rigid transform; its upper left 3 x 3 must be a rotation")
     return matrix
 
@@ -74,38 +209,149 @@ def checked_rig(rig: CameraRig, cameras: int) -> CameraRig:
     Even NaN times weight 0 would be NaN.
 
     Args:
-        rig: img_from_cam [N, 3, 3], ego_from_cam [N, 4, 4], present [N].
+        rig: img_from_cam [N, 3, 3], ego_from_cam [N, 4, 4], present [N]; arrays, tensors or nested lists.
         cameras: how many images were given.
 
     Raises:
-        DataError: a shape does not fit, or the calibration of a camera that is present is none.
+        DataError: the type or a shape does not fit, or the calibration of a camera that is present is none.
     """
     N = cameras
-    present = np.asarray(rig.present)
+    if not isinstance(rig, CameraRig):
+        raise DataError(f"rig is {_described(rig)}; give a perception.CameraRig")
+    present = _array("rig.present", rig.present)
     if present.shape != (N,) or present.dtype != bool:
         raise DataError(
             f"rig.present has shape {present.shape} and type {present.dtype}; {N} images were given, so give [{N}] bool"
         )
-    for name, matrix in (("img_from_cam", (3, 3)), ("ego_from_cam", (4, 4))):
-        if tuple(getattr(rig, name).shape) != (N, *matrix):
-            shape = tuple(getattr(rig, name).shape)
-            raise DataError(f"rig.{name} has shape {shape}; {N} images were given, so give {(N, *matrix)}")
+    given_intrinsics, given_poses = (
+        _floats(f"rig.{name}", getattr(rig, name), (N, *shape), f"{N} images were given, so give {(N, *shape)}")
+        for name, shape in (("img_from_cam", (3, 3)), ("ego_from_cam", (4, 4)))
+    )
     img_from_cam, ego_from_cam = np.tile(np.eye(3), (N, 1, 1)), np.tile(np.eye(4), (N, 1, 1))
     for n in np.flatnonzero(present):
-        given = np.asarray(rig.img_from_cam[n], dtype=np.float64)
+        given = given_intrinsics[n]
         if not np.isfinite(given).all() or min(given[0, 0], given[1, 1]) <= 0 or (given[2] != (0, 0, 1)).any():
             raise DataError(
                 f"rig.img_from_cam[{n}] is not a pinhole calibration; give finite numbers, focal lengths above 0, "
                 "and 0 0 1 in the last row"
             )
         img_from_cam[n] = given
-        ego_from_cam[n] = rigid(f"rig.ego_from_cam[{n}]", rig.ego_from_cam[n])
+        ego_from_cam[n] = rigid(f"rig.ego_from_cam[{n}]", given_poses[n])
+        farthest = np.abs(ego_from_cam[n, :3, 3]).max()
+        if farthest > FARTHEST_CAMERA:
+            raise DataError(
+                f"rig.ego_from_cam[{n}] is {farthest:.4g} m from the ego origin, and no vehicle is longer than "
+                f"{FARTHEST_CAMERA:g}; give metres (not millimetres) in the ego frame (not the global one)"
+            )
     return CameraRig(img_from_cam, ego_from_cam, present.copy())
+
+
+def check_intrinsics(name: str, img_from_cam: np.ndarray, image_size: tuple[int, int]) -> None:
+    """Refuses a pinhole calibration that cannot be of an image of this size.
+
+    Args:
+        name: of the calibration, for the message.
+        img_from_cam: [3, 3] of `checked_rig`.
+        image_size: height and width in pixels of the image that it belongs to.
+
+    Raises:
+        DataError: focal length, principal point or skew are out of range.
+    """
+    (H, W), larger = image_size, max(image_size)
+    (focal_x, skew_x, u), (skew_y, focal_y, v), _ = img_from_cam
+    low, high = (share * larger for share in FOCAL_RANGE)
+    if not low <= min(focal_x, focal_y) <= max(focal_x, focal_y) <= high:
+        raise DataError(
+            f"{name} has focal lengths of {focal_x:.4g} and {focal_y:.4g} px, and an image of {H} x {W} pixels (height "
+            f"x width) can have {low:.4g} to {high:.4g}; give pixels of this image (not millimetres, not 0..1)"
+        )
+    if max(abs(u - W / 2), abs(v - H / 2)) > FARTHEST_PRINCIPAL * larger:
+        raise DataError(
+            f"{name} has its principal point at {u:.4g}, {v:.4g} px, far outside an image of {H} x {W} pixels (height "
+            "x width); give pixels of this image"
+        )
+    if abs(skew_x) > MAX_SKEW * focal_x or abs(skew_y) > MAX_SKEW * focal_y:
+        raise DataError(
+            f"{name} has a skew of {skew_x:.4g} and {skew_y:.4g} px, more than a tenth of its focal length; give the "
+            "rows fx 0 cx, 0 fy cy, 0 0 1"
+        )
+
+
+def check_images(images, cameras: int | None = None) -> None:
+    """Refuses what is not a list or an array of images, before any of them is looked at.
+
+    Args:
+        images: one per camera.
+        cameras: how many the network takes, None for any number.
+
+    Raises:
+        DataError: the type, or the number of images, does not fit.
+    """
+    if isinstance(images, np.ndarray):
+        if images.ndim != 4 and not (images.ndim == 1 and images.dtype == object):
+            raise DataError(f"images is {_described(images)}; give [N, H, W, 3], one image per camera")
+    elif not isinstance(images, Sequence) or isinstance(images, str | bytes):
+        raise DataError(f"images is {_described(images)}; give a list or a numpy array of images, one per camera")
+    if len(images) == 0:
+        raise DataError("images is empty; give one image per camera of the rig, at least one")
+    if cameras is not None and len(images) != cameras:
+        raise DataError(
+            f"images: {len(images)} images were given; the network was exported for {cameras} (absent ones are None)"
+        )
 
 
 def checked_image(name: str, image) -> np.ndarray:
     """An RGB image [H, W, 3] uint8, or a DataError that names it."""
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        what = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-        raise DataError(f"{name} is {what}; give RGB as a numpy array [H, W, 3] of uint8")
+        raise DataError(f"{name} is {_described(image)}; give RGB as a numpy array [H, W, 3] of uint8")
+    if 0 in image.shape:
+        raise DataError(f"{name} is {_described(image)} and holds no pixel; mark a camera without image in rig.present")
     return image
+
+
+def scene_is_finite(whole: Scene, kept: Scene) -> bool:
+    """Tells whether the scores of all predictions and all numbers of those that are handed out are finite.
+
+    Only the scores count of what is left out: a box that nobody sees may have any size.
+
+    Args:
+        whole: all predictions, numpy or on the CPU.
+        kept: those that are handed out.
+    """
+    arrays = [np.asarray(array) for array in (whole.boxes.score, whole.lines.score, *kept.boxes, *kept.lines)]
+    return all(np.isfinite(array).all() for array in arrays)
+
+
+def _array(name: str, values) -> np.ndarray:
+    try:
+        return np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; tensors on a GPU, or that want a gradient
+        raise DataError(f"{name} cannot be read as an array ({str(error).splitlines()[0]}); give numpy") from None
+
+
+def _floats(name: str, values, shape: tuple[int, ...], fix: str) -> np.ndarray:
+    """A copy as float64, or a DataError."""
+    array = _array(name, values)
+    if array.dtype.kind not in "fiu":
+        raise DataError(f"{name} is {_described(values)}; {fix} as real numbers")
+    if array.shape != shape:
+        raise DataError(f"{name} has shape {array.shape}; {fix}")
+    with np.errstate(over="ignore"):  # numbers of more than 64 bits become infinite, which is refused
+        return array.astype(np.float64)
+
+
+def _real(value) -> float | None:
+    """The float of a real scalar, None of anything else."""
+    try:
+        if isinstance(value, Real) and not isinstance(value, bool):
+            return float(value)
+        array = np.asarray(value)
+    except OverflowError:
+        return np.inf
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    return float(array) if array.shape == () and array.dtype.kind in "fiu" else None
+
+
+def _described(value) -> str:
+    return f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__

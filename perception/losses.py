@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torch.profiler import record_function
 
 from perception.geometry import invert_rigid, transform_points, wrap_angle
 from perception.grid import BEVGrid
@@ -391,6 +392,7 @@ def match_layers(cost: Tensor, valid: Tensor) -> tuple[tuple[Tensor, ...], tuple
     return (match.batch // B, scene, match.query), (scene, match.target)
 
 
+@record_function("matching")
 def hungarian(cost: Tensor, valid: Tensor) -> Match:
     """The cheapest one-to-one matching of queries and valid objects, scene by scene.
 

@@ -7,6 +7,7 @@ for images, global_from_ego, time_s in drive:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,8 +17,19 @@ from PIL import Image
 from torch import Tensor
 
 from perception.data.loader import fit_image
-from perception.errors import CheckpointError, ConfigError
-from perception.live import Odometer, checked_image, checked_rig
+from perception.errors import CheckpointError, ConfigError, PerceptionWarning
+from perception.live import (
+    MAX_SPEED,
+    MAX_TURN_RATE,
+    NOT_FINITE,
+    Odometer,
+    check_images,
+    check_intrinsics,
+    checked_image,
+    checked_rig,
+    checked_setting,
+    scene_is_finite,
+)
 from perception.models.checkpoint import Network, load_checkpoint
 from perception.types import CameraRig, Frame, Scene, map_tensors
 
@@ -51,10 +63,12 @@ class Predictor:
         model: a network, or the path of a `.safetensors` file. A network is moved to the device and set to evaluation.
         device: where it runs, such as "cpu" or "cuda".
         min_score: boxes and lines below this are left out, 0..1.
+        max_speed: m/s above which the pose has jumped, so that the memory is dropped; inf for no limit.
+        max_turn_rate: rad/s, likewise.
 
     Raises:
         CheckpointError: the file is missing, unreadable, or belongs to another architecture.
-        ConfigError: `min_score` is not in 0..1, or torch has no such device here.
+        ConfigError: `min_score` is not in 0..1, a limit is negative, or torch has no such device here.
     """
 
     def __init__(
@@ -63,9 +77,11 @@ class Predictor:
         device: str | torch.device = "cpu",
         *,
         min_score: float = 0.0,
+        max_speed: float = MAX_SPEED,
+        max_turn_rate: float = MAX_TURN_RATE,
     ) -> None:
-        if not 0 <= min_score <= 1:
-            raise ConfigError(f"Predictor: min_score is {min_score}; give a number from 0 to 1")
+        self.min_score = checked_setting("Predictor: min_score", min_score, 0, 1, "a number from 0 to 1")
+        self._odometer = Odometer(max_speed, max_turn_rate)
         network = load_checkpoint(model)[0] if isinstance(model, str | Path) else model
         try:
             self.device = torch.device(device)
@@ -73,15 +89,13 @@ class Predictor:
         except (RuntimeError, AssertionError) as error:  # torch uses both
             reason = str(error).splitlines()[0]
             raise ConfigError(f"Predictor: device {str(device)!r} cannot be used here ({reason}); use 'cpu'") from None
-        self.min_score = min_score
         self.reset()
 
     def reset(self) -> None:
         """Forgets everything that was seen; the next step is a first one."""
         self._state = self.model.initial_state(1)
-        self._odometer = Odometer()
+        self._odometer.reset()
 
-    @torch.inference_mode()
     def step(
         self,
         images: np.ndarray | Sequence[np.ndarray | None],
@@ -91,9 +105,9 @@ class Predictor:
     ) -> Scene:
         """One moment.
 
-        The images may have any size; they are fitted to the network's as in training (see `fit_image`). If more
-        than `MAX_GAP` seconds have passed since the last step, the memory is left out. After an error the predictor is
-        as before the call.
+        The images may have any size; they are fitted to the network's as in training (see `fit_image`). The memory is
+        left out if more than `MAX_GAP` seconds have passed since the last step, or if the pose has jumped since. After
+        an error the predictor is as before the call.
 
         Args:
             images: [N, H, W, 3] uint8 RGB, or a sequence of N images [H, W, 3] of different sizes. What stands for a
@@ -107,7 +121,12 @@ class Predictor:
             the CPU.
 
         Raises:
-            DataError: an argument has the wrong shape or type, is not finite, or time did not go forward.
+            DataError: an argument has the wrong shape or type, is not finite or beyond what a vehicle can have, or time
+                did not go forward.
+
+        Warns:
+            PerceptionWarning: the pose has jumped; three steps in a row came after a gap; or the network's output is
+                not finite, so that no boxes and lines are returned and the memory is dropped.
         """
         motion = self._odometer.since_last(global_from_ego, time_s)
         pixels, fitted_rig = self._fit(images, rig)
@@ -118,10 +137,18 @@ class Predictor:
             seconds_since_prev=torch.tensor([motion.seconds], dtype=torch.float32),
             is_first=torch.tensor([motion.is_first]),
         )
-        prediction, self._state = self.model(map_tensors(lambda tensor: tensor.to(self.device), frame), self._state)
-        self._odometer.keep(global_from_ego, time_s)
-        scene = map_tensors(lambda tensor: tensor[0].cpu(), self.model.decode(prediction))
-        return Scene(*(self._confident(noun) for noun in scene))
+        with torch.inference_mode():
+            prediction, state = self.model(map_tensors(lambda tensor: tensor.to(self.device), frame), self._state)
+            whole = map_tensors(lambda tensor: tensor[0].cpu(), self.model.decode(prediction))
+            scene = Scene(*(self._confident(noun) for noun in whole))
+            finite = bool(state.bev.sum().isfinite()) and scene_is_finite(whole, scene)
+        if not finite:
+            self.reset()
+            warnings.warn(NOT_FINITE, PerceptionWarning, stacklevel=2)
+            return map_tensors(lambda tensor: tensor[:0], scene)
+        self._state = state
+        self._odometer.keep(motion)
+        return scene
 
     def _confident(self, noun):
         keep = noun.valid & (noun.score >= self.min_score)
@@ -129,11 +156,15 @@ class Predictor:
 
     def _fit(self, images, rig: CameraRig) -> tuple[Tensor, CameraRig]:
         """Images [N, 3, H, W] uint8 of the network's size, and their calibration."""
+        check_images(images)
         rig = checked_rig(rig, len(images))
         pixels = torch.zeros(len(images), 3, *self.model.config.image_size, dtype=torch.uint8)
         for n in np.flatnonzero(rig.present):
-            image = Image.fromarray(checked_image(f"images[{n}]", images[n]))
-            pixels[n], rig.img_from_cam[n] = fit_image(image, rig.img_from_cam[n], self.model.config.image_size)
+            image = checked_image(f"images[{n}]", images[n])
+            check_intrinsics(f"rig.img_from_cam[{n}]", rig.img_from_cam[n], image.shape[:2])
+            pixels[n], rig.img_from_cam[n] = fit_image(
+                Image.fromarray(image), rig.img_from_cam[n], self.model.config.image_size
+            )
         return pixels, CameraRig(
             img_from_cam=torch.from_numpy(rig.img_from_cam).float(),
             ego_from_cam=torch.from_numpy(rig.ego_from_cam).float(),

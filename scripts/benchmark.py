@@ -1,4 +1,5 @@
-"""Compares trainings, each with several seeds (a config against variants of it, or networks), and runtimes."""
+"""Compares trainings, each with several seeds (a config against variants of it, or networks), and runtimes; measures a
+GPU."""
 
 import argparse
 from pathlib import Path
@@ -9,9 +10,11 @@ EXAMPLE = """example:
       --vary "boxes alone: train.without=('line_class','line_points','line_direction','line_spread','raster')"
   python scripts/benchmark.py accuracy configs/synthetic/compare_flagship.py configs/synthetic/compare_bevformer.py \\
       configs/synthetic/compare_maptr.py --out out/accuracy --seeds 0 1 --amp --json out/accuracy.json
-  python scripts/benchmark.py latency nano --backends pytorch ort --json out/latency.json
+  python scripts/benchmark.py latency nano --backends pytorch ort openvino openvino-bf16 --json out/latency.json
+  python scripts/benchmark.py gpu --json out/gpu.json
 
-What is finished is not trained again, so the same command goes on after an interruption.
+What is finished is not trained again, so the same command goes on after an interruption. An interrupted latency prints
+what it has measured, and writes no JSON.
 """
 
 
@@ -34,15 +37,37 @@ def main() -> None:
         command.add_argument("--json", type=Path, help="file for all numbers")
     latency = commands.add_parser("latency", help="one moment in several runtimes that take turns")
     latency.add_argument("checkpoint", help="a .safetensors file, or the name of weights that came with the library")
-    latency.add_argument("--backends", nargs="+", default=["pytorch", "ort"], help="pytorch, compile, ort, tensorrt")
+    latency.add_argument(
+        "--backends", nargs="+", default=["pytorch", "ort"],
+        help="pytorch, compile, ort, openvino, openvino-bf16, tensorrt; the others are held to the first "
+        "(default: pytorch ort)",
+    )  # fmt: skip
     latency.add_argument("--export", type=Path, help="folder that scripts/export.py wrote; one is made where not given")
     latency.add_argument("--passes", type=int, default=30, help="timed for each (default: %(default)s)")
+    latency.add_argument(
+        "--max-seconds", type=float, default=300, help="after which no further pass begins (default: %(default)s)"
+    )
     latency.add_argument("--threads", type=int, default=0, help="of the CPU; 0 for all (default: %(default)s)")
     latency.add_argument("--seed", type=int, default=0, help="of the images (default: %(default)s)")
     latency.add_argument("--json", type=Path, help="file for all numbers")
+    gpu = commands.add_parser("gpu", help="a frame, its parts and training steps on a GPU, most important first")
+    gpu.add_argument(
+        "--models", nargs="+", default=["base", "nano", "tiny"], metavar="MODEL",
+        help="presets, shipped weights or .safetensors files, what matters most first (default: %(default)s)",
+    )  # fmt: skip
+    gpu.add_argument(
+        "--stages", nargs="+", default=["frames", "compiled", "ports", "sampling", "training"], metavar="STAGE",
+        help="which to run (default: %(default)s)",
+    )  # fmt: skip
+    gpu.add_argument("--seconds", type=float, default=360, help="of all together (default: %(default)s)")
+    gpu.add_argument("--device", default="cuda", help="cuda, or cpu without CUDA graphs (default: %(default)s)")
+    gpu.add_argument("--json", type=Path, required=True, help="file for all numbers, written anew after each of them")
     arguments = parser.parse_args()
     if arguments.command == "latency":
         _latency(arguments)
+        return
+    if arguments.command == "gpu":
+        _gpu(arguments)
         return
 
     import dataclasses
@@ -67,25 +92,46 @@ def main() -> None:
 
 
 def _latency(arguments) -> None:
+    import sys
     import tempfile
 
-    from perception.export.latency import as_dict, measure, table
+    from perception.export.latency import Interrupted, as_dict, check_request, measure, table
     from perception.export.onnx import export_onnx
-    from perception.files import write_json
+    from perception.files import check_place, write_json
     from perception.models.checkpoint import load_checkpoint
     from perception.predictor import weights_file
 
+    if arguments.json:
+        check_place("--json", arguments.json)
     network, _ = load_checkpoint(weights_file(arguments.checkpoint))
+    bounds = {name: getattr(arguments, name) for name in ("passes", "threads", "max_seconds")}
+    check_request(network, arguments.export, arguments.backends, **bounds)
     with tempfile.TemporaryDirectory(prefix="perception-latency-") as folder:
         if not arguments.export:
-            export_onnx(network, folder)
-        measured = measure(
-            network, arguments.export or folder, arguments.backends, passes=arguments.passes, threads=arguments.threads,
-            seed=arguments.seed,
-        )  # fmt: skip
+            export_onnx(network, folder, progress=True)
+        try:
+            measured = measure(
+                network, arguments.export or folder, arguments.backends, seed=arguments.seed, progress=True, **bounds
+            )
+        except Interrupted as stop:
+            print(table(stop.measured))
+            raise
+    made = len(next(iter(measured.values())).passes)
+    if made < arguments.passes:
+        print(f"stopped after {arguments.max_seconds:g} s: {made} of {arguments.passes} passes", file=sys.stderr)
     print(table(measured))
     if arguments.json:
         write_json(arguments.json, as_dict(measured))
+
+
+def _gpu(arguments) -> None:
+    from perception.benchmark.gpu import measure, tables
+
+    content = measure(
+        arguments.json, models=arguments.models, stages=arguments.stages, device=arguments.device,
+        seconds=arguments.seconds,
+    )  # fmt: skip
+    print(tables(content))
 
 
 def _tell(result, path: Path | None) -> None:

@@ -10,6 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+# Without a GPU its kernels run in Triton's interpreter, which has to be chosen before Triton is loaded.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 PROJECT = Path(__file__).resolve().parent.parent
 
 
@@ -30,6 +34,7 @@ def noisy(network, config):
 
 
 RAW = (64, 112)  # pixels that the small export takes
+MIXED = ((128, 224), RAW, RAW, (40, 80), (90, 160), RAW)  # of the cameras of the small export of a mixed rig
 
 
 @pytest.fixture(scope="session")
@@ -71,9 +76,11 @@ def other_rig_town(tmp_path_factory):
 @pytest.fixture(scope="session")
 def small_graph(small_network):
     """The graph of the small network, traced once: that takes longer than all else."""
+    from perception.export.contract import ImageInputs
     from perception.export.onnx import DeployedNetwork, example_inputs, trace
 
-    return trace(DeployedNetwork(small_network, RAW).eval(), example_inputs(small_network, 6, RAW))
+    images = ImageInputs((RAW,) * 6)
+    return trace(DeployedNetwork(small_network, images).eval(), example_inputs(small_network, images))
 
 
 @pytest.fixture(scope="session")
@@ -95,6 +102,14 @@ def exports(small_network, small_graph, small_town, tmp_path_factory):
 def fp32_export(exports) -> Path:
     """The small network's export in float32; tests that change it work on a copy."""
     return exports("fp32")
+
+
+@pytest.fixture(scope="session")
+def mixed_export(small_network, tmp_path_factory) -> Path:
+    """The small network's export for cameras of several sizes that give NV12."""
+    from perception.export.onnx import export_onnx
+
+    return export_onnx(small_network, tmp_path_factory.mktemp("mixed"), raw_size=MIXED, image_format="nv12")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -58,9 +58,9 @@ class HostCuda:
         del self._memory["host"][address]
         return (0,)
 
-    def cudaMemset(self, address, value, size):
+    def cudaMemsetAsync(self, address, value, size, stream):
         assert size == len(self._memory["device"][address])
-        ctypes.memset(address, value, size)
+        self._do(lambda: ctypes.memset(address, value, size))
         return (0,)
 
     def cudaMemcpyAsync(self, to, start, size, kind, stream):

@@ -56,6 +56,23 @@ def test_equal_parts_get_their_sizes():
         lower_graph(graph_of([unequal]), OPSET)
 
 
+def test_a_constant_in_equal_parts():
+    """Its shape stands with its values alone, not among those of the graph's other tensors."""
+    nodes = [
+        helper.make_node("Split", ["w"], ["a", "b"], name="s", axis=0, num_outputs=2),
+        helper.make_node("Sub", ["x", "b"], ["y"], name="m"),
+    ]
+    model = graph_of(nodes, [("w", np.float32([1, 2]))])
+    assert ReferenceEvaluator(lower_graph(model, OPSET)).run(None, {"x": X})[0] == pytest.approx(X - 2)
+
+
+def test_graphs_with_8_bit_floats_are_of_their_opset_before():
+    model = graph_of([helper.make_node("Relu", ["x"], ["y"], name="r")], opset=OPSET_FP8)
+    assert lower_graph(model, OPSET_FP8).opset_import[0].version == OPSET_FP8
+    with pytest.raises(ConfigError, match="the graph is of opset 19; give one of opset 18"):
+        lower_graph(model, OPSET)
+
+
 def test_what_has_no_older_form_is_refused():
     axes_from_data = [
         helper.make_node("Shape", ["x"], ["axes"], name="shape"),

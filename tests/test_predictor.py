@@ -118,6 +118,17 @@ def test_memory_ends_with_reset_and_with_a_gap(drive, model):
         assert differ(predictor.step(*drive.moment(1)), fresh) is not forgets
 
 
+def test_images_of_any_shape_and_their_calibration_are_judged_by_their_own_size(drive, model):
+    images, rig, pose, time = drive.moment(0)
+    tiny = [np.zeros((1, 1, 3), np.uint8), np.zeros((1, 4000, 3), np.uint8), *images[2:]]
+    tiny_rig = rig._replace(img_from_cam=rig.img_from_cam.clone())
+    for camera, width in ((0, 1.0), (1, 4000.0)):
+        tiny_rig.img_from_cam[camera] = torch.tensor([[width, 0, width / 2], [0, width, 0.5], [0, 0, 1]])
+    assert Predictor(model).step(tiny, tiny_rig, pose, time).boxes.center.isfinite().all()
+    with pytest.raises(DataError, match=r"img_from_cam\[0\] has focal lengths of .* image of 1 x 1 pixels"):
+        Predictor(model).step(tiny, rig, pose, time)
+
+
 def test_images_of_another_size_are_fitted(drive, model):
     # Every pixel four times, and the calibration of the larger image: the same picture, so nearly the same scene.
     images, rig, pose, time = drive.moment(0)

@@ -9,19 +9,20 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import onnx
 import pytest
-from conftest import RAW
+from conftest import MIXED, RAW
 from host_cuda import HostContext, HostCuda, HostEngine, HostRuntime, HostTensorRT
 
-from perception.errors import CheckpointError, ConfigError, DataError
+from perception.errors import CheckpointError, ConfigError, DataError, PerceptionWarning
 from perception.export import latency
-from perception.export.contract import read_contract
-from perception.export.drive import drive
+from perception.export.contract import ImageInputs, read_contract
+from perception.export.drive import camera_frame, drive
 from perception.export.parity import certify
 from perception.export.runtime import Runtime
-from perception.export.tensorrt import build_engines
+from perception.export.tensorrt import build_engines, runtime_name
 from perception.predictor import Predictor
 from perception.types import CameraRig, map_tensors
 
@@ -46,6 +47,26 @@ def test_step_is_what_the_predictor_says(small_network, fp32_export, small_town)
     buffer = runtime.outputs["box_center"]
     runtime.run()
     assert runtime.outputs["box_center"] is buffer  # nothing is made anew
+
+
+def test_a_step_of_a_mixed_rig(small_network, mixed_export, small_town):
+    """NV12 of several sizes is to the runtime what OpenCV makes of the same bytes is to the predictor."""
+    predictor, runtime = Predictor(small_network), Runtime(mixed_export)
+    images = ImageInputs(MIXED, "nv12")
+    for k, (_, frame) in zip(range(3), drive(small_town, 6), strict=False):
+        given = camera_frame(frame, images)
+        rig = CameraRig(*(tensor[0].numpy() for tensor in given.rig))
+        rgb = [cv2.cvtColor(image, cv2.COLOR_YUV2RGB_NV12) for image in given.images]
+        assert [image.shape[:2] for image in rgb] == list(MIXED)
+        one = predictor.step(rgb, rig, small_town.ego_pose(k), 0.5 * k)
+        other = runtime.step(given.images, rig, small_town.ego_pose(k), 0.5 * k)
+        assert len(one.boxes.score) == len(other.boxes.score) > 0
+        assert other.boxes.score == pytest.approx(one.boxes.score.numpy(), abs=1e-4)
+        assert other.lines.points == pytest.approx(one.lines.points.numpy(), abs=1e-3)
+    with pytest.raises(DataError, match=r"images\[4\] is uint8 \(96, 112\); .* nv12 of 90 x 160 pixels"):
+        runtime.step([*given.images[:4], given.images[1], given.images[5]], rig, small_town.ego_pose(3), 1.5)
+    measured = latency.measure(small_network, mixed_export, ["pytorch", "ort"], passes=1)
+    assert measured["ort"].filling > 0
 
 
 def test_the_runtime_runs_where_torch_cannot_be_imported(fp32_export, small_town, tmp_path):
@@ -77,7 +98,7 @@ def test_errors_that_can_be_acted_on(fp32_export, tmp_path):
     images = np.zeros((6, *RAW, 3), np.uint8)
     with pytest.raises(DataError, match="5 images were given; the network was exported for 6"):
         runtime.step(images[:5], rig, np.eye(4), 0.0)
-    with pytest.raises(DataError, match=r"images\[0\] is 60 x 112 pixels .* exported for 64 x 112"):
+    with pytest.raises(DataError, match=r"images\[0\] is uint8 \(60, 112, 3\); .* exported for rgb of 64 x 112 pixels"):
         runtime.step(images[:, :60], rig, np.eye(4), 0.0)
     with pytest.raises(ConfigError, match="provider NoProvider is not there; ONNX Runtime has"):
         Runtime(fp32_export, providers=["NoProvider"])
@@ -87,6 +108,36 @@ def test_errors_that_can_be_acted_on(fp32_export, tmp_path):
     (tmp_path / "changed" / "model.onnx").write_bytes(b"other")
     with pytest.raises(CheckpointError, match=r"is not the file that .* was written for"):
         Runtime(tmp_path / "changed")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"threads": -5}, r"threads is -5; give a whole number of 0\.\.1024, 0 for as many as there are"),
+        ({"threads": 10**9}, "threads is 1000000000"),
+        ({"threads": 2.0}, r"threads is 2\.0"),
+        ({"threads": None}, "threads is None"),
+        ({"threads": True}, "threads is True"),
+        ({"providers": []}, r"providers is \[\]; give a list of some of .*CPUExecutionProvider"),
+        ({"providers": "CPUExecutionProvider"}, "providers is 'CPUExecutionProvider'; give a list"),
+        ({"providers": None}, "providers is None"),
+        ({"providers": [None]}, "provider None is not there"),
+        ({"backend": None}, "backend None is not known"),
+    ],
+)
+def test_impossible_settings_are_named(fp32_export, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        Runtime(fp32_export, **settings)
+
+
+def test_a_contract_of_another_graph_is_refused(fp32_export, tmp_path):
+    folder = Path(shutil.copytree(fp32_export, tmp_path / "other"))
+    contract = json.loads((folder / "contract.json").read_text())
+    memory = next(x for x in contract["inputs"] if x["name"] == "memory")
+    memory["shape"][-1] += 1
+    (folder / "contract.json").write_text(json.dumps(contract))
+    with pytest.raises(CheckpointError, match=r"inputs memory is .*20, 20\]\) in the graph and .*20, 21\]\) in the"):
+        Runtime(folder)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8", "fp8"])
@@ -101,6 +152,9 @@ def test_engines_are_built_without_a_gpu(exports, precision, tmp_path):
     assert contract["engines"]["sm89"]["package"] == "tensorrt-rtx" and "model.sm89.engine" in contract["sha256"]
     assert contract["layers"]["Conv"].keys() == ({"float", "float16"} if precision == "int8" else {"float16"})
     assert contract["layers"]["GridSample"].keys() == {"float"}
+    assert contract["checked"][runtime_name("tensorrt-rtx", contract["engines"]["sm89"]["package_version"])][-1:] == [
+        "parser run"
+    ]
     Runtime(folder).run()  # the graph beside it still runs
     engines["sm89"].write_bytes(b"other")
     with pytest.raises(CheckpointError, match=r"sm89\.engine is not the file"):
@@ -137,6 +191,18 @@ def engine_folder(fp32_export, tmp_path, monkeypatch):
     return folder
 
 
+def test_an_engine_of_a_mixed_rig(engine_folder, mixed_export, small_town):
+    """Every camera's bytes reach the engine in a buffer of their own."""
+    shutil.copytree(mixed_export, engine_folder, dirs_exist_ok=True)
+    write_engine(engine_folder, (engine_folder / "model.onnx").read_bytes())
+    ours, theirs = Runtime(engine_folder, backend="tensorrt"), Runtime(engine_folder)
+    for k, (_, frame) in zip(range(2), drive(small_town, 6), strict=False):
+        given = camera_frame(frame, ours.images)
+        rig = CameraRig(*(tensor[0].numpy() for tensor in given.rig))
+        one, other = (runtime.step(given.images, rig, small_town.ego_pose(k), 0.5 * k) for runtime in (ours, theirs))
+        assert len(one.boxes.score) and np.array_equal(one.boxes.center, other.boxes.center)
+
+
 def write_engine(folder, content, **changed):
     (folder / "model.sm89.engine").write_bytes(content)
     contract = json.loads((folder / "contract.json").read_text())
@@ -169,6 +235,21 @@ def test_an_engine_gets_every_buffer_where_it_belongs(engine_folder, small_town)
     del last, one
     gc.collect()
     assert not cuda._memory["host"]
+
+
+def test_an_engine_whose_output_is_not_finite_starts_afresh(engine_folder, small_town):
+    cuda = sys.modules["cuda.bindings.runtime"]
+    moments = list(five_steps(small_town))
+    runtime, fresh = Runtime(engine_folder, backend="tensorrt"), Runtime(engine_folder)
+    runtime.step(*moments[0])
+    for address in runtime._session._memories:
+        cuda.cudaMemsetAsync(address, 0xFF, runtime.inputs["memory"].nbytes, None)  # NaN
+    with pytest.warns(PerceptionWarning, match="memory is dropped, and the next step is a first one"):
+        scene = runtime.step(*moments[1])
+    assert len(scene.boxes.score) == len(scene.lines.score) == 0 and not runtime.memory().any()
+    one, other = runtime.step(*moments[2]), fresh.step(*moments[2])
+    assert np.array_equal(one.boxes.center, other.boxes.center) and len(one.boxes.center)
+    assert np.array_equal(runtime.memory(), fresh.memory())
 
 
 def test_a_certificate_of_an_engine(engine_folder, small_network, small_town):

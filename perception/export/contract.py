@@ -1,32 +1,62 @@
-"""What goes into an exported network and what comes out: written at export, read by whoever runs it, without torch."""
+"""What goes into an exported network and what comes out: written at export, read by whoever runs it, without torch.
+
+Every camera has a buffer of its own (`image_0`, `image_1`, ...) in the size and format that `ImageInputs` names.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import numpy as np
 
-from perception.errors import CheckpointError
+from perception.errors import CheckpointError, ConfigError, DataError
 from perception.files import write_json
-from perception.live import MAX_GAP
+from perception.live import JUMP_MARGIN_M, JUMP_MARGIN_RAD, MAX_GAP, MAX_SPEED, MAX_TURN_RATE
 from perception.types import BOX_CLASSES, LINE_CLASSES
 
 CONTRACT, MODEL = "contract.json", "model.onnx"
-FORMAT = "perception-export-1"  # changes when old folders can no longer be read
+FORMAT = "perception-export-2"  # changes when old folders can no longer be read
+MAX_SIDE = 16384  # pixels
+DTYPES = ("bool", "uint8", "int32", "int64", "float16", "float32")
+# What readers of a contract rely on.
+FIELDS = {
+    "precision": (str,), "cameras": (int,), "inputs": (list,), "outputs": (list,), "sha256": (dict,),
+    "engines": (dict,), "image_size": (list,), "raw_size": (list,), "image_format": (str,), "quantization": (dict,),
+    "checked": (dict,),
+}  # fmt: skip
+GEOMETRY = {"img_from_cam", "ego_from_cam", "present", "ego_from_prev", "seconds_since_prev", "is_first"}
+ENGINE_FIELDS = ("file", "gpu", "package", "package_version")
 
+_NV12 = "NV12 [H * 3/2, W]: luma, then pairs of Cb and Cr, one for 2 x 2 pixels, rows without padding; "
+IMAGE_FORMATS = {
+    "rgb": "RGB [H, W, 3], 0..255",
+    "bgr": "BGR [H, W, 3], 0..255",
+    "rgb-chw": "RGB [3, H, W], 0..255",
+    "bgr-chw": "BGR [3, H, W], 0..255",
+    "nv12": _NV12 + "BT.601, luma 16..235 (NVIDIA: NV12, REC601_SR)",
+    "nv12-er": _NV12 + "BT.601, luma 0..255 (NVIDIA: NV12_ER, REC601_ER)",
+    "nv12-709": _NV12 + "BT.709, luma 16..235 (NVIDIA: NV12_709, REC709_SR)",
+    "nv12-709-er": _NV12 + "BT.709, luma 0..255 (NVIDIA: NV12_709_ER, REC709_ER)",
+}
 MEANING = {
-    "images": "RGB, 0..255, rows from the top; what stands for a missing camera is ignored",
     "img_from_cam": "pinhole calibration in pixels of the images given, pixel centres at +0.5",
     "ego_from_cam": "pose of each camera at its own exposure, carried to the time of the moment, metres; camera axes x "
     "right, y down, z ahead; ego axes x ahead, y left, z up, on the ground below the rear axle; identity if missing",
     "present": "false for a camera that is missing",
     "ego_from_prev": "takes points of the ego frame of the moment before to the present one; metres; identity if first",
     "seconds_since_prev": "seconds since the moment before, 0 if first",
-    "is_first": "true where the memory must not count: the first moment, or after a gap",
-    "memory": "new_memory of the moment before; anything finite if first",
+    "is_first": "true where the memory must not count: at the first frame; if more than max_gap_s have passed since "
+    "the frame before; if the pose has jumped since, which is a distance above max_speed_m_s * seconds + jump_margin_m "
+    "or an angle about any axis above max_turn_rate_rad_s * seconds + jump_margin_rad; after an output that is not "
+    "finite",
+    "memory": "new_memory of the frame before; anything finite if first, so fill it with zeros after an output that "
+    "is not finite",
     "box_center": "middle of the boxes, metres, ego frame",
     "box_size": "length (along the heading), width, height, metres",
     "box_yaw": "heading from ego x towards ego y, radians",
@@ -48,6 +78,103 @@ MEANING = {
 }
 
 
+@dataclass(frozen=True)
+class ImageInputs:
+    """Sizes and format of the images that an export takes.
+
+    Args:
+        sizes: height and width in pixels of each camera's images.
+        image_format: of IMAGE_FORMATS, the same for all cameras.
+
+    Raises:
+        ConfigError: the format is not known, or a size is none or not one of this format.
+    """
+
+    sizes: tuple[tuple[int, int], ...]
+    image_format: str = "rgb"
+
+    def __post_init__(self) -> None:
+        if self.image_format not in IMAGE_FORMATS:
+            raise ConfigError(f"image format {self.image_format!r} is not known; use one of {', '.join(IMAGE_FORMATS)}")
+        for n, (H, W) in enumerate(self.sizes):
+            if not (1 <= H <= MAX_SIDE and 1 <= W <= MAX_SIDE):
+                raise ConfigError(
+                    f"the raw size of camera {n} is {H}x{W}; give height and width from 1 to {MAX_SIDE} pixels"
+                )
+            if self.is_nv12 and (H % 2 or W % 2):
+                raise ConfigError(
+                    f"the raw size of camera {n} is {H}x{W}; {self.image_format} needs even numbers, for one pair of "
+                    "colours stands for 2 x 2 pixels"
+                )
+
+    @classmethod
+    def of_rig(
+        cls,
+        cameras: int,
+        image_size: tuple[int, int],
+        raw_size: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
+        image_format: str = "rgb",
+    ) -> ImageInputs:
+        """The images of a rig.
+
+        Args:
+            cameras: how many there are.
+            image_size: height and width of the network's images.
+            raw_size: height and width of the images that are given, for all cameras or one pair for each; None if they
+                have the network's size.
+            image_format: as above.
+
+        Raises:
+            ConfigError: as above, there is no camera, or there is neither one size nor one for each camera.
+        """
+        if cameras < 1:
+            raise ConfigError(f"cameras is {cameras}; give at least 1")
+        try:
+            sizes = np.atleast_2d(np.asarray(image_size if raw_size is None else raw_size))
+        except ValueError:  # rows of different lengths
+            sizes = np.zeros(0)
+        if sizes.ndim != 2 or sizes.shape[1] != 2 or sizes.dtype.kind not in "iu":
+            raise ConfigError(f"raw size {raw_size!r} is not (height, width) in pixels, nor one such pair per camera")
+        if len(sizes) not in (1, cameras):
+            raise ConfigError(
+                f"{len(sizes)} raw sizes were given for {cameras} cameras; give one for all, or one for each"
+            )
+        pairs = [(int(H), int(W)) for H, W in sizes]
+        return cls(tuple(pairs * cameras if len(pairs) == 1 else pairs), image_format)
+
+    @classmethod
+    def of_contract(cls, contract: dict) -> ImageInputs:
+        """Those that a contract names."""
+        return cls(tuple((H, W) for H, W in contract["raw_size"]), contract["image_format"])
+
+    @property
+    def is_nv12(self) -> bool:
+        return self.image_format.startswith("nv12")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the inputs, by camera."""
+        return tuple(f"image_{n}" for n in range(len(self.sizes)))
+
+    def shape(self, n: int) -> tuple[int, ...]:
+        """Of the bytes of camera n."""
+        H, W = self.sizes[n]
+        if self.is_nv12:
+            return (H * 3 // 2, W)
+        return (3, H, W) if self.image_format.endswith("chw") else (H, W, 3)
+
+    def checked(self, n: int, image) -> np.ndarray:
+        """The image of camera n, or a DataError that names it."""
+        wanted = self.shape(n)
+        if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape == wanted:
+            return image
+        what = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise DataError(
+            f"images[{n}] is {what}; the network was exported for {self.image_format} of {self.sizes[n][0]} x "
+            f"{self.sizes[n][1]} pixels (height x width) there: give uint8 {wanted}"
+        )
+
+
 def write_contract(
     path: Path,
     *,
@@ -56,11 +183,12 @@ def write_contract(
     sha256: Mapping[str, str],
     network: str,
     image_size: tuple[int, int],
-    raw_size: tuple[int, int] | None,
+    images: ImageInputs,
     precision: str,
     opset: int,
     layers: Mapping[str, Mapping[str, int]],
     quantization: dict,
+    checked: Mapping[str, Sequence[str]],
     version: str,
 ) -> None:
     """Writes the contract of an export.
@@ -69,14 +197,19 @@ def write_contract(
         path: of the file.
         inputs, outputs: by name; examples whose shapes and types count.
         sha256: by file name.
-        network, image_size, raw_size, precision, opset, version: what was exported, and how.
+        network, image_size, images, precision, opset, version: what was exported, and how.
         layers: how many operators of each kind run in which type.
         quantization: what `perception.export.quantize` found out, empty for other precisions.
+        checked: by runtime, how it was checked that it reads the graph as ONNX defines it; from
+            `perception.export.dialect`, empty for a runtime that the graph is not for.
     """
+
+    image = IMAGE_FORMATS[images.image_format] + ", rows from the top; ignored while the camera is missing"
+    meaning = MEANING | dict.fromkeys(images.names, image)
 
     def described(arrays: Mapping[str, np.ndarray]) -> list[dict]:
         return [
-            {"name": name, "shape": list(x.shape), "dtype": str(x.dtype), "meaning": MEANING[name]}
+            {"name": name, "shape": list(x.shape), "dtype": str(x.dtype), "meaning": meaning[name]}
             for name, x in arrays.items()
         ]
 
@@ -89,12 +222,18 @@ def write_contract(
             "precision": precision,
             "opset": opset,
             "image_size": list(image_size),
-            "raw_size": list(raw_size) if raw_size else None,
+            "raw_size": [list(size) for size in images.sizes],
+            "image_format": images.image_format,
             "layers": {kind: dict(types) for kind, types in layers.items()},
             "quantization": quantization,
+            "checked": {runtime: list(checks) for runtime, checks in checked.items()},
             "engines": {},
-            "cameras": int(inputs["present"].shape[0]),
+            "cameras": len(images.sizes),
             "max_gap_s": MAX_GAP,
+            "max_speed_m_s": MAX_SPEED,
+            "max_turn_rate_rad_s": MAX_TURN_RATE,
+            "jump_margin_m": JUMP_MARGIN_M,
+            "jump_margin_rad": JUMP_MARGIN_RAD,
             "box_classes": list(BOX_CLASSES),
             "line_classes": list(LINE_CLASSES),
             "inputs": described(inputs),
@@ -105,24 +244,115 @@ def write_contract(
 
 
 def read_contract(folder: str | Path) -> dict:
-    """The contract of an exported folder, with the hashes of its files checked.
+    """Reads the contract of an exported folder and checks the hashes of its files.
 
     Raises:
-        CheckpointError: the folder is none of an export, is of another version, or a file has changed.
+        CheckpointError: the folder is none of an export, is of another version, or a file has changed; the contract is
+            damaged, lacks the hash of a file that is run, or names a file outside the folder.
     """
+    if not isinstance(folder, str | Path):
+        raise CheckpointError(f"the folder of an export is {type(folder).__name__}; give its path")
     path = Path(folder, CONTRACT)
     try:
         contract = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{path} is missing; give a folder that scripts/export.py wrote") from None
-    except ValueError as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); make it readable") from None
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); export again") from None
+    if not isinstance(contract, dict):
+        raise CheckpointError(f"{path} holds {type(contract).__name__}, not an object; export again")
     if contract.get("format") != FORMAT:
         raise CheckpointError(f"{path}: format is {contract.get('format')!r}, not {FORMAT!r}; export again")
+    if fault := _fault(contract):
+        raise CheckpointError(f"{path}: {fault}; export again")
     for name, wanted in contract["sha256"].items():
         file = Path(folder, name)
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing; export again")
-        if hashlib.sha256(file.read_bytes()).hexdigest() != wanted:
+        try:
+            content = file.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise CheckpointError(f"{file} is missing; export again") from None
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read ({error.strerror}); export again") from None
+        if hashlib.sha256(content).hexdigest() != wanted:
             raise CheckpointError(f"{file} is not the file that {path} was written for; export again")
     return contract
+
+
+def _fault(contract: dict) -> str:
+    """What a runtime would stumble over in a contract, empty if nothing."""
+    for key, kinds in FIELDS.items():
+        if key not in contract:
+            return f"{key} is missing"
+        if not isinstance(contract[key], kinds):
+            return f"{key} is of type {type(contract[key]).__name__}, not {kinds[0].__name__}"
+    if contract["cameras"] < 1:
+        return f"cameras is {contract['cameras']}, not 1 or more"
+    for side in ("inputs", "outputs"):
+        for place, entry in enumerate(contract[side]):
+            if not _describes_array(entry):
+                return f"{side}[{place}] has no name, no shape of whole numbers above 0, or no dtype of {DTYPES}"
+    sizes = contract["raw_size"]
+    if len(sizes) != contract["cameras"] or not all(
+        isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)
+        for size in sizes
+    ):
+        return "raw_size does not hold height and width of each camera's images"
+    if contract["image_format"] not in IMAGE_FORMATS:
+        return f"image_format is {contract['image_format']!r}, not one of {', '.join(IMAGE_FORMATS)}"
+    names = {entry["name"] for entry in contract["inputs"]}
+    if lacking := sorted((GEOMETRY | {f"image_{n}" for n in range(len(sizes))}) - names):
+        return f"inputs has no {lacking[0]}"
+    for target, engine in contract["engines"].items():
+        if not isinstance(engine, dict) or not all(isinstance(engine.get(key), str) for key in ENGINE_FIELDS):
+            return f"engines[{target!r}] does not hold {', '.join(ENGINE_FIELDS)} as text"
+    hashes = contract["sha256"]
+    for name in (MODEL, *(engine["file"] for engine in contract["engines"].values())):
+        if name not in hashes:
+            return f"sha256 has no entry for {name}, so that nothing shows whether it has changed"
+    for name, value in hashes.items():
+        # Wherever the folder is read, also on Windows.
+        parts = name.replace("\\", "/").split("/")
+        if "" in parts or ".." in parts or ":" in name or "\0" in name:
+            return f"sha256 names {name!r}, which is no file inside the folder"
+        if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
+            return f"sha256[{name!r}] is no SHA-256 in lower case"
+    return ""
+
+
+def _describes_array(entry) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("name"), str)
+        and entry.get("dtype") in DTYPES
+        and isinstance(entry.get("shape"), list)
+        and all(type(size) is int and size > 0 for size in entry["shape"])
+        and prod(entry["shape"]) < 2**31
+    )
+
+
+def check_graph(
+    path: Path,
+    contract: Mapping,
+    inputs: Mapping[str, tuple[str, list[int]]],
+    outputs: Mapping[str, tuple[str, list[int]]],
+) -> None:
+    """Checks that a graph takes and gives what its contract describes.
+
+    Args:
+        path: of the graph.
+        contract: of `read_contract`.
+        inputs, outputs: type, as numpy calls it, and shape of those of the graph by name.
+
+    Raises:
+        CheckpointError: a name, a type or a shape is another.
+    """
+    for side, found in (("inputs", inputs), ("outputs", outputs)):
+        wanted = {x["name"]: (x["dtype"], x["shape"]) for x in contract[side]}
+        for name in sorted(wanted.keys() | found.keys()):
+            if wanted.get(name) != found.get(name):
+                raise CheckpointError(
+                    f"{path}: {side} {name} is {found.get(name)} in the graph and {wanted.get(name)} in the contract; "
+                    "export again"
+                )

@@ -38,11 +38,13 @@ def check_weight(name: str, value: np.ndarray) -> None:
         )
 
 
-def halve_graph(model):
-    """A copy of a float32 ONNX model with weights and most activations in float16; inputs and outputs keep their types.
+def halve_graph(model, half: str = "float16"):
+    """A copy of a float32 ONNX model with weights and most activations in halves; inputs and outputs keep their types.
 
     Args:
         model: an `onnx.ModelProto`, nodes in topological order, no subgraphs.
+        half: "float16", or "bfloat16" for OpenVINO alone, which takes it in any opset; a Conv in bfloat16 is ONNX from
+            opset 22 on.
 
     Raises:
         ConfigError: a weight is too large for float16.
@@ -52,6 +54,7 @@ def halve_graph(model):
 
     model = onnx.ModelProto.FromString(model.SerializeToString())
     graph = model.graph
+    half_type = TensorProto.DataType.Value(half.upper())
     constants = {tensor.name: tensor for tensor in graph.initializer}
     floats = {name for name, tensor in constants.items() if tensor.data_type == TensorProto.FLOAT}
     halves: set[str] = set()  # names of tensors that are halves now
@@ -62,12 +65,14 @@ def halve_graph(model):
         """The name of a tensor in the wanted type; of a constant, a constant of that type."""
         if (name, kind) in casts:
             return casts[name, kind]
-        suffix = "half" if kind == TensorProto.FLOAT16 else "float"
+        suffix = "half" if kind == half_type else "float"
         wanted = f"{name}/{suffix}"
         if name in floats:
             value = numpy_helper.to_array(constants[name])
-            check_weight(name, value)
-            graph.initializer.append(numpy_helper.from_array(value.astype(np.float16), wanted))
+            if half == "float16":
+                check_weight(name, value)
+            halved = value.astype(helper.tensor_dtype_to_np_dtype(half_type))
+            graph.initializer.append(numpy_helper.from_array(halved, wanted))
         else:
             nodes.append(helper.make_node("Cast", [name], [wanted], name=f"cast/{wanted}", to=kind))
         casts[name, kind] = wanted
@@ -87,13 +92,13 @@ def halve_graph(model):
         )
         of_float8 = node.op_type in ("QuantizeLinear", "DequantizeLinear") and inputs[2] in float8
         if of_float8 and (node.op_type == "DequantizeLinear" or inputs[0] in halves):
-            node.input[1] = cast(inputs[1], TensorProto.FLOAT16)  # what is marked has the type of its scale
+            node.input[1] = cast(inputs[1], half_type)  # what is marked has the type of its scale
             if node.op_type == "DequantizeLinear":
                 halves.update(node.output)
         elif weighted or passing:
             for i in range(len(inputs)) if weighted else needed:
                 if inputs[i] and inputs[i] not in halves:
-                    node.input[i] = cast(inputs[i], TensorProto.FLOAT16)
+                    node.input[i] = cast(inputs[i], half_type)
             halves.update(node.output)
         else:
             for i, name in enumerate(inputs):
@@ -114,4 +119,6 @@ def halve_graph(model):
     del graph.node[:], graph.initializer[:], graph.value_info[:]
     graph.node.extend(nodes)
     graph.initializer.extend(kept)
+    if half == "bfloat16":  # not what ONNX allows at this opset
+        return model
     return onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)

@@ -20,7 +20,7 @@ def lower_graph(model, opset: int):
     """Writes a copy of a graph of opset 18 in another opset.
 
     Args:
-        model: an `onnx.ModelProto` of opset 18 without subgraphs.
+        model: an `onnx.ModelProto` of opset 18 without subgraphs; one with 8-bit floats may be of `OPSET_FP8`.
         opset: `OPSET`, or `OPSET_FP8` for graphs with 8-bit floats.
 
     Returns:
@@ -34,7 +34,7 @@ def lower_graph(model, opset: int):
 
     model = onnx.ModelProto.FromString(model.SerializeToString())
     found = next((entry.version for entry in model.opset_import if entry.domain == ""), None)
-    if found != TRACED:
+    if found != TRACED and not found == opset == OPSET_FP8:
         raise ConfigError(f"the graph is of opset {found}; give one of opset {TRACED}")
     if opset < TRACED:
         _lower(model.graph)
@@ -54,6 +54,7 @@ def _lower(graph) -> None:
         value.name: [d.dim_value for d in value.type.tensor_type.shape.dim]
         for value in (*graph.value_info, *graph.input, *graph.output)
     }
+    shapes |= {name: list(tensor.dims) for name, tensor in constants.items()}
     for node in graph.node:
         kind = node.op_type
         if defs.get_schema(kind, TRACED, "").since_version < TRACED:

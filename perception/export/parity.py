@@ -22,10 +22,12 @@ from perception.data.nuscenes import NuScenesDataset
 from perception.errors import DataError
 from perception.evaluation.streaming import evaluate_scenes
 from perception.export.certificate import METRICS, Certificate, Replay
-from perception.export.contract import MODEL
-from perception.export.drive import aligned, drive, moment_inputs
+from perception.export.contract import MODEL, ImageInputs
+from perception.export.drive import CameraFrame, aligned, camera_frame, drive, moment_inputs
 from perception.export.headroom import RangeMonitor
-from perception.export.onnx import fit_pixels, fitting_matrices, raw_outputs
+from perception.export.images import ImagePreprocessing, to_rgb
+from perception.export.onnx import raw_outputs
+from perception.export.progress import stage
 from perception.export.runtime import Runtime
 from perception.models.checkpoint import Network
 from perception.types import Frame, Scene, State, map_tensors
@@ -49,7 +51,7 @@ def certify(
     Args:
         network: the original, in evaluation mode, on the CPU.
         folder: of the export.
-        dataset: images as the export takes them.
+        dataset: images as the export takes them, or larger; they are brought to the size and format of each camera.
         other_rig: a second dataset, of other cameras. Some of its images are made black or white; the same gates hold.
         backend: that runs the export, as for `Runtime`.
         drift_frames: of a further drive without a reset, 0 for none.
@@ -74,8 +76,12 @@ def certify(
     precision = runtime.contract["precision"]
     monitor = None if precision == "fp32" else RangeMonitor(onnx.load(Path(folder, MODEL)))
     replays = tuple(
-        replay(network, runtime, each, monitor, bad_images=each is other_rig, progress=progress) for each in datasets
-    )
+        replay(
+            network, runtime, each, monitor, bad_images=each is other_rig, progress=progress,
+            title=f"certificate of {backend}, replay {number}",
+        )
+        for number, each in enumerate(datasets, 1)
+    )  # fmt: skip
     image_size = tuple(runtime.contract["image_size"])
     return Certificate(
         precision=precision,
@@ -96,6 +102,7 @@ def replay(
     *,
     bad_images: bool,
     progress: bool = False,
+    title: str = "certificate",
 ) -> Replay:
     """Drives one dataset with a network and with its export, and measures the values of the export in float32.
 
@@ -104,22 +111,26 @@ def replay(
         runtime: of the export.
         monitor: of the export's graph, keeps what it measures; None where float32 holds everything.
         bad_images: make some images black or white.
+        title: of the progress bar.
     """
     image_size = tuple(runtime.contract["image_size"])
     seats = runtime.contract["cameras"]
-    raw_size = tuple(runtime.contract["raw_size"]) if runtime.contract["raw_size"] else None
+    preprocess = ImagePreprocessing(runtime.images, image_size)
     differences: dict[str, list[np.ndarray]] = {}
     pixels = []
     originals, exports = {}, {}
     box_distances, line_distances = [], []
     state = network.initial_state(1)
-    sequence = drive(dataset, seats, bad_images=bad_images)
-    for token, frame in tqdm(sequence, total=len(dataset), desc="certificate", disable=not progress):
-        seen = fitted(frame, image_size) if raw_size else frame
-        if raw_size:
-            pixels.append((seen.images - pillow_fitted(frame, image_size)).abs().numpy().ravel())
+    for token, frame in tqdm(
+        drive(dataset, seats, bad_images=bad_images), total=len(dataset), unit="frame", disable=not progress,
+        desc=title,
+    ):  # fmt: skip
+        given = camera_frame(frame, runtime.images)
+        seen = fitted(given, runtime.images, image_size)
+        in_graph = preprocess([torch.from_numpy(image) for image in given.images])
+        pixels.append((in_graph - seen.images[0]).abs().numpy().ravel())
         prediction, state, scene = _original(network, seen, state)
-        inputs = moment_inputs(frame)
+        inputs = moment_inputs(given)
         if monitor:
             monitor.run(inputs)
         said = _exported(runtime, inputs)
@@ -136,8 +147,9 @@ def replay(
         box_distances.append(matched_distances(scene.boxes.center.numpy(), said.boxes.center, scene.boxes, said.boxes))
         line_distances.append(matched_distances(scene.lines.points.numpy(), said.lines.points, scene.lines, said.lines))
         originals[token], exports[token] = scene, map_tensors(lambda x: torch.from_numpy(x.copy()), said)
-    off = np.concatenate(pixels) if pixels else np.zeros(1)
-    one, other = (evaluate_scenes(dataset, scenes).metrics() for scenes in (originals, exports))
+    off = np.concatenate(pixels)
+    with stage("official metrics of both", progress):
+        one, other = (evaluate_scenes(dataset, scenes).metrics() for scenes in (originals, exports))
     first = dataset[0].frames
     focal_lengths = first.rig.img_from_cam[0, :seats, 0, 0] / first.images.shape[-1]
     return Replay(
@@ -155,17 +167,15 @@ def replay(
     )
 
 
-def fitted(frame: Frame, image_size: tuple[int, int]) -> Frame:
-    """A frame [1, ...] with images of the network's size, fitted as in the graph."""
-    rows, columns, img_from_raw = fitting_matrices(tuple(frame.images.shape[-2:]), image_size)
-    images = fit_pixels(frame.images[0].float(), rows, columns)[None]
-    return frame._replace(images=images, rig=frame.rig._replace(img_from_cam=img_from_raw @ frame.rig.img_from_cam))
-
-
-def pillow_fitted(frame: Frame, image_size: tuple[int, int]) -> torch.Tensor:
-    """The images of a frame fitted as in training, [1, N, 3, H, W] float."""
-    images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in frame.images[0]]
-    return torch.stack([fit_image(image, np.eye(3), image_size)[0] for image in images])[None].float()
+def fitted(frame: CameraFrame, images: ImageInputs, image_size: tuple[int, int]) -> Frame:
+    """A frame [1, ...] as the network was trained with it: RGB, of its size, fitted by Pillow."""
+    pixels, img_from_cam = [], []
+    for image, matrix in zip(frame.images, frame.rig.img_from_cam[0].double().numpy(), strict=True):
+        fit = fit_image(Image.fromarray(to_rgb(image, images.image_format)), matrix, image_size)
+        pixels.append(fit[0])
+        img_from_cam.append(torch.from_numpy(fit[1]))
+    rig = frame.rig._replace(img_from_cam=torch.stack(img_from_cam)[None].float())
+    return Frame(torch.stack(pixels)[None].float(), rig, *frame[2:])
 
 
 def _original(network: Network, frame: Frame, state: State):
@@ -219,9 +229,9 @@ def _drift(
     while len(off) < frames:
         for _, frame in drive(dataset, runtime.contract["cameras"]):
             frame = frame._replace(is_first=torch.tensor([not off]))
-            seen = fitted(frame, image_size) if runtime.contract["raw_size"] else frame
-            _, state, _ = _original(network, seen, state)
-            _exported(runtime, moment_inputs(frame))
+            given = camera_frame(frame, runtime.images)
+            _, state, _ = _original(network, fitted(given, runtime.images, image_size), state)
+            _exported(runtime, moment_inputs(given))
             off.append(float(np.abs(state.bev.numpy() - runtime.memory()).mean()))
             bar.update()
             if len(off) == frames:

@@ -20,11 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import DataError
-from perception.export.drive import aligned, drive, filled, moment_inputs
+from perception.export.contract import ImageInputs
+from perception.export.drive import aligned, camera_frame, drive, filled, moment_inputs
 from perception.export.half import WEIGHTED
+from perception.export.lowering import OPSET_FP8
 from perception.export.runtime import session_options
 
 RANGES_FROM, JUDGED_ON = 16, 6  # moments: spread over a drive, and one after the other
@@ -91,19 +94,23 @@ class Quantizer:
             )
         return in_float8(onnx.load(out), self.model) if self.kind == "fp8" else onnx.load(out)
 
-    def sensitivities(self, moments: Sequence[Moment], wanted: Mapping[str, np.ndarray]) -> dict[str, float]:
+    def sensitivities(
+        self, moments: Sequence[Moment], wanted: Mapping[str, np.ndarray], progress: bool = False
+    ) -> dict[str, float]:
         """By group, what its quantisation alone changes in the wanted answers (see `changed`), most sensitive first."""
-        found = {group: changed(wanted, answers(self.quantized([group]), moments, self.kind)) for group in self.groups}
+        groups = tqdm(self.groups, desc="sensitivities", unit="group", disable=not progress)
+        found = {group: changed(wanted, answers(self.quantized([group]), moments, self.kind)) for group in groups}
         return dict(sorted(found.items(), key=lambda pair: -pair[1]))
 
 
-def quantize_graph(model, moments: Sequence[Moment], kind: str) -> tuple[object, dict]:
+def quantize_graph(model, moments: Sequence[Moment], kind: str, *, progress: bool = False) -> tuple[object, dict]:
     """A graph with marks of eight bits wherever that changes its answers little.
 
     Args:
         model: an `onnx.ModelProto` in float32.
         moments: inputs of real frames; the last few, one after the other, judge, the others give ranges.
         kind: one of KINDS.
+        progress: show progress bars on stderr.
 
     Returns:
         The graph, and plain JSON values: the sensitivity of each group of layers, its share of all multiplications with
@@ -112,17 +119,19 @@ def quantize_graph(model, moments: Sequence[Moment], kind: str) -> tuple[object,
     judges = moments[-JUDGED_ON:]
     quantizer = Quantizer(model, moments[:-JUDGED_ON], kind)
     wanted = answers(model, judges)
-    sensitivities = quantizer.sensitivities(judges, wanted)
+    sensitivities = quantizer.sensitivities(judges, wanted, progress)
     work = group_work(model, quantizer.groups)
     # Left out first is what changes most for what it saves.
     groups = sorted(sensitivities, key=lambda group: -sensitivities[group] / work[group])
     left_out, enough = 0, len(groups) - 1  # one group is always in eight bits
-    while left_out < enough:  # more left out is closer to the original: the fewest that do are found by halving
-        middle = (left_out + enough) // 2
-        if changed(wanted, answers(quantizer.quantized(groups[middle:]), judges, kind)) <= BUDGET:
-            enough = middle
-        else:
-            left_out = middle + 1
+    with tqdm(total=enough.bit_length(), desc="search", unit="trial", disable=not progress) as bar:
+        while left_out < enough:  # more left out is closer to the original: the fewest that do are found by halving
+            middle = (left_out + enough) // 2
+            if changed(wanted, answers(quantizer.quantized(groups[middle:]), judges, kind)) <= BUDGET:
+                enough = middle
+            else:
+                left_out = middle + 1
+            bar.update()
     graph = quantizer.quantized(groups[enough:])
     together = changed(wanted, answers(graph, judges, kind))
     told = {"sensitivities": sensitivities, "work": work, "groups": groups[enough:], "together": together}
@@ -159,6 +168,9 @@ def in_float8(marked, model):
         if tensor.name in replaced:
             tensor.CopyFrom(numpy_helper.from_array(replaced[tensor.name], tensor.name))
     del graph.graph.value_info[:]  # they tell the old types
+    for entry in graph.opset_import:
+        if entry.domain == "":
+            entry.version = OPSET_FP8  # no older one takes 8-bit floats
     return graph
 
 
@@ -185,8 +197,14 @@ def changed(wanted: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -
     return float(np.mean(shares))
 
 
-def record(model, dataset: NuScenesDataset) -> list[Moment]:
+def record(model, dataset: NuScenesDataset, images: ImageInputs, *, progress: bool = False) -> list[Moment]:
     """Inputs of a graph at moments of a drive, with the memory that the graph itself had then.
+
+    Args:
+        model: the graph, an `onnx.ModelProto` in float32.
+        dataset: to drive through.
+        images: how the graph takes them.
+        progress: show a progress bar on stderr.
 
     Returns:
         RANGES_FROM moments spread evenly, in between some of them again with a black and with a white image, then
@@ -207,11 +225,15 @@ def record(model, dataset: NuScenesDataset) -> list[Moment]:
     last = range(len(dataset) - JUDGED_ON, len(dataset))
     spread = np.linspace(0, last[0] - 1, RANGES_FROM).round().astype(int).tolist()
     moments = []
-    for number, (_, frame) in enumerate(drive(dataset, shapes["present"][0])):
-        moment = moment_inputs(frame) | memory
+    frames = tqdm(
+        drive(dataset, len(images.sizes)), total=len(dataset), desc="calibration", unit="frame", disable=not progress
+    )
+    for number, (_, frame) in enumerate(frames):
+        moment = moment_inputs(camera_frame(frame, images)) | memory
         variants = [moment] if number in spread or number in last else []
         if number in spread[::BAD_EVERY]:  # a blinded camera must not drive the layers out of their ranges
-            variants += [moment_inputs(filled(frame, number + k, grey)) | memory for k, grey in enumerate((0, 255))]
+            for camera, grey in ((number, 0), (number + 1, 255)):
+                variants.append(moment_inputs(camera_frame(filled(frame, camera, grey), images)) | memory)
         moments += [{name: array.copy() for name, array in variant.items()} for variant in variants]
         if memory:
             memory = {"memory": session.run(["new_memory"], moment)[0]}

@@ -1,6 +1,7 @@
-"""Live use of an exported network: numpy and ONNX Runtime or TensorRT, no torch.
+"""Live use of an exported network: numpy and ONNX Runtime, OpenVINO or TensorRT, no torch.
 
     runtime = Runtime("out/nano_onnx")                            # ONNX Runtime, on the CPU
+    runtime = Runtime("out/nano_onnx", backend="openvino")        # OpenVINO, on the CPU
     runtime = Runtime("out/nano_rtx", backend="tensorrt")         # the engine that fits this GPU
     for images, global_from_ego, time_s in drive:
         scene = runtime.step(images, rig, global_from_ego, time_s)
@@ -10,17 +11,34 @@ All buffers are made once. The memory stays where the network runs: two buffers 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from perception.errors import ConfigError, DataError
-from perception.export.contract import MODEL, read_contract
-from perception.live import Odometer, checked_image, checked_rig
-from perception.types import Boxes, CameraRig, Polylines, Scene
+from perception.errors import ConfigError, PerceptionWarning
+from perception.export.contract import MODEL, ImageInputs, check_graph, read_contract
+from perception.live import (
+    MAX_SPEED,
+    MAX_TURN_RATE,
+    NOT_FINITE,
+    Odometer,
+    check_images,
+    check_intrinsics,
+    checked_rig,
+    checked_setting,
+    scene_is_finite,
+)
+from perception.types import Boxes, CameraRig, Polylines, Scene, map_tensors
 
+BACKENDS = ("onnxruntime", "openvino", "openvino-bf16", "tensorrt")
 _none, _no_label, _no_flag = np.zeros(0, np.float32), np.zeros(0, np.int32), np.zeros(0, bool)
+MAX_THREADS = 1024  # more than any vehicle has; ONNX Runtime starts as many as it is given
+DTYPES = {
+    "tensor(bool)": "bool", "tensor(uint8)": "uint8", "tensor(int32)": "int32", "tensor(int64)": "int64",
+    "tensor(float16)": "float16", "tensor(float)": "float32",
+}  # fmt: skip
 NOTHING = {
     "box_center": np.zeros((0, 3), np.float32), "box_size": np.zeros((0, 3), np.float32), "box_yaw": _none,
     "box_velocity": np.zeros((0, 2), np.float32), "box_label": _no_label, "box_score": _none, "box_valid": _no_flag,
@@ -54,25 +72,34 @@ class OnnxSession:
 
     Raises:
         ConfigError: a provider is not there.
+        CheckpointError: the graph has other inputs or outputs than the contract.
     """
 
     def __init__(self, folder: str | Path, contract: dict, providers: Sequence[str], threads: int) -> None:
         import onnxruntime
 
         there = onnxruntime.get_available_providers()
+        if not isinstance(providers, list | tuple) or not providers:
+            raise ConfigError(f"Runtime: providers is {providers!r}; give a list of some of {', '.join(there)}")
         for provider in providers:
             if provider not in there:
                 raise ConfigError(f"Runtime: provider {provider} is not there; ONNX Runtime has {', '.join(there)}")
         options = session_options(contract["precision"])
         options.intra_op_num_threads = threads
         self._session = onnxruntime.InferenceSession(str(Path(folder, MODEL)), options, providers=list(providers))
+        inputs, outputs = (
+            {x.name: (DTYPES.get(x.type, x.type), list(x.shape)) for x in values}
+            for values in (self._session.get_inputs(), self._session.get_outputs())
+        )
+        check_graph(Path(folder, MODEL), contract, inputs, outputs)
         self.device = providers[0].removesuffix("ExecutionProvider")
         self.inputs, self.outputs = (
             {x["name"]: np.zeros(x["shape"], x["dtype"]) for x in contract[side]} for side in ("inputs", "outputs")
         )
-        memory = self.inputs.get("memory", np.zeros(0, np.float32))  # a network may have none
+        # A network may have no memory at all.
+        self._no_memory = np.zeros_like(self.inputs.get("memory", np.zeros(0, np.float32)))
         device = "cuda" if self.device == "CUDA" else "cpu"
-        self._memories = [onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros_like(memory), device, 0) for _ in range(2)]
+        self._memories = [onnxruntime.OrtValue.ortvalue_from_numpy(self._no_memory.copy(), device, 0) for _ in range(2)]
         self._bindings = []
         values = {n: onnxruntime.OrtValue.ortvalue_from_numpy(x) for n, x in (self.inputs | self.outputs).items()}
         for turn in range(2):
@@ -91,21 +118,35 @@ class OnnxSession:
         """A copy of the memory that a pass of this turn reads."""
         return self._memories[turn].numpy().copy()
 
+    def memory_is_finite(self, turn: int) -> bool:
+        """Tells whether the memory that a pass of this turn reads is finite; true on a GPU, where it is not read."""
+        value = self._memories[turn]
+        return value.device_name() != "cpu" or bool(np.isfinite(value.numpy()).all())  # no copy on the CPU
+
+    def clear(self) -> None:
+        """Fills the memory with zeros."""
+        for value in self._memories:
+            value.update_inplace(self._no_memory)
+
 
 class Runtime:
     """An exported network, its memory, and the pose and time of the last step.
 
     Args:
         folder: that `scripts/export.py` wrote.
-        backend: "onnxruntime", which runs the graph, or "tensorrt", which runs an engine of the folder on a GPU.
+        backend: one of `BACKENDS`. "onnxruntime" runs the graph; "openvino" runs it on the CPU, "openvino-bf16" with
+            convolutions and products with weights in bfloat16; "tensorrt" runs an engine of the folder on a GPU.
         providers: of ONNX Runtime, first choice first, such as "CUDAExecutionProvider".
-        threads: of the CPU, for ONNX Runtime; 0 for as many as there are.
+        threads: of the CPU, for ONNX Runtime and OpenVINO; 0 for as many as there are.
         min_score: boxes and lines below this are left out, 0..1.
+        max_speed: m/s above which the pose has jumped, so that the memory is dropped; inf for no limit.
+        max_turn_rate: rad/s, likewise.
 
     Raises:
         CheckpointError: the folder is none of an export, or a file in it has changed.
-        ConfigError: the backend is not known or cannot run here (no GPU, no engine that fits it, another version of
-            TensorRT, no such provider), or `min_score` is not in 0..1.
+        ConfigError: the backend is not known or cannot run here (not installed, no GPU, no engine that fits it, another
+            version of TensorRT, no bfloat16, no such provider), `min_score` is not in 0..1, `threads` is no number of
+            threads, or a limit is negative.
     """
 
     def __init__(
@@ -116,25 +157,37 @@ class Runtime:
         providers: Sequence[str] = ("CPUExecutionProvider",),
         threads: int = 0,
         min_score: float = 0.0,
+        max_speed: float = MAX_SPEED,
+        max_turn_rate: float = MAX_TURN_RATE,
     ) -> None:
-        if not 0 <= min_score <= 1:
-            raise ConfigError(f"Runtime: min_score is {min_score}; give a number from 0 to 1")
+        self.min_score = checked_setting("Runtime: min_score", min_score, 0, 1, "a number from 0 to 1")
+        whole = isinstance(threads, int | np.integer) and not isinstance(threads, bool)
+        if not whole or not 0 <= threads <= MAX_THREADS:
+            raise ConfigError(
+                f"Runtime: threads is {threads!r}; give a whole number of 0..{MAX_THREADS}, 0 for as many as there are"
+            )
+        self._odometer = Odometer(max_speed, max_turn_rate)
         self.contract = read_contract(folder)
-        self.min_score = min_score
+        self.images = ImageInputs.of_contract(self.contract)
         if backend == "onnxruntime":
-            self._session = OnnxSession(folder, self.contract, providers, threads)
+            self._session = OnnxSession(folder, self.contract, providers, int(threads))
+        elif backend in ("openvino", "openvino-bf16"):
+            from perception.export.openvino_session import OpenVINOSession
+
+            self._session = OpenVINOSession(folder, self.contract, backend, int(threads))
         elif backend == "tensorrt":
             from perception.export.engine_session import EngineSession
 
             self._session = EngineSession(folder, self.contract)
         else:
-            raise ConfigError(f"Runtime: backend {backend!r} is not known; use onnxruntime or tensorrt")
+            raise ConfigError(f"Runtime: backend {backend!r} is not known; use one of {', '.join(BACKENDS)}")
         self.inputs, self.outputs, self.device = self._session.inputs, self._session.outputs, self._session.device
         self.reset()
 
     def reset(self) -> None:
         """Forgets everything that was seen; the next step is a first one."""
-        self._odometer = Odometer()
+        self._odometer.reset()
+        self._session.clear()
         self._turn = 0
 
     def memory(self) -> np.ndarray:
@@ -151,7 +204,7 @@ class Runtime:
 
     def step(
         self,
-        images: np.ndarray | Sequence[np.ndarray | None],
+        images: Sequence[np.ndarray | None],
         rig: CameraRig,
         global_from_ego: np.ndarray,
         time_s: float,
@@ -159,8 +212,9 @@ class Runtime:
         """One moment, as `perception.predictor.Predictor.step`.
 
         Args:
-            images: [N, H, W, 3] uint8 RGB, of the size that the contract names. What stands for a camera that is not
-                present is ignored and may be None.
+            images: N arrays uint8, each of the size and in the format that the contract names for its camera (RGB
+                [H, W, 3] unless the export was made for another). What stands for a camera that is not present is
+                ignored and may be None.
             rig: img_from_cam [N, 3, 3] in pixels of these images, ego_from_cam [N, 4, 4] metres, present [N] bool.
             global_from_ego: [4, 4] pose at `time_s`, metres, in any frame that stays the same from step to step.
             time_s: seconds, later than the last step's.
@@ -169,24 +223,30 @@ class Runtime:
             What there is to see in the ego frame, numpy arrays, best score first.
 
         Raises:
-            DataError: an argument has the wrong shape or type, is not finite, or time did not go forward.
+            DataError: an argument has the wrong shape or type, is not finite or beyond what a vehicle can have, or time
+                did not go forward.
+
+        Warns:
+            PerceptionWarning: as `Predictor.step`. On a GPU the memory stays where it is and is not looked at; there
+                the boxes and lines show that the network's output is not finite.
         """
         motion = self._odometer.since_last(global_from_ego, time_s)
-        N, H, W, _ = self.inputs["images"].shape
-        if len(images) != N:
-            raise DataError(f"{len(images)} images were given; the network was exported for {N} (absent ones are None)")
+        N = len(self.images.sizes)
+        check_images(images, N)
         rig = checked_rig(rig, N)
         for n in np.flatnonzero(rig.present):
-            if checked_image(f"images[{n}]", images[n]).shape != (H, W, 3):
-                raise DataError(
-                    f"images[{n}] is {images[n].shape[0]} x {images[n].shape[1]} pixels (height x width); the network "
-                    f"was exported for {H} x {W}"
-                )
-            self.inputs["images"][n] = images[n]
+            check_intrinsics(f"rig.img_from_cam[{n}]", rig.img_from_cam[n], self.images.sizes[n])
+            self.inputs[f"image_{n}"][...] = self.images.checked(n, images[n])
         self.fill(rig, motion.ego_from_prev, motion.seconds, motion.is_first)
         self.run()
-        self._odometer.keep(global_from_ego, time_s)
-        return Scene(*(self._confident(noun) for noun in self.scene()))
+        whole = self.scene()
+        scene = Scene(*(self._confident(noun) for noun in whole))
+        if not (self._session.memory_is_finite(self._turn) and scene_is_finite(whole, scene)):
+            self.reset()
+            warnings.warn(NOT_FINITE, PerceptionWarning, stacklevel=2)
+            return map_tensors(lambda array: array[:0], scene)
+        self._odometer.keep(motion)
+        return scene
 
     def fill(self, rig: CameraRig, ego_from_prev: np.ndarray, seconds: float, is_first: bool) -> None:
         """Writes all inputs but the images into their buffers."""

@@ -23,7 +23,7 @@ from perception.models.map_encoder import (
     start_matrices,
 )
 from perception.models.published_backbone import PublishedBackboneConfig, build_image_encoder, padded_size
-from perception.models.published_geometry import PublishedConfig, can_bus, rig_from_lidar
+from perception.models.published_geometry import PublishedConfig, can_bus, constants, rig_from_lidar
 from perception.ops.deformable import refined
 from perception.types import BOX_CLASSES, Boxes, Frame, Polylines, Scene, State
 
@@ -101,7 +101,7 @@ class BEVFormerHead(nn.Module):
         )  # fmt: skip
         position, query = (x.expand(len(bev), -1, -1) for x in self.query_embedding.weight.chunk(2, -1))
         reference = self.transformer.reference_points(position).float().sigmoid()  # [B, Q, 3]
-        low, high = (reference.new_tensor(x) for x in (config.low, config.high))
+        low, high = (constants(x, reference) for x in (config.low, config.high))
         all_logits, all_params = [], []
         for layer, classify, regress in zip(
             self.transformer.decoder.layers, self.cls_branches, self.reg_branches, strict=True
@@ -193,7 +193,7 @@ def decode_boxes(logits: Tensor, params: Tensor, ego_from_lidar: Tensor, count: 
     # mmdet3d before 1.0 measured yaw clockwise from -y; the length of a box lies along its heading.
     heading = -boxes[..., 6] - math.pi / 2
     axis = torch.stack([heading.cos(), heading.sin()], -1) @ turn[:2, :2].T
-    low, high = (center.new_tensor(x) for x in ((-61.2, -61.2, -10.0), (61.2, 61.2, 10.0)))
+    low, high = (constants(x, center) for x in ((-61.2, -61.2, -10.0), (61.2, 61.2, 10.0)))
     valid = ((boxes[..., :3] >= low) & (boxes[..., :3] <= high)).all(-1)
     return Boxes(
         center=center,

@@ -206,12 +206,19 @@ class LiftSplat(nn.Module):
         likely = likely * rig.present[..., None, None, None]
         points = lifted_points(config, rig, ego_from_lidar, image_size, (h, w))  # [B, N, D, h, w, 3]
         cell = ((points - (self.bx - self.dx / 2)) / self.dx).long()  # towards zero: half a cell more at the lower ends
-        columns, rows = (int(x) for x in self.nx[:2].tolist())
+        rows, columns = (side * config.finer for side in config.bev)
         inside = ((cell >= 0) & (cell < self.nx.long())).all(-1)
-        b, n, d, v, u = inside.nonzero(as_tuple=True)
-        place = (b * rows + cell[b, n, d, v, u, 1]) * columns + cell[b, n, d, v, u, 0]
-        splat = context.new_zeros(B * rows * columns, C)
-        splat = splat.index_add(0, place, context[b, n, :, v, u] * likely[b, n, d, v, u, None].to(context.dtype))
+        batch = torch.arange(B, device=cell.device).view(B, 1, 1, 1, 1)
+        place = (batch * rows + cell[..., 1]) * columns + cell[..., 0]  # [B, N, D, h, w]
+        if torch.compiler.is_compiling():  # shapes must not depend on what lies inside: the rest adds zeros somewhere
+            place = torch.where(inside, place, 0).flatten()
+            shown = context[:, :, None] * (likely * inside)[:, :, :, None].to(context.dtype)  # [B, N, D, C, h, w]
+            shown = shown.movedim(3, -1).flatten(0, 4)
+        else:
+            b, n, d, v, u = inside.nonzero(as_tuple=True)
+            place = place[b, n, d, v, u]
+            shown = context[b, n, :, v, u] * likely[b, n, d, v, u, None].to(context.dtype)
+        splat = context.new_zeros(B * rows * columns, C).index_add(0, place, shown)
         bev = splat.view(B, rows, columns, C).permute(0, 3, 1, 2)
         return self.downsample(bev), logits
 

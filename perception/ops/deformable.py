@@ -1,6 +1,7 @@
-"""Multi-scale deformable attention as the published networks use it, in plain PyTorch.
+"""Multi-scale deformable attention as the published networks use it.
 
 The operator of Deformable DETR (https://arxiv.org/abs/2010.04159), which BEVFormer and MapTR run as a compiled one.
+Here it is plain PyTorch, or one of the fast implementations of `perception.ops.bilinear`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from perception.ops.bilinear import choose_implementation, weighted_bilinear
 
-def deformable_attention(value: Tensor, sizes: Sequence[tuple[int, int]], places: Tensor, weight: Tensor) -> Tensor:
+
+def deformable_attention(
+    value: Tensor,
+    sizes: Sequence[tuple[int, int]],
+    places: Tensor,
+    weight: Tensor,
+    implementation: str | None = None,
+) -> Tensor:
     """The weighted sum of what each head reads at its places on all levels.
 
     Args:
@@ -20,12 +29,28 @@ def deformable_attention(value: Tensor, sizes: Sequence[tuple[int, int]], places
         sizes: height and width of each level.
         places: [B, Q, heads, levels, P, 2], x and y with 0..1 over a level; what lies outside reads zero.
         weight: [B, Q, heads, levels, P].
+        implementation: of `perception.ops.bilinear.IMPLEMENTATIONS`, None for the fastest.
 
     Returns:
         [B, Q, heads * C], the channels of head 0 first.
+
+    Raises:
+        ConfigError: the implementation is not known.
     """
     B, _, heads, C = value.shape
     Q = places.shape[1]
+    implementation = choose_implementation(value, implementation, on_cpu="embedding_bag")
+    if implementation != "plain":
+        dtype = torch.promote_types(torch.promote_types(value.dtype, places.dtype), weight.dtype)
+        parts = value.split([h * w for h, w in sizes], 1)
+        levels = [
+            weighted_bilinear(
+                part.unflatten(1, size)[:, None], places[:, :, :, level], None, weight[:, :, :, level], border=False,
+                dtype=dtype, implementation=implementation,
+            )
+            for level, (part, size) in enumerate(zip(parts, sizes, strict=True))
+        ]  # fmt: skip
+        return torch.stack(levels).sum(0).flatten(2) if len(levels) > 1 else levels[0].flatten(2)
     grid = (2 * places - 1).transpose(1, 2).flatten(0, 1)  # [B * heads, Q, levels, P, 2]
     weight = weight.transpose(1, 2).flatten(0, 1)[:, None]  # [B * heads, 1, Q, levels, P]
     total = value.new_zeros(B * heads, C, Q)

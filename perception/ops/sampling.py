@@ -1,7 +1,11 @@
-"""Deformable sampling in plain PyTorch, with static shapes and 4-D grid_sample only, so that it exports as it is.
+"""Deformable sampling of camera features and of BEV maps.
 
 The idea is that of Deformable DETR (https://arxiv.org/abs/2010.04159): a query reads a few places that it chooses
 itself, and takes their weighted sum. Here the places may lie in several cameras, or on the BEV grid.
+
+The plain implementations have static shapes and 4-D grid_sample only, so that they export as they are. They are used
+for export and in float64; otherwise `perception.ops.bilinear` has faster ones. `implementation="plain"`,
+"embedding_bag" or "triton" asks for one of them.
 """
 
 from __future__ import annotations
@@ -11,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perception.grid import BEVGrid
+from perception.ops.bilinear import choose_implementation, weighted_bilinear
 
 
-def read_cameras(features: Tensor, uv: Tensor, camera: Tensor) -> Tensor:
+def read_cameras(features: Tensor, uv: Tensor, camera: Tensor, implementation: str | None = None) -> Tensor:
     """Bilinear reading of camera feature maps, each sample from a camera of its own choice.
 
     The cameras are stacked into one tall map, which makes the choice of a camera a vertical offset. Places are clamped
@@ -23,11 +28,21 @@ def read_cameras(features: Tensor, uv: Tensor, camera: Tensor) -> Tensor:
         features: [B, N, C, h, w].
         uv: [B, Q, S, 2] place in the chosen camera, 0..1 over width and height.
         camera: [B, Q, S] int64 index of the chosen camera.
+        implementation: of `perception.ops.bilinear.IMPLEMENTATIONS`, None for the fastest.
 
     Returns:
         [B, C, Q, S].
+
+    Raises:
+        ConfigError: the implementation is not known.
     """
     B, N, C, h, w = features.shape
+    implementation = choose_implementation(features, implementation, on_cpu="plain")  # nothing is summed
+    if implementation != "plain":
+        weight = torch.ones_like(uv[..., 0])
+        one_each = (x.flatten(1, 2)[:, :, None] for x in (uv, camera, weight))  # [B, Q * S, 1, ...]
+        read = sample_cameras(features, *one_each, implementation)  # [B, Q * S, C]
+        return read.transpose(1, 2).unflatten(2, camera.shape[1:])
     column = (uv[..., 0] * w).clamp(0.5, w - 0.5)  # [B, Q, S] feature pixels, centres at +0.5
     row = (uv[..., 1] * h).clamp(0.5, h - 0.5) + camera * h
     place = torch.stack([column * (2 / w) - 1, row * (2 / (N * h)) - 1], -1)  # [B, Q, S, 2]
@@ -36,7 +51,9 @@ def read_cameras(features: Tensor, uv: Tensor, camera: Tensor) -> Tensor:
     return F.grid_sample(tall.to(place.dtype), place, padding_mode="border", align_corners=False)
 
 
-def sample_cameras(features: Tensor, uv: Tensor, camera: Tensor, weight: Tensor) -> Tensor:
+def sample_cameras(
+    features: Tensor, uv: Tensor, camera: Tensor, weight: Tensor, implementation: str | None = None
+) -> Tensor:
     """The weighted sum of what `read_cameras` reads.
 
     Args:
@@ -44,15 +61,30 @@ def sample_cameras(features: Tensor, uv: Tensor, camera: Tensor, weight: Tensor)
         uv: [B, Q, S, 2] place in the chosen camera, 0..1 over width and height.
         camera: [B, Q, S] int64 index of the chosen camera.
         weight: [B, Q, S]; zero for a sample that must not count.
+        implementation: of `perception.ops.bilinear.IMPLEMENTATIONS`, None for the fastest.
 
     Returns:
         [B, Q, C].
+
+    Raises:
+        ConfigError: the implementation is not known.
     """
+    implementation = choose_implementation(features, implementation, on_cpu="embedding_bag")
+    if implementation != "plain":
+        maps = features.permute(0, 1, 3, 4, 2)[:, :, :, :, None]  # [B, N, h, w, 1, C]
+        dtype = torch.promote_types(uv.dtype, weight.dtype)
+        uv, camera, weight = uv[:, :, None], camera[:, :, None], weight[:, :, None]  # of one head
+        summed = weighted_bilinear(
+            maps, uv, camera, weight, border=True, dtype=dtype, implementation=implementation
+        )  # [B, Q, 1, C]
+        return summed[:, :, 0]
     samples = read_cameras(features, uv, camera)  # [B, C, Q, S]
     return (samples * weight[:, None]).sum(-1).transpose(1, 2)
 
 
-def sample_bev(bev: Tensor, grid: BEVGrid, points_ego: Tensor, weight: Tensor) -> Tensor:
+def sample_bev(
+    bev: Tensor, grid: BEVGrid, points_ego: Tensor, weight: Tensor, implementation: str | None = None
+) -> Tensor:
     """Multi-head deformable reading of a BEV map, zero outside the grid.
 
     Args:
@@ -60,12 +92,25 @@ def sample_bev(bev: Tensor, grid: BEVGrid, points_ego: Tensor, weight: Tensor) -
         grid: where the cells lie.
         points_ego: [B, Q, heads, S, 2] metres.
         weight: [B, Q, heads, S].
+        implementation: of `perception.ops.bilinear.IMPLEMENTATIONS`, None for the fastest.
 
     Returns:
         [B, Q, C], the channels of head 0 first.
+
+    Raises:
+        ConfigError: the implementation is not known.
     """
     B, C, X, Y = bev.shape
     _, Q, heads, S, _ = points_ego.shape
+    # On a CPU the map would have to be copied with its channels last, which takes longer than a few queries do.
+    implementation = choose_implementation(bev, implementation, on_cpu="plain")
+    if implementation != "plain":
+        maps = bev.unflatten(1, (heads, C // heads)).permute(0, 3, 4, 1, 2)[:, None]  # [B, 1, X, Y, heads, C / heads]
+        places = grid.normalize(points_ego).flip(-1)  # columns run along y
+        dtype = torch.promote_types(places.dtype, weight.dtype)
+        return weighted_bilinear(
+            maps, places, None, weight, border=False, dtype=dtype, implementation=implementation
+        ).flatten(2)
     per_head = bev.reshape(B * heads, C // heads, X, Y)
     points = points_ego.transpose(1, 2).reshape(B * heads, Q, S, 2)
     samples = grid.sample(per_head, points)  # [B * heads, C / heads, Q, S]

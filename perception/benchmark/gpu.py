@@ -1,0 +1,221 @@
+"""All measurements on a GPU in one call, most important first; results are written as they come.
+
+What matters most is the flagship at its full size: `models[0]`. Limits of the stages are shares of the whole time, more
+than one together, since most need less; what is left goes to those at the end.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from perception.benchmark.frames import PORTS, check_model, measure_frames, measure_ports
+from perception.benchmark.sampling import measure_sampling
+from perception.benchmark.stages import Stage, run_stages
+from perception.benchmark.training import measure_training
+from perception.errors import ConfigError
+from perception.files import write_json
+
+MODELS = ("base", "nano", "tiny")
+STAGES = ("frames", "compiled", "ports", "sampling", "training")
+SECONDS = 360.0
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+def plan(models: Sequence[str], stages: Sequence[str], device: str, seconds: float) -> list[Stage]:
+    """The stages in order, most important first.
+
+    Args:
+        models: shipped weights, presets or `.safetensors` files of flagships; the first is what matters most.
+        stages: of `STAGES`.
+        device: "cuda" or "cpu".
+        seconds: of all together.
+
+    Raises:
+        ConfigError: a stage is not known, or nothing is left to measure.
+    """
+    if strange := [name for name in stages if name not in STAGES]:
+        raise ConfigError(f"--stages: {strange[0]!r} is not known; use some of {', '.join(STAGES)}")
+    if not models or not stages:
+        raise ConfigError("nothing to measure; give at least one of --models and of --stages")
+    first, *others = models
+
+    def frames(model: str, share: float) -> Stage:
+        return Stage("frames", model, measure_frames, (model, device, False), share * seconds)
+
+    def compiled(model: str, share: float) -> Stage:
+        return Stage("compiled", model, measure_frames, (model, device, True), share * seconds)
+
+    def training(model: str, share: float) -> Stage:
+        return Stage("training", model, measure_training, (model, device, BATCHES), share * seconds)
+
+    order = [
+        frames(first, 0.15),
+        compiled(first, 0.36),
+        Stage("ports", first, measure_ports, (first, device), 0.14 * seconds),
+        *(frames(model, 0.1) for model in others[:1]),
+        Stage("sampling", "", measure_sampling, (tuple(models), device), 0.1 * seconds),
+        training(first, 0.17),
+        *(training(model, 0.13) for model in others[:1]),
+        *(frames(model, 0.1) for model in others[1:]),
+        *(compiled(model, 0.36) for model in others),
+        *(training(model, 0.2) for model in others[1:]),
+    ]
+    return [stage for stage in order if stage.name in stages]
+
+
+def measure(
+    path: str | Path,
+    *,
+    models: Sequence[str] = MODELS,
+    stages: Sequence[str] = STAGES,
+    device: str = "cuda",
+    seconds: float = SECONDS,
+    progress: Callable[[str], None] = print,
+) -> dict:
+    """Runs all stages and writes what they found, anew after every measurement.
+
+    Args:
+        path: of the JSON file.
+        models, stages, device, seconds: as in `plan`.
+        progress: takes a line for every measurement.
+
+    Returns:
+        What is in the file: the machine, and `rows` with `stage`, `model`, `name` and values, or an `error`.
+
+    Raises:
+        CheckpointError: a model's file is missing.
+        ConfigError: there is no such device here or no such model, or as in `plan`.
+    """
+    order = plan(models, stages, device, seconds)
+    if device not in ("cuda", "cpu") or (device == "cuda" and not torch.cuda.is_available()):
+        raise ConfigError(f"device {device!r} is not here; use one of {', '.join(_devices())}")
+    for model in models:
+        check_model(model)
+    content = {"machine": _machine(device), "seconds": seconds, "rows": []}
+    write_json(path, content)
+    for row in run_stages(order, seconds):
+        content["rows"].append(row)
+        write_json(path, content)
+        progress(_line(row))
+    return content
+
+
+def _devices() -> list[str]:
+    return ["cpu"] + ["cuda"] * torch.cuda.is_available()
+
+
+def _machine(device: str) -> dict:
+    """What numbers depend on."""
+    threads = f"{torch.get_num_threads()} CPU threads"
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else threads,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+    }
+
+
+def _line(row: dict) -> str:
+    """A row for the terminal."""
+    head = " ".join(part for part in (row["stage"], row["model"], row["name"]) if part)
+    if "error" in row:
+        return f"{head}: {row['error']}"
+    facts = [
+        f"{row[key]:.{digits}f} {unit}"
+        for key, digits, unit in (
+            ("p50_ms", 2, "ms"), ("step_ms", 1, "ms a step"), ("frames_per_s", 1, "frames/s"),
+            ("kernel_ms", 2, "ms of kernels"), ("kernels", 0, "kernels"),
+            ("speedup", 2, "times as fast"), ("share", 3, "of both ports"),
+        )
+        if key in row
+    ]  # fmt: skip
+    return f"{head}: {', '.join(facts)}"
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+def tables(content: dict) -> str:
+    """What `measure` returned as Markdown."""
+    rows = content["rows"]
+    parts = ["{device}, torch {torch}, CUDA {cuda}".format(**content["machine"])]
+
+    def add(title: str, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+        if lines:
+            body = ["| " + " | ".join(line) + " |" for line in (heads, *lines)]
+            parts.append("\n".join([title, "", body[0], "|---" * len(heads) + "|", *body[1:]]))
+
+    good = [row for row in rows if "error" not in row]
+    for model in dict.fromkeys(row["model"] for row in rows if row["stage"] in ("frames", "compiled")):
+        lines = [
+            [
+                row["name"] + (f" ({row['mode']})" if "mode" in row else ""),
+                *_milliseconds(row), f"{row['speedup']:.2f}", _number(row.get("peak_mib"), 0),
+                *(_difference(row.get("difference", {}), kind) for kind in ("memory", "box", "line")),
+            ]
+            for row in good
+            if row["model"] == model and row["stage"] in ("frames", "compiled") and "speedup" in row
+        ]  # fmt: skip
+        heads = [
+            "one frame",
+            "p50 ms",
+            "p90",
+            "p99",
+            "times as fast",
+            "peak MiB",
+            "memory off",
+            "boxes off",
+            "lines off",
+        ]
+        add(f"{model}: one frame of six cameras, batch 1, in turns with eager float32", heads, lines)
+    lines = [
+        [row["name"], *(f"{row[name]['p50_ms']:.2f}" for name in (row["model"], *PORTS)), f"{row['share']:.3f}"]
+        for row in good
+        if row["stage"] == "ports" and "share" in row
+    ]
+    add("p50 in ms, all in turns", ["one frame", "flagship", *PORTS, "flagship over both"], lines)
+    lines = [
+        [
+            row["name"], f"{row['p50_ms']:.3f}", f"{row['plain_p50_ms']:.3f}", f"{row['speedup']:.2f}",
+            " ".join(f"{off:.1e}" for off in row["difference"]),
+        ]
+        for row in good
+        if row["stage"] == "sampling"
+    ]  # fmt: skip
+    add(
+        "sampling, in turns with F.grid_sample",
+        ["function, sizes of", "p50 ms", "plain ms", "times as fast", "off"],
+        lines,
+    )
+    parts_of_step = ("data", "forward", "losses", "matching", "backward", "optimizer")
+    lines = [
+        [
+            f"{row['model']}, {row['name']}", f"{row['step_ms']:.0f}", f"{row['frames_per_s']:.1f}",
+            *(_number(100 * row["shares"][part], 0) if part in row["shares"] else "" for part in parts_of_step),
+            _number(row.get("peak_mib"), 0), _number(row["gpu_busy"] * 100, 0) if "gpu_busy" in row else "",
+        ]
+        for row in good
+        if row["stage"] == "training"
+    ]  # fmt: skip
+    heads = ["training", "ms a step", "frames/s", *(f"{part} %" for part in parts_of_step), "peak MiB", "GPU busy %"]
+    add("training steps in bfloat16 (matching is a part of losses)", heads, lines)
+    failed = [f"- {_line(row)}" for row in rows if "error" in row]
+    return "\n\n".join([*parts, *(["Not measured:", "\n".join(failed)] if failed else [])])
+
+
+def _milliseconds(row: dict) -> list[str]:
+    return [f"{row[f'p{share}_ms']:.2f}" for share in (50, 90, 99)]
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _difference(off: dict, kind: str) -> str:
+    if kind not in off:
+        return ""
+    return "not finite" if off[kind] is None else "{:.1e} ({:.1e})".format(*off[kind])

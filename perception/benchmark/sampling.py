@@ -1,0 +1,111 @@
+"""The fast ways of sampling cameras and maps against the plain ones, forward and backward, at the sizes of networks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from perception.benchmark.frames import CAMERAS, DTYPES, captured, network_of, take_turns, timings
+from perception.benchmark.stages import Recorder
+from perception.models.bev_transformer import BEVTransformer
+from perception.ops import sample_bev, sample_cameras
+
+LIMIT = 20.0  # seconds of one measurement, compiling a kernel included
+PRECISIONS = {"fp32": torch.float32} | DTYPES
+UNSEEN = 0.41  # share of samples that no camera of a usual rig sees
+
+
+class Sampling(NamedTuple):
+    """A function of `perception.ops` and its inputs at the sizes of a network, everything else bound."""
+
+    function: Callable[..., Tensor]
+    inputs: tuple[Tensor, ...]  # that gradients are asked for
+
+
+def samplings_of(network: BEVTransformer, precision: str, seed: int = 0) -> dict[str, Sampling]:
+    """What a network samples, by the name of the function; values, places, cameras and weights at random.
+
+    Maps are in the precision, places and weights in float32.
+    """
+    device = network.cell_position.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+    config, attention = network.config, network.camera_attention
+    h, w = (side // network.image_encoder.stride for side in config.image_size)
+    Q, S = attention.points_ego.shape[0] * attention.points_ego.shape[1], attention.cameras * attention.samples
+    reading = network.box_decoder.layers[0]["bev_attention"]
+    dtype = PRECISIONS[precision]
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.rand(*shape, device=device, generator=generator)
+
+    camera = torch.randint(0, CAMERAS, (1, Q, S), device=device, generator=generator)
+    weight = drawn(1, Q, S) * (drawn(1, Q, S) > UNSEEN)
+    features = drawn(1, CAMERAS, config.channels, h, w).to(dtype)
+    low, high = (torch.tensor(edge, device=device) for edge in zip(config.x_range, config.y_range, strict=True))
+    places = low + (high - low) * drawn(1, config.box_queries, reading.heads, reading.samples, 2)
+    return {
+        "sample_cameras": Sampling(
+            lambda features, uv, weight, **options: sample_cameras(features, uv, camera, weight, **options),
+            (features, drawn(1, Q, S, 2), weight),
+        ),
+        "sample_bev": Sampling(
+            lambda bev, points, weight, **options: sample_bev(bev, network.grid, points, weight, **options),
+            (drawn(1, config.channels, *config.grid).to(dtype), places, drawn(*places.shape[:-1])),
+        ),
+    }
+
+
+def measure_sampling(recorder: Recorder, models: tuple[str, ...], device_name: str) -> None:
+    """Rows of each function, in turns with the plain implementation; on a GPU both are captured graphs.
+
+    Args:
+        recorder: takes the rows.
+        models: for `network_of`, flagships.
+        device_name: "cuda" or "cpu".
+    """
+    device = torch.device(device_name)
+    for model in models:
+        network = network_of(model, device)
+        for precision in PRECISIONS:
+            for function, sampling in samplings_of(network, precision).items():
+                for backward in (False, True):
+                    name = f"{function} {model} {precision} {'forward and backward' if backward else 'forward'}"
+                    recorder.attempt(name, LIMIT, _measure, sampling, backward, device)
+
+
+def _measure(sampling: Sampling, backward: bool, device: torch.device) -> dict:
+    fast = _passes(sampling, backward)
+    plain = _passes(sampling, backward, implementation="plain")
+    found, wanted = fast(), plain()
+    runs = {"plain": plain, "fast": fast}
+    if device.type == "cuda":
+        runs = {name: captured(run).replay for name, run in runs.items()}
+    seconds = take_turns(runs, device)
+    return timings(seconds["fast"]) | {
+        "plain_p50_ms": timings(seconds["plain"])["p50_ms"],
+        "speedup": float(np.median(seconds["plain"] / seconds["fast"])),
+        # Of the result and of the gradients, by their norms.
+        "difference": [
+            float((one.float() - other.float()).norm() / other.float().norm())
+            for one, other in zip(found, wanted, strict=True)
+        ],
+    }
+
+
+def _passes(sampling: Sampling, backward: bool, **options) -> Callable[[], tuple[Tensor, ...]]:
+    """A function that makes one pass and returns the result, with `backward` also the gradients of all inputs."""
+    leaves = [x.detach().clone().requires_grad_(backward) for x in sampling.inputs]
+    function = partial(sampling.function, **options)
+
+    def run() -> tuple[Tensor, ...]:
+        result = function(*leaves)
+        if not backward:
+            return (result,)
+        return (result.detach(), *torch.autograd.grad(result.square().sum(), leaves))
+
+    return run

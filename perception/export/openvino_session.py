@@ -1,0 +1,148 @@
+"""The graph of an export in OpenVINO on the CPU, with all its buffers: numpy and OpenVINO, no torch."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from perception.errors import ConfigError
+from perception.export.contract import MODEL, check_graph
+
+FLOAT32, BFLOAT16 = "openvino", "openvino-bf16"  # backends, by the type of convolutions and products with weights
+TELEMETRY = "openvino_telemetry"
+
+
+def import_openvino():
+    """Imports `openvino` without its telemetry.
+
+    By itself, `import openvino` writes an identifier into the home directory and sends a report over the network. Here
+    the package that does so stays unloaded; a program that imported `openvino` before has decided otherwise.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    if sys.modules.get("openvino"):
+        return sys.modules["openvino"]
+    loaded = {TELEMETRY: sys.modules[TELEMETRY]} if TELEMETRY in sys.modules else {}
+    sys.modules[TELEMETRY] = None  # openvino takes a stand-in of its own where the package cannot be imported
+    try:
+        return importlib.import_module("openvino")
+    except ImportError as error:
+        raise ConfigError(f"openvino is not installed ({error}); pip install openvino") from None
+    finally:
+        del sys.modules[TELEMETRY]
+        sys.modules.update(loaded)
+
+
+def openvino_core(backend: str, precision: str):
+    """OpenVINO's `Core`, after checking that a backend can run here; ask before long work.
+
+    Args:
+        backend: `FLOAT32` or `BFLOAT16`.
+        precision: of the export.
+
+    Raises:
+        ConfigError: a package is not installed, this CPU has no bfloat16, or bfloat16 is asked of an export that is not
+            in fp32.
+    """
+    core = import_openvino().Core()
+    if backend == BFLOAT16:
+        if precision != "fp32":
+            raise ConfigError(f"backend {backend} runs exports of precision fp32, this one is {precision}")
+        if "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            name = core.get_property("CPU", "FULL_DEVICE_NAME")
+            raise ConfigError(
+                f"backend {backend} needs a CPU that computes in bfloat16 (AVX512-BF16 or AMX); {name} does not: use "
+                f"backend {FLOAT32}"
+            )
+        try:
+            importlib.import_module("onnx")
+        except ImportError as error:
+            raise ConfigError(f"backend {backend} needs onnx ({error}); pip install onnx") from None
+    return core
+
+
+class OpenVINOSession:
+    """The graph of an export compiled by OpenVINO for the CPU, and its buffers.
+
+    OpenVINO reads and writes the arrays of `inputs` and `outputs` themselves. The memory has two arrays that take turns
+    as what is read and what is written.
+
+    With `BFLOAT16`, the layers that `perception.export.half` gives to float16 run in bfloat16, and geometry, sampling,
+    softmax and normalisation in float32. OpenVINO's own hint for bfloat16 would round the geometry too: pixels and
+    metres would be off by up to 0.2 %.
+
+    Args:
+        folder: of the export.
+        contract: of `read_contract`.
+        backend: `FLOAT32` or `BFLOAT16`.
+        threads: of the CPU; 0 for as many as OpenVINO chooses.
+
+    Raises:
+        ConfigError: as `openvino_core`, or OpenVINO does not take the graph.
+        CheckpointError: the graph has other inputs or outputs than the contract.
+    """
+
+    def __init__(self, folder: str | Path, contract: dict, backend: str, threads: int) -> None:
+        core = openvino_core(backend, contract["precision"])
+        openvino = import_openvino()
+        path = Path(folder, MODEL)
+        options = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+            "INFERENCE_NUM_THREADS": threads,
+            "INFERENCE_PRECISION_HINT": "f32",  # types are those of the graph; by default it rounds to bfloat16
+        }
+        try:
+            graph = core.read_model(path if backend == FLOAT32 else _in_bfloat16(path))
+            compiled = core.compile_model(graph, "CPU", options)
+        except RuntimeError as error:
+            reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), "it does not say why")
+            raise ConfigError(f"{path}: OpenVINO {openvino.__version__} does not take this graph: {reason}") from None
+        inputs, outputs = (
+            {x.any_name: (x.element_type.to_dtype().name, list(x.partial_shape.to_shape())) for x in ports}
+            for ports in (graph.inputs, graph.outputs)
+        )
+        check_graph(path, contract, inputs, outputs)
+        self.device = "CPU"
+        self.inputs, self.outputs = (
+            {x["name"]: np.zeros(x["shape"], x["dtype"]) for x in contract[side]} for side in ("inputs", "outputs")
+        )
+        arrays = self.inputs | self.outputs
+        self._memories = [np.zeros_like(arrays.get("memory", np.zeros(0, np.float32))) for _ in range(2)]
+        self._requests = []
+        for turn in range(2):
+            if "memory" in arrays:
+                arrays |= {"memory": self._memories[turn], "new_memory": self._memories[1 - turn]}
+            request = compiled.create_infer_request()
+            for name, array in arrays.items():
+                request.set_tensor(name, openvino.Tensor(array, shared_memory=True))
+            self._requests.append(request)
+
+    def run(self, turn: int) -> None:
+        """One pass from `inputs` to `outputs` that reads the memory of this turn and writes the other."""
+        self._requests[turn].infer()
+
+    def memory(self, turn: int) -> np.ndarray:
+        """A copy of the memory that a pass of this turn reads; empty where the network has none."""
+        return self._memories[turn].copy()
+
+    def memory_is_finite(self, turn: int) -> bool:
+        """Tells whether the memory that a pass of this turn reads is finite."""
+        return bool(np.isfinite(self._memories[turn]).all())
+
+    def clear(self) -> None:
+        """Fills the memory with zeros."""
+        for memory in self._memories:
+            memory[...] = 0
+
+
+def _in_bfloat16(path: Path) -> bytes:
+    import onnx
+
+    from perception.export.half import halve_graph
+
+    return halve_graph(onnx.load(path), "bfloat16").SerializeToString()

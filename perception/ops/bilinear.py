@@ -1,0 +1,207 @@
+"""Weighted sums of bilinear samples that are never stored one by one, for CPUs and GPUs.
+
+`perception.ops.sampling` and `perception.ops.deformable` hold the public functions with their plain twins; this module
+holds the fast implementations behind them. Every public function takes `implementation`:
+
+- "plain": `F.grid_sample`, then a product and a sum. It is the definition, and the only one that is exported.
+- "embedding_bag": PyTorch on CPUs. A bilinear sample is a weighted sum of four rows of a table.
+- "triton": one kernel forward and one backward for GPUs, registered as an operator of PyTorch, so that
+  `torch.compile` and CUDA graphs take it whole.
+- None: whatever is fastest where the tensors lie, see `choose_implementation`.
+
+The fast implementations do not read samples whose weight is zero: their values may be NaN, and the gradient of such a
+weight is zero. They compute in float32 whatever the maps are stored in. On GPUs the gradient of the maps is summed by
+atomic additions, so its last bits differ from run to run, as those of `F.grid_sample` do.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from shutil import which
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from perception.errors import ConfigError
+
+IMPLEMENTATIONS = ("plain", "embedding_bag", "triton")
+# Triton builds a small launcher with a C compiler when a kernel first runs; slim containers have none.
+HAS_TRITON = find_spec("triton") is not None and bool(os.environ.get("CC") or any(map(which, ("cc", "gcc", "clang"))))
+
+_preferred: str | None = None
+
+
+@contextmanager
+def preferred_implementation(implementation: str) -> Iterator[None]:
+    """Within the block, functions that are asked for no implementation use this one: to compare networks, for example.
+
+    Raises:
+        ConfigError: the implementation is not known.
+    """
+    global _preferred
+    if implementation not in IMPLEMENTATIONS:
+        raise ConfigError(f"implementation is {implementation!r}; use one of {', '.join(IMPLEMENTATIONS)}")
+    before, _preferred = _preferred, implementation
+    try:
+        yield
+    finally:
+        _preferred = before
+
+
+def choose_implementation(maps: Tensor, implementation: str | None, on_cpu: str) -> str:
+    """The implementation to use for maps: what the caller asked for, or the fastest one.
+
+    Args:
+        maps: what is sampled.
+        implementation: of `IMPLEMENTATIONS`, or None.
+        on_cpu: the fastest one on CPUs.
+
+    Raises:
+        ConfigError: the implementation is not known.
+    """
+    if implementation is not None:
+        if implementation not in IMPLEMENTATIONS:
+            raise ConfigError(f"implementation is {implementation!r}; use one of {', '.join(IMPLEMENTATIONS)}")
+        return implementation
+    if torch.compiler.is_exporting() or maps.dtype == torch.float64:
+        return "plain"
+    if _preferred is not None:
+        return _preferred
+    if maps.device.type == "cpu":
+        return on_cpu
+    return "triton" if HAS_TRITON and maps.device.type == "cuda" else "plain"
+
+
+def weighted_bilinear(
+    maps: Tensor,
+    places: Tensor,
+    index: Tensor | None,
+    weight: Tensor,
+    *,
+    border: bool,
+    dtype: torch.dtype,
+    implementation: str,
+) -> Tensor:
+    """Sums bilinear samples of maps with weights.
+
+    Args:
+        maps: [B, N, h, w, heads, C]; fastest where this is contiguous, that is for maps in channels_last.
+        places: [B, Q, heads, S, 2] x and y, 0..1 over width and height.
+        index: [B, Q, heads, S] integers, which of the N maps to sample; None for the first.
+        weight: [B, Q, heads, S].
+        border: places outside are moved to the nearest border pixel's centre; otherwise they read zero.
+        dtype: of the result.
+        implementation: "embedding_bag" or "triton".
+
+    Returns:
+        [B, Q, heads, C].
+    """
+    if implementation == "triton":
+        return _fused(maps.contiguous(), places, index, weight, border, dtype)
+    return _embedding_bag(maps.float(), places.float(), index, weight.float(), border).to(dtype)
+
+
+def _embedding_bag(maps: Tensor, places: Tensor, index: Tensor | None, weight: Tensor, border: bool) -> Tensor:
+    B, N, h, w, heads, C = maps.shape
+    _, Q, _, S, _ = places.shape
+    device = maps.device
+    first_map = torch.arange(0, B * N, N, device=device).view(B, 1, 1, 1)
+    index = first_map.expand(-1, Q, heads, S) if index is None else index + first_map
+    head = torch.arange(heads, device=device).view(1, 1, heads, 1).expand(B, Q, -1, S)
+    places, weight, index, head = places.reshape(-1, 2), weight.reshape(-1), index.reshape(-1), head.reshape(-1)
+    offsets = None
+    # Samples that do not count are left out, but how many do depends on data, which splits a compiled graph.
+    if not torch.compiler.is_compiling():
+        counts = weight != 0
+        kept = counts.nonzero()[:, 0]
+        places, weight, index, head = (x.index_select(0, kept) for x in (places, weight, index, head))
+        ends = counts.view(-1, S).sum(-1).cumsum(0) * 4
+        offsets = F.pad(ends.int(), (1, 0))
+    x0, x1, x_share, x0_inside, x1_inside = _along(places[:, 0], w, border)
+    y0, y1, y_share, y0_inside, y1_inside = _along(places[:, 1], h, border)
+    lower = weight * y_share
+    upper = weight - lower
+    if not border:
+        lower, upper = lower * y1_inside, upper * y0_inside
+    right, left = x_share, 1 - x_share
+    if not border:
+        right, left = right * x1_inside, left * x0_inside
+    row0, row1 = (index * h + y0) * w, (index * h + y1) * w
+    rows = torch.stack([row0 + x0, row0 + x1, row1 + x0, row1 + x1], -1) * heads + head[:, None]
+    share = torch.stack([upper * left, upper * right, lower * left, lower * right], -1)
+    rows = rows.int() if B * N * h * w * heads < 2**31 else rows
+    if offsets is None:
+        rows, share = rows.view(-1, 4 * S), share.view(-1, 4 * S)
+    else:
+        rows, share = rows.flatten(), share.flatten()
+    table = maps.reshape(-1, C)
+    summed = F.embedding_bag(
+        rows, table, offsets, mode="sum", per_sample_weights=share, include_last_offset=offsets is not None
+    )
+    return summed.view(B, Q, heads, C)
+
+
+def _along(place: Tensor, size: int, border: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Both pixels next to places along one axis, the second one's share, and whether each lies on the map."""
+    at = place * size - 0.5
+    at = at.clamp(0, size - 1) if border else at.clamp(-2, size + 1)
+    first = at.detach().floor()
+    share = at - first
+    first = first.long()
+    second = first + 1
+    first_inside, second_inside = (first >= 0) & (first < size), (second >= 0) & (second < size)
+    return first.clamp(0, size - 1), second.clamp(0, size - 1), share, first_inside, second_inside
+
+
+# The schemas are spelled out: older versions of PyTorch cannot read annotations that are strings.
+@torch.library.custom_op(
+    "perception::weighted_bilinear",
+    mutates_args=(),
+    schema="(Tensor maps, Tensor places, Tensor? index, Tensor weight, bool border, ScalarType dtype) -> Tensor",
+)
+def _fused(maps, places, index, weight, border, dtype):
+    from perception.ops import kernels  # here, because machines without a GPU may have no Triton
+
+    return kernels.forward(maps, places, index, weight, border, dtype)
+
+
+@torch.library.custom_op(
+    "perception::weighted_bilinear_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor maps, Tensor places, Tensor? index, Tensor weight, bool border)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+def _fused_backward(grad, maps, places, index, weight, border):
+    from perception.ops import kernels
+
+    return kernels.backward(grad, maps, places, index, weight, border)
+
+
+@_fused.register_fake
+def _(maps, places, index, weight, border, dtype):
+    B, Q, heads = places.shape[:3]
+    return maps.new_empty(B, Q, heads, maps.shape[-1], dtype=dtype)
+
+
+@_fused_backward.register_fake
+def _(grad, maps, places, index, weight, border):
+    return tuple(x.new_empty(x.shape) for x in (maps, places, weight))
+
+
+def _save(ctx, inputs, output) -> None:
+    maps, places, index, weight, border, _ = inputs
+    ctx.save_for_backward(maps, places, index, weight)
+    ctx.border = border
+
+
+def _gradients(ctx, grad):
+    maps, places, index, weight = ctx.saved_tensors
+    maps_grad, places_grad, weight_grad = _fused_backward(grad, maps, places, index, weight, ctx.border)
+    return maps_grad, places_grad, None, weight_grad, None, None
+
+
+_fused.register_autograd(_gradients, setup_context=_save)

@@ -1,0 +1,273 @@
+"""Measurements: rows come whatever goes wrong, modes are compared with float32, steps learn and their shares add up."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from perception.benchmark import frames, gpu, stages, training
+from perception.benchmark.frames import Mode, Runner, differences, frame_of, measure_frames, memory_of, network_of
+from perception.benchmark.sampling import measure_sampling, samplings_of
+from perception.benchmark.stages import Recorder, Stage, run_stages
+from perception.benchmark.training import RandomClips, Step, measure_training
+from perception.data.loader import collate
+from perception.errors import CheckpointError, ConfigError
+from perception.models.checkpoint import save_checkpoint
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def weights(small_network, tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("benchmark") / "small.safetensors"
+    save_checkpoint(path, small_network, {})
+    return str(path)
+
+
+@pytest.fixture
+def few_passes(monkeypatch):
+    monkeypatch.setattr(frames, "SECONDS", 0.0)
+    monkeypatch.setattr(frames, "LEAST_PASSES", 3)
+
+
+# -------------------------------------------------------------------------------------------------------------- stages
+
+
+def _fail() -> dict:
+    raise ValueError("a kernel\ndid not compile")
+
+
+def _exhaust() -> dict:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def _ignore() -> dict:
+    try:
+        time.sleep(60)
+    except BaseException:
+        time.sleep(60)
+    return {}
+
+
+def break_down(recorder: Recorder) -> None:
+    recorder.attempt("fails", 5.0, _fail)
+    recorder.attempt("too large", 5.0, _exhaust)
+    recorder.attempt("too slow", 0.2, time.sleep, 60)
+    recorder.attempt("ignores it", 0.2, _ignore)
+    recorder.attempt("works", 5.0, dict)
+    os._exit(3)
+
+
+def hang(recorder: Recorder) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])  # as inside a call that never returns
+    recorder.attempt("never ends", 1.0, time.sleep, 60)
+
+
+def test_nothing_ends_a_run(monkeypatch):
+    monkeypatch.setattr(stages, "GRACE", 0.5)
+    order = [Stage("a", "m", break_down, (), 60.0), Stage("b", "", hang, (), 3.0), Stage("c", "", hang, (), 2.0)]
+    rows = list(run_stages(order, 120.0))
+    assert rows[:6] == [
+        {"stage": "a", "model": "m", "name": "fails", "error": "ValueError: a kernel did not compile"},
+        {"stage": "a", "model": "m", "name": "too large", "error": "out of memory"},
+        {"stage": "a", "model": "m", "name": "too slow", "error": "stopped after 0 s"},
+        {"stage": "a", "model": "m", "name": "ignores it", "error": "stopped after 0 s"},
+        {"stage": "a", "model": "m", "name": "works"},
+        {"stage": "a", "model": "m", "name": "", "error": "the process ended with code 3"},
+    ]
+    assert rows[6:] == [
+        {"stage": "b", "model": "", "name": "", "error": "the process was ended after 4 s"},
+        {"stage": "c", "model": "", "name": "", "error": "no time was left"},  # two seconds are not worth a start
+    ]
+
+
+def test_time_of_a_stage_is_shared_by_its_measurements():
+    rows = []
+    recorder = Recorder(rows.append, 0.3)
+    recorder.attempt("first", 60.0, time.sleep, 60)
+    start = time.monotonic()
+    recorder.attempt("second", 60.0, time.sleep, 60)
+    assert time.monotonic() - start < 10
+    assert [row["error"] for row in rows] == ["stopped after 0 s"] * 2
+
+
+# -------------------------------------------------------------------------------------------------------------- frames
+
+
+@pytest.mark.usefixtures("few_passes")
+def test_modes_are_held_to_float32(weights):
+    rows = []
+    measure_frames(Recorder(rows.append, 120.0), weights, "cpu", False)
+    assert [row["name"] for row in rows] == [
+        "eager fp32 untuned plain sampling", "eager fp32", "eager bf16", "eager bf16 channels_last", "with copies",
+        "profile",
+    ]  # fmt: skip
+    assert not any("error" in row for row in rows), rows
+    same, half = rows[0], rows[2]
+    assert same["difference"] == {"memory": [0, 0], "box": [0, 0], "line": [0, 0]}
+    assert all(1e-5 < half["difference"][kind][1] < 0.1 for kind in ("memory", "box", "line"))
+    assert all(0 < row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"] for row in rows[:5])
+    assert rows[-1]["kernels"] > 100 and rows[-1]["top"][0]["ms"] <= rows[-1]["kernel_ms"]
+
+
+def test_a_runner_goes_on_from_its_memory(small_network):
+    frame = frame_of(small_network, CPU)
+    state = memory_of(small_network, frame)
+    runner = Runner(small_network, frame, state, Mode())
+    with torch.inference_mode():
+        one, second = small_network(frame, state)
+        two, third = small_network(frame, second)
+    for _ in range(2):  # the memory that was given is kept
+        prediction, _, after = runner.first_pass()
+        torch.testing.assert_close(prediction.box_params, one.box_params)
+        torch.testing.assert_close(after.bev, second.bev)
+    runner()
+    torch.testing.assert_close(runner.state.bev, third.bev)
+    torch.testing.assert_close(runner.results[0].line_points, two.line_points)
+    assert (third.bev - second.bev).abs().max() > 1e-3
+
+
+def test_differences_follow_boxes_that_changed_places(small_network):
+    frame = frame_of(small_network, CPU)
+    wanted = Runner(small_network, frame, memory_of(small_network, frame), Mode()).first_pass()
+    prediction, scene, state = wanted
+    turned = prediction._replace(
+        box_logits=prediction.box_logits.flip(2), box_params=prediction.box_params.flip(2),
+        line_points=prediction.line_points + 0.5,
+    )  # fmt: skip
+    found = differences(small_network, wanted, (turned, scene, state))
+    assert found["box"] == [0, 0] and found["memory"] == [0, 0]
+    assert 0 < found["line"][1] < found["line"][0] == pytest.approx(0.5, rel=1e-3)  # classes do not differ
+    broken = state._replace(bev=state.bev.clone().index_fill_(1, torch.tensor(0), float("nan")))
+    assert differences(small_network, wanted, (prediction, scene, broken))["memory"] is None
+
+
+def test_random_networks_depend_on_the_images(small_network, monkeypatch):
+    network = network_of("nano", CPU)
+    assert network.config.image_size != (160, 288)  # the shipped weights, not the preset
+    monkeypatch.setattr(frames.ModelConfig, "tiny", lambda: small_network.config)
+    tiny = network_of("tiny", CPU)
+    frame = frame_of(tiny, CPU)
+    other = frame._replace(images=255 - frame.images)
+    with torch.inference_mode():
+        one, two = (tiny(seen, tiny.initial_state(1))[0] for seen in (frame, other))
+    for name in ("box_logits", "box_params", "line_logits", "line_points"):
+        values = getattr(one, name)[-1]
+        assert values.isfinite().all() and values.abs().max() < 1e3
+        assert (values - getattr(two, name)[-1]).abs().max() > 1e-3
+
+
+# ------------------------------------------------------------------------------------------------------------ sampling
+
+
+@pytest.mark.usefixtures("few_passes")
+def test_sampling_is_measured_at_the_sizes_of_a_network(weights, small_network):
+    cameras, bev = samplings_of(small_network, "bf16").values()
+    features, uv, weight = cameras.inputs
+    assert features.shape == (1, 6, 16, 5, 10) and features.dtype == torch.bfloat16
+    assert uv.shape == (1, 20 * 20 * 3, 1, 2) and weight.shape == uv.shape[:-1]
+    assert (weight == 0).float().mean() == pytest.approx(0.41, abs=0.05)
+    assert [tuple(x.shape) for x in bev.inputs] == [(1, 16, 20, 20), (1, 20, 4, 4, 2), (1, 20, 4, 4)]
+    assert bev.inputs[1].abs().max() > 40  # metres, all over the grid
+    rows = []
+    measure_sampling(Recorder(rows.append, 60.0), (weights,), "cpu")
+    assert [len(row["difference"]) for row in rows] == [1, 4] * 6
+    assert 0 < max(off for row in rows for off in row["difference"]) < 1e-2
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def test_steps_learn(weights, monkeypatch):
+    monkeypatch.setattr(training, "STORED_SIZE", (90, 160))
+    network = network_of(weights, CPU)
+    step = Step(network)
+    before = [parameter.clone() for parameter in network.parameters()]
+    clips = RandomClips(network, 4)
+    assert clips[1].frames.images.shape == (2, 6, 3, 40, 80)
+    assert (clips[1].truth.boxes.center != clips[2].truth.boxes.center).any()
+    marks = {}
+    start = time.perf_counter()
+    step(collate([clips[0], clips[1]]), marks)
+    assert sum(marks.values()) <= time.perf_counter() - start and min(marks.values()) > 0
+    assert marks.keys() == {"forward", "losses", "backward", "optimizer"}
+    changed = [(a != b).any() for a, b in zip(before, network.parameters(), strict=True)]
+    assert sum(changed) > 0.9 * len(changed)
+
+
+def test_training_is_measured_until_batches_do_not_fit(weights, monkeypatch):
+    rows = []
+    step = Step.__call__
+
+    def step_on_a_small_gpu(self, clip, marks=None):
+        if len(clip.sample_index) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        step(self, clip, marks)
+
+    monkeypatch.setattr(Step, "__call__", step_on_a_small_gpu)
+    monkeypatch.setattr(training, "STEPS", 1)
+    monkeypatch.setattr(training, "STORED_SIZE", (90, 160))
+    monkeypatch.setattr(training, "LIMIT", 200.0)
+    monkeypatch.setattr(training, "LOADED_SHARE", 0.005)
+    measure_training(Recorder(rows.append, 400.0), weights, "cpu", (1, 2, 4, 8))
+    assert [(row["name"], row.get("error")) for row in rows] == [
+        ("batch 1", None), ("batch 2", None), ("batch 4", "out of memory"), ("loaded", None),
+    ]  # fmt: skip
+    for batch, row in zip((1, 2), rows, strict=False):
+        assert row["frames_per_s"] == pytest.approx(2 * batch / (row["step_ms"] / 1e3))
+        assert sum(row["shares"].values()) - row["shares"]["matching"] == pytest.approx(1)
+        assert 0 < row["shares"]["matching"] < row["shares"]["losses"] * 2
+    assert rows[-1]["batch"] == 2 and 0 <= rows[-1]["shares"]["data"] < 1
+
+
+# ------------------------------------------------------------------------------------------------------------ one call
+
+
+@pytest.mark.usefixtures("few_passes")
+def test_one_call_writes_what_it_has(weights, tmp_path):
+    path, seen = tmp_path / "gpu.json", []
+
+    def progress(line: str) -> None:
+        seen.append((line, len(json.loads(path.read_text())["rows"])))
+
+    content = gpu.measure(path, models=[weights], stages=["sampling"], device="cpu", seconds=600.0, progress=progress)
+    assert json.loads(path.read_text()) == content and content["machine"]["torch"] == torch.__version__
+    assert [count for _, count in seen] == list(range(1, 13))  # the file holds each row when it is told
+    text = gpu.tables(content)
+    assert text.count("\n| ") == 13 and "Not measured" not in text
+
+
+def test_the_first_model_comes_first():
+    order = gpu.plan(["base", "nano", "tiny"], gpu.STAGES, "cuda", 360.0)
+    assert [(stage.name, stage.model) for stage in order[:3]] == [
+        ("frames", "base"), ("compiled", "base"), ("ports", "base"),
+    ]  # fmt: skip
+    assert len(order) == 11
+    with pytest.raises(ConfigError, match="'frame' is not known; use some of frames, compiled"):
+        gpu.plan(["base"], ["frame"], "cuda", 360.0)
+    with pytest.raises(ConfigError, match="--models"):
+        gpu.plan([], ["frames"], "cuda", 360.0)
+    with pytest.raises(ConfigError, match="device 'tpu' is not here"):
+        gpu.measure("never.json", device="tpu")
+    with pytest.raises(ConfigError, match="model preset is 'bse'"):
+        gpu.measure("never.json", device="cpu", models=["nano", "bse"])
+    with pytest.raises(CheckpointError, match=r"none\.safetensors: no such checkpoint"):
+        gpu.measure("never.json", device="cpu", models=["none.safetensors"])
+
+
+def test_tables_say_what_is_missing():
+    row = {"p50_ms": 2.0, "p90_ms": 3.0, "p99_ms": 4.0, "speedup": 5.25, "peak_mib": 512.4}
+    row["difference"] = {"memory": [0.5, 0.25], "box": None}
+    content = {
+        "machine": {"device": "a GPU", "torch": "2", "cuda": "13"},
+        "rows": [
+            {"stage": "frames", "model": "base", "name": "eager bf16", **row},
+            {"stage": "compiled", "model": "base", "name": "compile", "error": "stopped after 75 s"},
+        ],
+    }
+    text = gpu.tables(content)
+    assert "| eager bf16 | 2.00 | 3.00 | 4.00 | 5.25 | 512 | 5.0e-01 (2.5e-01) | not finite |  |" in text
+    assert text.endswith("Not measured:\n\n- compiled base compile: stopped after 75 s")

@@ -1,0 +1,209 @@
+"""The fast implementations of sampling against the plain one in float64, forward and backward.
+
+Triton's kernels run on the GPU where there is one, else in Triton's interpreter (see conftest.py).
+"""
+
+import pytest
+import torch
+
+from perception.errors import ConfigError
+from perception.grid import BEVGrid
+from perception.ops import bilinear, sample_bev, sample_cameras
+from perception.ops.bilinear import choose_implementation, preferred_implementation
+from perception.ops.deformable import deformable_attention
+
+TRITON = pytest.param(
+    "triton", marks=pytest.mark.skipif(not bilinear.HAS_TRITON, reason="Triton or its compiler is not here")
+)
+FAST = pytest.mark.parametrize("fast", ["embedding_bag", TRITON])
+HALF = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+
+
+def device_of(implementation: str) -> str:
+    return "cuda" if implementation == "triton" and torch.cuda.is_available() else "cpu"
+
+
+def smooth_places(shape, size, generator):
+    """Places 0..1 on maps of (h, w) and around them, away from pixel centres and borders, where gradients jump."""
+    places = []
+    for side in (size[1], size[0]):
+        pixel = torch.randint(-3, side + 3, shape, generator=generator) + 0.1
+        places.append((pixel + 0.8 * torch.rand(shape, generator=generator) + 0.5) / side)
+    return torch.stack(places, -1)
+
+
+def drawn_weight(shape, generator):
+    """A third of the weights are zero, and all of those of the first query."""
+    weight = torch.randn(shape, generator=generator) * (torch.rand(shape, generator=generator) > 1 / 3)
+    weight[:, 0] = 0
+    return weight
+
+
+def results(sample, device, floats, dtype):
+    """The output, and the gradients of all floats, the last of which are the weights."""
+    floats = [x.to(device, dtype if i == 0 else None).requires_grad_() for i, x in enumerate(floats)]
+    found = sample(*floats)
+    noise = torch.randn(found.shape, generator=torch.Generator().manual_seed(7)).to(found)
+    return [x.detach().cpu() for x in (found, *torch.autograd.grad(found, floats, noise))]
+
+
+def compare(sample, fast, floats, dtype):
+    """`sample(implementation, *floats)` with maps rounded to `dtype` against the same in float64."""
+    floats = [floats[0].to(dtype).float(), *floats[1:]]
+    exact = results(lambda *x: sample("plain", *x), "cpu", [x.double() for x in floats], torch.float64)
+    found = results(lambda *x: sample(fast, *x), device_of(fast), floats, dtype)
+    assert found[0].dtype == torch.float32 and found[1].dtype == dtype
+    assert exact[0].abs().max() > 0.1 and all(gradient.abs().max() > 0.1 for gradient in exact[1:])
+    # What is not read gives its weight no gradient.
+    read = floats[-1] != 0
+    assert (found[-1][~read] == 0).all()
+    exact[-1] = exact[-1] * read
+    rounding = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    for name, ours, theirs in zip(("output", "maps", "places", "weight"), found, exact, strict=True):
+        tolerance = (rounding if name == "maps" else 1e-4) * float(theirs.abs().max())
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@FAST
+@HALF
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 3, 5, 4, 7, 37, 3), (1, 6, 64, 3, 5, 60, 1), (2, 1, 1, 1, 6, 70, 2), (1, 2, 300, 5, 1, 6, 4)],
+    ids=["odd", "one sample", "one row, one channel", "many channels"],
+)
+def test_cameras(shape, dtype, fast):
+    B, N, C, h, w, Q, S = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+    camera = torch.randint(0, N, (B, Q, S), generator=generator)
+    floats = [
+        torch.randn(B, N, C, h, w, generator=generator),
+        smooth_places((B, Q, S), (h, w), generator),
+        drawn_weight((B, Q, S), generator),
+    ]
+
+    def sample(implementation, features, uv, weight):
+        return sample_cameras(features, uv, camera.to(uv.device), weight, implementation)
+
+    if min(h, w) == 1:  # an axis of one pixel has no gradient, but the other one has
+        assert results(lambda *x: sample(fast, *x), device_of(fast), floats, dtype)[2].abs().amax((0, 1, 2)).min() == 0
+    compare(sample, fast, floats, dtype)
+
+
+@FAST
+@HALF
+def test_bev(dtype, fast):
+    generator = torch.Generator().manual_seed(3)
+    B, heads, C, Q, S, size = 2, 3, 4, 11, 4, (8, 5)
+    grid = BEVGrid((-6.0, 6.0), (-4.0, 4.0), size)
+    share = smooth_places((B, Q, heads, S), size, generator).flip(-1)  # along x and along y
+    floats = [
+        torch.randn(B, heads * C, *size, generator=generator),
+        share * torch.tensor([12.0, 8.0]) - torch.tensor([6.0, 4.0]),
+        drawn_weight((B, Q, heads, S), generator),
+    ]
+    compare(lambda implementation, *x: sample_bev(x[0], grid, *x[1:], implementation), fast, floats, dtype)
+
+
+@FAST
+@HALF
+def test_deformable_attention(dtype, fast):
+    generator = torch.Generator().manual_seed(4)
+    B, heads, C, Q, P, sizes = 2, 2, 3, 5, 4, [(6, 9), (3, 5), (1, 2)]
+    places = torch.stack([smooth_places((B, Q, heads, P), size, generator) for size in sizes], 3)
+    floats = [
+        torch.randn(B, sum(h * w for h, w in sizes), heads, C, generator=generator),
+        places,
+        drawn_weight((B, Q, heads, 3, P), generator),
+    ]
+    compare(lambda implementation, *x: deformable_attention(x[0], sizes, *x[1:], implementation), fast, floats, dtype)
+
+
+@FAST
+def test_borders_and_places_far_away(fast):
+    device = device_of(fast)
+    generator = torch.Generator().manual_seed(5)
+    features = torch.randn(1, 3, 4, 5, 6, generator=generator, dtype=torch.float64)
+    sides = torch.tensor([-1e9, -1.0, 0.0, 0.5 / 6, 0.5 / 5, 0.5, 1 - 0.5 / 5, 1 - 0.5 / 6, 1.0, 2.0, 1e9]).double()
+    uv = torch.cartesian_prod(sides, sides)[None, :, None].expand(-1, -1, 3, -1)
+    camera = torch.arange(3).expand(1, uv.shape[1], 3)
+    weight = torch.rand(uv.shape[:3], generator=generator, dtype=torch.float64)
+    exact = sample_cameras(features, uv, camera, weight)
+    floats = (x.to(device, torch.float32) for x in (features, uv))
+    found = sample_cameras(*floats, camera.to(device), weight.to(device, torch.float32), fast)
+    torch.testing.assert_close(found.cpu().double(), exact, rtol=0, atol=1e-5)
+
+    value = features.permute(0, 1, 3, 4, 2).flatten(1, 3)[:, :, None]  # of three levels
+    places, weight = uv[:, :, None, :, None], weight[:, :, None, :, None]
+    exact = deformable_attention(value, [(5, 6)] * 3, places, weight)
+    assert 0 < (exact == 0).double().mean() < 0.9  # outside reads zero
+    value, places, weight = (x.to(device, torch.float32) for x in (value, places, weight))
+    found = deformable_attention(value, [(5, 6)] * 3, places, weight, fast)
+    torch.testing.assert_close(found.cpu().double(), exact, rtol=0, atol=1e-5)
+
+
+@FAST
+def test_samples_of_weight_zero_are_not_read(fast):
+    device = device_of(fast)
+    features = torch.ones(1, 2, 3, 4, 5)
+    features[:, 1] = torch.nan
+    uv = torch.rand(1, 7, 2, 2)
+    uv[:, :, 1, 0] = torch.nan
+    weight = torch.tensor([2.0, 0.0]).expand(1, 7, 2)
+    floats = [x.to(device).requires_grad_() for x in (features, uv, weight)]
+    camera = torch.tensor([0, 1], device=device).expand(1, 7, 2)
+    found = sample_cameras(floats[0], floats[1], camera, floats[2], fast)
+    torch.testing.assert_close(found.cpu(), torch.full((1, 7, 3), 2.0))
+    gradients = torch.autograd.grad(found.sum(), floats)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    torch.testing.assert_close(gradients[2].cpu(), torch.tensor([3.0, 0.0]).expand(1, 7, 2))
+
+
+@FAST
+def test_nobody_sees_anything(fast):
+    device = device_of(fast)
+    features = torch.randn(2, 2, 3, 4, 5, device=device, requires_grad=True)
+    uv, camera = torch.rand(2, 7, 2, 2, device=device), torch.zeros(2, 7, 2, dtype=torch.int64, device=device)
+    found = sample_cameras(features, uv, camera, torch.zeros(2, 7, 2, device=device), fast)
+    assert found.shape == (2, 7, 3) and (found == 0).all()
+    assert (torch.autograd.grad(found.sum(), features)[0] == 0).all()
+    assert sample_cameras(features, uv[:, :0], camera[:, :0], uv[:, :0, :, 0], fast).shape == (2, 0, 3)
+
+
+@pytest.mark.skipif(not bilinear.HAS_TRITON, reason="Triton or its compiler is not here")
+def test_the_operator_keeps_the_rules_of_pytorch():
+    """Fake tensors, autograd, and no hidden mutation or alias: what torch.compile and CUDA graphs rely on."""
+    device = device_of("triton")
+    maps = torch.randn(1, 2, 3, 4, 1, 5, device=device, requires_grad=True)
+    places = torch.rand(1, 6, 1, 2, 2, device=device, requires_grad=True)
+    index = torch.zeros(1, 6, 1, 2, dtype=torch.int64, device=device)
+    weight = torch.rand(1, 6, 1, 2, device=device, requires_grad=True)
+    for border, dtype in ((True, torch.float32), (False, torch.float16)):
+        torch.library.opcheck(bilinear._fused, (maps, places, index if border else None, weight, border, dtype))
+
+
+def test_what_is_exported_is_plain():
+    class Sampler(torch.nn.Module):
+        def forward(self, features, uv, camera, weight):
+            return sample_cameras(features, uv, camera, weight)
+
+    floats = torch.rand(1, 2, 3, 4, 5), torch.rand(1, 6, 2, 2)
+    inputs = (*floats, torch.zeros(1, 6, 2, dtype=torch.int64), torch.rand(1, 6, 2))
+    graph = torch.export.export(Sampler(), inputs).graph
+    names = " ".join(str(node.target) for node in graph.nodes)
+    assert "grid_sampler" in names and "perception" not in names and "embedding_bag" not in names
+
+
+def test_an_unknown_implementation_is_refused():
+    features, uv = torch.rand(1, 2, 3, 4, 5), torch.rand(1, 6, 2, 2)
+    with pytest.raises(ConfigError, match="'cuda'; use one of plain, embedding_bag, triton"):
+        sample_cameras(features, uv, torch.zeros(1, 6, 2, dtype=torch.int64), uv[..., 0], "cuda")
+
+
+def test_a_preferred_implementation_is_used_where_none_is_asked_for():
+    maps = torch.zeros(1)
+    with preferred_implementation("plain"):
+        assert choose_implementation(maps, None) == "plain"
+        assert choose_implementation(maps, "triton") == "triton"
+    assert choose_implementation(maps, None) == "embedding_bag"
+    with pytest.raises(ConfigError, match="'grid'; use one of plain"), preferred_implementation("grid"):
+        pass

@@ -1,0 +1,424 @@
+"""No input blinds live use: what is impossible is refused in one sentence, and the next good frame is as without it."""
+
+import copy
+import re
+import warnings
+from datetime import datetime
+from fractions import Fraction
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import RAW
+from scipy.spatial.transform import Rotation
+
+from perception.errors import ConfigError, DataError, PerceptionError, PerceptionWarning
+from perception.export.runtime import Runtime
+from perception.geometry import rigid_from_yaw
+from perception.live import Odometer, check_intrinsics, jumped, motion_size
+from perception.predictor import Predictor
+from perception.types import CameraRig, State
+
+H, W = RAW
+N = 6
+
+
+@pytest.fixture(scope="module")
+def frames(small_town) -> list[tuple]:
+    """Images, rig, pose and time of the first three frames of a drive."""
+    found = []
+    for k in range(3):
+        frame = small_town[k].frames
+        images = list(frame.images[0].permute(0, 2, 3, 1).numpy())
+        rig = CameraRig(*(tensor[0].numpy() for tensor in frame.rig))
+        found.append((images, rig, small_town.ego_pose(k), 1.7e9 + 0.5 * k))
+    return found
+
+
+@pytest.fixture(scope="module")
+def make(small_network, fp32_export):
+    """Makes live use by name, with the keywords that both kinds take."""
+    return {"predictor": lambda **k: Predictor(small_network, **k), "runtime": lambda **k: Runtime(fp32_export, **k)}
+
+
+@pytest.fixture(params=["predictor", "runtime"])
+def kind(request) -> str:
+    return request.param
+
+
+def arrays(scene) -> list[np.ndarray]:
+    return [np.asarray(array) for noun in scene for array in noun]
+
+
+def same(one, other) -> bool:
+    """Bit for bit."""
+    return all(np.array_equal(a, b) for a, b in zip(arrays(one), arrays(other), strict=True))
+
+
+def with_value(array, value, *place):
+    changed = np.array(array, dtype=np.result_type(np.asarray(array).dtype, np.float64))
+    changed[place] = value
+    return changed
+
+
+def turned(pose):
+    """The same pose after a mirror, which is no rotation."""
+    return pose @ np.diag([1.0, -1, 1, 1])
+
+
+def with_mounting(rig, value, *place):
+    return rig._replace(ego_from_cam=with_value(rig.ego_from_cam, value, *place))
+
+
+def with_intrinsics(rig, value, *place):
+    return rig._replace(img_from_cam=with_value(rig.img_from_cam, value, *place))
+
+
+def with_image(images, image, n=1):
+    return [*images[:n], image, *images[n + 1 :]]
+
+
+class Unreadable:
+    def __array__(self, dtype=None, copy=None):
+        raise RuntimeError("on another device")
+
+
+# What is handed to step() instead of a good frame, and what the sentence must name.
+BAD = {
+    "pose 1e300": (lambda i, r, p, t: (i, r, with_value(p, 1e300, 0, 3), t), r"global_from_ego is 1e\+300 m .*metres"),
+    "pose in millimetres of ECEF": (lambda i, r, p, t: (i, r, with_value(p, 4.2e9, 1, 3), t), "is 4.2e"),
+    "pose -1e39": (lambda i, r, p, t: (i, r, with_value(p, -1e39, 2, 3), t), "global_from_ego is 1e"),
+    "pose NaN": (lambda i, r, p, t: (i, r, with_value(p, np.nan, 0, 3), t), "global_from_ego .* finite"),
+    "pose inf": (lambda i, r, p, t: (i, r, with_value(p, np.inf, 0, 0), t), "global_from_ego .* finite"),
+    "rotation 1e300": (lambda i, r, p, t: (i, r, with_value(p, 1e300, 0, 0), t), "global_from_ego .* rotation"),
+    "pose mirrored": (lambda i, r, p, t: (i, r, turned(p), t), "global_from_ego .* rotation"),
+    "pose of zeros": (lambda i, r, p, t: (i, r, np.zeros((4, 4)), t), "global_from_ego .* last row"),
+    "pose None": (lambda i, r, p, t: (i, r, None, t), "global_from_ego is NoneType"),
+    "pose text": (lambda i, r, p, t: (i, r, "here", t), "global_from_ego is str"),
+    "pose list of text": (lambda i, r, p, t: (i, r, [["1"] * 4] * 4, t), "global_from_ego is list"),
+    "pose ragged": (lambda i, r, p, t: (i, r, [[1, 0], [0]], t), "global_from_ego cannot be read as an array"),
+    "pose flat list": (lambda i, r, p, t: (i, r, list(range(16)), t), r"global_from_ego has shape \(16,\)"),
+    "pose 3 x 4": (lambda i, r, p, t: (i, r, p[:3], t), r"global_from_ego has shape \(3, 4\)"),
+    "pose complex": (lambda i, r, p, t: (i, r, p + 0j, t), "global_from_ego is complex128"),
+    "pose objects": (lambda i, r, p, t: (i, r, p.astype(object), t), "global_from_ego is object"),
+    "pose dict": (lambda i, r, p, t: (i, r, {"x": 0}, t), "global_from_ego is dict"),
+    "pose on a device": (lambda i, r, p, t: (i, r, Unreadable(), t), r"global_from_ego cannot .*on another device"),
+    "pose that wants a gradient": (
+        lambda i, r, p, t: (i, r, torch.tensor(p, requires_grad=True), t),
+        "global_from_ego cannot be read",
+    ),
+    "time None": (lambda i, r, p, t: (i, r, p, None), "time_s is NoneType; give the seconds"),
+    "time datetime": (lambda i, r, p, t: (i, r, p, datetime(2024, 5, 1)), r"time_s is datetime; .*timestamp\(\)"),
+    "time datetime64": (lambda i, r, p, t: (i, r, p, np.datetime64("2024-05-01T00:00:00")), "time_s is datetime64"),
+    "time text": (lambda i, r, p, t: (i, r, p, "1.7e9"), "time_s is str"),
+    "time bool": (lambda i, r, p, t: (i, r, p, True), "time_s is bool"),
+    "time complex": (lambda i, r, p, t: (i, r, p, 1j), "time_s is complex"),
+    "time of all frames": (lambda i, r, p, t: (i, r, p, np.array([t, t])), r"time_s is float64 \(2,\)"),
+    "time NaN": (lambda i, r, p, t: (i, r, p, np.nan), "time_s is nan"),
+    "time inf": (lambda i, r, p, t: (i, r, p, np.inf), "time_s is inf"),
+    "time beyond float64": (lambda i, r, p, t: (i, r, p, 10**400), "time_s is inf"),
+    "time in ms": (lambda i, r, p, t: (i, r, p, t * 1e3), "time_s .*milliseconds since 1970; divide it by 1e3"),
+    "time in us": (lambda i, r, p, t: (i, r, p, int(t * 1e6)), "time_s .*microseconds since 1970; divide it by 1e6"),
+    "time in ns": (lambda i, r, p, t: (i, r, p, np.int64(t * 1e9)), "time_s .*nanoseconds .* divide it by 1e9"),
+    "time back": (lambda i, r, p, t: (i, r, p, t - 1), r"time_s is .*last step was at .*reset\(\)"),
+    "images dict": (lambda i, r, p, t: (dict(enumerate(i)), r, p, t), "images is dict; give a list"),
+    "images None": (lambda i, r, p, t: (None, r, p, t), "images is NoneType"),
+    "images text": (lambda i, r, p, t: ("012345", r, p, t), "images is str"),
+    "images generator": (lambda i, r, p, t: ((x for x in i), r, p, t), "images is generator"),
+    "images tensor": (lambda i, r, p, t: (torch.tensor(np.stack(i)), r, p, t), "images is Tensor"),
+    "one image": (lambda i, r, p, t: (i[0], r, p, t), r"images is uint8 \(64, 112, 3\); give \[N, H, W, 3\]"),
+    "images of no dimension": (lambda i, r, p, t: (np.zeros((), np.uint8), r, p, t), r"images is uint8 \(\)"),
+    "no images": (lambda i, r, p, t: ([], r, p, t), "images is empty"),
+    "zero cameras": (
+        lambda i, r, p, t: (np.zeros((0, H, W, 3), np.uint8), CameraRig(*(x[:0] for x in r)), p, t),
+        "images is empty",
+    ),
+    "five images": (lambda i, r, p, t: (i[:5], r, p, t), r"rig\.present|images: 5 images"),
+    "image None": (lambda i, r, p, t: (with_image(i, None), r, p, t), r"images\[1\] is NoneType"),
+    "image of no rows": (lambda i, r, p, t: ([x[:0] for x in i], r, p, t), r"images\[0\] .*\(0, 112, 3\) .* no pixel"),
+    "image of no columns": (lambda i, r, p, t: (with_image(i, i[1][:, :0]), r, p, t), r"images\[1\] .* no pixel"),
+    "image grey": (lambda i, r, p, t: (with_image(i, i[1][..., 0]), r, p, t), r"images\[1\] is uint8 \(64, 112\)"),
+    "image with alpha": (lambda i, r, p, t: (with_image(i, i[1].repeat(2, -1)[..., :4]), r, p, t), r"images\[1\]"),
+    "image float": (lambda i, r, p, t: (with_image(i, i[1] / 255), r, p, t), r"images\[1\] is float64"),
+    "image list": (lambda i, r, p, t: (with_image(i, i[1].tolist()), r, p, t), r"images\[1\] is list"),
+    "rig dict": (lambda i, r, p, t: (i, r._asdict(), p, t), r"rig is dict; give a perception\.CameraRig"),
+    "rig None": (lambda i, r, p, t: (i, None, p, t), "rig is NoneType"),
+    "rig alike": (lambda i, r, p, t: (i, SimpleNamespace(**r._asdict()), p, t), "rig is SimpleNamespace"),
+    "present None": (lambda i, r, p, t: (i, r._replace(present=None), p, t), r"rig\.present .* \[6\] bool"),
+    "present numbers": (lambda i, r, p, t: (i, r._replace(present=r.present * 1.0), p, t), r"rig\.present .*float64"),
+    "present ragged": (lambda i, r, p, t: (i, r._replace(present=[[True], []]), p, t), r"rig\.present cannot be read"),
+    "intrinsics None": (lambda i, r, p, t: (i, r._replace(img_from_cam=None), p, t), r"rig\.img_from_cam is NoneType"),
+    "intrinsics partly None": (
+        lambda i, r, p, t: (i, r._replace(img_from_cam=with_image(list(r.img_from_cam), None)), p, t),
+        r"rig\.img_from_cam cannot be read",
+    ),
+    "intrinsics text": (
+        lambda i, r, p, t: (i, r._replace(img_from_cam=r.img_from_cam.astype(str)), p, t),
+        r"rig\.img_from_cam is <U",
+    ),
+    "intrinsics of one": (
+        lambda i, r, p, t: (i, r._replace(img_from_cam=r.img_from_cam[0]), p, t),
+        r"rig\.img_from_cam has shape \(3, 3\); 6 images were given, so give \(6, 3, 3\)",
+    ),
+    "intrinsics NaN": (lambda i, r, p, t: (i, with_intrinsics(r, np.nan, 2, 0, 1), p, t), r"rig\.img_from_cam\[2\]"),
+    "principal point 1e39": (
+        lambda i, r, p, t: (i, with_intrinsics(r, 1e39, 2, 0, 2), p, t),
+        r"rig\.img_from_cam\[2\] has its principal point at 1e\+39, .* px, far outside an image of 64 x 112",
+    ),
+    "principal point 500": (lambda i, r, p, t: (i, with_intrinsics(r, 500, 2, 1, 2), p, t), "at .*500 px, far"),
+    "focal length 1e39": (lambda i, r, p, t: (i, with_intrinsics(r, 1e39, 2, 0, 0), p, t), r"\[2\] .*1e\+39 and"),
+    "focal length 1e-39": (lambda i, r, p, t: (i, with_intrinsics(r, 1e-39, 2, 1, 1), p, t), r"\[2\] .*1e-39 px"),
+    "focal length in mm": (lambda i, r, p, t: (i, with_intrinsics(r, 4, 2, (0, 1), (0, 1)), p, t), "not millimetres"),
+    "focal length negative": (lambda i, r, p, t: (i, with_intrinsics(r, -50, 2, 0, 0), p, t), r"\[2\] .* above 0"),
+    "skew": (lambda i, r, p, t: (i, with_intrinsics(r, 1e39, 2, 0, 1), p, t), r"\[2\] has a skew"),
+    "skew below": (lambda i, r, p, t: (i, with_intrinsics(r, 1e300, 2, 1, 0), p, t), r"\[2\] has a skew"),
+    "mounting 1e39": (
+        lambda i, r, p, t: (i, with_mounting(r, 1e39, 4, 0, 3), p, t),
+        r"rig\.ego_from_cam\[4\] is 1e\+39 m from the ego origin",
+    ),
+    "mounting in mm": (lambda i, r, p, t: (i, with_mounting(r, 1600, 4, 2, 3), p, t), r"\[4\] is 1600 m .*millimetres"),
+    "mounting NaN": (lambda i, r, p, t: (i, with_mounting(r, np.nan, 4, 1, 1), p, t), r"ego_from_cam\[4\] .*finite"),
+    "mounting 1e200": (lambda i, r, p, t: (i, with_mounting(r, 1e200, 4, 1, 1), p, t), r"ego_from_cam\[4\] .*rotat"),
+    "mounting complex": (
+        lambda i, r, p, t: (i, r._replace(ego_from_cam=r.ego_from_cam * 1j), p, t),
+        r"rig\.ego_from_cam is complex",
+    ),
+    "mounting 3 x 4": (
+        lambda i, r, p, t: (i, r._replace(ego_from_cam=r.ego_from_cam[:, :3]), p, t),
+        r"rig\.ego_from_cam has shape \(6, 3, 4\)",
+    ),
+}  # fmt: skip
+
+
+def test_bad_frames_are_refused_and_change_nothing(make, kind, frames):
+    live, undisturbed = make[kind](), make[kind]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for each in (live, undisturbed):
+            each.step(*frames[0])
+        for case, (change, message) in BAD.items():
+            with pytest.raises(DataError, match=message) as caught:
+                live.step(*change(*frames[1]))
+            sentence = str(caught.value)
+            assert "\n" not in sentence and len(sentence) < 300, (case, sentence)
+        for frame in frames[1:]:
+            expected = undisturbed.step(*frame)
+            assert same(live.step(*frame), expected) and len(expected.boxes.score)
+
+
+def test_unusual_but_right_inputs_are_taken(make, kind, frames):
+    live = make[kind]()
+
+    def first(*frame):
+        live.reset()
+        return live.step(*frame)
+
+    images, rig, pose, time = frames[0]
+    expected = first(*frames[0])
+    lists = CameraRig(*(np.asarray(field).tolist() for field in rig))
+    tensors = CameraRig(*(torch.from_numpy(field) for field in rig))
+    assert same(first(tuple(images), lists, pose.tolist(), Fraction(time)), expected)
+    assert same(first(images, tensors, torch.from_numpy(pose), np.float64(time)), expected)
+    assert same(first(np.stack(images), rig, np.asfortranarray(pose), np.array(int(time))), expected)
+    # An absent camera's calibration is not looked at.
+    absent = rig._replace(present=np.arange(N) != 2)
+    broken = with_mounting(with_intrinsics(absent, 1e300, 2), np.nan, 2)
+    assert same(first(images, broken, pose, time), first(images, absent, pose, time))
+
+
+def test_whatever_is_not_refused_stays_finite(make, kind, frames):
+    live = make[kind]()
+    images, rig, pose, time = frames[0]
+    extremes = [
+        with_intrinsics(rig, 0.0501 * W, slice(None), (0, 1), (0, 1)),
+        with_intrinsics(rig, 99.9 * W, slice(None), (0, 1), (0, 1)),
+        with_intrinsics(rig, -2.4 * W, slice(None), (0, 1), (2, 2)),
+        with_mounting(rig, -49.9, slice(None), slice(0, 3), 3),
+        with_mounting(rig, 49.9, slice(None), 2, 3),
+        rig._replace(present=np.zeros(N, dtype=bool)),
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for k, extreme in enumerate(extremes):
+            far = with_value(pose, 9.9e7, slice(0, 3), 3)
+            live.step(images, extreme, far @ rigid_from_yaw(0.9 * k, (50.0 * k, 0, 0)), time + k)
+            memory = live.memory() if kind == "runtime" else live._state.bev
+            assert bool(np.isfinite(np.asarray(memory)).all())
+        last = live.step(images, rig, far @ rigid_from_yaw(0.9 * k, (50.0 * k, 0, 0)), time + k + 1)
+    assert all(np.isfinite(array).all() for array in arrays(last))
+
+
+def poison(live) -> None:
+    """Puts a NaN into the memory, as no accepted input could."""
+    if isinstance(live, Predictor):
+        bev = live._state.bev.clone()
+        bev[0, 3, 10, 10] = torch.nan
+        live._state = State(bev)
+    else:
+        memory = live.memory()
+        memory[0, 3, 10, 10] = np.nan
+        live._session._memories[live._turn].update_inplace(memory)
+
+
+@pytest.mark.parametrize("shown", [True, False], ids=["in what is returned", "in the memory alone"])
+def test_a_memory_that_is_not_finite_is_dropped_with_a_warning(make, kind, frames, shown, monkeypatch):
+    if not shown:  # as if no query looked at the broken cells
+        module = "perception.predictor" if kind == "predictor" else "perception.export.runtime"
+        monkeypatch.setattr(f"{module}.scene_is_finite", lambda whole, kept: True)
+    live = make[kind]()
+    live.step(*frames[0])
+    poison(live)
+    with pytest.warns(PerceptionWarning, match="not finite: this step returns no boxes .* memory is dropped") as caught:
+        scene = live.step(*frames[1])
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert len(scene.boxes.score) == len(scene.lines.points) == 0
+    assert not (live.memory() if kind == "runtime" else live._state.bev.numpy()).any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert same(live.step(*frames[2]), make[kind]().step(*frames[2]))
+    # Who turns warnings into errors goes on in the same way.
+    poison(live)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        images, rig, pose, time = frames[2]
+        with pytest.raises(PerceptionWarning):
+            live.step(images, rig, pose, time + 0.1)
+        assert same(live.step(*frames[2]), make[kind]().step(*frames[2]))
+
+
+def test_scores_that_are_not_finite_are_no_empty_road(small_network, frames):
+    # The memory stays finite here: only the decoder's weights are spoilt.
+    broken = copy.deepcopy(small_network)
+    with torch.no_grad():
+        for parameter in broken.line_decoder.parameters():
+            parameter.fill_(torch.nan)
+    with pytest.warns(PerceptionWarning, match="not finite"):
+        scene = Predictor(broken).step(*frames[0])
+    assert len(scene.boxes.score) == len(scene.lines.score) == 0
+
+
+def test_an_error_inside_the_network_changes_nothing(make, kind, frames):
+    live, undisturbed = make[kind](), make[kind]()
+    for each in (live, undisturbed):
+        each.step(*frames[0])
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    images, rig, pose, time = frames[2]
+    with pytest.MonkeyPatch.context() as patch:
+        owner, name = (live.model, "decode") if kind == "predictor" else (live._session, "run")
+        patch.setattr(owner, name, fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            live.step(images[::-1], rig, pose, time - 0.1)
+    assert same(live.step(*frames[1]), undisturbed.step(*frames[1]))
+
+
+@pytest.mark.parametrize("move", [rigid_from_yaw(0.0, (200.0, 0, 0)), rigid_from_yaw(2.0)], ids=["moved", "turned"])
+def test_a_pose_that_jumps_starts_afresh(make, kind, frames, move):
+    images, rig, pose, time = frames[1]
+    jump = images, rig, pose @ move, time
+    live = make[kind]()
+    fresh = live.step(*jump)
+    live.reset()
+    live.step(*frames[0])
+    with pytest.warns(PerceptionWarning, match=r"pose moved .* m and turned .* rad in 0\.5 s, .*first one") as caught:
+        assert same(live.step(*jump), fresh)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    allowed = make[kind](max_speed=1000.0, max_turn_rate=np.inf)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        allowed.step(*frames[0])
+        assert not same(allowed.step(*jump), fresh)
+        # After a jump the memory goes on from the new place.
+        following = images, rig, pose @ move, time + 0.1
+        remembering = live.step(*following)
+        live.reset()
+        assert not same(remembering, live.step(*following))
+
+
+@pytest.mark.parametrize("name", ["max_speed", "max_turn_rate", "min_score"])
+@pytest.mark.parametrize("value", [np.nan, -1, "fast", None, True, [1.0], 1j])
+def test_settings_that_are_no_numbers_are_named(make, kind, name, value):
+    with pytest.raises(ConfigError, match=rf"{name} is .*; give ") as caught:
+        make[kind](**{name: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_limits_of_speed_and_turn_rate():
+    def pair(motion, seconds, **limits):
+        odometer = Odometer(**limits)
+        odometer.keep(odometer.since_last(rigid_from_yaw(1.0, (3e5, 5e6, 30)), 100.0))
+        return odometer.since_last(rigid_from_yaw(1.0, (3e5, 5e6, 30)) @ motion, 100.0 + seconds)
+
+    for seconds in (0.02, 0.1, 0.5, 1.9):
+        for share, jumps in ((0.99, False), (1.01, True)):
+            far = rigid_from_yaw(0.0, np.array([0.6, 0, 0.8]) * share * (60 * seconds + 1))
+            assert pair(far, seconds).is_first is jumps
+            angle = share * (2 * seconds + 0.1)
+            if angle < np.pi:
+                around = np.eye(4)
+                around[:3, :3] = Rotation.from_rotvec(angle * np.array([0, 0.6, 0.8])).as_matrix()
+                assert pair(around, seconds).is_first is jumps
+    slow = rigid_from_yaw(0.0, (5.0, 0, 0))
+    assert not pair(slow, 0.5).is_first and pair(slow, 0.5, max_speed=4).is_first
+    motion = pair(slow, 0.5)
+    assert motion.ego_from_prev == pytest.approx(rigid_from_yaw(0.0, (-5.0, 0, 0)), abs=1e-9) and motion.seconds == 0.5
+    # GPS noise of decimetres is a high speed over milliseconds, and no jump.
+    assert not pair(rigid_from_yaw(0.02, (0.6, 0.5, 0)), 0.001).is_first
+
+
+def test_motion_size_is_that_of_another_library():
+    rng = np.random.default_rng(0)
+    rotations = Rotation.from_rotvec(rng.normal(size=(50, 3)) * rng.choice([1e-6, 0.1, 1, 3], size=(50, 1)))
+    motions = np.tile(np.eye(4), (50, 1, 1))
+    motions[:, :3, :3], motions[:, :3, 3] = rotations.as_matrix(), rng.normal(size=(50, 3)) * 100
+    distance, angle = motion_size(motions)
+    assert angle == pytest.approx(rotations.magnitude(), abs=1e-9)
+    assert distance == pytest.approx(np.sqrt((motions[:, :3, 3] ** 2).sum(1)))
+    assert jumped(motions, np.full(50, 0.1)).tolist() == ((distance > 7) | (rotations.magnitude() > 0.3)).tolist()
+
+
+@pytest.mark.parametrize(
+    ("step", "advice"),
+    [(50.0, "milliseconds, so divide time_s by 1e3"), (5e4, "microseconds, so .*1e6"), (5e7, "nanoseconds, so .*1e9"),
+     (5.0, "give frames more often")],
+)  # fmt: skip
+def test_three_gaps_in_a_row_name_the_likely_unit(step, advice):
+    odometer = Odometer()
+
+    def go(time):
+        odometer.keep(odometer.since_last(np.eye(4), time))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for k in range(3):
+            go(k * step)
+    with pytest.warns(PerceptionWarning, match=rf"the last one {re.escape(f'{step:g}')} s after it, .*{advice}"):
+        go(3 * step)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        go(4 * step)  # once
+        go(4 * step + 0.5)
+        for k in range(2):  # and a drive with single gaps is none
+            go((5 + k) * step)
+        go(6 * step + 0.5)
+        go(7 * step)
+
+
+def test_intrinsics_of_real_cameras_pass():
+    usual = [
+        ((900, 1600), (1266.4, 1266.4, 816.3, 491.5)),  # front camera of nuScenes
+        ((900, 1600), (809.2, 809.2, 829.2, 481.8)),  # and its back camera
+        ((1280, 1920), (2059.6, 2059.6, 936.2, 639.1)),
+        ((2160, 3840), (1905.0, 1905.0, 1920.0, 1080.0)),  # 90 degrees
+        ((2160, 3840), (7300.0, 7300.0, 1920.0, 1080.0)),  # tele, 30 degrees
+        ((400, 1600), (1266.4, 1266.4, 816.3, -8.5)),  # cropped at the top
+        ((1600, 900), (600.0, 610.0, 450.0, 800.0)),  # portrait
+        ((96, 162), (80.0, 80.0, 81.0, 48.0)),
+    ]
+    for image_size, (focal_x, focal_y, u, v) in usual:
+        check_intrinsics("rig", np.array([[focal_x, 0.1, u], [0, focal_y, v], [0, 0, 1]]), image_size)
+    with pytest.raises(PerceptionError, match=r"focal lengths of 0\.79 and 1\.4 px, .* can have 80 to 1.6e\+05; give"):
+        check_intrinsics("rig", np.array([[0.79, 0, 0.5], [0, 1.4, 0.5], [0, 0, 1]]), (900, 1600))
