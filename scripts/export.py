@@ -8,16 +8,36 @@ EXAMPLE = """examples:
   python scripts/export.py nano --out out/nano_cpu --precision int8 --target cpu
   python scripts/export.py nano --out out/nano_rtx --precision fp16 --format tensorrt-rtx --target sm86,sm89
   python scripts/export.py out/nano/nano.safetensors --out out/nano_fp16 --precision fp16 --cameras 6 --raw-size 256x448
+  python scripts/export.py nano --out out/nano_rig --raw-size sizes.yaml --image-format nv12
+
+sizes.yaml holds one size per camera, in the order of the cameras, as a list or with names:
+
+  front_wide: 2160x3840
+  front_right: 1080x1920
+  front_left: 1080x1920
+  back: 1080x1920
+  back_left: 1080x1920
+  back_right: 1080x1920
+
+Formats of images, one buffer of bytes per camera:
+
+{formats}
 
 Without --dataroot the streets are generated. The folder holds model.onnx, contract.json, certificate.json and
 certificate.md; where a GPU is here that an engine was built for, certificate.tensorrt.json and .md of that engine too.
 Exit code 2 if the export is not good enough; the folder says why.
 """
+DRAWN_WIDTH = 1600  # pixels
 
 
 def main() -> None:
+    from perception.export.contract import IMAGE_FORMATS
+
+    formats = "\n".join(f"  {name:12}{meaning}" for name, meaning in IMAGE_FORMATS.items())
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        epilog=EXAMPLE.format(formats=formats),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", help="a .safetensors file, or the name of weights that came with the library")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -35,8 +55,16 @@ def main() -> None:
         help="of engines, such as sm86,sm89; or cpu, for INT8 as CPUs want it (default: %(default)s)",
     )
     parser.add_argument("--cameras", type=int, default=6, help="images per moment (default: %(default)s)")
-    parser.add_argument("--raw-size", metavar="HxW", help="size of the images that are given, fitted in the graph")
-    parser.add_argument("--dataroot", type=Path, help="dataset to certify on, images of the size that is given")
+    parser.add_argument(
+        "--raw-size", metavar="HxW", action="append",
+        help="size of the images that are given, fitted in the graph: once for all cameras, once for each in their "
+        "order, or a .yaml file of sizes (default: that of the network)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--image-format", choices=tuple(IMAGE_FORMATS), default="rgb",
+        help="of the images that are given (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--dataroot", type=Path, help="dataset to certify on")
     parser.add_argument("--version", help="of the dataset")
     parser.add_argument("--split", help="of the dataset")
     parser.add_argument("--calibration-split", help="of the dataset, for int8 and fp8; another than --split")
@@ -48,7 +76,7 @@ def main() -> None:
 
     from perception.data.nuscenes import NuScenesDataset
     from perception.errors import ConfigError
-    from perception.export.contract import read_contract
+    from perception.export.contract import ImageInputs, read_contract
     from perception.export.engine_session import find_engine
     from perception.export.onnx import export_onnx
     from perception.export.parity import LEAST_FRAMES, LEAST_SCENES, certify
@@ -59,13 +87,8 @@ def main() -> None:
     from perception.synthetic import VERSION, simulate
 
     network, _ = load_checkpoint(weights_file(arguments.checkpoint))
-    raw_size = None
-    if arguments.raw_size:
-        try:
-            raw_size = tuple(int(side) for side in arguments.raw_size.lower().split("x"))
-            height, width = raw_size
-        except ValueError:
-            raise ConfigError(f"--raw-size {arguments.raw_size!r} is not HEIGHTxWIDTH, such as 900x1600") from None
+    raw_size = read_sizes(arguments.raw_size) if arguments.raw_size else None
+    images = ImageInputs.of_rig(arguments.cameras, network.config.image_size, raw_size, arguments.image_format)
     if len({bool(arguments.dataroot), bool(arguments.version), bool(arguments.split)}) > 1:
         raise ConfigError("--dataroot, --version and --split go together; give all three or none")
     eight_bits = arguments.precision in KINDS
@@ -80,7 +103,7 @@ def main() -> None:
     targets = arguments.target.split(",")
     if arguments.format != "onnx":
         gpus_of(arguments.format, targets)  # what is missing is told before the long work
-    size = raw_size or network.config.image_size
+    size = max(images.sizes, key=lambda pair: pair[0] * pair[1])  # others are made from it
     with tempfile.TemporaryDirectory(prefix="perception-export-") as folder:
 
         def streets(split: str | None, seed: int) -> NuScenesDataset:
@@ -88,14 +111,15 @@ def main() -> None:
             if arguments.dataroot:
                 return NuScenesDataset(arguments.dataroot, arguments.version, split, image_size=size)
             root, keyframes = Path(folder, str(seed)), LEAST_FRAMES // LEAST_SCENES
-            simulate(root, scenes=LEAST_SCENES, seed=seed, keyframes=keyframes, split="export", image_size=size)
-            return NuScenesDataset(root, VERSION, "export", image_size=size)
+            drawn = drawn_size(size)
+            simulate(root, scenes=LEAST_SCENES, seed=seed, keyframes=keyframes, split="export", image_size=drawn)
+            return NuScenesDataset(root, VERSION, "export", image_size=drawn)
 
         judge = streets(arguments.split, arguments.seed)
         calibration = streets(arguments.calibration_split, arguments.seed + 1) if eight_bits else None
         export_onnx(
-            network, arguments.out, cameras=arguments.cameras, raw_size=raw_size, precision=arguments.precision,
-            for_cpu=for_cpu, calibration=calibration,
+            network, arguments.out, cameras=arguments.cameras, raw_size=images.sizes,
+            image_format=images.image_format, precision=arguments.precision, for_cpu=for_cpu, calibration=calibration,
         )  # fmt: skip
         if arguments.format != "onnx":
             engines = build_engines(arguments.out, package=arguments.format, targets=targets)
@@ -118,6 +142,41 @@ def main() -> None:
         print(certificate.markdown())
     if failures := [failure for certificate in certificates for failure in certificate.failures]:
         raise ConfigError(f"{arguments.out} must not be used: {'; '.join(failures)}")
+
+
+def read_sizes(given: list[str]) -> list[tuple[int, int]]:
+    """The sizes that `--raw-size` gave, one for all cameras or one for each."""
+    from perception.errors import ConfigError
+
+    source, entries = "--raw-size", list(given)
+    if len(given) == 1 and given[0].endswith((".yaml", ".yml")):
+        import yaml
+
+        source = given[0]
+        try:
+            entries = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"--raw-size {source} is missing; write the sizes there, or give HEIGHTxWIDTH") from None
+        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+            raise ConfigError(f"--raw-size {source} cannot be read ({' '.join(str(error).split())})") from None
+        entries = list(entries.values()) if isinstance(entries, dict) else entries
+        if not isinstance(entries, list) or not entries:
+            raise ConfigError(f"--raw-size {source} holds no sizes; write one HEIGHTxWIDTH per camera, as a list")
+    sizes = []
+    for entry in entries:
+        try:
+            height, width = (int(side) for side in str(entry).lower().split("x"))
+        except ValueError:
+            raise ConfigError(f"{source}: {str(entry)!r} is not HEIGHTxWIDTH, such as 900x1600") from None
+        sizes.append((height, width))
+    return sizes
+
+
+def drawn_size(size: tuple[int, int]) -> tuple[int, int]:
+    """The size at which generated streets are drawn: that of the cameras, but at most DRAWN_WIDTH wide, for it takes
+    long."""
+    scale = min(1.0, DRAWN_WIDTH / size[1])
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ def noisy(network, config):
 
 
 RAW = (64, 112)  # pixels that the small export takes
+MIXED = ((128, 224), RAW, RAW, (40, 80), (90, 160), RAW)  # of the cameras of the small export of a mixed rig
 
 
 @pytest.fixture(scope="session")
@@ -58,9 +59,11 @@ def small_town(tmp_path_factory):
 @pytest.fixture(scope="session")
 def small_graph(small_network):
     """The graph of the small network, traced once: that takes longer than all else."""
+    from perception.export.contract import ImageInputs
     from perception.export.onnx import DeployedNetwork, example_inputs, trace
 
-    return trace(DeployedNetwork(small_network, RAW).eval(), example_inputs(small_network, 6, RAW))
+    images = ImageInputs((RAW,) * 6)
+    return trace(DeployedNetwork(small_network, images).eval(), example_inputs(small_network, images))
 
 
 @pytest.fixture(scope="session")
@@ -82,6 +85,14 @@ def exports(small_network, small_graph, small_town, tmp_path_factory):
 def fp32_export(exports) -> Path:
     """The small network's export in float32; tests that change it work on a copy."""
     return exports("fp32")
+
+
+@pytest.fixture(scope="session")
+def mixed_export(small_network, tmp_path_factory) -> Path:
+    """The small network's export for cameras of several sizes that give NV12."""
+    from perception.export.onnx import export_onnx
+
+    return export_onnx(small_network, tmp_path_factory.mktemp("mixed"), raw_size=MIXED, image_format="nv12")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,21 +10,20 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import PROJECT, RAW
+from conftest import MIXED, PROJECT, RAW
 from onnx import numpy_helper
-from PIL import Image
 
-from perception.data.loader import fit_image
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError, DataError, run_script
 from perception.export import parity
-from perception.export.contract import read_contract
+from perception.export.contract import ImageInputs, read_contract
 from perception.export.drive import drive, moment_inputs, seated
 from perception.export.half import WEIGHTED
-from perception.export.onnx import export_onnx, fit_pixels, fitting_matrices
+from perception.export.onnx import export_onnx
 from perception.export.parity import certify
 from perception.export.quantize import BUDGET, KINDS, Quantizer, answers, changed, record
 from perception.export.runtime import Runtime
+from perception.export.tensorrt import parse_graph
 from perception.models.bevformer import BEVFormer, BEVFormerConfig
 from perception.models.checkpoint import build_network, save_checkpoint
 from perception.models.maptr import MapTRConfig
@@ -72,7 +71,21 @@ def test_standard_operators_and_a_contract(fp32_export):
     contract = json.loads((fp32_export / "contract.json").read_text())
     assert [x["name"] for x in contract["inputs"]] == [x.name for x in graph.graph.input]
     assert [x["name"] for x in contract["outputs"]] == [x.name for x in graph.graph.output]
-    assert contract["raw_size"] == list(RAW) and contract["cameras"] == 6 and contract["box_classes"][0] == "car"
+    assert contract["raw_size"] == [list(RAW)] * 6 and contract["cameras"] == 6 and contract["box_classes"][0] == "car"
+    images = [x for x in contract["inputs"] if x["dtype"] == "uint8"]
+    assert [x["name"] for x in images] == [f"image_{n}" for n in range(6)]
+    assert all(x["shape"] == [*RAW, 3] and x["meaning"].startswith("RGB [H, W, 3], 0..255") for x in images)
+
+
+def test_a_mixed_rig_is_certified(small_network, mixed_export, small_town):
+    """Cameras of several sizes that give NV12; the original gets what the same bytes are in RGB, fitted by Pillow."""
+    contract = read_contract(mixed_export)
+    assert contract["raw_size"] == [list(size) for size in MIXED] and contract["image_format"] == "nv12"
+    assert [x["shape"] for x in contract["inputs"][:6]] == [[H * 3 // 2, W] for H, W in MIXED]
+    assert "BT.601, luma 16..235" in contract["inputs"][0]["meaning"]
+    found = certify(small_network, mixed_export, small_town, drift_frames=4)
+    assert found.failures == [] and found.pixels == (0.0, 0.0)
+    assert max(largest for largest, _ in found.raw.values()) < 1e-3
 
 
 def broken(folder, tmp_path, change):
@@ -171,6 +184,10 @@ def test_published_networks_are_exported(network, small_town, tmp_path):
     assert set(found.raw) == ({"memory", "raw_box"} if network == "bevformer" else {"raw_line"})
     scene = Runtime(folder).scene()
     assert len(scene.boxes.score) == (10 if network == "bevformer" else 0)
+    assert all(read_contract(folder)["checked"].values())  # every runtime reads it as ONNX defines it
+    trt = pytest.importorskip("tensorrt_rtx")
+    logger = trt.Logger(trt.Logger.ERROR)
+    parse_graph(trt, trt.Builder(logger), logger, folder / "model.onnx", "tensorrt-rtx")
 
 
 def test_what_is_sure_decides_about_int8_and_order_does_not():
@@ -262,7 +279,7 @@ def test_a_relu_before_eight_bits_stays(small_graph, small_town):
     """What is optimised says the same as what is not, for every kind of eight bits."""
     import onnxruntime
 
-    moments = record(small_graph, small_town)
+    moments = record(small_graph, small_town, ImageInputs((RAW,) * 6))
     for kind in KINDS:
         marked = Quantizer(small_graph, moments[:4], kind).quantized(
             ["image_encoder.trunk.stages.1", "line_decoder.layers.0"]
@@ -278,48 +295,50 @@ def test_a_relu_before_eight_bits_stays(small_graph, small_town):
         assert np.abs(told - wanted).mean() < 0.01 * wanted.std(), kind
 
 
-def test_images_are_fitted_as_in_training():
-    generator = np.random.default_rng(0)
-    sizes = (
-        ((90, 160), (40, 80)),
-        (RAW, (40, 80)),
-        ((30, 50), (40, 80)),
-        ((40, 80), (40, 80)),
-        ((225, 400), (44, 112)),
-    )
-    for raw, size in sizes:
-        image = generator.integers(0, 256, (*raw, 3), dtype=np.uint8)
-        matrix = np.array([[60.0, 0, 50], [0, 61, 30], [0, 0, 1]])
-        wanted, wanted_matrix = fit_image(Image.fromarray(image), matrix, size)
-        rows, columns, img_from_raw = fitting_matrices(raw, size)
-        pixels = torch.from_numpy(image).permute(2, 0, 1).float()[None]
-        found = fit_pixels(pixels, rows, columns)
-        assert torch.equal(found[0], wanted.float())
-        assert (img_from_raw.double().numpy() @ matrix) == pytest.approx(wanted_matrix, abs=1e-4)
-
-
 def test_the_script(small_network, small_town, tmp_path, monkeypatch, capsys):
     """Export and certificate on a dataset, of a rig with other cameras than the dataset's; one that is not good enough
     ends in exit code 2, and its folder says why."""
     checkpoint, out = tmp_path / "small.safetensors", tmp_path / "export"
     save_checkpoint(checkpoint, small_network, {})
-    main = runpy.run_path(str(PROJECT / "scripts" / "export.py"))["main"]
+    script = runpy.run_path(str(PROJECT / "scripts" / "export.py"))
+    sizes = tmp_path / "sizes.yaml"
 
     def export(*arguments) -> int:
         command = ["export.py", checkpoint, "--out", out, "--raw-size", f"{RAW[0]}x{RAW[1]}", *arguments]
         monkeypatch.setattr("sys.argv", list(map(str, command)))
         try:
-            run_script(main)
+            run_script(script["main"])
         except SystemExit as stop:
             return stop.code
         return 0
 
     for arguments, said in (
-        (("--raw-size", "64"), "--raw-size '64' is not HEIGHTxWIDTH"),
+        (("--raw-size", "64"), "--raw-size: '64' is not HEIGHTxWIDTH"),
+        (("--raw-size", "90x160"), "2 raw sizes were given for 6 cameras; give one for all, or one for each"),
+        (
+            ("--cameras", "2", "--raw-size", "0x8"),
+            "the raw size of camera 1 is 0x8; give height and width from 1 to 16",
+        ),
+        (("--cameras", "2", "--raw-size", "5x8", "--image-format", "nv12"), "camera 1 is 5x8; nv12 needs even numbers"),
         (("--split", "certificate"), "--dataroot, --version and --split go together"),
         (("--format", "tensorrt", "--target", "cpu"), "leave it out with --target cpu"),
     ):
         assert export(*arguments) == 2 and said in capsys.readouterr().err
+    for content, said in (
+        (None, f"--raw-size {sizes} is missing"),
+        ("front: [", f"--raw-size {sizes} cannot be read (while parsing a flow"),
+        ("90x160", f"--raw-size {sizes} holds no sizes; write one HEIGHTxWIDTH per camera"),
+        ("front: wide", f"{sizes}: 'wide' is not HEIGHTxWIDTH"),
+    ):
+        if content is not None:
+            sizes.write_text(content)
+        with pytest.raises(ConfigError) as error:
+            script["read_sizes"]([str(sizes)])
+        assert said in str(error.value) and "\n" not in str(error.value)
+    for content in ("front: 90x160\nback: 64x112\n", "- 90X160\n- 64x112\n"):
+        sizes.write_text(content)
+        assert script["read_sizes"]([str(sizes)]) == [(90, 160), (64, 112)]
+    assert script["drawn_size"]((2160, 3840)) == (900, 1600) and script["drawn_size"]((90, 160)) == (90, 160)
     town = ("--dataroot", small_town.roots[0], "--version", VERSION, "--split", "certificate")
     for calibration in ((), ("--calibration-split", "certificate")):
         assert export(*town, "--precision", "int8", *calibration) == 2
@@ -327,7 +346,11 @@ def test_the_script(small_network, small_town, tmp_path, monkeypatch, capsys):
     assert not out.exists()
 
     monkeypatch.setitem(parity.GATES, "fp32", (1e-12, 0.0005, 0.0005))
-    assert export(*town, "--cameras", "4") == 2
+    others = ("--raw-size", "90x160", "--raw-size", "40x80", "--raw-size", "64x112", "--image-format", "bgr-chw")
+    assert export(*town, "--cameras", "4", *others) == 2
+    contract = read_contract(out)
+    assert contract["raw_size"] == [list(RAW), [90, 160], [40, 80], list(RAW)]
+    assert [x["shape"] for x in contract["inputs"][:3]] == [[3, *RAW], [3, 90, 160], [3, 40, 80]]
     said = capsys.readouterr()
     assert f"error: {out} must not be used: " in said.err and "Gate: **failed**" in said.out
     certificate = json.loads((out / "certificate.json").read_text())

@@ -9,19 +9,20 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import onnx
 import pytest
-from conftest import RAW
+from conftest import MIXED, RAW
 from host_cuda import HostContext, HostCuda, HostEngine, HostRuntime, HostTensorRT
 
 from perception.errors import CheckpointError, ConfigError, DataError
 from perception.export import latency
-from perception.export.contract import read_contract
-from perception.export.drive import drive
+from perception.export.contract import ImageInputs, read_contract
+from perception.export.drive import camera_frame, drive
 from perception.export.parity import certify
 from perception.export.runtime import Runtime
-from perception.export.tensorrt import build_engines
+from perception.export.tensorrt import build_engines, runtime_name
 from perception.predictor import Predictor
 from perception.types import CameraRig, map_tensors
 
@@ -46,6 +47,26 @@ def test_step_is_what_the_predictor_says(small_network, fp32_export, small_town)
     buffer = runtime.outputs["box_center"]
     runtime.run()
     assert runtime.outputs["box_center"] is buffer  # nothing is made anew
+
+
+def test_a_step_of_a_mixed_rig(small_network, mixed_export, small_town):
+    """NV12 of several sizes is to the runtime what OpenCV makes of the same bytes is to the predictor."""
+    predictor, runtime = Predictor(small_network), Runtime(mixed_export)
+    images = ImageInputs(MIXED, "nv12")
+    for k, (_, frame) in zip(range(3), drive(small_town, 6), strict=False):
+        given = camera_frame(frame, images)
+        rig = CameraRig(*(tensor[0].numpy() for tensor in given.rig))
+        rgb = [cv2.cvtColor(image, cv2.COLOR_YUV2RGB_NV12) for image in given.images]
+        assert [image.shape[:2] for image in rgb] == list(MIXED)
+        one = predictor.step(rgb, rig, small_town.ego_pose(k), 0.5 * k)
+        other = runtime.step(given.images, rig, small_town.ego_pose(k), 0.5 * k)
+        assert len(one.boxes.score) == len(other.boxes.score) > 0
+        assert other.boxes.score == pytest.approx(one.boxes.score.numpy(), abs=1e-4)
+        assert other.lines.points == pytest.approx(one.lines.points.numpy(), abs=1e-3)
+    with pytest.raises(DataError, match=r"images\[4\] is uint8 \(96, 112\); .* nv12 of 90 x 160 pixels"):
+        runtime.step([*given.images[:4], given.images[1], given.images[5]], rig, small_town.ego_pose(3), 1.5)
+    measured = latency.measure(small_network, mixed_export, ["pytorch", "ort"], passes=1)
+    assert measured["ort"].filling > 0
 
 
 def test_the_runtime_runs_where_torch_cannot_be_imported(fp32_export, small_town, tmp_path):
@@ -77,7 +98,7 @@ def test_errors_that_can_be_acted_on(fp32_export, tmp_path):
     images = np.zeros((6, *RAW, 3), np.uint8)
     with pytest.raises(DataError, match="5 images were given; the network was exported for 6"):
         runtime.step(images[:5], rig, np.eye(4), 0.0)
-    with pytest.raises(DataError, match=r"images\[0\] is 60 x 112 pixels .* exported for 64 x 112"):
+    with pytest.raises(DataError, match=r"images\[0\] is uint8 \(60, 112, 3\); .* exported for rgb of 64 x 112 pixels"):
         runtime.step(images[:, :60], rig, np.eye(4), 0.0)
     with pytest.raises(ConfigError, match="provider NoProvider is not there; ONNX Runtime has"):
         Runtime(fp32_export, providers=["NoProvider"])
@@ -101,6 +122,9 @@ def test_engines_are_built_without_a_gpu(exports, precision, tmp_path):
     assert contract["engines"]["sm89"]["package"] == "tensorrt-rtx" and "model.sm89.engine" in contract["sha256"]
     assert contract["layers"]["Conv"].keys() == ({"float", "float16"} if precision == "int8" else {"float16"})
     assert contract["layers"]["GridSample"].keys() == {"float"}
+    assert contract["checked"][runtime_name("tensorrt-rtx", contract["engines"]["sm89"]["package_version"])][-1:] == [
+        "parser run"
+    ]
     Runtime(folder).run()  # the graph beside it still runs
     engines["sm89"].write_bytes(b"other")
     with pytest.raises(CheckpointError, match=r"sm89\.engine is not the file"):
@@ -135,6 +159,18 @@ def engine_folder(fp32_export, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cuda)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", HostTensorRT(cuda, "1.7"))
     return folder
+
+
+def test_an_engine_of_a_mixed_rig(engine_folder, mixed_export, small_town):
+    """Every camera's bytes reach the engine in a buffer of their own."""
+    shutil.copytree(mixed_export, engine_folder, dirs_exist_ok=True)
+    write_engine(engine_folder, (engine_folder / "model.onnx").read_bytes())
+    ours, theirs = Runtime(engine_folder, backend="tensorrt"), Runtime(engine_folder)
+    for k, (_, frame) in zip(range(2), drive(small_town, 6), strict=False):
+        given = camera_frame(frame, ours.images)
+        rig = CameraRig(*(tensor[0].numpy() for tensor in given.rig))
+        one, other = (runtime.step(given.images, rig, small_town.ego_pose(k), 0.5 * k) for runtime in (ours, theirs))
+        assert len(one.boxes.score) and np.array_equal(one.boxes.center, other.boxes.center)
 
 
 def write_engine(folder, content, **changed):

@@ -1,24 +1,39 @@
-"""What goes into an exported network and what comes out: written at export, read by whoever runs it, without torch."""
+"""What goes into an exported network and what comes out: written at export, read by whoever runs it, without torch.
+
+Every camera has a buffer of its own (`image_0`, `image_1`, ...) in the size and format that `ImageInputs` names.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from perception.errors import CheckpointError
+from perception.errors import CheckpointError, ConfigError, DataError
 from perception.files import write_json
 from perception.live import MAX_GAP
 from perception.types import BOX_CLASSES, LINE_CLASSES
 
 CONTRACT, MODEL = "contract.json", "model.onnx"
-FORMAT = "perception-export-1"  # changes when old folders can no longer be read
+FORMAT = "perception-export-2"  # changes when old folders can no longer be read
+MAX_SIDE = 16384  # pixels
 
+_NV12 = "NV12 [H * 3/2, W]: luma, then pairs of Cb and Cr, one for 2 x 2 pixels, rows without padding; "
+IMAGE_FORMATS = {
+    "rgb": "RGB [H, W, 3], 0..255",
+    "bgr": "BGR [H, W, 3], 0..255",
+    "rgb-chw": "RGB [3, H, W], 0..255",
+    "bgr-chw": "BGR [3, H, W], 0..255",
+    "nv12": _NV12 + "BT.601, luma 16..235 (NVIDIA: NV12, REC601_SR)",
+    "nv12-er": _NV12 + "BT.601, luma 0..255 (NVIDIA: NV12_ER, REC601_ER)",
+    "nv12-709": _NV12 + "BT.709, luma 16..235 (NVIDIA: NV12_709, REC709_SR)",
+    "nv12-709-er": _NV12 + "BT.709, luma 0..255 (NVIDIA: NV12_709_ER, REC709_ER)",
+}
 MEANING = {
-    "images": "RGB, 0..255, rows from the top; what stands for a missing camera is ignored",
     "img_from_cam": "pinhole calibration in pixels of the images given, pixel centres at +0.5",
     "ego_from_cam": "pose of each camera at its own exposure, carried to the time of the moment, metres; camera axes x "
     "right, y down, z ahead; ego axes x ahead, y left, z up, on the ground below the rear axle; identity if missing",
@@ -48,6 +63,103 @@ MEANING = {
 }
 
 
+@dataclass(frozen=True)
+class ImageInputs:
+    """Sizes and format of the images that an export takes.
+
+    Args:
+        sizes: height and width in pixels of each camera's images.
+        image_format: of IMAGE_FORMATS, the same for all cameras.
+
+    Raises:
+        ConfigError: the format is not known, or a size is none or not one of this format.
+    """
+
+    sizes: tuple[tuple[int, int], ...]
+    image_format: str = "rgb"
+
+    def __post_init__(self) -> None:
+        if self.image_format not in IMAGE_FORMATS:
+            raise ConfigError(f"image format {self.image_format!r} is not known; use one of {', '.join(IMAGE_FORMATS)}")
+        for n, (H, W) in enumerate(self.sizes):
+            if not (1 <= H <= MAX_SIDE and 1 <= W <= MAX_SIDE):
+                raise ConfigError(
+                    f"the raw size of camera {n} is {H}x{W}; give height and width from 1 to {MAX_SIDE} pixels"
+                )
+            if self.is_nv12 and (H % 2 or W % 2):
+                raise ConfigError(
+                    f"the raw size of camera {n} is {H}x{W}; {self.image_format} needs even numbers, for one pair of "
+                    "colours stands for 2 x 2 pixels"
+                )
+
+    @classmethod
+    def of_rig(
+        cls,
+        cameras: int,
+        image_size: tuple[int, int],
+        raw_size: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
+        image_format: str = "rgb",
+    ) -> ImageInputs:
+        """The images of a rig.
+
+        Args:
+            cameras: how many there are.
+            image_size: height and width of the network's images.
+            raw_size: height and width of the images that are given, for all cameras or one pair for each; None if they
+                have the network's size.
+            image_format: as above.
+
+        Raises:
+            ConfigError: as above, there is no camera, or there is neither one size nor one for each camera.
+        """
+        if cameras < 1:
+            raise ConfigError(f"cameras is {cameras}; give at least 1")
+        try:
+            sizes = np.atleast_2d(np.asarray(image_size if raw_size is None else raw_size))
+        except ValueError:  # rows of different lengths
+            sizes = np.zeros(0)
+        if sizes.ndim != 2 or sizes.shape[1] != 2 or sizes.dtype.kind not in "iu":
+            raise ConfigError(f"raw size {raw_size!r} is not (height, width) in pixels, nor one such pair per camera")
+        if len(sizes) not in (1, cameras):
+            raise ConfigError(
+                f"{len(sizes)} raw sizes were given for {cameras} cameras; give one for all, or one for each"
+            )
+        pairs = [(int(H), int(W)) for H, W in sizes]
+        return cls(tuple(pairs * cameras if len(pairs) == 1 else pairs), image_format)
+
+    @classmethod
+    def of_contract(cls, contract: dict) -> ImageInputs:
+        """Those that a contract names."""
+        return cls(tuple((H, W) for H, W in contract["raw_size"]), contract["image_format"])
+
+    @property
+    def is_nv12(self) -> bool:
+        return self.image_format.startswith("nv12")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the inputs, by camera."""
+        return tuple(f"image_{n}" for n in range(len(self.sizes)))
+
+    def shape(self, n: int) -> tuple[int, ...]:
+        """Of the bytes of camera n."""
+        H, W = self.sizes[n]
+        if self.is_nv12:
+            return (H * 3 // 2, W)
+        return (3, H, W) if self.image_format.endswith("chw") else (H, W, 3)
+
+    def checked(self, n: int, image) -> np.ndarray:
+        """The image of camera n, or a DataError that names it."""
+        wanted = self.shape(n)
+        if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape == wanted:
+            return image
+        what = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise DataError(
+            f"images[{n}] is {what}; the network was exported for {self.image_format} of {self.sizes[n][0]} x "
+            f"{self.sizes[n][1]} pixels (height x width) there: give uint8 {wanted}"
+        )
+
+
 def write_contract(
     path: Path,
     *,
@@ -56,11 +168,12 @@ def write_contract(
     sha256: Mapping[str, str],
     network: str,
     image_size: tuple[int, int],
-    raw_size: tuple[int, int] | None,
+    images: ImageInputs,
     precision: str,
     opset: int,
     layers: Mapping[str, Mapping[str, int]],
     quantization: dict,
+    checked: Mapping[str, Sequence[str]],
     version: str,
 ) -> None:
     """Writes the contract of an export.
@@ -69,14 +182,19 @@ def write_contract(
         path: of the file.
         inputs, outputs: by name; examples whose shapes and types count.
         sha256: by file name.
-        network, image_size, raw_size, precision, opset, version: what was exported, and how.
+        network, image_size, images, precision, opset, version: what was exported, and how.
         layers: how many operators of each kind run in which type.
         quantization: what `perception.export.quantize` found out, empty for other precisions.
+        checked: by runtime, how it was checked that it reads the graph as ONNX defines it; from
+            `perception.export.dialect`, empty for a runtime that the graph is not for.
     """
+
+    image = IMAGE_FORMATS[images.image_format] + ", rows from the top; ignored while the camera is missing"
+    meaning = MEANING | dict.fromkeys(images.names, image)
 
     def described(arrays: Mapping[str, np.ndarray]) -> list[dict]:
         return [
-            {"name": name, "shape": list(x.shape), "dtype": str(x.dtype), "meaning": MEANING[name]}
+            {"name": name, "shape": list(x.shape), "dtype": str(x.dtype), "meaning": meaning[name]}
             for name, x in arrays.items()
         ]
 
@@ -89,11 +207,13 @@ def write_contract(
             "precision": precision,
             "opset": opset,
             "image_size": list(image_size),
-            "raw_size": list(raw_size) if raw_size else None,
+            "raw_size": [list(size) for size in images.sizes],
+            "image_format": images.image_format,
             "layers": {kind: dict(types) for kind, types in layers.items()},
             "quantization": quantization,
+            "checked": {runtime: list(checks) for runtime, checks in checked.items()},
             "engines": {},
-            "cameras": int(inputs["present"].shape[0]),
+            "cameras": len(images.sizes),
             "max_gap_s": MAX_GAP,
             "box_classes": list(BOX_CLASSES),
             "line_classes": list(LINE_CLASSES),

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from scipy.optimize import linear_sum_assignment
+from torch import Tensor
 
+from perception.data.loader import fit_image
 from perception.data.nuscenes import NuScenesDataset
+from perception.export.contract import ImageInputs
+from perception.export.images import from_rgb
 from perception.types import CameraRig, Frame, map_tensors
 
 MISSING_AT, TURNED_AT = 3, 6  # moments of each scene with a camera less, and with the cameras turned
@@ -39,10 +45,31 @@ def seated(frame: Frame, cameras: int) -> Frame:
     return frame._replace(images=frame.images[:, seats], rig=rig._replace(present=rig.present & there))
 
 
-def moment_inputs(frame: Frame) -> dict[str, np.ndarray]:
+class CameraFrame(NamedTuple):
+    """A frame [1, N, ...] with one image per camera, of the sizes and in the format that an export takes."""
+
+    images: tuple[np.ndarray, ...]
+    rig: CameraRig  # img_from_cam in pixels of these images
+    ego_from_prev: Tensor
+    seconds_since_prev: Tensor
+    is_first: Tensor
+
+
+def camera_frame(frame: Frame, images: ImageInputs) -> CameraFrame:
+    """A frame [1, N, ...] of RGB bytes as the cameras of an export would give it; other sizes are fitted to theirs."""
+    given, img_from_cam = [], frame.rig.img_from_cam.clone()
+    for n, size in enumerate(images.sizes):
+        rgb = frame.images[0, n].permute(1, 2, 0).numpy()
+        if rgb.shape[:2] != size:
+            pixels, matrix = fit_image(Image.fromarray(rgb), img_from_cam[0, n].double().numpy(), size)
+            rgb, img_from_cam[0, n] = pixels.permute(1, 2, 0).numpy(), torch.from_numpy(matrix)
+        given.append(from_rgb(rgb, images.image_format))
+    return CameraFrame(tuple(given), frame.rig._replace(img_from_cam=img_from_cam), *frame[2:])
+
+
+def moment_inputs(frame: CameraFrame) -> dict[str, np.ndarray]:
     """A frame [1, ...] as the inputs of an export by name, all but the memory."""
-    return {
-        "images": frame.images[0].permute(0, 2, 3, 1).numpy(),
+    return {f"image_{n}": image for n, image in enumerate(frame.images)} | {
         "img_from_cam": frame.rig.img_from_cam[0].numpy(),
         "ego_from_cam": frame.rig.ego_from_cam[0].numpy(),
         "present": frame.rig.present[0].numpy(),

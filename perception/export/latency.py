@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from perception.errors import ConfigError
-from perception.export.contract import read_contract
+from perception.export.contract import ImageInputs, read_contract
 from perception.export.onnx import DeployedNetwork, example_inputs
 from perception.export.runtime import Runtime
 from perception.models.checkpoint import Network
@@ -75,15 +75,15 @@ def measure(
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
     contract = read_contract(folder)
-    raw_size = tuple(contract["raw_size"]) if contract["raw_size"] else None
-    inputs = example_inputs(network, contract["cameras"], raw_size)
+    images = ImageInputs.of_contract(contract)
+    inputs = example_inputs(network, images)
     runs: dict[str, tuple[Callable[[], float], str, float]] = {}
     for name in backends:
         before = resident_bytes()
         if name in ("ort", "tensorrt"):
             run, device = _exported(folder, inputs, name, threads)
         else:
-            run, device = _torch(network, inputs, raw_size, name)
+            run, device = _torch(network, inputs, images, name)
         for _ in range(WARM_UP):
             run()
         runs[name] = run, device, (resident_bytes() - before) / 2**20
@@ -104,19 +104,20 @@ def measure(
     }
 
 
-def _torch(network: Network, inputs, raw_size, name: str) -> tuple[Callable[[], float], str]:
+def _torch(network: Network, inputs, images: ImageInputs, name: str) -> tuple[Callable[[], float], str]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = DeployedNetwork(network, raw_size).eval().to(device)
+    model = DeployedNetwork(network, images).eval().to(device)
     call = torch.compile(model) if name == "compile" else model
     memory = [tensor.to(device) for tensor in inputs[7:]]
 
     @torch.inference_mode()
     def run() -> float:
         start = time.perf_counter()
-        moment = [tensor.to(device) for tensor in inputs[:7]]
+        buffers = [tensor.to(device) for tensor in inputs[0]]
+        rest = [tensor.to(device) for tensor in inputs[1:7]]
         filling = time.perf_counter() - start
         try:
-            results = call(*moment, *memory)
+            results = call(buffers, *rest, *memory)
         except Exception as error:  # whatever a compiler may raise
             if name != "compile":
                 raise
@@ -140,11 +141,11 @@ def _exported(folder: str | Path, inputs, name: str, threads: int) -> tuple[Call
         there = onnxruntime.get_available_providers()
         provider = "CUDAExecutionProvider" if "CUDAExecutionProvider" in there else "CPUExecutionProvider"
         runtime = Runtime(folder, providers=[provider], threads=threads)
-    moment = [tensor.numpy() for tensor in inputs[:7]]
+    moment = [tensor.numpy() for tensor in (*inputs[0], *inputs[1:7])]
 
     def run() -> float:
         start = time.perf_counter()
-        for buffer, array in zip(list(runtime.inputs.values())[:7], moment, strict=True):
+        for buffer, array in zip(list(runtime.inputs.values())[: len(moment)], moment, strict=True):
             buffer[...] = array
         filling = time.perf_counter() - start
         runtime.run()

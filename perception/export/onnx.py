@@ -1,7 +1,7 @@
 """A network as one ONNX graph of standard operators, with a contract that says what goes in and comes out.
 
-The graph is the whole way from pixels to boxes and lines: normalisation (and resizing, where it is asked for),
-network, decoding. Calibration, motion and memory are inputs, the new memory is an output. There are no plugins and no
+The graph is the whole way from the bytes of the cameras to boxes and lines: colours, resizing, normalisation, network,
+decoding. Calibration, motion and memory are inputs, the new memory is an output. There are no plugins and no
 shapes that depend on data. With half precision the graph itself says which numbers are halves
 (`perception.export.half`), so that one file means the same to every runtime.
 """
@@ -12,6 +12,7 @@ import ast
 import hashlib
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,8 +23,10 @@ from torch import Tensor, nn
 
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError
-from perception.export.contract import CONTRACT, MODEL, write_contract
+from perception.export.contract import CONTRACT, MODEL, ImageInputs, write_contract
+from perception.export.dialect import check_dialect
 from perception.export.half import WEIGHTED, halve_graph
+from perception.export.images import ImagePreprocessing
 from perception.export.lowering import OPSET, OPSET_FP8, TRACED, lower_graph
 from perception.export.quantize import KINDS, quantize_graph, quiet, record
 from perception.files import replacing
@@ -37,8 +40,8 @@ if TYPE_CHECKING:
     import onnx
 
 PRECISIONS = ("fp32", "fp16", "int8", "fp8")
-MOMENT = (
-    "images", "img_from_cam", "ego_from_cam", "present", "ego_from_prev", "seconds_since_prev", "is_first",
+CALIBRATION_AND_MOTION = (
+    "img_from_cam", "ego_from_cam", "present", "ego_from_prev", "seconds_since_prev", "is_first",
 )  # fmt: skip
 OUTPUTS = {
     "box": (
@@ -53,30 +56,25 @@ class DeployedNetwork(nn.Module):
 
     Args:
         network: in evaluation mode.
-        raw_size: height and width of the images that are given, None for those of the network.
+        images: how the images are given.
     """
 
-    def __init__(self, network: Network, raw_size: tuple[int, int] | None = None) -> None:
+    def __init__(self, network: Network, images: ImageInputs) -> None:
         super().__init__()
         self.network = network
         self.remembers = network.initial_state(1).bev.numel() > 0
         self.finds = tuple(
             kind for kind, without in (("box", MapTR), ("line", BEVFormer)) if not isinstance(network, without)
         )
-        self.input_names = (*MOMENT, "memory") if self.remembers else MOMENT
+        self.input_names = (*images.names, *CALIBRATION_AND_MOTION, *(("memory",) if self.remembers else ()))
         self.output_names = tuple(
             name for kind in self.finds for name in (*OUTPUTS[kind], f"raw_{kind}_logits", f"raw_{kind}_places")
         ) + (("new_memory",) if self.remembers else ())
-        self.resized = raw_size is not None
-        if raw_size is not None:
-            rows, columns, img_from_raw = fitting_matrices(raw_size, network.config.image_size)
-            self.register_buffer("rows", rows)
-            self.register_buffer("columns", columns)
-            self.register_buffer("img_from_raw", img_from_raw)
+        self.preprocess = ImagePreprocessing(images, network.config.image_size)
 
     def forward(
         self,
-        images: Tensor,
+        images: Sequence[Tensor],
         img_from_cam: Tensor,
         ego_from_cam: Tensor,
         present: Tensor,
@@ -85,13 +83,12 @@ class DeployedNetwork(nn.Module):
         is_first: Tensor,
         memory: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """Arguments in the order of `input_names`, results in that of `output_names`; shapes in `example_inputs`."""
-        pixels = images.float().permute(0, 3, 1, 2)  # [N, 3, H, W]; TensorRT can only cast bytes
-        if self.resized:
-            pixels = fit_pixels(pixels, self.rows, self.columns)
-            img_from_cam = self.img_from_raw @ img_from_cam
+        """Arguments in the order of `input_names`, the images of all cameras as the first; results in that of
+        `output_names`; shapes in `example_inputs`."""
+        if self.preprocess.fitted:
+            img_from_cam = self.preprocess.img_from_raw @ img_from_cam
         frame = Frame(
-            pixels[None],
+            self.preprocess(images)[None],
             CameraRig(img_from_cam[None], ego_from_cam[None], present[None]),
             ego_from_prev[None],
             seconds_since_prev,
@@ -119,61 +116,12 @@ def raw_outputs(prediction: Prediction | RawBoxes | RawLines, kind: str) -> tupl
     return prediction.line_logits, prediction.line_points
 
 
-def fit_pixels(pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Images [N, 3, raw H, raw W] at the network's size, with the matrices of `fitting_matrices`.
-
-    Bit for bit what Pillow makes of them: it counts in whole multiples of 2^-22 and rounds to whole grey values after
-    each of the two directions. Weights are split into two halves of 11 bits each, so that all products and sums are
-    exact in float32, and in TF32 too.
-    """
-
-    def narrowed(pixels: Tensor, weights: Tensor) -> Tensor:
-        coarse, fine = weights[0] @ pixels + 0.5, weights[1] @ pixels
-        whole = coarse.floor()
-        return (whole + (coarse - whole + fine).floor()).clamp(0, 255)
-
-    # The matrices stand first: what is multiplied by weights from the right is halved in half precision.
-    across = narrowed(pixels.transpose(2, 3), columns).transpose(2, 3)
-    return narrowed(across, rows)
-
-
-def fitting_matrices(raw_size: tuple[int, int], image_size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """What `perception.data.loader.fit_image` does, as products with constant matrices.
-
-    Pillow's bilinear filter is a triangle as wide as the scale; every row of a matrix holds the weights of one pixel.
-
-    Args:
-        raw_size, image_size: height and width given and wanted.
-
-    Returns:
-        rows [2, H, raw H], columns [2, W, raw W], the coarse and the fine part of each, and img_from_raw [3, 3] for the
-        calibration.
-    """
-    (H, W), (raw_h, raw_w) = image_size, raw_size
-    scale = max(W / raw_w, H / raw_h)
-    left, top = (raw_w - W / scale) / 2, raw_h - H / scale
-    img_from_raw = torch.tensor([[scale, 0, -left * scale], [0, scale, -top * scale], [0, 0, 1]])
-
-    def weights(count: int, given: int, start: float, end: float) -> Tensor:
-        start, end = np.float32(start), np.float32(end)  # as Pillow keeps them
-        step = float(end - start) / count
-        middle = float(start) + (torch.arange(count, dtype=torch.float64)[:, None] + 0.5) * step
-        reach = max(step, 1.0)
-        distance = (torch.arange(given, dtype=torch.float64) + 0.5 - middle) / reach
-        triangle = (1 - distance.abs()).clamp(min=0)
-        share = (triangle / triangle.sum(1, keepdim=True) * 2**22 + 0.5).floor()  # in 2^-22
-        coarse = (share / 2**11).floor() * 2**11
-        return (torch.stack([coarse, share - coarse]) / 2**22).float()
-
-    return weights(H, raw_h, top, raw_h), weights(W, raw_w, left, raw_w - left), img_from_raw
-
-
-def example_inputs(network: Network, cameras: int, raw_size: tuple[int, int] | None = None) -> tuple[Tensor, ...]:
+def example_inputs(network: Network, images: ImageInputs) -> tuple[tuple[Tensor, ...] | Tensor, ...]:
     """Arguments of `DeployedNetwork.forward` for a first frame of cameras that look in all directions.
 
-    The memory is the last; a network without one has none.
+    The images of all cameras are the first, the memory is the last; a network without one has none.
     """
-    H, W = raw_size or network.config.image_size
+    cameras = len(images.sizes)
     angle = torch.arange(cameras) * (2 * torch.pi / cameras)
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros(cameras)
     ego_from_cam = torch.eye(4).repeat(cameras, 1, 1)
@@ -181,12 +129,14 @@ def example_inputs(network: Network, cameras: int, raw_size: tuple[int, int] | N
     ego_from_cam[:, :3, 1] = torch.tensor([0.0, 0.0, -1.0])
     ego_from_cam[:, :3, 2] = torch.stack([cos, sin, zero], -1)
     ego_from_cam[:, 2, 3] = 1.6
-    img_from_cam = torch.tensor([[0.7 * W, 0.0, W / 2], [0.0, 0.7 * W, H / 2], [0.0, 0.0, 1.0]]).repeat(cameras, 1, 1)
+    img_from_cam = torch.tensor(
+        [[[0.7 * W, 0.0, W / 2], [0.0, 0.7 * W, H / 2], [0.0, 0.0, 1.0]] for H, W in images.sizes]
+    )
     memory = network.initial_state(1).bev
     return (
-        torch.randint(0, 256, (cameras, H, W, 3), dtype=torch.uint8), img_from_cam, ego_from_cam,
-        torch.ones(cameras, dtype=torch.bool), torch.eye(4), torch.zeros(1), torch.ones(1, dtype=torch.bool),
-        *((memory,) if memory.numel() else ()),
+        tuple(torch.randint(0, 256, images.shape(n), dtype=torch.uint8) for n in range(cameras)),
+        img_from_cam, ego_from_cam, torch.ones(cameras, dtype=torch.bool), torch.eye(4), torch.zeros(1),
+        torch.ones(1, dtype=torch.bool), *((memory,) if memory.numel() else ()),
     )  # fmt: skip
 
 
@@ -195,7 +145,8 @@ def export_onnx(
     folder: str | Path,
     *,
     cameras: int = 6,
-    raw_size: tuple[int, int] | None = None,
+    raw_size: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
+    image_format: str = "rgb",
     precision: str = "fp32",
     for_cpu: bool = False,
     calibration: NuScenesDataset | None = None,
@@ -207,8 +158,9 @@ def export_onnx(
         network: in evaluation mode, on the CPU.
         folder: is made where it is missing.
         cameras: how many images are given at a time; a camera that is missing is told by `present`.
-        raw_size: height and width of the images that are given, all alike; None where they come as the network takes
-            them.
+        raw_size: height and width of the images that are given, for all cameras or one pair for each; None where they
+            come as the network takes them.
+        image_format: how they are given, of `perception.export.contract.IMAGE_FORMATS`.
         precision: "fp32"; "fp16" for halves wherever geometry, normalisation and softmax allow; "int8" or "fp8" for
             eight bits in the layers with weights that bear it, and halves in the others.
         for_cpu: "int8" as CPUs want it, with bytes from zero up between the layers and float32 instead of halves.
@@ -219,7 +171,8 @@ def export_onnx(
         The folder.
 
     Raises:
-        ConfigError: the network is none that is exported, or precision or cameras cannot be.
+        ConfigError: the network is none that is exported, precision, cameras, sizes or format cannot be, or the graph
+            has a form that a TensorRT parser may read otherwise than ONNX defines it.
     """
     if isinstance(network, MapTRv2):
         raise ConfigError("MapTRv2 is not exported: it sums up features where their depths say, which depends on data")
@@ -234,22 +187,22 @@ def export_onnx(
         )
     if for_cpu and precision not in ("fp32", "int8"):
         raise ConfigError(f"precision {precision} is slow on CPUs; take fp32 or int8")
-    if cameras < 1:
-        raise ConfigError(f"cameras is {cameras}; give at least 1")
+    images = ImageInputs.of_rig(cameras, network.config.image_size, raw_size, image_format)
     folder = Path(folder)
-    model = DeployedNetwork(network, raw_size).eval()
-    inputs = example_inputs(network, cameras, raw_size)
+    model = DeployedNetwork(network, images).eval()
+    inputs = example_inputs(network, images)
     graph = trace(model, inputs) if graph is None else graph
     quantization = {}
     if precision in KINDS:
         kind = "uint8" if for_cpu else precision
-        graph, quantization = quantize_graph(graph, record(graph, calibration), kind)
+        graph, quantization = quantize_graph(graph, record(graph, calibration, images), kind)
     if precision != "fp32" and not for_cpu:
         graph = halve_graph(graph)
     strange = sorted({node.op_type for node in graph.graph.node if node.domain not in ("", "ai.onnx")})
     if strange:
         raise ConfigError(f"the graph holds operators that are no standard ones: {', '.join(strange)}")
     graph = lower_graph(graph, OPSET_FP8 if precision == "fp8" else OPSET)
+    checked = check_dialect(graph, () if for_cpu and precision in KINDS else None)  # bytes from zero up are for CPUs
     content = graph.SerializeToString()
     with torch.inference_mode():
         outputs = dict(zip(model.output_names, model(*inputs), strict=True))
@@ -257,16 +210,17 @@ def export_onnx(
         beside.write_bytes(content)
     write_contract(
         folder / CONTRACT,
-        inputs=dict(zip(model.input_names, map(_array, inputs), strict=True)),
+        inputs=dict(zip(model.input_names, map(_array, (*inputs[0], *inputs[1:])), strict=True)),
         outputs={name: _array(tensor) for name, tensor in outputs.items()},
         sha256={MODEL: hashlib.sha256(content).hexdigest()},
         network=type(network).__name__,
         image_size=network.config.image_size,
-        raw_size=raw_size,
+        images=images,
         precision=precision,
         opset=graph.opset_import[0].version,
         layers=layer_types(graph),
         quantization=quantization,
+        checked=checked,
         version=metadata.version("perception"),
     )
     return folder
@@ -289,7 +243,7 @@ def _array(tensor: Tensor) -> np.ndarray:
     return tensor.detach().numpy()
 
 
-def trace(model: DeployedNetwork, inputs: tuple[Tensor, ...]) -> onnx.ModelProto:
+def trace(model: DeployedNetwork, inputs: tuple[tuple[Tensor, ...] | Tensor, ...]) -> onnx.ModelProto:
     """The graph of a network in float32 and opset 18, weights under the names that they have in the network.
 
     Args:

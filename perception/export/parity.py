@@ -20,8 +20,10 @@ from perception.data.loader import fit_image
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import DataError
 from perception.evaluation.streaming import evaluate_scenes
-from perception.export.drive import aligned, drive, moment_inputs
-from perception.export.onnx import fit_pixels, fitting_matrices, raw_outputs
+from perception.export.contract import ImageInputs
+from perception.export.drive import CameraFrame, aligned, camera_frame, drive, moment_inputs
+from perception.export.images import ImagePreprocessing, to_rgb
+from perception.export.onnx import raw_outputs
 from perception.export.runtime import Runtime
 from perception.files import replacing, write_json
 from perception.models.checkpoint import Network
@@ -49,8 +51,8 @@ class Certificate:
         frames, scenes: of the drive.
         raw: largest and mean difference by output, rows aligned. A number that is larger than one counts in units of
             itself, for float32 keeps digits, not decimals: a box 40 m away is not known to a millimetre.
-        pixels: the largest difference in grey values between images fitted in the graph and by Pillow, as in training,
-            and the share of values that differ at all; zero where nothing is fitted in the graph.
+        pixels: the largest difference in grey values between what the graph makes of the images that it is given and
+            what they are in training (RGB, fitted by Pillow), and the share of values that differ at all.
         boxes, lines: largest and mean distance in metres of matched boxes (centres) and lines (points).
         metrics: by name, of the original and of the export.
         drift: largest differences of the memory over the first and over the last quarter of a long drive without a
@@ -154,7 +156,7 @@ def certify(
     Args:
         network: the original, in evaluation mode, on the CPU.
         folder: of the export.
-        dataset: images as the export takes them.
+        dataset: images as the export takes them, or larger; they are brought to the size and format of each camera.
         backend: that runs the export, as for `Runtime`.
         drift_frames: of a further drive without a reset, 0 for none.
         progress: show progress bars.
@@ -172,7 +174,7 @@ def certify(
         )
     runtime = Runtime(folder, backend=backend)
     image_size = tuple(runtime.contract["image_size"])
-    raw_size = tuple(runtime.contract["raw_size"]) if runtime.contract["raw_size"] else None
+    preprocess = ImagePreprocessing(runtime.images, image_size)
     differences: dict[str, list[np.ndarray]] = {}
     pixels = []
     originals, exports = {}, {}
@@ -181,11 +183,12 @@ def certify(
     for token, frame in tqdm(
         drive(dataset, runtime.contract["cameras"]), total=len(dataset), desc="certificate", disable=not progress
     ):
-        seen = fitted(frame, image_size) if raw_size else frame
-        if raw_size:
-            pixels.append((seen.images - pillow_fitted(frame, image_size)).abs().numpy().ravel())
+        given = camera_frame(frame, runtime.images)
+        seen = fitted(given, runtime.images, image_size)
+        in_graph = preprocess([torch.from_numpy(image) for image in given.images])
+        pixels.append((in_graph - seen.images[0]).abs().numpy().ravel())
         prediction, state, scene = _original(network, seen, state)
-        said = _exported(runtime, frame)
+        said = _exported(runtime, given)
         pairs = {"memory": (state.bev.numpy().ravel(), runtime.memory().ravel())} if state.bev.numel() else {}
         for kind in ("box", "line"):
             if f"raw_{kind}_logits" in runtime.outputs:
@@ -199,7 +202,7 @@ def certify(
         box_distances.append(matched_distances(scene.boxes.center.numpy(), said.boxes.center, scene.boxes, said.boxes))
         line_distances.append(matched_distances(scene.lines.points.numpy(), said.lines.points, scene.lines, said.lines))
         originals[token], exports[token] = scene, map_tensors(lambda x: torch.from_numpy(x.copy()), said)
-    off = np.concatenate(pixels) if pixels else np.zeros(1)
+    off = np.concatenate(pixels)
     one, other = (evaluate_scenes(dataset, scenes).metrics() for scenes in (originals, exports))
     return Certificate(
         precision=runtime.contract["precision"],
@@ -216,17 +219,15 @@ def certify(
     )
 
 
-def fitted(frame: Frame, image_size: tuple[int, int]) -> Frame:
-    """A frame [1, ...] with images of the network's size, fitted as in the graph."""
-    rows, columns, img_from_raw = fitting_matrices(tuple(frame.images.shape[-2:]), image_size)
-    images = fit_pixels(frame.images[0].float(), rows, columns)[None]
-    return frame._replace(images=images, rig=frame.rig._replace(img_from_cam=img_from_raw @ frame.rig.img_from_cam))
-
-
-def pillow_fitted(frame: Frame, image_size: tuple[int, int]) -> torch.Tensor:
-    """The images of a frame fitted as in training, [1, N, 3, H, W] float."""
-    images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in frame.images[0]]
-    return torch.stack([fit_image(image, np.eye(3), image_size)[0] for image in images])[None].float()
+def fitted(frame: CameraFrame, images: ImageInputs, image_size: tuple[int, int]) -> Frame:
+    """A frame [1, ...] as the network was trained with it: RGB, of its size, fitted by Pillow."""
+    pixels, img_from_cam = [], []
+    for image, matrix in zip(frame.images, frame.rig.img_from_cam[0].double().numpy(), strict=True):
+        fit = fit_image(Image.fromarray(to_rgb(image, images.image_format)), matrix, image_size)
+        pixels.append(fit[0])
+        img_from_cam.append(torch.from_numpy(fit[1]))
+    rig = frame.rig._replace(img_from_cam=torch.stack(img_from_cam)[None].float())
+    return Frame(torch.stack(pixels)[None].float(), rig, *frame[2:])
 
 
 def _original(network: Network, frame: Frame, state: State):
@@ -234,7 +235,7 @@ def _original(network: Network, frame: Frame, state: State):
     return prediction, state, map_tensors(lambda tensor: tensor[0], network.decode(prediction))
 
 
-def _exported(runtime: Runtime, frame: Frame) -> Scene:
+def _exported(runtime: Runtime, frame: CameraFrame) -> Scene:
     for name, array in moment_inputs(frame).items():
         runtime.inputs[name][...] = array
     runtime.run()
@@ -280,9 +281,9 @@ def _drift(
     while len(off) < frames:
         for _, frame in drive(dataset, runtime.contract["cameras"]):
             frame = frame._replace(is_first=torch.tensor([not off]))
-            seen = fitted(frame, image_size) if runtime.contract["raw_size"] else frame
-            _, state, _ = _original(network, seen, state)
-            _exported(runtime, frame)
+            given = camera_frame(frame, runtime.images)
+            _, state, _ = _original(network, fitted(given, runtime.images, image_size), state)
+            _exported(runtime, given)
             off.append(float(np.abs(state.bev.numpy() - runtime.memory()).mean()))
             bar.update()
             if len(off) == frames:

@@ -23,7 +23,8 @@ import numpy as np
 
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import DataError
-from perception.export.drive import aligned, drive, moment_inputs
+from perception.export.contract import ImageInputs
+from perception.export.drive import aligned, camera_frame, drive, moment_inputs
 from perception.export.half import WEIGHTED
 from perception.export.runtime import session_options
 
@@ -184,8 +185,13 @@ def changed(wanted: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -
     return float(np.mean(shares))
 
 
-def record(model, dataset: NuScenesDataset) -> list[Moment]:
+def record(model, dataset: NuScenesDataset, images: ImageInputs) -> list[Moment]:
     """Inputs of a graph at moments of a drive, with the memory that the graph itself had then.
+
+    Args:
+        model: the graph, an `onnx.ModelProto` in float32.
+        dataset: to drive through.
+        images: how the graph takes them.
 
     Returns:
         RANGES_FROM moments spread evenly, then JUDGED_ON that follow one another: the last of the drive.
@@ -205,8 +211,8 @@ def record(model, dataset: NuScenesDataset) -> list[Moment]:
     last = range(len(dataset) - JUDGED_ON, len(dataset))
     chosen = {*np.linspace(0, last[0] - 1, RANGES_FROM).round().astype(int).tolist(), *last}
     moments = []
-    for number, (_, frame) in enumerate(drive(dataset, shapes["present"][0])):
-        moment = moment_inputs(frame) | memory
+    for number, (_, frame) in enumerate(drive(dataset, len(images.sizes))):
+        moment = moment_inputs(camera_frame(frame, images)) | memory
         if number in chosen:
             moments.append({name: array.copy() for name, array in moment.items()})
         if memory:

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from perception.errors import ConfigError, DataError
-from perception.export.contract import MODEL, read_contract
-from perception.live import Odometer, checked_image, checked_rig
+from perception.export.contract import MODEL, ImageInputs, read_contract
+from perception.live import Odometer, checked_rig
 from perception.types import Boxes, CameraRig, Polylines, Scene
 
 _none, _no_label, _no_flag = np.zeros(0, np.float32), np.zeros(0, np.int32), np.zeros(0, bool)
@@ -120,6 +120,7 @@ class Runtime:
         if not 0 <= min_score <= 1:
             raise ConfigError(f"Runtime: min_score is {min_score}; give a number from 0 to 1")
         self.contract = read_contract(folder)
+        self.images = ImageInputs.of_contract(self.contract)
         self.min_score = min_score
         if backend == "onnxruntime":
             self._session = OnnxSession(folder, self.contract, providers, threads)
@@ -151,7 +152,7 @@ class Runtime:
 
     def step(
         self,
-        images: np.ndarray | Sequence[np.ndarray | None],
+        images: Sequence[np.ndarray | None],
         rig: CameraRig,
         global_from_ego: np.ndarray,
         time_s: float,
@@ -159,8 +160,9 @@ class Runtime:
         """One moment, as `perception.predictor.Predictor.step`.
 
         Args:
-            images: [N, H, W, 3] uint8 RGB, of the size that the contract names. What stands for a camera that is not
-                present is ignored and may be None.
+            images: N arrays uint8, each of the size and in the format that the contract names for its camera (RGB
+                [H, W, 3] unless the export was made for another). What stands for a camera that is not present is
+                ignored and may be None.
             rig: img_from_cam [N, 3, 3] in pixels of these images, ego_from_cam [N, 4, 4] metres, present [N] bool.
             global_from_ego: [4, 4] pose at `time_s`, metres, in any frame that stays the same from step to step.
             time_s: seconds, later than the last step's.
@@ -172,17 +174,12 @@ class Runtime:
             DataError: an argument has the wrong shape or type, is not finite, or time did not go forward.
         """
         motion = self._odometer.since_last(global_from_ego, time_s)
-        N, H, W, _ = self.inputs["images"].shape
+        N = len(self.images.sizes)
         if len(images) != N:
             raise DataError(f"{len(images)} images were given; the network was exported for {N} (absent ones are None)")
         rig = checked_rig(rig, N)
         for n in np.flatnonzero(rig.present):
-            if checked_image(f"images[{n}]", images[n]).shape != (H, W, 3):
-                raise DataError(
-                    f"images[{n}] is {images[n].shape[0]} x {images[n].shape[1]} pixels (height x width); the network "
-                    f"was exported for {H} x {W}"
-                )
-            self.inputs["images"][n] = images[n]
+            self.inputs[f"image_{n}"][...] = self.images.checked(n, images[n])
         self.fill(rig, motion.ego_from_prev, motion.seconds, motion.is_first)
         self.run()
         self._odometer.keep(global_from_ego, time_s)

@@ -1,21 +1,52 @@
 """TensorRT engines from an exported graph, for named targets and without a GPU where TensorRT-RTX is used.
 
 The network is strongly typed: the precision of every tensor is the one that the graph says. An engine belongs to one
-kind of GPU and to one version of TensorRT; both are written into the contract beside its hash.
+kind of GPU and to one version of TensorRT; both are written into the contract beside its hash. Before anything is
+built, the layers that the parser made of the graph are compared with the graph: a parser may read an operator
+otherwise than ONNX defines it, without a word.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from perception.errors import ConfigError
 from perception.export.contract import CONTRACT, MODEL, read_contract
 from perception.export.engine_session import Cuda, import_tensorrt
+from perception.export.nodes import UNKNOWN, Node, nodes_of
 from perception.files import replacing, write_json
 
 CURRENT = "current"  # the GPU of this machine
+PARSED = "parser run"  # the contract's word for a graph whose layers were compared
+NAMES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
+SHOWN = 3  # differences that an error names
+# Kinds of layers that stand for one node each: the class with their settings, and the operators they are made of.
+LAYERS = {
+    "GRID_SAMPLE": ("IGridSampleLayer", ("GridSample",)),
+    "REDUCE": ("IReduceLayer", ("ReduceMax", "ReduceMin", "ReduceMean", "ReduceSum", "ReduceL2")),
+    "RESIZE": ("IResizeLayer", ("Resize",)),
+    "TOPK": ("ITopKLayer", ("TopK",)),
+    "SOFTMAX": ("ISoftMaxLayer", ("Softmax",)),
+    "NORMALIZATION": ("INormalizationLayer", ("LayerNormalization",)),
+    "CONVOLUTION": ("IConvolutionLayer", ("Conv",)),
+    "POOLING": ("IPoolingLayer", ("MaxPool",)),
+    "MATRIX_MULTIPLY": ("IMatrixMultiplyLayer", ("MatMul", "Gemm")),
+    "EINSUM": ("IEinsumLayer", ("Einsum",)),
+    "GATHER": ("IGatherLayer", ("Gather", "GatherElements", "GatherND")),
+    "CONCATENATION": ("IConcatenationLayer", ("Concat",)),
+    "SELECT": ("ISelectLayer", ("Where",)),
+    "QUANTIZE": ("IQuantizeLayer", ("QuantizeLinear",)),
+    "DEQUANTIZE": ("IDequantizeLayer", ("DequantizeLinear",)),
+}
+TYPES = {
+    "FLOAT": "FLOAT", "FLOAT16": "HALF", "INT32": "INT32", "INT64": "INT64", "BOOL": "BOOL", "UINT8": "UINT8",
+    "INT8": "INT8", "FLOAT8E4M3FN": "FP8",
+}  # fmt: skip
 
 
 def build_engines(
@@ -37,7 +68,8 @@ def build_engines(
 
     Raises:
         CheckpointError: the folder is none of an export.
-        ConfigError: the package is not installed, does not know a target, or does not take the graph.
+        ConfigError: the package is not installed, does not know a target, does not take the graph, or reads it
+            otherwise than ONNX defines it.
     """
     folder = Path(folder)
     contract = read_contract(folder)
@@ -47,11 +79,7 @@ def build_engines(
     engines = {}
     for target, gpu in gpus.items():
         builder = trt.Builder(logger)
-        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-        parser = trt.OnnxParser(network, logger)
-        if not parser.parse((folder / MODEL).read_bytes()):
-            reason = str(parser.get_error(0)).splitlines()[0] if parser.num_errors else "it does not say why"
-            raise ConfigError(f"{package} does not take {folder / MODEL}: {reason}")
+        network, _parser = parse_graph(trt, builder, logger, folder / MODEL, package)
         config = builder.create_builder_config()
         config.clear_flag(trt.BuilderFlag.TF32)  # geometry in float32 means all of its digits
         if target != CURRENT:
@@ -75,6 +103,9 @@ def build_engines(
             "file": name, "gpu": gpu, "package": package, "package_version": trt.__version__,
         }  # fmt: skip
         contract["sha256"][name] = hashlib.sha256(content).hexdigest()
+        checks = contract.setdefault("checked", {}).setdefault(runtime_name(package, trt.__version__), [])
+        if PARSED not in checks:
+            checks.append(PARSED)
         write_json(folder / CONTRACT, contract)
         engines[target] = folder / name
     return engines
@@ -102,3 +133,168 @@ def gpus_of(package: str, targets: Sequence[str]) -> dict[str, str]:
             raise ConfigError(f"target {target!r} is not known to {package}; it builds for {', '.join(known)}")
         gpus[target] = target
     return gpus
+
+
+def runtime_name(package: str, version: str) -> str:
+    """The name of a runtime in contracts, such as "TensorRT-RTX 1.7"."""
+    return f"{NAMES[package]} {'.'.join(version.split('.')[:2])}"
+
+
+def parse_graph(trt, builder, logger, path: str | Path, package: str):
+    """Reads a graph with the parser of TensorRT and compares what it made of it with the graph.
+
+    Args:
+        trt: the module, from `import_tensorrt`.
+        builder, logger: of that module.
+        path: of the ONNX file.
+        package: name of the module's package, for errors.
+
+    Returns:
+        The network, strongly typed, and the parser, which has to live as long as the network.
+
+    Raises:
+        ConfigError: the parser does not take the graph, or reads it otherwise than ONNX defines it.
+    """
+    import onnx
+
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    content = Path(path).read_bytes()
+    if not parser.parse(content):
+        reason = str(parser.get_error(0)).splitlines()[0] if parser.num_errors else "it does not say why"
+        raise ConfigError(f"{package} does not take {path}: {reason}")
+    differences = compare_layers(trt, network, onnx.ModelProto.FromString(content))
+    if differences:
+        more = f"; and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""
+        raise ConfigError(
+            f"the parser of {package} {trt.__version__} reads {path} otherwise than ONNX defines it: "
+            f"{'; '.join(differences[:SHOWN])}{more}"
+        )
+    return network, parser
+
+
+def compare_layers(trt, network, model) -> list[str]:
+    """Compares the layers of a network that a parser made of a graph with the nodes of the graph.
+
+    Compared are type and shape of every tensor that a node gives out, how many layers there are of the kinds in
+    `LAYERS`, and their settings: modes and padding of GridSample and Resize, axes of Reduce, Softmax,
+    LayerNormalization, TopK, Gather and Concat, strides, padding and groups of convolutions and poolings.
+
+    Args:
+        trt: the module that `network` is of.
+        network: an `INetworkDefinition`.
+        model: the `onnx.ModelProto` that it should be.
+
+    Returns:
+        The differences, each with the name of its node.
+    """
+    nodes = nodes_of(model)
+    layers = [network.get_layer(k) for k in range(network.num_layers)]
+    differences = []
+    tensors = {layer.get_output(k).name: layer.get_output(k) for layer in layers for k in range(layer.num_outputs)}
+    for node in nodes:
+        for name in filter(None, node.outputs):
+            kind, shape = node.tensors.kinds.get(name, UNKNOWN)
+            if name not in tensors:
+                differences.append(f"{node.operator} {node.name} has no tensor {name}")
+            elif (found := tensors[name].dtype) != getattr(trt.DataType, TYPES.get(kind, kind), None):
+                differences.append(f"{node.operator} {node.name} gives {found.name} instead of {kind}")
+            elif (found := tuple(tensors[name].shape)) != shape:
+                differences.append(f"{node.operator} {node.name} gives the shape {found} instead of {shape}")
+    made_of: dict[tuple[str, str], list] = {}  # layers by kind and name of their node
+    for layer in layers:
+        node_name = layer.metadata.removeprefix("[ONNX Layer: ").removesuffix("]")
+        made_of.setdefault((layer.type.name, node_name), []).append(layer)
+    counts = Counter(layer.type.name for layer in layers)
+    for kind, (class_name, operators) in LAYERS.items():
+        meant = [node for node in nodes if node.operator in operators]
+        if counts[kind] != len(meant):
+            differences.append(f"{len(meant)} nodes {'/'.join(operators)} became {counts[kind]} layers {kind}")
+        for node in meant:
+            for layer in made_of.get((kind, node.name), ()):
+                layer.__class__ = getattr(trt, class_name)  # its settings are attributes of that class alone
+                for name, wanted in _settings(trt, node).items():
+                    found = getattr(layer, name)
+                    found = tuple(found) if isinstance(wanted, tuple) else found
+                    if found != wanted:
+                        differences.append(
+                            f"{node.operator} {node.name} has the {name} {_said(found)} instead of {_said(wanted)}"
+                        )
+            if (kind, node.name) not in made_of:
+                differences.append(f"{node.operator} {node.name} has no layer {kind}")
+    return differences
+
+
+def _said(value: object) -> str:
+    return getattr(value, "name", str(value))
+
+
+def _settings(trt, node: Node) -> Mapping[str, object]:
+    """What a layer has to be set to, by the names of TensorRT's attributes, to be what a node is in ONNX."""
+    given = node.attributes
+    rank = len(node.shape(0))
+
+    def mask(axes: Sequence[int]) -> int:
+        return int(sum(1 << int(axis) % rank for axis in axes))
+
+    def window(count: int) -> dict[str, object]:
+        pads = given.get("pads", [0] * 2 * count)
+        return {
+            "stride_nd": tuple(given.get("strides", [1] * count)),
+            "pre_padding": tuple(pads[:count]),
+            "post_padding": tuple(pads[count:]),
+            "padding_mode": trt.PaddingMode.EXPLICIT_ROUND_DOWN,
+        }
+
+    kind = node.operator
+    if kind == "GridSample":
+        modes = {"bilinear": "LINEAR", "linear": "LINEAR", "nearest": "NEAREST"}
+        return {
+            "interpolation_mode": getattr(trt.InterpolationMode, modes[given["mode"]]),
+            "sample_mode": getattr(trt.SampleMode, {"zeros": "FILL", "border": "CLAMP"}[given["padding_mode"]]),
+            "align_corners": bool(given["align_corners"]),
+        }
+    if kind.startswith("Reduce"):
+        axes = given.get("axes") if len(node.inputs) == 1 else node.constant(1)
+        operation = {"Max": "MAX", "Min": "MIN", "Mean": "AVG", "Sum": "SUM", "L2": "SUM"}[kind.removeprefix("Reduce")]
+        return {
+            "axes": mask(range(rank) if axes is None else axes),
+            "keep_dims": bool(given["keepdims"]),
+            "op": getattr(trt.ReduceOperation, operation),
+        }
+    if kind == "Resize":
+        return {
+            "resize_mode": getattr(trt.InterpolationMode, given["mode"].upper()),
+            "coordinate_transformation": getattr(
+                trt.ResizeCoordinateTransformation, given["coordinate_transformation_mode"].upper()
+            ),
+            "exclude_outside": bool(given["exclude_outside"]),
+        }
+    if kind == "TopK":
+        operation = trt.TopKOperation.MAX if given["largest"] else trt.TopKOperation.MIN
+        return {"axes": mask([given["axis"]]), "op": operation}
+    if kind == "Softmax":
+        return {"axes": mask([given["axis"]])}
+    if kind == "LayerNormalization":
+        return {"axes": mask(range(given["axis"] % rank, rank)), "epsilon": float(np.float32(given["epsilon"]))}
+    if kind == "Conv":
+        count = rank - 2
+        return window(count) | {
+            "dilation_nd": tuple(given.get("dilations", [1] * count)),
+            "num_groups": given["group"],
+        }
+    if kind == "MaxPool":
+        return window(rank - 2) | {"window_size_nd": tuple(given["kernel_shape"]), "type": trt.PoolingType.MAX}
+    if kind in ("Gather", "GatherElements"):
+        mode = trt.GatherMode.DEFAULT if kind == "Gather" else trt.GatherMode.ELEMENT
+        return {"axis": given["axis"] % rank, "mode": mode}
+    if kind == "GatherND":
+        return {"num_elementwise_dims": given["batch_dims"], "mode": trt.GatherMode.ND}
+    if kind == "Concat":
+        return {"axis": given["axis"] % rank}
+    if kind == "Einsum":
+        return {"equation": given["equation"]}
+    if kind in ("QuantizeLinear", "DequantizeLinear"):
+        scale = node.constant(1)
+        return {"axis": given["axis"] % rank} if scale is not None and scale.size > 1 else {}
+    return {}
