@@ -41,8 +41,8 @@ class ReferenceSession:
         model = model if isinstance(model, onnx.ModelProto) else onnx.load(model)
         try:
             evaluator = ReferenceEvaluator(model, new_ops=OPERATORS)
-        except NotImplementedError as error:
-            raise ConfigError(f"the graph cannot be run by onnx.reference ({error}); run it with ONNX Runtime") from None
+        except RuntimeError as error:
+            raise ConfigError(f"onnx.reference cannot run the graph: {error}") from None
         self.output_names = list(evaluator.output_names)
         self._constants, self._nodes = evaluator.rt_inits_, evaluator.rt_nodes_
         # Values are dropped after their last use: all of them together would take gigabytes.
@@ -56,6 +56,9 @@ class ReferenceSession:
 
         Args:
             inputs: all inputs by name, in the types of the graph.
+
+        Raises:
+            ConfigError: an operator cannot be run with what it is given.
         """
         values = {"": None, **self._constants, **inputs}
         with np.errstate(all="ignore"):
@@ -64,7 +67,10 @@ class ReferenceSession:
                 halves = node.op_type != "Cast" and any(x is not None and x.dtype == np.float16 for x in arguments)
                 if halves:
                     arguments = [_in_type(x, np.float16, np.float32) for x in arguments]
-                results = node.run(*arguments)
+                try:
+                    results = node.run(*arguments)
+                except (ValueError, IndexError, RuntimeError) as error:
+                    raise ConfigError(f"{node.op_type} {node.onnx_node.name} cannot be run: {error}") from None
                 if halves:
                     results = [_in_type(x, np.float32, np.float16) for x in results]
                 values.update(zip(node.output, results, strict=False))  # what nobody asks for has no name
@@ -93,7 +99,8 @@ def grid_sample(x: np.ndarray, grid: np.ndarray, mode: str, padding: str, align_
     N, C, H, W = x.shape
     _, h, w, _ = grid.shape
     # A ring of one pixel around the image holds all that can be read outside of it.
-    ring = np.pad(x.transpose(0, 2, 3, 1), ((0, 0), (1, 1), (1, 1), (0, 0)), "edge" if padding == "border" else "constant")
+    beyond = "edge" if padding == "border" else "constant"
+    ring = np.pad(x.transpose(0, 2, 3, 1), ((0, 0), (1, 1), (1, 1), (0, 0)), beyond)
     ring = ring.reshape(N, (H + 2) * (W + 2), C)
     column, row = (
         np.clip((g + 1) / 2 * (size - 1) if align_corners else ((g + 1) * size - 1) / 2, -1, size)
