@@ -26,6 +26,7 @@ from perception.export.images import ImagePreprocessing, to_rgb
 from perception.export.onnx import raw_outputs
 from perception.export.progress import stage
 from perception.export.runtime import Runtime
+from perception.export.second_reading import SecondExecutor, SecondReading
 from perception.files import replacing, write_json
 from perception.models.checkpoint import Network
 from perception.types import Frame, Scene, State, map_tensors
@@ -63,6 +64,7 @@ class Certificate:
         drift: largest differences of the memory over the first and over the last quarter of a long drive without a
             reset, empty where none was made.
         quantization: what `quantize_graph` found out, empty for other precisions.
+        second_reading: some frames again by another executor; None where ONNX Runtime did not run the export.
     """
 
     precision: str
@@ -76,6 +78,7 @@ class Certificate:
     metrics: dict[str, tuple[float, float]]
     drift: tuple[float, ...] = ()
     quantization: dict = field(default_factory=dict)
+    second_reading: SecondReading | None = None
 
     @property
     def failures(self) -> list[str]:
@@ -99,7 +102,7 @@ class Certificate:
                 found.append(f"{name} is {other:.4f} instead of {one:.4f}, more than {most} off")
         if self.drift and not self.drift[1] <= max(GROWTH * self.drift[0], 1e-3):
             found.append(f"the memory drifts: off by {self.drift[0]:.2e} early and by {self.drift[1]:.2e} late")
-        return found
+        return found + (self.second_reading.failures(self.precision) if self.second_reading else [])
 
     def as_dict(self) -> dict:
         """Plain JSON values."""
@@ -138,6 +141,7 @@ class Certificate:
                 f"{sum(self.quantization['work'][group] for group in self.quantization['groups']):.3f} | |",
                 "",
             ]
+        rows += self.second_reading.markdown() if self.second_reading else []
         verdict = "**passed**" if not self.failures else "**failed**: " + "; ".join(self.failures)
         return "\n".join([*rows, f"Gate: {verdict}", ""])
 
@@ -172,7 +176,7 @@ def certify(
 
     Raises:
         CheckpointError: the folder is none of an export.
-        ConfigError: the backend cannot run here.
+        ConfigError: the backend cannot run here, or the graph cannot be run a second time.
         DataError: the dataset has fewer than 40 frames or 2 scenes.
     """
     scenes = len(np.unique(dataset.scene_of_sample))
@@ -182,6 +186,7 @@ def certify(
             f"{LEAST_SCENES}"
         )
     runtime = Runtime(folder, backend=backend)
+    second = SecondExecutor(folder, runtime.contract, len(dataset)) if backend == "onnxruntime" else None
     image_size = tuple(runtime.contract["image_size"])
     preprocess = ImagePreprocessing(runtime.images, image_size)
     differences: dict[str, list[np.ndarray]] = {}
@@ -198,7 +203,11 @@ def certify(
         in_graph = preprocess([torch.from_numpy(image) for image in given.images])
         pixels.append((in_graph - seen.images[0]).abs().numpy().ravel())
         prediction, state, scene = _original(network, seen, state)
+        memory = runtime.memory()
         said = _exported(runtime, given)
+        if second and len(originals) in second.frames:
+            inputs, outputs = runtime.inputs | {"memory": memory}, runtime.outputs | {"new_memory": runtime.memory()}
+            second.add(inputs, outputs)
         pairs = {"memory": (state.bev.numpy().ravel(), runtime.memory().ravel())} if state.bev.numel() else {}
         for kind in ("box", "line"):
             if f"raw_{kind}_logits" in runtime.outputs:
@@ -227,6 +236,7 @@ def certify(
         metrics={name: (one[name], other[name]) for name in METRICS},
         quantization=runtime.contract["quantization"],
         drift=_drift(network, runtime, dataset, drift_frames, image_size, progress) if drift_frames else (),
+        second_reading=second.result() if second else None,
     )
 
 
