@@ -7,6 +7,7 @@ from pathlib import Path
 
 from perception.export.half import LARGEST
 from perception.export.headroom import Saturation
+from perception.export.second_reading import SecondReading
 from perception.files import replacing, write_json
 
 METRICS = ("nds", "map", "mATE", "mASE", "mAOE", "mAVE", "mAAE", "lane_map", "lane_map_strict")
@@ -112,6 +113,7 @@ class Certificate:
         drift: largest differences of the memory over the first and over the last quarter of a long drive without a
             reset, empty where none was made.
         quantization: what `quantize_graph` found out, empty for other precisions.
+        second_reading: some frames again by another executor; None where ONNX Runtime did not run the export.
     """
 
     precision: str
@@ -121,6 +123,7 @@ class Certificate:
     saturation: dict[str, Saturation] = field(default_factory=dict)
     drift: tuple[float, ...] = ()
     quantization: dict = field(default_factory=dict)
+    second_reading: SecondReading | None = None
 
     @property
     def failures(self) -> list[str]:
@@ -142,7 +145,7 @@ class Certificate:
             found.append(f"more than {100 * SATURATED:.0f} % of values are beyond their range: {_listed(cut)}")
         if self.drift and not self.drift[1] <= max(GROWTH * self.drift[0], 1e-3):
             found.append(f"the memory drifts: off by {self.drift[0]:.2e} early and by {self.drift[1]:.2e} late")
-        return found
+        return found + (self.second_reading.failures(self.precision) if self.second_reading else [])
 
     def as_dict(self) -> dict:
         """Plain JSON values."""
@@ -188,6 +191,7 @@ class Certificate:
                 f"{sum(self.quantization['work'][group] for group in self.quantization['groups']):.3f} | |",
                 "",
             ]
+        rows += self.second_reading.markdown() if self.second_reading else []
         verdict = "**passed**" if not self.failures else "**failed**: " + "; ".join(self.failures)
         return "\n".join([*rows, f"Gate: {verdict}", ""])
 
