@@ -7,7 +7,8 @@ Q/DQ nodes, and every tensor that is float16 or quantized in the export is measu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +22,8 @@ BOUNDED = (
 )  # fmt: skip
 
 
-class Saturation(NamedTuple):
+@dataclass(frozen=True)
+class Saturation:
     """How much of a quantized tensor lies beyond its range.
 
     Args:
@@ -69,18 +71,21 @@ class RangeMonitor:
 
     def peaks(self) -> dict[str, float]:
         """The largest absolute value of every tensor that is float16 in the export, in the order of the graph."""
-        return {label: max(self._values[f"peak/{name}"]) for label, name in self._halves.items()}
+        return {label: self._largest(f"peak/{name}") for label, name in self._halves.items()}
 
     def saturation(self) -> dict[str, Saturation]:
         """By quantized tensor, in the order of the graph."""
         return {
             label: Saturation(
                 float(np.mean(self._values[f"beyond/{name}"])),
-                max(self._values[f"beyond/{name}"]),
-                max(self._values[f"peak/{name}"]) / largest,
+                self._largest(f"beyond/{name}"),
+                self._largest(f"peak/{name}") / largest,
             )
             for label, (name, largest) in self._ranges.items()
         }
+
+    def _largest(self, output: str) -> float:
+        return float(np.max(self._values[output]))
 
 
 class MeasuredGraph(NamedTuple):
@@ -139,32 +144,38 @@ def measured_graph(model) -> MeasuredGraph:
             nodes.append(node)
         if kinds.get(out) == TensorProto.FLOAT16 and node.op_type not in BOUNDED and out not in weights:
             halves[f"{layers.get(out, node.op_type)} ({out})"] = renamed.get(out, out)
+    measuring, limits, outputs = _measuring(dict.fromkeys([*halves.values(), *bounds]), bounds)
+    nodes += measuring
+    weights |= limits
     used = {name for node in nodes for name in node.input}
     del graph.graph.node[:], graph.graph.initializer[:], graph.graph.value_info[:]
     graph.graph.node.extend(nodes)
     graph.graph.initializer.extend(numpy_helper.from_array(weights[name], name) for name in weights if name in used)
-    outputs = []
+    graph.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, []) for name in outputs)
+    return MeasuredGraph(graph, halves, ranges, outputs)
 
-    def measure(operator: str, inputs: list[str], out: str, **attributes) -> str:
-        graph.graph.node.append(helper.make_node(operator, inputs, [out], name=out, **attributes))
+
+def _measuring(tensors: Iterable[str], bounds: Mapping[str, tuple[float, float]]) -> tuple[list, dict, list[str]]:
+    """Nodes that measure tensors, their constants, and the names of the scalars that they give."""
+    from onnx import TensorProto, helper
+
+    nodes, constants, outputs = [], {}, []
+
+    def add(operator: str, inputs: list[str], out: str, **attributes) -> str:
+        nodes.append(helper.make_node(operator, inputs, [out], name=out, **attributes))
         return out
 
-    def measured(name: str) -> None:
-        graph.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, []))
-        outputs.append(name)
-
-    for name in dict.fromkeys([*halves.values(), *bounds]):
-        # Without axes a reduction goes over all of them, in every version of the standard.
-        measured(measure("ReduceMax", [measure("Abs", [name], f"size/{name}")], f"peak/{name}", keepdims=0))
+    # Without axes a reduction goes over all of them, in every version of the standard.
+    for name in tensors:
+        outputs.append(add("ReduceMax", [add("Abs", [name], f"size/{name}")], f"peak/{name}", keepdims=0))
     for name, (low, high) in bounds.items():
-        for word, bound in (("low", low), ("high", high)):
-            graph.graph.initializer.append(numpy_helper.from_array(np.float32(bound), f"{word}/{name}"))
-        below = measure("Less", [name, f"low/{name}"], f"below/{name}")
-        above = measure("Greater", [name, f"high/{name}"], f"above/{name}")
-        either = measure("Or", [below, above], f"either/{name}")
-        counted = measure("Cast", [either], f"counted/{name}", to=TensorProto.FLOAT)
-        measured(measure("ReduceMean", [counted], f"beyond/{name}", keepdims=0))
-    return MeasuredGraph(graph, halves, ranges, outputs)
+        constants |= {f"low/{name}": np.float32(low), f"high/{name}": np.float32(high)}
+        below = add("Less", [name, f"low/{name}"], f"below/{name}")
+        above = add("Greater", [name, f"high/{name}"], f"above/{name}")
+        either = add("Or", [below, above], f"either/{name}")
+        counted = add("Cast", [either], f"counted/{name}", to=TensorProto.FLOAT)
+        outputs.append(add("ReduceMean", [counted], f"beyond/{name}", keepdims=0))
+    return nodes, constants, outputs
 
 
 def layer_names(model) -> dict[str, str]:
