@@ -19,7 +19,7 @@ from perception.errors import ConfigError, DataError, run_script
 from perception.export import parity
 from perception.export.certificate import GATES
 from perception.export.contract import ImageInputs, read_contract
-from perception.export.drive import drive, moment_inputs, seated
+from perception.export.drive import camera_frame, drive, moment_inputs, seated
 from perception.export.half import WEIGHTED
 from perception.export.headroom import Saturation
 from perception.export.onnx import export_onnx
@@ -100,7 +100,7 @@ def test_a_mixed_rig_is_certified(small_network, mixed_export, small_town):
     assert "BT.601, luma 16..235" in contract["inputs"][0]["meaning"]
     found = certify(small_network, mixed_export, small_town, drift_frames=4)
     assert found.failures == [] and found.pixels == (0.0, 0.0)
-    assert max(largest for largest, _ in found.raw.values()) < 1e-3
+    assert max(largest for largest, _ in found.replays[0].raw.values()) < 1e-3
 
 
 def broken(folder, tmp_path, change):
@@ -126,6 +126,19 @@ def test_the_gate_sees_a_broken_weight(small_network, fp32_export, small_town, t
     found = certify(small_network, broken(fp32_export, tmp_path, change), small_town)
     assert any(text.startswith("raw_box differs by") for text in found.failures)
     assert "Gate: **failed**" in found.markdown()
+
+
+def test_the_gate_sees_numbers_that_are_not_finite(small_network, fp32_export, small_town, tmp_path):
+    """An export that gives no numbers fails and is compared no further."""
+
+    def change(graph):
+        weight = next(x for x in graph.initializer if "smooth" in x.name and len(x.dims) == 4)
+        weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(np.inf), weight.name))
+
+    found = certify(small_network, broken(fp32_export, tmp_path, change), small_town)
+    assert "outputs are not finite in 40 of 40 frames" in found.failures
+    assert not found.replays[0].raw and not found.second_reading
+    assert json.loads(json.dumps(found.as_dict(), allow_nan=False))["replays"][0]["not_finite"] == 40
 
 
 def test_the_gate_sees_a_lost_memory(small_network, fp32_export, small_town, tmp_path, monkeypatch):
@@ -240,28 +253,32 @@ def test_the_gate_sees_what_types_cannot_hold(certificate):
 
 def blinded(moments, grey):
     """By moment, the cameras that are present and whose image is all of this grey."""
-    cameras = [[n for n, x in enumerate(m["images"]) if m["present"][n] and (x == grey).all()] for m in moments]
+    cameras = [[n for n in range(6) if m["present"][n] and (m[f"image_{n}"] == grey).all()] for m in moments]
     return {number: found for number, found in enumerate(cameras) if found}
 
 
 def test_blinded_cameras_of_a_drive(small_town, other_rig_town):
     """A black and a white image in each scene, where asked for; all else stays as it is."""
-    usual, bad = ([moment_inputs(x) for _, x in drive(small_town, 6, bad_images=yes)] for yes in (False, True))
+    images = ImageInputs((RAW,) * 6)
+
+    def driven(town, bad_images):
+        return [moment_inputs(camera_frame(x, images)) for _, x in drive(town, 6, bad_images=bad_images)]
+
+    usual, bad = (driven(small_town, bad_images) for bad_images in (False, True))
     assert not blinded(usual, 0) and not blinded(usual, 255)
     black, white = blinded(bad, 0), blinded(bad, 255)
     assert list(black) == [4, 24] and list(white) == [8, 28]
     assert {len(cameras) for cameras in (*black.values(), *white.values())} == {1}
     for number, (one, other) in enumerate(zip(usual, bad, strict=True)):
-        gone = (black | white).get(number, [])
-        assert all(np.array_equal(one[name], other[name]) for name in one.keys() - {"images"})
-        assert np.array_equal(np.delete(one["images"], gone, 0), np.delete(other["images"], gone, 0))
-    five = [moment_inputs(x) for _, x in drive(other_rig_town, 6, bad_images=True)]
+        gone = {f"image_{n}" for n in (black | white).get(number, [])}
+        assert {name for name in one if not np.array_equal(one[name], other[name])} == gone
+    five = driven(other_rig_town, True)
     assert not any(moment["present"][5] for moment in five)
     assert len(blinded(five, 0)) == len(blinded(five, 255)) == 2
 
 
 def test_ranges_come_from_blinded_cameras_too(small_graph, small_town):
-    moments = record(small_graph, small_town)
+    moments = record(small_graph, small_town, ImageInputs((RAW,) * 6))
     assert len(moments) == RANGES_FROM + 2 * RANGES_FROM // BAD_EVERY + JUDGED_ON
     black, white = blinded(moments, 0), blinded(moments, 255)
     assert len(black) == len(white) == RANGES_FROM // BAD_EVERY

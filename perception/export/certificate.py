@@ -39,6 +39,8 @@ class Replay:
         focal_lengths: of each camera in the first frame, in image widths.
         bad_images: whether some images were black or white.
         frames, scenes: of the dataset.
+        not_finite: frames in which the export gave numbers that are not finite; they count as empty and are left out of
+            the differences.
         raw: largest and mean difference by output, rows aligned. A number that is larger than one counts in units of
             itself, for float32 keeps digits, not decimals: a box 40 m away is not known to a millimetre.
         pixels: the largest difference in grey values between what the graph makes of the images that it is given and
@@ -53,6 +55,7 @@ class Replay:
     bad_images: bool
     frames: int
     scenes: int
+    not_finite: int
     raw: dict[str, tuple[float, float]]
     pixels: tuple[float, float]
     boxes: tuple[float, float]
@@ -63,6 +66,8 @@ class Replay:
         """What is too far off for these gates, as GATES holds them."""
         most_raw, most_nds, most_lane = gates
         found = []
+        if self.not_finite:
+            found.append(f"outputs are not finite in {self.not_finite} of {self.frames} frames")
         if most_raw is not None:
             found += [
                 f"{name} differs by {largest:.2e}, more than {most_raw:.0e}"
@@ -113,7 +118,8 @@ class Certificate:
         drift: largest differences of the memory over the first and over the last quarter of a long drive without a
             reset, empty where none was made.
         quantization: what `quantize_graph` found out, empty for other precisions.
-        second_reading: some frames again by another executor; None where ONNX Runtime did not run the export.
+        second_reading: some frames again by another executor; None where ONNX Runtime did not run the export, or where
+            it gave numbers that are not finite.
     """
 
     precision: str

@@ -89,7 +89,7 @@ def certify(
         saturation=monitor.saturation() if monitor else {},
         quantization=runtime.contract["quantization"],
         drift=_drift(network, runtime, dataset, drift_frames, image_size, progress) if drift_frames else (),
-        second_reading=second.result() if second else None,
+        second_reading=second.result() if second and not replays[0].not_finite else None,
     )
 
 
@@ -117,7 +117,7 @@ def replay(
     preprocess = ImagePreprocessing(runtime.images, image_size)
     differences: dict[str, list[np.ndarray]] = {}
     pixels = []
-    originals, exports = {}, {}
+    originals, exports, not_finite = {}, {}, 0
     box_distances, line_distances = [], []
     state = network.initial_state(1)
     for token, frame in tqdm(
@@ -134,6 +134,10 @@ def replay(
             monitor.run(inputs)
         memory = runtime.memory()
         said = _exported(runtime, inputs)
+        if not all(np.isfinite(x).all() for x in (*runtime.outputs.values(), runtime.memory())):
+            not_finite += 1
+            originals[token], exports[token] = scene, map_tensors(lambda x: torch.from_numpy(x[:0].copy()), said)
+            continue
         if second and len(originals) in second.frames:
             second.add(runtime.inputs | {"memory": memory}, runtime.outputs | {"new_memory": runtime.memory()})
         pairs = {"memory": (state.bev.numpy().ravel(), runtime.memory().ravel())} if state.bev.numel() else {}
@@ -161,6 +165,7 @@ def replay(
         bad_images=bad_images,
         frames=len(dataset),
         scenes=len(np.unique(dataset.scene_of_sample)),
+        not_finite=not_finite,
         raw={name: _summary(parts) for name, parts in differences.items()},
         pixels=(float(off.max()), float((off > 0).mean())),
         boxes=_summary(box_distances),
@@ -212,7 +217,7 @@ def matched_distances(one: np.ndarray, other: np.ndarray, nouns, other_nouns) ->
 
 
 def _summary(parts: list[np.ndarray]) -> tuple[float, float]:
-    together = np.concatenate(parts)
+    together = np.concatenate([*parts, np.zeros(0)])
     return (float(together.max()), float(together.mean())) if len(together) else (0.0, 0.0)
 
 

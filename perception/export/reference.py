@@ -106,6 +106,7 @@ def grid_sample(x: np.ndarray, grid: np.ndarray, mode: str, padding: str, align_
         np.clip((g + 1) / 2 * (size - 1) if align_corners else ((g + 1) * size - 1) / 2, -1, size)
         for g, size in ((grid[..., 0].reshape(N, h * w), W), (grid[..., 1].reshape(N, h * w), H))
     )  # [N, h * w], in pixels whose centres are whole numbers
+    column, row = np.nan_to_num(column, nan=-1), np.nan_to_num(row, nan=-1)  # ONNX does not say; here they are outside
     if mode == "nearest":
         corners = [(np.rint(row), np.rint(column), None)]
     else:
