@@ -108,7 +108,7 @@ class BEVFormerHead(nn.Module):
         ):
             query = layer(query, position, bev, reference[..., :2], config.bev)
             change = regress(query).float()
-            center = refined(reference, change[..., [0, 1, 4]])
+            center = refined(reference, torch.cat([change[..., :2], change[..., 4:5]], -1))
             metres = low + center * (high - low)
             all_logits.append(classify(query))
             all_params.append(torch.cat([metres[..., :2], change[..., 2:4], metres[..., 2:], change[..., 5:]], -1))
@@ -196,9 +196,10 @@ def decode_boxes(logits: Tensor, params: Tensor, ego_from_lidar: Tensor, count: 
     axis = torch.stack([heading.cos(), heading.sin()], -1) @ turn[:2, :2].T
     low, high = (constants(x, center) for x in ((-61.2, -61.2, -10.0), (61.2, 61.2, 10.0)))
     valid = ((boxes[..., :3] >= low) & (boxes[..., :3] <= high)).all(-1)
+    width, length, height = boxes[..., 3:6].unbind(-1)
     return Boxes(
         center=center,
-        size=boxes[..., [4, 3, 5]],
+        size=torch.stack([length, width, height], -1),
         yaw=torch.atan2(axis[..., 1], axis[..., 0]),
         velocity=boxes[..., 7:] @ turn[:2, :2].T,
         label=label,
