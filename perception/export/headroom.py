@@ -129,10 +129,11 @@ def measured_graph(model) -> MeasuredGraph:
         node.input[:] = [renamed.get(name, name) for name in node.input]
         out = node.output[0]
         if node.op_type == "QuantizeLinear":
-            renamed[out] = node.input[0]
+            renamed[out] = tensor = node.input[0]
             low, high = _range(constants[node.input[1]], constants[node.input[2]])
-            bounds[node.input[0]] = low, high
-            ranges[f"{layers.get(out, node.op_type)} ({node.input[0]})"] = node.input[0], max(-low, high)
+            bounds[tensor] = low, high
+            # What no layer takes in eight bits is the output of one.
+            ranges[f"{layers.get(out) or layers.get(tensor, node.op_type)} ({tensor})"] = tensor, max(-low, high)
         elif node.op_type == "DequantizeLinear" and node.input[0] in constants:
             weights[out] = _dequantized(node, constants)
         elif node.op_type == "DequantizeLinear":
