@@ -100,7 +100,7 @@ def test_a_mixed_rig_is_certified(small_network, mixed_export, small_town):
     assert [x["shape"] for x in contract["inputs"][:6]] == [[H * 3 // 2, W] for H, W in MIXED]
     assert "BT.601, luma 16..235" in contract["inputs"][0]["meaning"]
     found = certify(small_network, mixed_export, small_town, drift_frames=4)
-    assert found.failures == [] and found.pixels == (0.0, 0.0)
+    assert found.failures == [] and found.replays[0].pixels == (0.0, 0.0)
     assert max(largest for largest, _ in found.replays[0].raw.values()) < 1e-3
 
 
@@ -375,7 +375,7 @@ def test_int8_where_it_changes_little(small_network, small_town, exports, tmp_pa
     made_by = {name: node for node in graph.node for name in node.output}
     quantized = [node for node in graph.node if node.op_type in WEIGHTED and node.input[1] in made_by]
     quantized = [node for node in quantized if made_by[node.input[1]].op_type == "DequantizeLinear"]
-    assert {made_by[node.input[1]].input[0] for node in quantized} == set(weights) and len(weights) > 5
+    assert {made_by[node.input[1]].input[0] for node in quantized} == set(weights) and len(weights) > 3
     assert all(made_by[node.input[0]].op_type == "DequantizeLinear" for node in quantized)
     scales = {x.name: x for x in graph.initializer}
     for node in quantized:  # a scale per channel, in float32: opset 17 has no other
