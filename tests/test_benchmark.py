@@ -106,7 +106,7 @@ def test_modes_are_held_to_float32(weights):
     rows = []
     measure_frames(Recorder(rows.append, 120.0), weights, "cpu", False)
     assert [row["name"] for row in rows] == [
-        "eager fp32 untuned plain sampling", "eager fp32", "eager bf16", "eager bf16 channels_last", "with copies",
+        "eager fp32 untuned plain sampling", "eager fp32", "eager bf16 channels_last", "eager bf16", "with copies",
         "profile",
     ]  # fmt: skip
     assert not any("error" in row for row in rows), rows

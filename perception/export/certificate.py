@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from perception.export.half import LARGEST
 from perception.export.headroom import Saturation
@@ -11,17 +12,27 @@ from perception.export.second_reading import SecondReading
 from perception.files import replacing, write_json
 
 METRICS = ("nds", "map", "mATE", "mASE", "mAOE", "mAVE", "mAAE", "lane_map", "lane_map_strict")
-# The largest differences that pass, by precision: of raw numbers (None: not held to any), NDS and lane mAP.
+
+
+class Gate(NamedTuple):
+    """The largest differences that pass; None where nothing is held to one."""
+
+    raw: float | None  # of raw outputs and memory
+    raw_mean: float | None  # likewise, on average
+    nds: float
+    lane_map: float
+
+
 GATES = {
-    "fp32": (1e-3, 0.0005, 0.0005),
-    "fp16": (None, 0.003, 0.005),
-    "int8": (None, 0.01, 0.01),
-    "fp8": (None, 0.01, 0.01),
+    "fp32": Gate(1e-3, None, 0.0005, 0.0005),
+    "fp16": Gate(None, None, 0.003, 0.005),
+    "int8": Gate(None, None, 0.01, 0.01),
+    "fp8": Gate(None, None, 0.01, 0.01),
 }
-# Other gates for fp32 exports in OpenVINO. It sums in another order than PyTorch and ONNX Runtime, which share most of
-# their rounding: all three are about equally far from float64, but OpenVINO is more than 1e-3 from the others.
-# bfloat16 is a 16-bit float, so it may change the metrics as much as float16.
-OPENVINO_GATES = {"openvino": (1e-2, 0.0005, 0.0005), "openvino-bf16": GATES["fp16"]}
+# For fp32 exports in OpenVINO, which sums in another order than PyTorch and ONNX Runtime. All three are about equally
+# far from float64, but PyTorch and ONNX Runtime share most of their rounding. Without that the largest of so many
+# differences is chance, so the mean is held. In bfloat16 it is as good as any other 16-bit float.
+OPENVINO_GATES = {"openvino": Gate(None, 1e-4, 0.0005, 0.0005), "openvino-bf16": GATES["fp16"]}
 GROWTH = 3.0  # how many times larger the differences at the end of a long drive may be than at its beginning
 # The share of the largest float16 that a value may reach: partial sums, and other frames, go beyond what was measured.
 MOST_OF_HALF = 0.5
@@ -62,21 +73,19 @@ class Replay:
     lines: tuple[float, float]
     metrics: dict[str, tuple[float, float]]
 
-    def failures(self, gates: tuple[float | None, float, float]) -> list[str]:
-        """What is too far off for these gates, as GATES holds them."""
-        most_raw, most_nds, most_lane = gates
+    def failures(self, gate: Gate) -> list[str]:
+        """What is too far off."""
         found = []
         if self.not_finite:
             found.append(f"outputs are not finite in {self.not_finite} of {self.frames} frames")
-        if most_raw is not None:
-            found += [
-                f"{name} differs by {largest:.2e}, more than {most_raw:.0e}"
-                for name, (largest, _) in self.raw.items()
-                if not largest <= most_raw
-            ]
+        for name, (largest, mean) in self.raw.items():
+            if gate.raw is not None and not largest <= gate.raw:
+                found.append(f"{name} differs by {largest:.2e}, more than {gate.raw:.0e}")
+            if gate.raw_mean is not None and not mean <= gate.raw_mean:
+                found.append(f"{name} differs by {mean:.2e} on average, more than {gate.raw_mean:.0e}")
         if self.pixels[0] > 1:
             found.append(f"fitted images differ by up to {self.pixels[0]:.0f} grey values from those of training")
-        for name, most in (("nds", most_nds), ("lane_map", most_lane)):
+        for name, most in (("nds", gate.nds), ("lane_map", gate.lane_map)):
             one, other = self.metrics[name]
             if not abs(one - other) <= most:
                 found.append(f"{name} is {other:.4f} instead of {one:.4f}, more than {most} off")
@@ -134,13 +143,13 @@ class Certificate:
     @property
     def failures(self) -> list[str]:
         """Why the export must not be used; empty if it may."""
-        gates = GATES[self.precision]
+        gate = GATES[self.precision]
         if self.precision == "fp32":
-            gates = OPENVINO_GATES.get(self.backend, gates)
+            gate = OPENVINO_GATES.get(self.backend, gate)
         found = []
         for number, replay in enumerate(self.replays, 1):
             where = f"replay {number}: " if number > 1 else ""
-            found += [f"{where}{failure}" for failure in replay.failures(gates)]
+            found += [f"{where}{failure}" for failure in replay.failures(gate)]
         high = [f"{name} {peak:.0f}" for name, peak in self.peaks.items() if not peak <= MOST_OF_HALF * LARGEST]
         if high:
             found.append(
