@@ -4,20 +4,27 @@ import json
 import os
 import signal
 import time
+from itertools import islice
 
 import pytest
 import torch
+from conftest import RAW
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from perception.benchmark import frames, gpu, stages, training
+from perception.benchmark import deployed, frames, gpu, stages, training
+from perception.benchmark.deployed import DeployedRunner, measure_deployed
 from perception.benchmark.frames import Mode, Runner, differences, frame_of, measure_frames, memory_of, network_of
 from perception.benchmark.sampling import measure_sampling, samplings_of
 from perception.benchmark.stages import Recorder, Stage, run_stages
 from perception.benchmark.training import RandomClips, Step, measure_training
 from perception.data.loader import collate
 from perception.errors import CheckpointError, ConfigError
+from perception.export import parity
+from perception.export.contract import ImageInputs
+from perception.export.drive import camera_frame, drive, moment_inputs
+from perception.export.parity import fitted
 from perception.models.checkpoint import PUBLISHED, build_network, save_checkpoint
 from perception.types import map_tensors
 
@@ -257,16 +264,57 @@ def test_training_is_measured_until_batches_do_not_fit(weights, monkeypatch):
     monkeypatch.setattr(training, "STEPS", 1)
     monkeypatch.setattr(training, "STORED_SIZE", (90, 160))
     monkeypatch.setattr(training, "LIMIT", 200.0)
-    monkeypatch.setattr(training, "LOADED_SHARE", 0.005)
+    monkeypatch.setattr(RandomClips, "__len__", lambda _: 10)  # or steps with data would fill their time
     measure_training(Recorder(rows.append, 400.0), weights, "cpu", (1, 2, 4, 8))
+    best = max((1, 2), key=lambda batch: rows[batch - 1]["frames_per_s"])
     assert [(row["name"], row.get("error")) for row in rows] == [
-        ("batch 1", None), ("batch 2", None), ("batch 4", "out of memory"), ("loaded", None),
+        ("batch 1", None), ("batch 2", None), ("batch 4", "out of memory"), (f"batch {best} in parts", None),
+        ("loaded", None),
     ]  # fmt: skip
     for batch, row in zip((1, 2), rows, strict=False):
         assert row["frames_per_s"] == pytest.approx(2 * batch / (row["step_ms"] / 1e3))
-        assert sum(row["shares"].values()) - row["shares"]["matching"] == pytest.approx(1)
-        assert 0 < row["shares"]["matching"] < row["shares"]["losses"] * 2
-    assert rows[-1]["batch"] == 2 and 0 <= rows[-1]["shares"]["data"] < 1
+    shares = rows[3]["shares"]
+    assert sum(shares.values()) - shares["matching"] == pytest.approx(1)
+    assert 0 < shares["matching"] < shares["losses"] * 2
+    assert rows[-1]["batch"] == best and 0 <= rows[-1]["shares"]["data"] < 1
+
+
+# ------------------------------------------------------------------------------------------------------------ deployed
+
+
+def test_deployed_modes_are_judged_by_the_gates_of_certificates(weights, monkeypatch):
+    monkeypatch.setattr(deployed, "SCENES", 1)
+    monkeypatch.setattr(deployed, "KEYFRAMES", 3)
+    monkeypatch.setitem(parity.GATES, "fp16", (1e-6, 1.0, 1.0))  # no bfloat16 is so close
+    rows = []
+    measure_deployed(Recorder(rows.append, 300.0), weights, "cpu")
+    assert [row["name"] for row in rows] == ["reference", "eager fp32", "eager bf16 channels_last"]
+    reference, same, half = rows
+    assert reference["frames"] == 3 and 0 <= reference["metrics"]["nds"] < 0.2
+    assert all(off == (0, 0) for off in same["raw"].values()) and same["boxes"] == same["lines"] == (0, 0)
+    assert all(one == other == reference["metrics"][name] for name, (one, other) in same["metrics"].items())
+    assert (same["gate"], same["passed"], same["failures"]) == ("fp32", True, [])
+    assert all(1e-5 < mean < 0.1 for _, mean in half["raw"].values())
+    assert (half["gate"], half["passed"]) == ("fp16", False)
+    assert [failure.split()[0] for failure in half["failures"]] == ["memory", "raw_box", "raw_line"]
+    machine = {"device": "a CPU", "torch": "2", "cuda": None}
+    text = gpu.tables({"machine": machine, "rows": [{"stage": "deployed", "model": "m", **row} for row in rows]})
+    assert text.count("\n| ") == 4 and text.count("fp32: passed") == text.count("fp16: failed") == 1
+
+
+def test_a_deployed_network_goes_on_from_its_memory(small_network, small_town):
+    images = ImageInputs.of_rig(6, RAW)
+    given = dict(islice(drive(small_town, 6), 3))
+    frames_of_cameras = {token: camera_frame(frame, images) for token, frame in given.items()}
+    inputs = {token: list(moment_inputs(frame).values()) for token, frame in frames_of_cameras.items()}
+    runner = DeployedRunner(small_network, images, inputs[next(iter(inputs))], Mode(), CPU)
+    state = small_network.initial_state(1)
+    for token, frame in frames_of_cameras.items():
+        with torch.inference_mode():
+            prediction, state = small_network(fitted(frame, images, small_network.config.image_size), state)
+        outputs, seconds = runner(inputs[token])
+        assert outputs["new_memory"] == pytest.approx(state.bev.numpy(), abs=1e-4) and seconds > 0
+        assert outputs["raw_line_logits"] == pytest.approx(prediction.line_logits[-1, 0].numpy(), abs=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------------ one call
@@ -288,11 +336,16 @@ def test_one_call_writes_what_it_has(weights, tmp_path):
 
 def test_the_first_model_comes_first():
     order = gpu.plan(["base", "nano", "tiny"], gpu.STAGES, "cuda", 360.0)
-    assert [(stage.name, stage.model) for stage in order[:3]] == [
-        ("frames", "base"), ("compiled", "base"), ("ports", "base"),
+    assert [(stage.name, stage.model) for stage in order] == [
+        ("frames", "base"), ("ports", "base"), ("frames", "nano"), ("sampling", ""), ("training", "base"),
+        ("deployed", "nano"), ("training", "nano"), ("frames", "tiny"), ("training", "tiny"), ("compiled", "base"),
+        ("compiled", "nano"), ("compiled", "tiny"),
     ]  # fmt: skip
-    assert len(order) == 11
-    with pytest.raises(ConfigError, match="'frame' is not known; use some of frames, compiled"):
+    assert [stage.seconds for stage in gpu.plan(["nano"], ["deployed"], "cuda", 90.0)] == [pytest.approx(90.0)]
+    assert order[0].seconds == pytest.approx(0.2 * 360.0)
+    with pytest.raises(ConfigError, match="which random weights do not have; give --models shipped weights"):
+        gpu.plan(["base"], ["deployed"], "cuda", 360.0)
+    with pytest.raises(ConfigError, match="'frame' is not known; use some of frames, ports"):
         gpu.plan(["base"], ["frame"], "cuda", 360.0)
     with pytest.raises(ConfigError, match="--models"):
         gpu.plan([], ["frames"], "cuda", 360.0)

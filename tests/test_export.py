@@ -20,7 +20,7 @@ from perception.export import parity
 from perception.export.certificate import GATES, Gate
 from perception.export.contract import ImageInputs, read_contract
 from perception.export.drive import camera_frame, drive, moment_inputs, seated
-from perception.export.half import WEIGHTED
+from perception.export.half import WEIGHTED, halve_graph
 from perception.export.headroom import Saturation
 from perception.export.onnx import export_onnx
 from perception.export.parity import certify
@@ -438,9 +438,11 @@ def test_int8_for_cpus(small_network, small_town, exports, tmp_path):
     assert found.precision == "int8" and 1e-4 < found.replays[0].raw["memory"][1] < 0.05
 
 
-def test_fp8_keeps_three_bits_of_what_is_seen(small_graph, exports):
+def test_fp8_keeps_three_bits_of_what_is_seen(small_graph, small_town):
     """Weights in FP8 are off by at most half of their last digit."""
-    marked = onnx.load(exports("fp8") / "model.onnx").graph
+    images = ImageInputs.of_rig(6, (40, 80), RAW)
+    quantizer = Quantizer(small_graph, record(small_graph, small_town, images)[:4], "fp8")
+    marked = halve_graph(quantizer.quantized(quantizer.groups)).graph
     fp8 = {x.name: x for x in marked.initializer if x.data_type == onnx.TensorProto.FLOAT8E4M3FN and len(x.dims) > 1}
     original = {x.name: numpy_helper.to_array(x) for x in small_graph.graph.initializer}
     scales = {x.name: numpy_helper.to_array(x).astype(np.float64) for x in marked.initializer}

@@ -145,12 +145,9 @@ def replay(
         for kind in ("box", "line"):
             if f"raw_{kind}_logits" in runtime.outputs:
                 one = np.concatenate([raw[-1, 0].flatten(1) for raw in raw_outputs(prediction, kind)], 1)  # [Q, ...]
-                names = f"raw_{kind}_logits", f"raw_{kind}_places"
-                other = np.concatenate([runtime.outputs[name].reshape(len(one), -1) for name in names], 1)
-                # Two equally good places may be followed up in either order.
-                pairs[f"raw_{kind}"] = one, other[aligned(one, other)]
+                pairs[f"raw_{kind}"] = one, raw_queries(runtime.outputs, kind)
         for name, (one, other) in pairs.items():
-            differences.setdefault(name, []).append((np.abs(one - other) / np.maximum(1, np.abs(one))).ravel())
+            differences.setdefault(name, []).append(raw_differences(one, other))
         box_distances.append(matched_distances(scene.boxes.center.numpy(), said.boxes.center, scene.boxes, said.boxes))
         line_distances.append(matched_distances(scene.lines.points.numpy(), said.lines.points, scene.lines, said.lines))
         originals[token], exports[token] = scene, map_tensors(lambda x: torch.from_numpy(x.copy()), said)
@@ -167,10 +164,10 @@ def replay(
         frames=len(dataset),
         scenes=len(np.unique(dataset.scene_of_sample)),
         not_finite=not_finite,
-        raw={name: _summary(parts) for name, parts in differences.items()},
+        raw={name: largest_and_mean(parts) for name, parts in differences.items()},
         pixels=(float(off.max()), float((off > 0).mean())),
-        boxes=_summary(box_distances),
-        lines=_summary(line_distances),
+        boxes=largest_and_mean(box_distances),
+        lines=largest_and_mean(line_distances),
         metrics={name: (one[name], other[name]) for name in METRICS},
     )
 
@@ -201,6 +198,22 @@ def _exported(runtime: Runtime, inputs: Mapping[str, np.ndarray]) -> Scene:
     return runtime.scene()
 
 
+def raw_queries(outputs: Mapping[str, np.ndarray], kind: str) -> np.ndarray:
+    """Joins the raw outputs of boxes ("box") or lines ("line") query by query: [Q, classes + places]."""
+    parts = [outputs[f"raw_{kind}_{part}"] for part in ("logits", "places")]
+    return np.concatenate([part.reshape(len(part), -1) for part in parts], 1)
+
+
+def raw_differences(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Compares memories [M] or queries [Q, C] as `Certificate.raw` does; the result is flat.
+
+    Queries are compared in the order that fits best: two equally good places may be followed up in either order.
+    """
+    if one.ndim > 1:
+        other = other[aligned(one, other)]
+    return (np.abs(one - other) / np.maximum(1, np.abs(one))).ravel()
+
+
 def matched_distances(one: np.ndarray, other: np.ndarray, nouns, other_nouns) -> np.ndarray:
     """Distances in metres of things of the same class that both found with a score of 0.1 or more, best pairs first.
 
@@ -220,7 +233,8 @@ def matched_distances(one: np.ndarray, other: np.ndarray, nouns, other_nouns) ->
     return np.concatenate(found) if found else np.zeros(0)
 
 
-def _summary(parts: list[np.ndarray]) -> tuple[float, float]:
+def largest_and_mean(parts: list[np.ndarray]) -> tuple[float, float]:
+    """Sums up differences; zeros where there are none."""
     together = np.concatenate([*parts, np.zeros(0)])
     return (float(together.max()), float(together.mean())) if len(together) else (0.0, 0.0)
 
