@@ -31,10 +31,10 @@ from perception.benchmark.frames import (
 from perception.benchmark.stages import Recorder
 from perception.data.nuscenes import NuScenesDataset
 from perception.evaluation.streaming import evaluate_scenes
+from perception.export.certificate import METRICS, Certificate, Replay
 from perception.export.contract import ImageInputs
 from perception.export.drive import camera_frame, drive, moment_inputs
 from perception.export.onnx import DeployedNetwork
-from perception.export.certificate import METRICS, Certificate, Replay
 from perception.export.parity import largest_and_mean, matched_distances, raw_differences, raw_queries
 from perception.export.runtime import scene_of
 from perception.models.checkpoint import Network
