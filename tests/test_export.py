@@ -135,6 +135,12 @@ def test_the_gate_sees_other_metrics(certificate):
         "lane_map is 0.4989 instead of 0.5000, more than 0.0005 off"
     ]
     assert replace(certificate, metrics=metrics, precision="fp16").failures == []
+    assert replace(certificate, metrics=metrics, backend="openvino-bf16").failures == []
+    assert len(replace(certificate, metrics=metrics, backend="openvino").failures) == 1
+    raw = {"memory": (0.5, 2e-4), "raw_box": (0.5, 1e-5)}
+    assert replace(certificate, raw=raw, backend="openvino").failures == [
+        "memory differs by 2.00e-04 on average, more than 1e-04"
+    ]
     assert replace(certificate, drift=(1e-3, 1e-2)).failures == [
         "the memory drifts: off by 1.00e-03 early and by 1.00e-02 late"
     ]
@@ -322,6 +328,11 @@ def test_the_script(small_network, small_town, tmp_path, monkeypatch, capsys):
         (("--cameras", "2", "--raw-size", "5x8", "--image-format", "nv12"), "camera 1 is 5x8; nv12 needs even numbers"),
         (("--split", "certificate"), "--dataroot, --version and --split go together"),
         (("--format", "tensorrt", "--target", "cpu"), "leave it out with --target cpu"),
+        (("--drift", "-1"), "--drift is -1; give a number of frames, or 0 for none"),
+        (("--cameras", "0"), "cameras"),
+        (("--target", "cpu", "--precision", "fp16"), "precision fp16 is slow on CPUs"),
+        (("--out", checkpoint), f"--out {checkpoint} is a file; give a folder"),
+        (("--also", "openvino-bf16", "--precision", "fp16"), "openvino"),
     ):
         assert export(*arguments) == 2 and said in capsys.readouterr().err
     for content, said in (
@@ -347,12 +358,21 @@ def test_the_script(small_network, small_town, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setitem(parity.GATES, "fp32", (1e-12, 0.0005, 0.0005))
     others = ("--raw-size", "90x160", "--raw-size", "40x80", "--raw-size", "64x112", "--image-format", "bgr-chw")
+    out.mkdir()
+    (out / "certificate.openvino.json").write_text("of an older graph")
     assert export(*town, "--cameras", "4", *others) == 2
     contract = read_contract(out)
     assert contract["raw_size"] == [list(RAW), [90, 160], [40, 80], list(RAW)]
     assert [x["shape"] for x in contract["inputs"][:3]] == [[3, *RAW], [3, 90, 160], [3, 40, 80]]
     said = capsys.readouterr()
-    assert f"error: {out} must not be used: " in said.err and "Gate: **failed**" in said.out
+    assert f"error: {out} must not be used: onnxruntime: " in said.err and "Gate: **failed**" in said.out
+    for text in (
+        "tracing the network: ",
+        f"export to {out}: ",
+        "certificate of onnxruntime: 100%",
+        "metrics of both: ",
+    ):
+        assert text in said.err
     certificate = json.loads((out / "certificate.json").read_text())
     assert not certificate["passed"] and all("more than 1e-12" in failure for failure in certificate["failures"])
     assert {path.name for path in out.iterdir()} == {
