@@ -12,6 +12,7 @@ EXAMPLE = """example:
       configs/synthetic/compare_maptr.py --out out/accuracy --seeds 0 1 --amp --json out/accuracy.json
   python scripts/benchmark.py latency nano --backends pytorch ort openvino openvino-bf16 --json out/latency.json
   python scripts/benchmark.py gpu --json out/gpu.json
+  python scripts/benchmark.py gpu --models nano --stages deployed --json out/deployed.json
 
 What is finished is not trained again, so the same command goes on after an interruption. An interrupted latency prints
 what it has measured, and writes no JSON.
@@ -56,8 +57,9 @@ def main() -> None:
         help="presets, shipped weights or .safetensors files, what matters most first (default: %(default)s)",
     )  # fmt: skip
     gpu.add_argument(
-        "--stages", nargs="+", default=["frames", "compiled", "ports", "sampling", "training"], metavar="STAGE",
-        help="which to run (default: %(default)s)",
+        "--stages", nargs="+", default=["frames", "ports", "sampling", "training", "deployed", "compiled"],
+        metavar="STAGE", help="which to run; deployed compares accuracy, with the first model that has trained weights "
+        "(default: %(default)s)",
     )  # fmt: skip
     gpu.add_argument("--seconds", type=float, default=360, help="of all together (default: %(default)s)")
     gpu.add_argument("--device", default="cuda", help="cuda, or cpu without CUDA graphs (default: %(default)s)")

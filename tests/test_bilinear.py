@@ -202,8 +202,8 @@ def test_an_unknown_implementation_is_refused():
 def test_a_preferred_implementation_is_used_where_none_is_asked_for():
     maps = torch.zeros(1)
     with preferred_implementation("plain"):
-        assert choose_implementation(maps, None) == "plain"
-        assert choose_implementation(maps, "triton") == "triton"
-    assert choose_implementation(maps, None) == "embedding_bag"
+        assert choose_implementation(maps, None, "embedding_bag") == "plain"
+        assert choose_implementation(maps, "triton", "embedding_bag") == "triton"
+    assert choose_implementation(maps, None, "embedding_bag") == "embedding_bag"
     with pytest.raises(ConfigError, match="'grid'; use one of plain"), preferred_implementation("grid"):
         pass

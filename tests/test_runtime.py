@@ -65,6 +65,8 @@ def test_a_step_of_a_mixed_rig(small_network, mixed_export, small_town):
         assert other.lines.points == pytest.approx(one.lines.points.numpy(), abs=1e-3)
     with pytest.raises(DataError, match=r"images\[4\] is uint8 \(96, 112\); .* nv12 of 90 x 160 pixels"):
         runtime.step([*given.images[:4], given.images[1], given.images[5]], rig, small_town.ego_pose(3), 1.5)
+    with pytest.raises(DataError, match=r"images is .*; give \[N, H \* 3/2, W\], one image per camera"):
+        runtime.step(np.zeros((6, *RAW, 3), np.uint8), rig, small_town.ego_pose(3), 1.5)
     measured = latency.measure(small_network, mixed_export, ["pytorch", "ort"], passes=1)
     assert measured["ort"].filling > 0
 

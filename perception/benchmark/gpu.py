@@ -1,18 +1,21 @@
 """All measurements on a GPU in one call, most important first; results are written as they come.
 
 What matters most is the flagship at its full size: `models[0]`. Limits of the stages are shares of the whole time, more
-than one together, since most need less; what is left goes to those at the end.
+than one together, since most need less; what is left goes to those at the end, compilers among them, which may take
+minutes and end with nothing.
 """
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from perception.benchmark.frames import PORTS, check_model, measure_frames, measure_ports
+from perception.benchmark.deployed import measure_deployed
+from perception.benchmark.frames import PORTS, check_model, has_weights, measure_frames, measure_ports
 from perception.benchmark.sampling import measure_sampling
 from perception.benchmark.stages import Stage, run_stages
 from perception.benchmark.training import measure_training
@@ -20,7 +23,7 @@ from perception.errors import ConfigError
 from perception.files import write_json
 
 MODELS = ("base", "nano", "tiny")
-STAGES = ("frames", "compiled", "ports", "sampling", "training")
+STAGES = ("frames", "ports", "sampling", "training", "deployed", "compiled")
 SECONDS = 360.0
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -29,19 +32,26 @@ def plan(models: Sequence[str], stages: Sequence[str], device: str, seconds: flo
     """The stages in order, most important first.
 
     Args:
-        models: shipped weights, presets or `.safetensors` files of flagships; the first is what matters most.
+        models: shipped weights, presets or `.safetensors` files of flagships; the first is what matters most. The first
+            with trained weights is the one of the stage "deployed".
         stages: of `STAGES`.
         device: "cuda" or "cpu".
         seconds: of all together.
 
     Raises:
-        ConfigError: a stage is not known, or nothing is left to measure.
+        ConfigError: a stage is not known, or there is nothing to measure.
     """
     if strange := [name for name in stages if name not in STAGES]:
         raise ConfigError(f"--stages: {strange[0]!r} is not known; use some of {', '.join(STAGES)}")
     if not models or not stages:
         raise ConfigError("nothing to measure; give at least one of --models and of --stages")
     first, *others = models
+    trained = [name for name in models if has_weights(name)]
+    if list(stages) == ["deployed"] and not trained:
+        raise ConfigError(
+            "--stages deployed compares metrics, which random weights do not have; give --models shipped weights, such "
+            "as nano, or a .safetensors file"
+        )
 
     def frames(model: str, share: float) -> Stage:
         return Stage("frames", model, measure_frames, (model, device, False), share * seconds)
@@ -53,18 +63,20 @@ def plan(models: Sequence[str], stages: Sequence[str], device: str, seconds: flo
         return Stage("training", model, measure_training, (model, device, BATCHES), share * seconds)
 
     order = [
-        frames(first, 0.15),
-        compiled(first, 0.36),
+        frames(first, 0.2),
         Stage("ports", first, measure_ports, (first, device), 0.14 * seconds),
         *(frames(model, 0.1) for model in others[:1]),
         Stage("sampling", "", measure_sampling, (tuple(models), device), 0.1 * seconds),
-        training(first, 0.17),
+        training(first, 0.2),
+        *(Stage("deployed", model, measure_deployed, (model, device), 0.3 * seconds) for model in trained[:1]),
         *(training(model, 0.13) for model in others[:1]),
         *(frames(model, 0.1) for model in others[1:]),
-        *(compiled(model, 0.36) for model in others),
         *(training(model, 0.2) for model in others[1:]),
+        *(compiled(model, 0.36) for model in models),
     ]
-    return [stage for stage in order if stage.name in stages]
+    chosen = [stage for stage in order if stage.name in stages]
+    stretch = max(1.0, seconds / sum(stage.seconds for stage in chosen))  # few stages share the whole time
+    return [replace(stage, seconds=stretch * stage.seconds) for stage in chosen]
 
 
 def measure(
@@ -133,6 +145,8 @@ def _line(row: dict) -> str:
         )
         if key in row
     ]  # fmt: skip
+    if "gate" in row:
+        facts.append(f"{'passes' if row['passed'] else 'fails'} the gate of {row['gate']}")
     return f"{head}: {', '.join(facts)}"
 
 
@@ -194,17 +208,40 @@ def tables(content: dict) -> str:
     parts_of_step = ("data", "forward", "losses", "matching", "backward", "optimizer")
     lines = [
         [
-            f"{row['model']}, {row['name']}", f"{row['step_ms']:.0f}", f"{row['frames_per_s']:.1f}",
-            *(_number(100 * row["shares"][part], 0) if part in row["shares"] else "" for part in parts_of_step),
+            f"{row['model']}, {row['name']}", f"{row['step_ms']:.0f}", _number(row.get("frames_per_s"), 1),
+            *(_number(100 * shares[part], 0) if part in shares else "" for part in parts_of_step),
             _number(row.get("peak_mib"), 0), _number(row["gpu_busy"] * 100, 0) if "gpu_busy" in row else "",
         ]
         for row in good
         if row["stage"] == "training"
+        for shares in [row.get("shares", {})]
     ]  # fmt: skip
     heads = ["training", "ms a step", "frames/s", *(f"{part} %" for part in parts_of_step), "peak MiB", "GPU busy %"]
     add("training steps in bfloat16 (matching is a part of losses)", heads, lines)
+    for model in dict.fromkeys(row["model"] for row in good if row["stage"] == "deployed"):
+        lines = [_deployed_line(row) for row in good if row["stage"] == "deployed" and row["model"] == model]
+        heads = [
+            "a frame, copies included", "p50 ms", "p99", "memory off", "boxes off", "lines off", "boxes off, m",
+            "lines off, m", "NDS", "lane mAP", "gate",
+        ]  # fmt: skip
+        add(f"{model}: generated scenes with its own memory, against float32 on the CPU", heads, lines)
     failed = [f"- {_line(row)}" for row in rows if "error" in row]
     return "\n\n".join([*parts, *(["Not measured:", "\n".join(failed)] if failed else [])])
+
+
+def _deployed_line(row: dict) -> list[str]:
+    """A line of the table of accuracy; the reference has metrics, all others how far theirs are off."""
+    head = [row["name"], f"{row['p50_ms']:.2f}", f"{row['p99_ms']:.2f}"]
+    metrics = [row["metrics"][name] for name in ("nds", "lane_map")]
+    if "gate" not in row:
+        return [*head, *[""] * 5, *(f"{value:.4f}" for value in metrics), ""]
+    return [
+        *head,
+        *(_difference(row["raw"], kind) for kind in ("memory", "raw_box", "raw_line")),
+        *(_difference(row, kind) for kind in ("boxes", "lines")),
+        *(f"{other - one:+.4f}" for one, other in metrics),
+        f"{row['gate']}: {'passed' if row['passed'] else 'failed'}",
+    ]
 
 
 def _milliseconds(row: dict) -> list[str]:

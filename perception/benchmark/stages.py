@@ -19,6 +19,7 @@ import torch
 
 SHORTEST = 3.0  # seconds; with less time left a stage is not started
 GRACE = 5.0  # seconds that a stage may take beyond its limit before its process is killed
+AGAIN = 0.5  # seconds; an exception may have met code that ignores exceptions, such as the callback of a weak reference
 
 
 class OutOfTime(BaseException):
@@ -27,13 +28,13 @@ class OutOfTime(BaseException):
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises `OutOfTime` in the block after so many seconds; only in the main thread of a process."""
+    """Raises `OutOfTime` in the block after so many seconds, and again until it ends; only in the main thread."""
 
     def stop(_signal, _frame) -> None:
         raise OutOfTime
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3), AGAIN)
     try:
         yield
     finally:

@@ -32,7 +32,8 @@ WINDOW = 2  # frames of a clip, as the configurations have it
 BOXES, LINES = 30, 15  # of a frame
 STEPS = 3  # timed of each batch size
 LIMIT = 20.0  # seconds of one measurement
-LOADED_SHARE = 0.35  # of a stage's time, for the steps with data from workers
+KEPT_SHARE = 0.5  # of a stage's time, for the parts of a step and for steps with data from workers
+LOADED_BATCH = 8  # the largest with data from workers
 BUSY_EVERY = 0.1  # seconds
 
 
@@ -148,7 +149,9 @@ class Step:
 
 
 def measure_training(recorder: Recorder, model: str, device_name: str, batches: tuple[int, ...]) -> None:
-    """Rows of one network: batch sizes until one does not fit, then steps with data from workers.
+    """Sends rows of one network: growing batches, the parts of a step of the fastest, steps with data from workers.
+
+    Batches grow until one fails or half of the time is used up; the fastest is the one with the most frames a second.
 
     Args:
         recorder: takes the rows.
@@ -159,7 +162,8 @@ def measure_training(recorder: Recorder, model: str, device_name: str, batches: 
     device = torch.device(device_name)
     step = Step(network_of(model, device))
     clips = RandomClips(step.network, 1024)
-    one, fits, kept = clips[0], 0, LOADED_SHARE * recorder.left
+    one, kept = clips[0], KEPT_SHARE * recorder.left
+    rates: dict[int, float] = {}
     for batch in batches:
         if recorder.left < kept:
             break
@@ -167,16 +171,23 @@ def measure_training(recorder: Recorder, model: str, device_name: str, batches: 
         row = recorder.attempt(f"batch {batch}", limit, _measure_batch, step, one, batch)
         if "error" in row:
             break
-        fits = batch
-    if fits:
+        rates[batch] = row["frames_per_s"]
+    if rates:
+        best = max(rates, key=rates.get)
+        recorder.attempt(f"batch {best} in parts", recorder.left / 2, _measure_parts, step, one, best)
         workers = max(1, min(14, (os.cpu_count() or 2) - 2))
-        batch = min(fits, 8)
-        recorder.attempt("loaded", recorder.left, _measure_loaded, step, clips, batch, workers, kept / 2)
+        batch = min(best, LOADED_BATCH)
+        seconds = recorder.left / 2
+        recorder.attempt("loaded", recorder.left, _measure_loaded, step, clips, batch, workers, seconds)
+
+
+def _repeated(clip: Clip, batch: int, device: torch.device) -> Clip:
+    return map_tensors(lambda x: x.to(device), collate([clip] * batch))
 
 
 def _measure_batch(step: Step, clip: Clip, batch: int) -> dict:
     device = step.device
-    clips = map_tensors(lambda x: x.to(device), collate([clip] * batch))
+    clips = _repeated(clip, batch, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     step(clips)
@@ -187,19 +198,24 @@ def _measure_batch(step: Step, clip: Clip, batch: int) -> dict:
         step(clips)
     wait(device)
     seconds = (time.perf_counter() - start) / STEPS
+    return row | {"step_ms": 1e3 * seconds, "frames_per_s": batch * WINDOW / seconds}
+
+
+def _measure_parts(step: Step, clip: Clip, batch: int) -> dict:
+    """Shares of the parts of a step, each of which is waited for."""
+    clips = _repeated(clip, batch, step.device)
+    step(clips)
+    wait(step.device)
     marks: dict[str, float] = {}
     for _ in range(STEPS):
         step(clips, marks)
+    whole = sum(marks.values())
     with profile(activities=[ProfilerActivity.CPU]) as record:
         step(clips)
     matching = sum(event.cpu_time_total for event in record.key_averages() if event.key == "matching") / 1e6
-    whole = sum(marks.values())
     shares = {part: value / whole for part, value in marks.items()}
-    return row | {
-        "step_ms": 1e3 * seconds,
-        "frames_per_s": batch * WINDOW / seconds,
-        "shares": shares | {"matching": matching / (whole / STEPS)},  # a part of the losses
-    }
+    shares["matching"] = matching / (whole / STEPS)  # a part of the losses
+    return {"batch": batch, "step_ms": 1e3 * whole / STEPS, "shares": shares}
 
 
 def _measure_loaded(step: Step, clips: RandomClips, batch: int, workers: int, seconds: float) -> dict:

@@ -156,6 +156,13 @@ class ImageInputs:
         """Of the inputs, by camera."""
         return tuple(f"image_{n}" for n in range(len(self.sizes)))
 
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Of one image."""
+        if self.is_nv12:
+            return ("H * 3/2", "W")
+        return ("3", "H", "W") if self.image_format.endswith("chw") else ("H", "W", "3")
+
     def shape(self, n: int) -> tuple[int, ...]:
         """Of the bytes of camera n."""
         H, W = self.sizes[n]
@@ -262,7 +269,7 @@ def read_contract(folder: str | Path) -> dict:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); export again") from None
     if not isinstance(contract, dict):
-        raise CheckpointError(f"{path} holds a {type(contract).__name__}, not an object; export again")
+        raise CheckpointError(f"{path} holds {type(contract).__name__}, not an object; export again")
     if contract.get("format") != FORMAT:
         raise CheckpointError(f"{path}: format is {contract.get('format')!r}, not {FORMAT!r}; export again")
     if fault := _fault(contract):
@@ -286,7 +293,7 @@ def _fault(contract: dict) -> str:
         if key not in contract:
             return f"{key} is missing"
         if not isinstance(contract[key], kinds):
-            return f"{key} is a {type(contract[key]).__name__}, not a {kinds[0].__name__}"
+            return f"{key} is of type {type(contract[key]).__name__}, not {kinds[0].__name__}"
     if contract["cameras"] < 1:
         return f"cameras is {contract['cameras']}, not 1 or more"
     for side in ("inputs", "outputs"):

@@ -232,11 +232,12 @@ class Runtime:
         """
         motion = self._odometer.since_last(global_from_ego, time_s)
         N = len(self.images.sizes)
-        check_images(images, N)
+        check_images(images, N, self.images.axes)
         rig = checked_rig(rig, N)
         for n in np.flatnonzero(rig.present):
+            image = self.images.checked(n, images[n])
             check_intrinsics(f"rig.img_from_cam[{n}]", rig.img_from_cam[n], self.images.sizes[n])
-            self.inputs[f"image_{n}"][...] = self.images.checked(n, images[n])
+            self.inputs[f"image_{n}"][...] = image
         self.fill(rig, motion.ego_from_prev, motion.seconds, motion.is_first)
         self.run()
         whole = self.scene()
@@ -261,14 +262,19 @@ class Runtime:
 
         What a network does not look for, boxes or lines, is empty.
         """
-        said = NOTHING | self.outputs
-        boxes = {name: said[f"box_{name}"] for name in Boxes._fields if name != "attribute"}
-        lines = {name: said[f"line_{name}"] for name in Polylines._fields if name != "valid"}
-        return Scene(
-            Boxes(attribute=np.full_like(boxes["label"], -1), **boxes),
-            Polylines(valid=np.ones_like(lines["closed"]), **lines),
-        )
+        return scene_of(self.outputs)
 
     def _confident(self, noun):
         keep = noun.valid & (noun.score >= self.min_score)
         return type(noun)(*(array[keep] for array in noun))
+
+
+def scene_of(outputs: dict[str, np.ndarray]) -> Scene:
+    """Collects outputs of an export, by name, in a Scene; what a network does not look for is empty."""
+    outputs = NOTHING | outputs
+    boxes = {name: outputs[f"box_{name}"] for name in Boxes._fields if name != "attribute"}
+    lines = {name: outputs[f"line_{name}"] for name in Polylines._fields if name != "valid"}
+    return Scene(
+        Boxes(attribute=np.full_like(boxes["label"], -1), **boxes),
+        Polylines(valid=np.ones_like(lines["closed"]), **lines),
+    )

@@ -23,7 +23,7 @@ from perception.models.map_encoder import (
     start_matrices,
 )
 from perception.models.published_backbone import PublishedBackboneConfig, build_image_encoder, padded_size
-from perception.models.published_geometry import PublishedConfig, can_bus, rig_from_lidar
+from perception.models.published_geometry import PublishedConfig, can_bus, constants, rig_from_lidar
 from perception.ops.deformable import refined
 from perception.types import BOX_CLASSES, Boxes, Frame, Polylines, Scene, State
 
@@ -101,14 +101,14 @@ class BEVFormerHead(nn.Module):
         )  # fmt: skip
         position, query = (x.expand(len(bev), -1, -1) for x in self.query_embedding.weight.chunk(2, -1))
         reference = self.transformer.reference_points(position).float().sigmoid()  # [B, Q, 3]
-        low, high = (reference.new_tensor(x) for x in (config.low, config.high))
+        low, high = (constants(x, reference) for x in (config.low, config.high))
         all_logits, all_params = [], []
         for layer, classify, regress in zip(
             self.transformer.decoder.layers, self.cls_branches, self.reg_branches, strict=True
         ):
             query = layer(query, position, bev, reference[..., :2], config.bev)
             change = regress(query).float()
-            center = refined(reference, change[..., [0, 1, 4]])
+            center = refined(reference, torch.cat([change[..., :2], change[..., 4:5]], -1))
             metres = low + center * (high - low)
             all_logits.append(classify(query))
             all_params.append(torch.cat([metres[..., :2], change[..., 2:4], metres[..., 2:], change[..., 5:]], -1))
@@ -156,7 +156,8 @@ class BEVFormer(nn.Module):
         bus = can_bus(frame)
         previous = state.bev.flatten(2).transpose(1, 2)
         logits, params, bev = self.head(features, img_from_lidar, bus, image_size, previous, frame.is_first)
-        return RawBoxes(logits, params), State(bev.transpose(1, 2).unflatten(2, self.config.bev))
+        memory = bev.transpose(1, 2).unflatten(2, self.config.bev)  # [B, C, rows, columns]
+        return RawBoxes(logits, params), State(memory.contiguous())  # in the layout of `initial_state`
 
     def decode(self, prediction: RawBoxes) -> Scene:
         """The best boxes in the ego frame, best first; there are no lines."""
@@ -193,11 +194,12 @@ def decode_boxes(logits: Tensor, params: Tensor, ego_from_lidar: Tensor, count: 
     # mmdet3d before 1.0 measured yaw clockwise from -y; the length of a box lies along its heading.
     heading = -boxes[..., 6] - math.pi / 2
     axis = torch.stack([heading.cos(), heading.sin()], -1) @ turn[:2, :2].T
-    low, high = (center.new_tensor(x) for x in ((-61.2, -61.2, -10.0), (61.2, 61.2, 10.0)))
+    low, high = (constants(x, center) for x in ((-61.2, -61.2, -10.0), (61.2, 61.2, 10.0)))
     valid = ((boxes[..., :3] >= low) & (boxes[..., :3] <= high)).all(-1)
+    width, length, height = boxes[..., 3:6].unbind(-1)
     return Boxes(
         center=center,
-        size=boxes[..., [4, 3, 5]],
+        size=torch.stack([length, width, height], -1),
         yaw=torch.atan2(axis[..., 1], axis[..., 0]),
         velocity=boxes[..., 7:] @ turn[:2, :2].T,
         label=label,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from perception.grid import BEVGrid
 from perception.models.bev_encoder import choose_cameras, depth_position
-from perception.ops import read_cameras, sample_bev
+from perception.ops import sample_bev, sample_cameras
 from perception.types import Boxes, CameraRig, Polylines, Prediction, Scene
 
 LOG_SPREAD_RANGE = (-5.0, 4.0)  # of the logarithm of an expected error
@@ -121,9 +121,9 @@ class BoxReading(nn.Module):
         sin, cos = F.normalize(params[..., 6:8], dim=-1).chunk(2, -1)  # [B, Q, 1]
         points_ego = params[..., None, :3] + torch.stack([cos * x - sin * y, sin * x + cos * y, z], -1)
         uv, depth, seen, camera = choose_cameras(rig, points_ego, image_size, 2)  # [B, Q, G, K, ...]
-        read = read_cameras(value, uv.flatten(1, 2), camera.flatten(1, 2)).unflatten(2, depth.shape[1:3])
         weight = seen / seen.sum(-1, keepdim=True).clamp(min=1)  # [B, Q, G, K]
-        read = (read * weight[:, None]).sum(-1).permute(0, 2, 3, 1)  # [B, Q, G, C]
+        read = sample_cameras(value, uv.flatten(1, 2), camera.flatten(1, 2), weight.flatten(1, 2))
+        read = read.unflatten(1, depth.shape[1:3])  # [B, Q, G, C]
         told = torch.stack([(depth_position(depth, 2) * weight).sum(-1), weight.sum(-1)], -1)  # [B, Q, G, 2]
         return self.output(torch.cat([read, told], -1).flatten(2))
 

@@ -11,7 +11,14 @@ import math
 import torch
 from torch import Tensor, nn
 
-from perception.models.published_geometry import PublishedConfig, cell_places, map_shift, see_pillars, turn_map
+from perception.models.published_geometry import (
+    PublishedConfig,
+    cell_places,
+    constants,
+    map_shift,
+    see_pillars,
+    turn_map,
+)
 from perception.ops.deformable import deformable_attention
 
 
@@ -70,7 +77,7 @@ class TemporalSelfAttention(nn.Module):
         told = torch.cat([values[:, 0], query + position], -1)
         offsets = self.sampling_offsets(told).view(B, Q, self.heads, 2, 1, self.points, 2)
         weight = self.attention_weights(told).view(B, Q, self.heads, 2, 1, self.points).softmax(-1)
-        places = places.transpose(1, 2)[:, :, None, :, None, None] + offsets / offsets.new_tensor([size[1], size[0]])
+        places = places.transpose(1, 2)[:, :, None, :, None, None] + offsets / constants([size[1], size[0]], offsets)
         value = self.value_proj(values).view(B * 2, Q, self.heads, C // self.heads)
         places, weight = (x.movedim(3, 1).flatten(0, 1) for x in (places, weight))
         read = deformable_attention(value, [size], places, weight).view(B, 2, Q, C).mean(1)
@@ -112,11 +119,10 @@ class SpatialCrossAttention(nn.Module):
         part = self.deformable_attention
         value = part.value_proj(features).view(B, N, S, self.heads, C // self.heads)
         offsets = part.sampling_offsets(query).view(B, Q, self.heads, self.levels, self.points // Z, Z, 2)
-        offsets = offsets / offsets.new_tensor([[w, h] for h, w in sizes])[:, None, None]
+        offsets = offsets / constants([[w, h] for h, w in sizes], offsets)[:, None, None]
         weight = part.attention_weights(query).view(B, Q, self.heads, self.levels * self.points).softmax(-1)
         weight = weight.view(B, Q, self.heads, self.levels, self.points)
-        # A graph, traced or captured, works on all cells of all cameras: its shapes must not depend on what is seen.
-        if torch.compiler.is_compiling() or (query.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if torch.compiler.is_exporting():  # all cells of all cameras: shapes must not depend on what is seen
             at = places[:, :, :, None, None, None] + offsets[:, None]  # [B, N, Q, heads, levels, P / Z, Z, 2]
             weights = weight[:, None].expand(-1, N, -1, -1, -1, -1).flatten(0, 1)
             read = deformable_attention(value.flatten(0, 1), sizes, at.flatten(5, 6).flatten(0, 1), weights)
@@ -175,7 +181,7 @@ class KernelCrossAttention(nn.Module):
         for b in range(B):
             part = torch.zeros_like(query[b])
             for n in range(N):
-                at = (places[b, n] * places.new_tensor([w, h]))[:, :, None] + self.patch  # [Q, heads, P, 2]
+                at = (places[b, n] * constants([w, h], places))[:, :, None] + self.patch  # [Q, heads, P, 2]
                 x, y = at.round().long().unbind(-1)
                 pixel = y.clamp(0, h - 1) * w + x.clamp(0, w - 1)
                 read = (value[b, n][pixel, head] * weight[b][..., None]).sum(2)  # [Q, heads, C / heads]
@@ -232,7 +238,7 @@ class MapAttention(nn.Module):
         asked = query + position
         offsets = self.sampling_offsets(asked).view(B, Q, self.heads, 1, self.points, 2)
         weight = self.attention_weights(asked).view(B, Q, self.heads, 1, self.points).softmax(-1)
-        at = places[:, :, None, None, None] + offsets / offsets.new_tensor([size[1], size[0]])
+        at = places[:, :, None, None, None] + offsets / constants([size[1], size[0]], offsets)
         value = self.value_proj(value).view(B, -1, self.heads, C // self.heads)
         return self.output_proj(deformable_attention(value, [size], at, weight)) + query
 

@@ -23,7 +23,7 @@ from perception.models.map_encoder import (
     start_matrices,
 )
 from perception.models.published_backbone import build_image_encoder, padded_size
-from perception.models.published_geometry import PublishedConfig, can_bus, rig_from_lidar
+from perception.models.published_geometry import PublishedConfig, can_bus, constants, rig_from_lidar
 from perception.ops.deformable import refined
 from perception.types import LINE_CLASSES, Boxes, Frame, Polylines, Scene, State
 
@@ -163,7 +163,7 @@ def best_lines(
     """
     score, row, label = best_pairs(logits, count)
     row = row[..., None, None].expand(-1, -1, *points.shape[2:])
-    start, end = (points.new_tensor(x[:2]) for x in (low, high))
+    start, end = (constants(x[:2], points) for x in (low, high))
     return score, label, start + points.gather(1, row) * (end - start)
 
 

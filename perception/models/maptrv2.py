@@ -31,6 +31,7 @@ from perception.models.map_encoder import (
 )
 from perception.models.maptr import MapTRConfig, decode_lines
 from perception.models.published_backbone import build_image_encoder, padded_size
+from perception.models.published_geometry import constants
 from perception.ops.deformable import refined
 from perception.types import LINE_CLASSES, CameraRig, Frame, Scene, State
 
@@ -160,7 +161,7 @@ def calibration_numbers(rig: CameraRig, scale: float) -> Tensor:
     """
     matrix = rig.img_from_cam.float() / scale
     focal = torch.stack([matrix[..., 0, 0], matrix[..., 1, 1], matrix[..., 0, 2], matrix[..., 1, 2]], -1)
-    resized = focal.new_tensor([scale, 0.0, 0.0, 0.0, scale, 0.0]).expand(*focal.shape[:-1], -1)
+    resized = constants([scale, 0.0, 0.0, 0.0, scale, 0.0], focal).expand(*focal.shape[:-1], -1)
     return torch.cat([focal, resized, rig.ego_from_cam[..., :3, :].float().flatten(-2)], -1)
 
 

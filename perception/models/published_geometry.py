@@ -13,6 +13,7 @@ What decides whether the published numbers come out is kept here:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -57,6 +58,14 @@ class PublishedConfig:
     ego_from_lidar: tuple[tuple[float, ...], ...] = NUSCENES_EGO_FROM_LIDAR
 
 
+def constants(values: Sequence, like: Tensor) -> Tensor:
+    """Makes a tensor of (nested) Python numbers with the type and device of another one.
+
+    Nothing is copied from the host, so a pass can be captured as a CUDA graph.
+    """
+    return torch.stack([constants(v, like) if isinstance(v, Sequence) else like.new_full((), v) for v in values])
+
+
 def cell_places(h: int, w: int, device) -> Tensor:
     """Middles of all cells, x and y in 0..1: [h * w, 2], row by row."""
     y, x = torch.meshgrid(
@@ -73,7 +82,7 @@ def see_pillars(config: PublishedConfig, img_from_lidar: Tensor, image_size: tup
     """
     img_from_lidar = img_from_lidar.float()
     (h, w), Z = config.bev, config.pillar_points
-    low, high = (img_from_lidar.new_tensor(x) for x in (config.low, config.high))
+    low, high = (constants(x, img_from_lidar) for x in (config.low, config.high))
     height = config.high[2] - config.low[2]
     z = torch.linspace(0.5, height - 0.5, Z, device=low.device) / height
     xy = cell_places(h, w, low.device)
@@ -82,7 +91,7 @@ def see_pillars(config: PublishedConfig, img_from_lidar: Tensor, image_size: tup
     projected = torch.einsum("bnij,qzj->bnqzi", img_from_lidar, points)
     depth = projected[..., 2]
     places = projected[..., :2] / depth.clamp(min=NEAREST_DEPTH)[..., None]
-    places = places / places.new_tensor([image_size[1], image_size[0]])
+    places = places / constants([image_size[1], image_size[0]], places)
     inside = ((places > 0) & (places < 1)).all(-1) & (depth > NEAREST_DEPTH)
     return places, inside.any(-1)
 

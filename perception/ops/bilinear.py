@@ -52,8 +52,13 @@ def preferred_implementation(implementation: str) -> Iterator[None]:
         _preferred = before
 
 
-def choose_implementation(maps: Tensor, implementation: str | None) -> str:
-    """The implementation to use for maps: what the caller asked for, or the fastest one that is exact enough.
+def choose_implementation(maps: Tensor, implementation: str | None, on_cpu: str) -> str:
+    """The implementation to use for maps: what the caller asked for, or the fastest one.
+
+    Args:
+        maps: what is sampled.
+        implementation: of `IMPLEMENTATIONS`, or None.
+        on_cpu: the fastest one on CPUs.
 
     Raises:
         ConfigError: the implementation is not known.
@@ -67,7 +72,7 @@ def choose_implementation(maps: Tensor, implementation: str | None) -> str:
     if _preferred is not None:
         return _preferred
     if maps.device.type == "cpu":
-        return "embedding_bag"
+        return on_cpu
     return "triton" if HAS_TRITON and maps.device.type == "cuda" else "plain"
 
 

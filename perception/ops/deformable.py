@@ -39,7 +39,7 @@ def deformable_attention(
     """
     B, _, heads, C = value.shape
     Q = places.shape[1]
-    implementation = choose_implementation(value, implementation)
+    implementation = choose_implementation(value, implementation, on_cpu="embedding_bag")
     if implementation != "plain":
         dtype = torch.promote_types(torch.promote_types(value.dtype, places.dtype), weight.dtype)
         parts = value.split([h * w for h, w in sizes], 1)

@@ -18,7 +18,7 @@ from perception.grid import BEVGrid
 from perception.ops.bilinear import choose_implementation, weighted_bilinear
 
 
-def read_cameras(features: Tensor, uv: Tensor, camera: Tensor) -> Tensor:
+def read_cameras(features: Tensor, uv: Tensor, camera: Tensor, implementation: str | None = None) -> Tensor:
     """Bilinear reading of camera feature maps, each sample from a camera of its own choice.
 
     The cameras are stacked into one tall map, which makes the choice of a camera a vertical offset. Places are clamped
@@ -28,11 +28,21 @@ def read_cameras(features: Tensor, uv: Tensor, camera: Tensor) -> Tensor:
         features: [B, N, C, h, w].
         uv: [B, Q, S, 2] place in the chosen camera, 0..1 over width and height.
         camera: [B, Q, S] int64 index of the chosen camera.
+        implementation: of `perception.ops.bilinear.IMPLEMENTATIONS`, None for the fastest.
 
     Returns:
         [B, C, Q, S].
+
+    Raises:
+        ConfigError: the implementation is not known.
     """
     B, N, C, h, w = features.shape
+    implementation = choose_implementation(features, implementation, on_cpu="plain")  # nothing is summed
+    if implementation != "plain":
+        weight = torch.ones_like(uv[..., 0])
+        one_each = (x.flatten(1, 2)[:, :, None] for x in (uv, camera, weight))  # [B, Q * S, 1, ...]
+        read = sample_cameras(features, *one_each, implementation)  # [B, Q * S, C]
+        return read.transpose(1, 2).unflatten(2, camera.shape[1:])
     column = (uv[..., 0] * w).clamp(0.5, w - 0.5)  # [B, Q, S] feature pixels, centres at +0.5
     row = (uv[..., 1] * h).clamp(0.5, h - 0.5) + camera * h
     place = torch.stack([column * (2 / w) - 1, row * (2 / (N * h)) - 1], -1)  # [B, Q, S, 2]
@@ -59,7 +69,7 @@ def sample_cameras(
     Raises:
         ConfigError: the implementation is not known.
     """
-    implementation = choose_implementation(features, implementation)
+    implementation = choose_implementation(features, implementation, on_cpu="embedding_bag")
     if implementation != "plain":
         maps = features.permute(0, 1, 3, 4, 2)[:, :, :, :, None]  # [B, N, h, w, 1, C]
         dtype = torch.promote_types(uv.dtype, weight.dtype)
@@ -92,7 +102,8 @@ def sample_bev(
     """
     B, C, X, Y = bev.shape
     _, Q, heads, S, _ = points_ego.shape
-    implementation = choose_implementation(bev, implementation)
+    # On a CPU the map would have to be copied with its channels last, which takes longer than a few queries do.
+    implementation = choose_implementation(bev, implementation, on_cpu="plain")
     if implementation != "plain":
         maps = bev.unflatten(1, (heads, C // heads)).permute(0, 3, 4, 1, 2)[:, None]  # [B, 1, X, Y, heads, C / heads]
         places = grid.normalize(points_ego).flip(-1)  # columns run along y

@@ -1,0 +1,211 @@
+"""What a mode costs in accuracy: the network as the vehicle calls it, over generated scenes, against float32 on a CPU.
+
+Every mode runs `DeployedNetwork` over the same frames with its own memory, from bytes of the cameras to boxes and lines
+on the host. It is judged by the gates that certificates of exports have: float32 by those of fp32, all others by those
+of fp16.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from perception.benchmark.frames import (
+    CAMERAS,
+    COMPILE_LIMIT,
+    WARM_UP,
+    Mode,
+    captured,
+    mode_settings,
+    network_of,
+    runs_on,
+    timings,
+)
+from perception.benchmark.stages import Recorder
+from perception.data.nuscenes import NuScenesDataset
+from perception.evaluation.streaming import evaluate_scenes
+from perception.export.certificate import METRICS, Certificate, Replay
+from perception.export.contract import ImageInputs
+from perception.export.drive import camera_frame, drive, moment_inputs
+from perception.export.onnx import DeployedNetwork
+from perception.export.parity import largest_and_mean, matched_distances, raw_differences, raw_queries
+from perception.export.runtime import scene_of
+from perception.models.checkpoint import Network
+from perception.synthetic import VERSION, simulate
+from perception.types import Scene, map_tensors
+
+SCENES, KEYFRAMES, SEED = 4, 10, 77  # generated; as many frames as a certificate needs
+LIMIT = 40.0  # seconds of one mode
+MODES = (
+    Mode(), Mode(graph=True), Mode("tf32", graph=True), Mode("fp16", True, graph=True), Mode("bf16", True, graph=True),
+    Mode("bf16", True), Mode(compiled=True, graph=True), Mode("fp16", True, compiled=True, graph=True),
+)  # fmt: skip
+
+
+class DeployedRunner:
+    """A network by one mode, with buffers for its inputs and its memory on the device.
+
+    Args:
+        network: in evaluation mode, on any device; copied.
+        images: how the images are given.
+        inputs: of one frame, all but the memory, in the order of `DeployedNetwork.input_names`.
+        mode: how to run.
+        device: where to.
+    """
+
+    def __init__(
+        self, network: Network, images: ImageInputs, inputs: Sequence[np.ndarray], mode: Mode, device: torch.device
+    ) -> None:
+        model = DeployedNetwork(copy.deepcopy(network), images).eval().to(device)
+        if mode.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        self._mode, self._device, self._names = mode, device, model.output_names
+        self._model = torch.compile(model, dynamic=False) if mode.compiled else model
+        self._cameras = len(images.sizes)
+        self._inputs = [torch.from_numpy(array.copy()).to(device) for array in inputs]
+        self._memory = model.network.initial_state(1).bev
+        self._results: tuple[torch.Tensor, ...] = ()
+        self._graph = None
+        with torch.inference_mode():
+            if mode.graph:
+                self._graph = captured(self._pass)
+            else:
+                for _ in range(WARM_UP):
+                    self._pass()
+            self._memory.zero_()
+
+    def _pass(self) -> None:
+        images, others = tuple(self._inputs[: self._cameras]), self._inputs[self._cameras :]
+        with mode_settings(self._mode, self._device):
+            self._results = self._model(images, *others, self._memory)
+        self._memory.copy_(self._results[-1])
+
+    @torch.inference_mode()
+    def __call__(self, inputs: Sequence[np.ndarray]) -> tuple[dict[str, np.ndarray], float]:
+        """Runs the next frame.
+
+        Returns:
+            The outputs by name, and the seconds from inputs to outputs on the host; the memory, which can stay on the
+            device, is copied after that.
+        """
+        start = time.perf_counter()
+        for buffer, array in zip(self._inputs, inputs, strict=True):
+            buffer.copy_(torch.from_numpy(array))
+        if self._graph is None:
+            self._pass()
+        else:
+            self._graph.replay()
+        outputs = [_on_host(result) for result in self._results[:-1]]
+        seconds = time.perf_counter() - start
+        return dict(zip(self._names, [*outputs, _on_host(self._memory)], strict=True)), seconds
+
+
+def _on_host(tensor: torch.Tensor) -> np.ndarray:
+    return (tensor.float() if tensor.is_floating_point() else tensor).to("cpu", copy=True).numpy()
+
+
+class Run(NamedTuple):
+    """What a mode found in all frames."""
+
+    outputs: list[dict[str, np.ndarray]]  # by name
+    scenes: list[Scene]  # numpy
+    metrics: dict[str, float]
+    seconds: np.ndarray
+
+
+def replay(runner: DeployedRunner, dataset: NuScenesDataset, frames: dict[str, list[np.ndarray]]) -> Run:
+    """Runs all frames, inputs by sample token, in their order."""
+    passes = [runner(inputs) for inputs in frames.values()]
+    scenes = [scene_of(outputs) for outputs, _ in passes]
+    found = {token: map_tensors(torch.from_numpy, scene) for token, scene in zip(frames, scenes, strict=True)}
+    metrics = evaluate_scenes(dataset, found).metrics()
+    return Run([outputs for outputs, _ in passes], scenes, metrics, np.array([seconds for _, seconds in passes]))
+
+
+def compare(wanted: Run, found: Run, precision: str, focal_lengths: tuple[float, ...]) -> Certificate:
+    """Compares two replays of the same frames as `certify` does.
+
+    Args:
+        wanted, found: the reference, and what is judged.
+        precision: whose gates count, "fp32" or "fp16".
+        focal_lengths: of the cameras, in image widths.
+    """
+    raw: dict[str, list[np.ndarray]] = {"memory": [], "raw_box": [], "raw_line": []}
+    boxes, lines = [], []
+    for one, other in zip(wanted.outputs, found.outputs, strict=True):
+        raw["memory"].append(raw_differences(one["new_memory"].ravel(), other["new_memory"].ravel()))
+        for kind in ("box", "line"):
+            raw[f"raw_{kind}"].append(raw_differences(raw_queries(one, kind), raw_queries(other, kind)))
+    for one, other in zip(wanted.scenes, found.scenes, strict=True):
+        boxes.append(matched_distances(one.boxes.center, other.boxes.center, one.boxes, other.boxes))
+        lines.append(matched_distances(one.lines.points, other.lines.points, one.lines, other.lines))
+    judged = Replay(
+        cameras=CAMERAS,
+        seats=CAMERAS,
+        focal_lengths=focal_lengths,
+        bad_images=False,
+        frames=len(found.scenes),
+        scenes=SCENES,
+        not_finite=0,
+        raw={name: largest_and_mean(parts) for name, parts in raw.items()},
+        pixels=(0.0, 0.0),  # both were given the same bytes
+        boxes=largest_and_mean(boxes),
+        lines=largest_and_mean(lines),
+        metrics={name: (wanted.metrics[name], found.metrics[name]) for name in METRICS},
+    )
+    return Certificate(precision=precision, backend="pytorch", replays=(judged,))
+
+
+def measure_deployed(recorder: Recorder, model: str, device_name: str) -> None:
+    """Sends rows of one network: the reference, which is eager float32 on the CPU, then modes on the device.
+
+    Args:
+        recorder: takes the rows.
+        model: for `network_of`, a flagship with trained weights.
+        device_name: "cuda" or "cpu".
+    """
+    device, cpu = torch.device(device_name), torch.device("cpu")
+    network = network_of(model, cpu)
+    size = network.config.image_size
+    images = ImageInputs.of_rig(CAMERAS, size)
+    dataset, frames, wanted = None, {}, None
+
+    def measure_reference(folder: Path) -> dict:
+        nonlocal dataset, frames, wanted
+        start = time.perf_counter()
+        simulate(folder / "town", scenes=SCENES, seed=SEED, keyframes=KEYFRAMES, split="benchmark", image_size=size)
+        dataset = NuScenesDataset(folder / "town", VERSION, "benchmark", image_size=size, cache_dir=folder / "cache")
+        for token, frame in drive(dataset, CAMERAS):
+            frames[token] = list(moment_inputs(camera_frame(frame, images)).values())
+        runner = DeployedRunner(network, images, next(iter(frames.values())), Mode(), cpu)
+        prepared = time.perf_counter() - start
+        wanted = replay(runner, dataset, frames)
+        metrics = {name: wanted.metrics[name] for name in METRICS}
+        return {"prepared_s": prepared, **timings(wanted.seconds), "frames": len(frames), "metrics": metrics}
+
+    def measure_mode(mode: Mode) -> dict:
+        start = time.perf_counter()
+        runner = DeployedRunner(network, images, next(iter(frames.values())), mode, device)
+        prepared = time.perf_counter() - start
+        found = replay(runner, dataset, frames)
+        first = dataset[0].frames
+        focal_lengths = tuple((first.rig.img_from_cam[0, :, 0, 0] / size[1]).tolist())
+        judged = compare(wanted, found, "fp32" if mode.precision == "fp32" else "fp16", focal_lengths).as_dict()
+        row = {name: judged["replays"][0][name] for name in ("raw", "boxes", "lines", "metrics")}
+        row |= {"gate": judged["precision"], "passed": judged["passed"], "failures": judged["failures"]}
+        return {"prepared_s": prepared, **timings(found.seconds), **row}
+
+    with tempfile.TemporaryDirectory(prefix="perception-benchmark-") as folder:
+        recorder.attempt("reference", recorder.left, measure_reference, Path(folder))
+        if wanted is None:
+            return
+        for mode in MODES:
+            if runs_on(mode, device):
+                recorder.attempt(mode.name, COMPILE_LIMIT if mode.compiled else LIMIT, measure_mode, mode)
