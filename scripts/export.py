@@ -165,10 +165,11 @@ def main() -> None:
                 backends.append("tensorrt")
         failures = []
         for backend in backends:
-            certificate = certify(
-                network, arguments.out, judge, other_rig=other_rig, backend=backend, drift_frames=arguments.drift,
-                progress=True,
-            )  # fmt: skip
+            with stage(f"certificate of {backend}", progress=True):
+                certificate = certify(
+                    network, arguments.out, judge, other_rig=other_rig, backend=backend, drift_frames=arguments.drift,
+                    progress=True,
+                )  # fmt: skip
             certificate.save(arguments.out)
             print(certificate.markdown())
             failures += [f"{backend}: {failure}" for failure in certificate.failures]

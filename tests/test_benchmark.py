@@ -283,11 +283,12 @@ def test_training_is_measured_until_batches_do_not_fit(weights, monkeypatch):
 
 
 def test_deployed_modes_are_judged_by_the_gates_of_certificates(weights, monkeypatch):
+    monkeypatch.setattr(deployed, "LIMIT", 200.0)
     monkeypatch.setattr(deployed, "SCENES", 1)
     monkeypatch.setattr(deployed, "KEYFRAMES", 3)
     monkeypatch.setitem(GATES, "fp16", Gate(1e-6, None, 1.0, 1.0))  # no bfloat16 is so close
     rows = []
-    measure_deployed(Recorder(rows.append, 300.0), weights, "cpu")
+    measure_deployed(Recorder(rows.append, 600.0), weights, "cpu")
     assert [row["name"] for row in rows] == ["reference", "eager fp32", "eager bf16 channels_last"]
     reference, same, half = rows
     assert reference["frames"] == 3 and 0 <= reference["metrics"]["nds"] < 0.2
