@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +36,7 @@ def write_json(path: str | Path, content: object, indent: int | None = 1) -> Non
 
 
 def check_place(option: str, path: str | Path, *, folder: bool = False) -> None:
-    """Checks that a file, or files in a folder, can be written, without writing anything; ask before long work.
+    """Checks that a file, or files in a folder, can be written, and leaves nothing behind; ask before long work.
 
     Args:
         option: what the place was given as, for messages.
@@ -43,7 +44,7 @@ def check_place(option: str, path: str | Path, *, folder: bool = False) -> None:
         folder: whether it is one.
 
     Raises:
-        ConfigError: there is a folder where a file is wanted or the other way round, or no permission to write.
+        ConfigError: there is a folder where a file is wanted or the other way round, or nothing can be written there.
     """
     path = Path(path)
     if path.exists() and path.is_dir() != folder:
@@ -52,7 +53,8 @@ def check_place(option: str, path: str | Path, *, folder: bool = False) -> None:
     place = path if folder else path.parent
     while not place.exists():
         place = place.parent
-    if not place.is_dir():
-        raise ConfigError(f"{option} {path} cannot be written: {place} is not a folder; give another place")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise ConfigError(f"{option} {path} cannot be written: no permission in {place}; give another place")
+    try:
+        with tempfile.TemporaryFile(dir=place):  # permissions alone tell root nothing
+            pass
+    except OSError as error:
+        raise ConfigError(f"{option} {path} cannot be written ({error}); give another place") from None

@@ -277,19 +277,20 @@ def check_intrinsics(name: str, img_from_cam: np.ndarray, image_size: tuple[int,
         )
 
 
-def check_images(images, cameras: int | None = None) -> None:
+def check_images(images, cameras: int | None = None, axes: Sequence[str] = ("H", "W", "3")) -> None:
     """Refuses what is not a list or an array of images, before any of them is looked at.
 
     Args:
         images: one per camera.
         cameras: how many the network takes, None for any number.
+        axes: of one image.
 
     Raises:
         DataError: the type, or the number of images, does not fit.
     """
     if isinstance(images, np.ndarray):
-        if images.ndim != 4 and not (images.ndim == 1 and images.dtype == object):
-            raise DataError(f"images is {_described(images)}; give [N, H, W, 3], one image per camera")
+        if images.ndim != 1 + len(axes) and not (images.ndim == 1 and images.dtype == object):
+            raise DataError(f"images is {_described(images)}; give [N, {', '.join(axes)}], one image per camera")
     elif not isinstance(images, Sequence) or isinstance(images, str | bytes):
         raise DataError(f"images is {_described(images)}; give a list or a numpy array of images, one per camera")
     if len(images) == 0:

@@ -24,9 +24,10 @@ Formats of images, one buffer of bytes per camera:
 
 {formats}
 
-Without --dataroot the streets are generated. The folder holds model.onnx, contract.json, certificate.json and
-certificate.md; of each runtime in --also, such as openvino, certificate.openvino.json and .md too; and where a GPU is
-here that an engine was built for, certificate.tensorrt.json and .md of that engine. Progress goes to stderr.
+Without --dataroot the streets are generated; those of a second rig, with other cameras, always are. The folder holds
+model.onnx, contract.json, certificate.json and certificate.md; of each runtime in --also, such as openvino,
+certificate.openvino.json and .md too; and where a GPU is here that an engine was built for, certificate.tensorrt.json
+and .md of that engine. Progress goes to stderr.
 Exit code 2 if the export is not good enough; the folder says why.
 """
 DRAWN_WIDTH = 1600  # pixels
@@ -94,6 +95,7 @@ def main() -> None:
     from perception.models.checkpoint import load_checkpoint
     from perception.predictor import weights_file
     from perception.synthetic import VERSION, simulate
+    from perception.synthetic.sensors import EIGHT_CAMERAS, FIVE_CAMERAS, SIX_CAMERAS, Mounting
 
     if arguments.drift < 0:
         raise ConfigError(f"--drift is {arguments.drift}; give a number of frames, or 0 for none")
@@ -121,17 +123,24 @@ def main() -> None:
     size = max(images.sizes, key=lambda pair: pair[0] * pair[1])  # others are made from it
     with tempfile.TemporaryDirectory(prefix="perception-export-") as folder:
 
+        def generated(seed: int, rig: tuple[Mounting, ...] = SIX_CAMERAS) -> NuScenesDataset:
+            root, keyframes = Path(folder, str(seed)), LEAST_FRAMES // LEAST_SCENES
+            drawn, names = drawn_size(size), [camera.name for camera in rig]
+            simulate(
+                root, scenes=LEAST_SCENES, seed=seed, keyframes=keyframes, split="export", image_size=drawn, rig=rig
+            )
+            return NuScenesDataset(root, VERSION, "export", image_size=drawn, cameras=names)
+
         def streets(split: str | None, seed: int) -> NuScenesDataset:
             """A split of the dataset that was given; without one, generated streets of that seed."""
             if arguments.dataroot:
                 return NuScenesDataset(arguments.dataroot, arguments.version, split, image_size=size)
-            root, keyframes = Path(folder, str(seed)), LEAST_FRAMES // LEAST_SCENES
-            drawn = drawn_size(size)
-            simulate(root, scenes=LEAST_SCENES, seed=seed, keyframes=keyframes, split="export", image_size=drawn)
-            return NuScenesDataset(root, VERSION, "export", image_size=drawn)
+            return generated(seed)
 
         with stage("drive for the certificate", progress=True):
             judge = streets(arguments.split, arguments.seed)
+        with stage("drive of another rig for the certificate", progress=True):
+            other_rig = generated(arguments.seed + 2, EIGHT_CAMERAS if arguments.cameras >= 8 else FIVE_CAMERAS)
         calibration = None
         if eight_bits:
             with stage("drive for the ranges of eight bits", progress=True):
@@ -156,9 +165,11 @@ def main() -> None:
                 backends.append("tensorrt")
         failures = []
         for backend in backends:
-            certificate = certify(
-                network, arguments.out, judge, backend=backend, drift_frames=arguments.drift, progress=True
-            )
+            with stage(f"certificate of {backend}", progress=True):
+                certificate = certify(
+                    network, arguments.out, judge, other_rig=other_rig, backend=backend, drift_frames=arguments.drift,
+                    progress=True,
+                )  # fmt: skip
             certificate.save(arguments.out)
             print(certificate.markdown())
             failures += [f"{backend}: {failure}" for failure in certificate.failures]

@@ -61,6 +61,19 @@ def small_town(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def other_rig_town(tmp_path_factory):
+    """As many frames of a rig with five cameras of other focal lengths."""
+    from perception.data.nuscenes import NuScenesDataset
+    from perception.synthetic import VERSION, simulate
+    from perception.synthetic.sensors import FIVE_CAMERAS
+
+    root = tmp_path_factory.mktemp("export") / "other_rig"
+    simulate(root, scenes=2, seed=9, keyframes=20, split="certificate", image_size=RAW, rig=FIVE_CAMERAS)
+    cameras = [camera.name for camera in FIVE_CAMERAS]
+    return NuScenesDataset(root, VERSION, "certificate", image_size=RAW, cameras=cameras)
+
+
+@pytest.fixture(scope="session")
 def small_graph(small_network):
     """The graph of the small network, traced once: that takes longer than all else."""
     from perception.export.contract import ImageInputs

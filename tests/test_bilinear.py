@@ -177,8 +177,36 @@ def test_the_operator_keeps_the_rules_of_pytorch():
     places = torch.rand(1, 6, 1, 2, 2, device=device, requires_grad=True)
     index = torch.zeros(1, 6, 1, 2, dtype=torch.int64, device=device)
     weight = torch.rand(1, 6, 1, 2, device=device, requires_grad=True)
-    for border, dtype in ((True, torch.float32), (False, torch.float16)):
-        torch.library.opcheck(bilinear._fused, (maps, places, index if border else None, weight, border, dtype))
+    rules = ("test_schema", "test_faketensor", "test_autograd_registration")  # the others take long
+    torch.library.opcheck(bilinear._fused, (maps, places, index, weight, True, torch.float32), test_utils=rules)
+    half = maps.detach().half().requires_grad_()
+    torch.library.opcheck(bilinear._fused, (half, places, None, weight, False, torch.float16), test_utils=rules)
+    grad = torch.randn(1, 6, 1, 5, device=device)
+    inputs = (grad, half.detach(), places.detach(), None, weight.detach(), False)
+    torch.library.opcheck(bilinear._fused_backward, inputs, test_utils=rules[:2])
+
+
+@FAST
+def test_compiled_it_is_the_same(fast):
+    """On CPUs a compiled graph samples what has no weight too, because how much that is depends on data."""
+    device = device_of(fast)
+    generator = torch.Generator().manual_seed(6)
+    camera = torch.randint(0, 2, (2, 9, 3), generator=generator).to(device)
+    floats = [
+        torch.randn(2, 2, 3, 4, 5, generator=generator),
+        smooth_places((2, 9, 3), (4, 5), generator),
+        drawn_weight((2, 9, 3), generator),
+    ]
+
+    def sample(features, uv, weight):
+        return sample_cameras(features, uv, camera, weight, fast)
+
+    compiled = torch.compile(sample, backend="eager", fullgraph=True)
+    expected, found = (results(call, device, floats, torch.float32) for call in (sample, compiled))
+    for ours, theirs in zip(found[:3], expected[:3], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    read = floats[2] != 0
+    torch.testing.assert_close(found[3][read], expected[3][read], rtol=0, atol=1e-5)
 
 
 def test_what_is_exported_is_plain():
@@ -202,8 +230,8 @@ def test_an_unknown_implementation_is_refused():
 def test_a_preferred_implementation_is_used_where_none_is_asked_for():
     maps = torch.zeros(1)
     with preferred_implementation("plain"):
-        assert choose_implementation(maps, None) == "plain"
-        assert choose_implementation(maps, "triton") == "triton"
-    assert choose_implementation(maps, None) == "embedding_bag"
+        assert choose_implementation(maps, None, "embedding_bag") == "plain"
+        assert choose_implementation(maps, "triton", "embedding_bag") == "triton"
+    assert choose_implementation(maps, None, "embedding_bag") == "embedding_bag"
     with pytest.raises(ConfigError, match="'grid'; use one of plain"), preferred_implementation("grid"):
         pass

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from perception.files import replacing, write_json
+from perception.errors import ConfigError
+from perception.files import check_place, replacing, write_json
 
 
 def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -22,3 +23,20 @@ def test_json_for_people_and_for_machines(tmp_path):
     assert (tmp_path / "a").read_text() == '{"x":[1,2]}\n'
     write_json(tmp_path / "a", {"x": 1})
     assert (tmp_path / "a").read_text() == '{\n "x": 1\n}\n'
+
+
+def test_places_are_checked_without_writing(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("here")
+    check_place("--json", file)
+    check_place("--json", tmp_path / "new" / "numbers.json")
+    check_place("--out", tmp_path / "new" / "folder", folder=True)
+    assert list(tmp_path.iterdir()) == [file]
+    for path, folder, message in (
+        (tmp_path, False, f"--out {tmp_path} is a folder; give a file"),
+        (file, True, f"--out {file} is a file; give a folder"),
+        (file / "numbers.json", False, r"numbers.json cannot be written \(.*Not a directory.*\); give another place"),
+        ("/proc/numbers.json", False, r"--out /proc/numbers.json cannot be written \(.*; give another place"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check_place("--out", path, folder=folder)

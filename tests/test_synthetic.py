@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from nuscenes import NuScenes
@@ -27,7 +28,7 @@ from perception.synthetic.district import Actor, Building, District, Light, Mark
 from perception.synthetic.ground import Ground
 from perception.synthetic.mesh import Material
 from perception.synthetic.render import TownRenderer
-from perception.synthetic.sensors import make_cameras, make_lidar
+from perception.synthetic.sensors import EIGHT_CAMERAS, FIVE_CAMERAS, SIX_CAMERAS, make_cameras, make_lidar
 from perception.synthetic.writer import VERSION, scene_district, scene_renderer
 
 SEED, KEYFRAMES, IMAGE_SIZE = 11, 4, (128, 224)  # what the fixture town_root is made of
@@ -440,3 +441,36 @@ def test_far_ground_has_the_mean_colour():
     assert np.abs(far.astype(int) - np.mean(near, 0)).max() < 20
     assert (ground.materials(x + np.float32(0.1), y) == Material.MARKING).all()
     assert (ground.materials(x + np.float32(0.3), y) == Material.ASPHALT).all()
+
+
+def test_another_rig(tmp_path):
+    """Other cameras than those of nuScenes: the devkit reads how many, where they look and how far they zoom."""
+    for name, rig, count in (("five", FIVE_CAMERAS, 5), ("eight", EIGHT_CAMERAS, 8)):
+        simulate(tmp_path / name, scenes=1, seed=3, keyframes=1, image_size=(32, 56), workers=1, sweeps=True, rig=rig)
+        nusc = NuScenes(VERSION, str(tmp_path / name), verbose=False)
+        data = scene_samples(nusc, 0)[0]["data"]
+        assert set(data) == {*(camera.name for camera in rig), "LIDAR_TOP"} and len(rig) == count
+        for camera in rig:
+            record = nusc.get("sample_data", data[camera.name])
+            mount = nusc.get("calibrated_sensor", record["calibrated_sensor_token"])
+            assert mount["camera_intrinsic"][0][0] == pytest.approx(56 * camera.focal, rel=0.031)
+            view = Quaternion(mount["rotation"]).rotation_matrix[:, 2]
+            off = np.degrees(np.arctan2(view[1], view[0])) - camera.yaw_deg
+            assert abs((off + 180) % 360 - 180) < 1.6
+            assert np.linalg.norm(np.array(mount["translation"]) - camera.position) < 0.07
+            assert np.asarray(Image.open(tmp_path / name / record["filename"])).std() > 5
+
+
+def test_a_longer_focal_length_shows_the_middle_larger():
+    """The middle of a wide image, enlarged, is the narrow image from the same place."""
+    district = scene_district(SEED, 0, KEYFRAMES)
+    wide, narrow = (SIX_CAMERAS[0]._replace(focal=focal) for focal in (0.6, 1.2))
+    images = []
+    for mounting in (wide, narrow):
+        renderer, cameras, _ = scene_renderer(SEED, 0, district, (96, 160), [mounting])
+        images.append(renderer.camera(cameras[0], 0.1, np.random.default_rng(0)).rgb.astype(np.float32).mean(-1))
+        center = cameras[0].img_from_cam[:2, 2]
+    left, top = center[0] / 2, center[1] / 2  # what the narrow image begins with
+    matrix = np.array([[2, 0, -2 * left], [0, 2, -2 * top]])
+    enlarged = cv2.warpAffine(images[0], matrix, (160, 96))
+    assert np.corrcoef(enlarged[8:-8, 8:-8].ravel(), images[1][8:-8, 8:-8].ravel())[0, 1] > 0.9

@@ -31,17 +31,11 @@ from perception.benchmark.frames import (
 from perception.benchmark.stages import Recorder
 from perception.data.nuscenes import NuScenesDataset
 from perception.evaluation.streaming import evaluate_scenes
+from perception.export.certificate import METRICS, Certificate, Replay
 from perception.export.contract import ImageInputs
 from perception.export.drive import camera_frame, drive, moment_inputs
 from perception.export.onnx import DeployedNetwork
-from perception.export.parity import (
-    METRICS,
-    Certificate,
-    largest_and_mean,
-    matched_distances,
-    raw_differences,
-    raw_queries,
-)
+from perception.export.parity import largest_and_mean, matched_distances, raw_differences, raw_queries
 from perception.export.runtime import scene_of
 from perception.models.checkpoint import Network
 from perception.synthetic import VERSION, simulate
@@ -117,7 +111,7 @@ def _on_host(tensor: torch.Tensor) -> np.ndarray:
     return (tensor.float() if tensor.is_floating_point() else tensor).to("cpu", copy=True).numpy()
 
 
-class Replay(NamedTuple):
+class Run(NamedTuple):
     """What a mode found in all frames."""
 
     outputs: list[dict[str, np.ndarray]]  # by name
@@ -126,21 +120,22 @@ class Replay(NamedTuple):
     seconds: np.ndarray
 
 
-def replay(runner: DeployedRunner, dataset: NuScenesDataset, frames: dict[str, list[np.ndarray]]) -> Replay:
+def replay(runner: DeployedRunner, dataset: NuScenesDataset, frames: dict[str, list[np.ndarray]]) -> Run:
     """Runs all frames, inputs by sample token, in their order."""
     passes = [runner(inputs) for inputs in frames.values()]
     scenes = [scene_of(outputs) for outputs, _ in passes]
     found = {token: map_tensors(torch.from_numpy, scene) for token, scene in zip(frames, scenes, strict=True)}
     metrics = evaluate_scenes(dataset, found).metrics()
-    return Replay([outputs for outputs, _ in passes], scenes, metrics, np.array([seconds for _, seconds in passes]))
+    return Run([outputs for outputs, _ in passes], scenes, metrics, np.array([seconds for _, seconds in passes]))
 
 
-def compare(wanted: Replay, found: Replay, precision: str) -> Certificate:
+def compare(wanted: Run, found: Run, precision: str, focal_lengths: tuple[float, ...]) -> Certificate:
     """Compares two replays of the same frames as `certify` does.
 
     Args:
         wanted, found: the reference, and what is judged.
         precision: whose gates count, "fp32" or "fp16".
+        focal_lengths: of the cameras, in image widths.
     """
     raw: dict[str, list[np.ndarray]] = {"memory": [], "raw_box": [], "raw_line": []}
     boxes, lines = [], []
@@ -151,17 +146,21 @@ def compare(wanted: Replay, found: Replay, precision: str) -> Certificate:
     for one, other in zip(wanted.scenes, found.scenes, strict=True):
         boxes.append(matched_distances(one.boxes.center, other.boxes.center, one.boxes, other.boxes))
         lines.append(matched_distances(one.lines.points, other.lines.points, one.lines, other.lines))
-    return Certificate(
-        precision=precision,
-        backend="pytorch",
+    judged = Replay(
+        cameras=CAMERAS,
+        seats=CAMERAS,
+        focal_lengths=focal_lengths,
+        bad_images=False,
         frames=len(found.scenes),
         scenes=SCENES,
+        not_finite=0,
         raw={name: largest_and_mean(parts) for name, parts in raw.items()},
         pixels=(0.0, 0.0),  # both were given the same bytes
         boxes=largest_and_mean(boxes),
         lines=largest_and_mean(lines),
         metrics={name: (wanted.metrics[name], found.metrics[name]) for name in METRICS},
     )
+    return Certificate(precision=precision, backend="pytorch", replays=(judged,))
 
 
 def measure_deployed(recorder: Recorder, model: str, device_name: str) -> None:
@@ -196,9 +195,12 @@ def measure_deployed(recorder: Recorder, model: str, device_name: str) -> None:
         runner = DeployedRunner(network, images, next(iter(frames.values())), mode, device)
         prepared = time.perf_counter() - start
         found = replay(runner, dataset, frames)
-        judged = compare(wanted, found, "fp32" if mode.precision == "fp32" else "fp16").as_dict()
-        row = {name: judged[name] for name in ("raw", "boxes", "lines", "metrics", "passed", "failures")}
-        return {"prepared_s": prepared, **timings(found.seconds), "gate": judged["precision"], **row}
+        first = dataset[0].frames
+        focal_lengths = tuple((first.rig.img_from_cam[0, :, 0, 0] / size[1]).tolist())
+        judged = compare(wanted, found, "fp32" if mode.precision == "fp32" else "fp16", focal_lengths).as_dict()
+        row = {name: judged["replays"][0][name] for name in ("raw", "boxes", "lines", "metrics")}
+        row |= {"gate": judged["precision"], "passed": judged["passed"], "failures": judged["failures"]}
+        return {"prepared_s": prepared, **timings(found.seconds), **row}
 
     with tempfile.TemporaryDirectory(prefix="perception-benchmark-") as folder:
         recorder.attempt("reference", recorder.left, measure_reference, Path(folder))

@@ -156,6 +156,13 @@ class ImageInputs:
         """Of the inputs, by camera."""
         return tuple(f"image_{n}" for n in range(len(self.sizes)))
 
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Of one image."""
+        if self.is_nv12:
+            return ("H * 3/2", "W")
+        return ("3", "H", "W") if self.image_format.endswith("chw") else ("H", "W", "3")
+
     def shape(self, n: int) -> tuple[int, ...]:
         """Of the bytes of camera n."""
         H, W = self.sizes[n]

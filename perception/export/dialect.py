@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 
@@ -400,9 +401,14 @@ def check_dialect(model, runtimes: Sequence[str] | None = None) -> dict[str, lis
     return {name: [runtime.checked_by] if name in runtimes else [] for name, runtime in RUNTIMES.items()}
 
 
+@cache
+def _forms_of(operator: str) -> list[Form]:
+    return [form for form in FORMS if operator in form.operators.split()]
+
+
 def _findings(node: Node, runtime: str) -> list[str]:
     """What of a node a runtime may read otherwise."""
-    forms = [form for form in FORMS if node.operator in form.operators.split()]
+    forms = _forms_of(node.operator)
     if not forms:
         return ["no supported parser was read for this operator"]
     form = next((form for form in forms if form.versions[0] <= node.version <= form.versions[1]), forms[0])

@@ -19,10 +19,18 @@ from perception.types import CameraRig, Frame, map_tensors
 
 MISSING_AT, TURNED_AT = 3, 6  # moments of each scene with a camera less, and with the cameras turned
 TURN_DEG = 1.0
+# Frames of each scene in which the image of one camera is black (a lens cap) or white (the sun in it), where asked for.
+BLACK_AT, WHITE_AT = 4, 8
 
 
-def drive(dataset: NuScenesDataset, cameras: int) -> Iterator[tuple[str, Frame]]:
-    """Token and frame [1, cameras, ...] of every sample, scene by scene, with what a certificate wants to see."""
+def drive(dataset: NuScenesDataset, cameras: int, *, bad_images: bool = False) -> Iterator[tuple[str, Frame]]:
+    """Token and frame [1, cameras, ...] of every sample, scene by scene, with what a certificate wants to see.
+
+    Args:
+        dataset: images as the export takes them.
+        cameras: how many the export takes.
+        bad_images: in each scene also a black image, BLACK_AT, and a white one, WHITE_AT, each of another camera.
+    """
     for scene in np.unique(dataset.scene_of_sample):
         for moment, i in enumerate(np.flatnonzero(dataset.scene_of_sample == scene)):
             frame = seated(map_tensors(lambda tensor: tensor[:1], dataset[int(i)].frames), cameras)
@@ -34,7 +42,21 @@ def drive(dataset: NuScenesDataset, cameras: int) -> Iterator[tuple[str, Frame]]
                 turn = torch.eye(4)
                 turn[:2, :2] = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()]).view(2, 2)
                 ego_from_cam = turn @ ego_from_cam
-            yield dataset.tokens[i], frame._replace(rig=CameraRig(frame.rig.img_from_cam, ego_from_cam, present))
+            frame = frame._replace(rig=CameraRig(frame.rig.img_from_cam, ego_from_cam, present))
+            if bad_images and moment in (BLACK_AT, WHITE_AT):
+                frame = filled(frame, int(scene) + moment, 0 if moment == BLACK_AT else 255)
+            yield dataset.tokens[i], frame
+
+
+def filled(frame: Frame, camera: int, grey: int) -> Frame:
+    """A frame [1, N, ...] in which the image of one camera that is present has one grey value, 0..255, all over.
+
+    The camera still counts as present: a vehicle does not notice that its lens is covered or blinded.
+    """
+    there = torch.nonzero(frame.rig.present[0])[:, 0]
+    images = frame.images.clone()
+    images[0, there[camera % len(there)]] = grey
+    return frame._replace(images=images)
 
 
 def seated(frame: Frame, cameras: int) -> Frame:

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from perception.errors import ConfigError
+
 WEIGHTED = ("Conv", "Gemm", "MatMul")
 # What hands halves on: the inputs that have to be halves, None for all of them.
 PASSING = {
@@ -20,6 +22,20 @@ PASSING = {
     "Unsqueeze": (0,), "Slice": (0,), "Split": (0,), "Expand": (0,), "Flatten": (0,), "Concat": None, "Add": None,
 }  # fmt: skip
 LARGEST = 65504.0  # of float16
+
+
+def check_weight(name: str, value: np.ndarray) -> None:
+    """Refuses a weight that float16 cannot hold.
+
+    Raises:
+        ConfigError: a value is larger than 65504, or not a number.
+    """
+    largest = np.abs(value).max(initial=0.0)
+    if not largest <= LARGEST:
+        raise ConfigError(
+            f"weight {name} holds {largest:.6g}, but float16 ends at {LARGEST:.0f}; take precision fp32, or scale this "
+            "layer down and the next one up"
+        )
 
 
 def halve_graph(model, half: str = "float16"):
@@ -31,7 +47,7 @@ def halve_graph(model, half: str = "float16"):
             opset 22 on.
 
     Raises:
-        ValueError: a weight is too large for float16.
+        ConfigError: a weight is too large for float16.
     """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
@@ -53,8 +69,8 @@ def halve_graph(model, half: str = "float16"):
         wanted = f"{name}/{suffix}"
         if name in floats:
             value = numpy_helper.to_array(constants[name])
-            if half == "float16" and np.abs(value).max(initial=0.0) > LARGEST:
-                raise ValueError(f"weight {name} holds {np.abs(value).max()}, too large for float16")
+            if half == "float16":
+                check_weight(name, value)
             halved = value.astype(helper.tensor_dtype_to_np_dtype(half_type))
             graph.initializer.append(numpy_helper.from_array(halved, wanted))
         else:

@@ -25,7 +25,7 @@ from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError
 from perception.export.contract import CONTRACT, MODEL, ImageInputs, write_contract
 from perception.export.dialect import check_dialect
-from perception.export.half import WEIGHTED, halve_graph
+from perception.export.half import WEIGHTED, check_weight, halve_graph
 from perception.export.images import ImagePreprocessing
 from perception.export.lowering import OPSET, OPSET_FP8, TRACED, lower_graph
 from perception.export.progress import stage
@@ -148,7 +148,8 @@ def check_export(network: Network, *, cameras: int, precision: str, for_cpu: boo
         network, cameras, precision, for_cpu: as for `export_onnx`.
 
     Raises:
-        ConfigError: the network is none that is exported, or precision or cameras cannot be.
+        ConfigError: the network is none that is exported, precision or cameras cannot be, or a weight is too large for
+            float16.
     """
     if isinstance(network, MapTRv2):
         raise ConfigError("MapTRv2 is not exported: it sums up features where their depths say, which depends on data")
@@ -161,6 +162,11 @@ def check_export(network: Network, *, cameras: int, precision: str, for_cpu: boo
         raise ConfigError(f"precision {precision!r} is not known; use one of {', '.join(PRECISIONS)}")
     if for_cpu and precision not in ("fp32", "int8"):
         raise ConfigError(f"precision {precision} is slow on CPUs; take fp32 or int8")
+    for module_name, module in network.named_modules() if precision != "fp32" and not for_cpu else ():
+        # A convolution without a bias has a batch norm behind it, which the trace folds into its weight.
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
+            for name, parameter in module.named_parameters(recurse=False):
+                check_weight(f"{module_name}.{name}", _array(parameter))
 
 
 def export_onnx(
@@ -196,8 +202,9 @@ def export_onnx(
         The folder.
 
     Raises:
-        ConfigError: the network is none that is exported, precision, cameras, sizes or format cannot be, or the graph
-            has a form that a TensorRT parser may read otherwise than ONNX defines it.
+        ConfigError: the network is none that is exported, precision, cameras, sizes or format cannot be, a weight is
+            too large for float16, or the graph has a form that a TensorRT parser may read otherwise than ONNX defines
+            it.
     """
     check_export(network, cameras=cameras, precision=precision, for_cpu=for_cpu)
     if precision in KINDS and calibration is None:
@@ -205,6 +212,7 @@ def export_onnx(
             f"precision {precision} needs a dataset for the ranges of its numbers; give one as calibration"
         )
     images = ImageInputs.of_rig(cameras, network.config.image_size, raw_size, image_format)
+    halved = precision != "fp32" and not for_cpu
     folder = Path(folder)
     model = DeployedNetwork(network, images).eval()
     inputs = example_inputs(network, images)
@@ -213,10 +221,12 @@ def export_onnx(
             graph = trace(model, inputs)
     quantization = {}
     if precision in KINDS:
+        if halved:
+            halve_graph(graph)  # refuses a weight that the trace has folded before the long work
         kind = "uint8" if for_cpu else precision
         moments = record(graph, calibration, images, progress=progress)
         graph, quantization = quantize_graph(graph, moments, kind, progress=progress)
-    if precision != "fp32" and not for_cpu:
+    if halved:
         graph = halve_graph(graph)
     strange = sorted({node.op_type for node in graph.graph.node if node.domain not in ("", "ai.onnx")})
     if strange:

@@ -2,13 +2,13 @@
 
 Differences of raw numbers show that the graph is the network; differences of the official metrics show that it does not
 matter. The drive has several scenes, moments without one of the cameras, and moments with another calibration, because
-these are inputs of the graph and must work as such.
+these are inputs of the graph and must work as such. A second dataset shows that another rig and blinded cameras do too.
+Along with both runs the graph in float32, which shows how close the values come to what the export's types can hold.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,134 +21,20 @@ from perception.data.loader import fit_image
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import DataError
 from perception.evaluation.streaming import evaluate_scenes
-from perception.export.contract import ImageInputs
+from perception.export.certificate import METRICS, Certificate, Replay
+from perception.export.contract import MODEL, ImageInputs
 from perception.export.drive import CameraFrame, aligned, camera_frame, drive, moment_inputs
+from perception.export.headroom import RangeMonitor
 from perception.export.images import ImagePreprocessing, to_rgb
 from perception.export.onnx import raw_outputs
 from perception.export.progress import stage
 from perception.export.runtime import Runtime
-from perception.files import replacing, write_json
+from perception.export.second_reading import SecondExecutor
 from perception.models.checkpoint import Network
+from perception.ops.bilinear import preferred_implementation
 from perception.types import Frame, Scene, State, map_tensors
 
 LEAST_FRAMES, LEAST_SCENES = 40, 2
-METRICS = ("nds", "map", "mATE", "mASE", "mAOE", "mAVE", "mAAE", "lane_map", "lane_map_strict")
-# The largest differences that pass, by precision: of raw numbers (None: not held to any), NDS and lane mAP.
-GATES = {
-    "fp32": (1e-3, 0.0005, 0.0005),
-    "fp16": (None, 0.003, 0.005),
-    "int8": (None, 0.01, 0.01),
-    "fp8": (None, 0.01, 0.01),
-}
-# Other gates for fp32 exports in OpenVINO. It sums in another order than PyTorch and ONNX Runtime, which share most of
-# their rounding: all three are about equally far from float64, but OpenVINO is more than 1e-3 from the others.
-# bfloat16 is a 16-bit float, so it may change the metrics as much as float16.
-OPENVINO_GATES = {"openvino": (1e-2, 0.0005, 0.0005), "openvino-bf16": GATES["fp16"]}
-GROWTH = 3.0  # how many times larger the differences at the end of a long drive may be than at its beginning
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """How far an exported network is from its original.
-
-    Args:
-        precision: of the export.
-        backend: that ran the export, as `Runtime` calls it.
-        frames, scenes: of the drive.
-        raw: largest and mean difference by output, rows aligned. A number that is larger than one counts in units of
-            itself, for float32 keeps digits, not decimals: a box 40 m away is not known to a millimetre.
-        pixels: the largest difference in grey values between what the graph makes of the images that it is given and
-            what they are in training (RGB, fitted by Pillow), and the share of values that differ at all.
-        boxes, lines: largest and mean distance in metres of matched boxes (centres) and lines (points).
-        metrics: by name, of the original and of the export.
-        drift: largest differences of the memory over the first and over the last quarter of a long drive without a
-            reset, empty where none was made.
-        quantization: what `quantize_graph` found out, empty for other precisions.
-    """
-
-    precision: str
-    backend: str
-    frames: int
-    scenes: int
-    raw: dict[str, tuple[float, float]]
-    pixels: tuple[float, float]
-    boxes: tuple[float, float]
-    lines: tuple[float, float]
-    metrics: dict[str, tuple[float, float]]
-    drift: tuple[float, ...] = ()
-    quantization: dict = field(default_factory=dict)
-
-    @property
-    def failures(self) -> list[str]:
-        """Why the export must not be used; empty if it may."""
-        gates = GATES[self.precision]
-        if self.precision == "fp32":
-            gates = OPENVINO_GATES.get(self.backend, gates)
-        most_raw, most_nds, most_lane = gates
-        found = []
-        if most_raw is not None:
-            found += [
-                f"{name} differs by {largest:.2e}, more than {most_raw:.0e}"
-                for name, (largest, _) in self.raw.items()
-                if not largest <= most_raw
-            ]
-        if self.pixels[0] > 1:
-            found.append(f"fitted images differ by up to {self.pixels[0]:.0f} grey values from those of training")
-        for name, most in (("nds", most_nds), ("lane_map", most_lane)):
-            one, other = self.metrics[name]
-            if not abs(one - other) <= most:
-                found.append(f"{name} is {other:.4f} instead of {one:.4f}, more than {most} off")
-        if self.drift and not self.drift[1] <= max(GROWTH * self.drift[0], 1e-3):
-            found.append(f"the memory drifts: off by {self.drift[0]:.2e} early and by {self.drift[1]:.2e} late")
-        return found
-
-    def as_dict(self) -> dict:
-        """Plain JSON values."""
-        return asdict(self) | {"passed": not self.failures, "failures": self.failures}
-
-    def markdown(self) -> str:
-        """All of it for people."""
-        rows = [
-            f"Precision {self.precision}, run by {self.backend}; {self.frames} frames of {self.scenes} scenes, in "
-            "each a missing camera and turned cameras.",
-            "",
-            "| output | largest difference | mean |",
-            "|---|---|---|",
-            *(f"| {name} | {largest:.2e} | {mean:.2e} |" for name, (largest, mean) in self.raw.items()),
-            f"| grey values of fitted images | {self.pixels[0]:.0f} | differ in {100 * self.pixels[1]:.3f} % |",
-            f"| centres of matched boxes, m | {self.boxes[0]:.2e} | {self.boxes[1]:.2e} |",
-            f"| points of matched lines, m | {self.lines[0]:.2e} | {self.lines[1]:.2e} |",
-            "",
-            "| metric | PyTorch fp32 | export |",
-            "|---|---|---|",
-            *(f"| {name} | {one:.4f} | {other:.4f} |" for name, (one, other) in self.metrics.items()),
-            "",
-        ]
-        if self.drift:
-            rows += [f"Memory without a reset: off by {self.drift[0]:.2e} early, by {self.drift[1]:.2e} late.", ""]
-        if self.quantization:
-            rows += [
-                "| layers | change the answers by | share of the work | in eight bits |",
-                "|---|---|---|---|",
-                *(
-                    f"| {group} | {change:.4f} | {self.quantization['work'][group]:.3f} "
-                    f"| {'yes' if group in self.quantization['groups'] else 'no'} |"
-                    for group, change in self.quantization["sensitivities"].items()
-                ),
-                f"| all that are in eight bits together | {self.quantization['together']:.4f} | "
-                f"{sum(self.quantization['work'][group] for group in self.quantization['groups']):.3f} | |",
-                "",
-            ]
-        verdict = "**passed**" if not self.failures else "**failed**: " + "; ".join(self.failures)
-        return "\n".join([*rows, f"Gate: {verdict}", ""])
-
-    def save(self, folder: str | Path) -> None:
-        """Writes `certificate.json` and `.md`; of other backends than ONNX Runtime, such as OpenVINO,
-        `certificate.openvino.json` and `.md`."""
-        name = "certificate" if self.backend == "onnxruntime" else f"certificate.{self.backend}"
-        write_json(Path(folder, f"{name}.json"), self.as_dict())
-        with replacing(Path(folder, f"{name}.md")) as beside:
-            beside.write_text(self.markdown(), encoding="utf-8")
 
 
 @torch.inference_mode()
@@ -157,49 +43,104 @@ def certify(
     folder: str | Path,
     dataset: NuScenesDataset,
     *,
+    other_rig: NuScenesDataset | None = None,
     backend: str = "onnxruntime",
     drift_frames: int = 0,
     progress: bool = False,
 ) -> Certificate:
-    """Drives a dataset with a network and with its export.
+    """Drives datasets with a network and with its export.
 
     Args:
         network: the original, in evaluation mode, on the CPU.
         folder: of the export.
         dataset: images as the export takes them, or larger; they are brought to the size and format of each camera.
+        other_rig: a second dataset, of other cameras. Some of its images are made black or white; the same gates hold.
         backend: that runs the export, as for `Runtime`.
         drift_frames: of a further drive without a reset, 0 for none.
         progress: show progress bars.
 
     Raises:
         CheckpointError: the folder is none of an export.
-        ConfigError: the backend cannot run here.
-        DataError: the dataset has fewer than 40 frames or 2 scenes.
+        ConfigError: the backend cannot run here, or the graph cannot be run a second time.
+        DataError: a dataset has fewer than 40 frames or 2 scenes.
     """
-    scenes = len(np.unique(dataset.scene_of_sample))
-    if len(dataset) < LEAST_FRAMES or scenes < LEAST_SCENES:
-        raise DataError(
-            f"the dataset has {len(dataset)} frames of {scenes} scenes; a certificate needs {LEAST_FRAMES} of "
-            f"{LEAST_SCENES}"
-        )
+    datasets = [dataset] if other_rig is None else [dataset, other_rig]
+    for each in datasets:
+        scenes = len(np.unique(each.scene_of_sample))
+        if len(each) < LEAST_FRAMES or scenes < LEAST_SCENES:
+            raise DataError(
+                f"the dataset has {len(each)} frames of {scenes} scenes; a certificate needs {LEAST_FRAMES} of "
+                f"{LEAST_SCENES}"
+            )
+    import onnx
+
     runtime = Runtime(folder, backend=backend)
+    precision = runtime.contract["precision"]
+    second = SecondExecutor(folder, runtime.contract, len(dataset)) if backend == "onnxruntime" else None
+    monitor = None if precision == "fp32" else RangeMonitor(onnx.load(Path(folder, MODEL)))
+    replays = [replay(network, runtime, dataset, monitor, second, progress=progress)]
+    if other_rig is not None:
+        replays.append(replay(network, runtime, other_rig, monitor, None, bad_images=True, progress=progress))
     image_size = tuple(runtime.contract["image_size"])
+    return Certificate(
+        precision=precision,
+        backend=backend,
+        replays=tuple(replays),
+        peaks=monitor.peaks() if monitor else {},
+        saturation=monitor.saturation() if monitor else {},
+        quantization=runtime.contract["quantization"],
+        drift=_drift(network, runtime, dataset, drift_frames, image_size, progress) if drift_frames else (),
+        second_reading=second.result() if second and not replays[0].not_finite else None,
+    )
+
+
+def replay(
+    network: Network,
+    runtime: Runtime,
+    dataset: NuScenesDataset,
+    monitor: RangeMonitor | None,
+    second: SecondExecutor | None,
+    *,
+    bad_images: bool = False,
+    progress: bool = False,
+) -> Replay:
+    """Drives one dataset with a network and with its export, and measures the values of the export in float32.
+
+    Args:
+        network, dataset, progress: as for `certify`.
+        runtime: of the export.
+        monitor: of the export's graph, keeps what it measures; None where float32 holds everything.
+        second: runs some of the frames again; None for none.
+        bad_images: make some images black or white.
+    """
+    image_size = tuple(runtime.contract["image_size"])
+    seats = runtime.contract["cameras"]
     preprocess = ImagePreprocessing(runtime.images, image_size)
     differences: dict[str, list[np.ndarray]] = {}
     pixels = []
-    originals, exports = {}, {}
+    originals, exports, not_finite = {}, {}, 0
     box_distances, line_distances = [], []
     state = network.initial_state(1)
     for token, frame in tqdm(
-        drive(dataset, runtime.contract["cameras"]), total=len(dataset), unit="frame", disable=not progress,
-        desc=f"certificate of {backend}",
+        drive(dataset, seats, bad_images=bad_images), total=len(dataset), unit="frame", disable=not progress,
+        desc="certificate, another rig" if bad_images else "certificate",
     ):  # fmt: skip
         given = camera_frame(frame, runtime.images)
         seen = fitted(given, runtime.images, image_size)
         in_graph = preprocess([torch.from_numpy(image) for image in given.images])
         pixels.append((in_graph - seen.images[0]).abs().numpy().ravel())
         prediction, state, scene = _original(network, seen, state)
-        said = _exported(runtime, given)
+        inputs = moment_inputs(given)
+        if monitor:
+            monitor.run(inputs)
+        memory = runtime.memory()
+        said = _exported(runtime, inputs)
+        if not all(np.isfinite(x).all() for x in (*runtime.outputs.values(), runtime.memory())):
+            not_finite += 1
+            originals[token], exports[token] = scene, map_tensors(lambda x: torch.from_numpy(x[:0].copy()), said)
+            continue
+        if second and len(originals) in second.frames:
+            second.add(runtime.inputs | {"memory": memory}, runtime.outputs | {"new_memory": runtime.memory()})
         pairs = {"memory": (state.bev.numpy().ravel(), runtime.memory().ravel())} if state.bev.numel() else {}
         for kind in ("box", "line"):
             if f"raw_{kind}_logits" in runtime.outputs:
@@ -213,18 +154,21 @@ def certify(
     off = np.concatenate(pixels)
     with stage("official metrics of both", progress):
         one, other = (evaluate_scenes(dataset, scenes).metrics() for scenes in (originals, exports))
-    return Certificate(
-        precision=runtime.contract["precision"],
-        backend=backend,
+    first = dataset[0].frames
+    focal_lengths = first.rig.img_from_cam[0, :seats, 0, 0] / first.images.shape[-1]
+    return Replay(
+        cameras=len(focal_lengths),
+        seats=seats,
+        focal_lengths=tuple(focal_lengths.tolist()),
+        bad_images=bad_images,
         frames=len(dataset),
-        scenes=scenes,
+        scenes=len(np.unique(dataset.scene_of_sample)),
+        not_finite=not_finite,
         raw={name: largest_and_mean(parts) for name, parts in differences.items()},
         pixels=(float(off.max()), float((off > 0).mean())),
         boxes=largest_and_mean(box_distances),
         lines=largest_and_mean(line_distances),
         metrics={name: (one[name], other[name]) for name in METRICS},
-        quantization=runtime.contract["quantization"],
-        drift=_drift(network, runtime, dataset, drift_frames, image_size, progress) if drift_frames else (),
     )
 
 
@@ -240,12 +184,15 @@ def fitted(frame: CameraFrame, images: ImageInputs, image_size: tuple[int, int])
 
 
 def _original(network: Network, frame: Frame, state: State):
-    prediction, state = network(frame, state)
+    # The graph is made of the plain implementation. A faster one sums in another order, and every decoder layer makes
+    # that noise larger: it would be held against the export.
+    with preferred_implementation("plain"):
+        prediction, state = network(frame, state)
     return prediction, state, map_tensors(lambda tensor: tensor[0], network.decode(prediction))
 
 
-def _exported(runtime: Runtime, frame: CameraFrame) -> Scene:
-    for name, array in moment_inputs(frame).items():
+def _exported(runtime: Runtime, inputs: Mapping[str, np.ndarray]) -> Scene:
+    for name, array in inputs.items():
         runtime.inputs[name][...] = array
     runtime.run()
     return runtime.scene()
@@ -288,7 +235,7 @@ def matched_distances(one: np.ndarray, other: np.ndarray, nouns, other_nouns) ->
 
 def largest_and_mean(parts: list[np.ndarray]) -> tuple[float, float]:
     """Sums up differences; zeros where there are none."""
-    together = np.concatenate(parts)
+    together = np.concatenate([*parts, np.zeros(0)])
     return (float(together.max()), float(together.mean())) if len(together) else (0.0, 0.0)
 
 
@@ -309,7 +256,7 @@ def _drift(
             frame = frame._replace(is_first=torch.tensor([not off]))
             given = camera_frame(frame, runtime.images)
             _, state, _ = _original(network, fitted(given, runtime.images, image_size), state)
-            _exported(runtime, given)
+            _exported(runtime, moment_inputs(given))
             off.append(float(np.abs(state.bev.numpy() - runtime.memory()).mean()))
             bar.update()
             if len(off) == frames:

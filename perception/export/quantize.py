@@ -25,12 +25,13 @@ from tqdm import tqdm
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import DataError
 from perception.export.contract import ImageInputs
-from perception.export.drive import aligned, camera_frame, drive, moment_inputs
+from perception.export.drive import aligned, camera_frame, drive, filled, moment_inputs
 from perception.export.half import WEIGHTED
 from perception.export.lowering import OPSET_FP8
 from perception.export.runtime import session_options
 
 RANGES_FROM, JUDGED_ON = 16, 6  # moments: spread over a drive, and one after the other
+BAD_EVERY = 4  # of the former, one in so many comes again with a black image, and again with a white one
 KINDS = ("int8", "uint8", "fp8")
 LARGEST_INT8, LARGEST_FP8 = 127.0, 448.0
 # By how much of its spread all layers in eight bits together may change an answer; for it the most sensitive are left
@@ -206,7 +207,8 @@ def record(model, dataset: NuScenesDataset, images: ImageInputs, *, progress: bo
         progress: show a progress bar on stderr.
 
     Returns:
-        RANGES_FROM moments spread evenly, then JUDGED_ON that follow one another: the last of the drive.
+        RANGES_FROM moments spread evenly, in between some of them again with a black and with a white image, then
+        JUDGED_ON that follow one another: the last of the drive.
 
     Raises:
         DataError: the dataset is too short for that.
@@ -221,15 +223,18 @@ def record(model, dataset: NuScenesDataset, images: ImageInputs, *, progress: bo
     shapes = {x.name: x.shape for x in session.get_inputs()}
     memory = {"memory": np.zeros(shapes["memory"], np.float32)} if "memory" in shapes else {}
     last = range(len(dataset) - JUDGED_ON, len(dataset))
-    chosen = {*np.linspace(0, last[0] - 1, RANGES_FROM).round().astype(int).tolist(), *last}
+    spread = np.linspace(0, last[0] - 1, RANGES_FROM).round().astype(int).tolist()
     moments = []
     frames = tqdm(
         drive(dataset, len(images.sizes)), total=len(dataset), desc="calibration", unit="frame", disable=not progress
     )
     for number, (_, frame) in enumerate(frames):
         moment = moment_inputs(camera_frame(frame, images)) | memory
-        if number in chosen:
-            moments.append({name: array.copy() for name, array in moment.items()})
+        variants = [moment] if number in spread or number in last else []
+        if number in spread[::BAD_EVERY]:  # a blinded camera must not drive the layers out of their ranges
+            for camera, grey in ((number, 0), (number + 1, 255)):
+                variants.append(moment_inputs(camera_frame(filled(frame, camera, grey), images)) | memory)
+        moments += [{name: array.copy() for name, array in variant.items()} for variant in variants]
         if memory:
             memory = {"memory": session.run(["new_memory"], moment)[0]}
     return moments

@@ -232,11 +232,12 @@ class Runtime:
         """
         motion = self._odometer.since_last(global_from_ego, time_s)
         N = len(self.images.sizes)
-        check_images(images, N)
+        check_images(images, N, self.images.axes)
         rig = checked_rig(rig, N)
         for n in np.flatnonzero(rig.present):
+            image = self.images.checked(n, images[n])
             check_intrinsics(f"rig.img_from_cam[{n}]", rig.img_from_cam[n], self.images.sizes[n])
-            self.inputs[f"image_{n}"][...] = self.images.checked(n, images[n])
+            self.inputs[f"image_{n}"][...] = image
         self.fill(rig, motion.ego_from_prev, motion.seconds, motion.is_first)
         self.run()
         whole = self.scene()

@@ -164,7 +164,8 @@ class BEVTransformer(nn.Module):
             box_logits, box_params, box_log_spread, line_logits, line_points, line_log_spread, heatmap_logits,
             raster_logits, shown,
         )  # fmt: skip
-        return prediction, State(memory)
+        # In one layout, whichever the convolutions left it in: another one would have the next frame compiled anew.
+        return prediction, State(memory.contiguous())
 
     def decode(self, prediction: Prediction) -> Scene:
         """What the last layer says there is, see `perception.models.decoder.decode`."""

@@ -156,7 +156,8 @@ class BEVFormer(nn.Module):
         bus = can_bus(frame)
         previous = state.bev.flatten(2).transpose(1, 2)
         logits, params, bev = self.head(features, img_from_lidar, bus, image_size, previous, frame.is_first)
-        return RawBoxes(logits, params), State(bev.transpose(1, 2).unflatten(2, self.config.bev))
+        memory = bev.transpose(1, 2).unflatten(2, self.config.bev)  # [B, C, rows, columns]
+        return RawBoxes(logits, params), State(memory.contiguous())  # in the layout of `initial_state`
 
     def decode(self, prediction: RawBoxes) -> Scene:
         """The best boxes in the ego frame, best first; there are no lines."""

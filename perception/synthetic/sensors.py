@@ -1,4 +1,4 @@
-"""The sensors of the simulated car: six cameras and one LiDAR, mounted like those of nuScenes.
+"""The sensors of the simulated car: cameras, mounted like those of nuScenes or otherwise, and one LiDAR.
 
 Frames: `ego` is the rear axle on the ground (x forward, y left, z up), `cam` is x right, y down, z forward, `lidar` is
 x right, y forward, z up. Pixel centres lie at +0.5.
@@ -6,22 +6,61 @@ x right, y forward, z up. Pixel centres lie at +0.5.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-# Name, mounting (x, y, z in metres; yaw in degrees), focal length in image widths, exposure relative to the LiDAR (us).
-# The cameras fire one after the other while the LiDAR turns, so each one has its own time.
-_CAMERAS = (
-    ("CAM_FRONT", (1.70, 0.00, 1.51), 0.0, 0.79, -35_000),
-    ("CAM_FRONT_RIGHT", (1.55, -0.49, 1.50), -56.0, 0.79, -28_000),
-    ("CAM_FRONT_LEFT", (1.52, 0.49, 1.51), 55.0, 0.79, -43_000),
-    ("CAM_BACK", (0.03, 0.00, 1.57), 180.0, 0.505, -10_000),
-    ("CAM_BACK_LEFT", (1.04, 0.48, 1.59), 108.5, 0.79, -1_000),
-    ("CAM_BACK_RIGHT", (1.02, -0.48, 1.56), -109.5, 0.79, -20_000),
-)
-CAMERA_NAMES = tuple(camera[0] for camera in _CAMERAS)
 LIDAR_NAME = "LIDAR_TOP"
+
+
+class Mounting(NamedTuple):
+    """Where a camera sits on the car and how it looks.
+
+    Args:
+        name: channel.
+        position: x, y, z in the ego frame, metres.
+        yaw_deg: direction of view, from ego x towards ego y.
+        focal: focal length in image widths.
+        delay_us: exposure time minus the LiDAR's time. The cameras fire one after the other while the LiDAR turns, so
+            each one has its own time.
+    """
+
+    name: str
+    position: tuple[float, float, float]
+    yaw_deg: float
+    focal: float
+    delay_us: int
+
+
+# The rig of nuScenes.
+SIX_CAMERAS = (
+    Mounting("CAM_FRONT", (1.70, 0.00, 1.51), 0.0, 0.79, -35_000),
+    Mounting("CAM_FRONT_RIGHT", (1.55, -0.49, 1.50), -56.0, 0.79, -28_000),
+    Mounting("CAM_FRONT_LEFT", (1.52, 0.49, 1.51), 55.0, 0.79, -43_000),
+    Mounting("CAM_BACK", (0.03, 0.00, 1.57), 180.0, 0.505, -10_000),
+    Mounting("CAM_BACK_LEFT", (1.04, 0.48, 1.59), 108.5, 0.79, -1_000),
+    Mounting("CAM_BACK_RIGHT", (1.02, -0.48, 1.56), -109.5, 0.79, -20_000),
+)
+# Rigs that no network was trained on: other numbers of cameras, focal lengths, heights and directions.
+FIVE_CAMERAS = (
+    Mounting("CAM_FRONT", (1.60, 0.00, 1.70), 0.0, 0.95, -35_000),
+    Mounting("CAM_FRONT_RIGHT", (1.40, -0.55, 1.65), -65.0, 0.60, -28_000),
+    Mounting("CAM_FRONT_LEFT", (1.40, 0.55, 1.65), 65.0, 0.60, -43_000),
+    Mounting("CAM_BACK_LEFT", (0.20, 0.50, 1.70), 140.0, 0.60, -5_000),
+    Mounting("CAM_BACK_RIGHT", (0.20, -0.50, 1.70), -140.0, 0.60, -15_000),
+)
+EIGHT_CAMERAS = (
+    Mounting("CAM_FRONT", (1.60, 0.10, 1.65), 0.0, 0.60, -35_000),
+    Mounting("CAM_FRONT_NARROW", (1.60, -0.10, 1.65), 0.0, 1.30, -35_000),
+    Mounting("CAM_FRONT_RIGHT", (1.45, -0.50, 1.60), -50.0, 0.65, -28_000),
+    Mounting("CAM_FRONT_LEFT", (1.45, 0.50, 1.60), 50.0, 0.65, -43_000),
+    Mounting("CAM_RIGHT", (0.90, -0.52, 1.60), -100.0, 0.65, -22_000),
+    Mounting("CAM_LEFT", (0.90, 0.52, 1.60), 100.0, 0.65, -2_000),
+    Mounting("CAM_BACK", (0.00, 0.00, 1.62), 180.0, 0.65, -10_000),
+    Mounting("CAM_BACK_NARROW", (0.00, 0.00, 1.66), 180.0, 1.00, -10_000),
+)
 
 # Columns are the camera's axes (right, down, forward) in a frame that is x forward, y left, z up.
 _FORWARD_FROM_CAM = np.array([[0.0, 0.0, 1.0], [-1.0, 0.0, 0.0], [0.0, -1.0, 0.0]])
@@ -97,16 +136,19 @@ def _rotation(yaw: float, pitch: float, roll: float) -> np.ndarray:
     return about_z @ about_y @ about_x
 
 
-def make_cameras(rng: np.random.Generator, image_size: tuple[int, int]) -> tuple[Camera, ...]:
-    """Six cameras, each a little off the nominal mounting and focal length, so that calibration matters.
+def make_cameras(
+    rng: np.random.Generator, image_size: tuple[int, int], rig: Sequence[Mounting] = SIX_CAMERAS
+) -> tuple[Camera, ...]:
+    """Cameras that are each a little off the nominal mounting and focal length, so that calibration matters.
 
     Args:
         rng: source of the offsets.
         image_size: height and width in pixels.
+        rig: the nominal mountings.
     """
     height, width = image_size
     cameras = []
-    for name, position, yaw_deg, focal, delay_us in _CAMERAS:
+    for name, position, yaw_deg, focal, delay_us in rig:
         focal_px = focal * width * rng.uniform(0.97, 1.03)
         center = np.array([width, height]) * (0.5 + rng.uniform(-0.015, 0.015, 2))
         img_from_cam = np.array([[focal_px, 0, center[0]], [0, focal_px, center[1]], [0, 0, 1]])

@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from perception.errors import ConfigError, DataError
 from perception.synthetic.district import District
 from perception.synthetic.map_expansion import write_map_expansion
 from perception.synthetic.render import TownRenderer
-from perception.synthetic.sensors import CAMERA_NAMES, LIDAR_NAME, Camera, Lidar, make_cameras, make_lidar
+from perception.synthetic.sensors import LIDAR_NAME, SIX_CAMERAS, Camera, Lidar, Mounting, make_cameras, make_lidar
 from perception.synthetic.town import LOCATIONS, make_district
 from perception.types import ATTRIBUTES
 
@@ -62,6 +63,7 @@ class _Job:
     image_size: tuple[int, int]
     sweeps: bool
     rare: float
+    rig: tuple[Mounting, ...]
 
     @property
     def name(self) -> str:
@@ -91,6 +93,7 @@ def simulate(
     workers: int | None = None,
     sweeps: bool = False,
     rare: float = 0.0,
+    rig: Sequence[Mounting] = SIX_CAMERAS,
 ) -> None:
     """Generates a dataset in nuScenes format (version `v1.0-synthetic`).
 
@@ -109,6 +112,7 @@ def simulate(
         workers: processes; all CPU cores if None. 1 works in this process.
         sweeps: also write camera pictures between keyframes, at 10 Hz altogether; for rates of 1 to 5.
         rare: 0 for streets as they are, up to 1 for more of what is rare in them, see `make_district`.
+        rig: the cameras and where they sit.
 
     Raises:
         ConfigError: for an impossible argument.
@@ -138,16 +142,18 @@ def simulate(
     root = out.with_name(f".{out.name}.partial-{os.getpid()}")
     shutil.rmtree(root, ignore_errors=True)
     try:
-        for channel in (*CAMERA_NAMES, LIDAR_NAME):
+        for channel in (*(camera.name for camera in rig), LIDAR_NAME):
             (root / "samples" / channel).mkdir(parents=True)
             if sweeps and channel != LIDAR_NAME:
                 (root / "sweeps" / channel).mkdir(parents=True)
-        jobs = [_Job(root, seed, i, keyframes, rate, tuple(image_size), sweeps, rare) for i in range(scenes)]
+        jobs = [
+            _Job(root, seed, i, keyframes, rate, tuple(image_size), sweeps, rare, tuple(rig)) for i in range(scenes)
+        ]
         parts, districts = [], []
         for tables, district in tqdm(_run(jobs, workers or os.cpu_count() or 1), total=scenes, desc="scenes"):
             parts.append(tables)
             districts.append(district)
-        _write_tables(root, seed, parts, split)
+        _write_tables(root, seed, parts, split, rig)
         for location in LOCATIONS:
             here = [d for d in districts if d.location == location]
             if here:
@@ -197,18 +203,18 @@ def _sequence(seed: int, index: int, *purpose: int) -> np.random.SeedSequence:
 
 
 def scene_renderer(
-    seed: int, index: int, district: District, image_size
+    seed: int, index: int, district: District, image_size, rig: Sequence[Mounting] = SIX_CAMERAS
 ) -> tuple[TownRenderer, tuple[Camera, ...], Lidar]:
     """The renderer, the cameras and the LiDAR with which scene `index` was recorded."""
     rng = np.random.default_rng(_sequence(seed, index, 1))
-    cameras, lidar = make_cameras(rng, image_size), make_lidar(rng)
+    cameras, lidar = make_cameras(rng, image_size, rig), make_lidar(rng)
     return TownRenderer(district, np.random.default_rng(_sequence(seed, index, 2))), cameras, lidar
 
 
 def _simulate_scene(job: _Job) -> tuple[dict[str, list[dict]], District]:
     """Renders one scene, writes its files and returns its rows of the tables."""
     district = scene_district(job.seed, job.index, job.keyframes, job.rate, job.rare)
-    renderer, cameras, lidar = scene_renderer(job.seed, job.index, district, job.image_size)
+    renderer, cameras, lidar = scene_renderer(job.seed, job.index, district, job.image_size, job.rig)
     start_us = 1_600_000_000_000_000 + (job.seed % 100_000) * 1_000_000_000 + job.index * 60_000_000
     start_us += _LEAD_US
     sample_us = [start_us + job.keyframe_us * k for k in range(job.keyframes)]
@@ -232,7 +238,7 @@ def _simulate_scene(job: _Job) -> tuple[dict[str, list[dict]], District]:
         streams[channel].append(row | {"filename": file})
         return job.root / file
 
-    streams: dict[str, list[dict]] = {channel: [] for channel in (*CAMERA_NAMES, LIDAR_NAME)}
+    streams: dict[str, list[dict]] = {channel: [] for channel in (*(camera.name for camera in cameras), LIDAR_NAME)}
     steps = job.keyframe_us // SWEEP_US if job.sweeps else 1  # pictures from one keyframe to the next
     # Without sweeps the noise of keyframe k is that of the picture that it would be among sweeps.
     stride = max(1, job.keyframe_us // SWEEP_US) // steps
@@ -345,7 +351,9 @@ def _link_instances(job: _Job, district: District, annotations: list[dict]) -> l
     return instances
 
 
-def _write_tables(root: Path, seed: int, parts: list[dict[str, list[dict]]], split: str) -> None:
+def _write_tables(
+    root: Path, seed: int, parts: list[dict[str, list[dict]]], split: str, rig: Sequence[Mounting]
+) -> None:
     """Writes the thirteen tables, `splits.json` and the map pictures that the devkit insists on."""
     tables = {name: [row for part in parts for row in part[name]] for name in parts[0]}
     tables["category"] = [
@@ -363,7 +371,7 @@ def _write_tables(root: Path, seed: int, parts: list[dict[str, list[dict]]], spl
             "channel": channel,
             "modality": "lidar" if "LIDAR" in channel else "camera",
         }
-        for channel in (*CAMERA_NAMES, LIDAR_NAME)
+        for channel in (*(camera.name for camera in rig), LIDAR_NAME)
     ]
     tables["map"] = []
     for location in LOCATIONS:

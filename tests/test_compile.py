@@ -1,0 +1,98 @@
+"""Every network is one graph to torch.compile, which fits all frames of a drive, and runs in channels_last too."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from perception.models.bevformer import BEVFormer, BEVFormerConfig
+from perception.models.maptr import MapTR, MapTRConfig
+from perception.models.maptrv2 import MapTRv2, MapTRv2Config
+from perception.models.published_backbone import PublishedBackboneConfig
+from perception.types import CameraRig, Frame
+
+SIZE = (64, 96)
+SHARED = {
+    "image_size": SIZE, "backbone": PublishedBackboneConfig(width=4, channels=32), "bev": (10, 8), "channels": 32,
+    "feed_forward": 32, "heads": 4, "decoder_layers": 1, "encoder_layers": 1, "rotate_center": (4, 5),
+}  # fmt: skip
+LINES = {"lines": 5, "line_points": 4}
+
+
+@pytest.fixture
+def network(request, small_network):
+    if request.param == "flagship":
+        return small_network
+    torch.manual_seed(0)
+    made = {
+        "bevformer": lambda: BEVFormer(BEVFormerConfig(**SHARED, queries=20, max_boxes=10)),
+        "maptr": lambda: MapTR(MapTRConfig(**SHARED, **LINES)),
+        "maptr_gkt": lambda: MapTR(MapTRConfig(**SHARED, **LINES, kernel=(3, 5))),
+        "maptrv2": lambda: MapTRv2(MapTRv2Config(**SHARED, **LINES, aspp_channels=8)),
+    }[request.param]()
+    with torch.no_grad():  # so that outputs depend on images and calibration, as those of fresh networks hardly do
+        for parameter in made.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    return made.eval()
+
+
+def drive(size: tuple[int, int], frames: int) -> list[Frame]:
+    """Frames with calibrations of their own: six cameras around, turned and zoomed a little more each time."""
+    height, width = size
+    images = torch.rand(frames, 1, 6, 3, height, width, generator=torch.Generator().manual_seed(1)) * 255
+    made = []
+    for t in range(frames):
+        angle = torch.arange(6) * (math.pi / 3) + 0.05 * t
+        zero, one = torch.zeros(6), torch.ones(6)
+        forward = torch.stack([angle.cos(), angle.sin(), zero], -1)
+        right = torch.stack([angle.sin(), -angle.cos(), zero], -1)
+        down = torch.stack([zero, zero, -one], -1)
+        pose = torch.eye(4).repeat(6, 1, 1)
+        pose[:, :3, :3] = torch.stack([right, down, forward], -1)
+        pose[:, :3, 3] = forward + torch.tensor([0.0, 0.0, 1.5])
+        focal = width * (0.6 + 0.01 * t)
+        matrix = torch.tensor([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]]).expand(6, 3, 3)
+        rig = CameraRig(matrix[None], pose[None], torch.ones(1, 6, dtype=torch.bool))
+        motion = torch.eye(4)[None].clone()
+        motion[:, 0, 3] = -float(t)
+        made.append(Frame(images[t], rig, motion, torch.tensor([0.5 * t]), torch.tensor([t == 0])))
+    return made
+
+
+def tensors(noun) -> list[torch.Tensor]:
+    return [tensor for part in noun for tensor in tensors(part)] if isinstance(noun, tuple) else [noun]
+
+
+@torch.inference_mode()
+def outputs(network, call) -> list[list[torch.Tensor]]:
+    """All tensors that a network returns, frame by frame."""
+    state, found = network.initial_state(1), []
+    for frame in drive(network.config.image_size, 3):
+        prediction, state = call(frame, state)
+        found.append(tensors((prediction, state)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("network", "layout"),
+    [
+        ("flagship", "contiguous_format"), ("flagship", "channels_last"), ("bevformer", "contiguous_format"),
+        ("bevformer", "channels_last"), ("maptr", "channels_last"), ("maptr_gkt", "channels_last"),
+        ("maptrv2", "channels_last"),
+    ],
+    indirect=["network"],
+)  # fmt: skip
+def test_one_graph_for_a_drive(network, layout):
+    expected = outputs(network, network)
+    change = max(float((x - y).abs().max()) for x, y in zip(expected[0], expected[2], strict=True) if x.numel())
+    assert change > 0.01  # a hundred times what is tolerated below
+    network = copy.deepcopy(network).to(memory_format=getattr(torch, layout))
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        # A graph that breaks is an error too. Nothing is made of the graph here: that would take minutes.
+        found = outputs(network, torch.compile(network, backend="eager", fullgraph=True))
+    for ours, theirs in zip(found, expected, strict=True):
+        for our, their in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(our, their, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,106 @@
+"""What float16 and eight bits cannot hold is measured on the float32 values, against closed forms and PyTorch."""
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import RAW
+from onnx import TensorProto, helper, numpy_helper
+
+from perception.export.contract import ImageInputs
+from perception.export.drive import camera_frame, drive, moment_inputs
+from perception.export.headroom import RangeMonitor
+from perception.export.parity import fitted
+
+VALUES = np.linspace(-20, 20, 401, dtype=np.float32)[None]  # a step of 0.1
+
+
+def quantized_product(zero: np.ndarray, scale: float, steps: int = 1):
+    """One layer `network.layer` with eight bits at its input and in its weight, per channel: [1, 401] -> [1, 2]."""
+    generator = np.random.default_rng(0)
+    weight = generator.integers(-100, 100, (401, 2)).astype(np.int8)
+    constants = {
+        "scale": np.float32(scale), "zero": zero, "network.layer.weight_quantized": weight,
+        "weight_scale": np.array([0.5, 0.25], np.float32), "weight_zero": np.zeros(2, np.int8),
+    }  # fmt: skip
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["dq"]),
+        helper.make_node("DequantizeLinear", ["network.layer.weight_quantized", "weight_scale", "weight_zero"], ["w"]),
+        helper.make_node("MatMul", ["dq", "w"], ["product"], name="layer"),
+    ]
+    nodes[2].attribute.append(helper.make_attribute("axis", 1))
+    graph = helper.make_graph(
+        nodes, "layer",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 401])],
+        [helper.make_tensor_value_info("product", TensorProto.FLOAT, [1, 2])],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )  # fmt: skip
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)]), weight * np.array([0.5, 0.25])
+
+
+@pytest.mark.parametrize(
+    ("zero", "scale", "low", "high"),
+    [
+        (np.int8(0), 0.1, -12.85, 12.75),  # -128..127 steps, and half a step that still rounds to the last
+        (np.uint8(10), 0.1, -1.05, 24.55),
+        (ml_dtypes.float8_e4m3fn(0), 1 / 64, -7.25, 7.25),  # 448, and half of the 32 to the next number
+    ],
+)
+def test_what_lies_beyond_a_range_of_eight_bits(zero, scale, low, high):
+    model, _ = quantized_product(np.asarray(zero), scale)
+    monitor = RangeMonitor(model)
+    monitor.run({"x": VALUES})
+    monitor.run({"x": VALUES / 100})
+    share = ((low > VALUES) | (high < VALUES)).mean()
+    (label, found), *more = monitor.saturation().items()
+    assert label == "input of layer (x)" and not more and monitor.peaks() == {}
+    assert found.worst == pytest.approx(share) and found.share == pytest.approx(share / 2)
+    assert found.reach == pytest.approx(20 / max(-low, high))
+
+
+def test_weights_in_eight_bits_count_as_they_are():
+    """Behind a layer in eight bits, float16 is measured with its quantized weight and its input unclipped."""
+    model, weight = quantized_product(np.int8(0), 0.01)
+    graph = model.graph
+    graph.node[3].output[0] = "whole"
+    graph.node.append(helper.make_node("Cast", ["whole"], ["half"], to=TensorProto.FLOAT16))
+    graph.node.append(helper.make_node("Add", ["half", "half"], ["twice"]))
+    graph.node.append(helper.make_node("Cast", ["twice"], ["product"], to=TensorProto.FLOAT))
+    monitor = RangeMonitor(model)
+    for scale in (1, 1000, 10):
+        monitor.run({"x": VALUES * np.float32(scale)})
+    largest = np.abs(1000 * VALUES.astype(float) @ weight).max()
+    assert largest > 65504  # what would be infinite in the export
+    assert monitor.peaks() == pytest.approx({"Cast (half)": largest, "Add (twice)": 2 * largest}, rel=1e-5)
+
+
+@torch.inference_mode()
+def test_magnitudes_are_those_of_the_network(small_network, exports, small_town):
+    """The outputs of its layers, over frames with a black and a white image, and with its memory."""
+    monitor = RangeMonitor(onnx.load(exports("fp16") / "model.onnx"))
+    layers = ("image_encoder.laterals.0", "box_decoder.layers.1.to_box.0", "memory.candidate")
+    largest = dict.fromkeys(layers, 0.0)
+
+    def watch(name):
+        def hook(_module, _inputs, output):
+            largest[name] = max(largest[name], float(output.abs().max()))
+
+        return hook
+
+    modules = dict(small_network.named_modules())
+    hooks = [modules[name].register_forward_hook(watch(name)) for name in layers]
+    state, images = small_network.initial_state(1), ImageInputs((RAW,) * 6)
+    for number, (_, frame) in enumerate(drive(small_town, 6, bad_images=True)):
+        given = camera_frame(frame, images)
+        _, state = small_network(fitted(given, images, small_network.config.image_size), state)
+        monitor.run(moment_inputs(given))
+        if number == 10:
+            break
+    for hook in hooks:
+        hook.remove()
+    found = {label.partition(" (")[0]: peak for label, peak in monitor.peaks().items()}  # the last: with a bias
+    assert {name: found[name] for name in layers} == pytest.approx(largest, rel=0.01)
+    halves = {label for label in monitor.peaks() if label.startswith(("Add", "Cast"))}
+    assert len(found) > 20 and len(halves) > 10

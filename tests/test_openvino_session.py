@@ -1,0 +1,191 @@
+"""OpenVINO runs an export as ONNX Runtime does, in float32 and partly in bfloat16, and keeps to itself."""
+
+import gc
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from perception.errors import CheckpointError, ConfigError
+from perception.export.drive import camera_frame, drive, moment_inputs
+from perception.export.latency import largest_difference
+from perception.export.openvino_session import BFLOAT16, FLOAT32, openvino_core
+from perception.export.parity import certify
+from perception.export.quantize import changed
+from perception.export.runtime import Runtime
+
+# Asking for the module itself would import it with its telemetry.
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is not installed")
+
+
+@pytest.fixture
+def with_bfloat16():
+    try:
+        openvino_core(BFLOAT16, "fp32")
+    except ConfigError as error:
+        pytest.skip(str(error))
+
+
+def answers(runtime, town, count=8):
+    """Raw outputs and memory over the first moments of a drive; at one a camera is missing, at one all are turned."""
+    rows = []
+    for _, (_, frame) in zip(range(count), drive(town, 6), strict=False):
+        for name, array in moment_inputs(camera_frame(frame, runtime.images)).items():
+            runtime.inputs[name][...] = array
+        runtime.run()
+        row = {name: array.copy() for name, array in runtime.outputs.items() if name.startswith("raw_")}
+        rows.append(row | {"new_memory": runtime.memory()})
+    return rows
+
+
+def stacked(rows):
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def test_float32_answers_are_those_of_onnx_runtime(fp32_export, small_town):
+    ours, theirs = Runtime(fp32_export, backend=FLOAT32, threads=1), Runtime(fp32_export)
+    buffers = {name: array.ctypes.data for name, array in (ours.inputs | ours.outputs).items()}
+    for one, other in zip(answers(theirs, small_town), answers(ours, small_town), strict=True):
+        assert one["new_memory"].any() and largest_difference(one, other) < 1e-3
+    assert {x: ours.outputs[x].dtype for x in ours.outputs} == {x: theirs.outputs[x].dtype for x in theirs.outputs}
+    assert np.array_equal(ours.outputs["box_label"], theirs.outputs["box_label"])
+    assert np.array_equal(ours.outputs["line_closed"], theirs.outputs["line_closed"])
+    assert buffers == {name: array.ctypes.data for name, array in (ours.inputs | ours.outputs).items()}
+    ours.reset()
+    assert not ours.memory().any()
+
+
+@pytest.mark.parametrize(
+    ("precision", "for_cpu", "most"),
+    [("fp16", False, 0.002), ("int8", False, 0.02), ("int8", True, 0.02), ("fp8", False, 0.02)],
+)
+def test_graphs_of_other_precisions(exports, small_town, precision, for_cpu, most):
+    """Both runtimes round at other places, so answers are as close as those of the graph are to float32."""
+    folder = exports(precision, for_cpu)
+    wanted, found = (stacked(answers(Runtime(folder, backend=name), small_town)) for name in ("onnxruntime", FLOAT32))
+    assert changed(wanted, found) < most
+
+
+def test_types_are_those_of_the_graph(with_bfloat16, fp32_export, small_town):
+    """By default OpenVINO would compute all of it in bfloat16 on this CPU, projection and sampling too."""
+    for backend, of_weights in ((FLOAT32, "f32"), (BFLOAT16, "bf16")):
+        runtime = Runtime(fp32_export, backend=backend)
+        types = {}
+        for node in runtime._session._requests[0].get_compiled_model().get_runtime_model().get_ordered_ops():
+            information = node.get_rt_info()
+            kind, precision = (information[key].astype(str) for key in ("layerType", "runtimePrecision"))
+            types.setdefault(kind, set()).add(precision)
+        assert types["Convolution"] == {of_weights} and of_weights in types["FullyConnected"]
+        assert types["GridSample"] == types["MVN"] == types["Softmax"] == {"f32"}
+    wanted, found = (stacked(answers(x, small_town)) for x in (Runtime(fp32_export), runtime))
+    assert 1e-3 < changed(wanted, found) < 0.03
+
+
+def test_certificates_of_openvino(with_bfloat16, small_network, fp32_export, small_town, tmp_path):
+    folder = Path(shutil.copytree(fp32_export, tmp_path / "copy"))
+    for backend in (FLOAT32, BFLOAT16):
+        found = certify(small_network, folder, small_town, backend=backend)
+        assert f"run by {backend}." in found.markdown()
+        if backend == FLOAT32:
+            assert found.failures == []
+        else:  # held to metrics alone, as float16 is
+            assert all(failure.split()[0] in ("nds", "lane_map") for failure in found.failures)
+        found.save(folder)
+        assert json.loads((folder / f"certificate.{backend}.json").read_text())["backend"] == backend
+
+
+def test_the_gate_sees_a_broken_weight_in_openvino(small_network, fp32_export, small_town, tmp_path):
+    def change(graph):
+        weight = next(x for x in graph.initializer if "smooth" in x.name and len(x.dims) == 4)
+        weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * 1.02, weight.name))
+
+    found = certify(small_network, altered(fp32_export, tmp_path, change), small_town, backend=FLOAT32)
+    assert any(text.startswith("raw_box differs by") and "on average" in text for text in found.failures)
+
+
+def altered(folder, tmp_path, change):
+    """A copy of an export with another graph, under a contract that holds its hash."""
+    import hashlib
+
+    copy = Path(shutil.copytree(folder, tmp_path / "altered"))
+    model = onnx.load(folder / "model.onnx")
+    change(model.graph)
+    content = model.SerializeToString()
+    (copy / "model.onnx").write_bytes(content)
+    contract = json.loads((copy / "contract.json").read_text())
+    contract["sha256"]["model.onnx"] = hashlib.sha256(content).hexdigest()
+    (copy / "contract.json").write_text(json.dumps(contract))
+    return copy
+
+
+def test_what_cannot_be_run(fp32_export, exports, tmp_path, monkeypatch):
+    def unknown(graph):
+        next(node for node in graph.node if node.op_type == "Relu").op_type = "Abacus"
+
+    def renamed(graph):
+        next(x for x in graph.output if x.name == "box_score").name = "score"
+        next(node for node in graph.node if "box_score" in node.output).output[:] = ["score"]
+
+    with pytest.raises(ConfigError, match=r"model\.onnx: OpenVINO 20.* does not take this graph: .*Abacus"):
+        Runtime(altered(fp32_export, tmp_path / "a", unknown), backend=FLOAT32)
+    with pytest.raises(
+        CheckpointError, match=r"outputs box_score is None in the graph and \('float32', \[20\]\) in th"
+    ):
+        Runtime(altered(fp32_export, tmp_path / "b", renamed), backend=FLOAT32)
+    with pytest.raises(ConfigError, match="openvino-bf16 runs exports of precision fp32, this one is fp16"):
+        Runtime(exports("fp16"), backend=BFLOAT16)
+    with pytest.raises(ConfigError, match="threads is -1"):
+        Runtime(fp32_export, backend=FLOAT32, threads=-1)
+    old = {"OPTIMIZATION_CAPABILITIES": ["FP32", "INT8"], "FULL_DEVICE_NAME": "Old CPU"}
+    core = SimpleNamespace(get_property=lambda device, name: old[name])
+    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=lambda: core))
+    with pytest.raises(
+        ConfigError, match=r"needs a CPU that computes in bfloat16 .*; Old CPU does not: use backend open"
+    ):
+        Runtime(fp32_export, backend=BFLOAT16)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(ConfigError, match=r"openvino is not installed .*; pip install openvino$"):
+        Runtime(fp32_export, backend=FLOAT32)
+
+
+def test_no_telemetry_and_no_torch(fp32_export, tmp_path):
+    """In a vehicle: what openvino's own import writes into the home directory does not appear."""
+    code = f"""
+import sys
+sys.modules["torch"] = None
+import numpy as np
+from perception.export.runtime import Runtime
+for backend in ("openvino", "onnxruntime"):
+    runtime = Runtime({str(fp32_export)!r}, backend=backend)
+    for name in ("img_from_cam", "ego_from_cam"):
+        runtime.inputs[name][...] = np.eye(len(runtime.inputs[name][0]))
+    runtime.inputs["ego_from_prev"][...] = np.eye(4)
+    runtime.run()
+    print(runtime.outputs["box_score"][0])
+assert "openvino_telemetry" not in sys.modules
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "CI"} | {"HOME": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert run.returncode == 0, run.stderr
+    one, other = map(float, run.stdout.split())
+    assert one == pytest.approx(other, abs=1e-4)
+    assert not list(tmp_path.iterdir())
+
+
+def test_buffers_outlive_their_session(fp32_export):
+    runtime = Runtime(fp32_export, backend=FLOAT32)
+    scores = runtime.outputs["box_score"]
+    runtime.run()
+    wanted = scores.copy()
+    del runtime
+    gc.collect()
+    assert np.array_equal(scores, wanted, equal_nan=True)
