@@ -36,6 +36,8 @@ OPENVINO_GATES = {"openvino": Gate(None, 1e-4, 0.0005, 0.0005), "openvino-bf16":
 GROWTH = 3.0  # how many times larger the differences at the end of a long drive may be than at its beginning
 # The share of the largest float16 that a value may reach: partial sums, and other frames, go beyond what was measured.
 MOST_OF_HALF = 0.5
+# The share of a quantized tensor that may lie beyond its range: 100 times what ranges leave out where they come from.
+# With all layers of the shipped network in INT8, the most is 0.9 %; with ranges without blinded cameras it is 1.6 %.
 SATURATED = 0.01
 SHOWN = 8  # rows of a table for people; the JSON file holds all
 
