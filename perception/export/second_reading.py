@@ -28,9 +28,9 @@ from perception.export.reference import ReferenceSession
 
 FIRST, LATER = 2, 0.75  # frames that are run again: so many from the start, and the one at this share of the drive
 LARGEST = 1e-3  # difference that passes in float32; what a reading alone may change in any precision
-# By how much of its spread an answer may differ in a precision that the two executors round differently. Measured with
-# the graph as it is and with every GridSample as nearest: fp16 0.002 and 0.075, int8 as exported 0.008 and 0.072.
-SHARES = {"fp32": 1e-3, "fp16": 0.01, "int8": 0.03, "fp8": 0.03}
+# By how much of their spread answers may differ in a precision that two executors round differently. Good exports stay
+# below half of it, exports whose every GridSample is read as nearest are above twice of it (tests/test_reference.py).
+SHARES = {"fp16": 0.01, "int8": 0.03, "fp8": 0.03}
 SHOWN = 3  # nodes that a failure names
 
 
