@@ -3,8 +3,8 @@
 The exporter of torch writes opset 18 at the oldest. Two of its forms are read otherwise by parsers that vehicles run:
 from opset 18 on the axes of most Reduce operators are an input, which the parser of TensorRT 8.6 ignores (it reduces
 all axes; onnx/onnx-tensorrt, release/8.6-GA, builtin_op_importers.cpp); from opset 20 on GridSample's mode is called
-`linear`, which the parsers of TensorRT 8.5 to 11.1 take for `nearest` (NVIDIA/TensorRT#4646). `perception.export.dialect`
-refuses graphs that still hold such forms.
+`linear`, which the parsers of TensorRT 8.5 to 11.1 take for `nearest` (NVIDIA/TensorRT#4646).
+`perception.export.dialect` refuses graphs that still hold such forms.
 """
 
 from __future__ import annotations
