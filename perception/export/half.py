@@ -4,9 +4,9 @@ Convolutions and products with weights run in halves, and so does what only move
 sampling places, softmax, normalisation, decoding and memory stay as they are, with casts in between. A runtime that
 takes types as they are written (TensorRT 10 and 11, TensorRT-RTX, ONNX Runtime) needs no further flag.
 
-Layers in INT8 keep float32 scales and float32 around them: opset 17 has no other, and the parser of TensorRT 8.6 checks
-every scale as if it were float32 (onnx/onnx-tensorrt, release/8.6-GA, QuantDequantLinearHelper). Layers in FP8 have halves around
-them.
+Layers in INT8 keep float32 scales and float32 around them: opset 17 has no other, and the parser of TensorRT 8.6
+checks every scale as if it were float32 (onnx/onnx-tensorrt, release/8.6-GA, QuantDequantLinearHelper). Layers in FP8
+have halves around them.
 """
 
 from __future__ import annotations
