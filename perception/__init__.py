@@ -11,10 +11,10 @@ from perception.types import (
     CameraRig,
     Clip,
     Frame,
+    FrameObjects,
     MapLine,
     Polylines,
     Prediction,
-    Scene,
     State,
 )
 
@@ -29,10 +29,10 @@ __all__ = [
     "CameraRig",
     "Clip",
     "Frame",
+    "FrameObjects",
     "MapLine",
     "Polylines",
     "Prediction",
-    "Scene",
     "State",
 ]
 

@@ -1,7 +1,8 @@
-"""Scenes drawn onto camera images and onto a bird's-eye view; the only place where axes are flipped.
+"""FrameObjects drawn onto camera images and onto a bird's-eye view; the only place where axes are flipped.
 
 Everything is drawn at twice the size and shrunk, which smooths the edges. Predictions are solid in the colour of their
-class, truth is thin, dashed and white. In the bird's-eye view the car looks up: ego x runs upwards, ego y to the left.
+class, ground truth is thin, dashed and white. In the bird's-eye view the car looks up: ego x runs upwards, ego y to the
+left.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from perception.errors import DataError
 from perception.geometry import box_corners, invert_rigid, transform_points
-from perception.types import BOX_CLASSES, LINE_CLASSES, Boxes, CameraRig, Frame, Polylines, Scene
+from perception.types import BOX_CLASSES, LINE_CLASSES, Boxes, CameraRig, Frame, FrameObjects, Polylines
 
 BOX_COLORS = dict(
     zip(
@@ -51,8 +52,8 @@ _PLACES = {
 
 def draw_frame(
     frame: Frame,
-    scene: Scene,
-    truth: Scene | None = None,
+    scene: FrameObjects,
+    gt: FrameObjects | None = None,
     *,
     cameras: Sequence[str] = (),
     caption: str = "",
@@ -61,12 +62,12 @@ def draw_frame(
     y_range: tuple[float, float] = (-51.2, 51.2),
     camera_width: int = 480,
 ) -> Image.Image:
-    """One picture of a moment: all cameras, the bird's-eye view beside them, a legend and a caption.
+    """One picture of a frame: all cameras, the bird's-eye view beside them, a legend and a caption.
 
     Args:
         frame: one frame without batch dimension: images [N, 3, H, W], rig [N, ...].
         scene: what is drawn solid, without batch dimension.
-        truth: what is drawn dashed above it.
+        gt: what is drawn dashed above it.
         cameras: names of the cameras; nuScenes' six are laid out as they sit on the car.
         caption: one line of text for the top.
         min_score: predictions below this are left out.
@@ -76,7 +77,7 @@ def draw_frame(
     Raises:
         DataError: the frame or a scene has a batch dimension, or the names do not fit the cameras.
     """
-    tiles = draw_cameras(frame.images, frame.rig, scene, truth, min_score=min_score, width=camera_width)
+    tiles = draw_cameras(frame.images, frame.rig, scene, gt, min_score=min_score, width=camera_width)
     if cameras and len(cameras) != len(tiles):
         raise DataError(
             f"there are {len(tiles)} camera images but {len(cameras)} camera names; give one name per image"
@@ -90,9 +91,9 @@ def draw_frame(
     tile_width, tile_height = tiles[0].size
     wall_width, wall_height = columns * (tile_width + _GAP) - _GAP, rows * (tile_height + _GAP) - _GAP
 
-    legend = _legend(wall_width, truth is not None)
+    legend = _legend(wall_width, gt is not None)
     height = max(wall_height + _GAP + legend.height, 360)
-    bev = draw_bev(scene, truth, x_range=x_range, y_range=y_range, height=height, min_score=min_score)
+    bev = draw_bev(scene, gt, x_range=x_range, y_range=y_range, height=height, min_score=min_score)
     top = 44
     picture = Image.new("RGB", (wall_width + bev.width + 3 * _GAP, top + height + _GAP), _BACKGROUND)
     for tile, name, present, (row, column) in zip(tiles, names, frame.rig.present, places, strict=True):
@@ -108,8 +109,8 @@ def draw_frame(
 def draw_cameras(
     images: Tensor,
     rig: CameraRig,
-    scene: Scene,
-    truth: Scene | None = None,
+    scene: FrameObjects,
+    gt: FrameObjects | None = None,
     *,
     min_score: float = 0.3,
     width: int = 480,
@@ -120,7 +121,7 @@ def draw_cameras(
         images: [N, 3, H, W] RGB 0..255, uint8 or float.
         rig: calibration of these images, [N, ...]; a camera that is not present gives an empty tile.
         scene: drawn solid, without batch dimension, in the ego frame of the rig.
-        truth: drawn dashed above it.
+        gt: drawn dashed above it.
         min_score: predictions below this are left out.
         width: width of the pictures; the height keeps the aspect ratio.
 
@@ -133,7 +134,7 @@ def draw_cameras(
     if images.ndim != 4 or rig.img_from_cam.ndim != 3:
         raise DataError(f"the images have shape {tuple(images.shape)}; drawing takes one frame, [N, 3, H, W]")
     N, _, H, W = images.shape
-    layers = _layers(scene, truth, min_score)
+    layers = _layers(scene, gt, min_score)
     size = (width, round(width * H / W))
     pictures = []
     for camera in range(N):
@@ -165,8 +166,8 @@ def draw_cameras(
 
 
 def draw_bev(
-    scene: Scene,
-    truth: Scene | None = None,
+    scene: FrameObjects,
+    gt: FrameObjects | None = None,
     *,
     x_range: tuple[float, float] = (-51.2, 51.2),
     y_range: tuple[float, float] = (-51.2, 51.2),
@@ -177,7 +178,7 @@ def draw_bev(
 
     Args:
         scene: drawn solid, without batch dimension.
-        truth: drawn dashed above it.
+        gt: drawn dashed above it.
         x_range, y_range: extent in metres, along ego x (upwards) and ego y (to the left).
         height: height of the picture in pixels; the width follows from the extent.
         min_score: predictions below this are left out.
@@ -197,7 +198,7 @@ def draw_bev(
         return np.stack([y_range[1] - points_ego[..., 1], x_range[1] - points_ego[..., 0]], -1) * scale
 
     _rings(canvas, flip(np.zeros(2)), scale)
-    layers = _layers(scene, truth, min_score)
+    layers = _layers(scene, gt, min_score)
     for layer in layers:
         for color, points, _ in layer.lines:
             corners = flip(points)
@@ -228,11 +229,11 @@ class _Layer(NamedTuple):
     line_dash: tuple[float, float] | None
 
 
-def _layers(scene: Scene, truth: Scene | None, min_score: float) -> list[_Layer]:
+def _layers(scene: FrameObjects, gt: FrameObjects | None, min_score: float) -> list[_Layer]:
     layers = [_Layer(list(_boxes(scene.boxes, min_score)), list(_lines(scene.lines, min_score)), 1.6, None, 2.2, None)]
-    if truth is not None:
-        boxes = [(_TRUTH, corners, velocity) for _, corners, velocity in _boxes(truth.boxes, 0.0)]
-        lines = [(_TRUTH, points, None) for _, points, _ in _lines(truth.lines, 0.0)]
+    if gt is not None:
+        boxes = [(_TRUTH, corners, velocity) for _, corners, velocity in _boxes(gt.boxes, 0.0)]
+        lines = [(_TRUTH, points, None) for _, points, _ in _lines(gt.lines, 0.0)]
         layers.append(_Layer(boxes, lines, 1.0, _BOX_DASH, 1.5, _LINE_DASH))
     return layers
 
@@ -362,12 +363,12 @@ def _tag(tile: Image.Image, name: str) -> None:
     pen.text((15, 18), name, fill=_TEXT, font=font, anchor="lm")
 
 
-def _legend(width: int, with_truth: bool) -> Image.Image:
+def _legend(width: int, with_gt: bool) -> Image.Image:
     """Colours of the box classes, then of the line classes and the two styles, in as many rows as the width needs."""
     font = ImageFont.load_default(13 * _SUPERSAMPLING)
     boxes = [(name, color, "box") for name, color in BOX_COLORS.items()]
     lines = [(name, color, "solid") for name, color in LINE_COLORS.items()]
-    lines += [("prediction", _TEXT, "solid"), ("truth", _TRUTH, "dashed")] if with_truth else []
+    lines += [("prediction", _TEXT, "solid"), ("truth", _TRUTH, "dashed")] if with_gt else []
     placed, row = [], -1
     for group in (boxes, lines):
         x, row = 14, row + 1

@@ -15,7 +15,7 @@ import numpy as np
 
 from perception.errors import ConfigError, DataError, PerceptionWarning
 from perception.geometry import invert_rigid
-from perception.types import CameraRig, Scene
+from perception.types import CameraRig, FrameObjects
 
 MAX_GAP = 2.0  # seconds between two steps after which the memory is of no use
 MAX_SPEED = 60.0  # m/s above which a motion is a jump of the pose
@@ -48,7 +48,7 @@ class Motion(NamedTuple):
     warning: str  # empty if nothing is strange
 
 
-class Odometer:
+class EgoMotion:
     """Remembers the pose and time of the last frame.
 
     Args:
@@ -310,7 +310,7 @@ def checked_image(name: str, image) -> np.ndarray:
     return image
 
 
-def scene_is_finite(whole: Scene, kept: Scene) -> bool:
+def scene_is_finite(whole: FrameObjects, kept: FrameObjects) -> bool:
     """Tells whether the scores of all predictions and all numbers of those that are handed out are finite.
 
     Only the scores count of what is left out: a box that nobody sees may have any size.

@@ -1,11 +1,11 @@
-"""Matching and losses: what a Prediction should have been, given the true Scene.
+"""Matching and losses: what a Prediction should have been, given the true FrameObjects.
 
-Every decoder layer is matched anew with the truth, one query to one object (the Hungarian method, DETR,
+Every decoder layer is matched anew with the ground truth, one query to one object (the Hungarian method, DETR,
 https://arxiv.org/abs/2005.12872). A line is the same line when it is walked backwards, and a ring the same ring from
 whichever vertex it starts (MapTR, https://arxiv.org/abs/2208.14437), so lines are compared in the ordering that fits
-best. Two dense losses on the BEV, a centre heat map and a raster of the lines, train the map itself; two in the images,
-which object each pixel shows and how far away it is, train what the map is lifted from (the perspective supervision of
-BEVFormer v2, https://arxiv.org/abs/2211.10439, from the boxes alone).
+best. Two dense losses on the BEV, a centre heat map and a BEV segmentation of the lines, train the map itself; two in
+the images, which object each pixel shows and how far away it is, train what the map is lifted from (the perspective
+supervision of BEVFormer v2, https://arxiv.org/abs/2211.10439, from the boxes alone).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch.profiler import record_function
 from perception.geometry import invert_rigid, transform_points, wrap_angle
 from perception.grid import BEVGrid
 from perception.models.bev_encoder import depth_position, pixel_rays
-from perception.models.decoder import LOG_SPREAD_RANGE
-from perception.types import BOX_CLASSES, Boxes, CameraRig, Frame, ImagePrediction, Polylines, Prediction, Scene
+from perception.models.decoder import LOG_UNCERTAINTY_RANGE
+from perception.types import BOX_CLASSES, Boxes, CameraRig, Frame, FrameObjects, ImagePrediction, Polylines, Prediction
 
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0  # https://arxiv.org/abs/1708.02002
 # Weights of the ten box parameters (centre, log size, sin cos yaw, velocity) in cost and loss. Most things stand: with
@@ -34,8 +34,8 @@ BOX_WEIGHTS = (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 2.0, 2.0)
 ROUND, TWO_FACED = BOX_CLASSES.index("traffic_cone"), BOX_CLASSES.index("barrier")
 LOSS_WEIGHTS = {
     "box_class": 2.0, "box_params": 0.25, "heatmap": 1.0,
-    "line_class": 2.0, "line_points": 0.5, "line_direction": 0.1, "raster": 1.0,
-    "image_class": 1.0, "image_depth": 0.5, "image_heading": 1.0, "box_spread": 0.1, "line_spread": 0.1,
+    "line_class": 2.0, "line_points": 0.5, "line_direction": 0.1, "bev_seg": 1.0,
+    "image_class": 1.0, "image_depth": 0.5, "image_heading": 1.0, "box_uncertainty": 0.1, "line_uncertainty": 0.1,
 }  # fmt: skip
 
 
@@ -44,33 +44,33 @@ class Match(NamedTuple):
 
     batch: Tensor  # index of the scene
     query: Tensor  # index of the query in its scene
-    target: Tensor  # index of the object in the padded truth
+    target: Tensor  # index of the object in the padded ground truth
 
 
-def set_losses(prediction: Prediction, truth: Scene, frame: Frame, grid: BEVGrid) -> dict[str, Tensor]:
-    """All losses of one moment, weighted, averaged over the decoder layers.
+def set_losses(prediction: Prediction, gt: FrameObjects, frame: Frame, grid: BEVGrid) -> dict[str, Tensor]:
+    """All losses of one frame, weighted, averaged over the decoder layers.
 
     Args:
         prediction: leading [L, B].
-        truth: leading [B].
+        gt: leading [B].
         frame: leading [B], what the network saw; its calibration says what the images show.
         grid: the grid of the dense outputs on the BEV.
 
     Returns:
-        Scalars by name; their sum is what to minimise. Nothing is hidden: a NaN in the prediction or the truth of a
-        matched object is a NaN here, except velocities, whose truth is NaN where it is not known.
+        Scalars by name; their sum is what to minimise. Nothing is hidden: a NaN in the prediction or the ground truth
+        of a matched object is a NaN here, except velocities, whose ground truth is NaN where it is not known.
     """
-    boxes = _inside(truth.boxes, grid)
-    sums = box_losses(prediction.box_logits, prediction.box_params, prediction.box_log_spread, boxes)
-    sums |= line_losses(prediction.line_logits, prediction.line_points, prediction.line_log_spread, truth.lines)
+    boxes = _inside(gt.boxes, grid)
+    sums = box_losses(prediction.box_logits, prediction.box_params, prediction.box_log_uncertainty, boxes)
+    sums |= line_losses(prediction.line_logits, prediction.line_points, prediction.line_log_uncertainty, gt.lines)
     sums["heatmap"] = heatmap_loss(prediction.heatmap_logits, boxes, grid)
-    sums["raster"] = raster_loss(prediction.raster_logits, truth.lines, grid)
+    sums["bev_seg"] = bev_seg_loss(prediction.bev_seg_logits, gt.lines, grid)
     sums = {name: LOSS_WEIGHTS[name] * loss for name, loss in sums.items()}
-    return sums | image_losses(prediction.images, truth.boxes, frame)
+    return sums | image_losses(prediction.images, gt.boxes, frame)
 
 
 def _inside(boxes: Boxes, grid: BEVGrid) -> Boxes:
-    """Only boxes whose centre lies on the grid can be found, so only they are asked for."""
+    """Only boxes whose centre lies on the grid can be found, so only they are gt_idx for."""
     place = grid.normalize(boxes.center)
     return boxes._replace(valid=boxes.valid & ((place >= 0) & (place < 1)).all(-1))
 
@@ -84,12 +84,12 @@ def encode_boxes(boxes: Boxes) -> Tensor:
     return torch.cat([boxes.center, boxes.size.clamp(min=1e-2).log(), turn, boxes.velocity], -1)
 
 
-def box_losses(logits: Tensor, params: Tensor, log_spread: Tensor, boxes: Boxes) -> dict[str, Tensor]:
+def box_losses(logits: Tensor, params: Tensor, log_uncertainty: Tensor, boxes: Boxes) -> dict[str, Tensor]:
     """Focal loss of the classes, L1 of the parameters and likelihood of the errors of matched boxes.
 
     Args:
-        logits: [L, B, Q, K]; params: [L, B, Q, 10]; log_spread: [L, B, Q, 9].
-        boxes: the truth [B, M].
+        logits: [L, B, Q, K]; params: [L, B, Q, 10]; log_uncertainty: [L, B, Q, 9].
+        boxes: the ground truth [B, M].
     """
     targets = encode_boxes(boxes)
     weights = params.new_tensor(BOX_WEIGHTS)
@@ -98,11 +98,11 @@ def box_losses(logits: Tensor, params: Tensor, log_spread: Tensor, boxes: Boxes)
         distance = (params[..., None, :6] - targets[:, None, :, :6]).abs()  # [L, B, Q, M, 6]
         cost = LOSS_WEIGHTS["box_class"] * focal_cost(logits, boxes.label)
         cost = cost + LOSS_WEIGHTS["box_params"] * (distance * weights[:6]).sum(-1)
-        answer, asked = match_layers(cost, boxes.valid)
-    label, target, found = boxes.label[asked], targets[asked], params[answer]
+        pred_idx, gt_idx = match_layers(cost, boxes.valid)
+    label, target, found = boxes.label[gt_idx], targets[gt_idx], params[pred_idx]
     count = max(len(label), len(logits))  # at least one of each layer
     wanted = torch.zeros_like(logits)
-    wanted[(*answer, label)] = 1.0
+    wanted[(*pred_idx, label)] = 1.0
     target = torch.cat([target[:, :6], nearest_turn(found[:, 6:8], target[:, 6:8], label), target[:, 8:]], 1)
     known = ~target.isnan()
     difference = torch.where(known, found - target.nan_to_num(), 0.0).abs()
@@ -110,11 +110,11 @@ def box_losses(logits: Tensor, params: Tensor, log_spread: Tensor, boxes: Boxes)
     weights[label == ROUND, 6:8] = 0.0
     yaw_error = torch.atan2(found[:, 6], found[:, 7]) - torch.atan2(target[:, 6], target[:, 7])
     error = torch.cat([difference[:, :6], wrap_angle(yaw_error)[:, None].abs(), difference[:, 8:]], 1)  # [pairs, 9]
-    likelihood = laplace_loss(log_spread[answer], error) * torch.cat([known[:, :7], known[:, 8:]], 1)
+    likelihood = laplace_loss(log_uncertainty[pred_idx], error) * torch.cat([known[:, :7], known[:, 8:]], 1)
     return {
         "box_class": focal_loss(logits, wanted).sum() / count,
         "box_params": (difference * weights).sum() / count,
-        "box_spread": likelihood.sum() / count,
+        "box_uncertainty": likelihood.sum() / count,
     }
 
 
@@ -157,7 +157,7 @@ def draw_heatmap(boxes: Boxes, grid: BEVGrid, classes: int) -> Tensor:
 
 
 def line_orderings(lines: Polylines) -> tuple[Tensor, Tensor]:
-    """All equivalent orderings of true lines.
+    """All equivalent orderings of ground-truth lines.
 
     An open line has two, a ring of P points (the last repeats the first) has 2 (P - 1).
 
@@ -180,12 +180,12 @@ def line_orderings(lines: Polylines) -> tuple[Tensor, Tensor]:
     return torch.where(closed[..., None, None], rings, open_lines), closed | exists
 
 
-def line_losses(logits: Tensor, points: Tensor, log_spread: Tensor, lines: Polylines) -> dict[str, Tensor]:
+def line_losses(logits: Tensor, points: Tensor, log_uncertainty: Tensor, lines: Polylines) -> dict[str, Tensor]:
     """Focal loss of the classes, L1 and likelihood of the points and cosine of the edges of matched lines.
 
     Args:
-        logits: [L, B, Q, K]; points: [L, B, Q, P, 2] metres; log_spread: [L, B, Q, P, 2].
-        lines: the truth [B, M].
+        logits: [L, B, Q, K]; points: [L, B, Q, P, 2] metres; log_uncertainty: [L, B, Q, P, 2].
+        lines: the ground truth [B, M].
     """
     P = points.shape[3]
     orderings, exists = line_orderings(lines)
@@ -195,29 +195,29 @@ def line_losses(logits: Tensor, points: Tensor, log_spread: Tensor, lines: Polyl
         distance = distance.unflatten(3, (M, O)) / P  # mean L1 distance of a point, metres
         distance, ordering = distance.masked_fill(~exists[:, None], math.inf).min(-1)  # [L, B, Q, M]
         cost = LOSS_WEIGHTS["line_class"] * focal_cost(logits, lines.label) + LOSS_WEIGHTS["line_points"] * distance
-        answer, asked = match_layers(cost, lines.valid)
-    label, found = lines.label[asked], points[answer]
-    target = orderings[(*asked, ordering[(*answer, asked[1])])]  # [pairs, P, 2]
+        pred_idx, gt_idx = match_layers(cost, lines.valid)
+    label, found = lines.label[gt_idx], points[pred_idx]
+    target = orderings[(*gt_idx, ordering[(*pred_idx, gt_idx[1])])]  # [pairs, P, 2]
     count = max(len(label), len(logits))  # at least one of each layer
     wanted = torch.zeros_like(logits)
-    wanted[(*answer, label)] = 1.0
+    wanted[(*pred_idx, label)] = 1.0
     cosine = F.cosine_similarity(found.diff(dim=1), target.diff(dim=1), dim=-1, eps=1e-3)
     return {
         "line_class": focal_loss(logits, wanted).sum() / count,
         "line_points": (found - target).abs().sum(-1).mean(-1).sum() / count,
         "line_direction": (1 - cosine).mean(-1).sum() / count,
-        "line_spread": laplace_loss(log_spread[answer], (found - target).abs()).mean((1, 2)).sum() / count,
+        "line_uncertainty": laplace_loss(log_uncertainty[pred_idx], (found - target).abs()).mean((1, 2)).sum() / count,
     }
 
 
-def raster_loss(logits: Tensor, lines: Polylines, grid: BEVGrid) -> Tensor:
-    """Focal loss of the dense raster [B, K, X, Y], per cell that a line crosses."""
-    target = draw_raster(lines, grid, logits.shape[1])
+def bev_seg_loss(logits: Tensor, lines: Polylines, grid: BEVGrid) -> Tensor:
+    """Focal loss of the BEV segmentation [B, K, X, Y], per cell that a line crosses."""
+    target = draw_bev_segmentation(lines, grid, logits.shape[1])
     # An alpha of one half, doubled: cells with and without a line weigh the same, one.
     return 2 * focal_loss(logits, target, alpha=0.5).sum() / target.sum().clamp(min=1)
 
 
-def draw_raster(lines: Polylines, grid: BEVGrid, classes: int) -> Tensor:
+def draw_bev_segmentation(lines: Polylines, grid: BEVGrid, classes: int) -> Tensor:
     """1 in every cell that a line passes, [B, K, X, Y]: lines are sampled at a quarter of a cell."""
     B = lines.points.shape[0]
     X, Y = grid.shape
@@ -227,9 +227,9 @@ def draw_raster(lines: Polylines, grid: BEVGrid, classes: int) -> Tensor:
     inside = ((cell >= 0) & (cell < cell.new_tensor([X, Y]))).all(-1) & lines.valid[..., None]
     b = torch.arange(B, device=cell.device).view(B, 1, 1).expand_as(inside)
     label = lines.label[..., None].expand_as(inside)
-    raster = torch.zeros(B, classes, X, Y, device=cell.device)
-    raster[b[inside], label[inside], cell[..., 0][inside], cell[..., 1][inside]] = 1.0
-    return raster
+    bev_seg = torch.zeros(B, classes, X, Y, device=cell.device)
+    bev_seg[b[inside], label[inside], cell[..., 0][inside], cell[..., 1][inside]] = 1.0
+    return bev_seg
 
 
 def densify(points: Tensor, steps: int) -> Tensor:
@@ -246,7 +246,7 @@ def image_losses(prediction: ImagePrediction, boxes: Boxes, frame: Frame) -> dic
 
     Args:
         prediction: leading [B].
-        boxes: the truth [B, M].
+        boxes: the ground truth [B, M].
         frame: leading [B]; cameras that are absent are left out.
 
     Returns:
@@ -351,14 +351,14 @@ def focal_loss(logits: Tensor, target: Tensor, alpha: float = FOCAL_ALPHA) -> Te
     return torch.where(target > 0.5, alpha, 1 - alpha) * wrong**FOCAL_GAMMA * entropy
 
 
-def laplace_loss(log_spread: Tensor, error: Tensor) -> Tensor:
+def laplace_loss(log_uncertainty: Tensor, error: Tensor) -> Tensor:
     """Negative log likelihood of absolute errors under Laplace distributions of the given scales, element by element.
 
     The errors count as given: this trains what is known of them, not them (the scale of a Laplace distribution is the
     mean of its absolute error).
     """
-    log_spread = log_spread.float().clamp(*LOG_SPREAD_RANGE)
-    return math.log(2) + log_spread + error.detach() * (-log_spread).exp()
+    log_uncertainty = log_uncertainty.float().clamp(*LOG_UNCERTAINTY_RANGE)
+    return math.log(2) + log_uncertainty + error.detach() * (-log_uncertainty).exp()
 
 
 def focal_cost(logits: Tensor, label: Tensor) -> Tensor:
@@ -384,7 +384,7 @@ def match_layers(cost: Tensor, valid: Tensor) -> tuple[tuple[Tensor, ...], tuple
         valid: [B, M] bool.
 
     Returns:
-        Where the matched answers are in tensors [L, B, Q], and what was asked for in tensors [B, M].
+        Where the matched answers are in tensors [L, B, Q], and what was gt_idx for in tensors [B, M].
     """
     L, B = cost.shape[:2]
     match = hungarian(cost.flatten(0, 1), valid.repeat(L, 1))

@@ -1,4 +1,4 @@
-"""Live use: images of one moment after the other go in, scenes come out, memory and motion are taken care of.
+"""Live use: images of one frame after the other go in, scenes come out, memory and motion are taken care of.
 
 predictor = Predictor(shipped_weights())
 for images, global_from_ego, time_s in drive:
@@ -22,7 +22,7 @@ from perception.live import (
     MAX_SPEED,
     MAX_TURN_RATE,
     NOT_FINITE,
-    Odometer,
+    EgoMotion,
     check_images,
     check_intrinsics,
     checked_image,
@@ -31,7 +31,7 @@ from perception.live import (
     scene_is_finite,
 )
 from perception.models.checkpoint import Network, load_checkpoint
-from perception.types import CameraRig, Frame, Scene, map_tensors
+from perception.types import CameraRig, Frame, FrameObjects, map_tensors
 
 
 def shipped_weights(name: str = "nano") -> Path:
@@ -81,7 +81,7 @@ class Predictor:
         max_turn_rate: float = MAX_TURN_RATE,
     ) -> None:
         self.min_score = checked_setting("Predictor: min_score", min_score, 0, 1, "a number from 0 to 1")
-        self._odometer = Odometer(max_speed, max_turn_rate)
+        self._odometer = EgoMotion(max_speed, max_turn_rate)
         network = load_checkpoint(model)[0] if isinstance(model, str | Path) else model
         try:
             self.device = torch.device(device)
@@ -102,8 +102,8 @@ class Predictor:
         rig: CameraRig,
         global_from_ego: np.ndarray,
         time_s: float,
-    ) -> Scene:
-        """One moment.
+    ) -> FrameObjects:
+        """One frame.
 
         The images may have any size; they are fitted to the network's as in training (see `fit_image`). The memory is
         left out if more than `MAX_GAP` seconds have passed since the last step, or if the pose has jumped since. After
@@ -140,7 +140,7 @@ class Predictor:
         with torch.inference_mode():
             prediction, state = self.model(map_tensors(lambda tensor: tensor.to(self.device), frame), self._state)
             whole = map_tensors(lambda tensor: tensor[0].cpu(), self.model.decode(prediction))
-            scene = Scene(*(self._confident(noun) for noun in whole))
+            scene = FrameObjects(*(self._confident(noun) for noun in whole))
             finite = bool(state.bev.sum().isfinite()) and scene_is_finite(whole, scene)
         if not finite:
             self.reset()

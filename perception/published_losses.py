@@ -17,8 +17,8 @@ from perception.grid import BEVGrid
 from perception.losses import (
     Match,
     densify,
+    draw_bev_segmentation,
     draw_boxes,
-    draw_raster,
     focal_cost,
     focal_loss,
     hungarian,
@@ -29,14 +29,14 @@ from perception.models.bevformer import BEVFormer, RawBoxes
 from perception.models.maptr import MapTR, RawLines
 from perception.models.maptrv2 import LiftedLines, MapTRv2
 from perception.models.published_backbone import padded_size
-from perception.types import Boxes, CameraRig, Frame, Polylines, Scene, map_tensors
+from perception.types import Boxes, CameraRig, Frame, FrameObjects, Polylines, map_tensors
 
 BOX_CODE_WEIGHTS = (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.2, 0.2)
 # The total, and so the size of a gradient that is clipped, is as published.
 BOX_LOSS_WEIGHTS = {"box_class": 2.0, "box_params": 0.25}
 LINE_LOSS_WEIGHTS = {"line_class": 2.0, "line_points": 5.0, "line_direction": 0.005}
 LIFTED_LOSS_WEIGHTS = LINE_LOSS_WEIGHTS | {
-    "many_class": 2.0, "many_points": 5.0, "many_direction": 0.005, "raster": 1.0, "image_raster": 2.0, "depth": 3.0,
+    "many_class": 2.0, "many_points": 5.0, "many_direction": 0.005, "bev_seg": 1.0, "image_seg": 2.0, "depth": 3.0,
 }  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def match_boxes(logits: Tensor, params: Tensor, targets: Tensor, label: Tensor, 
 def bevformer_losses(
     logits: Tensor, params: Tensor, targets: Tensor, label: Tensor, valid: Tensor
 ) -> list[dict[str, Tensor]]:
-    """Weighted losses of each layer of raw boxes [L, B, Q, ...]; the truth as in `match_boxes`."""
+    """Weighted losses of each layer of raw boxes [L, B, Q, ...]; the ground truth as in `match_boxes`."""
     losses = []
     for one_logits, one_params in zip(logits, params, strict=True):
         match, _ = match_boxes(one_logits, one_params, targets, label, valid)
@@ -128,7 +128,7 @@ def match_lines(
 
     Args:
         logits: [B, Q, K]; points: [B, Q, P, 2] in 0..1.
-        shares: the truth [B, M, O, P, 2] in 0..1, in O orderings; exists: [B, M, O]; label, valid: [B, M].
+        shares: the ground truth [B, M, O, P, 2] in 0..1, in O orderings; exists: [B, M, O]; label, valid: [B, M].
 
     Returns:
         The match, and which ordering fits each pair best, [B, Q, M].
@@ -156,8 +156,8 @@ def maptr_losses(
 
     Args:
         logits: [L, B, Q, K]; points: [L, B, Q, P, 2] in 0..1 over the range.
-        orderings: the truth [B, M, O, P, 2] in metres, in the frame of the range, and which of its orderings exist
-            [B, M, O], as `published_orderings` gives them; label, valid: [B, M].
+        orderings: the ground truth [B, M, O, P, 2] in metres, in the frame of the range, and which of its orderings
+            exist [B, M, O], as `published_orderings` gives them; label, valid: [B, M].
         low, high: ends of the range in metres, x and y first.
     """
     start, end = (points.new_tensor(x[:2]) for x in (low, high))
@@ -183,18 +183,18 @@ def maptr_losses(
     return [{name: LINE_LOSS_WEIGHTS[name] * loss for name, loss in layer.items()} for layer in losses]
 
 
-def lifted_losses(network: MapTRv2, prediction: LiftedLines, truth: Scene, frame: Frame) -> dict[str, Tensor]:
-    """Weighted losses of what MapTRv2 says beside its lines: further queries, rasters and depth.
+def lifted_losses(network: MapTRv2, prediction: LiftedLines, gt: FrameObjects, frame: Frame) -> dict[str, Tensor]:
+    """Weighted losses of what MapTRv2 says beside its lines: further queries, segmentation and depth.
 
     The published network learns depth from the LiDAR. Here it learns it where images show boxes, from the boxes.
 
     Args:
         network: says in which frame and range its outputs are.
         prediction: leading [B].
-        truth, frame: leading [B].
+        gt, frame: leading [B].
     """
     config, rig = network.config, frame.rig
-    lines = lidar_lines(truth.lines, network.ego_from_lidar)
+    lines = lidar_lines(gt.lines, network.ego_from_lidar)
     many = map_tensors(lambda tensor: tensor.repeat_interleave(config.many_times, 1), lines)
     orderings, exists = published_orderings(many)
     layers = maptr_losses(
@@ -205,15 +205,17 @@ def lifted_losses(network: MapTRv2, prediction: LiftedLines, truth: Scene, frame
 
     rows, columns = config.bev
     grid = BEVGrid((config.low[0], config.high[0]), (config.low[1], config.high[1]), (columns, rows))
-    passed = draw_raster(lines, grid, config.classes).amax(1, keepdim=True).transpose(2, 3)  # [B, 1, rows, columns]
-    losses["raster"] = network.head.loss_seg.loss_fn(prediction.raster_logits, passed)
+    passed = (
+        draw_bev_segmentation(lines, grid, config.classes).amax(1, keepdim=True).transpose(2, 3)
+    )  # [B, 1, rows, columns]
+    losses["bev_seg"] = network.head.loss_seg.loss_fn(prediction.bev_seg_logits, passed)
     image_size = padded_size(frame.images)
-    shown = draw_lines_in_images(truth.lines, rig, image_size, prediction.image_logits.shape[-2:])
+    shown = draw_lines_in_images(gt.lines, rig, image_size, prediction.image_logits.shape[-2:])
     told = rig.present[..., None, None, None].expand_as(shown)
     image_loss = network.head.loss_pv_seg.loss_fn(prediction.image_logits[told], shown[told])
-    losses["image_raster"] = LIFTED_LOSS_WEIGHTS["image_raster"] * image_loss
+    losses["image_seg"] = LIFTED_LOSS_WEIGHTS["image_seg"] * image_loss
 
-    depth, _ = draw_boxes(truth.boxes, rig, image_size, prediction.depth_logits.shape[-2:])  # [B, N, h, w]
+    depth, _ = draw_boxes(gt.boxes, rig, image_size, prediction.depth_logits.shape[-2:])  # [B, N, h, w]
     first, end, step = config.depths
     near = (depth >= first) & (depth < end) & rig.present[..., None, None]
     b, n, v, u = near.nonzero(as_tuple=True)
@@ -258,29 +260,29 @@ def loss_weights(network: BEVFormer | MapTR | MapTRv2) -> dict[str, float]:
 
 
 def losses_of(
-    network: BEVFormer | MapTR | MapTRv2, prediction: RawBoxes | RawLines | LiftedLines, truth: Scene, frame: Frame
+    network: BEVFormer | MapTR | MapTRv2, prediction: RawBoxes | RawLines | LiftedLines, gt: FrameObjects, frame: Frame
 ) -> dict[str, Tensor]:
-    """Weighted losses of one moment, added up over the layers.
+    """Weighted losses of one frame, added up over the layers.
 
     Args:
         network: says in which frame and range its outputs are.
         prediction: of its `forward`, leading [L, B].
-        truth: leading [B], in the ego frame.
+        gt: leading [B], in the ego frame.
         frame: leading [B], what the network saw.
     """
     config, ego_from_lidar = network.config, network.ego_from_lidar
     if isinstance(network, BEVFormer):
-        boxes = lidar_boxes(truth.boxes, ego_from_lidar)
+        boxes = lidar_boxes(gt.boxes, ego_from_lidar)
         low, high = (boxes.new_tensor(x[:2]) for x in (config.low, config.high))
         inside = ((boxes[..., :2] > low) & (boxes[..., :2] < high)).all(-1)
-        targets, valid = encode_lidar_boxes(boxes), truth.boxes.valid & inside
-        return _summed(bevformer_losses(*prediction, targets, truth.boxes.label, valid))
-    lines = lidar_lines(truth.lines, ego_from_lidar)
+        targets, valid = encode_lidar_boxes(boxes), gt.boxes.valid & inside
+        return _summed(bevformer_losses(*prediction, targets, gt.boxes.label, valid))
+    lines = lidar_lines(gt.lines, ego_from_lidar)
     layers = maptr_losses(
         prediction.logits, prediction.points, *published_orderings(lines), lines.label, lines.valid, config.low,
         config.high,
     )  # fmt: skip
-    further = lifted_losses(network, prediction, truth, frame) if isinstance(network, MapTRv2) else {}
+    further = lifted_losses(network, prediction, gt, frame) if isinstance(network, MapTRv2) else {}
     return _summed(layers) | further
 
 

@@ -48,7 +48,7 @@ class CameraRig(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """One moment: images of all cameras, their calibration, and the motion since the previous frame."""
+    """One frame: images of all cameras, their calibration, and the motion since the previous frame."""
 
     images: Tensor  # [B, N, 3, H, W] RGB 0..255, uint8 or float; the network normalises
     rig: CameraRig
@@ -58,28 +58,33 @@ class Frame(NamedTuple):
 
 
 class Boxes(NamedTuple):
-    """Padded 3D boxes in the ego frame; truth and prediction alike."""
+    """Padded 3D boxes in the ego frame; ground truth and prediction alike."""
 
     center: Tensor  # [..., M, 3] geometric centre, metres
     size: Tensor  # [..., M, 3] length (along x of the box), width, height, metres
     yaw: Tensor  # [..., M] radians from ego +x towards ego +y
-    velocity: Tensor  # [..., M, 2] m/s over ground, along ego x and y; NaN where the truth does not know it
+    velocity: Tensor  # [..., M, 2] m/s over ground, along ego x and y; NaN where the ground truth does not know it
     label: Tensor  # [..., M] int64 index into BOX_CLASSES
     attribute: Tensor  # [..., M] int64 index into ATTRIBUTES, -1 for none or unknown
-    score: Tensor  # [..., M] 0..1, 1 for truth
+    score: Tensor  # [..., M] 0..1, 1 for ground truth
     valid: Tensor  # [..., M] bool, False for padding
-    spread: Tensor  # [..., M, 9] expected error of centre (m), log size, yaw (rad), velocity (m/s); 0 for truth
+    uncertainty: (
+        Tensor  # [..., M, 9] expected error of centre (m), log size, yaw (rad), velocity (m/s); 0 for ground truth
+    )
 
 
 class Polylines(NamedTuple):
-    """Padded vector lines in the ego frame; truth and prediction alike. A closed line repeats its first point last."""
+    """Padded vector lines in the ego frame; ground truth and prediction alike. A closed line repeats its first point
+    last."""
 
     points: Tensor  # [..., M, P, 2] metres
     closed: Tensor  # [..., M] bool
     label: Tensor  # [..., M] int64 index into LINE_CLASSES
-    score: Tensor  # [..., M] 0..1, 1 for truth
+    score: Tensor  # [..., M] 0..1, 1 for ground truth
     valid: Tensor  # [..., M] bool, False for padding
-    spread: Tensor  # [..., M, P, 2] expected absolute error of each point along x and y, metres; 0 for truth
+    uncertainty: (
+        Tensor  # [..., M, P, 2] expected absolute error of each point along x and y, metres; 0 for ground truth
+    )
 
 
 class MapLine(NamedTuple):
@@ -90,8 +95,8 @@ class MapLine(NamedTuple):
     score: float = 1.0
 
 
-class Scene(NamedTuple):
-    """What there is to see at one moment. Ground truth and prediction have the same type."""
+class FrameObjects(NamedTuple):
+    """What there is to see at one frame. Ground truth and prediction have the same type."""
 
     boxes: Boxes
     lines: Polylines
@@ -112,16 +117,16 @@ class ImagePrediction(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """Raw outputs of every decoder layer, for the losses. `decode` turns the last layer into a Scene."""
+    """Raw outputs of every decoder layer, for the losses. `decode` turns the last layer into a FrameObjects."""
 
     box_logits: Tensor  # [L, B, Q, K]
     box_params: Tensor  # [L, B, Q, 10] centre x y z (m, ego), log length width height, sin cos yaw, velocity x y
-    box_log_spread: Tensor  # [L, B, Q, 9] logarithm of `Boxes.spread`
+    box_log_uncertainty: Tensor  # [L, B, Q, 9] logarithm of `Boxes.uncertainty`
     line_logits: Tensor  # [L, B, Q, K]
     line_points: Tensor  # [L, B, Q, P, 2] metres, ego
-    line_log_spread: Tensor  # [L, B, Q, P, 2] logarithm of `Polylines.spread`
+    line_log_uncertainty: Tensor  # [L, B, Q, P, 2] logarithm of `Polylines.uncertainty`
     heatmap_logits: Tensor  # [B, K, X, Y] dense centre heat map of the boxes
-    raster_logits: Tensor  # [B, K, X, Y] dense raster of the lines
+    bev_seg_logits: Tensor  # [B, K, X, Y] BEV segmentation of the lines
     images: ImagePrediction
 
 
@@ -129,7 +134,7 @@ class Clip(NamedTuple):
     """Consecutive frames of one scene (or of B scenes) with their truth."""
 
     frames: Frame  # every tensor with leading [B, T]
-    truth: Scene  # every tensor with leading [B, T]
+    gt: FrameObjects  # every tensor with leading [B, T]
     sample_index: Tensor  # [B, T] int64 index into the dataset's tokens
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 EXAMPLE = """example:
   python scripts/benchmark.py ablation configs/synthetic/compare_flagship.py --out out/ablation --seeds 0 1 --amp \\
       --vary "no average of weights: train.ema_momentum=0" \\
-      --vary "boxes alone: train.without=('line_class','line_points','line_direction','line_spread','raster')"
+      --vary "boxes alone:
+      train.disabled_losses=('line_class','line_points','line_direction','line_uncertainty','bev_seg')"
   python scripts/benchmark.py accuracy configs/synthetic/compare_flagship.py configs/synthetic/compare_bevformer.py \\
       configs/synthetic/compare_maptr.py --out out/accuracy --seeds 0 1 --amp --json out/accuracy.json
   python scripts/benchmark.py latency nano --backends pytorch ort openvino openvino-bf16 --json out/latency.json
@@ -36,7 +37,7 @@ def main() -> None:
         command.add_argument("--out", type=Path, required=True, help="folder for the trainings")
         command.add_argument("--amp", action="store_true", help="run the networks in bfloat16")
         command.add_argument("--json", type=Path, help="file for all numbers")
-    latency = commands.add_parser("latency", help="one moment in several runtimes that take turns")
+    latency = commands.add_parser("latency", help="one frame in several runtimes that take turns")
     latency.add_argument("checkpoint", help="a .safetensors file, or the name of weights that came with the library")
     latency.add_argument(
         "--backends", nargs="+", default=["pytorch", "ort"],

@@ -54,13 +54,13 @@ def main() -> None:
     print(evaluation.table())
 
     last = [int(np.flatnonzero(dataset.scene_of_sample == scene)[-1]) for scene in np.unique(dataset.scene_of_sample)]
-    busiest = max(last, key=lambda i: int(dataset.truth_boxes(i).valid.sum()))
+    busiest = max(last, key=lambda i: int(dataset.gt_boxes(i).valid.sum()))
     for number, i in enumerate(last):
         clip = map_tensors(lambda tensor: tensor[0], dataset[i])
         picture = draw_frame(
             clip.frames,
             stream.scenes[dataset.tokens[i]],
-            clip.truth,
+            clip.gt,
             cameras=dataset.cameras,
             caption=f"scene {number} of a town that was not trained on, after {arguments.keyframes} keyframes",
             min_score=arguments.min_score,
@@ -70,13 +70,13 @@ def main() -> None:
                 picture.save(beside, "PNG")
 
     metrics = evaluation.metrics() | {"fps": 1 / stream.seconds_per_frame}
-    headline = {key: metrics[key] for key in ("nds", "map", "lane_map", "fps")}
+    headline = {key: metrics[key] for key in ("nds", "mAP", "lane_mAP", "fps")}
     settings = {"checkpoint": checkpoint.name} | {
         key: getattr(arguments, key) for key in ("seed", "scenes", "keyframes")
     }
     write_json(arguments.out / "demo.json", headline | settings)
     print()
-    for label, key in (("NDS", "nds"), ("mAP", "map"), ("lane mAP", "lane_map"), ("frames/s", "fps")):
+    for label, key in (("NDS", "nds"), ("mAP", "mAP"), ("lane mAP", "lane_mAP"), ("frames/s", "fps")):
         print(f"{label:12s}{headline[key]:8.3f}")
     print(f"\npicture: {arguments.out / 'demo.png'}   numbers: {arguments.out / 'demo.json'}")
 

@@ -11,7 +11,8 @@ EXAMPLE = """examples:
       --lanes-protocol streammapnet --range 100x50 --save-submission out/nano/submission
   python scripts/evaluate.py --submission out/nano/submission/lanes.json --dataroot out/other_town \\
       --version v1.0-synthetic --split val
-  python scripts/evaluate.py configs/synthetic/nano.py out/nano/nano.safetensors --drop-camera each --jitter-deg 1 \\
+  python scripts/evaluate.py configs/synthetic/nano.py out/nano/nano.safetensors --drop-camera each
+  --extrinsics-noise-deg 1 \\
       --corrupt each --no-memory --json out/nano/robustness.json
 
 A submission is a JSON file of boxes in nuScenes' format, or of lanes in the one that docs/evaluation.md describes.
@@ -23,7 +24,7 @@ def lane_options(arguments) -> dict:
     return {
         "protocol": arguments.lanes_protocol,
         "extent": arguments.range,
-        "working_score": arguments.working_score,
+        "score_threshold": arguments.score_threshold,
         "workers": arguments.workers,
         "progress": True,
     }
@@ -47,7 +48,7 @@ def evaluate_weights(arguments) -> tuple[str, dict, dict]:
     trials = plan_trials(
         dataset.cameras,
         drop_camera=arguments.drop_camera,
-        jitter_deg=arguments.jitter_deg,
+        extrinsics_noise_deg=arguments.extrinsics_noise_deg,
         corrupt=arguments.corrupt,
         no_memory=arguments.no_memory,
         seed=arguments.seed,
@@ -71,7 +72,7 @@ def evaluate_weights(arguments) -> tuple[str, dict, dict]:
         )
         metrics["robustness"] = card.as_dict() | {"seed": arguments.seed}
         table = f"{table}\n\n{card.table()}"
-    return table, {name: metrics[name] for name in ("nds", "map", "lane_map", "fps")}, metrics
+    return table, {name: metrics[name] for name in ("nds", "mAP", "lane_mAP", "fps")}, metrics
 
 
 def evaluate_file(arguments) -> tuple[str, dict, dict]:
@@ -87,13 +88,13 @@ def evaluate_file(arguments) -> tuple[str, dict, dict]:
         check_samples(submission, split_tokens(tables, arguments.split))
         content = {"meta": submission.meta, "results": submission.results}
         result = evaluate_submission(tables, arguments.split, content)
-        headline = {"nds": result.nds, "map": result.mean_ap}
+        headline = {"nds": result.nds, "mAP": result.mean_ap}
         return result.table(), headline, headline | {"detection": result.as_dict(), "samples": result.samples}
     # Images are not read, so their size does not matter.
     dataset = NuScenesDataset(arguments.dataroot, arguments.version, arguments.split, image_size=(90, 160))
     check_samples(submission, dataset.tokens)
     lanes, strict = evaluate_lines(dataset, submission.results, **lane_options(arguments))
-    headline = {"lane_map": lanes.mean_ap, "lane_map_strict": strict.mean_ap}
+    headline = {"lane_mAP": lanes.mean_ap, "lane_mAP_strict": strict.mean_ap}
     details = {"lanes": lanes.as_dict(), "strict_lanes": strict.as_dict(), "samples": lanes.frames}
     return f"{lanes.table()}\n\n{strict.table()}", headline, headline | details
 
@@ -112,14 +113,16 @@ def main() -> None:
     split.add_argument("--split-file", type=Path, help="scene names, one a line or as a JSON list, instead of --split")
     parser.add_argument("--lanes-protocol", choices=("maptr", "streammapnet"), default="maptr", help="(default: maptr)")
     parser.add_argument("--range", choices=("60x30", "100x50"), default="60x30", help="of the lanes (default: 60x30)")
-    parser.add_argument("--working-score", type=float, help="of lanes that are used (default: of best F1, per class)")
+    parser.add_argument("--score-threshold", type=float, help="of lanes that are used (default: of best F1, per class)")
     parser.add_argument("--save-submission", type=Path, metavar="DIR", help="also write detection.json and lanes.json")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--workers", type=int, default=0, help="processes that load images and match lines (default 0)")
     parser.add_argument("--json", type=Path, help="file for all numbers")
     disturbed = parser.add_argument_group("robustness", "also evaluate with one thing that goes wrong, all the time")
     disturbed.add_argument("--drop-camera", metavar="NAME", help="a camera is missing; `each` for one after the other")
-    disturbed.add_argument("--jitter-deg", type=float, metavar="X", help="the yaw of each camera is off by this angle")
+    disturbed.add_argument(
+        "--extrinsics-noise-deg", type=float, metavar="X", help="the yaw of each camera is off by this angle"
+    )
     disturbed.add_argument(
         "--corrupt",
         metavar="KIND[:SEVERITY]",
@@ -140,7 +143,7 @@ def main() -> None:
     if arguments.submission:
         if arguments.config or arguments.save_submission:
             raise ConfigError("--submission needs neither config, checkpoint nor --save-submission; leave them out")
-        if arguments.no_memory or {arguments.drop_camera, arguments.jitter_deg, arguments.corrupt} != {None}:
+        if arguments.no_memory or {arguments.drop_camera, arguments.extrinsics_noise_deg, arguments.corrupt} != {None}:
             raise ConfigError("--submission cannot be disturbed any more; give config and checkpoint instead")
         if missing := [name for name in ("dataroot", "version", "split") if not getattr(arguments, name)]:
             raise ConfigError(f"--{missing[0]} is missing: with --submission give --dataroot, --version and --split")
@@ -149,7 +152,7 @@ def main() -> None:
 
     table, headline, metrics = (evaluate_file if arguments.submission else evaluate_weights)(arguments)
     print(table)
-    if "lane_map" in headline:
+    if "lane_mAP" in headline:
         thresholds = ", ".join(f"{t:g}" for t in LANE_PROTOCOLS[arguments.lanes_protocol].thresholds[arguments.range])
         print(f"\nlane_map by protocol {arguments.lanes_protocol}, range {arguments.range}, thresholds {thresholds} m")
     print("\n" + "  ".join(f"{name} {value:.3f}" for name, value in headline.items()))

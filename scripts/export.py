@@ -61,7 +61,7 @@ def main() -> None:
         "--also", nargs="+", choices=("openvino", "openvino-bf16"), default=[], metavar="RUNTIME",
         help="certify the graph in these runtimes too: openvino, openvino-bf16",
     )  # fmt: skip
-    parser.add_argument("--cameras", type=int, default=6, help="images per moment (default: %(default)s)")
+    parser.add_argument("--cameras", type=int, default=6, help="images per frame (default: %(default)s)")
     parser.add_argument(
         "--raw-size", metavar="HxW", action="append",
         help="size of the images that are given, fitted in the graph: once for all cameras, once for each in their "

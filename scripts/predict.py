@@ -1,4 +1,4 @@
-"""Predicts one sample, draws it with the truth where that is known, and writes boxes and lines as JSON."""
+"""Predicts one sample, draws it with the ground truth where that is known, and writes boxes and lines as JSON."""
 
 import argparse
 from pathlib import Path
@@ -13,7 +13,7 @@ A sample of a dataset is predicted with the memory of its scene so far, one of a
 
 
 def predict_sample(model, arguments):
-    """The token, clip [B=1, T=1] with truth, Scene and camera names of a sample of a nuScenes-format dataset."""
+    """The token, clip [B=1, T=1] with truth, FrameObjects and camera names of a sample of a nuScenes-format dataset."""
     from collections import deque
 
     import numpy as np
@@ -21,7 +21,7 @@ def predict_sample(model, arguments):
     from perception.data.loader import collate
     from perception.data.nuscenes import NuScenesDataset
     from perception.errors import ConfigError, DataError
-    from perception.evaluation.streaming import follow
+    from perception.evaluation.streaming import run_sequence
 
     missing = [name for name in ("version", "split") if getattr(arguments, name) is None]
     if missing:
@@ -42,7 +42,7 @@ def predict_sample(model, arguments):
     target = tokens.index(sample)
     start = int(np.flatnonzero(dataset.scene_of_sample == dataset.scene_of_sample[target])[0])
     clips = (collate([dataset[i]]) for i in range(start, target + 1))
-    clip, scene, _ = deque(follow(model, clips), maxlen=1).pop()  # what comes before the sample fills the memory
+    clip, scene, _ = deque(run_sequence(model, clips), maxlen=1).pop()  # what comes before the sample fills the memory
     return sample, clip, scene, dataset.cameras
 
 
@@ -51,19 +51,19 @@ def predict_info(model, arguments):
     from perception.data.infos import load_info_clip, load_info_poses, load_map_vectors
     from perception.data.loader import collate, pad_lines
     from perception.data.nuscenes import NUSCENES_CAMERAS
-    from perception.evaluation.streaming import follow
+    from perception.evaluation.streaming import run_sequence
 
     clip = load_info_clip(arguments.info, arguments.index, image_size=model.config.image_size)
     if arguments.map_vectors:
         global_from_ego, _ = load_info_poses(arguments.info, arguments.index)
         lines = pad_lines([load_map_vectors(arguments.map_vectors, global_from_ego)], 100)
-        clip = clip._replace(truth=clip.truth._replace(lines=lines))
-    clip, scene, _ = next(follow(model, [collate([clip])]))
+        clip = clip._replace(gt=clip.gt._replace(lines=lines))
+    clip, scene, _ = next(run_sequence(model, [collate([clip])]))
     return f"{arguments.info.name} entry {arguments.index}", clip, scene, NUSCENES_CAMERAS
 
 
 def as_records(scene, min_score: float) -> dict:
-    """Boxes and lines of one moment as plain JSON values, in the ego frame, metres and radians."""
+    """Boxes and lines of one frame as plain JSON values, in the ego frame, metres and radians."""
     from perception.types import BOX_CLASSES, LINE_CLASSES
 
     boxes, lines = scene
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--split", help="split that holds the sample")
     parser.add_argument("--sample", help="token (default: the last sample of the split)")
     parser.add_argument("--index", type=int, default=0, help="entry of the info file (default: %(default)s)")
-    parser.add_argument("--map-vectors", type=Path, help="with --info: JSON of global polylines, drawn as truth")
+    parser.add_argument("--map-vectors", type=Path, help="with --info: JSON of global polylines, drawn as ground truth")
     parser.add_argument("--checkpoint", type=Path, help=".safetensors (default: the shipped weights)")
     parser.add_argument("--min-score", type=float, default=0.3, help="of what is kept (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="picture to write, .png")
@@ -121,14 +121,14 @@ def main() -> None:
     sample, clip, scene, cameras = (predict_info if arguments.info else predict_sample)(model, arguments)
     clip = map_tensors(lambda tensor: tensor[0, 0], clip)
     records = as_records(scene, arguments.min_score)
-    picture = draw_frame(clip.frames, scene, clip.truth, cameras=cameras, caption=sample, min_score=arguments.min_score)
+    picture = draw_frame(clip.frames, scene, clip.gt, cameras=cameras, caption=sample, min_score=arguments.min_score)
     with replacing(arguments.out) as beside:
         picture.save(beside, "PNG")
     if arguments.json:
         write_json(arguments.json, {"sample": sample, "frame": "ego"} | records)
     print(f"{'':8s}{'predicted':>10s}{'true':>8s}")
-    for kind, truth in zip(("boxes", "lines"), clip.truth, strict=True):
-        print(f"{kind:8s}{len(records[kind]):>10d}{int(truth.valid.sum()):>8d}")
+    for kind, gt in zip(("boxes", "lines"), clip.gt, strict=True):
+        print(f"{kind:8s}{len(records[kind]):>10d}{int(gt.valid.sum()):>8d}")
 
 
 if __name__ == "__main__":

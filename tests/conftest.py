@@ -40,9 +40,9 @@ MIXED = ((128, 224), RAW, RAW, (40, 80), (90, 160), RAW)  # of the cameras of th
 @pytest.fixture(scope="session")
 def small_network():
     """The flagship, as small as it gets, with random weights."""
-    from perception.models.bev_transformer import BEVTransformer, ModelConfig
+    from perception.models.bev_transformer import BEVTransformer, BEVTransformerConfig
 
-    config = ModelConfig.preset(
+    config = BEVTransformerConfig.preset(
         "nano", image_size=(40, 80), grid=(20, 20), channels=16, depth_bins=8, backbone_stages=2, decoder_layers=2,
         box_queries=20, line_queries=8, line_points=6,
     )  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 from perception.data.augment import Augment, change_colors, move_boxes, move_frames, move_lines, zoom_cameras
 from perception.data.index import PATCH_SIZE, WIDE_PATCH_SIZE, ego_from_patch
 from perception.data.lane_map import LaneMap
-from perception.data.loader import Draw
+from perception.data.loader import ClipRequest
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError
 from perception.geometry import box_corners, invert_rigid, project_points, rigid_from_yaw, transform_points
@@ -34,7 +34,7 @@ def data(hand_root, tmp_path_factory):
 @pytest.fixture(scope="module")
 def clip(data):
     """A clip whose calibration is skewed and off-centre, so that no sign can hide, with noise for images."""
-    clip = data[Draw((3, 4, 5), -1, (0,))]
+    clip = data[ClipRequest((3, 4, 5), -1, (0,))]
     rng = np.random.default_rng(0)
     images = torch.from_numpy(rng.integers(0, 256, clip.frames.images.shape, dtype=np.uint8))
     img_from_cam = clip.frames.rig.img_from_cam + torch.tensor([[0.0, 3.0, 11.0], [0.0, 4.0, -6.0], [0.0, 0.0, 0.0]])
@@ -100,7 +100,7 @@ def test_static_things_stay_static(clip, points_ego, name):
 
 @pytest.mark.parametrize("name", MOVES)
 def test_boxes_move_with_the_world(clip, name):
-    boxes = clip.truth.boxes._replace(velocity=clip.truth.boxes.velocity + torch.tensor([0.5, 2.0]))
+    boxes = clip.gt.boxes._replace(velocity=clip.gt.boxes.velocity + torch.tensor([0.5, 2.0]))
     boxes = boxes._replace(velocity=boxes.velocity.index_fill(1, torch.tensor([1]), float("nan")))
     move = torch.from_numpy(MOVES[name]).float()
     moved = move_boxes(boxes, MOVES[name])
@@ -117,7 +117,7 @@ def test_boxes_move_with_the_world(clip, name):
 
 @pytest.mark.parametrize("name", MOVES)
 def test_lines_equal_those_cut_from_a_moved_map(golden, tmp_path, name):
-    """The independent truth is a map file whose nodes are moved (and mirrored), read at the unmoved pose."""
+    """The independent ground truth is a map file whose nodes are moved (and mirrored), read at the unmoved pose."""
     (path,) = (golden / "map_gt" / "maps" / "expansion").glob("*.json")
     x, y, yaw = 549.0, 1046.0, 0.4
     move, ego_from_window = MOVES[name], rigid_from_yaw(0.01, (0.9, 0.05, 0.0))
@@ -189,9 +189,9 @@ def test_nothing_drawn_changes_nothing(data):
     same = augment(clip, wide, patches, np.random.default_rng(0), np.random.default_rng(1))
     assert torch.equal(same.frames.images, clip.frames.images)
     assert torch.allclose(same.frames.rig.ego_from_cam, clip.frames.rig.ego_from_cam)
-    assert torch.allclose(same.truth.boxes.center, clip.truth.boxes.center)
-    assert torch.allclose(same.truth.lines.points, clip.truth.lines.points, atol=1e-4)
-    assert torch.equal(same.truth.lines.valid, clip.truth.lines.valid)
+    assert torch.allclose(same.gt.boxes.center, clip.gt.boxes.center)
+    assert torch.allclose(same.gt.lines.points, clip.gt.lines.points, atol=1e-4)
+    assert torch.equal(same.gt.lines.valid, clip.gt.lines.valid)
 
 
 def drawn(root, samples, visit=0, **settings):
@@ -201,22 +201,25 @@ def drawn(root, samples, visit=0, **settings):
         root, "v1.0-hand", "hand_val", image_size=(90, 160), cameras=("CAM_FRONT", "CAM_BACK"),
         augment=Augment(**still | settings),
     )  # fmt: skip
-    return data[Draw(samples, -1, (0, 0, visit))].frames
+    return data[ClipRequest(samples, -1, (0, 0, visit))].frames
 
 
 def test_missing_cameras_come_and_go_while_the_calibration_stays_wrong(hand_root):
     true = drawn(hand_root, (0,)).rig.ego_from_cam
-    missing, jitters = set(), set()
+    missing, errors = set(), set()
     for visit in range(6):
         for sample in range(3):
-            rig = drawn(hand_root, (sample,), visit, drop_camera=1.0, jitter=1.0).rig
+            rig = drawn(hand_root, (sample,), visit, drop_camera=1.0, extrinsics_noise=1.0).rig
             assert rig.present.sum() == 1  # one of the two is gone, never both
             missing.add((visit, sample, int(rig.present[0, 1])))
-            jitters.add((visit, *(rig.ego_from_cam - true)[0, :, :3, :3].mul(1e4).round().flatten().tolist()))
+            errors.add((visit, *(rig.ego_from_cam - true)[0, :, :3, :3].mul(1e4).round().flatten().tolist()))
     ways = {visit: {gone for v, _, gone in missing if v == visit} for visit in range(6)}
     assert {0, 1} in ways.values()  # another one later in the same scene
-    assert len(jitters) == 6  # one error per visit of the scene, the same for all its clips
-    wrong = [not torch.equal(drawn(hand_root, (0,), visit, jitter=0.3).rig.ego_from_cam, true) for visit in range(60)]
+    assert len(errors) == 6  # one error per visit of the scene, the same for all its clips
+    wrong = [
+        not torch.equal(drawn(hand_root, (0,), visit, extrinsics_noise=0.3).rig.ego_from_cam, true)
+        for visit in range(60)
+    ]
     assert 8 <= sum(wrong) <= 29  # of 60 visits at 0.3: 18 +- 3.5
     assert drawn(hand_root, (0, 1, 2), drop_camera=1.0).rig.present.sum(0).tolist() in ([0, 3], [3, 0])  # a whole clip
 
@@ -239,8 +242,8 @@ def test_bad_images_come_with_their_probability(data, clip):
 def test_impossible_settings():
     with pytest.raises(ConfigError, match=r"Augment\.drop_camera is 1\.5; it is a probability"):
         Augment(drop_camera=1.5)
-    with pytest.raises(ConfigError, match=r"Augment\.jitter_deg is -1"):
-        Augment(jitter_deg=-1)
+    with pytest.raises(ConfigError, match=r"Augment\.extrinsics_noise_deg is -1"):
+        Augment(extrinsics_noise_deg=-1)
     with pytest.raises(ConfigError, match=r"Augment\.zoom is -0\.1"):
         Augment(zoom=-0.1)
     with pytest.raises(ConfigError, match="too far for the map"):

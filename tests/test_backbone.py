@@ -1,4 +1,4 @@
-"""Image encoders: trunks equal the networks they are taken from, what is frozen stays, mistakes are named."""
+"""Image encoders: backbones equal the networks they are taken from, what is frozen stays, mistakes are named."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torchvision
 
 from perception.engine.mmcv_ops import stand_in
 from perception.errors import CheckpointError, ConfigError
-from perception.models.backbone import FPNEncoder, load_trunk, read_trunk_weights
+from perception.models.backbone import FPNEncoder, load_backbone, read_backbone_weights
 
 SEEN = torch.rand(1, 3, 64, 96) * 255
 NORMALISED = (SEEN - torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1)) / torch.tensor(
@@ -37,7 +37,7 @@ def test_published_weights_give_the_published_network(name, suffix, tmp_path):
 
         save_file(network.state_dict(), path)
     encoder = FPNEncoder(name, 4, 16, 32).eval()
-    load_trunk(encoder.trunk, path)
+    load_backbone(encoder.backbone, path)
     if name.startswith("resnet"):
         x = network.layer1(network.maxpool(network.relu(network.bn1(network.conv1(NORMALISED)))))
         expected = [x]
@@ -48,7 +48,7 @@ def test_published_weights_give_the_published_network(name, suffix, tmp_path):
         for i, part in enumerate(network.features):
             x = part(x)
             expected += [x] if i % 2 else []
-    for found, wanted in zip(encoder.trunk(NORMALISED), expected, strict=True):
+    for found, wanted in zip(encoder.backbone(NORMALISED), expected, strict=True):
         torch.testing.assert_close(found, wanted)
     assert encoder(SEEN).shape == (1, 32, 4, 6)
 
@@ -61,8 +61,8 @@ def test_a_backbone_of_mmdet_is_a_trunk():
     encoder = FPNEncoder("mmdet:ResNeXt?depth=50&groups=32&base_width=4&style=pytorch", 4, 16, 32).eval()
     network = shaken(ResNeXt(depth=50, groups=32, base_width=4, style="pytorch"))
     weights = {f"backbone.{name}": tensor for name, tensor in network.state_dict().items()}
-    encoder.trunk.load_published(weights | {"bbox_head.fc.weight": torch.zeros(1)}, "detector.pth")
-    for found, wanted in zip(encoder.trunk(NORMALISED), network(NORMALISED), strict=True):
+    encoder.backbone.load_published(weights | {"bbox_head.fc.weight": torch.zeros(1)}, "detector.pth")
+    for found, wanted in zip(encoder.backbone(NORMALISED), network(NORMALISED), strict=True):
         torch.testing.assert_close(found, wanted)
     assert encoder(SEEN).shape == (1, 32, 4, 6)
 
@@ -77,25 +77,25 @@ def test_the_trunk_of_a_network_of_the_library_is_taken(name, tmp_path):
     path = tmp_path / "nano.safetensors"
     save_file({f"image_encoder.{key}": tensor for key, tensor in shaken(network).state_dict().items()}, path)
     encoder = FPNEncoder(name, 4 if ":" in name else 3, 8, 32).eval()
-    load_trunk(encoder.trunk, path)
-    for found, wanted in zip(encoder.trunk(NORMALISED), network.trunk(NORMALISED), strict=False):
+    load_backbone(encoder.backbone, path)
+    for found, wanted in zip(encoder.backbone(NORMALISED), network.backbone(NORMALISED), strict=False):
         torch.testing.assert_close(found, wanted)
     with pytest.raises(CheckpointError, match=r"conv1\.weight is missing"):
-        load_trunk(FPNEncoder("resnet50", 3, 8, 32).trunk, path)
+        load_backbone(FPNEncoder("resnet50", 3, 8, 32).backbone, path)
 
 
 def test_what_is_frozen_stays_while_the_rest_learns():
     encoder = FPNEncoder("resnet18", 3, 8, 16)
-    encoder.trunk.freeze(1)
+    encoder.backbone.freeze(1)
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     encoder.train()
     optimizer = torch.optim.SGD([p for p in encoder.parameters() if p.requires_grad], lr=0.1)
     encoder(SEEN).square().mean().backward()
     optimizer.step()
     same = {name for name, tensor in encoder.state_dict().items() if torch.equal(tensor, before[name])}
-    frozen = {name for name in before if name.startswith(("trunk.stem", "trunk.stages.0"))}
+    frozen = {name for name in before if name.startswith(("backbone.stem", "backbone.stages.0"))}
     assert frozen and frozen <= same
-    assert not any(name in same for name in before if name.startswith("trunk.stages.1") and before[name].ndim > 1)
+    assert not any(name in same for name in before if name.startswith("backbone.stages.1") and before[name].ndim > 1)
 
 
 @pytest.mark.parametrize(
@@ -116,16 +116,16 @@ def test_encoders_that_cannot_be_are_refused(arguments, sentence):
 def test_freezing_too_much_and_foreign_weights_are_refused(tmp_path):
     encoder = FPNEncoder("resnet18", 3, 8, 16)
     with pytest.raises(ConfigError, match=r"train\.frozen_stages is 4; use -1 to 3"):
-        encoder.trunk.freeze(4)
+        encoder.backbone.freeze(4)
     with pytest.raises(ConfigError, match=r"give frozen_stages in model\.backbone"):
-        FPNEncoder("mmdet:ResNet?depth=50", 4, 16, 8).trunk.freeze(1)
+        FPNEncoder("mmdet:ResNet?depth=50", 4, 16, 8).backbone.freeze(1)
     with pytest.raises(CheckpointError, match=r"conv1\.weight is missing, shape \(64, 3, 7, 7\) is needed"):
-        encoder.trunk.load_published({"other": torch.zeros(1)}, "w.pth")
+        encoder.backbone.load_published({"other": torch.zeros(1)}, "w.pth")
     with pytest.raises(CheckpointError, match="no such file"):
-        read_trunk_weights(tmp_path / "none.pth")
+        read_backbone_weights(tmp_path / "none.pth")
     (tmp_path / "bad.pth").write_bytes(b"no tensors")
     with pytest.raises(CheckpointError, match="not readable as weights"):
-        read_trunk_weights(tmp_path / "bad.pth")
+        read_backbone_weights(tmp_path / "bad.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(CheckpointError, match="holds no state dict"):
-        read_trunk_weights(tmp_path / "list.pth")
+        read_backbone_weights(tmp_path / "list.pth")

@@ -23,7 +23,7 @@ from perception.data.loader import collate
 from perception.errors import CheckpointError, ConfigError
 from perception.export.certificate import GATES, Gate
 from perception.export.contract import ImageInputs
-from perception.export.drive import camera_frame, drive, moment_inputs
+from perception.export.drive import camera_frame, frame_inputs, replay_frames
 from perception.export.parity import fitted
 from perception.models.checkpoint import PUBLISHED, build_network, save_checkpoint
 from perception.types import map_tensors
@@ -159,7 +159,7 @@ def test_differences_follow_boxes_that_changed_places(small_network):
 def test_random_networks_depend_on_the_images(small_network, monkeypatch):
     network = network_of("nano", CPU)
     assert network.config.image_size != (160, 288)  # the shipped weights, not the preset
-    monkeypatch.setattr(frames.ModelConfig, "tiny", lambda: small_network.config)
+    monkeypatch.setattr(frames.BEVTransformerConfig, "tiny", lambda: small_network.config)
     tiny = network_of("tiny", CPU)
     frame = frame_of(tiny, CPU)
     other = frame._replace(images=255 - frame.images)
@@ -241,7 +241,7 @@ def test_steps_learn(weights, monkeypatch):
     before = [parameter.clone() for parameter in network.parameters()]
     clips = RandomClips(network, 4)
     assert clips[1].frames.images.shape == (2, 6, 3, 40, 80)
-    assert (clips[1].truth.boxes.center != clips[2].truth.boxes.center).any()
+    assert (clips[1].gt.boxes.center != clips[2].gt.boxes.center).any()
     marks = {}
     start = time.perf_counter()
     step(collate([clips[0], clips[1]]), marks)
@@ -305,9 +305,9 @@ def test_deployed_modes_are_judged_by_the_gates_of_certificates(weights, monkeyp
 
 def test_a_deployed_network_goes_on_from_its_memory(small_network, small_town):
     images = ImageInputs.of_rig(6, RAW)
-    given = dict(islice(drive(small_town, 6), 3))
+    given = dict(islice(replay_frames(small_town, 6), 3))
     frames_of_cameras = {token: camera_frame(frame, images) for token, frame in given.items()}
-    inputs = {token: list(moment_inputs(frame).values()) for token, frame in frames_of_cameras.items()}
+    inputs = {token: list(frame_inputs(frame).values()) for token, frame in frames_of_cameras.items()}
     runner = DeployedRunner(small_network, images, inputs[next(iter(inputs))], Mode(), CPU)
     state = small_network.initial_state(1)
     for token, frame in frames_of_cameras.items():

@@ -29,7 +29,7 @@ from perception.models.checkpoint import (
     save_checkpoint,
 )
 from perception.models.published_backbone import PublishedBackboneConfig, PublishedImageEncoder
-from perception.models.published_geometry import can_bus, cell_places, map_shift, see_pillars, turn_map
+from perception.models.published_geometry import can_bus, cell_locations, map_shift, see_pillars, turn_map
 from perception.types import CameraRig, Frame, map_tensors
 
 SMALL = BEVFormerConfig(
@@ -113,11 +113,11 @@ def test_what_stands_still_stays_where_it_is():
     ego_from_lidar = np.array(config.ego_from_lidar)
     lidar_from_prev = invert_rigid(ego_from_lidar) @ ego_from_prev @ ego_from_lidar
     before = np.array([-12.0, 20.0, 0, 1])  # left of the car and ahead of it
-    places = cell_places(100, 100, "cpu")
-    metres = (places - 0.5) * 102.4
+    locations = cell_locations(100, 100, "cpu")
+    metres = (locations - 0.5) * 102.4
     blob = torch.exp(-((metres - torch.tensor(before[:2])) ** 2).sum(-1, keepdim=True) / 8).float()
     turned = turn_map(blob[None], config, bus[:, -1]).view(1, 1, 100, 100)
-    grid = (2 * (places + map_shift(config, bus)) - 1).view(1, 100, 100, 2)
+    grid = (2 * (locations + map_shift(config, bus)) - 1).view(1, 100, 100, 2)
     now = torch.nn.functional.grid_sample(turned, grid, align_corners=False).flatten()
     center = (now[:, None] * metres).sum(0) / now.sum()
     # The turn is about the LiDAR where the car turns about its rear axle, as published: 0.94 m times 20 degrees.
@@ -173,7 +173,7 @@ def test_images_are_padded_below_and_at_the_right():
     images = frame(3, np.eye(4), True).images
     wide = torch.zeros(1, 2, 3, 64, 96)
     wide[..., :60, :90] = (images - encoder.mean) / encoder.std
-    expected = encoder.neck([encoder.trunk(wide.flatten(0, 1))[3]])[0]
+    expected = encoder.neck([encoder.backbone(wide.flatten(0, 1))[3]])[0]
     torch.testing.assert_close(encoder(images)[0].flatten(0, 1), expected)
 
 

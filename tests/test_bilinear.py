@@ -25,11 +25,11 @@ def device_of(implementation: str) -> str:
 
 def smooth_places(shape, size, generator):
     """Places 0..1 on maps of (h, w) and around them, away from pixel centres and borders, where gradients jump."""
-    places = []
+    locations = []
     for side in (size[1], size[0]):
         pixel = torch.randint(-3, side + 3, shape, generator=generator) + 0.1
-        places.append((pixel + 0.8 * torch.rand(shape, generator=generator) + 0.5) / side)
-    return torch.stack(places, -1)
+        locations.append((pixel + 0.8 * torch.rand(shape, generator=generator) + 0.5) / side)
+    return torch.stack(locations, -1)
 
 
 def drawn_weight(shape, generator):
@@ -59,7 +59,7 @@ def compare(sample, fast, floats, dtype):
     assert (found[-1][~read] == 0).all()
     exact[-1] = exact[-1] * read
     rounding = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
-    for name, ours, theirs in zip(("output", "maps", "places", "weight"), found, exact, strict=True):
+    for name, ours, theirs in zip(("output", "maps", "locations", "weight"), found, exact, strict=True):
         tolerance = (rounding if name == "maps" else 1e-4) * float(theirs.abs().max())
         torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -109,10 +109,10 @@ def test_bev(dtype, fast):
 def test_deformable_attention(dtype, fast):
     generator = torch.Generator().manual_seed(4)
     B, heads, C, Q, P, sizes = 2, 2, 3, 5, 4, [(6, 9), (3, 5), (1, 2)]
-    places = torch.stack([smooth_places((B, Q, heads, P), size, generator) for size in sizes], 3)
+    locations = torch.stack([smooth_places((B, Q, heads, P), size, generator) for size in sizes], 3)
     floats = [
         torch.randn(B, sum(h * w for h, w in sizes), heads, C, generator=generator),
-        places,
+        locations,
         drawn_weight((B, Q, heads, 3, P), generator),
     ]
     compare(lambda implementation, *x: deformable_attention(x[0], sizes, *x[1:], implementation), fast, floats, dtype)
@@ -133,11 +133,11 @@ def test_borders_and_places_far_away(fast):
     torch.testing.assert_close(found.cpu().double(), exact, rtol=0, atol=1e-5)
 
     value = features.permute(0, 1, 3, 4, 2).flatten(1, 3)[:, :, None]  # of three levels
-    places, weight = uv[:, :, None, :, None], weight[:, :, None, :, None]
-    exact = deformable_attention(value, [(5, 6)] * 3, places, weight)
+    locations, weight = uv[:, :, None, :, None], weight[:, :, None, :, None]
+    exact = deformable_attention(value, [(5, 6)] * 3, locations, weight)
     assert 0 < (exact == 0).double().mean() < 0.9  # outside reads zero
-    value, places, weight = (x.to(device, torch.float32) for x in (value, places, weight))
-    found = deformable_attention(value, [(5, 6)] * 3, places, weight, fast)
+    value, locations, weight = (x.to(device, torch.float32) for x in (value, locations, weight))
+    found = deformable_attention(value, [(5, 6)] * 3, locations, weight, fast)
     torch.testing.assert_close(found.cpu().double(), exact, rtol=0, atol=1e-5)
 
 
@@ -174,15 +174,15 @@ def test_the_operator_keeps_the_rules_of_pytorch():
     """Fake tensors, autograd, and no hidden mutation or alias: what torch.compile and CUDA graphs rely on."""
     device = device_of("triton")
     maps = torch.randn(1, 2, 3, 4, 1, 5, device=device, requires_grad=True)
-    places = torch.rand(1, 6, 1, 2, 2, device=device, requires_grad=True)
+    locations = torch.rand(1, 6, 1, 2, 2, device=device, requires_grad=True)
     index = torch.zeros(1, 6, 1, 2, dtype=torch.int64, device=device)
     weight = torch.rand(1, 6, 1, 2, device=device, requires_grad=True)
     rules = ("test_schema", "test_faketensor", "test_autograd_registration")  # the others take long
-    torch.library.opcheck(bilinear._fused, (maps, places, index, weight, True, torch.float32), test_utils=rules)
+    torch.library.opcheck(bilinear._fused, (maps, locations, index, weight, True, torch.float32), test_utils=rules)
     half = maps.detach().half().requires_grad_()
-    torch.library.opcheck(bilinear._fused, (half, places, None, weight, False, torch.float16), test_utils=rules)
+    torch.library.opcheck(bilinear._fused, (half, locations, None, weight, False, torch.float16), test_utils=rules)
     grad = torch.randn(1, 6, 1, 5, device=device)
-    inputs = (grad, half.detach(), places.detach(), None, weight.detach(), False)
+    inputs = (grad, half.detach(), locations.detach(), None, weight.detach(), False)
     torch.library.opcheck(bilinear._fused_backward, inputs, test_utils=rules[:2])
 
 

@@ -10,10 +10,10 @@ from nuscenes.eval.common.config import config_factory
 
 from perception.errors import DataError
 from perception.evaluation.calibration import BOX_RANGE, BOX_THRESHOLD, evaluate_calibration
-from perception.types import Boxes, Polylines, Scene
+from perception.types import Boxes, FrameObjects, Polylines
 
 
-def boxes(rows, spread=1.0) -> Boxes:
+def boxes(rows, uncertainty=1.0) -> Boxes:
     """Rows of label, x, y, score."""
     count = len(rows)
     columns = torch.tensor(rows, dtype=torch.float32).reshape(count, 4)
@@ -26,11 +26,11 @@ def boxes(rows, spread=1.0) -> Boxes:
         attribute=torch.full((count,), -1),
         score=columns[:, 3],
         valid=torch.ones(count, dtype=torch.bool),
-        spread=torch.full((count, 9), spread),
+        uncertainty=torch.full((count, 9), uncertainty),
     )
 
 
-def lines(rows, spread=1.0) -> Polylines:
+def lines(rows, uncertainty=1.0) -> Polylines:
     """Straight lines along x: rows of label, y, score."""
     count = len(rows)
     x = torch.linspace(-10, 10, 5)
@@ -41,13 +41,13 @@ def lines(rows, spread=1.0) -> Polylines:
         label=torch.tensor([row[0] for row in rows], dtype=torch.int64),
         score=torch.tensor([row[2] for row in rows], dtype=torch.float32),
         valid=torch.ones(count, dtype=torch.bool),
-        spread=torch.full((count, 5, 2), spread),
+        uncertainty=torch.full((count, 5, 2), uncertainty),
     )
 
 
 def test_reliability_by_hand():
-    truth = Scene(boxes([(0, 10.0, 0.0, 1.0), (0, 20.0, 0.0, 1.0), (7, 5.0, 5.0, 1.0)]), lines([(0, 0.0, 1.0)]))
-    found = Scene(
+    gt = FrameObjects(boxes([(0, 10.0, 0.0, 1.0), (0, 20.0, 0.0, 1.0), (7, 5.0, 5.0, 1.0)]), lines([(0, 0.0, 1.0)]))
+    found = FrameObjects(
         boxes(
             [
                 (0, 10.5, 0.0, 0.85),  # right
@@ -61,7 +61,7 @@ def test_reliability_by_hand():
         ),
         lines([(0, 0.9, 0.65), (0, 0.0, 0.6), (1, 0.0, 0.3)]),
     )
-    result = evaluate_calibration({"a": found}, {"a": truth})
+    result = evaluate_calibration({"a": found}, {"a": gt})
     assert result.boxes.count == (1, 0, 0, 1, 0, 0, 0, 2, 1, 0)
     assert result.boxes.precision[7:9] == (0.5, 1.0) and math.isnan(result.boxes.precision[1])
     # |0.05 - 0| + |0.35 - 0| + 2 |0.765 - 0.5| + |0.85 - 1|, over five boxes
@@ -69,47 +69,48 @@ def test_reliability_by_hand():
     # Both dividers want the one true line and lie within 1 m of it; the surer one gets it, though it lies farther off.
     assert result.lines.count == (0, 0, 0, 1, 0, 0, 2, 0, 0, 0) and result.lines.precision[6] == 0.5
     assert result.lines.error == pytest.approx((0.3 + 2 * (0.625 - 0.5)) / 3, abs=1e-6)
-    position = result.spreads["position m"]  # errors 0.5, 0, 1.9 and 0 under a spread of 1
-    assert position.count == 4 and position.mean_error == pytest.approx(2.4 / 4) and position.mean_spread == 1
+    position = result.uncertainties["position m"]  # errors 0.5, 0, 1.9 and 0 under an uncertainty of 1
+    assert position.count == 4 and position.mean_error == pytest.approx(2.4 / 4) and position.mean_uncertainty == 1
     assert position.half == 0.75 and position.nine_tenths == 1.0
-    point = result.spreads["line point m"]  # five points off by 0 along x and 0.9 along y
+    point = result.uncertainties["line point m"]  # five points off by 0 along x and 0.9 along y
     assert point.count == 10 and point.mean_error == pytest.approx(0.45) and point.half == 0.5
     told = json.loads(json.dumps(result.as_dict()))
     assert told["boxes"]["precision"][1] is None and "ECE" in result.table()
 
 
 def test_true_probabilities_and_laplace_errors_are_calibrated():
-    """Scores drawn first and right with that probability; errors drawn from the distribution that the spread names."""
+    """Scores drawn first and right with that probability; errors drawn from the distribution that the uncertainty
+    names."""
     rng = np.random.default_rng(0)
-    scenes, truth, wrong = {}, {}, {}
+    scenes, gt, wrong = {}, {}, {}
     for token in map(str, range(60)):
         count = 30
         place = np.stack([np.arange(count) * 3.0 % 90 - 45, np.where(np.arange(count) % 2, 8.0, -8.0)], 1)
         score = rng.uniform(0.1, 1, count)
         right = rng.random(count) < score
-        spread = rng.uniform(0.05, 0.2)
-        off = place + rng.laplace(0, spread, (count, 2))
+        uncertainty = rng.uniform(0.05, 0.2)
+        off = place + rng.laplace(0, uncertainty, (count, 2))
         off[~right, 1] += np.sign(place[~right, 1]) * 10
-        truth[token] = Scene(boxes([(0, *p, 1.0) for p in place]), lines([]))
+        gt[token] = FrameObjects(boxes([(0, *p, 1.0) for p in place]), lines([]))
         rows = [(0, *p, s) for p, s in zip(off, score, strict=True)]
-        scenes[token] = Scene(boxes(rows, spread), lines([]))
-        wrong[token] = Scene(boxes([(*row[:3], row[3] ** 3) for row in rows], spread / 3), lines([]))
-    good, bad = evaluate_calibration(scenes, truth), evaluate_calibration(wrong, truth)
+        scenes[token] = FrameObjects(boxes(rows, uncertainty), lines([]))
+        wrong[token] = FrameObjects(boxes([(*row[:3], row[3] ** 3) for row in rows], uncertainty / 3), lines([]))
+    good, bad = evaluate_calibration(scenes, gt), evaluate_calibration(wrong, gt)
     assert good.boxes.error < 0.04 < 0.15 < bad.boxes.error
-    position = good.spreads["position m"]
-    assert position.mean_error == pytest.approx(position.mean_spread, rel=0.05)
+    position = good.uncertainties["position m"]
+    assert position.mean_error == pytest.approx(position.mean_uncertainty, rel=0.05)
     assert position.half == pytest.approx(0.5, abs=0.03) and position.nine_tenths == pytest.approx(0.9, abs=0.02)
-    assert bad.spreads["position m"].half < 0.3
-    assert math.isnan(good.lines.error) and good.spreads["line point m"].count == 0
+    assert bad.uncertainties["position m"].half < 0.3
+    assert math.isnan(good.lines.error) and good.uncertainties["line point m"].count == 0
 
 
 def test_a_line_walked_backwards_has_the_same_errors():
-    truth = {"a": Scene(boxes([]), lines([(2, 3.0, 1.0)]))}
+    gt = {"a": FrameObjects(boxes([]), lines([(2, 3.0, 1.0)]))}
     found = lines([(2, 3.2, 0.9)])
     backwards = found._replace(points=found.points.flip(1))
     for predicted in (found, backwards):
-        spread = evaluate_calibration({"a": Scene(boxes([]), predicted)}, truth).spreads["line point m"]
-        assert spread.mean_error == pytest.approx(0.1, abs=1e-6)
+        uncertainty = evaluate_calibration({"a": FrameObjects(boxes([]), predicted)}, gt).uncertainties["line point m"]
+        assert uncertainty.mean_error == pytest.approx(0.1, abs=1e-6)
 
 
 def test_ranges_are_those_of_the_official_score():
@@ -118,6 +119,6 @@ def test_ranges_are_those_of_the_official_score():
 
 
 def test_other_tokens_are_refused():
-    nothing = Scene(boxes([]), lines([]))
-    with pytest.raises(DataError, match="2 samples are in predictions or truth only"):
+    nothing = FrameObjects(boxes([]), lines([]))
+    with pytest.raises(DataError, match="2 samples are in predictions or ground truth only"):
         evaluate_calibration({"a": nothing}, {"b": nothing})

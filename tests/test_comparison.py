@@ -9,13 +9,13 @@ from perception.errors import ConfigError
 from perception.models.checkpoint import build_network
 from perception.synthetic import VERSION
 
-ZERO = dict.fromkeys(("nds", "map", "mATE", "mAOE", "mAVE", "lane_map"), 0.0)
+ZERO = dict.fromkeys(("nds", "mAP", "mATE", "mAOE", "mAVE", "lane_mAP"), 0.0)
 CONFIG = """
 model = dict(preset="nano", image_size=(64, 96), grid=(20, 20), channels=16, depth_bins=8, backbone_stages=2,
              decoder_layers=1, box_queries=10, line_queries=8)
 train_data = dict(dataroot={root!r}, version={version!r}, split="town_val", augment=dict())
 val_data = dict(dataroot={root!r}, version={version!r}, split="town_val")
-train = dict(image_epochs=0, epochs=1, batch_size=1, groups=1, window=2, drop_frames=0.0, lr=2e-3, weight_decay=0.01,
+train = dict(image_epochs=0, epochs=1, batch_size=1, streams=1, frames_per_clip=2, drop_frames=0.0, lr=2e-3, weight_decay=0.01,
              warmup_iters=2, grad_clip=10.0, ema_momentum=0.0, val_every=5, log_every=1, workers=0)
 """
 
@@ -23,13 +23,13 @@ train = dict(image_epochs=0, epochs=1, batch_size=1, groups=1, window=2, drop_fr
 def test_a_gain_is_more_than_the_spread():
     told = Comparison(
         {
-            "plain": [ZERO | {"nds": 0.30, "lane_map": 0.50}, ZERO | {"nds": 0.32, "lane_map": 0.52}],
-            "more": [ZERO | {"nds": 0.34, "lane_map": 0.51}, ZERO | {"nds": 0.35, "lane_map": 0.544}],
+            "plain": [ZERO | {"nds": 0.30, "lane_mAP": 0.50}, ZERO | {"nds": 0.32, "lane_mAP": 0.52}],
+            "more": [ZERO | {"nds": 0.34, "lane_mAP": 0.51}, ZERO | {"nds": 0.35, "lane_mAP": 0.544}],
         }
     )
     assert told.mean("more", "nds") == pytest.approx(0.345) and told.spread("more", "nds") == pytest.approx(0.01)
     assert told.gain("more", "nds") == pytest.approx(0.035)  # beyond the 0.02 of the first
-    assert told.gain("more", "lane_map") is None  # 0.017, within 0.034
+    assert told.gain("more", "lane_mAP") is None  # 0.017, within 0.034
     row = told.table().splitlines()[3]
     assert row.startswith("| more | 0.345 ± 0.005* |") and row.endswith("| 0.527 ± 0.017 |")
     assert told.as_dict()["more"]["nds"]["gain"] == pytest.approx(0.035) and "cost" not in told.as_dict()["more"]

@@ -38,7 +38,7 @@ def network(request, small_network):
     return made.eval()
 
 
-def drive(size: tuple[int, int], frames: int) -> list[Frame]:
+def replay_frames(size: tuple[int, int], frames: int) -> list[Frame]:
     """Frames with calibrations of their own: six cameras around, turned and zoomed a little more each time."""
     height, width = size
     images = torch.rand(frames, 1, 6, 3, height, width, generator=torch.Generator().manual_seed(1)) * 255
@@ -69,7 +69,7 @@ def tensors(noun) -> list[torch.Tensor]:
 def outputs(network, call) -> list[list[torch.Tensor]]:
     """All tensors that a network returns, frame by frame."""
     state, found = network.initial_state(1), []
-    for frame in drive(network.config.image_size, 3):
+    for frame in replay_frames(network.config.image_size, 3):
         prediction, state = call(frame, state)
         found.append(tensors((prediction, state)))
     return found

@@ -7,7 +7,7 @@ import pytest
 from perception.data.augment import Augment
 from perception.engine import build_dataset, load_config, parse_options
 from perception.errors import ConfigError, DataError
-from perception.models.bev_transformer import ModelConfig
+from perception.models.bev_transformer import BEVTransformerConfig
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SHIPPED = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob("[a-z]*/*.py"))
@@ -17,7 +17,8 @@ MINIMAL = """
 model = dict(preset="nano")
 train_data = dict(dataroot="d", version="v", split="s")
 val_data = dict(dataroot="d", version="v", split="s")
-train = dict(epochs=1, batch_size=2, groups=1, window=2, drop_frames=0.0, image_epochs=0, lr=1, weight_decay=0.0,
+train = dict(epochs=1, batch_size=2, streams=1, frames_per_clip=2, drop_frames=0.0, image_epochs=0, lr=1,
+weight_decay=0.0,
              warmup_iters=1, grad_clip=1.0, ema_momentum=0.0, val_every=1, log_every=1, workers=0)
 """
 
@@ -43,7 +44,7 @@ def test_values_reach_the_parsed_config(tmp_path):
     config = load_config(path, options)
     assert config.name == "mine"
     assert config.train.lr == 3e-4
-    assert config.model == ModelConfig.preset("nano", grid=(40, 60), backbone="resnet34")
+    assert config.model == BEVTransformerConfig.preset("nano", grid=(40, 60), backbone="resnet34")
     assert config.train_data.augment == Augment(mirror=0.0) and config.val_data.augment is None
     assert isinstance(load_config(path).train.lr, float)  # written as 1
 

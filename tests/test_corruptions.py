@@ -12,8 +12,8 @@ from perception.data.corruptions import (
     corrupt_camera,
     corrupt_images,
     forget,
-    jitter_cameras,
     missing_camera,
+    perturb_extrinsics,
     spare_cameras,
     turn_cameras,
     yaw_cameras,
@@ -56,7 +56,7 @@ def test_a_missing_camera_is_not_present_and_the_others_stay(frame):
 
 
 def test_the_last_camera_of_a_moment_is_never_spare(frame):
-    present = torch.tensor([[True, True, False], [True, False, False]])  # camera 0 is the only one at the second moment
+    present = torch.tensor([[True, True, False], [True, False, False]])  # camera 0 is the only one at the second frame
     assert spare_cameras(frame.rig._replace(present=present)) == [1]
     assert spare_cameras(frame.rig) == [0, 1, 2]
     assert spare_cameras(frame.rig._replace(present=present[:1])) == [0, 1]
@@ -78,7 +78,7 @@ def test_one_degree_of_yaw_moves_a_point_at_ten_metres_by_the_chord(frame):
     assert moved.norm(dim=-1).numpy() == pytest.approx(2 * 10 * np.sin(np.radians(0.5)), abs=1e-4)  # 0.1745 m
     assert moved[..., 2].abs().max() < 1e-5  # about the vertical: no height is gained
     assert torch.equal(wrong.rig.ego_from_cam[..., 3], frame.rig.ego_from_cam[..., 3])  # about its own centre
-    # To the left (counter-clockwise) for some cameras, to the right for others, and the same at all moments.
+    # To the left (counter-clockwise) for some cameras, to the right for others, and the same at all frames.
     yaw = yaw_error(frame, wrong)
     assert yaw.abs().numpy() == pytest.approx(1.0, abs=1e-4) and torch.equal(yaw[0], yaw[1])
     drawn = {tuple(yaw_error(frame, yaw_cameras(frame, 1.0, rng(seed)))[0].gt(0).tolist()) for seed in range(40)}
@@ -97,7 +97,7 @@ def test_a_wrong_yaw_shifts_what_is_projected_by_its_tangent(frame):
 def test_jitter_turns_about_the_vertical_within_its_bounds(frame):
     turns = []
     for seed in range(60):
-        wrong = jitter_cameras(frame, 2.0, rng(seed))
+        wrong = perturb_extrinsics(frame, 2.0, rng(seed))
         turn = wrong.rig.ego_from_cam[0, :, :3, :3].double() @ frame.rig.ego_from_cam[0, :, :3, :3].double().mT
         yaw = torch.atan2(turn[:, 1, 0], turn[:, 0, 0])
         zero = torch.zeros_like(yaw)
@@ -130,7 +130,7 @@ def test_noise_has_its_standard_deviation(severity, std):
     assert noisy.std().item() == pytest.approx(std, rel=0.015)
     assert abs(noisy.mean().item()) < 0.8
     a, b = noisy[0].flatten(), noisy[1].flatten()
-    assert abs(np.corrcoef(a, b)[0, 1]) < 0.03  # every moment has its own
+    assert abs(np.corrcoef(a, b)[0, 1]) < 0.03  # every frame has its own
 
 
 @pytest.mark.parametrize("severity, level", [(1, 0.7), (2, 0.5), (3, 0.3)])
@@ -162,7 +162,7 @@ def test_fog_follows_koschmieder():
     through = (fog[1] - fog[0]) / 100
     assert 0.45**1.5 - 0.01 < through.min() < 0.42 and 0.48 < through.max() < 0.45**0.5 + 0.01
     assert (fog[0] - (25 * through + FOG_COLOR * (1 - through))).abs().max() < 3  # rounding, magnified
-    assert torch.equal(fog[0][0], fog[0][1])  # the same at all moments
+    assert torch.equal(fog[0][0], fog[0][1])  # the same at all frames
     assert (through.diff(dim=-1).abs() < 0.03).all()  # smooth
 
 

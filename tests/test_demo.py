@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from perception.models.bev_transformer import BEVTransformer, ModelConfig
+from perception.models.bev_transformer import BEVTransformer, BEVTransformerConfig
 from perception.models.checkpoint import save_checkpoint
 from perception.synthetic import VERSION
 
 PROJECT = Path(__file__).resolve().parent.parent
-SMALL = ModelConfig.preset(
+SMALL = BEVTransformerConfig.preset(
     "nano", image_size=(64, 96), grid=(20, 20), channels=16, depth_bins=8, backbone_stages=2, decoder_layers=2,
     box_queries=20, line_queries=8,
 )  # fmt: skip
@@ -44,9 +44,9 @@ def test_demo_writes_pictures_and_numbers(tmp_path, checkpoint):
     first = run("demo.py", *arguments)
     assert first.returncode == 0, first.stderr
     told = json.loads((tmp_path / "demo.json").read_text())
-    assert {"nds", "map", "lane_map", "fps"} <= set(told) and told["fps"] > 0
+    assert {"nds", "mAP", "lane_mAP", "fps"} <= set(told) and told["fps"] > 0
     assert told["seed"] == 4 and told["scenes"] == 2 and told["checkpoint"] == "some.safetensors"
-    assert all(f"{told[key]:.3f}" in first.stdout for key in ("nds", "map", "lane_map", "fps"))
+    assert all(f"{told[key]:.3f}" in first.stdout for key in ("nds", "mAP", "lane_mAP", "fps"))
     pictures = [np.asarray(Image.open(tmp_path / f"demo{name}.png")) for name in ("", "_scene0", "_scene1")]
     # The main picture is one of the two, and holds six camera images beside the bird's-eye view.
     assert sum(np.array_equal(pictures[0], other) for other in pictures[1:]) == 1

@@ -20,7 +20,7 @@ from perception.evaluation.detection import (
     submission_from_scenes,
 )
 from perception.geometry import rigid_from_quaternion
-from perception.types import ATTRIBUTES, BOX_CLASSES, Boxes, Polylines, Scene, map_tensors
+from perception.types import ATTRIBUTES, BOX_CLASSES, Boxes, FrameObjects, Polylines, map_tensors
 
 VERSION, SPLIT = "v1.0-hand", "hand_val"
 STEP = 0.5  # seconds between samples
@@ -177,13 +177,13 @@ def true_scenes():
             attribute=rows[:, 10].long(),
             score=torch.linspace(0.9, 0.5, len(rows)),
             valid=torch.arange(len(rows)) < len(OBJECTS),
-            spread=torch.zeros(len(rows), 9),
+            uncertainty=torch.zeros(len(rows), 9),
         )
         nothing = torch.zeros(0)
         lines = Polylines(
             torch.zeros(0, 2, 2), nothing.bool(), nothing.long(), nothing, nothing.bool(), torch.zeros(0, 2, 2)
         )
-        scenes[f"s{k}"] = Scene(boxes, lines)
+        scenes[f"s{k}"] = FrameObjects(boxes, lines)
     return scenes
 
 
@@ -207,7 +207,7 @@ def test_perfect_predictions_score_one(dataset, tmp_path, capfd):
     assert result.mean_ap == pytest.approx(1.0, abs=1e-9)
     assert result.errors == pytest.approx(dict.fromkeys(("mATE", "mASE", "mAOE", "mAVE", "mAAE"), 0.0), abs=1e-5)
     assert result.class_ap == pytest.approx(dict.fromkeys(BOX_CLASSES, 1.0))
-    assert result.samples == 3 and result.truth_count == dict.fromkeys(BOX_CLASSES, 3)
+    assert result.samples == 3 and result.gt_count == dict.fromkeys(BOX_CLASSES, 3)
     assert capfd.readouterr() == ("", "")
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["nds"] == result.nds
     assert len(json.loads((tmp_path / "out" / "submission.json").read_text())["results"]["s0"]) == len(OBJECTS)
@@ -216,10 +216,10 @@ def test_perfect_predictions_score_one(dataset, tmp_path, capfd):
 
 def test_the_truth_of_a_generated_town_scores_one_in_every_class_that_occurs(town_root):
     dataset = NuScenesDataset(town_root, "v1.0-synthetic", "town_val", image_size=(32, 56))
-    scenes = {token: map_tensors(lambda t: t[0], dataset[i].truth) for i, token in enumerate(dataset.tokens)}
+    scenes = {token: map_tensors(lambda t: t[0], dataset[i].gt) for i, token in enumerate(dataset.tokens)}
     poses = {token: dataset.ego_pose(i) for i, token in enumerate(dataset.tokens)}
     result = evaluate_detection(town_root, "v1.0-synthetic", "town_val", scenes, poses)
-    occurs = {name: float(count > 0) for name, count in result.truth_count.items()}
+    occurs = {name: float(count > 0) for name, count in result.gt_count.items()}
     assert result.class_ap == pytest.approx(occurs, abs=1e-6) and sum(occurs.values()) >= 5
     for name, errors in result.class_errors.items():
         wanted = {key: 1 - occurs[name] for key, value in errors.items() if not math.isnan(value)}
@@ -297,7 +297,7 @@ def test_boxes_cross_the_border_and_come_back():
         c, s = math.cos(-2.0), math.sin(-2.0)
         vx, vy = 1.0 + index, -2.0
         assert boxes.velocity[index].numpy() == pytest.approx([c * vx - s * vy, s * vx + c * vy], abs=0.05)
-    back = submission_from_scenes({"t": Scene(boxes, None)}, {"t": pose})["results"]["t"]
+    back = submission_from_scenes({"t": FrameObjects(boxes, None)}, {"t": pose})["results"]["t"]
     for record, again in zip(records, back, strict=True):
         assert again["translation"] == pytest.approx(record["translation"], abs=1e-4)
         assert again["size"] == pytest.approx(record["size"], abs=1e-5)
@@ -319,9 +319,9 @@ def test_only_the_500_best_boxes_are_sent():
         attribute=torch.full((count,), -1),
         score=torch.linspace(0, 1, count),
         valid=torch.ones(count, dtype=torch.bool),
-        spread=torch.zeros(count, 9),
+        uncertainty=torch.zeros(count, 9),
     )
-    records = submission_from_scenes({"t": Scene(boxes, None)}, {"t": np.eye(4)})["results"]["t"]
+    records = submission_from_scenes({"t": FrameObjects(boxes, None)}, {"t": np.eye(4)})["results"]["t"]
     assert len(records) == 500
     assert min(r["detection_score"] for r in records) == pytest.approx(100 / 599, abs=1e-6)
     assert records[0]["velocity"] == [0.0, 0.0] and records[0]["attribute_name"] == "vehicle.parked"
@@ -355,7 +355,7 @@ def test_bad_input_is_told_in_a_sentence(dataset, tmp_path):
     with pytest.raises(DataError, match="box 0 of sample s0"):
         run(changed(scenes, size=lambda b: -b.size))
     with pytest.raises(DataError, match="without batch dimensions"):
-        run({t: Scene(Boxes(*(f[None] for f in s.boxes)), s.lines) for t, s in scenes.items()})
+        run({t: FrameObjects(Boxes(*(f[None] for f in s.boxes)), s.lines) for t, s in scenes.items()})
     with pytest.raises(DataError, match="does not exist"):
         load_tables(tmp_path, VERSION)
     (tmp_path / VERSION).mkdir()

@@ -6,7 +6,7 @@ import torch
 
 from perception.draw import BOX_COLORS, LINE_COLORS, draw_bev, draw_cameras, draw_frame
 from perception.errors import DataError
-from perception.types import BOX_CLASSES, LINE_CLASSES, Boxes, CameraRig, Frame, Polylines, Scene
+from perception.types import BOX_CLASSES, LINE_CLASSES, Boxes, CameraRig, Frame, FrameObjects, Polylines
 
 W, H, FOCAL = 480, 270, 200.0
 CX, CY, HEIGHT = 240.0, 135.0, 1.5  # the camera stands 1.5 m above the ego origin and looks along ego x
@@ -34,7 +34,7 @@ def make_scene(boxes=(), lines=()):
         points[index] = torch.tensor(vertices)
     box_labels = torch.tensor([BOX_CLASSES.index(b[0]) for b in boxes] + [-1])
     line_labels = torch.tensor([LINE_CLASSES.index(l[0]) for l in lines] + [-1])
-    return Scene(
+    return FrameObjects(
         Boxes(
             numbers[:, :3],
             numbers[:, 3:6],
@@ -61,8 +61,8 @@ def grey_images(count=1, height=H, width=W):
     return torch.full((count, 3, height, width), GREY, dtype=torch.uint8)
 
 
-def camera_picture(scene, truth=None, **options):
-    (picture,) = draw_cameras(grey_images(), make_rig(), scene, truth, **options)
+def camera_picture(scene, gt=None, **options):
+    (picture,) = draw_cameras(grey_images(), make_rig(), scene, gt, **options)
     return np.asarray(picture).astype(int)
 
 
@@ -158,8 +158,8 @@ def test_weak_predictions_are_left_out_but_never_truth():
     assert len(drawn(camera_picture(make_scene(), weak))[0]) > 0
 
 
-def bev(scene, truth=None):
-    picture = draw_bev(scene, truth, x_range=(-25.6, 25.6), y_range=(-12.8, 12.8), height=512)  # 10 pixels per metre
+def bev(scene, gt=None):
+    picture = draw_bev(scene, gt, x_range=(-25.6, 25.6), y_range=(-12.8, 12.8), height=512)  # 10 pixels per metre
     return np.asarray(picture).astype(int)
 
 
@@ -234,7 +234,7 @@ def test_float_images_are_drawn_like_bytes():
 
 def test_wrong_shapes_are_told_in_a_sentence():
     scene, rig = make_scene([("car", 10.0, 0.0, 1.0, 4.0, 2.0, 1.6, 0.0, 0.0, 0.0)]), make_rig()
-    batched = Scene(Boxes(*(f[None] for f in scene.boxes)), Polylines(*(f[None] for f in scene.lines)))
+    batched = FrameObjects(Boxes(*(f[None] for f in scene.boxes)), Polylines(*(f[None] for f in scene.lines)))
     with pytest.raises(DataError, match="one frame"):
         draw_cameras(grey_images()[None], rig, scene)
     with pytest.raises(DataError, match="one scene"):

@@ -28,7 +28,8 @@ model = dict(preset="nano", image_size=(64, 96), grid=(20, 20), channels=16, dep
              decoder_layers=2, box_queries=20, line_queries=8)
 train_data = dict(dataroot={root!r}, version={version!r}, split="town_val", augment=dict())
 val_data = dict(dataroot={root!r}, version={version!r}, split="town_val")
-train = dict(image_epochs=1, epochs=4, batch_size=1, groups=1, window=2, drop_frames=0.0, lr=2e-3, weight_decay=0.01,
+train = dict(image_epochs=1, epochs=4, batch_size=1, streams=1, frames_per_clip=2, drop_frames=0.0, lr=2e-3,
+weight_decay=0.01,
              warmup_iters=2, grad_clip=10.0, ema_momentum=0.1, val_every=5, log_every=1, workers=0)
 """
 
@@ -73,15 +74,15 @@ def test_loss_falls_and_everything_is_left_behind(trained):
     assert all({key for key in line if key.startswith(("box", "line", "heat"))} == set() for line in images)
     assert all(line["image_class"] > 0 for line in images)
     parts = {
-        "box_class", "box_params", "box_spread", "heatmap", "line_class", "line_points", "line_direction",
-        "line_spread", "raster", "image_class", "image_depth", "image_heading",
+        "box_class", "box_params", "box_uncertainty", "heatmap", "line_class", "line_points", "line_direction",
+        "line_uncertainty", "bev_seg", "image_class", "image_depth", "image_heading",
     }  # fmt: skip
     assert parts <= lines[0].keys()
     assert lines[0]["loss"] == pytest.approx(sum(lines[0][part] for part in parts), rel=1e-4)
     assert lines[0]["frames_per_s"] > 0
     assert list(trained.glob("*/vis_data/events.out.tfevents.*"))
     validation = [line for line in scalars(trained) if "nds" in line]
-    assert len(validation) == 1 and validation[0].keys() >= {"nds", "map", "lane_map", "mATE", "score", "fps"}
+    assert len(validation) == 1 and validation[0].keys() >= {"nds", "mAP", "lane_mAP", "mATE", "score", "fps"}
 
 
 def test_exported_weights_are_the_averaged_ones(trained, config_path):
@@ -98,7 +99,7 @@ def test_exported_weights_are_the_averaged_ones(trained, config_path):
         for name, tensor in weights.items():
             stored = averaged[name] if core is not exported and core is not last else halve(averaged)[name].float()
             assert torch.equal(tensor, stored)
-    assert metrics["epoch"] == 5 and metrics["score"] == (metrics["nds"] + metrics["lane_map"]) / 2
+    assert metrics["epoch"] == 5 and metrics["score"] == (metrics["nds"] + metrics["lane_mAP"]) / 2
 
 
 def test_resumed_training_equals_an_uninterrupted_one(trained, config_path, tmp_path):
@@ -152,13 +153,13 @@ def test_published_weights_of_the_trunk_and_frozen_stages(config_path, tmp_path)
     torch.save(published.state_dict(), tmp_path / "resnet18.pth")
     options = {
         "train.image_epochs": 0, "train.epochs": 1, "train.frozen_stages": 1, "train.ema_momentum": 0,
-        "train.trunk_weights": str(tmp_path / "resnet18.pth"),
+        "train.backbone_weights": str(tmp_path / "resnet18.pth"),
     }  # fmt: skip
-    trunk = train(load_config(config_path, options), tmp_path / "work").image_encoder.trunk
+    backbone = train(load_config(config_path, options), tmp_path / "work").image_encoder.backbone
     wanted = published.layer1.state_dict()
-    assert all(torch.equal(tensor, wanted[name]) for name, tensor in trunk.stages[0].state_dict().items())
-    assert torch.equal(trunk.stem[1].running_mean, published.bn1.running_mean)
-    change = (trunk.stages[1][0].conv1.weight - published.layer2[0].conv1.weight).abs().max()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in backbone.stages[0].state_dict().items())
+    assert torch.equal(backbone.stem[1].running_mean, published.bn1.running_mean)
+    change = (backbone.stages[1][0].conv1.weight - published.layer2[0].conv1.weight).abs().max()
     assert 0 < change < 0.1
     with pytest.raises(ConfigError, match="both given"):
         train(load_config(config_path, options | {"train.init_from": "x.pth"}), tmp_path / "both")
@@ -197,19 +198,19 @@ def test_a_loss_that_is_not_finite_is_named(config_path):
     model = TrainingModel(BEVTransformer(config.model))
     losses, _ = model(clip, None)
     assert all(loss.isfinite() for loss in losses.values())
-    boxes = clip.truth.boxes
+    boxes = clip.gt.boxes
     fast = boxes._replace(velocity=torch.full_like(boxes.velocity, torch.inf))
     with pytest.raises(FloatingPointError, match="loss box_params is inf"):
-        model(clip._replace(truth=clip.truth._replace(boxes=fast)), None)
+        model(clip._replace(gt=clip.gt._replace(boxes=fast)), None)
 
 
 def test_losses_that_are_left_out(config_path):
-    config = load_config(config_path, {"train.without": ("heatmap", "image_depth")})
+    config = load_config(config_path, {"train.disabled_losses": ("heatmap", "image_depth")})
     clip = collate([build_dataset(config.train_data, config.model)[0]])
     core = BEVTransformer(config.model)
-    whole, part = TrainingModel(core)(clip, None)[0], TrainingModel(core, config.train.without)(clip, None)[0]
+    whole, part = TrainingModel(core)(clip, None)[0], TrainingModel(core, config.train.disabled_losses)(clip, None)[0]
     assert whole.keys() - part.keys() == {"heatmap", "image_depth"}
-    with pytest.raises(ConfigError, match=r"train\.without names 'heat'; the losses are box_class"):
+    with pytest.raises(ConfigError, match=r"train\.disabled_losses names 'heat'; the losses are box_class"):
         TrainingModel(core, ("heat",))
 
 
@@ -224,7 +225,7 @@ def test_losses_are_the_mean_over_the_unrolled_frames(config_path):
     first, second = (map_tensors(lambda tensor, t=t: tensor[:, t], clip) for t in (0, 1))
     prediction_0, state = core(first.frames, core.initial_state(1))
     prediction_1, _ = core(second.frames, state)
-    by_hand = [set_losses(p, c.truth, c.frames, core.grid) for p, c in ((prediction_0, first), (prediction_1, second))]
+    by_hand = [set_losses(p, c.gt, c.frames, core.grid) for p, c in ((prediction_0, first), (prediction_1, second))]
     losses, state = TrainingModel(core)(clip, None)
     for name, loss in losses.items():
         torch.testing.assert_close(loss, (by_hand[0][name] + by_hand[1][name]) / 2)
@@ -343,7 +344,7 @@ def test_evaluate_script(trained, config_path, tmp_path):
     assert run.returncode == 0, run.stderr
     assert "NDS" in run.stdout and "lane AP (maptr 60x30)" in run.stdout and "stability" in run.stdout
     numbers = json.loads(out.read_text())
-    assert numbers.keys() >= {"nds", "map", "lane_map", "fps", "detection", "lanes", "samples"}
+    assert numbers.keys() >= {"nds", "mAP", "lane_mAP", "fps", "detection", "lanes", "samples"}
     assert numbers["samples"] == 8 and numbers["lanes"]["protocol"] == "maptr"
     _, metrics = load_checkpoint(trained / "small.safetensors")
     assert numbers["nds"] == pytest.approx(metrics["nds"], abs=1e-6)
@@ -393,4 +394,4 @@ def test_one_scene_is_learned_by_heart(tmp_path):
     core = load_weights(tmp_path / "work" / "overfit.safetensors", config.model)
     evaluation, _ = evaluate_stream(core, build_dataset(config.val_data, config.model))
     metrics = evaluation.metrics()
-    assert metrics["nds"] > 0.8 and metrics["lane_map"] > 0.8
+    assert metrics["nds"] > 0.8 and metrics["lane_mAP"] > 0.8

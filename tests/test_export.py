@@ -19,7 +19,7 @@ from perception.errors import ConfigError, DataError, run_script
 from perception.export import parity
 from perception.export.certificate import GATES, Gate
 from perception.export.contract import ImageInputs, read_contract
-from perception.export.drive import camera_frame, drive, moment_inputs, seated
+from perception.export.drive import camera_frame, frame_inputs, replay_frames, seated
 from perception.export.half import WEIGHTED, halve_graph
 from perception.export.headroom import Saturation
 from perception.export.onnx import export_onnx
@@ -143,7 +143,7 @@ def test_the_gate_sees_numbers_that_are_not_finite(small_network, fp32_export, s
 
 
 def test_the_gate_sees_a_lost_memory(small_network, fp32_export, small_town, tmp_path, monkeypatch):
-    monkeypatch.setattr(parity, "moment_inputs", lambda frame: moment_inputs(frame) | {"is_first": np.ones(1, bool)})
+    monkeypatch.setattr(parity, "frame_inputs", lambda frame: frame_inputs(frame) | {"is_first": np.ones(1, bool)})
     found = certify(small_network, fp32_export, small_town)
     assert any(text.startswith("memory differs by") for text in found.failures)
 
@@ -152,17 +152,17 @@ def test_the_gate_sees_a_wrong_calibration(small_network, fp32_export, small_tow
     def off(frame):
         matrix = frame.rig.img_from_cam[0].numpy().copy()
         matrix[0, 0, 2] += 0.5  # pixels
-        return moment_inputs(frame) | {"img_from_cam": matrix}
+        return frame_inputs(frame) | {"img_from_cam": matrix}
 
-    monkeypatch.setattr(parity, "moment_inputs", off)
+    monkeypatch.setattr(parity, "frame_inputs", off)
     assert certify(small_network, fp32_export, small_town).failures
 
 
 def test_the_gate_sees_other_metrics(certificate):
     first, second = certificate.replays
-    off = replace(second, metrics=second.metrics | {"lane_map": (0.5, 0.4989)})
+    off = replace(second, metrics=second.metrics | {"lane_mAP": (0.5, 0.4989)})
     found = replace(certificate, replays=(first, off))
-    assert found.failures == ["replay 2: lane_map is 0.4989 instead of 0.5000, more than 0.0005 off"]
+    assert found.failures == ["replay 2: lane_mAP is 0.4989 instead of 0.5000, more than 0.0005 off"]
     assert replace(found, precision="fp16").failures == []
     assert replace(found, backend="openvino-bf16").failures == []
     assert replace(found, backend="openvino").failures == found.failures
@@ -259,7 +259,7 @@ def test_the_gate_sees_what_types_cannot_hold(certificate):
 
 
 def blinded(moments, grey):
-    """By moment, the cameras that are present and whose image is all of this grey."""
+    """By frame, the cameras that are present and whose image is all of this grey."""
     cameras = [[n for n in range(6) if m["present"][n] and (m[f"image_{n}"] == grey).all()] for m in moments]
     return {number: found for number, found in enumerate(cameras) if found}
 
@@ -269,7 +269,7 @@ def test_blinded_cameras_of_a_drive(small_town, other_rig_town):
     images = ImageInputs((RAW,) * 6)
 
     def driven(town, bad_images):
-        return [moment_inputs(camera_frame(x, images)) for _, x in drive(town, 6, bad_images=bad_images)]
+        return [frame_inputs(camera_frame(x, images)) for _, x in replay_frames(town, 6, bad_images=bad_images)]
 
     usual, bad = (driven(small_town, bad_images) for bad_images in (False, True))
     assert not blinded(usual, 0) and not blinded(usual, 255)
@@ -350,15 +350,15 @@ def test_what_is_sure_decides_about_int8_and_order_does_not():
     generator = np.random.default_rng(0)
     wanted = {
         "raw_box_logits": generator.normal(-6, 0.1, (2, 5, 3)),
-        "raw_box_places": generator.normal(0, 10, (2, 5, 4)),
+        "raw_box_params": generator.normal(0, 10, (2, 5, 4)),
     }
     wanted["raw_box_logits"][:, 0] = 4.0  # one sure box
     other_order = {name: values[:, ::-1] for name, values in wanted.items()}
     assert changed(wanted, other_order) == pytest.approx(0)
     sure, unsure = ({name: values.copy() for name, values in wanted.items()} for _ in range(2))
-    sure["raw_box_places"][:, 0] += 1.0
-    unsure["raw_box_places"][:, 1] += 1.0
-    spread = wanted["raw_box_places"].std()
+    sure["raw_box_params"][:, 0] += 1.0
+    unsure["raw_box_params"][:, 1] += 1.0
+    spread = wanted["raw_box_params"].std()
     weights = 1 / (1 + np.exp(-wanted["raw_box_logits"].max(-1)))
     assert changed(wanted, sure) == pytest.approx(weights[:, 0].sum() / weights.sum() / spread / 2)
     assert changed(wanted, unsure) < 0.02 * changed(wanted, sure)
@@ -468,7 +468,7 @@ def test_a_relu_before_eight_bits_stays(small_graph, small_town):
     moments = record(small_graph, small_town, ImageInputs((RAW,) * 6))
     for kind in KINDS:
         marked = Quantizer(small_graph, moments[:4], kind).quantized(
-            ["image_encoder.trunk.stages.1", "line_decoder.layers.0"]
+            ["image_encoder.backbone.stages.1", "line_decoder.layers.0"]
         )
         made_by = {name: node.op_type for node in marked.graph.node for name in node.output}
         from_marks = [n for n in marked.graph.node if made_by.get((*n.input, "", "")[1]) == "DequantizeLinear"]
@@ -563,7 +563,7 @@ def test_the_script(small_network, small_town, tmp_path, monkeypatch, capsys):
 
 def test_seats_without_a_camera_change_nothing(small_network, small_town):
     """What a certificate of an export for more cameras than the dataset has is driven with."""
-    _, frame = next(drive(small_town, 6))
+    _, frame = next(replay_frames(small_town, 6))
     frame = frame._replace(images=frame.images[..., : small_network.config.image_size[0], :80])
     more = seated(frame, 8)
     assert more.images.shape[1] == 8 and more.rig.present.tolist() == [[True] * 6 + [False] * 2]

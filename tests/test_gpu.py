@@ -65,9 +65,10 @@ def test_losses_and_gradients_are_those_of_the_cpu(network, dataset):
         gradient = torch.cat([p.grad.flatten().cpu() for p in model.parameters() if p.grad is not None])
         results.append(({name: loss.item() for name, loss in losses.items()}, gradient))
     (ours, our_gradient), (theirs, their_gradient) = results
-    # What is learned of uncertainties divides by them: two ways of summing on one CPU are 5e-4 apart in `box_spread`.
+    # What is learned of uncertainties divides by them: two ways of summing on one CPU are 5e-4 apart in
+    # `box_uncertainty`.
     for name, loss in ours.items():
-        assert theirs[name] == pytest.approx(loss, rel=3e-3 if name == "box_spread" else 1e-3), name
+        assert theirs[name] == pytest.approx(loss, rel=3e-3 if name == "box_uncertainty" else 1e-3), name
     assert (our_gradient - their_gradient).norm() < 1e-2 * our_gradient.norm()
 
 
@@ -91,7 +92,7 @@ def test_memory_of_the_gpu_is_flat(network, dataset):
         for _ in range(1000):
             _, state = model(frame, state)
             used.append(torch.cuda.memory_allocated())
-    # Blocks that are handed out again may be larger than asked for, so single moments differ; nothing piles up.
+    # Blocks that are handed out again may be larger than asked for, so single frames differ; nothing piles up.
     assert max(used[500:]) <= max(used[10:500])
     assert not state.bev.requires_grad
 

@@ -9,7 +9,7 @@ from conftest import RAW
 from onnx import TensorProto, helper, numpy_helper
 
 from perception.export.contract import ImageInputs
-from perception.export.drive import camera_frame, drive, moment_inputs
+from perception.export.drive import camera_frame, frame_inputs, replay_frames
 from perception.export.headroom import RangeMonitor
 from perception.export.parity import fitted
 
@@ -92,10 +92,10 @@ def test_magnitudes_are_those_of_the_network(small_network, exports, small_town)
     modules = dict(small_network.named_modules())
     hooks = [modules[name].register_forward_hook(watch(name)) for name in layers]
     state, images = small_network.initial_state(1), ImageInputs((RAW,) * 6)
-    for number, (_, frame) in enumerate(drive(small_town, 6, bad_images=True)):
+    for number, (_, frame) in enumerate(replay_frames(small_town, 6, bad_images=True)):
         given = camera_frame(frame, images)
         _, state = small_network(fitted(given, images, small_network.config.image_size), state)
-        monitor.run(moment_inputs(given))
+        monitor.run(frame_inputs(given))
         if number == 10:
             break
     for hook in hooks:

@@ -41,7 +41,7 @@ def inside(points, center, size, yaw, margin=0.0):
 
 
 def box_rows(clip):
-    boxes = clip.truth.boxes
+    boxes = clip.gt.boxes
     return [[t[0].double().numpy() for t in boxes[:3]], boxes.label[0].tolist(), boxes.valid[0].tolist()]
 
 
@@ -80,7 +80,7 @@ def test_points_in_boxes_project_into_their_hulls(clip, points_ego):
 
 def test_boxes_agree_with_the_file_s_own_camera_boxes(clip, entry):
     """`cam_instances` holds the projected centre of each box, made by the official converter."""
-    center, rig, compared = clip.truth.boxes.center[0].double(), clip.frames.rig, 0
+    center, rig, compared = clip.gt.boxes.center[0].double(), clip.frames.rig, 0
     for camera, channel in enumerate(NUSCENES_CAMERAS):
         points_cam = transform_points(invert_rigid(rig.ego_from_cam[0, camera].double()), center)
         uv_img, depth = project_points(rig.img_from_cam[0, camera].double(), points_cam)
@@ -94,14 +94,14 @@ def test_boxes_agree_with_the_file_s_own_camera_boxes(clip, entry):
 
 def test_velocity_follows_the_ego_frame(clip, entry):
     """LiDAR y looks ahead and x to the right, so ahead = y and left = -x, up to the mounting's half degree."""
-    velocity = clip.truth.boxes.velocity[0].numpy()
+    velocity = clip.gt.boxes.velocity[0].numpy()
     lidar = np.array([item["velocity"] for item in entry["instances"]])
     known = np.isfinite(lidar).all(axis=1)
     assert np.isnan(velocity[~known]).all() and known.sum() > 60
     want = np.stack([lidar[known, 1], -lidar[known, 0]], axis=1)
     assert np.abs(velocity[known] - want).max() < 0.1 and np.abs(want).max() > 5
     # A moving car drives along its own heading.
-    boxes = clip.truth.boxes
+    boxes = clip.gt.boxes
     fast = (boxes.label[0] == 0) & (boxes.velocity[0].norm(dim=-1) > 2)
     heading = torch.stack([boxes.yaw[0].cos(), boxes.yaw[0].sin()], -1)[fast]
     assert fast.sum() >= 1

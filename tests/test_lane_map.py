@@ -9,7 +9,7 @@ import shapely
 import torch
 
 from perception.data.infos import load_info_poses
-from perception.data.lane_map import LANE_FLAVOURS, LaneMap
+from perception.data.lane_map import LANE_PROTOCOLS, LaneMap
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError, DataError
 from perception.geometry import (
@@ -222,7 +222,7 @@ def test_streammapnet_matches_published_extractor(golden):
 
 
 def test_lines_simplify_to_those_the_streammapnet_evaluator_scores(golden):
-    """It thins the truth by Douglas-Peucker, 0.2 m; of exact vertices that gives the published ones."""
+    """It thins the ground truth by Douglas-Peucker, 0.2 m; of exact vertices that gives the published ones."""
     lane_map, poses = golden_poses(golden)
     for size, expected in golden_streammapnet(golden):
         for global_from_ego, want in zip(poses, expected, strict=True):
@@ -260,8 +260,8 @@ def test_points_and_orderings_match_published_samples(golden):
             orders = orders[orders[:, 0, 0] > -1000]
             closed = torch.tensor([[line["closed"]]])
             points = torch.from_numpy(ours)[None, None]
-            truth = Polylines(points, closed, closed.long(), closed.float(), closed | True, torch.zeros_like(points))
-            alike, exists = line_orderings(truth)
+            gt = Polylines(points, closed, closed.long(), closed.float(), closed | True, torch.zeros_like(points))
+            alike, exists = line_orderings(gt)
             alike = alike[0, 0][exists[0, 0]].numpy()  # [O, P, 2]
             gap = np.linalg.norm(alike[:, None] - orders[None], axis=-1).max(-1)  # [O, orders of MapTR]
             if line["closed"]:
@@ -286,14 +286,14 @@ def slanted(x, y, length, width, degrees):
 
 
 def test_crossings_unite_by_direction_in_streammapnet(tmp_path):
-    """Halves unite in both flavours; an overlapping crossing 30 degrees off only in MapTR's, at 5 degrees in both.
+    """Halves unite in both protocols; an overlapping crossing 30 degrees off only in MapTR's, at 5 degrees in both.
 
     1 - cos(5 deg) = 0.004 and 1 - cos(30 deg) = 0.13, the limit is 0.01.
     """
     for degrees, united in ((5, True), (30, False), (175, True)):
         shapes = [rectangle(-6, -2, 0, 2), rectangle(0, -2, 6, 2), slanted(3, 0, 12, 3, degrees)]
         path = write_map(tmp_path / "m.json", polygons={"ped_crossing": [(shape, []) for shape in shapes]})
-        published = {flavour: LaneMap(path).lines(0.0, 0.0, 0.0, flavour=flavour) for flavour in LANE_FLAVOURS}
+        published = {protocol: LaneMap(path).lines(0.0, 0.0, 0.0, protocol=protocol) for protocol in LANE_PROTOCOLS}
         assert len(published["maptr"]) == 1
         rings = [line.points for line in published["streammapnet"]]
         assert all(is_ring(points) and shapely.is_ccw(shapely.linearrings(points)) for points in rings)
@@ -309,23 +309,23 @@ def test_crossings_of_one_direction_far_apart_stay_apart(tmp_path):
     """A gap of 1 m: the bounding boxes do not meet. And in a chain only those whose box meets the first one's unite."""
     apart = [rectangle(-6, -2, 0, 2), rectangle(1, -2, 6, 2)]
     path = write_map(tmp_path / "m.json", polygons={"ped_crossing": [(shape, []) for shape in apart]})
-    assert len(LaneMap(path).lines(0.0, 0.0, 0.0, flavour="streammapnet")) == 2
+    assert len(LaneMap(path).lines(0.0, 0.0, 0.0, protocol="streammapnet")) == 2
     chain = [rectangle(-10, -2, -4, 2), rectangle(-4, -2, 2, 2), rectangle(2, -2, 8, 2)]
     path = write_map(tmp_path / "m.json", polygons={"ped_crossing": [(shape, []) for shape in chain]})
-    rings = [line.points for line in LaneMap(path).lines(0.0, 0.0, 0.0, flavour="streammapnet")]
+    rings = [line.points for line in LaneMap(path).lines(0.0, 0.0, 0.0, protocol="streammapnet")]
     assert sorted(shapely.Polygon(points).area for points in rings) == pytest.approx([24, 48])
 
 
 def test_crossing_in_the_corner_keeps_the_border_in_streammapnet(tmp_path):
     path = write_map(tmp_path / "m.json", polygons={"ped_crossing": [(rectangle(25, 12, 40, 40), [])]})
-    (line,) = LaneMap(path).lines(0.0, 0.0, 0.0, flavour="streammapnet")
+    (line,) = LaneMap(path).lines(0.0, 0.0, 0.0, protocol="streammapnet")
     assert is_ring(line.points) and polyline_length(line.points) == pytest.approx(2 * (5 + 3))
 
 
 def test_unknown_flavour(tmp_path):
     path = write_map(tmp_path / "m.json")
-    with pytest.raises(ConfigError, match="flavour of lane lines is 'vectormap': give one of maptr, streammapnet"):
-        LaneMap(path).lines(0.0, 0.0, 0.0, flavour="vectormap")
+    with pytest.raises(ConfigError, match="protocol of lane lines is 'vectormap': give one of maptr, streammapnet"):
+        LaneMap(path).lines(0.0, 0.0, 0.0, protocol="vectormap")
 
 
 def test_real_map_is_a_second_witness(real_keyframe, tmp_path):
@@ -347,10 +347,10 @@ def test_real_map_is_a_second_witness(real_keyframe, tmp_path):
     edges = shapely.MultiLineString([f["polyline"] for f in features if f["kind"] == "drivable_boundary"])
     dividers = shapely.MultiLineString([line for kind in of_kind.values() for line in kind])
     road = shapely.from_geojson(json.dumps(area)).buffer(0)
-    for pose, ahead, flavour in ((global_from_lidar, np.pi / 2, "maptr"), (global_from_ego, 0.0, "streammapnet")):
+    for pose, ahead, protocol in ((global_from_lidar, np.pi / 2, "maptr"), (global_from_ego, 0.0, "streammapnet")):
         for size in ((60.0, 30.0), (100.0, 50.0)):
             yaw = yaw_from_rotation(pose) + ahead
-            lines = lane_map.lines(*pose[:2, 3], yaw, size, flavour)
+            lines = lane_map.lines(*pose[:2, 3], yaw, size, protocol)
             turn = np.array([[np.cos(yaw), -np.sin(yaw)], [np.sin(yaw), np.cos(yaw)]])
             found = {
                 name: shapely.MultiLineString([p @ turn.T + pose[:2, 3] for p in of_class(lines, name)])
@@ -376,8 +376,8 @@ def test_dataset_cuts_any_flavour_and_size_around_its_pose(hand_root, tmp_path):
     )
     cases = [("maptr", (60.0, 30.0), 0.9), ("maptr", (20.0, 10.0), 0.9)]
     cases += [("streammapnet", (60.0, 30.0), 0.0), ("streammapnet", (100.0, 50.0), 0.0)]
-    for flavour, size, middle in cases:
-        lines = data.truth_lines(2, flavour, size)
+    for protocol, size, middle in cases:
+        lines = data.gt_lines(2, protocol, size)
         (divider,) = of_class(lines, "divider")
         half = size[0] / 2
         assert np.allclose(sorted(divider.tolist()), [[middle - half, 0], [middle + half, 0]], atol=1e-4)
@@ -385,8 +385,8 @@ def test_dataset_cuts_any_flavour_and_size_around_its_pose(hand_root, tmp_path):
         wanted = [[middle - half + 0.2, middle + half - 0.2]] * 2
         assert np.allclose([np.sort(points[:, 0]) for points in kerbs], wanted, atol=1e-4)
         assert np.allclose([points[:, 1].mean() for points in kerbs], [-4, 4], atol=1e-4)
-    with pytest.raises(ConfigError, match="flavour"):
-        data.truth_lines(0, "openlane")
+    with pytest.raises(ConfigError, match="protocol"):
+        data.gt_lines(0, "openlane")
 
 
 def test_dataset_reads_several_roots(hand_root, town_root, tmp_path):
@@ -396,13 +396,13 @@ def test_dataset_reads_several_roots(hand_root, town_root, tmp_path):
     split = next(name for name, scenes in splits.items() if scenes)
     data = NuScenesDataset([town_root, town_root], version, split, image_size=(128, 224), cache_dir=tmp_path)
     for i in (0, len(data) // 2, len(data) - 1):
-        index, live = data.truth_lines(i), data.truth_lines(i, "maptr", (60.0, 30.0 + 1e-9))
+        index, live = data.gt_lines(i), data.gt_lines(i, "maptr", (60.0, 30.0 + 1e-9))
         assert len(index) == len(live) > 0
         for one, other in zip(index, live, strict=True):
             pair = shapely.linestrings(one.points), shapely.linestrings(other.points)
             assert one.label == other.label and shapely.hausdorff_distance(*pair) < 1e-4
         # In the plane the MapTR patch is the StreamMapNet one moved to the LiDAR: far from the border nothing differs.
-        apart = data.truth_lines(i, "streammapnet")
+        apart = data.gt_lines(i, "streammapnet")
         inner = shapely.box(-25, -12, 25, 12)
         for name in ("divider", "boundary"):
             a, b = (
@@ -411,8 +411,8 @@ def test_dataset_reads_several_roots(hand_root, town_root, tmp_path):
             assert shapely.hausdorff_distance(a, b) < 1e-3 or (a.is_empty and b.is_empty)
 
 
-@pytest.mark.parametrize("flavour", LANE_FLAVOURS)
-def test_is_fast(golden, town_root, flavour):
+@pytest.mark.parametrize("protocol", LANE_PROTOCOLS)
+def test_is_fast(golden, town_root, protocol):
     """Every patch is timed twice and the faster counts, so that a busy machine does not decide."""
     lane_map, poses = golden_poses(golden)
     maps = [lane_map, *(LaneMap(path) for path in (town_root / "maps" / "expansion").glob("*.json"))]
@@ -424,7 +424,7 @@ def test_is_fast(golden, town_root, flavour):
             pair = []
             for _ in range(2):
                 start = time.process_time()
-                here.lines(x, y, 0.2 * k, flavour=flavour)
+                here.lines(x, y, 0.2 * k, protocol=protocol)
                 pair.append(time.process_time() - start)
             times.append(min(pair))
         assert np.median(times) < 0.015

@@ -13,9 +13,9 @@ def line(points, label="divider", score=1.0):
     return MapLine(LINE_CLASSES.index(label), np.array(points, dtype=np.float64), score)
 
 
-def working_case():
+def operating_case():
     """Two frames with one true divider of 20 m each, on the x axis: ahead in one, behind in the other."""
-    truth = {"a": [line([[0, 0], [20, 0]])], "b": [line([[-30, 0], [-10, 0]])]}
+    gt = {"a": [line([[0, 0], [20, 0]])], "b": [line([[-30, 0], [-10, 0]])]}
     predictions = {
         "a": [
             line([[0, 6], [10, 6]], score=0.5),  # 10 m that are not there
@@ -23,15 +23,15 @@ def working_case():
         ],
         "b": [line([[-30, 0.8], [-10, 0.8]], score=0.3)],  # finds the second, 0.8 m off
     }
-    return predictions, truth
+    return predictions, gt
 
 
 def test_working_point_by_hand():
-    # At 1 m (the middle threshold) the flags by falling score are 1 0 1, and there are 2 true lines.
+    # At 1 m (the middle threshold) the flags by falling score are 1 0 1, and there are 2 ground-truth lines.
     # F1 = 2 tp / (used + true): 2/3 from 0.9 on, 2/4 from 0.5 on, 4/5 from 0.3 on, which is the best.
-    result = evaluate_lanes(*working_case())
+    result = evaluate_lanes(*operating_case())
     point = result.working["divider"]
-    assert result.working_threshold == 1.0
+    assert result.operating_threshold == 1.0
     assert point.score == 0.3
     assert (point.precision, point.recall, point.f1) == pytest.approx((2 / 3, 1.0, 4 / 5))
     # 20 m are 0.4 m off and 20 m are 0.8 m off: their mean and their median are 0.6 m. 10 m in two frames are false.
@@ -47,15 +47,15 @@ def test_working_point_by_hand():
 
 def test_working_point_at_a_given_score():
     # From 0.5 on: one of two is right, one of two is found, all found metres are 0.4 m off.
-    result = evaluate_lanes(*working_case(), working_score=0.5)
+    result = evaluate_lanes(*operating_case(), score_threshold=0.5)
     point = result.working["divider"]
     assert (point.score, point.precision, point.recall, point.f1) == pytest.approx((0.5, 1 / 2, 1 / 2, 1 / 2))
     assert (point.error, point.median_error) == pytest.approx((0.4, 0.4))
     assert [b.recall for b in point.bins] == [pytest.approx(1), pytest.approx(1 / 2), 0, None]
     assert [b.error for b in point.bins] == [pytest.approx(0.4), pytest.approx(0.4), None, None]
-    assert result.ap == evaluate_lanes(*working_case()).ap
+    assert result.ap == evaluate_lanes(*operating_case()).ap
     # One score for each class; from above all of them on nothing is used.
-    none = evaluate_lanes(*working_case(), working_score=dict.fromkeys(LINE_CLASSES, 0.95)).working["divider"]
+    none = evaluate_lanes(*operating_case(), score_threshold=dict.fromkeys(LINE_CLASSES, 0.95)).working["divider"]
     assert (none.precision, none.recall, none.error, none.false_metres_per_frame) == (None, 0, None, 0)
 
 
@@ -69,23 +69,23 @@ def test_position_error_is_measured_to_the_line_and_not_to_its_vertices():
 
 
 def test_equal_scores_are_used_together():
-    # Two true lines. From 0.9 on one hit is used: F1 = 2 / (1 + 2). From 0.5 on two hits and three false lines:
+    # Two ground-truth lines. From 0.9 on one hit is used: F1 = 2 / (1 + 2). From 0.5 on two hits and three false lines:
     # F1 = 4 / (5 + 2), which is worse, though with the hit alone it would be 1.
-    truth = {"a": [line([[0, 0], [10, 0]]), line([[0, 9], [10, 9]])]}
+    gt = {"a": [line([[0, 0], [10, 0]]), line([[0, 9], [10, 9]])]}
     same = [line([[0, y], [10, y]], score=0.5) for y in (9, -5, -9, -13)]
     for order in (1, -1):
         found = [line([[0, 0], [10, 0]], score=0.9), *same[::order]]
-        point = evaluate_lanes({"a": found}, truth).working["divider"]
+        point = evaluate_lanes({"a": found}, gt).working["divider"]
         assert (point.score, point.precision, point.f1) == pytest.approx((0.9, 1, 2 / 3))
-        point = evaluate_lanes({"a": found}, truth, working_score=0.5).working["divider"]
+        point = evaluate_lanes({"a": found}, gt, score_threshold=0.5).working["divider"]
         assert (point.precision, point.recall, point.f1) == pytest.approx((2 / 5, 1, 4 / 7))
 
 
 def test_a_class_without_hits_keeps_all_its_predictions():
-    truth = {"a": [line([[0, 0], [10, 0]])]}
+    gt = {"a": [line([[0, 0], [10, 0]])]}
     far = [line([[0, 9], [10, 9]], score=s) for s in (0.7, 0.2)]
-    other = [line([[0, 3], [5, 3]], "boundary", 0.6)]  # of a class without truth
-    working = evaluate_lanes({"a": far + other}, truth).working
+    other = [line([[0, 3], [5, 3]], "boundary", 0.6)]  # of a class without ground truth
+    working = evaluate_lanes({"a": far + other}, gt).working
     point = working["divider"]
     assert (point.score, point.precision, point.recall, point.f1, point.error) == (0.2, 0, 0, 0, None)
     assert point.false_metres_per_frame == pytest.approx(20)
@@ -97,9 +97,9 @@ def test_a_class_without_hits_keeps_all_its_predictions():
 
 
 def test_distance_bins_cover_the_extent():
-    truth = {"a": [line([[0, 0], [50, 0]])]}
+    gt = {"a": [line([[0, 0], [50, 0]])]}
     for extent, last in (("60x30", 30), ("100x50", 50)):
-        bins = evaluate_lanes(truth, truth, extent=extent).working["divider"].bins
+        bins = evaluate_lanes(gt, gt, extent=extent).working["divider"].bins
         assert [b.near for b in bins] == list(range(0, last + 1, 10)) and bins[-1].far is None
         along, across = LANE_EXTENTS[extent]
         assert bins[-1].near < np.hypot(along, across) / 2 <= bins[-1].near + 10
@@ -107,12 +107,12 @@ def test_distance_bins_cover_the_extent():
 
 
 def test_result_as_json_and_as_table():
-    result = evaluate_lanes(*working_case())
+    result = evaluate_lanes(*operating_case())
     record = json.loads(json.dumps(result.as_dict()))
-    # Precision 1 up to the first of two true lines, 2/3 up to the second.
+    # Precision 1 up to the first of two ground-truth lines, 2/3 up to the second.
     assert record["ap"]["divider"]["1.0"] == pytest.approx((1 + 2 / 3) / 2)
     assert record["protocol"] == "maptr" and record["extent"] == "60x30" and record["frames"] == 2
-    assert record["working"]["divider"]["f1"] == pytest.approx(4 / 5) and record["working_threshold_m"] == 1.0
+    assert record["working"]["divider"]["f1"] == pytest.approx(4 / 5) and record["operating_threshold_m"] == 1.0
     assert record["working"]["divider"]["bins"][3] == {
         "near": 30.0, "far": None, "metres_per_frame": 0.0, "recall": None, "error": None, "median_error": None,
     }  # fmt: skip

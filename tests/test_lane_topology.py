@@ -163,14 +163,14 @@ def test_dataset_gives_them_in_the_ego_frame(hand_root, tmp_path):
     options = {"image_size": (90, 160), "cameras": ("CAM_FRONT",), "cache_dir": tmp_path / "cache"}
     data = NuScenesDataset(root, "v1.0-hand", "hand_val", **options)
     for i in range(3):  # 3 m further each time
-        lines = data.truth_centerlines(i)
+        lines = data.gt_centerlines(i)
         assert lines.token == ["a", "b"] and lines.successor.tolist() == [[0, 1]]
         assert np.allclose(lines.points[0], [[-30, -1.5], [10 - 3 * i, -1.5]], atol=1e-6)
         assert np.allclose(lines.points[1], [[10 - 3 * i, -1.5], [30, -1.5]], atol=1e-6)
-    assert np.allclose(data.truth_centerlines(0, (100.0, 50.0)).points[1][-1], [50, -1.5], atol=1e-6)
+    assert np.allclose(data.gt_centerlines(0, (100.0, 50.0)).points[1][-1], [50, -1.5], atol=1e-6)
     plain = NuScenesDataset(hand_root, "v1.0-hand", "hand_val", **options)
     with pytest.raises(DataError, match=r"hand-town\.json has no 'lane_connector': centre lines need a map expansion"):
-        plain.truth_centerlines(0)
+        plain.gt_centerlines(0)
 
 
 @pytest.mark.parametrize(

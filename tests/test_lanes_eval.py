@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 
 
 def read_case(frames):
-    """Predictions and truth of a case in the golden layout."""
+    """Predictions and ground truth of a case in the golden layout."""
 
     def lines(items):
         return [
@@ -38,9 +38,9 @@ def line(points, label="divider", score=1.0):
     return MapLine(LINE_CLASSES.index(label), np.array(points, dtype=np.float64), score)
 
 
-def told(flavour):
-    """Protocol, extent and thresholds of a golden flavour; thresholds only where they are not the protocol's own."""
-    protocol, _, rest = flavour.partition("_")
+def told(protocol):
+    """Protocol, extent and thresholds of a golden protocol; thresholds only where they are not the protocol's own."""
+    protocol, _, rest = protocol.partition("_")
     if rest == "strict":
         return {"protocol": protocol, "thresholds": STRICT_THRESHOLDS}
     return {"protocol": protocol, "extent": rest} if rest else {"protocol": protocol}
@@ -55,7 +55,7 @@ def assert_equals_golden(result, expected):
             assert result.ap[name][threshold] == pytest.approx(wanted, abs=1e-6), (name, threshold)
         assert result.class_ap[name] == pytest.approx(expected["AP_per_class"][name], abs=1e-6)
     assert result.mean_ap == pytest.approx(expected["mAP"], abs=1e-6)
-    assert result.truth_count == expected["num_gts"]
+    assert result.gt_count == expected["num_gts"]
     assert result.prediction_count == expected["num_preds"]
 
 
@@ -65,33 +65,33 @@ def hand_case():
 
 
 def golden_flavours(golden):
-    """Every case and flavour of the golden file, with frames, numbers and how to ask for them."""
+    """Every case and protocol of the golden file, with frames, numbers and how to ask for them."""
     cases = json.loads((golden / "map_eval" / "polylines.json").read_text())["cases"]
-    for case, flavours in json.loads((golden / "map_eval" / "expected.json").read_text()).items():
-        for flavour, expected in flavours.items():
-            yield f"{case} {flavour}", cases[case], expected, told(flavour)
+    for case, protocols in json.loads((golden / "map_eval" / "expected.json").read_text()).items():
+        for protocol, expected in protocols.items():
+            yield f"{case} {protocol}", cases[case], expected, told(protocol)
 
 
-@pytest.mark.parametrize("flavour", ["maptr", "maptr_strict"])
-def test_published_numbers_of_the_hand_checked_case(flavour):
-    data, predictions, truth = hand_case()
-    assert_equals_golden(evaluate_lanes(predictions, truth, **told(flavour)), data["expected"][flavour])
+@pytest.mark.parametrize("protocol", ["maptr", "maptr_strict"])
+def test_published_numbers_of_the_hand_checked_case(protocol):
+    data, predictions, gt = hand_case()
+    assert_equals_golden(evaluate_lanes(predictions, gt, **told(protocol)), data["expected"][protocol])
 
 
 def test_published_numbers(golden):
     names = []
     for name, frames, expected, options in golden_flavours(golden):
-        predictions, truth = read_case(frames)
-        assert_equals_golden(evaluate_lanes(predictions, truth, **options), expected)
+        predictions, gt = read_case(frames)
+        assert_equals_golden(evaluate_lanes(predictions, gt, **options), expected)
         names.append(name)
     assert {name.split()[1] for name in names} >= {"maptr", "maptr_strict", "streammapnet_60x30", "streammapnet_100x50"}
 
 
 def test_published_flags_and_distances_of_every_prediction(golden):
     for name, frames, expected, options in golden_flavours(golden):
-        predictions, truth = read_case(frames)
+        predictions, gt = read_case(frames)
         for number, frame in enumerate(frames):
-            matches = match_lines(predictions[frame["token"]], truth[frame["token"]], **options)
+            matches = match_lines(predictions[frame["token"]], gt[frame["token"]], **options)
             for k, threshold in enumerate(expected["thresholds"]):
                 wanted = expected["flags"][str(threshold)][number]
                 assert matches.hit[:, k].astype(int).tolist() == wanted, (name, number, threshold)
@@ -104,10 +104,10 @@ def test_published_flags_and_distances_of_every_prediction(golden):
 
 
 def test_divider_values_by_hand():
-    _, predictions, truth = hand_case()
-    result = evaluate_lanes(predictions, truth)
+    _, predictions, gt = hand_case()
+    result = evaluate_lanes(predictions, gt)
     assert result.ap["divider"] == pytest.approx({0.5: 1 / 3, 1.0: 1 / 2, 1.5: 11 / 12})
-    strict = evaluate_lanes(predictions, truth, thresholds=STRICT_THRESHOLDS)
+    strict = evaluate_lanes(predictions, gt, thresholds=STRICT_THRESHOLDS)
     assert strict.ap["divider"][0.2] == pytest.approx(1 / 9)
 
 
@@ -132,7 +132,7 @@ def random_stubs(rng, count, score=True):
 
 
 def noisy_map(rng, frames=12, make=random_lines, noise=0.4):
-    truth = {f"t{i:02d}": make(rng, 8, score=False) for i in range(frames)}
+    gt = {f"t{i:02d}": make(rng, 8, score=False) for i in range(frames)}
     predictions = {
         token: [
             MapLine(
@@ -141,9 +141,9 @@ def noisy_map(rng, frames=12, make=random_lines, noise=0.4):
             for l in lines
         ]
         + make(rng, 4)
-        for token, lines in truth.items()
+        for token, lines in gt.items()
     }
-    return predictions, truth
+    return predictions, gt
 
 
 @pytest.mark.parametrize("protocol", LANE_PROTOCOLS)
@@ -152,7 +152,7 @@ def test_agrees_with_a_plain_loop_over_all_pairs(make, noise, protocol):
     """The short cuts (bounds, buffers of near pairs only) must not change anything: compare with the long way."""
     import shapely
 
-    predictions, truth = noisy_map(np.random.default_rng(3), frames=8, make=make, noise=noise)
+    predictions, gt = noisy_map(np.random.default_rng(3), frames=8, make=make, noise=noise)
     count_points = {"maptr": 100, "streammapnet": 200}[protocol]
     apart = []
 
@@ -162,8 +162,8 @@ def test_agrees_with_a_plain_loop_over_all_pairs(make, noise, protocol):
 
     def slow_ap(label, threshold):
         found, scores, count = [], [], 0
-        for token in truth:
-            trues = [resample(l.points) for l in truth[token] if l.label == label]
+        for token in gt:
+            trues = [resample(l.points) for l in gt[token] if l.label == label]
             taken = set()
             count += len(trues)
             for l in sorted((l for l in predictions[token] if l.label == label), key=lambda l: -l.score):
@@ -188,7 +188,7 @@ def test_agrees_with_a_plain_loop_over_all_pairs(make, noise, protocol):
             precision[i - 1] = max(precision[i - 1], precision[i])
         return sum((recall[i + 1] - recall[i]) * precision[i + 1] for i in range(len(recall) - 1))
 
-    result = evaluate_lanes(predictions, truth, protocol=protocol)
+    result = evaluate_lanes(predictions, gt, protocol=protocol)
     for label, name in enumerate(LINE_CLASSES):
         for threshold in result.thresholds:
             assert result.ap[name][threshold] == pytest.approx(slow_ap(label, threshold), abs=1e-9)
@@ -207,29 +207,29 @@ def test_chamfer_distance_in_closed_form():
 
 
 def test_perfect_predictions_score_one():
-    truth = {
+    gt = {
         "a": [line([[0, -10], [0, 10]]), line([[3, 0], [6, 0], [6, 2], [3, 2], [3, 0]], "ped_crossing")],
         "b": [line([[5, -10], [5, 3], [9, 10]], "boundary")],
     }
-    assert evaluate_lanes(truth, truth, thresholds=(0.01, 1.5)).mean_ap == 1.0
+    assert evaluate_lanes(gt, gt, thresholds=(0.01, 1.5)).mean_ap == 1.0
 
 
 def test_collinear_lines_whose_flat_buffers_do_not_touch_never_match():
     # The ends lie 0.5 m apart and the mean distance is 1 m, but buffers with flat caps leave the gap open.
-    truth = {"a": [line([[0, 0], [1, 0]])]}
+    gt = {"a": [line([[0, 0], [1, 0]])]}
     predictions = {"a": [line([[1.5, 0], [2.5, 0]])]}
-    assert chamfer_distances(truth["a"][0].points[None], predictions["a"][0].points[None])[0] < 1.5
-    assert evaluate_lanes(predictions, truth).ap["divider"][1.5] == 0.0
-    assert evaluate_lanes(predictions, truth, protocol="streammapnet").ap["divider"][1.5] == 1.0  # asks no buffers
+    assert chamfer_distances(gt["a"][0].points[None], predictions["a"][0].points[None])[0] < 1.5
+    assert evaluate_lanes(predictions, gt).ap["divider"][1.5] == 0.0
+    assert evaluate_lanes(predictions, gt, protocol="streammapnet").ap["divider"][1.5] == 1.0  # asks no buffers
     beside = {"a": [line([[0, 1.2], [1, 1.2]])]}
-    assert evaluate_lanes(beside, truth).ap["divider"][1.5] == 1.0
+    assert evaluate_lanes(beside, gt).ap["divider"][1.5] == 1.0
 
 
 def test_a_prediction_has_no_second_choice():
     # Both predictions are closest to the same line; the weaker one may not fall back on the other, though it is near.
-    truth = {"a": [line([[0, 0], [0, 10]]), line([[1.2, 0], [1.2, 10]])]}
+    gt = {"a": [line([[0, 0], [0, 10]]), line([[1.2, 0], [1.2, 10]])]}
     predictions = {"a": [line([[0.1, 0], [0.1, 10]], score=0.9), line([[0.4, 0], [0.4, 10]], score=0.8)]}
-    assert evaluate_lanes(predictions, truth).ap["divider"] == pytest.approx({0.5: 0.5, 1.0: 0.5, 1.5: 0.5})
+    assert evaluate_lanes(predictions, gt).ap["divider"] == pytest.approx({0.5: 0.5, 1.0: 0.5, 1.5: 0.5})
 
 
 def test_number_of_points_by_a_ring_that_starts_half_a_step_later():
@@ -238,39 +238,39 @@ def test_number_of_points_by_a_ring_that_starts_half_a_step_later():
     corners = np.array([[0.0, 0], [10, 0], [10, 10], [0, 10]])
     shift = 40 / 99 / 2
     later = np.concatenate([[[shift, 0]], corners[1:], corners[:1], [[shift, 0]]])
-    truth = {"a": [line(corners[[0, 1, 2, 3, 0]], "ped_crossing")]}
+    gt = {"a": [line(corners[[0, 1, 2, 3, 0]], "ped_crossing")]}
     predictions = {"a": [line(later, "ped_crossing")]}
     for protocol, distance in (("maptr", shift), ("streammapnet", abs(shift - 40 / 199))):
-        found = match_lines(predictions["a"], truth["a"], protocol=protocol).distance[0]
+        found = match_lines(predictions["a"], gt["a"], protocol=protocol).distance[0]
         assert found == pytest.approx(distance, abs=0.01)
-        assert evaluate_lanes(predictions, truth, protocol=protocol, thresholds=(0.1,)).mean_ap * 3 == (distance < 0.1)
+        assert evaluate_lanes(predictions, gt, protocol=protocol, thresholds=(0.1,)).mean_ap * 3 == (distance < 0.1)
 
 
 @pytest.mark.parametrize("protocol", LANE_PROTOCOLS)
 def test_direction_of_lines_and_order_of_frames_do_not_matter(protocol):
     rng = np.random.default_rng(5)
-    predictions, truth = noisy_map(rng)
-    base = evaluate_lanes(predictions, truth, protocol=protocol)
+    predictions, gt = noisy_map(rng)
+    base = evaluate_lanes(predictions, gt, protocol=protocol)
     reversed_lines = {t: [l._replace(points=l.points[::-1]) for l in lines] for t, lines in predictions.items()}
-    turned = evaluate_lanes(reversed_lines, truth, protocol=protocol)
+    turned = evaluate_lanes(reversed_lines, gt, protocol=protocol)
     for name in LINE_CLASSES:
         assert turned.ap[name] == pytest.approx(base.ap[name], abs=1e-9)
         assert turned.working[name].error == pytest.approx(base.working[name].error, abs=1e-9)
     # Equal scores are the hard case for a shuffled split: give every prediction the same one.
     flat = {t: [l._replace(score=0.5) for l in lines] for t, lines in predictions.items()}
     shuffled = {t: flat[t] for t in rng.permutation(list(flat))}
-    shuffled_truth = {t: truth[t] for t in rng.permutation(list(truth))}
-    result = evaluate_lanes(flat, truth, protocol=protocol)
-    assert evaluate_lanes(shuffled, shuffled_truth, protocol=protocol) == result and 0 < result.mean_ap < 1
+    shuffled_gt = {t: gt[t] for t in rng.permutation(list(gt))}
+    result = evaluate_lanes(flat, gt, protocol=protocol)
+    assert evaluate_lanes(shuffled, shuffled_gt, protocol=protocol) == result and 0 < result.mean_ap < 1
 
 
 def test_number_of_processes_does_not_matter():
-    predictions, truth = noisy_map(np.random.default_rng(6), frames=120)  # more than a process gets at a time
-    alone, shared = (evaluate_lanes(predictions, truth, workers=workers) for workers in (0, 2))
+    predictions, gt = noisy_map(np.random.default_rng(6), frames=120)  # more than a process gets at a time
+    alone, shared = (evaluate_lanes(predictions, gt, workers=workers) for workers in (0, 2))
     assert shared == alone and 0.1 < alone.mean_ap < 0.9
     broken = {**predictions, "t07": [line([[0, 0]])]}
     with pytest.raises(DataError, match="sample t07"):
-        evaluate_lanes(broken, truth, workers=1)
+        evaluate_lanes(broken, gt, workers=1)
 
 
 @pytest.mark.parametrize("protocol", LANE_PROTOCOLS)
@@ -290,10 +290,10 @@ def test_start_of_a_ring_and_its_direction_do_not_matter(protocol):
     def closed(lines, start, step):
         return [l._replace(points=np.roll(l.points, -start, 0)[::step][np.r_[:edges, 0]]) for l in lines]
 
-    truth = {f"t{i}": closed(rings(0, lambda: 1.0), 0, 1) for i in range(5)}
-    guesses = {token: rings(1.8, lambda: float(rng.uniform())) for token in truth}
+    gt = {f"t{i}": closed(rings(0, lambda: 1.0), 0, 1) for i in range(5)}
+    guesses = {token: rings(1.8, lambda: float(rng.uniform())) for token in gt}
     scores = [
-        evaluate_lanes({t: closed(l, start, step) for t, l in guesses.items()}, truth, protocol=protocol)
+        evaluate_lanes({t: closed(l, start, step) for t, l in guesses.items()}, gt, protocol=protocol)
         for start, step in ((0, 1), (0, -1), (edges // 2, 1), (17, -1))
     ]
     assert 0.05 < scores[0].mean_ap < 0.3  # of one class in three
@@ -303,11 +303,11 @@ def test_start_of_a_ring_and_its_direction_do_not_matter(protocol):
 def test_start_vertex_of_a_ring_hardly_matters():
     # The samples slide along the ring by at most half their spacing of 22 m / 99.
     ring = np.array([[0, 0], [8, 0], [8, 3], [0, 3]], dtype=np.float64)
-    truth = {"a": [line(ring[[0, 1, 2, 3, 0]], "ped_crossing")]}
+    gt = {"a": [line(ring[[0, 1, 2, 3, 0]], "ped_crossing")]}
     for start in range(4):
         points = np.roll(ring, -start, axis=0)
         predictions = {"a": [line(np.concatenate([points, points[:1]]), "ped_crossing")]}
-        assert evaluate_lanes(predictions, truth, thresholds=(22 / 99 / 2 + 0.01,)).class_ap["ped_crossing"] == 1.0
+        assert evaluate_lanes(predictions, gt, thresholds=(22 / 99 / 2 + 0.01,)).class_ap["ped_crossing"] == 1.0
 
 
 def test_bad_input_names_the_sample():
@@ -336,8 +336,8 @@ def test_impossible_options_are_refused():
         ({"extent": "30x60"}, "'30x60'; choose one of 60x30, 100x50"),
         ({"thresholds": ()}, "thresholds"),
         ({"thresholds": (0.5, 0.5)}, "thresholds"),
-        ({"working_score": np.nan}, "finite"),
-        ({"working_score": {"divider": 0.5}}, "one for each"),
+        ({"score_threshold": np.nan}, "finite"),
+        ({"score_threshold": {"divider": 0.5}}, "one for each"),
     ):
         with pytest.raises(ConfigError, match=said):
             evaluate_lanes(good, good, **options)
@@ -353,13 +353,13 @@ from perception.types import MapLine
 
 def main():
     rng = np.random.default_rng(0)
-    predictions, truth = {}, {}
+    predictions, ground truth = {}, {}
     for frame in range(2000):
         heading = rng.uniform(0, 2 * np.pi, (50, 1)) + np.cumsum(rng.normal(0, 0.05, (50, 20)), 1)
         steps = rng.uniform(0.3, 2.0, (50, 1, 1)) * np.stack([np.cos(heading), np.sin(heading)], -1)
         points = rng.uniform((-30, -15), (30, 15), (50, 2))[:, None] + np.cumsum(steps, 1)  # [50, 20, 2]
         off = points + rng.normal(0, 0.5, (50, 1, 2)) + rng.normal(0, 0.1, points.shape)
-        truth[f"{frame:05d}"] = [MapLine(k % 3, points[k]) for k in range(50)]
+        gt[f"{frame:05d}"] = [MapLine(k % 3, points[k]) for k in range(50)]
         predictions[f"{frame:05d}"] = [MapLine(k % 3, off[k], float(rng.uniform())) for k in range(50)]
     start = time.perf_counter()
     result = evaluate_lanes(predictions, truth, protocol=sys.argv[1], workers=2)

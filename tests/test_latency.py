@@ -45,10 +45,10 @@ def test_openvino_takes_its_turn(small_network, fp32_export):
 
 def test_differences_count_whatever_the_order():
     generator = np.random.default_rng(0)
-    wanted = {"raw_box_logits": generator.normal(size=(5, 3)), "raw_box_places": 100 * generator.normal(size=(5, 4))}
+    wanted = {"raw_box_logits": generator.normal(size=(5, 3)), "raw_box_params": 100 * generator.normal(size=(5, 4))}
     found = {name: values[::-1].copy() for name, values in wanted.items()}
     assert largest_difference(wanted, found) == 0
-    wanted["raw_box_places"][1, 2], found["raw_box_places"][3, 2] = 50.0, 51.0
+    wanted["raw_box_params"][1, 2], found["raw_box_params"][3, 2] = 50.0, 51.0
     assert largest_difference(wanted, found) == pytest.approx(1 / 50)
     assert largest_difference({"new_memory": np.zeros(3)}, {"new_memory": np.full(3, 0.5)}) == 0.5
 

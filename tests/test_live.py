@@ -16,7 +16,7 @@ from scipy.spatial.transform import Rotation
 from perception.errors import ConfigError, DataError, PerceptionError, PerceptionWarning
 from perception.export.runtime import Runtime
 from perception.geometry import rigid_from_yaw
-from perception.live import Odometer, check_intrinsics, jumped, motion_size
+from perception.live import EgoMotion, check_intrinsics, jumped, motion_size
 from perception.predictor import Predictor
 from perception.types import CameraRig, State
 
@@ -348,7 +348,7 @@ def test_settings_that_are_no_numbers_are_named(make, kind, name, value):
 
 def test_limits_of_speed_and_turn_rate():
     def pair(motion, seconds, **limits):
-        odometer = Odometer(**limits)
+        odometer = EgoMotion(**limits)
         odometer.keep(odometer.since_last(rigid_from_yaw(1.0, (3e5, 5e6, 30)), 100.0))
         return odometer.since_last(rigid_from_yaw(1.0, (3e5, 5e6, 30)) @ motion, 100.0 + seconds)
 
@@ -386,7 +386,7 @@ def test_motion_size_is_that_of_another_library():
      (5.0, "give frames more often")],
 )  # fmt: skip
 def test_three_gaps_in_a_row_name_the_likely_unit(step, advice):
-    odometer = Odometer()
+    odometer = EgoMotion()
 
     def go(time):
         odometer.keep(odometer.since_last(np.eye(4), time))

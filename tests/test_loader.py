@@ -7,7 +7,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from perception.data.augment import Augment
-from perception.data.loader import Draw, SceneStreamSampler, TrainSampler, collate, decode_image, pad_lines
+from perception.data.loader import ClipRequest, SceneStreamSampler, TrainSampler, collate, decode_image, pad_lines
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError, DataError
 from perception.types import MapLine, map_tensors
@@ -77,19 +77,19 @@ def flat(noun):
 
 
 def test_collate_pads_truth_and_keeps_each_item(dataset):
-    a, b = dataset()[Draw((0, 1), -1, (0,))], dataset()[Draw((4, 5), 3, (0,))]
+    a, b = dataset()[ClipRequest((0, 1), -1, (0,))], dataset()[ClipRequest((4, 5), 3, (0,))]
     # Give the second one more boxes and lines.
-    longer = a.truth._replace(boxes=map_tensors(lambda t: torch.cat([t, t, t], dim=1), a.truth.boxes))
-    longer = longer._replace(lines=map_tensors(lambda t: torch.cat([t, t], dim=1), a.truth.lines))
-    batch = collate([a, b._replace(truth=longer)])
+    longer = a.gt._replace(boxes=map_tensors(lambda t: torch.cat([t, t, t], dim=1), a.gt.boxes))
+    longer = longer._replace(lines=map_tensors(lambda t: torch.cat([t, t], dim=1), a.gt.lines))
+    batch = collate([a, b._replace(gt=longer)])
     assert batch.frames.images.shape == (2, 2, 2, 3, 45, 80) and batch.sample_index.tolist() == [[0, 1], [4, 5]]
-    assert batch.truth.boxes.center.shape == (2, 2, 6, 3) and batch.truth.lines.points.shape == (2, 2, 6, 20, 2)
+    assert batch.gt.boxes.center.shape == (2, 2, 6, 3) and batch.gt.lines.points.shape == (2, 2, 6, 20, 2)
     for got, want in zip(flat(batch.frames), flat(a.frames), strict=True):
         assert torch.equal(got[0], want)
-    for got, want in zip(flat(batch.truth), flat(a.truth), strict=True):
+    for got, want in zip(flat(batch.gt), flat(a.gt), strict=True):
         assert got.dtype == want.dtype and torch.equal(got[0][:, : want.shape[1]], want)
         assert not got[0][:, want.shape[1] :].any()  # padding: zero, and not valid
-    for got, want in zip(flat(batch.truth), flat(longer), strict=True):
+    for got, want in zip(flat(batch.gt), flat(longer), strict=True):
         assert torch.equal(got[1], want)
 
 
@@ -97,9 +97,9 @@ SCENES = [0] * 7 + [1] * 6 + [2] * 1 + [3] * 8 + [4] * 5
 
 
 def test_order_depends_on_seed_and_epoch_only():
-    sampler = TrainSampler(SCENES, batch_size=2, groups=1, window=2, drop=0.2, seed=3)
+    sampler = TrainSampler(SCENES, batch_size=2, streams=1, frames_per_clip=2, drop=0.2, seed=3)
     sampler.set_epoch(2)
-    again = TrainSampler(SCENES, batch_size=2, groups=1, window=2, drop=0.2, seed=3)
+    again = TrainSampler(SCENES, batch_size=2, streams=1, frames_per_clip=2, drop=0.2, seed=3)
     first = list(again)
     again.set_epoch(2)
     assert list(sampler) == list(sampler) == list(again) != first
@@ -107,16 +107,16 @@ def test_order_depends_on_seed_and_epoch_only():
     assert not {draw.seed for draw in first} & {draw.seed for draw in again}
 
 
-@pytest.mark.parametrize(("drop", "groups"), [(0.0, 1), (0.3, 1), (0.0, 2)])
-def test_each_stream_follows_its_scene_to_the_end(drop, groups):
+@pytest.mark.parametrize(("drop", "streams"), [(0.0, 1), (0.3, 1), (0.0, 2)])
+def test_each_stream_follows_its_scene_to_the_end(drop, streams):
     """Element k of every batch goes on where element k of the group's batch before ended."""
-    sampler = TrainSampler(SCENES, batch_size=3, groups=groups, window=2, drop=drop, seed=0)
+    sampler = TrainSampler(SCENES, batch_size=3, streams=streams, frames_per_clip=2, drop=drop, seed=0)
     met, skipped = set(), 0
     for epoch in range(20):
         sampler.set_epoch(epoch)
         draws = list(sampler)
         batches = [draws[start : start + 3] for start in range(0, len(draws), 3)]
-        for stream in (batch_stream for g in range(groups) for batch_stream in zip(*batches[g::groups], strict=True)):
+        for stream in (batch_stream for g in range(streams) for batch_stream in zip(*batches[g::streams], strict=True)):
             last = None
             for draw in stream:
                 assert len({SCENES[i] for i in draw.samples}) == 1 and list(draw.samples) == sorted(set(draw.samples))
@@ -131,20 +131,20 @@ def test_each_stream_follows_its_scene_to_the_end(drop, groups):
                         assert end - last.samples[-1] < 2
                 met.update(draw.samples)
                 last = draw
-    if groups == 1:  # else an epoch of so few samples ends before a scene does
+    if streams == 1:  # else an epoch of so few samples ends before a scene does
         assert met == set(range(26 + 1)) - {13}  # all but the scene of one sample
     assert (skipped > 0) == (drop > 0)
 
 
 def test_ranks_have_scenes_of_their_own_and_equally_many_batches():
-    whole = list(TrainSampler(list(range(12)) * 3, batch_size=4, groups=2, window=1, drop=0.0, seed=1))
+    whole = list(TrainSampler(list(range(12)) * 3, batch_size=4, streams=2, frames_per_clip=1, drop=0.0, seed=1))
     ranks = [list(TrainSampler(list(range(12)) * 3, 2, 2, 1, 0.0, seed=1, rank=rank, world_size=2)) for rank in (0, 1)]
     assert [len(rank) for rank in ranks] == [18, 18] and sorted(ranks[0] + ranks[1]) == sorted(whole)
 
 
 def test_windows_that_no_scene_fills_are_refused():
-    with pytest.raises(ConfigError, match=r"train\.window is 9.*use at most 8"):
-        TrainSampler(SCENES, batch_size=1, groups=1, window=9, drop=0.0, seed=0)
+    with pytest.raises(ConfigError, match=r"train\.frames_per_clip is 9.*use at most 8"):
+        TrainSampler(SCENES, batch_size=1, streams=1, frames_per_clip=9, drop=0.0, seed=0)
 
 
 def test_streams_follow_scenes():
@@ -155,13 +155,13 @@ def test_streams_follow_scenes():
 
 
 def test_augmentation_depends_on_the_draw_only_not_on_workers(dataset):
-    data = dataset(augment=Augment(jitter_deg=1.0, drop_camera=0.5, corrupt=0.5))
-    sampler = TrainSampler(data.scene_of_sample, batch_size=2, groups=1, window=1, drop=0.0, seed=5)
+    data = dataset(augment=Augment(extrinsics_noise_deg=1.0, drop_camera=0.5, corrupt=0.5))
+    sampler = TrainSampler(data.scene_of_sample, batch_size=2, streams=1, frames_per_clip=1, drop=0.0, seed=5)
     sampler.set_epoch(1)
     alone = list(DataLoader(data, batch_size=2, sampler=sampler, collate_fn=collate))
     shared = list(DataLoader(data, batch_size=2, sampler=sampler, collate_fn=collate, num_workers=2))
     for one, other in zip(alone, shared, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(flat(one), flat(other), strict=True))
-    same, changed = data[Draw((1,), 0, (5, 1, 1))], data[Draw((1,), 0, (5, 2, 1))]
-    assert torch.equal(same.frames.images, data[Draw((1,), 0, (5, 1, 1))].frames.images)
+    same, changed = data[ClipRequest((1,), 0, (5, 1, 1))], data[ClipRequest((1,), 0, (5, 2, 1))]
+    assert torch.equal(same.frames.images, data[ClipRequest((1,), 0, (5, 1, 1))].frames.images)
     assert not torch.equal(same.frames.rig.ego_from_cam, changed.frames.rig.ego_from_cam)

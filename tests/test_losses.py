@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from perception.geometry import rigid_from_yaw, transform_points
 from perception.grid import BEVGrid
 from perception.losses import (
+    draw_bev_segmentation,
     draw_boxes,
     draw_heatmap,
-    draw_raster,
     encode_boxes,
     focal_loss,
     hungarian,
@@ -26,10 +26,10 @@ from perception.types import (
     Boxes,
     CameraRig,
     Frame,
+    FrameObjects,
     ImagePrediction,
     Polylines,
     Prediction,
-    Scene,
     map_tensors,
 )
 
@@ -62,7 +62,7 @@ def make_boxes() -> Boxes:
         attribute=torch.full((1, 4), -1),
         score=torch.ones(1, 4),
         valid=torch.tensor([[True, True, True, False]]),
-        spread=torch.zeros(1, 4, 9),
+        uncertainty=torch.zeros(1, 4, 9),
     )
 
 
@@ -73,12 +73,13 @@ def make_lines() -> Polylines:
         label=torch.tensor([[2, 1]]),
         score=torch.ones(1, 2),
         valid=torch.ones(1, 2, dtype=torch.bool),
-        spread=torch.zeros(1, 2, 5, 2),
+        uncertainty=torch.zeros(1, 2, 5, 2),
     )
 
 
 def perfect_prediction(boxes: Boxes, lines: Polylines, logit: float = 12.0) -> Prediction:
-    """Logits and parameters that say exactly the truth, in another order than the truth, with spare queries."""
+    """Logits and parameters that say exactly the ground truth, in another order than the ground truth, with spare
+    queries."""
     Q = 6
     box_logits, params = torch.full((1, 1, Q, 10), -logit), torch.zeros(1, 1, Q, 10)
     for m, q in enumerate([4, 0, 2]):
@@ -90,7 +91,7 @@ def perfect_prediction(boxes: Boxes, lines: Polylines, logit: float = 12.0) -> P
         points[0, 0, q] = lines.points[0, m]
     heat = draw_heatmap(boxes, GRID, 10)
     heatmap = torch.where(heat == 1, logit, -logit)
-    raster = torch.where(draw_raster(lines, GRID, 3) > 0, logit, -logit)
+    bev_seg = torch.where(draw_bev_segmentation(lines, GRID, 3) > 0, logit, -logit)
     depth, box = draw_boxes(boxes, FRAME.rig, (60, 100), (15, 25))
     shown = F.one_hot(boxes.label[0, box], 10).movedim(-1, 2).bool() & depth.isfinite()[:, :, None]
     image = torch.where(shown, logit, -logit)
@@ -102,18 +103,20 @@ def perfect_prediction(boxes: Boxes, lines: Polylines, logit: float = 12.0) -> P
     angle = (boxes.yaw - torch.atan2(sight[..., 1], sight[..., 0]))[0, box]
     heading = torch.stack([angle.sin(), angle.cos()], 2)
     images = ImagePrediction(image, depth_logits, heading)
-    # An error of nothing under a spread of one has the negative log likelihood log 2.
-    spreads = torch.zeros(1, 1, Q, 9), torch.zeros(1, 1, 4, 5, 2)
-    return Prediction(box_logits, params, spreads[0], line_logits, points, spreads[1], heatmap, raster, images)
+    # An error of nothing under an uncertainty of one has the negative log likelihood log 2.
+    uncertainties = torch.zeros(1, 1, Q, 9), torch.zeros(1, 1, 4, 5, 2)
+    return Prediction(
+        box_logits, params, uncertainties[0], line_logits, points, uncertainties[1], heatmap, bev_seg, images
+    )
 
 
 def test_truth_has_no_loss_and_decodes_to_itself():
     boxes, lines = make_boxes(), make_lines()
     prediction = perfect_prediction(boxes, lines)
-    losses = set_losses(prediction, Scene(boxes, lines), FRAME, GRID)
+    losses = set_losses(prediction, FrameObjects(boxes, lines), FRAME, GRID)
     # 9 + 9 + 7 known errors of nothing for 3 boxes (one velocity is unknown), each log 2; loss weight 0.1
-    assert losses.pop("box_spread").item() == pytest.approx(0.1 * 25 / 3 * math.log(2))
-    assert losses.pop("line_spread").item() == pytest.approx(0.1 * math.log(2))
+    assert losses.pop("box_uncertainty").item() == pytest.approx(0.1 * 25 / 3 * math.log(2))
+    assert losses.pop("line_uncertainty").item() == pytest.approx(0.1 * math.log(2))
     for name, loss in losses.items():
         assert loss.item() == pytest.approx(0, abs=1e-3), name
     scene = decode(prediction)
@@ -128,7 +131,7 @@ def test_box_error_by_hand():
     prediction = perfect_prediction(boxes, lines)
     prediction.box_params[0, 0, 4, 0] += 3.0  # the first box 3 m off in x: 3 m x weight 1 / 3 boxes x loss weight 0.25
     prediction.box_params[0, 0, 4, 8] -= 2.0  # and 2 m/s off: 2 x 2 / 3 x 0.25
-    losses = set_losses(prediction, Scene(boxes, lines), FRAME, GRID)
+    losses = set_losses(prediction, FrameObjects(boxes, lines), FRAME, GRID)
     assert losses["box_params"].item() == pytest.approx((3.0 * 1 + 2.0 * 2.0) / 3 * 0.25, rel=1e-5)
 
 
@@ -145,29 +148,32 @@ def test_a_yaw_counts_as_far_as_a_class_has_one(label, turned, error):
     prediction = perfect_prediction(boxes, lines)
     yaw = torch.tensor(math.radians(turned))
     prediction.box_params[0, 0, :, 6:8] = torch.stack([yaw.sin(), yaw.cos()])
-    losses = set_losses(prediction, Scene(boxes, lines), FRAME, GRID)
+    losses = set_losses(prediction, FrameObjects(boxes, lines), FRAME, GRID)
     assert losses["box_params"].item() == pytest.approx(0.25 * error, abs=1e-5)
     turned_by = torch.stack([yaw.cos(), -yaw.sin(), yaw.sin(), yaw.cos()]).view(2, 2)
     cos_sin = turned_by @ prediction.images.heading.flip(2).movedim(2, -1)[..., None]
     heading = cos_sin[..., 0].movedim(-1, 2).flip(2)
     images = prediction.images._replace(heading=heading)
-    found = set_losses(prediction._replace(images=images), Scene(boxes, lines), FRAME, GRID)["image_heading"].item()
+    found = set_losses(prediction._replace(images=images), FrameObjects(boxes, lines), FRAME, GRID)[
+        "image_heading"
+    ].item()
     assert (found < 1e-4) == (error == 0.0)
 
 
 def test_spread_is_the_mean_error():
-    """Errors of 1 and 3 m under a spread of 2 m: the likelihood is highest there, and only the spread is trained."""
+    """Errors of 1 and 3 m under an uncertainty of 2 m: the likelihood is highest there, and only the uncertainty is
+    trained."""
     boxes, lines = make_boxes(), make_lines()
     prediction = map_tensors(torch.Tensor.requires_grad_, map_tensors(torch.clone, perfect_prediction(boxes, lines)))
     with torch.no_grad():
         prediction.line_points[0, 0, 3] += torch.tensor([1.0, 0.0])
         prediction.line_points[0, 0, 1] += torch.tensor([3.0, 0.0])
-        prediction.line_log_spread[..., 0] = math.log(2)
-    loss = set_losses(prediction, Scene(boxes, lines), FRAME, GRID)["line_spread"]
+        prediction.line_log_uncertainty[..., 0] = math.log(2)
+    loss = set_losses(prediction, FrameObjects(boxes, lines), FRAME, GRID)["line_uncertainty"]
     # Along x (log 2 + log 2 + (1 + 3) / 2 / 2), along y log 2; the mean of both, loss weight 0.1.
     assert loss.item() == pytest.approx(0.1 * (3 * math.log(2) + 1) / 2, rel=1e-5)
     loss.backward()
-    slope = prediction.line_log_spread.grad[0, 0, ..., 0].sum(-1)
+    slope = prediction.line_log_uncertainty.grad[0, 0, ..., 0].sum(-1)
     assert slope[3].item() == pytest.approx(-slope[1].item()) != 0  # one wants more, one less
     assert prediction.line_points.grad is None or not prediction.line_points.grad.any()
 
@@ -177,7 +183,7 @@ def test_a_turned_box_has_an_error_in_radians():
     prediction = perfect_prediction(boxes, lines)
     yaw = boxes.yaw[0, 1] + 2 * math.pi - 0.3  # from -2.0 the short way
     prediction.box_params[0, 0, 0, 6:8] = torch.stack([yaw.sin(), yaw.cos()])
-    loss = set_losses(prediction, Scene(boxes, lines), FRAME, GRID)["box_spread"]
+    loss = set_losses(prediction, FrameObjects(boxes, lines), FRAME, GRID)["box_uncertainty"]
     assert loss.item() == pytest.approx(0.1 / 3 * (25 * math.log(2) + 0.3), rel=1e-4)
 
 
@@ -185,11 +191,11 @@ def test_unknown_velocity_costs_nothing_but_a_nan_in_the_output_shows():
     boxes, lines = make_boxes(), make_lines()
     prediction = perfect_prediction(boxes, lines)
     prediction.box_params[0, 0, 0, 8] = 100.0
-    losses = set_losses(prediction, Scene(boxes, lines), FRAME, GRID)
+    losses = set_losses(prediction, FrameObjects(boxes, lines), FRAME, GRID)
     assert losses["box_params"].item() == pytest.approx(0, abs=1e-6)
     prediction.box_params[0, 0, 4, 0] = math.nan
     with pytest.raises(FloatingPointError, match="not finite"):
-        set_losses(prediction, Scene(boxes, lines), FRAME, GRID)
+        set_losses(prediction, FrameObjects(boxes, lines), FRAME, GRID)
 
 
 @pytest.mark.parametrize("walk", ["backwards", "ring start", "ring start backwards"])
@@ -202,7 +208,7 @@ def test_a_line_walked_otherwise_is_the_same_line(walk):
         ring = [*RING[2:], *RING[1:3]]
         points = torch.tensor([BEND, ring if walk == "ring start" else ring[::-1]])
     turned = lines._replace(points=points[None])
-    losses = set_losses(prediction, Scene(boxes, turned), FRAME, GRID)
+    losses = set_losses(prediction, FrameObjects(boxes, turned), FRAME, GRID)
     assert losses["line_points"].item() == pytest.approx(0, abs=1e-6)
     # cosine_similarity is guarded by an epsilon, so it is not exactly 1
     assert losses["line_direction"].item() == pytest.approx(0, abs=1e-5)
@@ -228,7 +234,7 @@ def test_matching_is_the_cheapest_and_ignores_padding():
 def test_empty_scene_has_finite_losses_and_gradients():
     boxes, lines = make_boxes(), make_lines()
     prediction = map_tensors(torch.Tensor.requires_grad_, perfect_prediction(boxes, lines, logit=1.0))
-    nothing = Scene(
+    nothing = FrameObjects(
         boxes._replace(valid=torch.zeros(1, 4, dtype=torch.bool)),
         lines._replace(valid=torch.zeros(1, 2, dtype=torch.bool)),
     )
@@ -254,11 +260,11 @@ def test_heatmap_peaks_where_the_centres_are():
 
 
 def test_raster_marks_the_cells_a_line_crosses():
-    raster = draw_raster(make_lines(), GRID, 3)
+    bev_seg = draw_bev_segmentation(make_lines(), GRID, 3)
     # the straight part of the bend, y = 1 (cell 10), from x = -8 (cell 6) to x = 0 (cell 10)
-    assert raster[0, 2, 6:11, 10].tolist() == [1] * 5
-    assert raster[0, 0].sum() == 0
-    assert raster[0, 1].sum() > 0
+    assert bev_seg[0, 2, 6:11, 10].tolist() == [1] * 5
+    assert bev_seg[0, 0].sum() == 0
+    assert bev_seg[0, 1].sum() > 0
 
 
 def one_box(center, size, yaw, label=0) -> Boxes:
@@ -271,7 +277,7 @@ def one_box(center, size, yaw, label=0) -> Boxes:
         attribute=-ones.long(),
         score=ones,
         valid=ones.bool(),
-        spread=torch.zeros(1, 1, 9),
+        uncertainty=torch.zeros(1, 1, 9),
     )
 
 
@@ -327,10 +333,10 @@ def test_an_absent_camera_has_no_loss():
     prediction = perfect_prediction(boxes, lines)
     for dense in prediction.images:
         dense[:, 1] = 5.0
-    losses = set_losses(prediction, Scene(boxes, lines), FRAME, GRID)
+    losses = set_losses(prediction, FrameObjects(boxes, lines), FRAME, GRID)
     assert losses["image_class"] > 1
     alone = FRAME._replace(rig=FRAME.rig._replace(present=torch.tensor([[True, False]])))
-    losses = set_losses(prediction, Scene(boxes, lines), alone, GRID)
+    losses = set_losses(prediction, FrameObjects(boxes, lines), alone, GRID)
     for name in ("image_class", "image_depth", "image_heading"):
         loss = losses[name]
         assert loss.item() == pytest.approx(0, abs=1e-3), name

@@ -10,7 +10,7 @@ from perception.data.nuscenes import NuScenesDataset
 from perception.engine import load_config, load_weights, train
 from perception.errors import CheckpointError, ConfigError
 from perception.evaluation.streaming import evaluate_stream
-from perception.models.bev_transformer import ModelConfig
+from perception.models.bev_transformer import BEVTransformerConfig
 from perception.models.bevformer import BEVFormer, BEVFormerConfig
 from perception.models.checkpoint import load_checkpoint, save_checkpoint
 from perception.models.maptr import MapTR, MapTRConfig, MapTRHead, RawLines, best_lines
@@ -81,7 +81,7 @@ val_data = dict(dataroot={str(town_root)!r}, version={VERSION!r}, split="town_va
     with pytest.raises(CheckpointError, match="the config's model has"):  # a small one, not the published one
         load_weights(tmp_path / "w.safetensors", config.model)
     with pytest.raises(CheckpointError, match="wants another network"):
-        load_weights(tmp_path / "w.safetensors", ModelConfig.nano())
+        load_weights(tmp_path / "w.safetensors", BEVTransformerConfig.nano())
     with pytest.raises(ConfigError, match="has no section train"):
         train(config, tmp_path / "work")
 

@@ -11,19 +11,19 @@ from perception.geometry import project_points, rigid_from_yaw
 from perception.grid import BEVGrid
 from perception.models.backbone import FPNEncoder
 from perception.models.bev_encoder import (
-    CameraAttention,
-    GatedMemory,
+    SpatialCrossAttention,
+    TemporalFusion,
     depth_position,
     pixel_rays,
     read_depth,
     see_points,
 )
-from perception.models.bev_transformer import BEVTransformer, ModelConfig
+from perception.models.bev_transformer import BEVTransformer, BEVTransformerConfig
 from perception.models.checkpoint import load_checkpoint, save_checkpoint
 from perception.models.decoder import BoxReading, decode
 from perception.types import CameraRig, Frame, ImagePrediction, Prediction, map_tensors
 
-CONFIG = ModelConfig.preset(
+CONFIG = BEVTransformerConfig.preset(
     "nano", image_size=(48, 80), channels=16, grid=(20, 20), heads=2, depth_bins=6, decoder_layers=2,
     box_queries=12, line_queries=8, line_points=6, cameras_per_cell=2,
 )  # fmt: skip
@@ -43,7 +43,7 @@ def make_rig(cameras: int, image_size, yaws=None) -> CameraRig:
     return CameraRig(img_from_cam[None], ego_from_cam[None], torch.ones(1, cameras, dtype=torch.bool))
 
 
-def make_frame(batch: int = 1, cameras: int = 6, config: ModelConfig = CONFIG, seed: int = 0) -> Frame:
+def make_frame(batch: int = 1, cameras: int = 6, config: BEVTransformerConfig = CONFIG, seed: int = 0) -> Frame:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (batch, cameras, 3, *config.image_size), generator=generator, dtype=torch.uint8)
     rig = make_rig(cameras, config.image_size)
@@ -93,12 +93,12 @@ def test_shapes(model):
     prediction, state = model(make_frame(batch=2), model.initial_state(2))
     assert prediction.box_logits.shape == (2, 2, 12, 10)
     assert prediction.box_params.shape == (2, 2, 12, 10)
-    assert prediction.box_log_spread.shape == (2, 2, 12, 9)
-    assert prediction.line_log_spread.shape == (2, 2, 8, 6, 2)
+    assert prediction.box_log_uncertainty.shape == (2, 2, 12, 9)
+    assert prediction.line_log_uncertainty.shape == (2, 2, 8, 6, 2)
     assert prediction.line_logits.shape == (2, 2, 8, 3)
     assert prediction.line_points.shape == (2, 2, 8, 6, 2)
     assert prediction.heatmap_logits.shape == (2, 10, 20, 20)
-    assert prediction.raster_logits.shape == (2, 3, 20, 20)
+    assert prediction.bev_seg_logits.shape == (2, 3, 20, 20)
     assert prediction.images.logits.shape == (2, 6, 10, 6, 10)
     assert prediction.images.depth_logits.shape == (2, 6, 6, 6, 10)
     assert prediction.images.heading.shape == (2, 6, 2, 6, 10)
@@ -166,7 +166,7 @@ def test_rotated_rig_gives_a_rotated_bev():
     """Turning the rig by 90 degrees on the car turns what the camera attention sees by 90 degrees."""
     torch.manual_seed(0)
     grid = BEVGrid((-16.0, 16.0), (-16.0, 16.0), (16, 16))
-    attention = CameraAttention(grid, (0.0, 1.0), channels_in=9, channels=8, cameras=2, samples=3)
+    attention = SpatialCrossAttention(grid, (0.0, 1.0), channels_in=9, channels=8, cameras=2, samples=3)
     images, distance = torch.randn(1, 4, 9, 6, 10), torch.rand(1, 4, 7, 6, 10)
     query = torch.zeros(1, 256, 8)  # the same query everywhere, so only geometry tells cells apart
     rig = make_rig(4, (48, 80))
@@ -183,7 +183,7 @@ def test_a_cell_is_lit_by_the_pixels_at_its_depth():
     """One camera whose every pixel shows something 8 m away: cells are lit by how well 8 m fits them."""
     torch.manual_seed(0)
     grid = BEVGrid((-16.0, 16.0), (-16.0, 16.0), (16, 16))
-    attention = CameraAttention(grid, (1.0,), channels_in=3, channels=8, cameras=2, samples=1)
+    attention = SpatialCrossAttention(grid, (1.0,), channels_in=3, channels=8, cameras=2, samples=1)
     bins = 32
     likely = torch.zeros(bins)
     place = depth_position(torch.tensor(9.0), bins)  # 9 m lies between two bins
@@ -226,7 +226,7 @@ def test_depth_is_read_between_pixels_and_between_bins():
 def test_a_cell_knows_how_much_farther_an_object_is():
     """Two numbers beside the features: how open the gate is, and how deep the pixel is against the cell."""
     grid = BEVGrid((-16.0, 16.0), (-16.0, 16.0), (16, 16))
-    attention = CameraAttention(grid, (1.0,), channels_in=3, channels=8, cameras=1, samples=1)
+    attention = SpatialCrossAttention(grid, (1.0,), channels_in=3, channels=8, cameras=1, samples=1)
     attention.norm = attention.output = torch.nn.Identity()
     mean = math.log(9) / math.log(80)
     distance = torch.tensor([0.25, mean, *[0.0] * 8]).view(1, 1, -1, 1, 1).expand(-1, -1, -1, 6, 10)
@@ -280,7 +280,7 @@ def test_memory_is_carried_and_reset(model):
 @torch.no_grad()
 def test_memory_knows_how_long_ago():
     torch.manual_seed(0)
-    memory = GatedMemory(BEVGrid((-4.0, 4.0), (-4.0, 4.0), (8, 8)), 4)
+    memory = TemporalFusion(BEVGrid((-4.0, 4.0), (-4.0, 4.0), (8, 8)), 4)
     bev, old, eye = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8), torch.eye(4)[None]
     known = torch.zeros(1, dtype=torch.bool)
     slow, past = memory(bev, old, eye, torch.tensor([0.5]), known)
@@ -303,10 +303,10 @@ def test_decode_by_hand():
     line_logits[..., 2] = inverse_sigmoid(0.7)
     points = torch.tensor([[0.0, 0], [10, 0], [10, 5], [0, 0.5]]).reshape(1, 1, 1, 4, 2)
     dense = torch.zeros(1, 1, 2, 2)
-    box_spread, line_spread = torch.zeros(1, 1, 2, 9), torch.full((1, 1, 1, 4, 2), math.log(0.3))
-    box_spread[0, 0, 1, 6] = math.log(0.2)
+    box_uncertainty, line_uncertainty = torch.zeros(1, 1, 2, 9), torch.full((1, 1, 1, 4, 2), math.log(0.3))
+    box_uncertainty[0, 0, 1, 6] = math.log(0.2)
     scene = decode(
-        Prediction(box_logits, params, box_spread, line_logits, points, line_spread, dense, dense, NO_IMAGES)
+        Prediction(box_logits, params, box_uncertainty, line_logits, points, line_uncertainty, dense, dense, NO_IMAGES)
     )
     assert scene.boxes.label[0].tolist() == [3, 7]
     assert scene.boxes.score[0].tolist() == pytest.approx([0.8, 0.6])
@@ -314,8 +314,8 @@ def test_decode_by_hand():
     assert scene.boxes.size[0, 0].tolist() == pytest.approx([11, 3, 4])
     assert scene.boxes.yaw[0].tolist() == pytest.approx([math.pi / 2, 0])
     assert scene.boxes.velocity[0, 0].tolist() == [5, 6]
-    assert scene.boxes.spread[0, :, 6].tolist() == pytest.approx([0.2, 1.0])
-    assert scene.lines.spread.unique().tolist() == pytest.approx([0.3])
+    assert scene.boxes.uncertainty[0, :, 6].tolist() == pytest.approx([0.2, 1.0])
+    assert scene.lines.uncertainty.unique().tolist() == pytest.approx([0.3])
     assert scene.lines.label[0].tolist() == [2]
     assert scene.lines.closed[0].tolist() == [True]  # the ends are 0.5 m apart
 
@@ -359,9 +359,9 @@ def test_checkpoint_round_trip_and_refusals(model, tmp_path):
 
 def test_config_refuses_what_does_not_exist():
     with pytest.raises(ConfigError, match="preset"):
-        ModelConfig.preset("huge")
+        BEVTransformerConfig.preset("huge")
     with pytest.raises(ConfigError, match=r"model\.chanels"):
-        ModelConfig.preset("nano", chanels=3)
+        BEVTransformerConfig.preset("nano", chanels=3)
     with pytest.raises(ConfigError, match="backbone"):
         FPNEncoder("vgg", 3, 8, 16)
     with pytest.raises(ConfigError, match="feature_stride"):
@@ -370,9 +370,9 @@ def test_config_refuses_what_does_not_exist():
 
 @pytest.mark.parametrize("preset", ["nano", "tiny", "base"])
 def test_presets_build(preset):
-    config = ModelConfig.preset(preset)
+    config = BEVTransformerConfig.preset(preset)
     with torch.device("meta"):
         encoder = FPNEncoder(config.backbone, config.backbone_stages, config.feature_stride, config.channels)
         images = torch.empty(6, 3, *config.image_size)
         assert encoder(images).shape[-1] == config.image_size[1] // config.feature_stride
-    assert sum(p.numel() for p in BEVTransformer(ModelConfig.nano()).parameters()) * 2 < 20e6  # half floats
+    assert sum(p.numel() for p in BEVTransformer(BEVTransformerConfig.nano()).parameters()) * 2 < 20e6  # half floats

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from perception.data.index import load_index
-from perception.data.loader import Draw
+from perception.data.loader import ClipRequest
 from perception.data.nuscenes import NUSCENES_CAMERAS, NuScenesDataset
 from perception.errors import DataError
 from perception.geometry import (
@@ -67,12 +67,12 @@ def test_streaming_frames(hand_root, tmp_path):
 
 def test_a_draw_may_leave_keyframes_out(hand_root, tmp_path):
     data = read(hand_root, tmp_path)
-    clip = data[Draw((1, 2), -1, (0,))]
+    clip = data[ClipRequest((1, 2), -1, (0,))]
     assert clip.sample_index.tolist() == [1, 2]
     assert clip.frames.is_first.tolist() == [True, False]
     assert clip.frames.seconds_since_prev.tolist() == pytest.approx([0.0, STEP])
     assert torch.equal(clip.frames.ego_from_prev[0], torch.eye(4))
-    clip = data[Draw((5,), 3, (0,))]  # the one in between was dropped
+    clip = data[ClipRequest((5,), 3, (0,))]  # the one in between was dropped
     assert clip.frames.is_first.tolist() == [False]
     assert clip.frames.seconds_since_prev.tolist() == pytest.approx([2 * STEP])
     moved = torch.from_numpy(rigid_from_yaw(0.0, (-2 * SPEED * STEP, 0, 0))).float()
@@ -92,7 +92,7 @@ def test_cameras_are_carried_to_the_reference_time(hand_root, tmp_path):
 
 def test_boxes(hand_root, tmp_path):
     data = read(hand_root, tmp_path)
-    boxes = data[1].truth.boxes  # ego has moved 3 m
+    boxes = data[1].gt.boxes  # ego has moved 3 m
     assert boxes.center.shape == (1, 2, 3)
     assert torch.allclose(boxes.center[0], torch.tensor([[19.0, 3.5, 0.8], [7.0, -5.0, 0.9]]), atol=1e-4)
     assert torch.allclose(boxes.size[0, 0], torch.tensor([4.5, 1.9, 1.6]))
@@ -105,17 +105,17 @@ def test_boxes(hand_root, tmp_path):
 
 def test_unknown_velocity_is_nan(root, tmp_path):
     edit(root, "sample_annotation", lambda rows: [row.update(prev="", next="") for row in rows])
-    assert read(root, tmp_path).truth_boxes(1).velocity.isnan().all()
+    assert read(root, tmp_path).gt_boxes(1).velocity.isnan().all()
 
 
 def test_lines(hand_root, tmp_path):
     data = read(hand_root, tmp_path, points_per_line=11)
-    exact = data.truth_lines(2)
+    exact = data.gt_lines(2)
     assert [LINE_CLASSES[line.label] for line in exact] == ["divider", "boundary", "boundary"]
     divider = sorted(exact[0].points.tolist())
     assert np.allclose(divider, [[0.9 - 30, 0], [0.9 + 30, 0]], atol=1e-4)  # centred at the LiDAR
     assert sorted(round(line.points[0, 1]) for line in exact[1:]) == [-4, 4]
-    lines = data[2].truth.lines
+    lines = data[2].gt.lines
     assert lines.points.shape == (1, 3, 11, 2) and lines.valid.all() and not lines.closed.any()
     assert torch.allclose(lines.points[0, 0, :, 0].sort().values, torch.linspace(-29.1, 30.9, 11), atol=1e-4)
 
@@ -149,11 +149,11 @@ def test_several_roots_are_one_dataset(hand_root, root, tmp_path):
     both = read([hand_root, root], tmp_path)
     one = read(hand_root, tmp_path)
     assert len(both) == 12 and both.scene_of_sample.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
-    first, again = one[Draw((4, 5), 3, (0,))], both[Draw((10, 11), 9, (0,))]
+    first, again = one[ClipRequest((4, 5), 3, (0,))], both[ClipRequest((10, 11), 9, (0,))]
     assert again.sample_index.tolist() == [10, 11]
     assert torch.equal(first.frames.images, again.frames.images)
-    assert torch.equal(first.truth.lines.points, again.truth.lines.points)
-    assert torch.equal(first.truth.boxes.center, again.truth.boxes.center)
+    assert torch.equal(first.gt.lines.points, again.gt.lines.points)
+    assert torch.equal(first.gt.boxes.center, again.gt.boxes.center)
     assert torch.equal(first.frames.ego_from_prev, again.frames.ego_from_prev)
 
 
@@ -168,17 +168,17 @@ def test_cache_is_used_and_never_stale(root, tmp_path, monkeypatch):
         for x, y in zip(*((a, b) if isinstance(a, tuple) else ((a,), (b,))), strict=True):
             assert x.dtype == y.dtype and np.array_equal(x, y, equal_nan=x.dtype.kind == "f")
     edit(root, "sample_annotation", lambda rows: rows[0].update(size=[1.0, 2.0, 3.0]))
-    assert read(root, tmp_path).truth_boxes(0).size[0].tolist() == [2.0, 1.0, 3.0]
+    assert read(root, tmp_path).gt_boxes(0).size[0].tolist() == [2.0, 1.0, 3.0]
     path = root / "maps" / "expansion" / "hand-town.json"
     path.write_text(path.read_text().replace('"lane_divider": [{', '"lane_divider": [], "x": [{'))
-    assert [line.label for line in read(root, tmp_path).truth_lines(0)] == [2, 2]
+    assert [line.label for line in read(root, tmp_path).gt_lines(0)] == [2, 2]
 
 
 def test_damaged_cache_is_built_again(hand_root, tmp_path):
-    want = read(hand_root, tmp_path).truth_boxes(0).center
+    want = read(hand_root, tmp_path).gt_boxes(0).center
     (cache,) = (tmp_path / "cache").iterdir()
     cache.write_bytes(cache.read_bytes()[:1000])
-    assert torch.equal(read(hand_root, tmp_path).truth_boxes(0).center, want)
+    assert torch.equal(read(hand_root, tmp_path).gt_boxes(0).center, want)
     assert cache.stat().st_size > 1000
 
 
@@ -250,13 +250,13 @@ def test_town_boxes_and_projection_agree_with_devkit(town):
     compared = 0
     for i in (0, 3, 5):
         frame, record = data[i].frames, nusc.get("sample", data.tokens[i])
-        truth = data.truth_boxes(i)
+        gt = data.gt_boxes(i)
         anns = [nusc.get("sample_annotation", token) for token in record["anns"]]
         from nuscenes.eval.detection.utils import category_to_detection_name
 
         kept = [ann["token"] for ann in anns if category_to_detection_name(ann["category_name"])]
-        assert len(kept) == len(truth.label) > 5
-        corners = box_corners(truth.center.double(), truth.size.double(), truth.yaw.double())  # [M, 8, 3]
+        assert len(kept) == len(gt.label) > 5
+        corners = box_corners(gt.center.double(), gt.size.double(), gt.yaw.double())  # [M, 8, 3]
         for camera, channel in enumerate(NUSCENES_CAMERAS):
             _, boxes, intrinsic = nusc.get_sample_data(record["data"][channel], BoxVisibility.NONE)
             by_token = {box.token: box for box in boxes}
@@ -283,18 +283,18 @@ def test_town_fields_agree_with_devkit(town):
         record = nusc.get("sample", token)
         pose = nusc.get("ego_pose", nusc.get("sample_data", record["data"]["LIDAR_TOP"])["ego_pose_token"])
         assert np.allclose(data.ego_pose(i), rigid_from_quaternion(pose["rotation"], pose["translation"]))
-        truth, turn = data.truth_boxes(i), data.ego_pose(i)[:3, :3]
+        gt, turn = data.gt_boxes(i), data.ego_pose(i)[:3, :3]
         anns = [nusc.get("sample_annotation", t) for t in record["anns"]]
         anns = [ann for ann in anns if category_to_detection_name(ann["category_name"])]
         for k, ann in enumerate(anns):
-            assert BOX_CLASSES[truth.label[k]] == category_to_detection_name(ann["category_name"])
+            assert BOX_CLASSES[gt.label[k]] == category_to_detection_name(ann["category_name"])
             w, l, h = ann["size"]
-            assert truth.size[k].tolist() == pytest.approx([l, w, h], abs=1e-5)
-            assert bool(truth.valid[k]) == (ann["num_lidar_pts"] + ann["num_radar_pts"] > 0)
-            back = turn @ np.array([*truth.velocity[k].tolist(), 0.0])
+            assert gt.size[k].tolist() == pytest.approx([l, w, h], abs=1e-5)
+            assert bool(gt.valid[k]) == (ann["num_lidar_pts"] + ann["num_radar_pts"] > 0)
+            back = turn @ np.array([*gt.velocity[k].tolist(), 0.0])
             assert np.allclose(back[:2], nusc.box_velocity(ann["token"])[:2], atol=2e-2, equal_nan=True)
             yaw = yaw_from_rotation(rigid_from_quaternion(ann["rotation"], ann["translation"]))
-            off = yaw - yaw_from_rotation(turn) - float(truth.yaw[k])
+            off = yaw - yaw_from_rotation(turn) - float(gt.yaw[k])
             assert abs(np.sin(off)) < 1e-3 and np.cos(off) > 0
 
 
@@ -306,7 +306,7 @@ def test_town_static_boxes_stay_where_they_are(town):
         frame = data[i].frames
         if frame.is_first:
             continue
-        now, before = data.truth_boxes(i), data.truth_boxes(i - 1)
+        now, before = data.gt_boxes(i), data.gt_boxes(i - 1)
         carried = transform_points(frame.ego_from_prev[0], before.center[before.velocity.norm(dim=-1) < 1e-3])
         gaps = (carried[:, None] - now.center).norm(dim=-1).min(dim=1).values
         assert (gaps < 1e-2).float().mean() > 0.8  # some leave the annotated area
@@ -325,7 +325,7 @@ def test_town_lines_lie_on_the_devkits_map(town):
     surface = [nusc_map.extract_polygon(r["polygon_token"]) for r in nusc_map.road_segment + nusc_map.lane]
     kerbs = shapely.union_all(surface).boundary
     flat = rigid_from_yaw(yaw_from_rotation(data.ego_pose(0)), (*data.ego_pose(0)[:2, 3], 0.0))
-    lines = data.truth_lines(0)
+    lines = data.gt_lines(0)
     assert {LINE_CLASSES[line.label] for line in lines} >= {"divider", "boundary"}
     for line in lines:
         points = line.points @ flat[:2, :2].T + flat[:2, 3]

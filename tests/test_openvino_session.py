@@ -16,7 +16,7 @@ import pytest
 from onnx import numpy_helper
 
 from perception.errors import CheckpointError, ConfigError
-from perception.export.drive import camera_frame, drive, moment_inputs
+from perception.export.drive import camera_frame, frame_inputs, replay_frames
 from perception.export.latency import largest_difference
 from perception.export.openvino_session import BFLOAT16, FLOAT32, openvino_core
 from perception.export.parity import certify
@@ -36,10 +36,10 @@ def with_bfloat16():
 
 
 def answers(runtime, town, count=8):
-    """Raw outputs and memory over the first moments of a drive; at one a camera is missing, at one all are turned."""
+    """Raw outputs and memory over the first frames of a drive; at one a camera is missing, at one all are turned."""
     rows = []
-    for _, (_, frame) in zip(range(count), drive(town, 6), strict=False):
-        for name, array in moment_inputs(camera_frame(frame, runtime.images)).items():
+    for _, (_, frame) in zip(range(count), replay_frames(town, 6), strict=False):
+        for name, array in frame_inputs(camera_frame(frame, runtime.images)).items():
             runtime.inputs[name][...] = array
         runtime.run()
         row = {name: array.copy() for name, array in runtime.outputs.items() if name.startswith("raw_")}
@@ -98,7 +98,7 @@ def test_certificates_of_openvino(with_bfloat16, small_network, fp32_export, sma
         if backend == FLOAT32:
             assert found.failures == []
         else:  # held to metrics alone, as float16 is
-            assert all(failure.split()[0] in ("nds", "lane_map") for failure in found.failures)
+            assert all(failure.split()[0] in ("nds", "lane_mAP") for failure in found.failures)
         found.save(folder)
         assert json.loads((folder / f"certificate.{backend}.json").read_text())["backend"] == backend
 

@@ -10,14 +10,14 @@ from conftest import noisy
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import CheckpointError, ConfigError, DataError
 from perception.evaluation.streaming import predict_stream
-from perception.models.bev_transformer import BEVTransformer, ModelConfig
+from perception.models.bev_transformer import BEVTransformer, BEVTransformerConfig
 from perception.models.checkpoint import save_checkpoint
 from perception.predictor import Predictor, shipped_weights, weights_file
 from perception.synthetic import VERSION
 from perception.types import map_tensors
 
 # The town's images are 128 x 224: these are scaled by 0.75 and cropped by 2.5 pixels at both sides.
-SMALL = ModelConfig.preset(
+SMALL = BEVTransformerConfig.preset(
     "nano", image_size=(96, 162), grid=(20, 20), channels=16, depth_bins=8, backbone_stages=2, decoder_layers=2,
     box_queries=20, line_queries=8,
 )  # fmt: skip
@@ -66,7 +66,7 @@ class Drive:
 
 
 @pytest.fixture(scope="module")
-def drive(town_root) -> Drive:
+def replay_frames(town_root) -> Drive:
     return Drive(town_root)
 
 

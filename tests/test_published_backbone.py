@@ -37,10 +37,13 @@ def test_resnet_and_pyramid(golden, name):
         channels=neck["out_channels"],
     )
     params = load_file(folder / "params.safetensors")
-    trunk, pyramid = PublishedResNet(config).eval(), PublishedFPN(neck["in_channels"], config.channels, config.levels)
-    for module, prefix in ((trunk, "img_backbone."), (pyramid, "img_neck.")):
+    backbone, pyramid = (
+        PublishedResNet(config).eval(),
+        PublishedFPN(neck["in_channels"], config.channels, config.levels),
+    )
+    for module, prefix in ((backbone, "img_backbone."), (pyramid, "img_neck.")):
         module.load_state_dict({k.removeprefix(prefix): v for k, v in params.items() if k.startswith(prefix)})
-    maps = trunk(load_file(folder / "inputs.safetensors")["img"])
+    maps = backbone(load_file(folder / "inputs.safetensors")["img"])
     levels = pyramid([maps[stage] for stage in config.outputs])
     expected = load_file(folder / "outputs.safetensors")
     for i, x in enumerate(maps):

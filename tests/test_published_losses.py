@@ -140,7 +140,7 @@ def test_orderings_of_rings_and_open_lines():
 
 
 def test_boxes_go_to_the_lidar_and_back():
-    """The way of the truth is the way back of what is decoded."""
+    """The way of the ground truth is the way back of what is decoded."""
     torch.manual_seed(0)
     box = torch.cat(
         [10 * torch.randn(1, 5, 3), 1 + torch.rand(1, 5, 3), 6 * torch.rand(1, 5, 1), torch.randn(1, 5, 2)], -1
@@ -178,27 +178,27 @@ def test_places_keep_their_digits_in_bfloat16(network, town_root):
 
 @pytest.mark.parametrize("network", ["bevformer", "maptr"])
 def test_what_is_true_costs_nothing(network, town_root):
-    """The truth, put where the network would say it, has no loss but that of not being quite sure."""
+    """The ground truth, put where the network would say it, has no loss but that of not being quite sure."""
     data = NuScenesDataset(town_root, VERSION, "town_val", image_size=(64, 96))
     clip = collate([data[0]])
-    frame, truth, _ = map_tensors(lambda tensor: tensor[:, 0], clip)
+    frame, gt, _ = map_tensors(lambda tensor: tensor[:, 0], clip)
     model = build_network(BEVFormerConfig(**SMALL, bev=(8, 8)) if network == "bevformer" else MapTRConfig(**SMALL))
     turn = model.ego_from_lidar
     if network == "bevformer":
-        params = encode_lidar_boxes(lidar_boxes(truth.boxes, turn))[None]
+        params = encode_lidar_boxes(lidar_boxes(gt.boxes, turn))[None]
         inside = (params[0, ..., :2].abs() < 51.2).all(-1)  # what lies farther away is not asked for
-        label, known = truth.boxes.label, truth.boxes.valid & inside
+        label, known = gt.boxes.label, gt.boxes.valid & inside
     else:
-        lidar = (truth.lines.points - turn[:2, 3]) @ turn[:2, :2]
+        lidar = (gt.lines.points - turn[:2, 3]) @ turn[:2, :2]
         params = ((lidar + torch.tensor([15.0, 30.0])) / torch.tensor([30.0, 60.0]))[None]
-        label, known = truth.lines.label, truth.lines.valid
+        label, known = gt.lines.label, gt.lines.valid
     logits = torch.full((1, *label.shape, 10 if network == "bevformer" else 3), -9.0)
     logits[0, 0, torch.arange(label.shape[1])[known[0]], label[known]] = 9.0
     prediction = (RawBoxes if network == "bevformer" else RawLines)(logits, params)
-    losses = losses_of(model, prediction, truth, frame)
+    losses = losses_of(model, prediction, gt, frame)
     assert known.sum() > 3 and all(loss.item() < 1e-2 for loss in losses.values())
     moved = prediction._replace(**{prediction._fields[1]: prediction[1] + 0.1})
-    assert sum(losses_of(model, moved, truth, frame).values()) > 0.1
+    assert sum(losses_of(model, moved, gt, frame).values()) > 0.1
 
 
 @pytest.mark.parametrize("preset", ["bevformer_tiny", "maptr_tiny_r50_24e_gkt", "maptrv2_nusc_r50_24ep"])
@@ -213,7 +213,7 @@ model = dict(
 train_data = dict(dataroot={str(town_root)!r}, version={VERSION!r}, split="town_val", augment=dict(mirror=0.0))
 val_data = dict(dataroot={str(town_root)!r}, version={VERSION!r}, split="town_val")
 train = dict(
-    epochs=2, batch_size=2, groups=1, window=1, drop_frames=0.0, image_epochs=0, lr=1e-3, trunk_lr_share=0.5,
+    epochs=2, batch_size=2, streams=1, frames_per_clip=1, drop_frames=0.0, image_epochs=0, lr=1e-3, backbone_lr_mult=0.5,
     frozen_stages=0, weight_decay=0.01, warmup_iters=2, grad_clip=35.0, ema_momentum=0.0, val_every=2, log_every=1,
     workers=0,
 )
@@ -227,7 +227,7 @@ train = dict(
     start = make_core(config).state_dict()
     changed = {name for name, tensor in trained.state_dict().items() if not torch.equal(tensor, start[name])}
     assert any(name.startswith("head.transformer.decoder") for name in changed)
-    assert not any(name.startswith("image_encoder.encoder.trunk.stem") for name in changed)
+    assert not any(name.startswith("image_encoder.encoder.backbone.stem") for name in changed)
     assert sum(dry_run(config).parameters.values()) == sum(p.numel() for p in trained.parameters())
     model = TrainingModel(trained)
     groups = build_optimizer(model, config.train).param_groups

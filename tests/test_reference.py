@@ -13,7 +13,7 @@ from onnx.version_converter import convert_version
 
 from perception.errors import ConfigError
 from perception.export.contract import read_contract
-from perception.export.drive import camera_frame, drive, moment_inputs
+from perception.export.drive import camera_frame, frame_inputs, replay_frames
 from perception.export.parity import certify
 from perception.export.reference import ReferenceSession, grid_sample, resize_linear
 from perception.export.runtime import Runtime, session_options
@@ -260,11 +260,11 @@ def read_again(folder, dataset, frames=2, other=None):
     """The second reading of the first frames of a drive; where there is another folder, of the graph in that."""
     runtime = Runtime(folder)
     second = SecondExecutor(other or folder, read_contract(other or folder), 40)
-    for number, (_, frame) in enumerate(drive(dataset, 6)):
+    for number, (_, frame) in enumerate(replay_frames(dataset, 6)):
         if number == frames:
             return second.result()
         memory = runtime.memory()
-        for name, array in moment_inputs(camera_frame(frame, runtime.images)).items():
+        for name, array in frame_inputs(camera_frame(frame, runtime.images)).items():
             runtime.inputs[name][...] = array
         runtime.run()
         second.add(runtime.inputs | {"memory": memory}, runtime.outputs | {"new_memory": runtime.memory()})

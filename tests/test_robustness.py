@@ -25,7 +25,7 @@ from perception.evaluation.robustness import (
 )
 from perception.evaluation.streaming import evaluate_scenes, predict_stream
 from perception.geometry import invert_rigid, project_points, transform_points
-from perception.models.bev_transformer import BEVTransformer, ModelConfig
+from perception.models.bev_transformer import BEVTransformer, BEVTransformerConfig
 from perception.models.checkpoint import save_checkpoint
 from perception.models.decoder import decode
 from perception.synthetic import VERSION
@@ -33,7 +33,7 @@ from perception.types import ImagePrediction, Prediction, State
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "evaluate.py"
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
-SMALL = ModelConfig.preset(
+SMALL = BEVTransformerConfig.preset(
     "nano", image_size=(64, 96), grid=(20, 20), channels=16, depth_bins=8, backbone_stages=2, decoder_layers=2,
     box_queries=20, line_queries=8,
 )  # fmt: skip
@@ -42,7 +42,7 @@ model = dict(preset="nano", image_size=(64, 96), grid=(20, 20), channels=16, dep
              decoder_layers=2, box_queries=20, line_queries=8)
 train_data = dict(dataroot={root!r}, version={version!r}, split="town_val")
 val_data = dict(dataroot={root!r}, version={version!r}, split="town_val")
-train = dict(image_epochs=0, epochs=1, batch_size=1, groups=1, window=1, drop_frames=0.0, lr=1e-3, weight_decay=0.0,
+train = dict(image_epochs=0, epochs=1, batch_size=1, streams=1, frames_per_clip=1, drop_frames=0.0, lr=1e-3, weight_decay=0.0,
              warmup_iters=1, grad_clip=1.0, ema_momentum=0.0, val_every=1, log_every=1, workers=0)
 """
 
@@ -59,7 +59,7 @@ def model() -> BEVTransformer:
 
 
 class Witness(nn.Module):
-    """Knows the truth of every picture it has seen before, to the pixel, and says what is in it.
+    """Knows the ground truth of every picture it has seen before, to the pixel, and says what is in it.
 
     A box or a line is told where its middle lies in the picture of a present camera; velocities only with a memory.
     """
@@ -84,7 +84,7 @@ class Witness(nn.Module):
         points, kinds = torch.zeros(0, 20, 2), torch.zeros(0, dtype=torch.int64)
         if known:
             i = pictures[known[0]]
-            boxes, lines = self.dataset.truth_boxes(i), pad_lines([self.dataset.truth_lines(i)], 20)
+            boxes, lines = self.dataset.gt_boxes(i), pad_lines([self.dataset.gt_lines(i)], 20)
             boxes_at = boxes.center
             motion = torch.zeros_like(boxes.velocity) if frame.is_first[0] else boxes.velocity.nan_to_num()
             angle = torch.stack([boxes.yaw.sin(), boxes.yaw.cos()], -1)
@@ -115,18 +115,18 @@ def test_a_witness_loses_what_it_is_not_shown(dataset):
     witness = Witness(dataset)
     stream = predict_stream(witness, dataset)
     clean = evaluate_scenes(dataset, stream.scenes).metrics()
-    assert clean["map"] > 0.4 and clean["lane_map"] > 0.5
+    assert clean["mAP"] > 0.4 and clean["lane_mAP"] > 0.5
     trials = plan_trials(
-        dataset.cameras, drop_camera="CAM_FRONT", jitter_deg=1.0, corrupt="noise:1", no_memory=True, seed=3
+        dataset.cameras, drop_camera="CAM_FRONT", extrinsics_noise_deg=1.0, corrupt="noise:1", no_memory=True, seed=3
     )
     card = evaluate_robustness(witness, dataset, trials, clean)
     front, yaw, noise, alone = card.trials
     # It cannot say what only the front camera shows, and that is something but not all.
-    assert 0.05 < card.loss(front, "map") < 0.9 and 0 < card.loss(front, "lane_map") < 0.9
+    assert 0.05 < card.loss(front, "mAP") < 0.9 and 0 < card.loss(front, "lane_mAP") < 0.9
     # It does not look at the calibration.
     assert yaw.metrics == pytest.approx(card.clean)
     # It does not recognise a single noisy picture.
-    assert noise.metrics["map"] == noise.metrics["lane_map"] == 0 and card.loss(noise, "lane_map") == 1
+    assert noise.metrics["mAP"] == noise.metrics["lane_mAP"] == 0 and card.loss(noise, "lane_mAP") == 1
     # By itself it knows no velocity: as if all of the clean run were 0.
     still = {
         token: scene._replace(boxes=scene.boxes._replace(velocity=torch.zeros_like(scene.boxes.velocity)))
@@ -134,32 +134,32 @@ def test_a_witness_loses_what_it_is_not_shown(dataset):
     }
     expected = evaluate_scenes(dataset, still).metrics()
     assert alone.metrics == pytest.approx({name: expected[name] for name in alone.metrics})
-    assert alone.metrics["map"] == pytest.approx(clean["map"]) and alone.metrics["mAVE"] > 1.2 * clean["mAVE"]
+    assert alone.metrics["mAP"] == pytest.approx(clean["mAP"]) and alone.metrics["mAVE"] > 1.2 * clean["mAVE"]
     assert card.memory_gain()["mAVE"] == pytest.approx(1 - clean["mAVE"] / expected["mAVE"])
 
 
 def test_losses_are_shares_of_the_clean_run():
     card = RobustnessCard(
-        {"nds": 0.5, "map": 0.0, "lane_map": 0.8, "mAVE": 1.0},
+        {"nds": 0.5, "mAP": 0.0, "lane_mAP": 0.8, "mAVE": 1.0},
         (
-            TrialResult("without A", "camera", {"nds": 0.4, "map": 0.0, "lane_map": 0.8, "mAVE": 1.1}),
-            TrialResult("without B", "camera", {"nds": 0.45, "map": 0.0, "lane_map": 0.6, "mAVE": 0.9}),
-            TrialResult("no memory", "memory", {"nds": 0.4, "map": 0.1, "lane_map": 0.8, "mAVE": 1.25}),
+            TrialResult("without A", "camera", {"nds": 0.4, "mAP": 0.0, "lane_mAP": 0.8, "mAVE": 1.1}),
+            TrialResult("without B", "camera", {"nds": 0.45, "mAP": 0.0, "lane_mAP": 0.6, "mAVE": 0.9}),
+            TrialResult("no memory", "memory", {"nds": 0.4, "mAP": 0.1, "lane_mAP": 0.8, "mAVE": 1.25}),
         ),
     )
     first, second, _ = card.trials
     assert card.loss(first, "nds") == pytest.approx(0.2) and card.loss(first, "mAVE") == pytest.approx(0.1)
-    assert card.loss(second, "lane_map") == pytest.approx(0.25) and card.loss(second, "mAVE") == pytest.approx(-0.1)
-    assert card.worst("camera", "nds") is first and card.worst("camera", "lane_map") is second
-    assert card.worst("image", "nds") is None and card.worst("camera", "map") is None
+    assert card.loss(second, "lane_mAP") == pytest.approx(0.25) and card.loss(second, "mAVE") == pytest.approx(-0.1)
+    assert card.worst("camera", "nds") is first and card.worst("camera", "lane_mAP") is second
+    assert card.worst("image", "nds") is None and card.worst("camera", "mAP") is None
     # The other way round: how much better than without.
-    assert card.memory_gain() == pytest.approx({"nds": 0.25, "map": -1.0, "lane_map": 0.0, "mAVE": 0.2})
+    assert card.memory_gain() == pytest.approx({"nds": 0.25, "mAP": -1.0, "lane_mAP": 0.0, "mAVE": 0.2})
     rows = {row[:28].strip(): row[28:].split() for row in card.table().splitlines()}
     assert rows["without A"] == ["0.400", "20.0%", "0.000", "-", "0.800", "0.0%", "1.100", "10.0%"]
     assert rows["worst of each camera"] == ["20.0%", "-", "25.0%", "10.0%"]
     assert rows["gain by memory"] == ["25.0%", "-100.0%", "0.0%", "20.0%"]
     plain = json.loads(json.dumps(card.as_dict(), allow_nan=False))
-    assert plain["trials"][0]["loss"]["map"] is None and plain["trials"][1]["loss"]["lane_map"] == pytest.approx(0.25)
+    assert plain["trials"][0]["loss"]["mAP"] is None and plain["trials"][1]["loss"]["lane_mAP"] == pytest.approx(0.25)
 
 
 def test_a_missing_camera_is_no_black_image(dataset, model):
@@ -208,7 +208,7 @@ def test_what_is_random_depends_on_seed_and_sample_only(dataset, model):
 
 
 def test_trials_are_named_in_order():
-    trials = plan_trials(CAMERAS, drop_camera="each", jitter_deg=1.0, corrupt="each", no_memory=True, seed=2)
+    trials = plan_trials(CAMERAS, drop_camera="each", extrinsics_noise_deg=1.0, corrupt="each", no_memory=True, seed=2)
     assert [trial.name for trial in trials[:7]] == [*(f"without {name}" for name in CAMERAS), "yaw off by 1 deg"]
     assert trials[3].disturb == MissingCamera(3) and trials[6].disturb == YawError(1.0, 2)
     assert trials[7].disturb == BadImages("bright", 2, 2) and trials[-1].disturb == NoMemory()
@@ -224,8 +224,8 @@ def test_trials_are_named_in_order():
     "wanted, message",
     [
         ({"drop_camera": "FRONT"}, "--drop-camera FRONT: no such camera; give CAM_FRONT, .* or each"),
-        ({"jitter_deg": 0.0}, "--jitter-deg is 0; give an angle of more than 0"),
-        ({"jitter_deg": math.nan}, "--jitter-deg is nan"),
+        ({"extrinsics_noise_deg": 0.0}, "--extrinsics-noise-deg is 0; give an angle of more than 0"),
+        ({"extrinsics_noise_deg": math.nan}, "--extrinsics-noise-deg is nan"),
         ({"corrupt": "snow"}, "--corrupt snow: no such corruption; give bright, dark"),
         ({"corrupt": "fog:4"}, "--corrupt fog:4: no such severity; write fog:1, fog:2 or fog:3"),
         ({"corrupt": "fog:"}, "--corrupt fog:: no such severity"),
@@ -267,7 +267,7 @@ def test_the_script_prints_a_card(town_root, model, tmp_path, monkeypatch, capsy
     found = json.loads(numbers.read_text())
     card = found["robustness"]
     assert card["seed"] == 7 and [trial["name"] for trial in card["trials"]] == names[2:5]
-    assert card["clean"] == {name: found[name] for name in ("nds", "map", "lane_map", "mAVE")}
+    assert card["clean"] == {name: found[name] for name in ("nds", "mAP", "lane_mAP", "mAVE")}
     assert all(trial["metrics"].keys() == trial["loss"].keys() == card["clean"].keys() for trial in card["trials"])
 
 

@@ -19,7 +19,7 @@ from host_cuda import HostContext, HostCuda, HostEngine, HostRuntime, HostTensor
 from perception.errors import CheckpointError, ConfigError, DataError, PerceptionWarning
 from perception.export import latency
 from perception.export.contract import ImageInputs, read_contract
-from perception.export.drive import camera_frame, drive
+from perception.export.drive import camera_frame, replay_frames
 from perception.export.parity import certify
 from perception.export.runtime import Runtime
 from perception.export.tensorrt import build_engines, runtime_name
@@ -28,8 +28,8 @@ from perception.types import CameraRig, map_tensors
 
 
 def five_steps(town):
-    """What the first five moments of a drive hand to `step`; in one of them a camera is missing."""
-    for k, (_, frame) in zip(range(5), drive(town, 6), strict=False):
+    """What the first five frames of a drive hand to `step`; in one of them a camera is missing."""
+    for k, (_, frame) in zip(range(5), replay_frames(town, 6), strict=False):
         rig = CameraRig(*(tensor[0].numpy() for tensor in frame.rig))
         images = frame.images[0].permute(0, 2, 3, 1).numpy()
         given = [image if there else None for image, there in zip(images, rig.present, strict=True)]
@@ -53,7 +53,7 @@ def test_a_step_of_a_mixed_rig(small_network, mixed_export, small_town):
     """NV12 of several sizes is to the runtime what OpenCV makes of the same bytes is to the predictor."""
     predictor, runtime = Predictor(small_network), Runtime(mixed_export)
     images = ImageInputs(MIXED, "nv12")
-    for k, (_, frame) in zip(range(3), drive(small_town, 6), strict=False):
+    for k, (_, frame) in zip(range(3), replay_frames(small_town, 6), strict=False):
         given = camera_frame(frame, images)
         rig = CameraRig(*(tensor[0].numpy() for tensor in given.rig))
         rgb = [cv2.cvtColor(image, cv2.COLOR_YUV2RGB_NV12) for image in given.images]
@@ -187,7 +187,7 @@ def test_an_engine_of_a_mixed_rig(engine_folder, mixed_export, small_town):
     shutil.copytree(mixed_export, engine_folder, dirs_exist_ok=True)
     write_engine(engine_folder, (engine_folder / "model.onnx").read_bytes())
     ours, theirs = Runtime(engine_folder, backend="tensorrt"), Runtime(engine_folder)
-    for k, (_, frame) in zip(range(2), drive(small_town, 6), strict=False):
+    for k, (_, frame) in zip(range(2), replay_frames(small_town, 6), strict=False):
         given = camera_frame(frame, ours.images)
         rig = CameraRig(*(tensor[0].numpy() for tensor in given.rig))
         one, other = (runtime.step(given.images, rig, small_town.ego_pose(k), 0.5 * k) for runtime in (ours, theirs))

@@ -65,7 +65,7 @@ def test_gradients_equal_finite_differences():
 
 
 def test_places_keep_their_precision_beside_bfloat16_maps():
-    """A ramp along x read at 0.03 m steps on a 100 m grid: places rounded to bfloat16 would give stairs."""
+    """A ramp along x read at 0.03 m steps on a 100 m grid: locations rounded to bfloat16 would give stairs."""
     grid = BEVGrid((-50.0, 50.0), (-50.0, 50.0), (50, 50))
     ramp = torch.linspace(-1, 1, 50).bfloat16()[None, None, :, None].expand(1, 1, 50, 50)
     x = torch.arange(40.0, 41.0, 0.03)

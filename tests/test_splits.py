@@ -24,7 +24,7 @@ from perception.data.splits import (
 )
 from perception.errors import ConfigError, DataError
 from perception.evaluation.detection import evaluate_detection, load_tables
-from perception.types import Polylines, Scene
+from perception.types import FrameObjects, Polylines
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "prepare_nuscenes.py"
 NORTH, PORT = "singapore-onenorth", "boston-seaport"
@@ -87,7 +87,7 @@ def places_root(tmp_path_factory) -> Path:
 
 
 def line_of_scenes(xs, location=NORTH, start=0, length=1) -> Keyframes:
-    """Scenes of `length` keyframes each, 1 m apart along y, at the given x."""
+    """FrameObjects of `length` keyframes each, 1 m apart along y, at the given x."""
     xy = np.array([(x, y) for x in xs for y in range(length)], dtype=np.float64)
     names = tuple(f"s{start + k}" for k in range(len(xs)))
     return Keyframes(xy, np.repeat(np.arange(len(xs)), length), names, (location,) * len(xs))
@@ -177,10 +177,10 @@ def test_official_detection_score_of_a_split_file(hand_root, tmp_path):
     nothing = Polylines(*[torch.zeros(0)] * 6)
     scenes, poses = {}, {}
     for i, token in enumerate(data.tokens):
-        boxes = data.truth_boxes(i)
+        boxes = data.gt_boxes(i)
         if token == "s0-1":  # the first scene has a mistake, the second has none
             boxes = boxes._replace(center=boxes.center + 3.0)
-        scenes[token], poses[token] = Scene(boxes, nothing), data.ego_pose(i)
+        scenes[token], poses[token] = FrameObjects(boxes, nothing), data.ego_pose(i)
     before = {path: path.stat().st_mtime_ns for path in hand_root.rglob("*")}
     nusc = load_tables(hand_root, "v1.0-hand")
 

@@ -9,20 +9,20 @@ import torch
 from perception.errors import DataError
 from perception.evaluation.stability import BOX_GATE, evaluate_stability
 from perception.geometry import invert_rigid, rigid_from_yaw, transform_points
-from perception.types import BOX_CLASSES, Boxes, Polylines, Scene
+from perception.types import BOX_CLASSES, Boxes, FrameObjects, Polylines
 
 POSES = {"a": rigid_from_yaw(0.3, (100.0, 50.0, 0.0)), "b": rigid_from_yaw(0.5, (102.0, 51.0, 0.0))}
 SECONDS = {"a": 10.0, "b": 10.5}
 
 
-def scene(token, boxes=(), lines=()) -> Scene:
+def scene(token, boxes=(), lines=()) -> FrameObjects:
     """Boxes (label, x, y, global velocity, score) and lines (label, points, score) of the world, in the ego frame."""
     ego_from_global = invert_rigid(POSES[token])
     centers = transform_points(ego_from_global, np.array([[x, y, 1.0] for _, x, y, _, _ in boxes]).reshape(-1, 3))
     velocity = np.array([v for _, _, _, v, _ in boxes]).reshape(-1, 2) @ ego_from_global[:2, :2].T
     count = len(boxes)
     points = [transform_points(ego_from_global, np.pad(p, ((0, 0), (0, 1))))[:, :2] for _, p, _ in lines]
-    return Scene(
+    return FrameObjects(
         Boxes(
             center=torch.from_numpy(centers).float(),
             size=torch.ones(count, 3),
@@ -32,7 +32,7 @@ def scene(token, boxes=(), lines=()) -> Scene:
             attribute=torch.full((count,), -1),
             score=torch.tensor([box[4] for box in boxes], dtype=torch.float32),
             valid=torch.ones(count, dtype=torch.bool),
-            spread=torch.zeros(count, 9),
+            uncertainty=torch.zeros(count, 9),
         ),
         Polylines(
             points=torch.from_numpy(np.stack(points)).float() if points else torch.zeros(0, 2, 2),
@@ -40,7 +40,7 @@ def scene(token, boxes=(), lines=()) -> Scene:
             label=torch.tensor([line[0] for line in lines], dtype=torch.int64),
             score=torch.tensor([line[2] for line in lines], dtype=torch.float32),
             valid=torch.ones(len(lines), dtype=torch.bool),
-            spread=torch.zeros(len(points), *(points[0].shape if points else (2, 2))),
+            uncertainty=torch.zeros(len(points), *(points[0].shape if points else (2, 2))),
         ),
     )
 

@@ -1,4 +1,4 @@
-"""Streaming evaluation: memory follows scenes, processes share them, and the truth scores 1."""
+"""Streaming evaluation: memory follows scenes, processes share them, and the ground truth scores 1."""
 
 import json
 
@@ -10,12 +10,12 @@ import torch
 from perception.data.loader import pad_boxes, pad_lines
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError, DataError
-from perception.evaluation.streaming import evaluate_scenes, map_lines, predict_stream, published_truth
-from perception.models.bev_transformer import BEVTransformer, ModelConfig
+from perception.evaluation.streaming import evaluate_scenes, map_lines, predict_stream, published_gt
+from perception.models.bev_transformer import BEVTransformer, BEVTransformerConfig
 from perception.synthetic import VERSION
-from perception.types import MapLine, Scene, map_tensors
+from perception.types import FrameObjects, MapLine, map_tensors
 
-SMALL = ModelConfig.preset(
+SMALL = BEVTransformerConfig.preset(
     "nano", image_size=(64, 96), grid=(20, 20), channels=16, depth_bins=8, backbone_stages=2, decoder_layers=2,
     box_queries=20, line_queries=8,
 )  # fmt: skip
@@ -32,40 +32,43 @@ def model() -> BEVTransformer:
     return BEVTransformer(SMALL).eval()
 
 
-def true_scenes(dataset, points_per_line=100) -> dict[str, Scene]:
+def true_scenes(dataset, points_per_line=100) -> dict[str, FrameObjects]:
     scenes = {}
     for i, token in enumerate(dataset.tokens):
-        truth = Scene(pad_boxes([dataset.truth_boxes(i)]), pad_lines([dataset.truth_lines(i)], points_per_line))
-        scenes[token] = map_tensors(lambda tensor: tensor[0], truth)
+        gt = FrameObjects(pad_boxes([dataset.gt_boxes(i)]), pad_lines([dataset.gt_lines(i)], points_per_line))
+        scenes[token] = map_tensors(lambda tensor: tensor[0], gt)
     return scenes
 
 
 def test_the_truth_scores_one(dataset):
     evaluation = evaluate_scenes(dataset, true_scenes(dataset))
     metrics = evaluation.metrics()
-    present = [name for name, count in evaluation.detection.truth_count.items() if count]
+    present = [name for name, count in evaluation.detection.gt_count.items() if count]
     assert len(present) >= 5
     # A class that the town lacks counts as 0 in the devkit's mean.
-    assert metrics["map"] == pytest.approx(len(present) / 10, abs=1e-6)
+    assert metrics["mAP"] == pytest.approx(len(present) / 10, abs=1e-6)
     assert all(evaluation.detection.class_ap[name] == pytest.approx(1) for name in present)
-    lines = [name for name, count in evaluation.lanes.truth_count.items() if count]
-    assert metrics["lane_map"] == pytest.approx(len(lines) / 3) == pytest.approx(metrics["lane_map_strict"])
-    assert metrics["score"] == pytest.approx((metrics["nds"] + metrics["lane_map"]) / 2)
+    lines = [name for name, count in evaluation.lanes.gt_count.items() if count]
+    assert metrics["lane_mAP"] == pytest.approx(len(lines) / 3) == pytest.approx(metrics["lane_mAP_strict"])
+    assert metrics["score"] == pytest.approx((metrics["nds"] + metrics["lane_mAP"]) / 2)
     assert evaluation.calibration.boxes.error == evaluation.calibration.lines.error == 0  # scores of 1, all right
-    assert all(spread.mean_error == pytest.approx(0, abs=1e-6) for spread in evaluation.calibration.spreads.values())
+    assert all(
+        uncertainty.mean_error == pytest.approx(0, abs=1e-6)
+        for uncertainty in evaluation.calibration.uncertainties.values()
+    )
 
 
 def test_moved_lines_and_late_boxes_do_not_score_one(dataset):
     scenes = true_scenes(dataset)
     moved = {
-        token: Scene(
+        token: FrameObjects(
             scene.boxes._replace(center=scene.boxes.center + torch.tensor([3.0, 0, 0])),
             scene.lines._replace(points=scene.lines.points + 1.2),
         )
         for token, scene in scenes.items()
     }
     good, bad = (evaluate_scenes(dataset, s).metrics() for s in (scenes, moved))
-    assert bad["map"] < 0.7 * good["map"] and bad["lane_map"] < 0.7 * good["lane_map"]
+    assert bad["mAP"] < 0.7 * good["mAP"] and bad["lane_mAP"] < 0.7 * good["lane_mAP"]
 
 
 def test_memory_follows_the_scene_and_ends_with_it(dataset, model):
@@ -96,11 +99,11 @@ def test_processes_share_whole_scenes_and_change_nothing(dataset, model):
 
 def test_truth_has_the_vertices_of_the_published_evaluator(golden):
     poses = json.loads((golden / "map_gt" / "expected.json").read_text())
-    flavours = [name for name in poses if name.startswith("streammapnet")]
-    lines = [line for name in flavours for pose in poses[name] for line in pose["lines"]]
+    protocols = [name for name in poses if name.startswith("streammapnet")]
+    lines = [line for name in protocols for pose in poses[name] for line in pose["lines"]]
     given = [MapLine(0, np.array(line["pts"])) for line in lines]
     same, fewer = [], []
-    for line, before, after in zip(lines, given, published_truth(given, "streammapnet"), strict=True):
+    for line, before, after in zip(lines, given, published_gt(given, "streammapnet"), strict=True):
         wanted = np.array(line["simplified_pts"])
         assert after.points.shape == wanted.shape
         # A rounded corner has two vertices equally far from the chord; the 9 decimals of the file decide which stays.
@@ -108,8 +111,8 @@ def test_truth_has_the_vertices_of_the_published_evaluator(golden):
         same.append(np.abs(after.points - wanted).max() < 1e-6)
         fewer.append(len(after.points) < len(before.points))
     assert np.mean(same) > 0.9 and any(fewer)
-    assert published_truth(given, "maptr") == given
-    assert published_truth([], "streammapnet") == []
+    assert published_gt(given, "maptr") == given
+    assert published_gt([], "streammapnet") == []
 
 
 def test_map_lines_leaves_padding_out(dataset):

@@ -17,9 +17,9 @@ from perception.errors import DataError
 from perception.evaluation.lanes import evaluate_lanes
 from perception.evaluation.streaming import evaluate_scenes, save_submissions
 from perception.evaluation.submission import check_samples, read_submission, write_lanes
-from perception.models.bev_transformer import BEVTransformer, ModelConfig
+from perception.models.bev_transformer import BEVTransformer, BEVTransformerConfig
 from perception.models.checkpoint import save_checkpoint
-from perception.types import LINE_CLASSES, MapLine, Scene, map_tensors
+from perception.types import LINE_CLASSES, FrameObjects, MapLine, map_tensors
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "evaluate.py"
 VERSION, SPLIT = "v1.0-hand", "hand_val"
@@ -86,16 +86,16 @@ def test_lanes_written_by_hand_score_what_they_must(hand_root, tmp_path, capsys)
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     # Dividers are 0.3 m off: a hit at 0.5, 1.0 and 1.5 m. Boundaries are 0.7 m off: not at 0.5 m. There is no crossing.
     assert numbers["lanes"]["class_ap"] == pytest.approx({"divider": 1, "ped_crossing": 0, "boundary": 2 / 3})
-    assert numbers["lane_map"] == pytest.approx((1 + 2 / 3) / 3)
+    assert numbers["lane_mAP"] == pytest.approx((1 + 2 / 3) / 3)
     # At 0.2, 0.5 and 1.0 m dividers are hits twice and boundaries once.
-    assert numbers["lane_map_strict"] == pytest.approx((2 / 3 + 1 / 3) / 3)
+    assert numbers["lane_mAP_strict"] == pytest.approx((2 / 3 + 1 / 3) / 3)
     working = numbers["lanes"]["working"]
     assert working["divider"]["error"] == pytest.approx(0.3) and working["boundary"]["error"] == pytest.approx(0.7)
     assert working["divider"]["false_metres_per_frame"] == 0 and working["boundary"]["recall"] == 1
     said = capsys.readouterr().out
-    assert "protocol maptr, range 60x30, thresholds 0.5, 1, 1.5 m" in said and "lane_map 0.556" in said
+    assert "protocol maptr, range 60x30, thresholds 0.5, 1, 1.5 m" in said and "lane_mAP 0.556" in said
     # Working from 0.75 on leaves one of two boundaries; at 0.5 m it is false, 59.6 m long.
-    assert evaluate(*arguments, "--working-score", 0.75) == 0
+    assert evaluate(*arguments, "--score-threshold", 0.75) == 0
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     assert numbers["lanes"]["working"]["boundary"]["recall"] == pytest.approx(1 / 2)
     assert numbers["strict_lanes"]["working"]["boundary"]["false_metres_per_frame"] == pytest.approx(59.6)
@@ -106,7 +106,7 @@ def test_boxes_written_by_hand_score_what_they_must(hand_root, tmp_path, capsys)
     assert evaluate("--submission", path, *dataset_of(hand_root), "--json", tmp_path / "numbers.json") == 0
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     # Cars are all found, the nine other classes have no true box that counts and score 0.
-    assert numbers["map"] == pytest.approx(0.1) and numbers["samples"] == len(tokens_of(hand_root))
+    assert numbers["mAP"] == pytest.approx(0.1) and numbers["samples"] == len(tokens_of(hand_root))
     errors = numbers["detection"]["class_errors"]["car"]
     assert all(value == pytest.approx(0, abs=1e-3) for value in errors.values()), errors
     assert "map 0.100" in capsys.readouterr().out
@@ -125,17 +125,17 @@ def dataset(hand_root) -> NuScenesDataset:
     return NuScenesDataset(hand_root, VERSION, SPLIT, image_size=(64, 96))
 
 
-def guesses(dataset) -> dict[str, Scene]:
-    """The truth with noise and with scores, in float32 like the output of a network."""
+def guesses(dataset) -> dict[str, FrameObjects]:
+    """The ground truth with noise and with scores, in float32 like the output of a network."""
     scenes, random = {}, torch.Generator().manual_seed(3)
     for i, token in enumerate(dataset.tokens):
-        truth = Scene(pad_boxes([dataset.truth_boxes(i)]), pad_lines([dataset.truth_lines(i)], 20))
-        boxes, lines = map_tensors(lambda tensor: tensor[0], truth)
+        gt = FrameObjects(pad_boxes([dataset.gt_boxes(i)]), pad_lines([dataset.gt_lines(i)], 20))
+        boxes, lines = map_tensors(lambda tensor: tensor[0], gt)
 
         def noise(tensor, size):
             return tensor + size * torch.randn(tensor.shape, generator=random)
 
-        scenes[token] = Scene(
+        scenes[token] = FrameObjects(
             boxes._replace(
                 center=noise(boxes.center, 0.4),
                 yaw=noise(boxes.yaw, 0.2),
@@ -159,7 +159,7 @@ def test_what_we_write_scores_what_we_score(hand_root, dataset, tmp_path, protoc
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     assert numbers["lanes"] == json.loads(json.dumps(direct.lanes.as_dict()))
     assert numbers["strict_lanes"] == json.loads(json.dumps(direct.strict_lanes.as_dict()))
-    assert 0 < numbers["lane_map"] < 1 and numbers["lanes"]["protocol"] == protocol
+    assert 0 < numbers["lane_mAP"] < 1 and numbers["lanes"]["protocol"] == protocol
     assert evaluate("--submission", tmp_path / "detection.json", *options) == 0
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     assert numbers["detection"] == direct.detection.as_dict()
@@ -190,10 +190,10 @@ def test_weights_leave_submissions_and_name_the_protocol(hand_root, tmp_path):
     small = dict(image_size=(64, 96), grid=(20, 20), channels=16, depth_bins=8, backbone_stages=2, decoder_layers=2)
     small |= dict(box_queries=20, line_queries=8)
     torch.manual_seed(0)
-    save_checkpoint(tmp_path / "some.safetensors", BEVTransformer(ModelConfig.preset("nano", **small)), {})
+    save_checkpoint(tmp_path / "some.safetensors", BEVTransformer(BEVTransformerConfig.preset("nano", **small)), {})
     section = dict(dataroot=str(hand_root), version=VERSION, split=SPLIT)
     train = dict(epochs=1, batch_size=1, lr=1e-3, weight_decay=0.0, warmup_iters=1, grad_clip=1.0, ema_momentum=0.0)
-    train |= dict(groups=1, window=1, drop_frames=0.0, image_epochs=0, val_every=1, log_every=1, workers=0)
+    train |= dict(streams=1, frames_per_clip=1, drop_frames=0.0, image_epochs=0, val_every=1, log_every=1, workers=0)
     config = f"model = dict(preset='nano', **{small!r})\ntrain_data = val_data = {section!r}\ntrain = {train!r}\n"
     (tmp_path / "small.py").write_text(config)
     command = [sys.executable, str(SCRIPT), "small.py", "some.safetensors", "--lanes-protocol", "streammapnet"]

@@ -166,9 +166,9 @@ def test_devkit_reads_tables_and_maps(nusc, town_root):
                     assert abs(there["translation"][0] - row["translation"][0]) < 15
             velocity = nusc.box_velocity(token)[:2]
             near = [a for a in district.actors if (a.size[0] == row["size"][1] and a.size[2] == row["size"][2])]
-            truth = [a.trajectory.velocity(0.1 + 0.5 * k, 0.5) for a in near]
+            gt = [a.trajectory.velocity(0.1 + 0.5 * k, 0.5) for a in near]
             if 0 < k < KEYFRAMES - 1 and row["prev"] and row["next"]:
-                assert min(np.linalg.norm(velocity - v) for v in truth) < 0.02
+                assert min(np.linalg.norm(velocity - v) for v in gt) < 0.02
                 speeds += np.linalg.norm(velocity) > 1
     assert speeds > 0
     for log in nusc.log:

@@ -8,12 +8,12 @@ import torch
 from perception.export.latency import resident_bytes
 from perception.geometry import box_corners, invert_rigid, project_points, transform_points
 from perception.losses import set_losses
-from perception.models.bev_transformer import BEVTransformer, ModelConfig
+from perception.models.bev_transformer import BEVTransformer, BEVTransformerConfig
 from perception.models.decoder import decode
-from perception.types import Boxes, CameraRig, Frame, Polylines, Scene, map_tensors
+from perception.types import Boxes, CameraRig, Frame, FrameObjects, Polylines, map_tensors
 
 STEP = 0.5  # seconds
-CONFIG = ModelConfig.preset(
+CONFIG = BEVTransformerConfig.preset(
     "nano", image_size=(32, 96), channels=16, backbone_stages=2, depth_bins=12, heads=2, decoder_layers=1,
     x_range=(0.0, 20.0), y_range=(-10.0, 10.0), grid=(20, 20), map_x_range=(0.0, 20.0), map_y_range=(-5.0, 5.0),
     box_queries=4, line_queries=2, line_points=4,
@@ -104,8 +104,8 @@ def test_velocity_is_learned_from_memory_and_only_from_memory():
     assert error(memory=True) < 0.5
 
 
-def moving(place: torch.Tensor, velocity: torch.Tensor) -> Scene:
-    """The truth of `show`: one cube, taken for a car, and no lines."""
+def moving(place: torch.Tensor, velocity: torch.Tensor) -> FrameObjects:
+    """The ground truth of `show`: one cube, taken for a car, and no lines."""
     B = len(place)
     one, yes = torch.ones(B, 1), torch.ones(B, 1, dtype=torch.bool)
     zero = torch.zeros(B, 1, dtype=torch.int64)
@@ -115,7 +115,7 @@ def moving(place: torch.Tensor, velocity: torch.Tensor) -> Scene:
     )
     P = CONFIG.line_points
     lines = Polylines(torch.zeros(B, 1, P, 2), ~yes, zero, 0 * one, ~yes, torch.zeros(B, 1, P, 2))
-    return Scene(boxes, lines)
+    return FrameObjects(boxes, lines)
 
 
 @pytest.mark.slow

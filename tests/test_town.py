@@ -272,12 +272,12 @@ def test_devkit_reads_the_map_and_returns_the_same_geometry(tmp_path, districts)
     nusc_map = map_api.NuScenesMap(str(tmp_path), "boston-seaport")
     for name in ("road_segment", "lane", "ped_crossing", "walkway", "stop_line", "carpark_area"):
         polygons = [nusc_map.extract_polygon(record["polygon_token"]) for record in getattr(nusc_map, name)]
-        truth = [polygon for d in mine for polygon in d.layers[name]]
-        assert len(polygons) == len(truth) and all(a.equals_exact(b, 0) for a, b in zip(polygons, truth, strict=True))
+        gt = [polygon for d in mine for polygon in d.layers[name]]
+        assert len(polygons) == len(gt) and all(a.equals_exact(b, 0) for a, b in zip(polygons, gt, strict=True))
     for name in ("road_divider", "lane_divider"):
         lines = [nusc_map.extract_line(record["line_token"]) for record in getattr(nusc_map, name)]
-        truth = [line for d in mine for line in d.layers[name]]
-        assert len(lines) == len(truth) and all(a.equals_exact(b, 0) for a, b in zip(lines, truth, strict=True))
+        gt = [line for d in mine for line in d.layers[name]]
+        assert len(lines) == len(gt) and all(a.equals_exact(b, 0) for a, b in zip(lines, gt, strict=True))
     assert any(record["holes"] for record in nusc_map.road_segment) == any(
         polygon.interiors for d in mine for polygon in d.layers["road_segment"]
     )
@@ -293,8 +293,8 @@ def test_devkit_reads_the_map_and_returns_the_same_geometry(tmp_path, districts)
             assert got.difference(expected.buffer(1e-3)).is_empty
         assert nusc_map.record_on_point(x, y, "drivable_area")
         mask = nusc_map.get_map_mask((x, y, 60, 60), 0.0, ["drivable_area"], (60, 60))
-        truth = unary_union(district.layers["drivable_area"]).intersection(patch).area
-        assert mask.sum() == pytest.approx(truth, rel=0.15)
+        gt = unary_union(district.layers["drivable_area"]).intersection(patch).area
+        assert mask.sum() == pytest.approx(gt, rel=0.15)
 
 
 def test_holes_survive_the_map_file(tmp_path):

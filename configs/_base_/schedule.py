@@ -1,8 +1,8 @@
 """What the trainings share. Every config sets epochs, batch_size and lr on top."""
 
 train = dict(
-    groups=8,
-    window=2,
+    streams=8,
+    frames_per_clip=2,
     drop_frames=0.0,
     image_epochs=0,
     weight_decay=0.01,

@@ -6,11 +6,11 @@ r"""ConvNeXt-B on 640 x 1600 images of nuScenes, 24 epochs: the size class of V2
     python scripts/evaluate.py configs/nuscenes/convnext_b_1600_24e.py \
         out/convnext_b/convnext_b_1600_24e.safetensors --json out/convnext_b/evaluation.json
 
-The trunk starts from torchvision's weights of ImageNet: docs/training.md says where they are from, and what two steps
-cost. Result: not measured.
+The backbone starts from torchvision's weights of ImageNet: docs/training.md says where they are from, and what two
+steps cost. Result: not measured.
 """
 
 _base_ = ["../_base_/nuscenes.py", "../_base_/nuscenes_schedule.py"]
 
 model = dict(preset="base", image_size=(640, 1600), backbone="convnext_base")
-train = dict(epochs=24, trunk_weights="data/weights/convnext_base-6075fbad.pth", batch_size=1)
+train = dict(epochs=24, backbone_weights="data/weights/convnext_base-6075fbad.pth", batch_size=1)

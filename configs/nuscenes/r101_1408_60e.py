@@ -6,11 +6,11 @@ r"""ResNet-101 on 512 x 1408 images of nuScenes, 60 epochs.
     python scripts/evaluate.py configs/nuscenes/r101_1408_60e.py \
         out/r101_1408_60e/r101_1408_60e.safetensors --json out/r101_1408_60e/evaluation.json
 
-The trunk starts from torchvision's weights of ImageNet: docs/training.md says where they are from, and what two steps
-cost. Result: not measured.
+The backbone starts from torchvision's weights of ImageNet: docs/training.md says where they are from, and what two
+steps cost. Result: not measured.
 """
 
 _base_ = ["../_base_/nuscenes.py", "../_base_/nuscenes_schedule.py"]
 
 model = dict(preset="base", image_size=(512, 1408), backbone="resnet101")
-train = dict(epochs=60, trunk_weights="data/weights/resnet101-cd907fc2.pth", batch_size=1)
+train = dict(epochs=60, backbone_weights="data/weights/resnet101-cd907fc2.pth", batch_size=1)

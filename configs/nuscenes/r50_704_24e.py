@@ -6,11 +6,11 @@ r"""ResNet-50 on 256 x 704 images of nuScenes, 24 epochs.
     python scripts/evaluate.py configs/nuscenes/r50_704_24e.py \
         out/r50_704_24e/r50_704_24e.safetensors --json out/r50_704_24e/evaluation.json
 
-The trunk starts from torchvision's weights of ImageNet: docs/training.md says where they are from, and what two steps
-cost. Result: not measured.
+The backbone starts from torchvision's weights of ImageNet: docs/training.md says where they are from, and what two
+steps cost. Result: not measured.
 """
 
 _base_ = ["../_base_/nuscenes.py", "../_base_/nuscenes_schedule.py"]
 
 model = dict(preset="base")
-train = dict(epochs=24, trunk_weights="data/weights/resnet50-11ad3fa6.pth")
+train = dict(epochs=24, backbone_weights="data/weights/resnet50-11ad3fa6.pth")

@@ -6,11 +6,11 @@ r"""ResNet-50 on 256 x 704 images of nuScenes, 60 epochs.
     python scripts/evaluate.py configs/nuscenes/r50_704_60e.py \
         out/r50_704_60e/r50_704_60e.safetensors --json out/r50_704_60e/evaluation.json
 
-The trunk starts from torchvision's weights of ImageNet: docs/training.md says where they are from, and what two steps
-cost. Result: not measured.
+The backbone starts from torchvision's weights of ImageNet: docs/training.md says where they are from, and what two
+steps cost. Result: not measured.
 """
 
 _base_ = ["../_base_/nuscenes.py", "../_base_/nuscenes_schedule.py"]
 
 model = dict(preset="base")
-train = dict(epochs=60, trunk_weights="data/weights/resnet50-11ad3fa6.pth")
+train = dict(epochs=60, backbone_weights="data/weights/resnet50-11ad3fa6.pth")

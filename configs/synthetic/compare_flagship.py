@@ -5,8 +5,8 @@ r"""The flagship in the comparison of networks, and what ablations are made with
     python scripts/simulate.py --out out/town_short_val --scenes 10 --seed 6000 --split town_val --image-size 128x224
     python scripts/train.py configs/synthetic/compare_flagship.py --work-dir out/compare_flagship --amp
 
-All networks of the comparison take the image trunk of the shipped weights and hold it: from random weights so short a
-training learns next to nothing. That trunk was trained in the flagship, which may favour it.
+All networks of the comparison take the image backbone of the shipped weights and hold it: from random weights so short
+a training learns next to nothing. That backbone was trained in the flagship, which may favour it.
 
 Result: docs/benchmarks.md and docs/ablations.md.
 """
@@ -26,6 +26,6 @@ val_data = dict(
     "--image-size 128x224",
 )
 train = dict(
-    trunk_weights="perception/weights/nano.safetensors", frozen_stages=3, epochs=4, batch_size=2, lr=2e-3,
+    backbone_weights="perception/weights/nano.safetensors", frozen_stages=3, epochs=4, batch_size=2, lr=2e-3,
     warmup_iters=50, ema_momentum=0.01, val_every=10, workers=1,
 )  # fmt: skip

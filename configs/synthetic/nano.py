@@ -6,12 +6,12 @@ r"""The nano network on all streets of the stage before and on new ones: the las
     python scripts/train.py configs/synthetic/nano.py --work-dir out/nano --amp
     python scripts/evaluate.py configs/synthetic/nano.py out/nano/nano.safetensors --json out/nano/evaluation.json
 
-Goes on from `nano_more.py`, meant for a GPU: a batch sixteen times as large; the whole trunk learns. On CPU add
+Goes on from `nano_more.py`, meant for a GPU: a batch sixteen times as large; the whole backbone learns. On CPU add
 `--cfg-options train.batch_size=2 train.lr=1.2e-3 train.epochs=2 train.workers=1`.
 
 Cost: 9 min for 1,920 steps of 64 frames on one H200 with 16 CPU cores, which load and match: 240 frames/s, the GPU busy
 for 59 % of the time. The time on the GPU ended there, after 12 of the 16 epochs, with the learning rate at 16 % of its
-peak; the shipped weights are the average of that moment. Their images were stored as WebP of quality 62 on the way to
+peak; the shipped weights are the average of that frame. Their images were stored as WebP of quality 62 on the way to
 the GPU. Result on town_val: NDS 0.552, mAP 0.507, lane mAP 0.880. The end of the schedule: not measured.
 """
 
@@ -24,6 +24,6 @@ train_data = dict(
     "python scripts/simulate.py --out out/town_last_rare --scenes 100 --seed 10000 --rare 0.7 --split town_train",
 )
 train = dict(
-    init_from="out/nano_more/nano_more.safetensors", frozen_stages=-1, epochs=16, batch_size=32, groups=4, lr=2.5e-3,
+    init_from="out/nano_more/nano_more.safetensors", frozen_stages=-1, epochs=16, batch_size=32, streams=4, lr=2.5e-3,
     warmup_iters=100, ema_momentum=0.002, val_every=4, workers=14,
 )  # fmt: skip

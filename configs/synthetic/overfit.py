@@ -23,7 +23,7 @@ val_data = dict(dataroot="out/town_one", version="v1.0-synthetic", split="town_o
 train = dict(
     epochs=100,
     batch_size=1,
-    groups=1,
+    streams=1,
     lr=1e-3,
     warmup_iters=20,
     val_every=100,

@@ -33,13 +33,13 @@ from perception.data.nuscenes import NuScenesDataset
 from perception.evaluation.streaming import evaluate_scenes
 from perception.export.certificate import METRICS, Certificate, Replay
 from perception.export.contract import ImageInputs
-from perception.export.drive import camera_frame, drive, moment_inputs
+from perception.export.drive import camera_frame, frame_inputs, replay_frames
 from perception.export.onnx import DeployedNetwork
 from perception.export.parity import largest_and_mean, matched_distances, raw_differences, raw_queries
 from perception.export.runtime import scene_of
 from perception.models.checkpoint import Network
 from perception.synthetic import VERSION, simulate
-from perception.types import Scene, map_tensors
+from perception.types import FrameObjects, map_tensors
 
 SCENES, KEYFRAMES, SEED = 4, 10, 77  # generated; as many frames as a certificate needs
 LIMIT = 40.0  # seconds of one mode
@@ -115,12 +115,12 @@ class Run(NamedTuple):
     """What a mode found in all frames."""
 
     outputs: list[dict[str, np.ndarray]]  # by name
-    scenes: list[Scene]  # numpy
+    scenes: list[FrameObjects]  # numpy
     metrics: dict[str, float]
     seconds: np.ndarray
 
 
-def replay(runner: DeployedRunner, dataset: NuScenesDataset, frames: dict[str, list[np.ndarray]]) -> Run:
+def replay_all(runner: DeployedRunner, dataset: NuScenesDataset, frames: dict[str, list[np.ndarray]]) -> Run:
     """Runs all frames, inputs by sample token, in their order."""
     passes = [runner(inputs) for inputs in frames.values()]
     scenes = [scene_of(outputs) for outputs, _ in passes]
@@ -182,11 +182,11 @@ def measure_deployed(recorder: Recorder, model: str, device_name: str) -> None:
         start = time.perf_counter()
         simulate(folder / "town", scenes=SCENES, seed=SEED, keyframes=KEYFRAMES, split="benchmark", image_size=size)
         dataset = NuScenesDataset(folder / "town", VERSION, "benchmark", image_size=size, cache_dir=folder / "cache")
-        for token, frame in drive(dataset, CAMERAS):
-            frames[token] = list(moment_inputs(camera_frame(frame, images)).values())
+        for token, frame in replay_frames(dataset, CAMERAS):
+            frames[token] = list(frame_inputs(camera_frame(frame, images)).values())
         runner = DeployedRunner(network, images, next(iter(frames.values())), Mode(), cpu)
         prepared = time.perf_counter() - start
-        wanted = replay(runner, dataset, frames)
+        wanted = replay_all(runner, dataset, frames)
         metrics = {name: wanted.metrics[name] for name in METRICS}
         return {"prepared_s": prepared, **timings(wanted.seconds), "frames": len(frames), "metrics": metrics}
 
@@ -194,7 +194,7 @@ def measure_deployed(recorder: Recorder, model: str, device_name: str) -> None:
         start = time.perf_counter()
         runner = DeployedRunner(network, images, next(iter(frames.values())), mode, device)
         prepared = time.perf_counter() - start
-        found = replay(runner, dataset, frames)
+        found = replay_all(runner, dataset, frames)
         first = dataset[0].frames
         focal_lengths = tuple((first.rig.img_from_cam[0, :, 0, 0] / size[1]).tolist())
         judged = compare(wanted, found, "fp32" if mode.precision == "fp32" else "fp16", focal_lengths).as_dict()

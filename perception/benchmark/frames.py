@@ -23,13 +23,13 @@ from perception.errors import CheckpointError
 from perception.export.contract import ImageInputs
 from perception.export.drive import aligned
 from perception.export.onnx import example_inputs, raw_outputs
-from perception.models.bev_transformer import BEVTransformer, ModelConfig
+from perception.models.bev_transformer import BEVTransformer, BEVTransformerConfig
 from perception.models.bevformer import BEVFormer
 from perception.models.checkpoint import PUBLISHED, Network, build_network, load_checkpoint
 from perception.models.maptr import MapTR
 from perception.ops.bilinear import preferred_implementation
 from perception.predictor import shipped_weights, weights_file
-from perception.types import CameraRig, Frame, Prediction, Scene, State, map_tensors
+from perception.types import CameraRig, Frame, FrameObjects, Prediction, State, map_tensors
 
 CAMERAS = 6
 SECONDS, LEAST_PASSES, MOST_PASSES = 1.0, 30, 200  # of the timed passes of one way
@@ -101,7 +101,7 @@ def check_model(name: str) -> None:
     if name.endswith(".safetensors") and not Path(name).is_file():
         raise CheckpointError(f"{name}: no such checkpoint; give the path of a .safetensors file that training wrote")
     if not has_weights(name) and name not in PUBLISHED:
-        ModelConfig.preset(name)
+        BEVTransformerConfig.preset(name)
 
 
 def has_weights(name: str) -> bool:
@@ -124,7 +124,7 @@ def network_of(name: str, device: torch.device) -> Network:
     torch.manual_seed(0)
     if has_weights(name):
         return load_checkpoint(weights_file(name))[0].to(device)
-    network = build_network(PUBLISHED[name]() if name in PUBLISHED else ModelConfig.preset(name)).to(device)
+    network = build_network(PUBLISHED[name]() if name in PUBLISHED else BEVTransformerConfig.preset(name)).to(device)
     with torch.no_grad():
         for parameter in network.parameters():
             if parameter.ndim > 1 and not parameter.any():  # else outputs would not depend on the images
@@ -193,13 +193,13 @@ class Runner:
         self.frame, self.state = map_tensors(torch.clone, frame), map_tensors(torch.clone, state)
         self._start = state
 
-        def pass_of(frame: Frame, state: State) -> tuple[Prediction, Scene, State]:
+        def pass_of(frame: Frame, state: State) -> tuple[Prediction, FrameObjects, State]:
             prediction, state = network(frame, state)
             return prediction, network.decode(prediction), state
 
         self.advance = advance or (torch.compile(pass_of, dynamic=False) if mode.compiled else pass_of)
         self._graph = None
-        self.results: tuple[Prediction, Scene] | None = None
+        self.results: tuple[Prediction, FrameObjects] | None = None
         if mode.graph:
             with torch.inference_mode():
                 self._graph = captured(self._pass)
@@ -212,7 +212,7 @@ class Runner:
             else:
                 self._graph.replay()
 
-    def first_pass(self) -> tuple[Prediction, Scene, State]:
+    def first_pass(self) -> tuple[Prediction, FrameObjects, State]:
         """What a pass from the memory that was given returns."""
         with torch.inference_mode():
             self.state.bev.copy_(self._start.bev)
@@ -374,7 +374,7 @@ def _measure_copies(runner: Runner, reference: Runner) -> dict:
 
 
 def differences(
-    network: Network, wanted: tuple[Prediction, Scene, State], found: tuple[Prediction, Scene, State]
+    network: Network, wanted: tuple[Prediction, FrameObjects, State], found: tuple[Prediction, FrameObjects, State]
 ) -> dict[str, list[float] | None]:
     """Largest and mean difference of memory, raw boxes and raw lines of the last layer; None where one is not finite.
 

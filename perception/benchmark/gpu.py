@@ -232,7 +232,7 @@ def tables(content: dict) -> str:
 def _deployed_line(row: dict) -> list[str]:
     """A line of the table of accuracy; the reference has metrics, all others how far theirs are off."""
     head = [row["name"], f"{row['p50_ms']:.2f}", f"{row['p99_ms']:.2f}"]
-    metrics = [row["metrics"][name] for name in ("nds", "lane_map")]
+    metrics = [row["metrics"][name] for name in ("nds", "lane_mAP")]
     if "gate" not in row:
         return [*head, *[""] * 5, *(f"{value:.4f}" for value in metrics), ""]
     return [

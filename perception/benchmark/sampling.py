@@ -28,13 +28,13 @@ class Sampling(NamedTuple):
 
 
 def samplings_of(network: BEVTransformer, precision: str, seed: int = 0) -> dict[str, Sampling]:
-    """What a network samples, by the name of the function; values, places, cameras and weights at random.
+    """What a network samples, by the name of the function; values, locations, cameras and weights at random.
 
-    Maps are in the precision, places and weights in float32.
+    Maps are in the precision, locations and weights in float32.
     """
     device = network.cell_position.weight.device
     generator = torch.Generator(device).manual_seed(seed)
-    config, attention = network.config, network.camera_attention
+    config, attention = network.config, network.spatial_cross_attention
     h, w = (side // network.image_encoder.stride for side in config.image_size)
     Q, S = attention.points_ego.shape[0] * attention.points_ego.shape[1], attention.cameras * attention.samples
     reading = network.box_decoder.layers[0]["bev_attention"]
@@ -47,7 +47,7 @@ def samplings_of(network: BEVTransformer, precision: str, seed: int = 0) -> dict
     weight = drawn(1, Q, S) * (drawn(1, Q, S) > UNSEEN)
     features = drawn(1, CAMERAS, config.channels, h, w).to(dtype)
     low, high = (torch.tensor(edge, device=device) for edge in zip(config.x_range, config.y_range, strict=True))
-    places = low + (high - low) * drawn(1, config.box_queries, reading.heads, reading.samples, 2)
+    locations = low + (high - low) * drawn(1, config.box_queries, reading.heads, reading.samples, 2)
     return {
         "sample_cameras": Sampling(
             lambda features, uv, weight, **options: sample_cameras(features, uv, camera, weight, **options),
@@ -55,7 +55,7 @@ def samplings_of(network: BEVTransformer, precision: str, seed: int = 0) -> dict
         ),
         "sample_bev": Sampling(
             lambda bev, points, weight, **options: sample_bev(bev, network.grid, points, weight, **options),
-            (drawn(1, config.channels, *config.grid).to(dtype), places, drawn(*places.shape[:-1])),
+            (drawn(1, config.channels, *config.grid).to(dtype), locations, drawn(*locations.shape[:-1])),
         ),
     }
 

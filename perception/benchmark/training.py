@@ -25,7 +25,17 @@ from perception.benchmark.stages import Recorder
 from perception.data.loader import collate, fit_image, pad_boxes, pad_lines
 from perception.losses import set_losses
 from perception.models.bev_transformer import BEVTransformer
-from perception.types import ATTRIBUTES, BOX_CLASSES, LINE_CLASSES, Boxes, Clip, MapLine, Scene, State, map_tensors
+from perception.types import (
+    ATTRIBUTES,
+    BOX_CLASSES,
+    LINE_CLASSES,
+    Boxes,
+    Clip,
+    FrameObjects,
+    MapLine,
+    State,
+    map_tensors,
+)
 
 STORED_SIZE = (900, 1600)  # height and width of nuScenes' images
 WINDOW = 2  # frames of a clip, as the configurations have it
@@ -65,11 +75,11 @@ class RandomClips(Dataset):
         rng = np.random.default_rng((self._seed, item))
         images = torch.stack([torch.stack([self._decoded(file) for file in self._files]) for _ in range(WINDOW)])
         frames = map_tensors(lambda x: x.expand(WINDOW, *x.shape).clone(), self._frame._replace(images=torch.zeros(0)))
-        truth = Scene(
+        gt = FrameObjects(
             pad_boxes([_random_boxes(rng) for _ in range(WINDOW)]),
             pad_lines([_random_lines(rng) for _ in range(WINDOW)], self._points),
         )
-        return Clip(frames._replace(images=images), truth, torch.arange(WINDOW))
+        return Clip(frames._replace(images=images), gt, torch.arange(WINDOW))
 
     def _decoded(self, file: bytes) -> Tensor:
         return fit_image(Image.open(io.BytesIO(file)), np.eye(3), self._size)[0]
@@ -88,7 +98,7 @@ def _random_boxes(rng: np.random.Generator) -> Boxes:
         attribute=torch.from_numpy(rng.integers(0, len(ATTRIBUTES), BOXES)),
         score=torch.ones(BOXES),
         valid=torch.ones(BOXES, dtype=torch.bool),
-        spread=torch.zeros(BOXES, 9),
+        uncertainty=torch.zeros(BOXES, 9),
     )
 
 
@@ -128,7 +138,7 @@ class Step:
                 prediction, state = self.network(now.frames, state)
             with self._timed("losses", marks):
                 prediction = map_tensors(Tensor.float, prediction)
-                losses = set_losses(prediction, now.truth, now.frames, self.network.grid)
+                losses = set_losses(prediction, now.gt, now.frames, self.network.grid)
                 total = total + sum(losses.values()) / T
         with self._timed("backward", marks):
             total.backward()

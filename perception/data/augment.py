@@ -18,8 +18,8 @@ from perception.data.corruptions import (
     CORRUPTIONS,
     SEVERITIES,
     corrupt_camera,
-    jitter_cameras,
     missing_camera,
+    perturb_extrinsics,
     spare_cameras,
 )
 from perception.data.index import PATCH_SIZE, WIDE_PATCH_SIZE
@@ -40,9 +40,10 @@ class Augment:
         shift: the ego frame is moved by up to this along x and along y, metres.
         zoom: each camera's picture shows up to this fraction more or less, somewhere in the original one.
         color: gain, contrast and gamma of each camera, and the balance of its channels, change by up to this fraction.
-        jitter: probability that the calibration is wrong along a scene.
-        jitter_deg: how far it is wrong then, for each camera: turned about the vertical by up to this. A pitch that is
-            not what it is said to be would move the road at 20 m by metres, and teach not to look closely.
+        extrinsics_noise: probability that the calibration is wrong along a scene.
+        extrinsics_noise_deg: how far it is wrong then, for each camera: turned about the vertical by up to this. A
+            pitch that is not what it is said to be would move the road at 20 m by metres, and teach not to look
+            closely.
         drop_camera: probability that one camera is missing in a clip; never the last one that there is.
         corrupt: probability, for each camera, that its images of a clip are bad in a random way.
 
@@ -56,8 +57,8 @@ class Augment:
     shift: float = 1.0
     zoom: float = 0.1
     color: float = 0.2
-    jitter: float = 0.0
-    jitter_deg: float = 1.0
+    extrinsics_noise: float = 0.0
+    extrinsics_noise_deg: float = 1.0
     drop_camera: float = 0.0
     corrupt: float = 0.0
 
@@ -65,7 +66,7 @@ class Augment:
         for field in fields(self):
             if getattr(self, field.name) < 0:
                 raise ConfigError(f"Augment.{field.name} is {getattr(self, field.name)}; it must not be negative")
-        for name in ("mirror", "jitter", "drop_camera", "corrupt"):
+        for name in ("mirror", "extrinsics_noise", "drop_camera", "corrupt"):
             if getattr(self, name) > 1:
                 raise ConfigError(f"Augment.{name} is {getattr(self, name)}; it is a probability, give at most 1")
         angle = np.radians(min(self.yaw_deg, 90.0))
@@ -88,7 +89,7 @@ class Augment:
         Args:
             clip: with leading [T].
             wide_lines: T lists of exact lines in the ego frame, from a patch larger than the wanted one.
-            ego_from_patch: T transforms [4, 4]; where the truth's patch lies in the (old and new) ego frame.
+            ego_from_patch: T transforms [4, 4]; where the ground truth's patch lies in the (old and new) ego frame.
             scene_rng: for what has to stay the same all along a scene: the ego frame, pictures, colours, calibration.
             clip_rng: for what comes and goes: missing cameras and bad images.
 
@@ -105,15 +106,15 @@ class Augment:
         lines = [
             move_lines(lines, moved_from_ego, patch) for lines, patch in zip(wide_lines, ego_from_patch, strict=True)
         ]
-        old = clip.truth.lines
-        truth = clip.truth._replace(
-            boxes=move_boxes(clip.truth.boxes, moved_from_ego),
+        old = clip.gt.lines
+        gt = clip.gt._replace(
+            boxes=move_boxes(clip.gt.boxes, moved_from_ego),
             lines=pad_lines(lines, old.points.shape[-2], old.label.shape[-1]),
         )
         frames = change_colors(zoom_cameras(frames, self.zoom, rng), self.color, rng)
-        if rng.random() < self.jitter:
-            frames = jitter_cameras(frames, self.jitter_deg, rng)
-        return clip._replace(frames=self._disturb(frames, clip_rng), truth=truth)
+        if rng.random() < self.extrinsics_noise:
+            frames = perturb_extrinsics(frames, self.extrinsics_noise_deg, rng)
+        return clip._replace(frames=self._disturb(frames, clip_rng), gt=gt)
 
     def _disturb(self, frames: Frame, rng: np.random.Generator) -> Frame:
         """Frames [T] with cameras that are missing or show bad images, as drawn for this clip."""
@@ -169,7 +170,7 @@ def move_boxes(boxes: Boxes, moved_from_ego: np.ndarray) -> Boxes:
 
 
 def move_lines(lines: Sequence[MapLine], moved_from_ego: np.ndarray, ego_from_patch: np.ndarray) -> list[MapLine]:
-    """Lines of a large patch in another ego frame, cut anew by the patch of the truth, which moves along."""
+    """Lines of a large patch in another ego frame, cut anew by the patch of the ground truth, which moves along."""
     patch_from_ego = invert_rigid(ego_from_patch)
     patch_from_old = patch_from_ego @ moved_from_ego
     step = -1 if np.linalg.det(moved_from_ego[:3, :3]) < 0 else 1  # the road stays on the right of its boundary

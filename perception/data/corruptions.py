@@ -1,7 +1,7 @@
 """What goes wrong with cameras: one is missing, the calibration is off, the images are bad.
 
-Pure functions on a Frame with any leading dimensions; the world, and so the truth, stays what it is. Training uses them
-(`perception.data.augment`), and so does the robustness card (`perception.evaluation.robustness`).
+Pure functions on a Frame with any leading dimensions; the world, and so the ground truth, stays what it is. Training
+uses them (`perception.data.augment`), and so does the robustness card (`perception.evaluation.robustness`).
 
 The kinds of bad images are those that RoboBEV (Xie et al., https://arxiv.org/abs/2405.17426) applies to camera networks
 and that have a closed form without a picture of snow: bright, dark, fog, blur by motion, quantised colours; and noise
@@ -52,8 +52,8 @@ def missing_camera(frame: Frame, camera: int) -> Frame:
 
 
 def spare_cameras(rig: CameraRig) -> list[int]:
-    """The cameras that are there and may go missing without any moment of [..., N] losing its last one."""
-    present = rig.present.flatten(0, -2)  # [moments, N]
+    """The cameras that are there and may go missing without any frame of [..., N] losing its last one."""
+    present = rig.present.flatten(0, -2)  # [frames, N]
     lonely = present & (present.sum(-1, keepdim=True) == 1)
     return torch.nonzero(present.any(0) & ~lonely.any(0))[:, 0].tolist()
 
@@ -62,7 +62,7 @@ def turn_cameras(frame: Frame, rotations: np.ndarray) -> Frame:
     """The frame with a wrong calibration: cameras are said to be turned about their own centres, but are not.
 
     Args:
-        frame: with leading [...]; all its moments get the same error.
+        frame: with leading [...]; all its frames get the same error.
         rotations: [N, 3] one rotation vector per camera: about ego x, y and z, radians.
     """
     wrong_from_true = torch.linalg.matrix_exp(_cross_matrix(torch.from_numpy(rotations).double()))  # [N, 3, 3]
@@ -79,7 +79,7 @@ def _cross_matrix(vectors: Tensor) -> Tensor:
     return torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).unflatten(-1, (3, 3))
 
 
-def jitter_cameras(frame: Frame, max_deg: float, rng: np.random.Generator) -> Frame:
+def perturb_extrinsics(frame: Frame, max_deg: float, rng: np.random.Generator) -> Frame:
     """Turns each camera's calibration by up to `max_deg` about the vertical, each by itself."""
     yaw = np.radians(rng.uniform(-max_deg, max_deg, frame.rig.present.shape[-1]))
     return turn_cameras(frame, yaw[:, None] * np.array([0.0, 0.0, 1.0]))
@@ -102,10 +102,10 @@ def forget(frame: Frame) -> Frame:
 
 
 def corrupt_camera(frame: Frame, camera: int, kind: str, severity: int, rng: np.random.Generator) -> Frame:
-    """The frame with bad images of one camera; those of moments where it is missing stay as they are.
+    """The frame with bad images of one camera; those of frames where it is missing stay as they are.
 
     Args:
-        frame: with leading [...] and uint8 images; fog and the direction of a blur are the same at all its moments.
+        frame: with leading [...] and uint8 images; fog and the direction of a blur are the same at all its frames.
         camera: which of the N.
         kind, severity, rng: as in `corrupt_images`.
     """

@@ -370,22 +370,22 @@ def lines_around(
     global_from_ego: np.ndarray,
     ego_from_lidar: np.ndarray,
     size: tuple[float, float],
-    flavour: str = "maptr",
+    protocol: str = "maptr",
 ) -> list[MapLine]:
-    """Lines of the patch that a published flavour puts around a pose, in the ego frame.
+    """Lines of the patch that a published protocol puts around a pose, in the ego frame.
 
     Args:
         lanes: the map of the place.
         global_from_ego, ego_from_lidar: [4, 4].
         size: extent ahead and across, metres.
-        flavour: "maptr", whose patch is centred at LIDAR_TOP and turned with it, or "streammapnet", whose patch is the
+        protocol: "maptr", whose patch is centred at LIDAR_TOP and turned with it, or "streammapnet", whose patch is the
             ego frame's own.
 
     Raises:
-        ConfigError: the flavour is not known.
+        ConfigError: the protocol is not known.
     """
-    if flavour != "maptr":
-        return lanes.lines(*global_from_ego[:2, 3], yaw_from_rotation(global_from_ego), size, flavour)
+    if protocol != "maptr":
+        return lanes.lines(*global_from_ego[:2, 3], yaw_from_rotation(global_from_ego), size, protocol)
     global_from_lidar = global_from_ego @ ego_from_lidar
     ego_from = ego_from_patch(global_from_ego, ego_from_lidar)
     lines = lanes.lines(*global_from_lidar[:2, 3], yaw_from_rotation(global_from_lidar) + np.pi / 2, size)

@@ -14,7 +14,7 @@ from perception.data.loader import decode_image, pad_boxes, pad_lines
 from perception.data.nuscenes import NUSCENES_CAMERAS
 from perception.errors import DataError
 from perception.geometry import invert_rigid, transform_points, wrap_angle, yaw_from_rotation
-from perception.types import BOX_CLASSES, LINE_CLASSES, Boxes, CameraRig, Clip, Frame, MapLine, Scene
+from perception.types import BOX_CLASSES, LINE_CLASSES, Boxes, CameraRig, Clip, Frame, FrameObjects, MapLine
 
 _LINE_KINDS = {"lane_divider": "divider", "road_divider": "divider", "ped_crossing": "ped_crossing",
                "drivable_boundary": "boundary"}  # fmt: skip
@@ -40,7 +40,7 @@ def load_info_clip(
         index: which entry of `data_list`.
         image_size: height and width of the images, see `fit_image`.
         cameras: channels, in order; one that the entry lacks is marked as not present.
-        points_per_line: P of the (empty) truth lines.
+        points_per_line: P of the (empty) ground truth lines.
 
     Raises:
         DataError: the file or an image is missing, or a field is missing or malformed.
@@ -69,8 +69,8 @@ def load_info_clip(
         seconds_since_prev=torch.zeros(1),
         is_first=torch.ones(1, dtype=torch.bool),
     )
-    truth = Scene(pad_boxes([_boxes(path, info, categories, ego_from_lidar)]), pad_lines([[]], points_per_line))
-    return Clip(frames, truth, torch.tensor([index]))
+    gt = FrameObjects(pad_boxes([_boxes(path, info, categories, ego_from_lidar)]), pad_lines([[]], points_per_line))
+    return Clip(frames, gt, torch.tensor([index]))
 
 
 def load_info_poses(json_path: str | Path, index: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -158,5 +158,5 @@ def _boxes(path: Path, info: dict, categories: dict[int, str], ego_from_lidar: n
         attribute=torch.full((len(box),), -1),
         score=torch.ones(len(box)),
         valid=torch.from_numpy(valid & (label >= 0)),
-        spread=torch.zeros(len(box), 9),
+        uncertainty=torch.zeros(len(box), 9),
     )

@@ -1,7 +1,7 @@
 """Vector lines from a nuScenes map-expansion file.
 
 `LaneMap` parses the JSON (format 1.3) once into shapely geometry with a spatial index per layer, then cuts out the
-lines around any pose, by the rules of one of the two published ground truths. In both, dividers are the pieces of every
+lines around any pose, by the rules of one of the two published ground gts. In both, dividers are the pieces of every
 divider inside the patch, and boundaries are the outlines of the united road surface with the patch's own border taken
 away. They differ in the crossings: MapTR and VectorMapNet outline the union of all of them, StreamMapNet and MapTracker
 unite only crossings of one direction. (They also put the patch elsewhere, which is up to the caller: the former around
@@ -27,14 +27,14 @@ DIVIDER_LAYERS = ("road_divider", "lane_divider")
 CROSSING_LAYERS = ("ped_crossing",)
 SURFACE_LAYERS = ("road_segment", "lane")
 
-# The published ground truths: MapTR and VectorMapNet, StreamMapNet and MapTracker.
-LANE_FLAVOURS = ("maptr", "streammapnet")
+# The published ground gts: MapTR and VectorMapNet, StreamMapNet and MapTracker.
+LANE_PROTOCOLS = ("maptr", "streammapnet")
 
 # The published extractor cuts outlines by a slightly larger patch for crossings, so that their rings stay whole, and
 # by a slightly smaller one for boundaries, so that the border of the patch itself is no line.
 PATCH_MARGIN = 0.2
 
-# Crossings of the StreamMapNet flavour have one direction where 1 - |cos| of the angle between them is below this.
+# Crossings of the StreamMapNet protocol have one direction where 1 - |cos| of the angle between them is below this.
 SAME_DIRECTION = 0.01
 
 _DIVIDER, _CROSSING, _BOUNDARY = (LINE_CLASSES.index(name) for name in ("divider", "ped_crossing", "boundary"))
@@ -100,7 +100,7 @@ class LaneMap:
         self._graph_content = {field: content[field] for field in fields if field in content}
 
     def lines(
-        self, x: float, y: float, yaw: float, size: tuple[float, float] = (60.0, 30.0), flavour: str = "maptr"
+        self, x: float, y: float, yaw: float, size: tuple[float, float] = (60.0, 30.0), protocol: str = "maptr"
     ) -> list[MapLine]:
         """Lines inside a rectangle.
 
@@ -109,19 +109,19 @@ class LaneMap:
             y: global y of the patch centre, metres.
             yaw: direction of the patch's x axis in the global frame, radians.
             size: extent along the patch's x and y axes, metres.
-            flavour: one of LANE_FLAVOURS.
+            protocol: one of LANE_PROTOCOLS.
 
         Returns:
             Lines with exact vertices in the patch frame (origin at the centre); dividers first, then crossings, then
             boundaries. Boundaries keep the road surface on their right. Outlines of crossings run clockwise in the
-            MapTR flavour and counter-clockwise in StreamMapNet's. An outline that lies wholly inside is closed (its
+            MapTR protocol and counter-clockwise in StreamMapNet's. An outline that lies wholly inside is closed (its
             first point is repeated last); a crossing is closed always.
 
         Raises:
-            ConfigError: the flavour is not known.
+            ConfigError: the protocol is not known.
         """
-        if flavour not in LANE_FLAVOURS:
-            raise ConfigError(f"flavour of lane lines is '{flavour}': give one of {', '.join(LANE_FLAVOURS)}")
+        if protocol not in LANE_PROTOCOLS:
+            raise ConfigError(f"protocol of lane lines is '{protocol}': give one of {', '.join(LANE_PROTOCOLS)}")
         half = np.asarray(size, dtype=np.float64) / 2
         center = np.array([x, y], dtype=np.float64)
         turn = np.array([[np.cos(yaw), -np.sin(yaw)], [np.sin(yaw), np.cos(yaw)]])
@@ -131,7 +131,7 @@ class LaneMap:
 
         result = [MapLine(_DIVIDER, shapely.get_coordinates(piece)) for name in DIVIDER_LAYERS for piece in cut[name]]
         crossings = [polygon for name in CROSSING_LAYERS for polygon in cut[name]]
-        if flavour == "maptr":
+        if protocol == "maptr":
             rings = _outlines(crossings, _window(size, PATCH_MARGIN))
         else:
             rings = _crossings_by_direction(crossings)

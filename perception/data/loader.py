@@ -16,7 +16,7 @@ from torch.utils.data import Sampler
 
 from perception.errors import ConfigError, DataError
 from perception.geometry import resample_polyline
-from perception.types import Boxes, Clip, MapLine, Polylines, Scene
+from perception.types import Boxes, Clip, FrameObjects, MapLine, Polylines
 
 
 def decode_image(
@@ -78,12 +78,12 @@ def fit_image(image: Image.Image, img_from_cam: np.ndarray, image_size: tuple[in
 
 
 def pad_boxes(boxes: Sequence[Boxes], count: int = 0) -> Boxes:
-    """Stacks the boxes of several moments, padded to the longest or to `count`: each [M_i, ...] -> [T, M, ...]."""
+    """Stacks the boxes of several frames, padded to the longest or to `count`: each [M_i, ...] -> [T, M, ...]."""
     return _stack_padded(boxes, max(count, *(len(part.label) for part in boxes)))
 
 
 def pad_lines(lines: Sequence[Sequence[MapLine]], points_per_line: int, count: int = 0) -> Polylines:
-    """Resamples the lines of several moments and stacks them, padded to the most or to `count`.
+    """Resamples the lines of several frames and stacks them, padded to the most or to `count`.
 
     Returns:
         Polylines with points [T, M, P, 2] float32.
@@ -101,7 +101,7 @@ def pad_lines(lines: Sequence[Sequence[MapLine]], points_per_line: int, count: i
                 label=torch.tensor([line.label for line in moment], dtype=torch.int64),
                 score=torch.tensor([line.score for line in moment], dtype=torch.float32),
                 valid=torch.ones(len(moment), dtype=torch.bool),
-                spread=torch.zeros(len(moment), points_per_line, 2),
+                uncertainty=torch.zeros(len(moment), points_per_line, 2),
             )
         )
     return _stack_padded(stacked, max(count, *(len(moment) for moment in lines)))
@@ -117,15 +117,15 @@ def _stack_padded(parts: Sequence, count: int):
 
 
 def collate(clips: list[Clip]) -> Clip:
-    """Clips [T, ...] into one batch [B, T, ...]; truth is padded to the longest of the batch."""
-    truth = Scene(
+    """Clips [T, ...] into one batch [B, T, ...]; ground truth is padded to the longest of the batch."""
+    gt = FrameObjects(
         *(
-            type(parts[0])(*map(_stack_truth, zip(*parts, strict=True)))
-            for parts in zip(*(clip.truth for clip in clips), strict=True)
+            type(parts[0])(*map(_stack_gt, zip(*parts, strict=True)))
+            for parts in zip(*(clip.gt for clip in clips), strict=True)
         )
     )
     frames = _stack([clip.frames for clip in clips])
-    return Clip(frames, truth, torch.stack([clip.sample_index for clip in clips]))
+    return Clip(frames, gt, torch.stack([clip.sample_index for clip in clips]))
 
 
 def _stack(nouns: list):
@@ -134,13 +134,13 @@ def _stack(nouns: list):
     return type(nouns[0])(*(_stack(list(field)) for field in zip(*nouns, strict=True)))
 
 
-def _stack_truth(tensors: Sequence[Tensor]) -> Tensor:
+def _stack_gt(tensors: Sequence[Tensor]) -> Tensor:
     """[T, M_i, ...] each -> [B, T, M, ...]."""
     count = max(tensor.shape[1] for tensor in tensors)
     return torch.stack([F.pad(t, (0, 0) * (t.ndim - 2) + (0, count - t.shape[1])) for t in tensors])
 
 
-class Draw(NamedTuple):
+class ClipRequest(NamedTuple):
     """What the training sampler yields: samples of one scene that follow each other, and how they are to be seen."""
 
     samples: tuple[int, ...]
@@ -151,7 +151,7 @@ class Draw(NamedTuple):
 class TrainSampler(Sampler):
     """Windows of scenes, for training with a memory that is handed on from batch to batch.
 
-    A batch holds one window of each of `batch_size` scenes. Batches take turns in `groups`: batch b + groups goes on
+    A batch holds one window of each of `batch_size` scenes. Batches take turns in `streams`: batch b + streams goes on
     where batch b ended, element by element, with the next window of the same scene or the first one of another. In
     between other scenes are seen, for steps that all see the same street unlearn the others. Scenes come in random
     order.
@@ -162,9 +162,9 @@ class TrainSampler(Sampler):
     Args:
         scene_of_sample: [S] scene number of each sample, samples in time order within a scene.
         batch_size: that of the DataLoader, which must keep the order.
-        groups: batches that take turns.
-        window: T, samples per draw. Scenes that have fewer are left out; what does not fill a window is skipped, now at
-            the beginning of a scene and now at its end.
+        streams: batches that take turns.
+        frames_per_clip: T, samples per draw. Scenes that have fewer are left out; what does not fill a frames_per_clip
+            is skipped, now at the beginning of a scene and now at its end.
         drop: probability that a sample is left out, so that the time between two frames varies.
         seed: of the whole run.
         rank: of this process.
@@ -178,8 +178,8 @@ class TrainSampler(Sampler):
         self,
         scene_of_sample: Sequence[int],
         batch_size: int,
-        groups: int,
-        window: int,
+        streams: int,
+        frames_per_clip: int,
         drop: float,
         seed: int,
         rank: int = 0,
@@ -187,16 +187,17 @@ class TrainSampler(Sampler):
     ) -> None:
         scenes = np.asarray(scene_of_sample)
         of_scene = [np.flatnonzero(scenes == scene) for scene in np.unique(scenes)]
-        self.scenes = [samples for samples in of_scene if len(samples) >= window]
+        self.scenes = [samples for samples in of_scene if len(samples) >= frames_per_clip]
         if not self.scenes:
             raise ConfigError(
-                f"train.window is {window}, but no scene has that many samples; use at most "
+                f"train.frames_per_clip is {frames_per_clip}, but no scene has that many samples; use at most "
                 f"{max(map(len, of_scene), default=0)}"
             )
-        self.batch_size, self.groups, self.window, self.drop, self.seed = batch_size, groups, window, drop, seed
+        self.batch_size, self.streams, self.frames_per_clip = batch_size, streams, frames_per_clip
+        self.drop, self.seed = drop, seed
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
-        windows = sum(len(samples) for samples in self.scenes) * (1 - drop) / window
+        windows = sum(len(samples) for samples in self.scenes) * (1 - drop) / frames_per_clip
         self.batches = max(1, round(windows / (batch_size * world_size)))
 
     def set_epoch(self, epoch: int) -> None:
@@ -206,30 +207,34 @@ class TrainSampler(Sampler):
     def __len__(self) -> int:
         return self.batches * self.batch_size
 
-    def __iter__(self) -> Iterator[Draw]:
+    def __iter__(self) -> Iterator[ClipRequest]:
         rng = np.random.default_rng((self.seed, self.epoch))
         visits = self._visits(rng)
-        groups = [[[] for _ in range(self.batch_size * self.world_size)] for _ in range(self.groups)]
+        streams = [[[] for _ in range(self.batch_size * self.world_size)] for _ in range(self.streams)]
         for batch in range(self.batches):
-            for number, stream in enumerate(groups[batch % self.groups]):
+            for number, stream in enumerate(streams[batch % self.streams]):
                 if not stream:
                     stream.extend(next(visits))
                 draw = stream.pop(0)
                 if number % self.world_size == self.rank:
                     yield draw
 
-    def _visits(self, rng: np.random.Generator) -> Iterator[list[Draw]]:
+    def _visits(self, rng: np.random.Generator) -> Iterator[list[ClipRequest]]:
         """The windows of one scene after the other, without end."""
         for visit in itertools.count():
             if visit % len(self.scenes) == 0:
                 order = rng.permutation(len(self.scenes))
             samples = self.scenes[order[visit % len(self.scenes)]]
             kept = samples[rng.random(len(samples)) >= self.drop]
-            samples = kept if len(kept) >= self.window else samples
-            samples = samples[rng.integers(len(samples) % self.window + 1) :]
-            windows = samples[: len(samples) // self.window * self.window].reshape(-1, self.window).tolist()
+            samples = kept if len(kept) >= self.frames_per_clip else samples
+            samples = samples[rng.integers(len(samples) % self.frames_per_clip + 1) :]
+            windows = samples[: len(samples) // self.frames_per_clip * self.frames_per_clip]
+            windows = windows.reshape(-1, self.frames_per_clip).tolist()
             previous = [-1, *(window[-1] for window in windows)]
-            yield [Draw(tuple(w), p, (self.seed, self.epoch, visit)) for w, p in zip(windows, previous, strict=False)]
+            yield [
+                ClipRequest(tuple(w), p, (self.seed, self.epoch, visit))
+                for w, p in zip(windows, previous, strict=False)
+            ]
 
 
 class SceneStreamSampler(Sampler):

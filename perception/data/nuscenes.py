@@ -14,9 +14,9 @@ from perception.data.augment import Augment
 from perception.data.index import PATCH_SIZE, concatenate, ego_from_patch, lines_around, load_index
 from perception.data.lane_map import LaneMap
 from perception.data.lane_topology import Centerlines
-from perception.data.loader import Draw, decode_image, pad_boxes, pad_lines
+from perception.data.loader import ClipRequest, decode_image, pad_boxes, pad_lines
 from perception.geometry import invert_rigid, yaw_from_rotation
-from perception.types import BOX_CLASSES, Boxes, CameraRig, Clip, Frame, MapLine, Scene
+from perception.types import BOX_CLASSES, Boxes, CameraRig, Clip, Frame, FrameObjects, MapLine
 
 NUSCENES_CAMERAS = (
     "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT",
@@ -27,10 +27,10 @@ class NuScenesDataset(Dataset):
     """Keyframes of a nuScenes-format dataset as clips.
 
     Every sample is an item, a clip of one frame, in scene order: made for streaming, so a frame carries the motion
-    since the previous keyframe and is first only at the start of a scene. Training asks with a `Draw` for longer clips,
-    which may leave keyframes out.
+    since the previous keyframe and is first only at the start of a scene. Training asks with a `ClipRequest` for longer
+    clips, which may leave keyframes out.
 
-    Lines of clips are those of the MapTR flavour: 60 m ahead and behind together, 30 m across, around LIDAR_TOP.
+    Lines of clips are those of the MapTR protocol: 60 m ahead and behind together, 30 m across, around LIDAR_TOP.
 
     Args:
         dataroot: folder of the dataset, or several folders that are read as one dataset.
@@ -39,9 +39,9 @@ class NuScenesDataset(Dataset):
             `.json` or `.txt` or has a `/` in it (see `perception.data.splits`). Every root must hold a file's scenes.
         image_size: height and width of the images; see `fit_image` for how others are fitted.
         cameras: channels, in order. One that a sample lacks is marked as not present.
-        points_per_line: P of the truth lines.
+        points_per_line: P of the ground truth lines.
         cache_dir: where the index is kept, see `load_index`.
-        augment: changes the clips of a `Draw`, which names their random numbers.
+        augment: changes the clips of a `ClipRequest`, which names their random numbers.
 
     Raises:
         DataError: anything is missing or malformed, here or when an item is read.
@@ -108,26 +108,26 @@ class NuScenesDataset(Dataset):
         """[4, 4] float64 of sample i."""
         return self._index.ego_from_lidar[i]
 
-    def truth_lines(self, i: int, flavour: str = "maptr", size: tuple[float, float] = PATCH_SIZE) -> list[MapLine]:
+    def gt_lines(self, i: int, protocol: str = "maptr", size: tuple[float, float] = PATCH_SIZE) -> list[MapLine]:
         """Lines of sample i with exact vertices, ego frame.
 
-        The default is read from the index; other flavours and sizes are cut from the map.
+        The default is read from the index; other protocols and sizes are cut from the map.
 
         Args:
             i: the sample.
-            flavour: "maptr" (patch centred at LIDAR_TOP and turned with it) or "streammapnet" (centred at the ego
+            protocol: "maptr" (patch centred at LIDAR_TOP and turned with it) or "streammapnet" (centred at the ego
                 frame's origin, crossings united by direction).
             size: extent of the patch ahead and across, metres.
 
         Raises:
-            ConfigError: the flavour is not known.
+            ConfigError: the protocol is not known.
             DataError: the map file has gone or is malformed.
         """
-        if flavour == "maptr" and tuple(size) == PATCH_SIZE:
+        if protocol == "maptr" and tuple(size) == PATCH_SIZE:
             return self._index.lines.of_sample(i)
-        return lines_around(self._lane_map(i), self.ego_pose(i), self.ego_from_lidar(i), tuple(size), flavour)
+        return lines_around(self._lane_map(i), self.ego_pose(i), self.ego_from_lidar(i), tuple(size), protocol)
 
-    def truth_centerlines(self, i: int, size: tuple[float, float] = PATCH_SIZE) -> Centerlines:
+    def gt_centerlines(self, i: int, size: tuple[float, float] = PATCH_SIZE) -> Centerlines:
         """Centre lines of lanes around sample i and which leads to which, ego frame, in a patch centred at its origin.
 
         Args:
@@ -146,7 +146,7 @@ class NuScenesDataset(Dataset):
             self._lane_maps[path] = LaneMap(os.fsdecode(path))
         return self._lane_maps[path]
 
-    def truth_boxes(self, i: int) -> Boxes:
+    def gt_boxes(self, i: int) -> Boxes:
         """Boxes [M] of sample i, not padded; valid where LiDAR or radar points prove them, as the evaluation counts."""
         index = self._index
         rows = slice(index.box_offset[i], index.box_offset[i + 1])
@@ -159,22 +159,22 @@ class NuScenesDataset(Dataset):
             attribute=torch.from_numpy(index.box_attribute[rows]),
             score=torch.ones(rows.stop - rows.start),
             valid=torch.from_numpy(index.box_points[rows] > 0),
-            spread=torch.zeros(rows.stop - rows.start, 9),
+            uncertainty=torch.zeros(rows.stop - rows.start, 9),
         )
 
-    def __getitem__(self, item: int | Draw) -> Clip:
-        if isinstance(item, Draw):
+    def __getitem__(self, item: int | ClipRequest) -> Clip:
+        if isinstance(item, ClipRequest):
             samples = np.array(item.samples)  # [T]
             previous = np.array([item.previous, *item.samples[:-1]])
         else:
             samples = np.array([range(len(self))[item]])  # an IndexError beyond the end
             previous = self._index.previous[samples]
-        truth = Scene(
-            pad_boxes([self.truth_boxes(i) for i in samples], self.max_boxes),
-            pad_lines([self.truth_lines(i) for i in samples], self.points_per_line, self.max_lines),
+        gt = FrameObjects(
+            pad_boxes([self.gt_boxes(i) for i in samples], self.max_boxes),
+            pad_lines([self.gt_lines(i) for i in samples], self.points_per_line, self.max_lines),
         )
-        clip = Clip(self._frames(samples, previous), truth, torch.from_numpy(samples))
-        if self.augment is None or not isinstance(item, Draw):
+        clip = Clip(self._frames(samples, previous), gt, torch.from_numpy(samples))
+        if self.augment is None or not isinstance(item, ClipRequest):
             return clip
         scene_rng = np.random.default_rng(item.seed)
         # Plus one, for numpy takes a seed with a zero at its end for the one without.

@@ -361,7 +361,7 @@ def _nearest(points: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def _whole_groups(group: np.ndarray, frames: np.ndarray, wanted: float, rng: np.random.Generator) -> np.ndarray:
-    """Scenes [s] bool of those groups whose keyframes together come nearest to the wanted number."""
+    """FrameObjects [s] bool of those groups whose keyframes together come nearest to the wanted number."""
     numbers = rng.permutation(np.unique(group))
     sizes = [int(frames[group == number].sum()) for number in numbers]
     # Every sum that some groups reach, with the group that reached it first; those before it make up the rest.

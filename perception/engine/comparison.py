@@ -18,7 +18,7 @@ from perception.errors import ConfigError
 from perception.models.checkpoint import build_network, load_checkpoint
 from perception.types import map_tensors
 
-HEADLINE = ("nds", "map", "mATE", "mAOE", "mAVE", "lane_map")
+HEADLINE = ("nds", "mAP", "mATE", "mAOE", "mAVE", "lane_mAP")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from mmengine.config import Config
 from perception.data.augment import Augment
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError, DataError
-from perception.models.bev_transformer import ModelConfig
+from perception.models.bev_transformer import BEVTransformerConfig
 from perception.models.bevformer import BEVFormerConfig
 from perception.models.checkpoint import PUBLISHED, NetworkConfig
 from perception.models.published_backbone import FPNConfig, PublishedBackboneConfig
@@ -43,8 +43,10 @@ class TrainSection:
 
     epochs: int  # of streaming training, after those of images alone
     batch_size: int  # clips per process
-    groups: int  # batches that take turns: batch b + groups follows the scenes of batch b, those in between other ones
-    window: int  # frames per step: as far back as gradients go, while the memory goes on along the scene
+    streams: (
+        int  # batches that take turns: batch b + streams follows the scenes of batch b, those in between other ones
+    )
+    frames_per_clip: int  # frames per step: as far back as gradients go, while the memory goes on along the scene
     drop_frames: float  # share of frames that are left out at random, for times between frames that vary
     image_epochs: int  # epochs at the start that train what the images show, before there is a map
     lr: float  # peak learning rate of AdamW
@@ -55,10 +57,12 @@ class TrainSection:
     val_every: int  # epochs between two validations; the last epoch is always validated
     log_every: int  # iterations between two lines of the log
     workers: int  # processes that load clips; 0 loads them in the training process
-    without: tuple[str, ...] = ()  # losses that are left out, by their names in perception.losses.LOSS_WEIGHTS
-    trunk_lr_share: float = 1.0  # of lr that the trunk of the image encoder learns with
+    disabled_losses: tuple[str, ...] = ()  # losses that are left out, by their names in perception.losses.LOSS_WEIGHTS
+    backbone_lr_mult: float = 1.0  # of lr that the backbone of the image encoder learns with
     frozen_stages: int = -1  # of the image encoder: 0 holds the stem as it is, n the first n stages too, -1 nothing
-    trunk_weights: str = ""  # that the image encoder's trunk starts from: published ones, or a network of the library
+    backbone_weights: str = (
+        ""  # that the image encoder's backbone starts from: published ones, or a network of the library
+    )
     init_from: str = ""  # weights to start from, .safetensors or .pth of the same network, images of any size
 
 
@@ -145,11 +149,11 @@ def model_config(section: dict, where: str) -> NetworkConfig:
     """
     preset = section.get("preset") if isinstance(section, dict) else None
     published = PUBLISHED[preset]() if preset in PUBLISHED else None
-    hints = typing.get_type_hints(type(published) if published else ModelConfig)
+    hints = typing.get_type_hints(type(published) if published else BEVTransformerConfig)
     _check_keys(where, "model", section, {"preset", *hints}, {"preset"})
     changes = {key: _typed(f"{where}: model.{key}", value, hints.get(key, str)) for key, value in section.items()}
     name = changes.pop("preset")
-    return dataclasses.replace(published, **changes) if published else ModelConfig.preset(name, **changes)
+    return dataclasses.replace(published, **changes) if published else BEVTransformerConfig.preset(name, **changes)
 
 
 def build_dataset(section: DataSection, model: NetworkConfig) -> NuScenesDataset:

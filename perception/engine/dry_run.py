@@ -88,18 +88,18 @@ def dry_run(config: TrainConfig, *, seed: int = 0, amp: bool = False) -> DryRun:
     section = config.train
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     core = build_network(config.model)  # what it starts from does not change what it costs
-    core.image_encoder.trunk.freeze(section.frozen_stages)
-    model = TrainingModel(core, section.without).to(device, memory_format=torch.channels_last).train()
+    core.image_encoder.backbone.freeze(section.frozen_stages)
+    model = TrainingModel(core, section.disabled_losses).to(device, memory_format=torch.channels_last).train()
     optimizer = build_optimizer(model, section)
     with tempfile.TemporaryDirectory(prefix="perception-dry-run-") as folder:
         root = Path(folder, "town")
         simulate(
-            root, scenes=section.batch_size, seed=seed, keyframes=STEPS * section.window, split="dry",
+            root, scenes=section.batch_size, seed=seed, keyframes=STEPS * section.frames_per_clip, split="dry",
             image_size=config.model.image_size,
         )  # fmt: skip
         data = DataSection(str(root), VERSION, "dry", config.train_data.augment)
         dataset = build_dataset(data, config.model)
-        sampler = TrainSampler(dataset.scene_of_sample, section.batch_size, 1, section.window, 0.0, seed)
+        sampler = TrainSampler(dataset.scene_of_sample, section.batch_size, 1, section.frames_per_clip, 0.0, seed)
         state = None
         for clip in DataLoader(dataset, section.batch_size, sampler=sampler, collate_fn=collate):
             clip = map_tensors(lambda tensor: tensor.to(device), clip)
@@ -142,7 +142,7 @@ def _steps(config: TrainConfig) -> int | None:
         samples = NUSCENES_TRAIN_SAMPLES
     else:
         return None
-    per_epoch = round(samples * (1 - section.drop_frames) / (section.batch_size * section.window))
+    per_epoch = round(samples * (1 - section.drop_frames) / (section.batch_size * section.frames_per_clip))
     return (section.image_epochs + section.epochs) * per_epoch
 
 

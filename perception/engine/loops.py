@@ -59,16 +59,16 @@ class StreamTrainLoop(EpochBasedTrainLoop):
     the names of its samples.
 
     Args:
-        groups: batches that take turns, each with a memory of its own; see `TrainSampler`.
+        streams: batches that take turns, each with a memory of its own; see `TrainSampler`.
         image_epochs: the first epochs, which train what the images show and nothing else. Where an object is seen, and
             how far away, is learned from images alone at half the cost; a map cannot be learned from features that do
             not know it yet.
     """
 
-    def __init__(self, runner: Runner, dataloader: DataLoader, groups: int, image_epochs: int, **schedule) -> None:
+    def __init__(self, runner: Runner, dataloader: DataLoader, streams: int, image_epochs: int, **schedule) -> None:
         super().__init__(runner, dataloader, **schedule)
         self.image_epochs = image_epochs
-        self.states: list[State | None] = [None] * groups
+        self.states: list[State | None] = [None] * streams
 
     def run_epoch(self) -> None:
         self.states = [None] * len(self.states)  # every epoch starts at the beginning of scenes

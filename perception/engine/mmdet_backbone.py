@@ -1,4 +1,4 @@
-"""Backbones of mmdet as trunks of the library's image encoder."""
+"""Backbones of mmdet as backbones of the library's image encoder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from perception.engine.mmcv_ops import stand_in
 from perception.errors import CheckpointError, ConfigError
 
 
-class MMDetTrunk(nn.Module):
+class MMDetBackbone(nn.Module):
     """A backbone of mmdet that gives maps at strides 4, 8, 16 and 32.
 
     Args:

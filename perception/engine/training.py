@@ -31,8 +31,8 @@ from perception.engine.loops import (
 )
 from perception.errors import CheckpointError, ConfigError
 from perception.losses import LOSS_WEIGHTS, image_losses, set_losses
-from perception.models.backbone import load_trunk
-from perception.models.bev_transformer import BEVTransformer, ModelConfig
+from perception.models.backbone import load_backbone
+from perception.models.bev_transformer import BEVTransformer, BEVTransformerConfig
 from perception.models.checkpoint import Network, NetworkConfig, build_network, load_checkpoint, misfits
 from perception.published_losses import loss_weights, losses_of
 from perception.types import Clip, State, map_tensors
@@ -43,20 +43,20 @@ class TrainingModel(BaseModel):
 
     Args:
         core: the network.
-        without: names of losses to leave out.
+        disabled_losses: names of losses to leave out.
 
     Raises:
         ConfigError: there is no loss of such a name, or none is left.
     """
 
-    def __init__(self, core: Network, without: tuple[str, ...] = ()) -> None:
+    def __init__(self, core: Network, disabled_losses: tuple[str, ...] = ()) -> None:
         super().__init__()
-        self.core, self.without = core, without
+        self.core, self.disabled_losses = core, disabled_losses
         weights = LOSS_WEIGHTS if isinstance(core, BEVTransformer) else loss_weights(core)
-        if unknown := sorted(set(without) - set(weights)):
-            raise ConfigError(f"train.without names {unknown[0]!r}; the losses are {', '.join(weights)}")
-        if set(without) == set(weights):
-            raise ConfigError("train.without names all losses; leave at least one")
+        if unknown := sorted(set(disabled_losses) - set(weights)):
+            raise ConfigError(f"train.disabled_losses names {unknown[0]!r}; the losses are {', '.join(weights)}")
+        if set(disabled_losses) == set(weights):
+            raise ConfigError("train.disabled_losses names all losses; leave at least one")
 
     def forward(
         self, clip: Clip, state: State | None, images_only: bool = False
@@ -78,10 +78,10 @@ class TrainingModel(BaseModel):
         B, T = clip.sample_index.shape
         if images_only:
             flat = map_tensors(lambda tensor: tensor.flatten(0, 1), clip)
-            shown = self.core.look(flat.frames)[0]
+            shown = self.core.encode_images(flat.frames)[0]
             with torch.autocast(flat.sample_index.device.type, enabled=False):
                 shown = map_tensors(Tensor.float, shown)
-                return self._checked(image_losses(shown, flat.truth.boxes, flat.frames)), state
+                return self._checked(image_losses(shown, flat.gt.boxes, flat.frames)), state
         state = self.core.initial_state(B) if state is None else state
         losses: dict[str, Tensor] = {}
         for t in range(T):
@@ -91,9 +91,9 @@ class TrainingModel(BaseModel):
             with torch.autocast(clip.sample_index.device.type, enabled=False):
                 prediction = map_tensors(Tensor.float, prediction)
                 if isinstance(self.core, BEVTransformer):
-                    told = set_losses(prediction, now.truth, now.frames, self.core.grid)
+                    told = set_losses(prediction, now.gt, now.frames, self.core.grid)
                 else:
-                    told = losses_of(self.core, prediction, now.truth, now.frames)
+                    told = losses_of(self.core, prediction, now.gt, now.frames)
                 for name, loss in told.items():
                     losses[name] = losses[name] + loss / T if name in losses else loss / T
         return self._checked(losses), map_tensors(Tensor.detach, state)
@@ -103,7 +103,7 @@ class TrainingModel(BaseModel):
         for name, ok in zip(losses, finite, strict=True):
             if not ok:
                 raise FloatingPointError(f"loss {name} is {losses[name].item()}")
-        return {name: loss for name, loss in losses.items() if name not in self.without}
+        return {name: loss for name, loss in losses.items() if name not in self.disabled_losses}
 
 
 def train(
@@ -149,7 +149,7 @@ def train(
     set_random_seed(seed)
     train_set, val_set = build_dataset(config.train_data, config.model), build_dataset(config.val_data, config.model)
     # Channels last is what convolutions are fastest with, on CPU and GPU.
-    model = TrainingModel(make_core(config), config.train.without).to(memory_format=torch.channels_last)
+    model = TrainingModel(make_core(config), config.train.disabled_losses).to(memory_format=torch.channels_last)
     runner = _build_runner(config, work_dir, model, train_set, val_set, seed, resume, amp, launcher)
     runner.train()
     return model.core
@@ -184,15 +184,17 @@ def make_core(config: TrainConfig) -> Network:
         ConfigError: weights are given twice, or not so many stages can be frozen.
     """
     section = config.train
-    if section.init_from and section.trunk_weights:
-        raise ConfigError("train.init_from and train.trunk_weights are both given; the first holds a trunk already")
+    if section.init_from and section.backbone_weights:
+        raise ConfigError(
+            "train.init_from and train.backbone_weights are both given; the first holds a backbone already"
+        )
     core = build_network(config.model)
     if section.init_from:
         core.load_state_dict(load_weights(section.init_from, config.model, any_size=True).state_dict())
-    trunk = core.image_encoder.trunk
-    if section.trunk_weights:
-        load_trunk(trunk, section.trunk_weights)
-    trunk.freeze(section.frozen_stages)
+    backbone = core.image_encoder.backbone
+    if section.backbone_weights:
+        load_backbone(backbone, section.backbone_weights)
+    backbone.freeze(section.frozen_stages)
     return core
 
 
@@ -205,7 +207,7 @@ def check_trainable(config: TrainConfig) -> None:
     for name in ("train", "train_data"):
         if getattr(config, name) is None:
             raise ConfigError(f"config {config.name} has no section {name}: it is for evaluation; choose another one")
-    if config.train.image_epochs and not isinstance(config.model, ModelConfig):
+    if config.train.image_epochs and not isinstance(config.model, BEVTransformerConfig):
         raise ConfigError(
             f"config {config.name}: train.image_epochs must be 0, its network has no losses in the images"
         )
@@ -258,8 +260,8 @@ def load_weights(path: str | Path, model_config: NetworkConfig, *, any_size: boo
 def _build_runner(config, work_dir, model, train_set, val_set, seed, resume, amp, launcher) -> Runner:
     section: TrainSection = config.train
     cuda = torch.cuda.is_available()
-    if section.groups < 1:
-        raise ConfigError(f"train.groups is {section.groups}; give at least 1")
+    if section.streams < 1:
+        raise ConfigError(f"train.streams is {section.streams}; give at least 1")
     if not 0 <= section.drop_frames < 1:
         raise ConfigError(f"train.drop_frames is {section.drop_frames}; give a share of at least 0 and less than 1")
     loading = {"collate_fn": collate, "num_workers": section.workers}
@@ -269,8 +271,8 @@ def _build_runner(config, work_dir, model, train_set, val_set, seed, resume, amp
         sampler=TrainSampler(
             train_set.scene_of_sample,
             section.batch_size,
-            section.groups,
-            section.window,
+            section.streams,
+            section.frames_per_clip,
             section.drop_frames,
             seed,
             *get_dist_info(),
@@ -296,7 +298,7 @@ def _build_runner(config, work_dir, model, train_set, val_set, seed, resume, amp
             device_ids=[torch.cuda.current_device()] if cuda else None,
             broadcast_buffers=False,
             # Epochs of images alone leave the rest of the network out, and so do losses that are left out.
-            find_unused_parameters=bool(section.image_epochs or section.without),
+            find_unused_parameters=bool(section.image_epochs or section.disabled_losses),
         )
         hooks.append({"type": SharedStatisticsHook})
     if section.ema_momentum > 0:
@@ -310,7 +312,7 @@ def _build_runner(config, work_dir, model, train_set, val_set, seed, resume, amp
             "max_epochs": epochs,
             "val_begin": section.image_epochs + 1,
             "val_interval": section.val_every,
-            "groups": section.groups,
+            "streams": section.streams,
             "image_epochs": section.image_epochs,
         },
         val_dataloader=DataLoader(val_set, batch_size=1, **loading),
@@ -362,15 +364,17 @@ def _build_runner(config, work_dir, model, train_set, val_set, seed, resume, amp
 
 
 def build_optimizer(model: TrainingModel, section: TrainSection) -> torch.optim.AdamW:
-    """AdamW that leaves biases and the scales of norms alone with its decay, slower in the trunk where asked to."""
-    trunk = set(model.core.image_encoder.trunk.parameters())
+    """AdamW that leaves biases and the scales of norms alone with its decay, slower in the backbone where asked to."""
+    backbone = set(model.core.image_encoder.backbone.parameters())
     groups = []
     for inside in (False, True):
         for matrices in (True, False):
             chosen = [
-                p for p in model.parameters() if p.requires_grad and (p in trunk) == inside and (p.ndim > 1) == matrices
+                p
+                for p in model.parameters()
+                if p.requires_grad and (p in backbone) == inside and (p.ndim > 1) == matrices
             ]
             if chosen:
-                lr = section.lr * (section.trunk_lr_share if inside else 1.0)
+                lr = section.lr * (section.backbone_lr_mult if inside else 1.0)
                 groups.append({"params": chosen, "lr": lr, **({} if matrices else {"weight_decay": 0.0})})
     return torch.optim.AdamW(groups, lr=section.lr, weight_decay=section.weight_decay)

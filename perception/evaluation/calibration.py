@@ -1,4 +1,4 @@
-"""Whether a network knows how sure it can be: scores against precision, spreads against errors.
+"""Whether a network knows how sure it can be: scores against precision, uncertainties against errors.
 
 A score of 0.7 should be right seven times in ten. Predictions are sorted into bins by their score; the expected
 calibration error is the mean distance between a bin's mean score and its share of right predictions, weighted by the
@@ -6,8 +6,8 @@ number of predictions (https://arxiv.org/abs/1706.04599). A box is right where t
 at 2 m: nobody surer has taken the same true box of its class. A line is right under the rules of the lane protocol at
 its middle threshold.
 
-A spread is the scale of a Laplace distribution, so its mean absolute error: half of all errors should be smaller than
-log 2 times the spread and nine tenths smaller than log 10 times.
+An uncertainty is the scale of a Laplace distribution, so its mean absolute error: half of all errors should be smaller
+than log 2 times the uncertainty and nine tenths smaller than log 10 times.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from perception.errors import DataError
 from perception.evaluation.lanes import lane_rules, match_lines
 from perception.geometry import wrap_angle
 from perception.losses import line_orderings
-from perception.types import BOX_CLASSES, Boxes, MapLine, Polylines, Scene
+from perception.types import BOX_CLASSES, Boxes, FrameObjects, MapLine, Polylines
 
 BOX_THRESHOLD = 2.0  # metres between centres on the ground, at which the official score measures its errors
 # Metres from the ego within which the official score counts the boxes of a class.
 BOX_RANGE = dict(zip(BOX_CLASSES, (50.0, 50.0, 50.0, 50.0, 50.0, 40.0, 40.0, 40.0, 30.0, 30.0), strict=True))
-# Which of the nine numbers of `Boxes.spread` belong together.
+# Which of the nine numbers of `Boxes.uncertainty` belong together.
 BOX_QUANTITIES = {"position m": (0, 1), "height above ground m": (2,), "log size": (3, 4, 5), "yaw rad": (6,),
                   "velocity m/s": (7, 8)}  # fmt: skip
 
@@ -49,17 +49,18 @@ class Reliability:
 
 
 @dataclass(frozen=True)
-class SpreadCheck:
-    """Predicted spread of one quantity against the errors of right predictions.
+class UncertaintyCheck:
+    """Predicted uncertainty of one quantity against the errors of right predictions.
 
     Args:
-        mean_error: mean absolute error; mean_spread: mean of the spreads, which should be the same.
-        half, nine_tenths: share of the errors within log 2 and log 10 times their spread; 0.5 and 0.9 if calibrated.
+        mean_error: mean absolute error; mean_uncertainty: mean of the uncertainties, which should be the same.
+        half, nine_tenths: share of the errors within log 2 and log 10 times their uncertainty; 0.5 and 0.9 if
+            calibrated.
         count: number of errors.
     """
 
     mean_error: float
-    mean_spread: float
+    mean_uncertainty: float
     half: float
     nine_tenths: float
     count: int
@@ -71,13 +72,13 @@ class CalibrationResult:
 
     Args:
         boxes, lines: reliability of the scores.
-        spreads: per quantity.
+        uncertainties: per quantity.
         min_score: predictions below it were left out.
     """
 
     boxes: Reliability
     lines: Reliability
-    spreads: dict[str, SpreadCheck]
+    uncertainties: dict[str, UncertaintyCheck]
     min_score: float
 
     def as_dict(self) -> dict:
@@ -104,28 +105,28 @@ class CalibrationResult:
             rows.append(f"{f'{name}, share that is right':<28}{cells}{_cell(part.error):>9}")
             rows.append(f"{f'{name}, number':<28}" + "".join(f"{c:9d}" for c in part.count))
         rows.append("")
-        heads = ("mean error", "spread", "in 50 %", "in 90 %", "number")
-        rows.append(f"{'spread of what is right':<28}" + "".join(f"{h:>11}" for h in heads))
-        for name, part in self.spreads.items():
-            cells = (part.mean_error, part.mean_spread, part.half, part.nine_tenths)
+        heads = ("mean error", "uncertainty", "in 50 %", "in 90 %", "number")
+        rows.append(f"{'uncertainty of what is right':<28}" + "".join(f"{h:>11}" for h in heads))
+        for name, part in self.uncertainties.items():
+            cells = (part.mean_error, part.mean_uncertainty, part.half, part.nine_tenths)
             rows.append(f"{name:<28}" + "".join(f"{_cell(c):>11}" for c in cells) + f"{part.count:11d}")
         return "\n".join(rows)
 
 
 def evaluate_calibration(
-    scenes: Mapping[str, Scene],
-    truth: Mapping[str, Scene],
+    scenes: Mapping[str, FrameObjects],
+    gt: Mapping[str, FrameObjects],
     *,
     protocol: str = "maptr",
     extent: str = "60x30",
     min_score: float = 0.05,
     bins: int = 10,
 ) -> CalibrationResult:
-    """Compares scores with precision and spreads with errors.
+    """Compares scores with precision and uncertainties with errors.
 
     Args:
         scenes: predictions per sample token, on the CPU, without leading dimensions.
-        truth: the same tokens with the true scenes; lines have as many points as the predicted ones.
+        gt: the same tokens with the true scenes; lines have as many points as the predicted ones.
         protocol, extent: of the lanes, as in `evaluate_lanes`.
         min_score: predictions below it are left out. A set of queries has many that mean nothing.
         bins: of equal width.
@@ -134,22 +135,22 @@ def evaluate_calibration(
         ConfigError: protocol or extent do not exist.
         DataError: the tokens differ.
     """
-    if scenes.keys() != truth.keys():
+    if scenes.keys() != gt.keys():
         raise DataError(
-            f"{len(scenes.keys() ^ truth.keys())} samples are in predictions or truth only; give both the same ones"
+            f"{len(scenes.keys() ^ gt.keys())} samples are in predictions or ground truth only; give both the same ones"
         )
     _, thresholds = lane_rules(protocol, extent)
     middle = sorted(thresholds)[len(thresholds) // 2]
     scores, hits = {"boxes": [], "lines": []}, {"boxes": [], "lines": []}
-    errors = {name: [] for name in (*BOX_QUANTITIES, "line point m")}  # [n, 2]: absolute error and spread
-    for token in sorted(truth):
-        found, true = scenes[token], truth[token]
-        score, hit, error, spread = _compare_boxes(_usable(found.boxes, min_score), _usable(true.boxes, min_score))
+    errors = {name: [] for name in (*BOX_QUANTITIES, "line point m")}  # [n, 2]: absolute error and uncertainty
+    for token in sorted(gt):
+        found, true = scenes[token], gt[token]
+        score, hit, error, uncertainty = _compare_boxes(_usable(found.boxes, min_score), _usable(true.boxes, min_score))
         scores["boxes"].append(score)
         hits["boxes"].append(hit)
         for name, columns in BOX_QUANTITIES.items():
-            pairs = np.stack([error[:, columns].ravel(), spread[:, columns].ravel()], 1)
-            errors[name].append(pairs[np.isfinite(pairs).all(1)])  # the truth may not know a velocity
+            pairs = np.stack([error[:, columns].ravel(), uncertainty[:, columns].ravel()], 1)
+            errors[name].append(pairs[np.isfinite(pairs).all(1)])  # the ground truth may not know a velocity
         score, hit, pairs = _compare_lines(found.lines, true.lines, min_score, protocol, extent, middle)
         scores["lines"].append(score)
         hits["lines"].append(hit)
@@ -157,7 +158,7 @@ def evaluate_calibration(
     return CalibrationResult(
         boxes=_reliability(np.concatenate(scores["boxes"]), np.concatenate(hits["boxes"]), bins),
         lines=_reliability(np.concatenate(scores["lines"]), np.concatenate(hits["lines"]), bins),
-        spreads={name: _check(np.concatenate(parts)) for name, parts in errors.items()},
+        uncertainties={name: _check(np.concatenate(parts)) for name, parts in errors.items()},
         min_score=min_score,
     )
 
@@ -173,7 +174,7 @@ def _usable(boxes: Boxes, min_score: float) -> Boxes:
 
 
 def _compare_boxes(found: Boxes, true: Boxes) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Score [M] and whether it is right [M] bool; absolute errors and spreads [hits, 9] of those that are."""
+    """Score [M] and whether it is right [M] bool; absolute errors and uncertainties [hits, 9] of those that are."""
     distance = np.linalg.norm(found.center[:, None, :2] - true.center[None, :, :2], axis=-1)  # [M, N]
     distance[found.label[:, None] != true.label] = np.inf
     partner = np.full(len(found.label), -1)
@@ -193,13 +194,14 @@ def _compare_boxes(found: Boxes, true: Boxes) -> tuple[np.ndarray, np.ndarray, n
         ],
         1,
     )
-    return found.score, hit, np.abs(error), a.spread
+    return found.score, hit, np.abs(error), a.uncertainty
 
 
 def _compare_lines(
     found: Polylines, true: Polylines, min_score: float, protocol: str, extent: str, threshold: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Score [M], whether it is right [M] bool, and [n, 2] absolute errors and spreads of the points' coordinates."""
+    """Score [M], whether it is right [M] bool, and [n, 2] absolute errors and uncertainties of the points'
+    coordinates."""
     found = Polylines(*(field[found.valid & (found.score >= min_score)] for field in found))
     true = Polylines(*(field[true.valid] for field in true))
     lists = (
@@ -215,7 +217,7 @@ def _compare_lines(
         error = (found.points[torch.from_numpy(hit)][:, None] - orderings[0, partner]).abs()  # [hits, O, P, 2]
         total = error.sum((2, 3)).masked_fill(~exists[0, partner], torch.inf)
         best = error[torch.arange(len(partner)), total.argmin(1)]
-        pairs.append(torch.stack([best, found.spread[torch.from_numpy(hit)]], -1).reshape(-1, 2).numpy())
+        pairs.append(torch.stack([best, found.uncertainty[torch.from_numpy(hit)]], -1).reshape(-1, 2).numpy())
     return found.score.numpy(), hit, np.concatenate(pairs)
 
 
@@ -231,12 +233,12 @@ def _reliability(score: np.ndarray, hit: np.ndarray, bins: int) -> Reliability:
     return Reliability(error, tuple(mean_score.tolist()), tuple(precision.tolist()), tuple(count.tolist()))
 
 
-def _check(pairs: np.ndarray) -> SpreadCheck:
+def _check(pairs: np.ndarray) -> UncertaintyCheck:
     if len(pairs) == 0:
-        return SpreadCheck(*[float("nan")] * 4, 0)
-    error, spread = pairs.T.astype(float)
-    within = [float((error < spread * np.log(k)).mean()) for k in (2, 10)]
-    return SpreadCheck(float(error.mean()), float(spread.mean()), *within, len(pairs))
+        return UncertaintyCheck(*[float("nan")] * 4, 0)
+    error, uncertainty = pairs.T.astype(float)
+    within = [float((error < uncertainty * np.log(k)).mean()) for k in (2, 10)]
+    return UncertaintyCheck(float(error.mean()), float(uncertainty.mean()), *within, len(pairs))
 
 
 def _cell(value: float) -> str:

@@ -1,6 +1,6 @@
 """The official nuScenes detection score, computed by the devkit's own code (config `detection_cvpr_2019`).
 
-This file only carries boxes across the border: from Scene (ego frame, length-width-height, yaw) to the devkit's
+This file only carries boxes across the border: from FrameObjects (ego frame, length-width-height, yaw) to the devkit's
 submission (global frame, width-length-height, quaternion, one attribute per box) and back.
 """
 
@@ -32,7 +32,7 @@ from perception.errors import DataError
 from perception.evaluation.submission import CAMERA_ONLY
 from perception.files import write_json
 from perception.geometry import invert_rigid, transform_points, yaw_from_rotation
-from perception.types import ATTRIBUTES, BOX_CLASSES, Boxes, Scene
+from perception.types import ATTRIBUTES, BOX_CLASSES, Boxes, FrameObjects
 
 _CONFIG = "detection_cvpr_2019"
 _MAX_BOXES = 500
@@ -51,8 +51,8 @@ class DetectionResult:
         errors: mATE (m), mASE (1 - IoU), mAOE (rad), mAVE (m/s), mAAE (1 - accuracy).
         class_ap: AP per class name, mean over the four distances.
         class_errors: the five errors per class name, NaN where one is not defined for a class.
-        truth_count: true boxes per class name that are counted: in range, and with LiDAR or radar points. The devkit
-            scores a class without any as AP 0 and errors 1, so a split that lacks a class cannot reach NDS 1.
+        gt_count: ground-truth boxes per class name that are counted: in range, and with LiDAR or radar points. The
+            devkit scores a class without any as AP 0 and errors 1, so a split that lacks a class cannot reach NDS 1.
         samples: number of samples that were compared.
     """
 
@@ -61,7 +61,7 @@ class DetectionResult:
     errors: dict[str, float]
     class_ap: dict[str, float]
     class_errors: dict[str, dict[str, float]]
-    truth_count: dict[str, int]
+    gt_count: dict[str, int]
     samples: int
 
     def as_dict(self) -> dict:
@@ -76,19 +76,19 @@ class DetectionResult:
                 name: {key: None if np.isnan(value) else value for key, value in row.items()}
                 for name, row in self.class_errors.items()
             },
-            "truth_count": dict(self.truth_count),
+            "gt_count": dict(self.gt_count),
             "samples": self.samples,
         }
 
     def table(self) -> str:
         """The result as text for a terminal."""
         heads = "".join(f"{key[1:]:>8}" for key in self.errors)
-        rows = [f"{'boxes (nuScenes)':<22}{'AP':>8}{heads}{'truth':>8}"]
+        rows = [f"{'boxes (nuScenes)':<22}{'AP':>8}{heads}{'gt':>8}"]
         for name, ap in self.class_ap.items():
             cells = "".join(f"{'-' if np.isnan(v) else format(v, '.3f'):>8}" for v in self.class_errors[name].values())
-            rows.append(f"{name:<22}{ap:8.3f}{cells}{self.truth_count[name]:8d}")
+            rows.append(f"{name:<22}{ap:8.3f}{cells}{self.gt_count[name]:8d}")
         means = "".join(f"{value:8.3f}" for value in self.errors.values())
-        rows.append(f"{'mean':<22}{self.mean_ap:8.3f}{means}{sum(self.truth_count.values()):8d}")
+        rows.append(f"{'mean':<22}{self.mean_ap:8.3f}{means}{sum(self.gt_count.values()):8d}")
         rows.append(f"{'NDS':<22}{self.nds:8.3f}")
         return "\n".join(rows)
 
@@ -97,7 +97,7 @@ def evaluate_detection(
     dataroot: str | os.PathLike,
     version: str,
     split: str | Path,
-    scenes: Mapping[str, Scene],
+    scenes: Mapping[str, FrameObjects],
     ego_poses: Mapping[str, np.ndarray],
     *,
     nusc: NuScenes | None = None,
@@ -110,7 +110,7 @@ def evaluate_detection(
         version: folder of its tables, e.g. "v1.0-trainval".
         split: an official split, one listed in `splits.json` beside the tables, or a file of scene names (see
             `perception.data.splits`).
-        scenes: per sample token of the split, the predicted Scene without batch dimension (boxes [M, ...]).
+        scenes: per sample token of the split, the predicted FrameObjects without batch dimension (boxes [M, ...]).
         ego_poses: per sample token, global_from_ego [4, 4] float64 of the scene's ego frame.
         nusc: the loaded tables, if they are at hand; loading them takes most of the time.
         out_dir: where to leave `submission.json` and `metrics.json`; nothing is kept without it.
@@ -167,7 +167,7 @@ def evaluate_submission(nusc: NuScenes, split: str | Path, submission: Mapping) 
             name: {short: float(summary["label_tp_errors"][name][key]) for key, short in _ERRORS.items()}
             for name in BOX_CLASSES
         },
-        truth_count={name: counted[name] for name in BOX_CLASSES},
+        gt_count={name: counted[name] for name in BOX_CLASSES},
         samples=len(tokens),
     )
 
@@ -188,14 +188,14 @@ def load_tables(dataroot: str | os.PathLike, version: str) -> NuScenes:
         raise DataError(f"the nuScenes tables in {folder} cannot be read ({reason}); restore the dataset") from error
 
 
-def submission_from_scenes(scenes: Mapping[str, Scene], ego_poses: Mapping[str, np.ndarray]) -> dict:
+def submission_from_scenes(scenes: Mapping[str, FrameObjects], ego_poses: Mapping[str, np.ndarray]) -> dict:
     """The nuScenes detection submission of scenes: global frame, at most the 500 best boxes of each sample.
 
     A box whose attribute is -1 gets the one that its class and speed make likely. A velocity that is not known (NaN)
     becomes 0, because the devkit would leave such a box out of the velocity error.
 
     Args:
-        scenes: per sample token a Scene without batch dimension; only valid boxes are used.
+        scenes: per sample token a FrameObjects without batch dimension; only valid boxes are used.
         ego_poses: per sample token global_from_ego [4, 4] float64.
 
     Raises:
@@ -234,7 +234,7 @@ def boxes_from_submission(records: Sequence[Mapping], global_from_ego: np.ndarra
         ),
         score=torch.tensor([r["detection_score"] for r in records], dtype=torch.float32),
         valid=torch.ones(count, dtype=torch.bool),
-        spread=torch.zeros(count, 9),
+        uncertainty=torch.zeros(count, 9),
     )
 
 
@@ -243,7 +243,7 @@ def _records(token: str, boxes: Boxes, global_from_ego: np.ndarray) -> list[dict
     if boxes.valid.ndim != 1:
         raise DataError(
             f"the scene of sample {token} has boxes of shape {tuple(boxes.valid.shape)}; "
-            "pass one Scene per sample, without batch dimensions"
+            "pass one FrameObjects per sample, without batch dimensions"
         )
     valid = boxes.valid.cpu()
     boxes = Boxes(*(field.detach().cpu()[valid].double().numpy() for field in boxes))
@@ -372,7 +372,7 @@ def _check_tokens(scenes: Mapping[str, object], tokens: list[str], split: str | 
     if missing:
         raise DataError(
             f"{len(missing)} of the {len(tokens)} samples of split {split} have no prediction, {min(missing)} among "
-            "them; give every sample a Scene, one without valid boxes where nothing was found"
+            "them; give every sample a FrameObjects, one without valid boxes where nothing was found"
         )
     if extra:
         raise DataError(

@@ -1,4 +1,4 @@
-"""What an evaluation of lane maps reports: AP, and what a working point means on the road.
+"""What an evaluation of lane maps reports: AP, and what a operating point means on the road.
 
 AP compares mappers over all scores at once. Whoever uses a map has to choose one score and wants to know what is then
 found, how exactly, how far away, and how much is drawn that is not there. `LaneResult` holds both.
@@ -21,8 +21,8 @@ class DistanceBin:
 
     Args:
         near, far: metres; `far` is None for the last bin, which is open.
-        metres_per_frame: length of true lines in the bin.
-        recall: share of that length that belongs to lines found at the working point; None without any.
+        metres_per_frame: length of ground-truth lines in the bin.
+        recall: share of that length that belongs to lines found at the operating point; None without any.
         error, median_error: position error of the found length, metres; None where nothing was found.
     """
 
@@ -35,10 +35,11 @@ class DistanceBin:
 
 
 @dataclass(frozen=True)
-class WorkingPoint:
+class OperatingPoint:
     """One class when only predictions from a certain score on are used.
 
-    A prediction is right or wrong by the protocol's own matching at `LaneResult.working_threshold`. The position error
+    A prediction is right or wrong by the protocol's own matching at `LaneResult.operating_threshold`. The position
+    error
     is measured along the true line: every true line that was found is cut into equal pieces of at most 0.5 m, and a
     piece's error is the distance from its midpoint to the predicted line (to its segments, not to its vertices). Means
     and medians weigh pieces by their length, and a piece belongs to the bin its own midpoint lies in, so that one line
@@ -67,16 +68,16 @@ class LaneResult:
     """Lane-map scores of one split under one protocol.
 
     Args:
-        protocol: which published flavour the numbers follow.
+        protocol: which published protocol the numbers follow.
         extent: the patch of the map that was compared, metres along and across.
         thresholds: distances in metres, as given.
         ap: AP per class name and threshold.
         class_ap: mean of `ap` over the thresholds, per class name.
         mean_ap: mean of `class_ap` over all line classes.
         frames: number of frames that were compared.
-        truth_count, prediction_count: number of lines per class name.
-        working_threshold: the distance in metres at which `working` calls a prediction right: the middle threshold.
-        working: the working point per class name.
+        gt_count, prediction_count: number of lines per class name.
+        operating_threshold: the distance in metres at which `working` calls a prediction right: the middle threshold.
+        working: the operating point per class name.
     """
 
     protocol: str
@@ -86,10 +87,10 @@ class LaneResult:
     class_ap: dict[str, float]
     mean_ap: float
     frames: int
-    truth_count: dict[str, int]
+    gt_count: dict[str, int]
     prediction_count: dict[str, int]
-    working_threshold: float
-    working: dict[str, WorkingPoint]
+    operating_threshold: float
+    working: dict[str, OperatingPoint]
 
     def as_dict(self) -> dict:
         """The result as plain JSON values; thresholds become strings, as JSON keys are."""
@@ -101,32 +102,32 @@ class LaneResult:
             "class_ap": dict(self.class_ap),
             "ap": {name: {str(t): value for t, value in row.items()} for name, row in self.ap.items()},
             "frames": self.frames,
-            "truth_count": dict(self.truth_count),
+            "gt_count": dict(self.gt_count),
             "prediction_count": dict(self.prediction_count),
-            "working_threshold_m": self.working_threshold,
+            "operating_threshold_m": self.operating_threshold,
             "working": {name: asdict(point) for name, point in self.working.items()},
         }
 
     def table(self) -> str:
         """The result as text for a terminal."""
-        return "\n\n".join([self._ap_table(), self._working_table(), self._distance_table()])
+        return "\n\n".join([self._ap_table(), self._operating_table(), self._distance_table()])
 
     def _ap_table(self) -> str:
         title = f"lane AP ({self.protocol} {self.extent})"
         rows = [f"{title:<30}" + "".join(f"{t:>7g} m" for t in self.thresholds)]
-        rows[0] += f"{'mean':>9}{'truth':>8}{'pred.':>8}"
+        rows[0] += f"{'mean':>9}{'gt':>8}{'pred.':>8}"
         for name, row in self.ap.items():
             cells = "".join(f"{row[t]:9.3f}" for t in self.thresholds)
-            counts = f"{self.truth_count[name]:8d}{self.prediction_count[name]:8d}"
+            counts = f"{self.gt_count[name]:8d}{self.prediction_count[name]:8d}"
             rows.append(f"{name:<30}{cells}{self.class_ap[name]:9.3f}{counts}")
         means = "".join(f"{np.mean([row[t] for row in self.ap.values()]):9.3f}" for t in self.thresholds)
-        total = f"{sum(self.truth_count.values()):8d}{sum(self.prediction_count.values()):8d}"
+        total = f"{sum(self.gt_count.values()):8d}{sum(self.prediction_count.values()):8d}"
         rows.append(f"{'mean':<30}{means}{self.mean_ap:9.3f}{total}")
         return "\n".join(rows)
 
-    def _working_table(self) -> str:
+    def _operating_table(self) -> str:
         heads = ("score", "prec.", "recall", "F1", "error m", "median m", "false m/f")
-        rows = [f"{f'working point at {self.working_threshold:g} m':<30}" + "".join(f"{h:>10}" for h in heads)]
+        rows = [f"{f'operating point at {self.operating_threshold:g} m':<30}" + "".join(f"{h:>10}" for h in heads)]
         for name, point in self.working.items():
             fields = (point.score, point.precision, point.recall, point.f1, point.error, point.median_error)
             cells = "".join(f"{_cell(value):>10}" for value in fields)
@@ -145,13 +146,13 @@ class LaneResult:
 
 
 class ClassTally(NamedTuple):
-    """What all frames gave for one class: M predictions, S pieces of true lines that some prediction found."""
+    """What all frames gave for one class: M predictions, S pieces of ground-truth lines that some prediction found."""
 
     score: np.ndarray  # [M]
     hit: np.ndarray  # [M, thresholds] bool
     length: np.ndarray  # [M] metres
-    truth_count: int
-    true_metres: np.ndarray  # [bins] metres of true lines
+    gt_count: int
+    true_metres: np.ndarray  # [bins] metres of ground-truth lines
     owner: np.ndarray  # [S] index of the prediction that found the piece at the working threshold
     error: np.ndarray  # [S] metres
     metres: np.ndarray  # [S] length of the piece
@@ -164,8 +165,8 @@ def build_result(
     protocol: str,
     extent: str,
     thresholds: tuple[float, ...],
-    working_index: int,
-    working_score: Mapping[str, float | None],
+    threshold_index: int,
+    score_threshold: Mapping[str, float | None],
     bin_edges: Sequence[float],
     frames: int,
 ) -> LaneResult:
@@ -174,15 +175,15 @@ def build_result(
     Args:
         tallies: per class name, in the order of LINE_CLASSES.
         protocol, extent, thresholds, frames: as in `LaneResult`.
-        working_index: which threshold decides at the working point.
-        working_score: per class name, the score to work at; None for the one of best F1.
+        threshold_index: which threshold decides at the operating point.
+        score_threshold: per class name, the score to work at; None for the one of best F1.
         bin_edges: metres; the last bin begins at the last edge and is open.
     """
     ap = {}
     for name, tally in tallies.items():
         order = np.argsort(-tally.score, kind="stable")
         columns = tally.hit[order].T
-        ap[name] = {t: _average_precision(hit, tally.truth_count) for t, hit in zip(thresholds, columns, strict=True)}
+        ap[name] = {t: _average_precision(hit, tally.gt_count) for t, hit in zip(thresholds, columns, strict=True)}
     class_ap = {name: float(np.mean(list(row.values()))) for name, row in ap.items()}
     return LaneResult(
         protocol=protocol,
@@ -192,27 +193,27 @@ def build_result(
         class_ap=class_ap,
         mean_ap=float(np.mean([class_ap[name] for name in LINE_CLASSES])),
         frames=frames,
-        truth_count={name: tally.truth_count for name, tally in tallies.items()},
+        gt_count={name: tally.gt_count for name, tally in tallies.items()},
         prediction_count={name: len(tally.score) for name, tally in tallies.items()},
-        working_threshold=thresholds[working_index],
+        operating_threshold=thresholds[threshold_index],
         working={
-            name: _working_point(tally, tally.hit[:, working_index], working_score[name], bin_edges, frames)
+            name: _operating_point(tally, tally.hit[:, threshold_index], score_threshold[name], bin_edges, frames)
             for name, tally in tallies.items()
         },
     )
 
 
-def _average_precision(hits: np.ndarray, truth_count: int) -> float:
+def _average_precision(hits: np.ndarray, gt_count: int) -> float:
     """Area under the monotone precision envelope for hits [predictions] in order of falling score."""
-    if truth_count == 0 or len(hits) == 0:
+    if gt_count == 0 or len(hits) == 0:
         return 0.0
     found = np.cumsum(hits)
     precision = found / np.arange(1, len(hits) + 1)
     envelope = np.maximum.accumulate(precision[::-1])[::-1]
-    return float(envelope[hits].sum() / truth_count)  # recall rises by 1 / truth_count at every hit
+    return float(envelope[hits].sum() / gt_count)  # recall rises by 1 / gt_count at every hit
 
 
-def _best_score(score: np.ndarray, hit: np.ndarray, truth_count: int) -> float | None:
+def _best_score(score: np.ndarray, hit: np.ndarray, gt_count: int) -> float | None:
     """The score from which on predictions have the best F1; the higher one of equals, the lowest of all without a hit.
 
     A class without a single hit has no best score. Keeping all its predictions shows the whole damage.
@@ -223,18 +224,18 @@ def _best_score(score: np.ndarray, hit: np.ndarray, truth_count: int) -> float |
         return float(score.min())
     order = np.argsort(-score, kind="stable")
     score, used = score[order], np.arange(1, len(score) + 1)
-    f1 = 2 * np.cumsum(hit[order]) / (used + truth_count)
+    f1 = 2 * np.cumsum(hit[order]) / (used + gt_count)
     f1[:-1][score[:-1] == score[1:]] = 0.0  # a score is used with all predictions that have it, or not at all
     return float(score[f1.argmax()])
 
 
-def _working_point(
+def _operating_point(
     tally: ClassTally, hit: np.ndarray, score: float | None, edges: Sequence[float], frames: int
-) -> WorkingPoint:
+) -> OperatingPoint:
     if score is None:
-        score = _best_score(tally.score, hit, tally.truth_count)
+        score = _best_score(tally.score, hit, tally.gt_count)
     used = tally.score >= score if score is not None else np.zeros(0, dtype=bool)
-    found, count, truth = int((hit & used).sum()), int(used.sum()), tally.truth_count
+    found, count, gt = int((hit & used).sum()), int(used.sum()), tally.gt_count
     pieces = used[tally.owner]
     error, metres, bins = tally.error[pieces], tally.metres[pieces], tally.bin[pieces]
     mean, median = _weighted(error, metres)
@@ -251,11 +252,11 @@ def _working_point(
                 *_weighted(error[inside], metres[inside]),
             )
         )
-    return WorkingPoint(
+    return OperatingPoint(
         score=score,
         precision=found / count if count else None,
-        recall=found / truth if truth else None,
-        f1=2 * found / (count + truth) if count and truth else None,
+        recall=found / gt if gt else None,
+        f1=2 * found / (count + gt) if count and gt else None,
         error=mean,
         median_error=median,
         false_metres_per_frame=float(tally.length[used & ~hit].sum() / frames),

@@ -1,6 +1,6 @@
-"""Average precision of vector lane maps, in both published flavours.
+"""Average precision of vector lane maps, in both published protocols.
 
-Their numbers must not be compared (docs/evaluation.md), so a result says which flavour it is:
+Their numbers must not be compared (docs/evaluation.md), so a result says which protocol it is:
 
 - `maptr` (VectorMapNet, MapTR): every line is resampled to 100 points by arc length, and two lines are only compared
   where 2 m wide flat-cap buffers around them touch.
@@ -64,28 +64,29 @@ _BLOCK = 4  # pairs of lines whose distances fit into a core's cache together
 
 def evaluate_lanes(
     predictions: Mapping[str, Sequence[MapLine]],
-    truth: Mapping[str, Sequence[MapLine]],
+    gt: Mapping[str, Sequence[MapLine]],
     *,
     protocol: str = "maptr",
     extent: str = "60x30",
     thresholds: Sequence[float] | None = None,
-    working_score: float | Mapping[str, float] | None = None,
+    score_threshold: float | Mapping[str, float] | None = None,
     workers: int = 0,
     progress: bool = False,
 ) -> LaneResult:
     """Scores predicted lines against true ones. The result does not depend on the order of frames or on `workers`.
 
-    Nothing is cropped: the lines are taken as they are. The truth has to be that of the protocol and the extent, see
-    `NuScenesDataset.truth_lines`.
+    Nothing is cropped: the lines are taken as they are. The ground truth has to be that of the protocol and the extent,
+    see `NuScenesDataset.gt_lines`.
 
     Args:
         predictions: per frame token the predicted lines, points [P, 2] in ego metres.
-        truth: the same tokens with the true lines.
+        gt: the same tokens with the ground-truth lines.
         protocol: `maptr` or `streammapnet`.
-        extent: `60x30` or `100x50`: the patch that truth and predictions cover. Chooses thresholds and distance bins.
+        extent: `60x30` or `100x50`: the patch that ground truth and predictions cover. Chooses thresholds and distance
+            bins.
         thresholds: metres, instead of the protocol's.
-        working_score: the lowest score that is used at the working point, one for all classes or one per class name;
-            by default the one of best F1 at the middle threshold, for each class.
+        score_threshold: the lowest score that is used at the operating point, one for all classes or one per class
+            name; by default the one of best F1 at the middle threshold, for each class.
         workers: processes that share the frames; 0 for none but this one. They are started afresh, so a script needs
             the usual `if __name__ == "__main__"`.
         progress: show a progress bar on stderr.
@@ -95,15 +96,15 @@ def evaluate_lanes(
         DataError: the tokens differ, a line has fewer than two points, or a number is not finite.
     """
     rules, thresholds = lane_rules(protocol, extent, thresholds)
-    scores = _working_scores(working_score)
-    _check_tokens(predictions, truth)
+    scores = _score_thresholds(score_threshold)
+    _check_tokens(predictions, gt)
     along, across = LANE_EXTENTS[extent]
     edges = np.arange(0.0, np.hypot(along, across) / 2, _BIN)
-    working_index = thresholds.index(sorted(thresholds)[len(thresholds) // 2])
+    threshold_index = thresholds.index(sorted(thresholds)[len(thresholds) // 2])
     # Sorted tokens: equal scores then have one order, whatever order the frames arrive in.
-    tokens = sorted(truth)
+    tokens = sorted(gt)
     chunks = (
-        ([(t, predictions[t], truth[t]) for t in tokens[i : i + _CHUNK]], rules, thresholds, working_index, edges)
+        ([(t, predictions[t], gt[t]) for t in tokens[i : i + _CHUNK]], rules, thresholds, threshold_index, edges)
         for i in range(0, len(tokens), _CHUNK)
     )
     parts = []
@@ -116,8 +117,8 @@ def evaluate_lanes(
         protocol=protocol,
         extent=extent,
         thresholds=thresholds,
-        working_index=working_index,
-        working_score=scores,
+        threshold_index=threshold_index,
+        score_threshold=scores,
         bin_edges=edges.tolist(),
         frames=len(tokens),
     )
@@ -245,7 +246,7 @@ def _match(predicted: _Packed, true: _Packed, rules: LaneProtocol, thresholds: t
     closest, distance = np.full(len(predicted.label), -1), np.full(len(predicted.label), np.inf)
     if len(predicted.label) == 0 or len(true.label) == 0:
         return Matches(hit, closest, distance)
-    distances = _distances(predicted, true, rules, max(thresholds))  # [predictions, truths]
+    distances = _distances(predicted, true, rules, max(thresholds))  # [predictions, gts]
     nearest = distances.argmin(1)
     distance = distances[np.arange(len(nearest)), nearest]
     closest[np.isfinite(distance)] = nearest[np.isfinite(distance)]
@@ -306,7 +307,7 @@ class _Part(NamedTuple):
     score: np.ndarray
     hit: np.ndarray
     length: np.ndarray
-    truth_count: np.ndarray  # [K]
+    gt_count: np.ndarray  # [K]
     true_metres: np.ndarray  # [K, bins]
     owner: np.ndarray
     error: np.ndarray
@@ -318,25 +319,25 @@ def _tally(
     frames: list[tuple[str, Sequence[MapLine], Sequence[MapLine]]],
     rules: LaneProtocol,
     thresholds: tuple[float, ...],
-    working_index: int,
+    threshold_index: int,
     edges: np.ndarray,
 ) -> _Part:
     rows, count = [], 0
-    truth_count, true_metres = np.zeros(len(LINE_CLASSES), dtype=np.int64), np.zeros((len(LINE_CLASSES), len(edges)))
+    gt_count, true_metres = np.zeros(len(LINE_CLASSES), dtype=np.int64), np.zeros((len(LINE_CLASSES), len(edges)))
     for token, predicted, true in frames:
         predicted = _pack(predicted, "predicted line", f"sample {token}")
         true = _pack(true, "true line", f"sample {token}")
         matches = _match(predicted, true, rules, thresholds)
-        # Equal pieces of the true lines, each standing for `metres` around its midpoint.
+        # Equal pieces of the ground-truth lines, each standing for `metres` around its midpoint.
         pieces = np.maximum(np.ceil(true.length / _PIECE), 1).astype(np.int64)  # [N]
         line = np.repeat(np.arange(len(pieces)), pieces)  # [S]
         metres = true.length[line] / pieces[line]
         middle = true.at(line, (np.arange(len(line)) - (np.cumsum(pieces) - pieces)[line] + 0.5) * metres)  # [S, 2]
         bins = np.searchsorted(edges, np.hypot(middle[:, 0], middle[:, 1]), side="right") - 1
         np.add.at(true_metres, (true.label[line], bins), metres)
-        truth_count += np.bincount(true.label, minlength=len(LINE_CLASSES))
+        gt_count += np.bincount(true.label, minlength=len(LINE_CLASSES))
         finder = np.full(len(pieces), -1)  # [N] the prediction that found each true line
-        hits = np.flatnonzero(matches.hit[:, working_index])
+        hits = np.flatnonzero(matches.hit[:, threshold_index])
         finder[matches.closest[hits]] = hits
         found = np.flatnonzero(finder[line] >= 0)
         owner = finder[line[found]]
@@ -348,7 +349,7 @@ def _tally(
         rows.append((*of_predictions, owner + count, error, metres[found], bins[found].astype(np.int8)))
         count += len(predicted.label)
     label, score, hit, length, owner, error, metres, bins = map(np.concatenate, zip(*rows, strict=True))
-    return _Part(label, score, hit, length, truth_count, true_metres, owner, error, metres, bins)
+    return _Part(label, score, hit, length, gt_count, true_metres, owner, error, metres, bins)
 
 
 def _of_class(parts: list[_Part], label: int) -> ClassTally:
@@ -363,9 +364,9 @@ def _of_class(parts: list[_Part], label: int) -> ClassTally:
         fields.append((*of_predictions, *of_pieces))
         count += int(mine.sum())
     score, hit, length, owner, error, metres, bins = map(np.concatenate, zip(*fields, strict=True))
-    truth_count = int(sum(part.truth_count[label] for part in parts))
+    gt_count = int(sum(part.gt_count[label] for part in parts))
     true_metres = np.sum([part.true_metres[label] for part in parts], axis=0)
-    return ClassTally(score, hit, length, truth_count, true_metres, owner, error, metres, bins)
+    return ClassTally(score, hit, length, gt_count, true_metres, owner, error, metres, bins)
 
 
 def _run(chunks: Iterator[tuple], workers: int) -> Iterator[_Part]:
@@ -405,26 +406,26 @@ def lane_rules(
     return rules, checked
 
 
-def _working_scores(score: float | Mapping[str, float] | None) -> dict[str, float | None]:
+def _score_thresholds(score: float | Mapping[str, float] | None) -> dict[str, float | None]:
     scores = dict(score) if isinstance(score, Mapping) else dict.fromkeys(LINE_CLASSES, score)
     if set(scores) != set(LINE_CLASSES):
-        raise ConfigError(f"the working scores name {sorted(scores)}; give one for each of {LINE_CLASSES}")
+        raise ConfigError(f"the score thresholds name {sorted(scores)}; give one for each of {LINE_CLASSES}")
     if not all(value is None or np.isfinite(value) for value in scores.values()):
-        raise ConfigError(f"the working scores are {scores}; give finite numbers")
+        raise ConfigError(f"the score thresholds are {scores}; give finite numbers")
     return scores
 
 
-def _check_tokens(predictions: Mapping[str, object], truth: Mapping[str, object]) -> None:
-    missing, extra = truth.keys() - predictions.keys(), predictions.keys() - truth.keys()
+def _check_tokens(predictions: Mapping[str, object], gt: Mapping[str, object]) -> None:
+    missing, extra = gt.keys() - predictions.keys(), predictions.keys() - gt.keys()
     if missing:
         raise DataError(
-            f"the predictions lack {len(missing)} of {len(truth)} samples, {min(missing)} among them; "
+            f"the predictions lack {len(missing)} of {len(gt)} samples, {min(missing)} among them; "
             "give every sample of the split an entry, an empty list where nothing was found"
         )
     if extra:
         raise DataError(
-            f"the predictions hold {len(extra)} samples that the truth does not know, {min(extra)} among them; "
+            f"the predictions hold {len(extra)} samples that the ground truth does not know, {min(extra)} among them; "
             "predict on the same split that is evaluated"
         )
-    if not truth:
+    if not gt:
         raise DataError("there is no sample to evaluate; the split is empty")

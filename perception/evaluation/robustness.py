@@ -1,7 +1,7 @@
 """The robustness card: what a network loses when cameras fail, calibrations are off, images are bad or memory is gone.
 
-Every disturbance is an evaluation of its own over all scenes, with the truth left as it is: what only a missing camera
-could have seen counts as missed. The questions are those of RoboBEV (Xie et al., https://arxiv.org/abs/2405.17426),
+Every disturbance is an evaluation of its own over all scenes, with the ground truth left as it is: what only a missing
+camera could have seen counts as missed. The questions are those of RoboBEV (Xie et al., https://arxiv.org/abs/2405.17426),
 which speaks of the share that is left where this speaks of the share that is lost.
 """
 
@@ -19,12 +19,12 @@ from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError
 from perception.evaluation.detection import evaluate_detection, load_tables
 from perception.evaluation.lanes import evaluate_lanes
-from perception.evaluation.streaming import Disturbance, ego_poses, map_lines, predict_stream, true_lines
+from perception.evaluation.streaming import Disturbance, all_gt_lines, ego_poses, map_lines, predict_stream
 from perception.models.bev_transformer import BEVTransformer
 from perception.types import Frame
 
 DEFAULT_SEVERITY = 2
-SCORES = {"nds": "NDS", "map": "mAP", "lane_map": "lane mAP"}  # higher is better
+SCORES = {"nds": "NDS", "mAP": "mAP", "lane_mAP": "lane mAP"}  # higher is better
 ERRORS = {"mAVE": "mAVE"}  # lower is better
 
 
@@ -84,7 +84,7 @@ def plan_trials(
     cameras: tuple[str, ...],
     *,
     drop_camera: str | None = None,
-    jitter_deg: float | None = None,
+    extrinsics_noise_deg: float | None = None,
     corrupt: str | None = None,
     no_memory: bool = False,
     seed: int = 0,
@@ -94,7 +94,7 @@ def plan_trials(
     Args:
         cameras: names of the dataset's cameras, in order.
         drop_camera: one of them, or "each" for one trial after the other.
-        jitter_deg: by how many degrees the yaw of each camera is off.
+        extrinsics_noise_deg: by how many degrees the yaw of each camera is off.
         corrupt: "KIND" or "KIND:SEVERITY" with a key of `CORRUPTIONS` or "each" as kind; severity 2 where none is told.
         no_memory: also look at each frame by itself.
         seed: of the sides to which cameras are off, and of what is random in bad images.
@@ -113,10 +113,15 @@ def plan_trials(
         for number, name in enumerate(cameras):
             if drop_camera in (name, "each"):
                 trials.append(Trial(f"without {name}", "camera", MissingCamera(number)))
-    if jitter_deg is not None:
-        if not 0 < jitter_deg <= 45:
-            raise ConfigError(f"--jitter-deg is {jitter_deg:g}; give an angle of more than 0 and at most 45 degrees")
-        trials.append(Trial(f"yaw off by {jitter_deg:g} deg", "calibration", YawError(jitter_deg, seed)))
+    if extrinsics_noise_deg is not None:
+        if not 0 < extrinsics_noise_deg <= 45:
+            raise ConfigError(
+                f"--extrinsics-noise-deg is {extrinsics_noise_deg:g}; give an angle of more than 0 and at most 45 "
+                "degrees"
+            )
+        trials.append(
+            Trial(f"yaw off by {extrinsics_noise_deg:g} deg", "calibration", YawError(extrinsics_noise_deg, seed))
+        )
     if corrupt is not None:
         kind, colon, severity = corrupt.partition(":")
         if kind not in (*CORRUPTIONS, "each"):
@@ -247,12 +252,12 @@ def evaluate_robustness(
     wanted = (*SCORES, *ERRORS)
     poses, results = ego_poses(dataset), []
     tables = load_tables(dataset.roots[0], dataset.version)
-    truth = true_lines(dataset, protocol=protocol, extent=extent, progress=progress)
+    gt = all_gt_lines(dataset, protocol=protocol, extent=extent, progress=progress)
     for name, group, disturb in tqdm(trials, desc="disturbances", unit="trial", disable=not progress):
         scenes = predict_stream(model, dataset, disturb=disturb, workers=workers, progress=progress).scenes
         boxes = evaluate_detection(dataset.roots[0], dataset.version, dataset.split, scenes, poses, nusc=tables)
         lines = {token: map_lines(scene.lines) for token, scene in scenes.items()}
-        lanes = evaluate_lanes(lines, truth, protocol=protocol, extent=extent, workers=workers, progress=progress)
-        found = {"nds": boxes.nds, "map": boxes.mean_ap, "lane_map": lanes.mean_ap, **boxes.errors}
+        lanes = evaluate_lanes(lines, gt, protocol=protocol, extent=extent, workers=workers, progress=progress)
+        found = {"nds": boxes.nds, "mAP": boxes.mean_ap, "lane_mAP": lanes.mean_ap, **boxes.errors}
         results.append(TrialResult(name, group, {name: float(found[name]) for name in wanted}))
     return RobustnessCard({name: float(clean[name]) for name in wanted}, tuple(results))

@@ -22,7 +22,7 @@ from scipy.optimize import linear_sum_assignment
 
 from perception.errors import DataError
 from perception.geometry import invert_rigid, polyline_length, resample_polyline, transform_points
-from perception.types import BOX_CLASSES, LINE_CLASSES, Boxes, Polylines, Scene
+from perception.types import BOX_CLASSES, LINE_CLASSES, Boxes, FrameObjects, Polylines
 
 BOX_GATE = 2.0  # metres; boxes farther apart are not the same, as in the official detection score
 LINE_GATE = 1.5  # metres; the widest of the published lane thresholds
@@ -88,7 +88,7 @@ class StabilityResult:
 
 
 def evaluate_stability(
-    scenes: Mapping[str, Scene],
+    scenes: Mapping[str, FrameObjects],
     sequences: Sequence[Sequence[str]],
     global_from_ego: Mapping[str, np.ndarray],
     seconds: Mapping[str, float],

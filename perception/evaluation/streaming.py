@@ -28,7 +28,7 @@ from perception.evaluation.stability import StabilityResult, evaluate_stability
 from perception.evaluation.submission import write_lanes
 from perception.files import write_json
 from perception.models.bev_transformer import BEVTransformer
-from perception.types import Clip, Frame, MapLine, Polylines, Scene, map_tensors
+from perception.types import Clip, Frame, FrameObjects, MapLine, Polylines, map_tensors
 
 # What goes wrong in a stream: takes frames with leading [1, 1], the number of their scene and of their sample.
 Disturbance = Callable[[Frame, int, int], Frame]
@@ -37,20 +37,20 @@ Disturbance = Callable[[Frame, int, int], Frame]
 class Stream(NamedTuple):
     """What a network made of a dataset."""
 
-    scenes: dict[str, Scene]  # per sample token, on the CPU, without a batch dimension
+    scenes: dict[str, FrameObjects]  # per sample token, on the CPU, without a batch dimension
     seconds_per_frame: float  # network and decoding, without the loading of images; the first frame is left out
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Boxes and lines of one split against the truth.
+    """Boxes and lines of one split against the ground truth.
 
     Args:
         detection: by the official devkit.
         lanes: at the thresholds that the protocol publishes.
         strict_lanes: by the same protocol at 0.2, 0.5 and 1.0 m.
         stability: displacement of the same boxes and lines from frame to frame; needs no truth.
-        calibration: scores against precision, spreads against errors.
+        calibration: scores against precision, uncertainties against errors.
     """
 
     detection: DetectionResult
@@ -64,10 +64,10 @@ class Evaluation:
         nds, lane_map = self.detection.nds, self.lanes.mean_ap
         return {
             "nds": nds,
-            "map": self.detection.mean_ap,
+            "mAP": self.detection.mean_ap,
             **{name: float(error) for name, error in self.detection.errors.items()},
-            "lane_map": lane_map,
-            "lane_map_strict": self.strict_lanes.mean_ap,
+            "lane_mAP": lane_map,
+            "lane_mAP_strict": self.strict_lanes.mean_ap,
             "score": (nds + lane_map) / 2,
         }
 
@@ -82,13 +82,13 @@ class Evaluation:
 
 
 def map_lines(lines: Polylines) -> list[MapLine]:
-    """The valid lines of one moment (no leading dimension) as a list."""
+    """The valid lines of one frame (no leading dimension) as a list."""
     label, score, points = (x[lines.valid].cpu().numpy() for x in (lines.label, lines.score, lines.points))
     return [MapLine(int(k), p.astype(np.float64), float(s)) for k, p, s in zip(label, points, score, strict=True)]
 
 
 @torch.inference_mode()
-def follow(model: BEVTransformer, clips: Iterable[Clip]) -> Iterator[tuple[Clip, Scene, float]]:
+def run_sequence(model: BEVTransformer, clips: Iterable[Clip]) -> Iterator[tuple[Clip, FrameObjects, float]]:
     """Runs a network over one frame after the other and hands its memory on; a first frame of a scene starts afresh.
 
     Args:
@@ -96,7 +96,7 @@ def follow(model: BEVTransformer, clips: Iterable[Clip]) -> Iterator[tuple[Clip,
         clips: [B=1, T=1] each, in time order.
 
     Yields:
-        Each clip, the Scene without leading dimensions on the CPU, and the seconds for network and decoding.
+        Each clip, the FrameObjects without leading dimensions on the CPU, and the seconds for network and decoding.
     """
     device = next(model.parameters()).device
     state = model.initial_state(1)
@@ -138,7 +138,7 @@ def predict_stream(
     tokens = dataset.tokens
     scenes, seconds = {}, []
     clips = tqdm(loader, desc="frames", unit="frame", disable=not progress)
-    for clip, scene, spent in follow(model, clips):
+    for clip, scene, spent in run_sequence(model, clips):
         scenes[tokens[int(clip.sample_index)]] = scene
         seconds.append(spent)
     return Stream(scenes, float(np.mean(seconds[1:] or seconds or [np.nan])))
@@ -150,7 +150,7 @@ def _disturbed(disturb: Disturbance, scene_of_sample: np.ndarray, clips: list[Cl
     return clip._replace(frames=disturb(clip.frames, int(scene_of_sample[sample]), sample))
 
 
-def published_truth(lines: Sequence[MapLine], protocol: str) -> list[MapLine]:
+def published_gt(lines: Sequence[MapLine], protocol: str) -> list[MapLine]:
     """True lines in the form that a published evaluator compares with.
 
     MapTR's takes the exact vertices. StreamMapNet's takes lines simplified by Douglas and Peucker's method to 0.2 m, so
@@ -162,7 +162,7 @@ def published_truth(lines: Sequence[MapLine], protocol: str) -> list[MapLine]:
     return [line._replace(points=shapely.get_coordinates(s)) for line, s in zip(lines, strings, strict=True)]
 
 
-def true_lines(
+def all_gt_lines(
     dataset: NuScenesDataset, *, protocol: str = "maptr", extent: str = "60x30", progress: bool = False
 ) -> dict[str, list[MapLine]]:
     """Per sample token of a dataset the lines that the published evaluator of a protocol compares with.
@@ -173,8 +173,8 @@ def true_lines(
     """
     lane_rules(protocol, extent)
     size = LANE_EXTENTS[extent]
-    samples = tqdm(dataset.tokens, desc="true lines", unit="frame", disable=not progress)
-    return {t: published_truth(dataset.truth_lines(i, protocol, size), protocol) for i, t in enumerate(samples)}
+    samples = tqdm(dataset.tokens, desc="ground-truth lines", unit="frame", disable=not progress)
+    return {t: published_gt(dataset.gt_lines(i, protocol, size), protocol) for i, t in enumerate(samples)}
 
 
 def evaluate_lines(
@@ -183,7 +183,7 @@ def evaluate_lines(
     *,
     protocol: str = "maptr",
     extent: str = "60x30",
-    working_score: float | None = None,
+    score_threshold: float | None = None,
     workers: int = 0,
     progress: bool = False,
 ) -> tuple[LaneResult, LaneResult]:
@@ -192,7 +192,7 @@ def evaluate_lines(
     Args:
         dataset: of whose samples the lines are.
         lines: per sample token, ego frame.
-        protocol, extent, working_score, workers, progress: as in `evaluate_lanes`.
+        protocol, extent, score_threshold, workers, progress: as in `evaluate_lanes`.
 
     Returns:
         The result at the protocol's own thresholds, and at 0.2, 0.5 and 1.0 m.
@@ -200,15 +200,15 @@ def evaluate_lines(
     Raises:
         ConfigError, DataError: as `evaluate_lanes`.
     """
-    truth = true_lines(dataset, protocol=protocol, extent=extent, progress=progress)
+    gt = all_gt_lines(dataset, protocol=protocol, extent=extent, progress=progress)
     published, strict = (
         evaluate_lanes(
             lines,
-            truth,
+            gt,
             protocol=protocol,
             extent=extent,
             thresholds=thresholds,
-            working_score=working_score,
+            score_threshold=score_threshold,
             workers=workers,
             progress=progress,
         )
@@ -219,20 +219,20 @@ def evaluate_lines(
 
 def evaluate_scenes(
     dataset: NuScenesDataset,
-    scenes: dict[str, Scene],
+    scenes: dict[str, FrameObjects],
     *,
     protocol: str = "maptr",
     extent: str = "60x30",
-    working_score: float | None = None,
+    score_threshold: float | None = None,
     workers: int = 0,
     progress: bool = False,
 ) -> Evaluation:
-    """Compares a Scene per sample token of a dataset with its truth.
+    """Compares a FrameObjects per sample token of a dataset with its truth.
 
     Args:
         dataset: of one root.
         scenes: per sample token, without batch dimension.
-        protocol, extent, working_score, workers, progress: of the lanes, as in `evaluate_lanes`.
+        protocol, extent, score_threshold, workers, progress: of the lanes, as in `evaluate_lanes`.
 
     Raises:
         ConfigError: the dataset was made from several roots; the official evaluation knows one.
@@ -249,7 +249,7 @@ def evaluate_scenes(
             lines,
             protocol=protocol,
             extent=extent,
-            working_score=working_score,
+            score_threshold=score_threshold,
             workers=workers,
             progress=progress,
         ),
@@ -261,7 +261,7 @@ def evaluate_scenes(
         ),
         evaluate_calibration(
             scenes,
-            {token: _truth(dataset, i, scenes[token].lines.points.shape[-2]) for i, token in enumerate(tokens)},
+            {token: _gt(dataset, i, scenes[token].lines.points.shape[-2]) for i, token in enumerate(tokens)},
             protocol=protocol,
             extent=extent,
         ),
@@ -280,7 +280,7 @@ def evaluate_stream(
     return evaluate_scenes(dataset, stream.scenes), stream
 
 
-def save_submissions(directory: str | Path, dataset: NuScenesDataset, scenes: dict[str, Scene]) -> None:
+def save_submissions(directory: str | Path, dataset: NuScenesDataset, scenes: dict[str, FrameObjects]) -> None:
     """Writes `detection.json` and `lanes.json`, which score what the scenes score (see `evaluation.submission`).
 
     Args:
@@ -296,9 +296,9 @@ def save_submissions(directory: str | Path, dataset: NuScenesDataset, scenes: di
     write_lanes(Path(directory) / "lanes.json", {token: map_lines(scene.lines) for token, scene in scenes.items()})
 
 
-def _truth(dataset: NuScenesDataset, i: int, points_per_line: int) -> Scene:
-    truth = Scene(pad_boxes([dataset.truth_boxes(i)]), pad_lines([dataset.truth_lines(i)], points_per_line))
-    return map_tensors(lambda tensor: tensor[0], truth)
+def _gt(dataset: NuScenesDataset, i: int, points_per_line: int) -> FrameObjects:
+    gt = FrameObjects(pad_boxes([dataset.gt_boxes(i)]), pad_lines([dataset.gt_lines(i)], points_per_line))
+    return map_tensors(lambda tensor: tensor[0], gt)
 
 
 def ego_poses(dataset: NuScenesDataset) -> dict[str, np.ndarray]:

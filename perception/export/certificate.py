@@ -11,7 +11,7 @@ from perception.export.headroom import Saturation
 from perception.export.second_reading import SecondReading
 from perception.files import replacing, write_json
 
-METRICS = ("nds", "map", "mATE", "mASE", "mAOE", "mAVE", "mAAE", "lane_map", "lane_map_strict")
+METRICS = ("nds", "mAP", "mATE", "mASE", "mAOE", "mAVE", "mAAE", "lane_mAP", "lane_mAP_strict")
 
 
 class Gate(NamedTuple):
@@ -20,7 +20,7 @@ class Gate(NamedTuple):
     raw: float | None  # of raw outputs and memory
     raw_mean: float | None  # likewise, on average
     nds: float
-    lane_map: float
+    lane_ap: float
 
 
 GATES = {
@@ -87,7 +87,7 @@ class Replay:
                 found.append(f"{name} differs by {mean:.2e} on average, more than {gate.raw_mean:.0e}")
         if self.pixels[0] > 1:
             found.append(f"fitted images differ by up to {self.pixels[0]:.0f} grey values from those of training")
-        for name, most in (("nds", gate.nds), ("lane_map", gate.lane_map)):
+        for name, most in (("nds", gate.nds), ("lane_mAP", gate.lane_ap)):
             one, other = self.metrics[name]
             if not abs(one - other) <= most:
                 found.append(f"{name} is {other:.4f} instead of {one:.4f}, more than {most} off")

@@ -21,7 +21,7 @@ from perception.live import JUMP_MARGIN_M, JUMP_MARGIN_RAD, MAX_GAP, MAX_SPEED, 
 from perception.types import BOX_CLASSES, LINE_CLASSES
 
 CONTRACT, MODEL = "contract.json", "model.onnx"
-FORMAT = "perception-export-2"  # changes when old folders can no longer be read
+FORMAT = "perception-export-3"  # changes when old folders can no longer be read
 MAX_SIDE = 16384  # pixels
 DTYPES = ("bool", "uint8", "int32", "int64", "float16", "float32")
 # What readers of a contract rely on.
@@ -46,11 +46,11 @@ IMAGE_FORMATS = {
 }
 MEANING = {
     "img_from_cam": "pinhole calibration in pixels of the images given, pixel centres at +0.5",
-    "ego_from_cam": "pose of each camera at its own exposure, carried to the time of the moment, metres; camera axes x "
+    "ego_from_cam": "pose of each camera at its own exposure, carried to the time of the frame, metres; camera axes x "
     "right, y down, z ahead; ego axes x ahead, y left, z up, on the ground below the rear axle; identity if missing",
     "present": "false for a camera that is missing",
-    "ego_from_prev": "takes points of the ego frame of the moment before to the present one; metres; identity if first",
-    "seconds_since_prev": "seconds since the moment before, 0 if first",
+    "ego_from_prev": "takes points of the ego frame of the frame before to the present one; metres; identity if first",
+    "seconds_since_prev": "seconds since the frame before, 0 if first",
     "is_first": "true where the memory must not count: at the first frame; if more than max_gap_s have passed since "
     "the frame before; if the pose has jumped since, which is a distance above max_speed_m_s * seconds + jump_margin_m "
     "or an angle about any axis above max_turn_rate_rad_s * seconds + jump_margin_rad; after an output that is not "
@@ -64,17 +64,17 @@ MEANING = {
     "box_label": "index into box_classes",
     "box_score": "0..1, best first",
     "box_valid": "false for a box that is too close to a better one of its class; leave it out",
-    "box_spread": "expected error of centre (m), logarithms of size, yaw (rad) and velocity (m/s)",
+    "box_uncertainty": "expected error of centre (m), logarithms of size, yaw (rad) and velocity (m/s)",
     "line_points": "metres, ego frame; a closed line repeats its first point last",
     "line_closed": "whether it is closed",
     "line_label": "index into line_classes",
     "line_score": "0..1, best first",
-    "line_spread": "expected error of each point along ego x and y, metres",
+    "line_uncertainty": "expected error of each point along ego x and y, metres",
     "raw_box_logits": "last decoder layer before decoding, for comparisons",
-    "raw_box_places": "last decoder layer before decoding, for comparisons",
+    "raw_box_params": "last decoder layer before decoding, for comparisons",
     "raw_line_logits": "last decoder layer before decoding, for comparisons",
-    "raw_line_places": "last decoder layer before decoding, for comparisons",
-    "new_memory": "hand it in as memory at the next moment",
+    "raw_line_points": "last decoder layer before decoding, for comparisons",
+    "new_memory": "hand it in as memory at the next frame",
 }
 
 

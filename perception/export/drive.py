@@ -17,13 +17,13 @@ from perception.export.contract import ImageInputs
 from perception.export.images import from_rgb
 from perception.types import CameraRig, Frame, map_tensors
 
-MISSING_AT, TURNED_AT = 3, 6  # moments of each scene with a camera less, and with the cameras turned
+MISSING_AT, TURNED_AT = 3, 6  # frames of each scene with a camera less, and with the cameras turned
 TURN_DEG = 1.0
 # Frames of each scene in which the image of one camera is black (a lens cap) or white (the sun in it), where asked for.
 BLACK_AT, WHITE_AT = 4, 8
 
 
-def drive(dataset: NuScenesDataset, cameras: int, *, bad_images: bool = False) -> Iterator[tuple[str, Frame]]:
+def replay_frames(dataset: NuScenesDataset, cameras: int, *, bad_images: bool = False) -> Iterator[tuple[str, Frame]]:
     """Token and frame [1, cameras, ...] of every sample, scene by scene, with what a certificate wants to see.
 
     Args:
@@ -89,7 +89,7 @@ def camera_frame(frame: Frame, images: ImageInputs) -> CameraFrame:
     return CameraFrame(tuple(given), frame.rig._replace(img_from_cam=img_from_cam), *frame[2:])
 
 
-def moment_inputs(frame: CameraFrame) -> dict[str, np.ndarray]:
+def frame_inputs(frame: CameraFrame) -> dict[str, np.ndarray]:
     """A frame [1, ...] as the inputs of an export by name, all but the memory."""
     return {f"image_{n}": image for n, image in enumerate(frame.images)} | {
         "img_from_cam": frame.rig.img_from_cam[0].numpy(),

@@ -1,7 +1,7 @@
 """Half precision written into an ONNX graph: what may be halves is, and what decides the geometry stays in float32.
 
 Convolutions and products with weights run in halves, and so does what only moves or adds their results. Projection,
-sampling places, softmax, normalisation, decoding and memory stay as they are, with casts in between. A runtime that
+sampling locations, softmax, normalisation, decoding and memory stay as they are, with casts in between. A runtime that
 takes types as they are written (TensorRT 10 and 11, TensorRT-RTX, ONNX Runtime) needs no further flag.
 
 Layers in INT8 keep float32 scales and float32 around them: opset 17 has no other, and the parser of TensorRT 8.6

@@ -1,4 +1,4 @@
-"""How long one moment takes in each runtime: all of them in one process, taking turns, so that ratios are fair."""
+"""How long one frame takes in each runtime: all of them in one process, taking turns, so that ratios are fair."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from perception.export.runtime import Runtime
 from perception.models.checkpoint import Network
 
 BACKENDS = ("pytorch", "compile", "ort", FLOAT32, BFLOAT16, "tensorrt")
-WARM_UP = 3  # passes that are not timed, of moments that follow one another; answers are compared after the last
-SECONDS_BETWEEN = 0.5  # of these moments
+WARM_UP = 3  # passes that are not timed, of frames that follow one another; answers are compared after the last
+SECONDS_BETWEEN = 0.5  # of these frames
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class _Prepared(NamedTuple):
-    run: Callable[[bool], float]  # a pass, of a first moment or not; returns the seconds that bringing the images took
+    run: Callable[[bool], float]  # a pass, of a first frame or not; returns the seconds that bringing the images took
     answers: Callable[[], dict[str, np.ndarray]]  # raw outputs and memory of the last pass
     device: str
 
@@ -148,7 +148,7 @@ def measure(
     max_seconds: float = 300.0,
     progress: bool = False,
 ) -> dict[str, Latency]:
-    """Times one moment, the memory filled, in several runtimes that take turns.
+    """Times one frame, the memory filled, in several runtimes that take turns.
 
     Args:
         network: in evaluation mode; moved to the GPU for PyTorch where there is one.
@@ -253,7 +253,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _moments(inputs: tuple) -> dict[bool, list[Tensor]]:
-    """Images of each camera, calibration and motion, of a first moment (True) and of a later one (False)."""
+    """Images of each camera, calibration and motion, of a first frame (True) and of a later one (False)."""
     images, *calibration_and_pose = inputs[:5]
     moments = {}
     for first, seconds in ((True, 0.0), (False, SECONDS_BETWEEN)):

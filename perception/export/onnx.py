@@ -46,14 +46,14 @@ CALIBRATION_AND_MOTION = (
 )  # fmt: skip
 OUTPUTS = {
     "box": (
-        "box_center", "box_size", "box_yaw", "box_velocity", "box_label", "box_score", "box_valid", "box_spread",
+        "box_center", "box_size", "box_yaw", "box_velocity", "box_label", "box_score", "box_valid", "box_uncertainty",
     ),
-    "line": ("line_points", "line_closed", "line_label", "line_score", "line_spread"),
+    "line": ("line_points", "line_closed", "line_label", "line_score", "line_uncertainty"),
 }  # fmt: skip
 
 
 class DeployedNetwork(nn.Module):
-    """A network as the vehicle calls it: one moment, named arrays in, named arrays out, no batch dimension.
+    """A network as the vehicle calls it: one frame, named arrays in, named arrays out, no batch dimension.
 
     Args:
         network: in evaluation mode.

@@ -1,7 +1,7 @@
 """The certificate: an exported network and its original over the same drive, each with its own memory.
 
 Differences of raw numbers show that the graph is the network; differences of the official metrics show that it does not
-matter. The drive has several scenes, moments without one of the cameras, and moments with another calibration, because
+matter. The drive has several scenes, frames without one of the cameras, and frames with another calibration, because
 these are inputs of the graph and must work as such. A second dataset shows that another rig and blinded cameras do too.
 Along with both runs the graph in float32, which shows how close the values come to what the export's types can hold.
 """
@@ -23,7 +23,7 @@ from perception.errors import DataError
 from perception.evaluation.streaming import evaluate_scenes
 from perception.export.certificate import METRICS, Certificate, Replay
 from perception.export.contract import MODEL, ImageInputs
-from perception.export.drive import CameraFrame, aligned, camera_frame, drive, moment_inputs
+from perception.export.drive import CameraFrame, aligned, camera_frame, frame_inputs, replay_frames
 from perception.export.headroom import RangeMonitor
 from perception.export.images import ImagePreprocessing, to_rgb
 from perception.export.onnx import raw_outputs
@@ -32,7 +32,7 @@ from perception.export.runtime import Runtime
 from perception.export.second_reading import SecondExecutor
 from perception.models.checkpoint import Network
 from perception.ops.bilinear import preferred_implementation
-from perception.types import Frame, Scene, State, map_tensors
+from perception.types import Frame, FrameObjects, State, map_tensors
 
 LEAST_FRAMES, LEAST_SCENES = 40, 2
 
@@ -122,7 +122,7 @@ def replay(
     box_distances, line_distances = [], []
     state = network.initial_state(1)
     for token, frame in tqdm(
-        drive(dataset, seats, bad_images=bad_images), total=len(dataset), unit="frame", disable=not progress,
+        replay_frames(dataset, seats, bad_images=bad_images), total=len(dataset), unit="frame", disable=not progress,
         desc="certificate, another rig" if bad_images else "certificate",
     ):  # fmt: skip
         given = camera_frame(frame, runtime.images)
@@ -130,7 +130,7 @@ def replay(
         in_graph = preprocess([torch.from_numpy(image) for image in given.images])
         pixels.append((in_graph - seen.images[0]).abs().numpy().ravel())
         prediction, state, scene = _original(network, seen, state)
-        inputs = moment_inputs(given)
+        inputs = frame_inputs(given)
         if monitor:
             monitor.run(inputs)
         memory = runtime.memory()
@@ -191,7 +191,7 @@ def _original(network: Network, frame: Frame, state: State):
     return prediction, state, map_tensors(lambda tensor: tensor[0], network.decode(prediction))
 
 
-def _exported(runtime: Runtime, inputs: Mapping[str, np.ndarray]) -> Scene:
+def _exported(runtime: Runtime, inputs: Mapping[str, np.ndarray]) -> FrameObjects:
     for name, array in inputs.items():
         runtime.inputs[name][...] = array
     runtime.run()
@@ -252,11 +252,11 @@ def _drift(
     # Every frame but the very first goes on from the memory, whatever scene it is from.
     bar = tqdm(total=frames, desc="drift", disable=not progress)
     while len(off) < frames:
-        for _, frame in drive(dataset, runtime.contract["cameras"]):
+        for _, frame in replay_frames(dataset, runtime.contract["cameras"]):
             frame = frame._replace(is_first=torch.tensor([not off]))
             given = camera_frame(frame, runtime.images)
             _, state, _ = _original(network, fitted(given, runtime.images, image_size), state)
-            _exported(runtime, moment_inputs(given))
+            _exported(runtime, frame_inputs(given))
             off.append(float(np.abs(state.bev.numpy() - runtime.memory()).mean()))
             bar.update()
             if len(off) == frames:

@@ -25,12 +25,12 @@ from tqdm import tqdm
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import DataError
 from perception.export.contract import ImageInputs
-from perception.export.drive import aligned, camera_frame, drive, filled, moment_inputs
+from perception.export.drive import aligned, camera_frame, filled, frame_inputs, replay_frames
 from perception.export.half import WEIGHTED
 from perception.export.lowering import OPSET_FP8
 from perception.export.runtime import session_options
 
-RANGES_FROM, JUDGED_ON = 16, 6  # moments: spread over a drive, and one after the other
+RANGES_FROM, JUDGED_ON = 16, 6  # frames: spread over a drive, and one after the other
 BAD_EVERY = 4  # of the former, one in so many comes again with a black image, and again with a white one
 KINDS = ("int8", "uint8", "fp8")
 LARGEST_INT8, LARGEST_FP8 = 127.0, 448.0
@@ -38,7 +38,7 @@ LARGEST_INT8, LARGEST_FP8 = 127.0, 448.0
 # out.
 BUDGET = 0.015
 PERCENTILE = 99.99  # of absolute values that a range holds; what lies beyond is cut off
-JUDGED = ("raw_box_logits", "raw_box_places", "raw_line_logits", "raw_line_places", "new_memory")
+JUDGED = ("raw_box_logits", "raw_box_params", "raw_line_logits", "raw_line_points", "new_memory")
 Moment = Mapping[str, np.ndarray]  # the inputs of one pass by name
 
 
@@ -48,7 +48,7 @@ class Quantizer:
 
     Args:
         model: an `onnx.ModelProto` in float32, as `perception.export.onnx` traces it.
-        moments: inputs of real frames, memory included; the ranges come from them.
+        frames: inputs of real frames, memory included; the ranges come from them.
         kind: one of KINDS.
     """
 
@@ -108,7 +108,7 @@ def quantize_graph(model, moments: Sequence[Moment], kind: str, *, progress: boo
 
     Args:
         model: an `onnx.ModelProto` in float32.
-        moments: inputs of real frames; the last few, one after the other, judge, the others give ranges.
+        frames: inputs of real frames; the last few, one after the other, judge, the others give ranges.
         kind: one of KINDS.
         progress: show progress bars on stderr.
 
@@ -184,8 +184,8 @@ def changed(wanted: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -
         names = f"raw_{kind}_logits", f"raw_{kind}_places"
         if names[0] not in wanted:
             continue
-        logits, places = (wanted[name].reshape(*wanted[name].shape[:2], -1) for name in names)  # [moments, Q, ...]
-        sure = 1 / (1 + np.exp(-logits.max(-1)))  # [moments, Q]
+        logits, places = (wanted[name].reshape(*wanted[name].shape[:2], -1) for name in names)  # [frames, Q, ...]
+        sure = 1 / (1 + np.exp(-logits.max(-1)))  # [frames, Q]
         others = (found[name].reshape(part.shape) for name, part in zip(names, (logits, places), strict=True))
         rows, other_rows = np.concatenate([logits, places], -1), np.concatenate(list(others), -1)
         off = np.abs(np.stack([b[aligned(a, b)] for a, b in zip(rows, other_rows, strict=True)]) - rows)
@@ -198,7 +198,7 @@ def changed(wanted: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -
 
 
 def record(model, dataset: NuScenesDataset, images: ImageInputs, *, progress: bool = False) -> list[Moment]:
-    """Inputs of a graph at moments of a drive, with the memory that the graph itself had then.
+    """Inputs of a graph at frames of a drive, with the memory that the graph itself had then.
 
     Args:
         model: the graph, an `onnx.ModelProto` in float32.
@@ -207,7 +207,7 @@ def record(model, dataset: NuScenesDataset, images: ImageInputs, *, progress: bo
         progress: show a progress bar on stderr.
 
     Returns:
-        RANGES_FROM moments spread evenly, in between some of them again with a black and with a white image, then
+        RANGES_FROM frames spread evenly, in between some of them again with a black and with a white image, then
         JUDGED_ON that follow one another: the last of the drive.
 
     Raises:
@@ -226,14 +226,18 @@ def record(model, dataset: NuScenesDataset, images: ImageInputs, *, progress: bo
     spread = np.linspace(0, last[0] - 1, RANGES_FROM).round().astype(int).tolist()
     moments = []
     frames = tqdm(
-        drive(dataset, len(images.sizes)), total=len(dataset), desc="calibration", unit="frame", disable=not progress
+        replay_frames(dataset, len(images.sizes)),
+        total=len(dataset),
+        desc="calibration",
+        unit="frame",
+        disable=not progress,
     )
     for number, (_, frame) in enumerate(frames):
-        moment = moment_inputs(camera_frame(frame, images)) | memory
+        moment = frame_inputs(camera_frame(frame, images)) | memory
         variants = [moment] if number in spread or number in last else []
         if number in spread[::BAD_EVERY]:  # a blinded camera must not drive the layers out of their ranges
             for camera, grey in ((number, 0), (number + 1, 255)):
-                variants.append(moment_inputs(camera_frame(filled(frame, camera, grey), images)) | memory)
+                variants.append(frame_inputs(camera_frame(filled(frame, camera, grey), images)) | memory)
         moments += [{name: array.copy() for name, array in variant.items()} for variant in variants]
         if memory:
             memory = {"memory": session.run(["new_memory"], moment)[0]}
@@ -241,7 +245,7 @@ def record(model, dataset: NuScenesDataset, images: ImageInputs, *, progress: bo
 
 
 def layer_groups(model) -> dict[str, list[str]]:
-    """Names of the nodes with weights by part of the network: two words of a weight's name, four in the image trunk,
+    """Names of the nodes with weights by part of the network: two words of a weight's name, four in the image backbone,
     three in the layers of the decoders."""
     constants = {tensor.name for tensor in model.graph.initializer}
     groups: dict[str, list[str]] = {}
@@ -249,7 +253,7 @@ def layer_groups(model) -> dict[str, list[str]]:
         if node.op_type in WEIGHTED and len(node.input) > 1 and node.input[1] in constants:
             words = node.input[1].removeprefix("network.").split(".")
             if len(words) > 1:  # a weight under its own name; others were made by the exporter
-                count = 4 if "trunk" in words[:2] and "stages" in words else 3 if words[1] == "layers" else 2
+                count = 4 if "backbone" in words[:2] and "stages" in words else 3 if words[1] == "layers" else 2
                 groups.setdefault(".".join(words[:count]), []).append(node.name)
     return groups
 
@@ -275,9 +279,9 @@ def group_work(model, groups: Mapping[str, Sequence[str]]) -> dict[str, float]:
 
 
 def answers(model, moments: Sequence[Moment], precision: str = "fp32") -> dict[str, np.ndarray]:
-    """What a graph says to moments that follow one another: [moments, ...] by name of the raw outputs.
+    """What a graph says to frames that follow one another: [frames, ...] by name of the raw outputs.
 
-    It starts from the memory of the first moment and goes on with its own.
+    It starts from the memory of the first frame and goes on with its own.
     """
     import onnxruntime
 
@@ -298,7 +302,7 @@ class _Reader:
         self._left = iter(moments)
 
     def get_next(self) -> dict | None:
-        """The next moment, None after the last."""
+        """The next frame, None after the last."""
         return next((dict(moment) for moment in self._left), None)
 
 

@@ -23,14 +23,14 @@ from perception.live import (
     MAX_SPEED,
     MAX_TURN_RATE,
     NOT_FINITE,
-    Odometer,
+    EgoMotion,
     check_images,
     check_intrinsics,
     checked_rig,
     checked_setting,
     scene_is_finite,
 )
-from perception.types import Boxes, CameraRig, Polylines, Scene, map_tensors
+from perception.types import Boxes, CameraRig, FrameObjects, Polylines, map_tensors
 
 BACKENDS = ("onnxruntime", "openvino", "openvino-bf16", "tensorrt")
 _none, _no_label, _no_flag = np.zeros(0, np.float32), np.zeros(0, np.int32), np.zeros(0, bool)
@@ -42,9 +42,9 @@ DTYPES = {
 NOTHING = {
     "box_center": np.zeros((0, 3), np.float32), "box_size": np.zeros((0, 3), np.float32), "box_yaw": _none,
     "box_velocity": np.zeros((0, 2), np.float32), "box_label": _no_label, "box_score": _none, "box_valid": _no_flag,
-    "box_spread": np.zeros((0, 9), np.float32), "line_points": np.zeros((0, 2, 2), np.float32),
+    "box_uncertainty": np.zeros((0, 9), np.float32), "line_points": np.zeros((0, 2, 2), np.float32),
     "line_closed": _no_flag, "line_label": _no_label, "line_score": _none,
-    "line_spread": np.zeros((0, 2, 2), np.float32),
+    "line_uncertainty": np.zeros((0, 2, 2), np.float32),
 }  # fmt: skip
 
 
@@ -166,7 +166,7 @@ class Runtime:
             raise ConfigError(
                 f"Runtime: threads is {threads!r}; give a whole number of 0..{MAX_THREADS}, 0 for as many as there are"
             )
-        self._odometer = Odometer(max_speed, max_turn_rate)
+        self._odometer = EgoMotion(max_speed, max_turn_rate)
         self.contract = read_contract(folder)
         self.images = ImageInputs.of_contract(self.contract)
         if backend == "onnxruntime":
@@ -208,8 +208,8 @@ class Runtime:
         rig: CameraRig,
         global_from_ego: np.ndarray,
         time_s: float,
-    ) -> Scene:
-        """One moment, as `perception.predictor.Predictor.step`.
+    ) -> FrameObjects:
+        """One frame, as `perception.predictor.Predictor.step`.
 
         Args:
             images: N arrays uint8, each of the size and in the format that the contract names for its camera (RGB
@@ -241,7 +241,7 @@ class Runtime:
         self.fill(rig, motion.ego_from_prev, motion.seconds, motion.is_first)
         self.run()
         whole = self.scene()
-        scene = Scene(*(self._confident(noun) for noun in whole))
+        scene = FrameObjects(*(self._confident(noun) for noun in whole))
         if not (self._session.memory_is_finite(self._turn) and scene_is_finite(whole, scene)):
             self.reset()
             warnings.warn(NOT_FINITE, PerceptionWarning, stacklevel=2)
@@ -257,7 +257,7 @@ class Runtime:
         self.inputs["seconds_since_prev"][...] = seconds
         self.inputs["is_first"][...] = is_first
 
-    def scene(self) -> Scene:
+    def scene(self) -> FrameObjects:
         """What the last pass said, all of it; the arrays are the buffers that the next pass writes into.
 
         What a network does not look for, boxes or lines, is empty.
@@ -269,12 +269,12 @@ class Runtime:
         return type(noun)(*(array[keep] for array in noun))
 
 
-def scene_of(outputs: dict[str, np.ndarray]) -> Scene:
-    """Collects outputs of an export, by name, in a Scene; what a network does not look for is empty."""
+def scene_of(outputs: dict[str, np.ndarray]) -> FrameObjects:
+    """Collects outputs of an export, by name, in a FrameObjects; what a network does not look for is empty."""
     outputs = NOTHING | outputs
     boxes = {name: outputs[f"box_{name}"] for name in Boxes._fields if name != "attribute"}
     lines = {name: outputs[f"line_{name}"] for name in Polylines._fields if name != "valid"}
-    return Scene(
+    return FrameObjects(
         Boxes(attribute=np.full_like(boxes["label"], -1), **boxes),
         Polylines(valid=np.ones_like(lines["closed"]), **lines),
     )

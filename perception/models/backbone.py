@@ -1,4 +1,4 @@
-"""Image encoders: one feature map per camera, from trunks of torchvision or mmdet."""
+"""Image encoders: one feature map per camera, from backbones of torchvision or mmdet."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ImageEncoder(Protocol):
         ...
 
 
-class StagedTrunk(nn.Module):
+class TorchvisionBackbone(nn.Module):
     """A classification network of torchvision without its head: a stem, then stages at strides 4, 8, 16 and 32.
 
     Args:
@@ -73,7 +73,7 @@ class StagedTrunk(nn.Module):
         for part in self.frozen:
             part.requires_grad_(False).eval()
 
-    def train(self, mode: bool = True) -> StagedTrunk:
+    def train(self, mode: bool = True) -> TorchvisionBackbone:
         super().train(mode)
         for part in self.frozen:
             part.eval()
@@ -83,7 +83,7 @@ class StagedTrunk(nn.Module):
         """Takes the weights of a whole network of torchvision, as its weight files name them.
 
         Args:
-            weights: the state dict; the head, stages that are not kept, and what follows the trunk are left out.
+            weights: the state dict; the head, stages that are not kept, and what follows the backbone are left out.
             path: where they are from, for errors.
 
         Raises:
@@ -107,7 +107,7 @@ class StagedTrunk(nn.Module):
                 has = f"has shape {tuple(weights[theirs].shape)}" if theirs in weights else "is missing"
                 raise CheckpointError(
                     f"{path}: {theirs} {has}, shape {tuple(wanted[name].shape)} is needed; give torchvision's weights "
-                    f"of {self.name} as train.trunk_weights"
+                    f"of {self.name} as train.backbone_weights"
                 )
             found[name] = weights[theirs]
         self.load_state_dict(found)
@@ -122,7 +122,7 @@ class StagedTrunk(nn.Module):
 
 
 class FPNEncoder(nn.Module):
-    """A trunk whose deeper stages are added into the map at the wanted stride.
+    """A backbone whose deeper stages are added into the map at the wanted stride.
 
     The top-down pathway is that of Feature Pyramid Networks (https://arxiv.org/abs/1612.03144), cut off at one level.
 
@@ -147,13 +147,13 @@ class FPNEncoder(nn.Module):
         if backbone.startswith("mmdet:"):
             name, _, options = backbone.removeprefix("mmdet:").partition("?")
             # Only who asks for mmdet needs it: a vehicle has none.
-            from perception.engine.mmdet_backbone import MMDetTrunk
+            from perception.engine.mmdet_backbone import MMDetBackbone
 
-            self.trunk = MMDetTrunk(name, stages, {key: _literal(value) for key, value in parse_qsl(options)})
+            self.backbone = MMDetBackbone(name, stages, {key: _literal(value) for key, value in parse_qsl(options)})
         else:
-            self.trunk = StagedTrunk(backbone, stages)
+            self.backbone = TorchvisionBackbone(backbone, stages)
         self.first = strides.index(stride)
-        self.laterals = nn.ModuleList([nn.Conv2d(width, channels, 1) for width in self.trunk.channels[self.first :]])
+        self.laterals = nn.ModuleList([nn.Conv2d(width, channels, 1) for width in self.backbone.channels[self.first :]])
         self.smooth = nn.Sequential(
             nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)
         )
@@ -164,7 +164,7 @@ class FPNEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W], RGB 0..255, uint8 or float, to features [B, C, H / stride, W / stride]."""
-        maps = self.trunk((images.float() - self.mean) / self.std)
+        maps = self.backbone((images.float() - self.mean) / self.std)
         merged = None
         for lateral, x in zip(reversed(self.laterals), reversed(maps[self.first :]), strict=True):
             x = lateral(x)
@@ -172,25 +172,26 @@ class FPNEncoder(nn.Module):
         return self.smooth(merged)  # [B, C, h, w]
 
 
-def load_trunk(trunk: nn.Module, path: str | Path) -> None:
-    """Gives the trunk of an image encoder the weights of a published image network, or of a flagship with such a trunk.
+def load_backbone(backbone: nn.Module, path: str | Path) -> None:
+    """Gives the backbone of an image encoder the weights of a published image network, or of a flagship with such a
+    backbone.
 
     Args:
-        trunk: a `StagedTrunk` or another with `load_published`.
+        backbone: a `TorchvisionBackbone` or another with `load_published`.
         path: of a `.safetensors` file or a `.pth` of plain tensors.
 
     Raises:
         CheckpointError: the file is missing or holds other weights.
     """
-    weights, wanted = read_trunk_weights(path), trunk.state_dict()
-    own = {name: weights.get(f"image_encoder.trunk.{name}") for name in wanted}
+    weights, wanted = read_backbone_weights(path), backbone.state_dict()
+    own = {name: weights.get(f"image_encoder.backbone.{name}") for name in wanted}
     if all(own[name] is not None and own[name].shape == wanted[name].shape for name in wanted):
-        trunk.load_state_dict(own)
+        backbone.load_state_dict(own)
     else:
-        trunk.load_published(weights, Path(path))
+        backbone.load_published(weights, Path(path))
 
 
-def read_trunk_weights(path: str | Path) -> dict[str, Tensor]:
+def read_backbone_weights(path: str | Path) -> dict[str, Tensor]:
     """The state dict of a published image network, from a `.safetensors` file or a `.pth` of plain tensors.
 
     Raises:
@@ -198,7 +199,7 @@ def read_trunk_weights(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; give a weight file of the backbone as train.trunk_weights")
+        raise CheckpointError(f"{path}: no such file; give a weight file of the backbone as train.backbone_weights")
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)

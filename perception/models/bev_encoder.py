@@ -1,8 +1,8 @@
 """From camera features to a bird's-eye view that remembers.
 
-`CameraAwareness` tells the image features where their pixels look, `CameraAttention` lets each cell of the grid read
-the cameras that see it, `GatedMemory` fuses the result with the memory of the previous frame, `BEVTrunk` looks around
-on the grid.
+`CameraAwareHead` tells the image features where their pixels look, `SpatialCrossAttention` lets each cell of the grid
+read the cameras that see it, `TemporalFusion` fuses the result with the memory of the previous frame, `BEVNeck` looks
+around on the grid.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def choose_cameras(
     return uv.permute(0, 2, 3, 1, 4), *(x.permute(0, 2, 3, 1) for x in (depth, seen, camera))
 
 
-class CameraAwareness(nn.Module):
+class CameraAwareHead(nn.Module):
     """Tells the image features where each pixel looks, and says what each pixel shows.
 
     How far away a thing is shows in where it stands on the road, and that is a matter of the camera: its height, tilt
@@ -148,7 +148,7 @@ class CameraAwareness(nn.Module):
         return mixed.unflatten(0, (B, N)), self.head(mixed).unflatten(0, (B, N))
 
 
-class CameraAttention(nn.Module):
+class SpatialCrossAttention(nn.Module):
     """Each cell attends, per height of its pillar, to the cameras that see it best.
 
     A cell's reference points are its centre at fixed heights. Around each point's projection the cell reads a few
@@ -262,7 +262,7 @@ def read_depth(likely: Tensor, uv: Tensor, camera: Tensor, depth: Tensor) -> Ten
     return torch.lerp(lower, upper, place - low)
 
 
-class GatedMemory(nn.Module):
+class TemporalFusion(nn.Module):
     """Fuses what is seen now with what was known before: a convolutional gated unit over the warped memory.
 
     The unit is told how long ago the memory is from, so it works at any frame rate, and it starts afresh where
@@ -318,7 +318,7 @@ class ConvBlock(nn.Module):
         return F.relu(self.body(x) + self.skip(x))
 
 
-class BEVTrunk(nn.Module):
+class BEVNeck(nn.Module):
     """Convolutions on the grid: one fine block, then a coarser level that sees farther, added back.
 
     Present and past come side by side, so that what has moved shows from where to where.

@@ -1,6 +1,6 @@
 """The flagship: one recurrent BEV transformer for boxes and lines.
 
-    model = BEVTransformer(ModelConfig.nano())
+    model = BEVTransformer(BEVTransformerConfig.nano())
     state = model.initial_state(batch_size=1)
     for frame in frames:
         prediction, state = model(frame, state)
@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from perception.errors import ConfigError
 from perception.grid import BEVGrid
 from perception.models.backbone import FPNEncoder
-from perception.models.bev_encoder import BEVTrunk, CameraAttention, CameraAwareness, GatedMemory
+from perception.models.bev_encoder import BEVNeck, CameraAwareHead, SpatialCrossAttention, TemporalFusion
 from perception.models.decoder import PRIOR_LOGIT, BoxDecoder, LineDecoder, decode, encode_position
-from perception.types import BOX_CLASSES, LINE_CLASSES, Frame, ImagePrediction, Prediction, Scene, State
+from perception.types import BOX_CLASSES, LINE_CLASSES, Frame, FrameObjects, ImagePrediction, Prediction, State
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class BEVTransformerConfig:
     """Everything that decides the shape of the network. Lengths in metres, in the ego frame."""
 
     image_size: tuple[int, int] = (160, 288)  # height and width of the input
@@ -49,12 +49,12 @@ class ModelConfig:
     line_points: int = 20
 
     @classmethod
-    def nano(cls) -> ModelConfig:
+    def nano(cls) -> BEVTransformerConfig:
         """Trains on two CPU cores; ResNet-18 without its last stage, 160x288 images."""
         return cls(heights=(0.0, 0.8, 2.0), cameras_per_cell=1, depth_bins=64)
 
     @classmethod
-    def tiny(cls) -> ModelConfig:
+    def tiny(cls) -> BEVTransformerConfig:
         """ResNet-18, 256x448 images, a finer grid."""
         return cls(
             image_size=(256, 448), backbone_stages=4, channels=128, grid=(128, 128), heads=8, camera_samples=4,
@@ -62,7 +62,7 @@ class ModelConfig:
         )  # fmt: skip
 
     @classmethod
-    def base(cls) -> ModelConfig:
+    def base(cls) -> BEVTransformerConfig:
         """ResNet-50, 256x704 images: boxes on 102.4 x 102.4 m, lines on 60 x 30 m."""
         return cls(
             image_size=(256, 704), backbone="resnet50", backbone_stages=4, feature_stride=16, channels=256,
@@ -71,7 +71,7 @@ class ModelConfig:
         )  # fmt: skip
 
     @classmethod
-    def preset(cls, name: str, **changes) -> ModelConfig:
+    def preset(cls, name: str, **changes) -> BEVTransformerConfig:
         """A preset by name with some fields changed.
 
         Raises:
@@ -83,29 +83,29 @@ class ModelConfig:
         known = {field.name for field in fields(cls)}
         for key in changes:
             if key not in known:
-                raise ConfigError(f"model.{key} does not exist; ModelConfig has {', '.join(sorted(known))}")
+                raise ConfigError(f"model.{key} does not exist; BEVTransformerConfig has {', '.join(sorted(known))}")
         return replace(presets[name](), **{k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()})
 
 
 class BEVTransformer(nn.Module):
     """Calibrated images in, raw boxes and lines out, with a memory that is passed in and out."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: BEVTransformerConfig) -> None:
         super().__init__()
         self.config = config
         C, classes, line_classes = config.channels, len(BOX_CLASSES), len(LINE_CLASSES)
         self.grid = BEVGrid(config.x_range, config.y_range, config.grid)
         self.image_encoder = FPNEncoder(config.backbone, config.backbone_stages, config.feature_stride, C)
         # What each pixel shows, how far away it is, where it is heading, how open it is to all distances.
-        self.camera_awareness = CameraAwareness(C, classes + config.depth_bins + 2 + 1)
-        nn.init.constant_(self.camera_awareness.head.bias[:classes], PRIOR_LOGIT)
+        self.image_head = CameraAwareHead(C, classes + config.depth_bins + 2 + 1)
+        nn.init.constant_(self.image_head.head.bias[:classes], PRIOR_LOGIT)
         seen = C + classes + 2 + 1  # features, class, heading, depth
         self.cell_position = nn.Linear(C, C)
-        self.camera_attention = CameraAttention(
+        self.spatial_cross_attention = SpatialCrossAttention(
             self.grid, config.heights, seen, C, config.cameras_per_cell, config.camera_samples
         )
-        self.memory = GatedMemory(self.grid, C)
-        self.trunk = BEVTrunk(C)
+        self.temporal_fusion = TemporalFusion(self.grid, C)
+        self.bev_neck = BEVNeck(C)
         self.box_decoder = BoxDecoder(
             self.grid, seen, C, config.heads, config.decoder_layers, config.box_queries, classes
         )
@@ -118,7 +118,7 @@ class BEVTransformer(nn.Module):
         """The memory of a network that has seen nothing, on the device of the weights."""
         return State(self.cell_position.weight.new_zeros(batch_size, self.config.channels, *self.config.grid))
 
-    def look(self, frame: Frame) -> tuple[ImagePrediction, Tensor, Tensor]:
+    def encode_images(self, frame: Frame) -> tuple[ImagePrediction, Tensor, Tensor]:
         """What the images show, each by itself.
 
         Args:
@@ -131,7 +131,7 @@ class BEVTransformer(nn.Module):
         """
         B, N, _, H, W = frame.images.shape
         features = self.image_encoder(frame.images.flatten(0, 1)).unflatten(0, (B, N))  # [B, N, C, h, w]
-        features, shown = self.camera_awareness(features, frame.rig, (H, W))
+        features, shown = self.image_head(features, frame.rig, (H, W))
         logits, depth_logits, heading, opening = shown.split([len(BOX_CLASSES), self.config.depth_bins, 2, 1], 2)
         likely = depth_logits.float().softmax(2)
         bins = torch.linspace(0, 1, likely.shape[2], device=likely.device).view(-1, 1, 1)
@@ -141,7 +141,7 @@ class BEVTransformer(nn.Module):
         return ImagePrediction(logits, depth_logits, heading), images, distance
 
     def forward(self, frame: Frame, state: State) -> tuple[Prediction, State]:
-        """One moment.
+        """One frame.
 
         Args:
             frame: leading [B]; images [B, N, 3, H, W] of the configured size, any number of cameras.
@@ -151,22 +151,24 @@ class BEVTransformer(nn.Module):
             The raw outputs of every decoder layer, and the memory for the next call.
         """
         size = frame.images.shape[-2:]
-        shown, images, distance = self.look(frame)
+        shown, images, distance = self.encode_images(frame)
         place = self.grid.normalize(self.grid.cell_centers(images.device)).flatten(0, 1)  # [X * Y, 2]
         query = self.cell_position(encode_position(place, self.config.channels)).expand(len(images), -1, -1)
-        bev = self.camera_attention(query, images, distance, frame.rig, size)  # [B, X * Y, C]
+        bev = self.spatial_cross_attention(query, images, distance, frame.rig, size)  # [B, X * Y, C]
         bev = bev.transpose(1, 2).unflatten(2, self.config.grid)  # [B, C, X, Y]
-        memory, past = self.memory(bev, state.bev, frame.ego_from_prev, frame.seconds_since_prev, frame.is_first)
-        bev = self.trunk(memory, past)
-        box_logits, box_params, box_log_spread, heatmap_logits = self.box_decoder(bev, images, frame.rig, size)
-        line_logits, line_points, line_log_spread, raster_logits = self.line_decoder(bev)
+        memory, past = self.temporal_fusion(
+            bev, state.bev, frame.ego_from_prev, frame.seconds_since_prev, frame.is_first
+        )
+        bev = self.bev_neck(memory, past)
+        box_logits, box_params, box_log_uncertainty, heatmap_logits = self.box_decoder(bev, images, frame.rig, size)
+        line_logits, line_points, line_log_uncertainty, bev_seg_logits = self.line_decoder(bev)
         prediction = Prediction(
-            box_logits, box_params, box_log_spread, line_logits, line_points, line_log_spread, heatmap_logits,
-            raster_logits, shown,
+            box_logits, box_params, box_log_uncertainty, line_logits, line_points, line_log_uncertainty, heatmap_logits,
+            bev_seg_logits, shown,
         )  # fmt: skip
         # In one layout, whichever the convolutions left it in: another one would have the next frame compiled anew.
         return prediction, State(memory.contiguous())
 
-    def decode(self, prediction: Prediction) -> Scene:
+    def decode(self, prediction: Prediction) -> FrameObjects:
         """What the last layer says there is, see `perception.models.decoder.decode`."""
         return decode(prediction)

@@ -14,18 +14,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from perception.models.decoder import LOG_SPREAD_RANGE, best_pairs
+from perception.models.decoder import LOG_UNCERTAINTY_RANGE, topk_pairs
 from perception.models.map_encoder import (
+    BEVFormerEncoder,
     DecoderLayer,
     LearnedPosition,
-    MapEncoder,
     branch,
     start_matrices,
 )
 from perception.models.published_backbone import PublishedBackboneConfig, build_image_encoder, padded_size
 from perception.models.published_geometry import PublishedConfig, can_bus, constants, rig_from_lidar
 from perception.ops.deformable import refined
-from perception.types import BOX_CLASSES, Boxes, Frame, Polylines, Scene, State
+from perception.types import BOX_CLASSES, Boxes, Frame, FrameObjects, Polylines, State
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class BEVFormerHead(nn.Module):
         self.bev_embedding = nn.Embedding(config.bev[0] * config.bev[1], C)
         self.query_embedding = nn.Embedding(config.queries, 2 * C)
         self.positional_encoding = LearnedPosition(config.bev, C)
-        self.transformer = MapEncoder(config)
+        self.transformer = BEVFormerEncoder(config)
         self.transformer.reference_points = nn.Linear(C, 3)
         self.transformer.decoder = nn.Module()
         self.transformer.decoder.layers = nn.ModuleList(
@@ -88,7 +88,7 @@ class BEVFormerHead(nn.Module):
         previous: Tensor | None,
         is_first: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Raw boxes of all layers, and the map; arguments as in `MapEncoder.encode`.
+        """Raw boxes of all layers, and the map; arguments as in `BEVFormerEncoder.encode`.
 
         Returns:
             logits [L, B, Q, K]; params [L, B, Q, 10] as (x, y, log width, log length, z, log height, sin, cos, vx, vy),
@@ -141,7 +141,7 @@ class BEVFormer(nn.Module):
         return State(self.head.bev_embedding.weight.new_zeros(batch_size, self.config.channels, *self.config.bev))
 
     def forward(self, frame: Frame, state: State) -> tuple[RawBoxes, State]:
-        """One moment.
+        """One frame.
 
         Args:
             frame: leading [B], with images [B, N, 3, H, W] of the configured size.
@@ -159,10 +159,10 @@ class BEVFormer(nn.Module):
         memory = bev.transpose(1, 2).unflatten(2, self.config.bev)  # [B, C, rows, columns]
         return RawBoxes(logits, params), State(memory.contiguous())  # in the layout of `initial_state`
 
-    def decode(self, prediction: RawBoxes) -> Scene:
+    def decode(self, prediction: RawBoxes) -> FrameObjects:
         """The best boxes in the ego frame, best first; there are no lines."""
         boxes = decode_boxes(*prediction, self.ego_from_lidar, self.config.max_boxes)
-        return Scene(boxes, no_lines(len(boxes.score), boxes.score.device))
+        return FrameObjects(boxes, no_lines(len(boxes.score), boxes.score.device))
 
 
 def no_lines(batch_size: int, device) -> Polylines:
@@ -179,7 +179,7 @@ def best_boxes(logits: Tensor, params: Tensor, count: int) -> tuple[Tensor, Tens
         scores [B, count], labels [B, count], boxes [B, count, 9] as x, y, z (centre), width, length, height, yaw in the
         convention of mmdet3d before 1.0, velocity; LiDAR's frame, metres.
     """
-    score, row, label = best_pairs(logits, count)
+    score, row, label = topk_pairs(logits, count)
     row = row[..., None].expand(-1, -1, 10)
     x, y, log_w, log_l, z, log_h, sin, cos, vx, vy = params.gather(1, row).unbind(-1)
     boxes = torch.stack([x, y, z, log_w.exp(), log_l.exp(), log_h.exp(), torch.atan2(sin, cos), vx, vy], -1)
@@ -206,5 +206,5 @@ def decode_boxes(logits: Tensor, params: Tensor, ego_from_lidar: Tensor, count: 
         attribute=torch.full_like(label, -1),
         score=score,
         valid=valid,
-        spread=torch.full((*score.shape, 9), math.exp(LOG_SPREAD_RANGE[1]), device=score.device),
+        uncertainty=torch.full((*score.shape, 9), math.exp(LOG_UNCERTAINTY_RANGE[1]), device=score.device),
     )

@@ -14,21 +14,21 @@ from torch import Tensor, nn
 
 from perception.errors import CheckpointError
 from perception.files import replacing
-from perception.models.bev_transformer import BEVTransformer, ModelConfig
+from perception.models.bev_transformer import BEVTransformer, BEVTransformerConfig
 from perception.models.bevformer import BEVFormer, BEVFormerConfig
 from perception.models.maptr import MapTR, MapTRConfig
 from perception.models.maptrv2 import MapTRv2, MapTRv2Config
 from perception.models.published_backbone import FPNConfig, PublishedBackboneConfig
 
-FORMAT = "perception-1"  # changes when old files can no longer be read
+FORMAT = "perception-2"  # changes when old files can no longer be read
 ARCHITECTURES = {
-    "bev_transformer": (BEVTransformer, ModelConfig),
+    "bev_transformer": (BEVTransformer, BEVTransformerConfig),
     "bevformer": (BEVFormer, BEVFormerConfig),
     "maptr": (MapTR, MapTRConfig),
     "maptrv2": (MapTRv2, MapTRv2Config),
 }
 Network = BEVTransformer | BEVFormer | MapTR | MapTRv2
-NetworkConfig = ModelConfig | BEVFormerConfig | MapTRConfig
+NetworkConfig = BEVTransformerConfig | BEVFormerConfig | MapTRConfig
 # The configurations of the published networks, which a checkpoint is compared with.
 PUBLISHED = {
     "bevformer_tiny": BEVFormerConfig.tiny,
@@ -39,7 +39,7 @@ PUBLISHED = {
     "maptrv2_nusc_r50_24ep": MapTRv2Config,
     "maptrv2_nusc_r50_24ep_w_centerline": MapTRv2Config.with_centerlines,
 }
-PREFIXES = {"img_backbone.": "image_encoder.trunk.", "img_neck.": "image_encoder.neck.", "pts_bbox_head.": "head."}
+PREFIXES = {"img_backbone.": "image_encoder.backbone.", "img_neck.": "image_encoder.neck.", "pts_bbox_head.": "head."}
 
 
 def build_network(config: NetworkConfig) -> Network:

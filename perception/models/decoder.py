@@ -1,4 +1,4 @@
-"""Two query decoders on one BEV map, one for boxes and one for lines, and the way from their outputs to a Scene.
+"""Two query decoders on one BEV map, one for boxes and one for lines, and the way from their outputs to a FrameObjects.
 
 Both are DETR-like sets of queries (https://arxiv.org/abs/2005.12872) with deformable attention on the BEV and a
 refinement per layer. Box queries start at the peaks of the dense centre heat map, as in TransFusion
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from perception.grid import BEVGrid
 from perception.models.bev_encoder import choose_cameras, depth_position
 from perception.ops import sample_bev, sample_cameras
-from perception.types import Boxes, CameraRig, Polylines, Prediction, Scene
+from perception.types import Boxes, CameraRig, FrameObjects, Polylines, Prediction
 
-LOG_SPREAD_RANGE = (-5.0, 4.0)  # of the logarithm of an expected error
+LOG_UNCERTAINTY_RANGE = (-5.0, 4.0)  # of the logarithm of an expected error
 LOG_SIZE_RANGE = (-3.0, 4.0)  # of the logarithm of a length in metres: 5 cm to 55 m
 PRIOR_LOGIT = -4.0  # initial class logits: almost everything is background
 CLOSED_GAP = 1.0  # metres between first and last point below which a predicted line counts as closed
@@ -107,17 +107,17 @@ class BoxReading(nn.Module):
         channels: of what is read and of what is returned.
     """
 
-    PLACES = ((0, 0, 0), (1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1))  # in half sizes
+    OFFSETS = ((0, 0, 0), (1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1))  # in half sizes
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.register_buffer("places", torch.tensor(self.PLACES, dtype=torch.float32) / 2, persistent=False)  # [G, 3]
-        self.output = _mlp(len(self.PLACES) * (channels + 2), channels, channels)
+        self.register_buffer("offsets", torch.tensor(self.OFFSETS, dtype=torch.float32) / 2, persistent=False)  # [G, 3]
+        self.output = _mlp(len(self.OFFSETS) * (channels + 2), channels, channels)
 
     def forward(self, params: Tensor, value: Tensor, rig: CameraRig, image_size: tuple[int, int]) -> Tensor:
         """Boxes [B, Q, 10] as in `Prediction.box_params`, value [B, N, C, h, w], rig [B, N] -> [B, Q, C]."""
         size = params[..., None, 3:6].clamp(*LOG_SIZE_RANGE).exp()  # [B, Q, 1, 3]
-        x, y, z = (self.places * size).unbind(-1)  # [B, Q, G]
+        x, y, z = (self.offsets * size).unbind(-1)  # [B, Q, G]
         sin, cos = F.normalize(params[..., 6:8], dim=-1).chunk(2, -1)  # [B, Q, 1]
         points_ego = params[..., None, :3] + torch.stack([cos * x - sin * y, sin * x + cos * y, z], -1)
         uv, depth, seen, camera = choose_cameras(rig, points_ego, image_size, 2)  # [B, Q, G, K, ...]
@@ -184,7 +184,7 @@ class BoxDecoder(nn.Module):
                     "feed_forward": nn.Sequential(nn.LayerNorm(channels), _mlp(channels, 2 * channels, channels)),
                     "to_class": _mlp(channels, channels, classes),
                     "to_box": _mlp(channels, channels, 12),
-                    "to_spread": _mlp(channels, channels, 9),
+                    "to_uncertainty": _mlp(channels, channels, 9),
                 }
             )
             nn.init.zeros_(layer["to_box"][-1].weight)
@@ -206,8 +206,8 @@ class BoxDecoder(nn.Module):
             image_size: height and width in pixels of the images that the rig is calibrated for.
 
         Returns:
-            box_logits [L, B, Q, K], box_params [L, B, Q, 10] and box_log_spread [L, B, Q, 9] with the meaning that they
-            have in `perception.types.Prediction`, heatmap_logits [B, K, X, Y].
+            box_logits [L, B, Q, K], box_params [L, B, Q, 10] and box_log_uncertainty [L, B, Q, 9] with the meaning that
+            they have in `perception.types.Prediction`, heatmap_logits [B, K, X, Y].
         """
         B, C, X, Y = bev.shape
         heatmap_logits = self.heatmap(bev)
@@ -230,7 +230,7 @@ class BoxDecoder(nn.Module):
         rest = F.pad(torch.ones_like(z), (1, 2))  # sin, cos and two speeds
         params = torch.cat([center, z, log_size, rest], -1)
         speed = torch.zeros_like(params[..., 8:])
-        all_logits, all_params, all_spreads = [], [], []
+        all_logits, all_params, all_log_uncertainties = [], [], []
         for layer in self.layers:
             reference = params[..., :2]
             position = self.position(encode_position(self.grid.normalize(reference), C))
@@ -248,9 +248,9 @@ class BoxDecoder(nn.Module):
             all_logits.append(logits)
             all_params.append(refined)
             # How far off this may be is read from the query and does not change it: knowing costs no accuracy.
-            all_spreads.append(layer["to_spread"](query.detach()).float())
+            all_log_uncertainties.append(layer["to_uncertainty"](query.detach()).float())
             params = refined.detach()
-        return torch.stack(all_logits), torch.stack(all_params), torch.stack(all_spreads), heatmap_logits
+        return torch.stack(all_logits), torch.stack(all_params), torch.stack(all_log_uncertainties), heatmap_logits
 
 
 def anchor_lines(count: int, points: int, x_range: tuple[float, float], y_range: tuple[float, float]) -> Tensor:
@@ -304,10 +304,10 @@ class LineDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.grid = grid
-        self.raster = nn.Sequential(
+        self.bev_seg = nn.Sequential(
             nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(channels, classes, 1)
         )
-        nn.init.constant_(self.raster[-1].bias, PRIOR_LOGIT)
+        nn.init.constant_(self.bev_seg[-1].bias, PRIOR_LOGIT)
         self.value = nn.Conv2d(channels + classes, channels, 1)
         self.anchors = nn.Parameter(
             anchor_lines(queries, points, x_range, y_range) / 10
@@ -326,7 +326,7 @@ class LineDecoder(nn.Module):
                     "feed_forward": nn.Sequential(nn.LayerNorm(channels), _mlp(channels, 2 * channels, channels)),
                     "to_class": nn.Sequential(nn.LayerNorm(channels), _mlp(channels, channels, classes)),
                     "to_shift": _mlp(channels, channels, 2),
-                    "to_spread": _mlp(channels, channels, 2),
+                    "to_uncertainty": _mlp(channels, channels, 2),
                 }
             )
             nn.init.constant_(layer["to_class"][-1][-1].bias, PRIOR_LOGIT)
@@ -338,16 +338,16 @@ class LineDecoder(nn.Module):
         """Lines from the map [B, C, X, Y].
 
         Returns:
-            line_logits [L, B, Q, K], line_points and line_log_spread [L, B, Q, P, 2], raster_logits [B, K, X, Y].
+            line_logits [L, B, Q, K], line_points and line_log_uncertainty [L, B, Q, P, 2], bev_seg_logits [B, K, X, Y].
         """
         B, C, X, Y = bev.shape
         Q, P, _ = self.anchors.shape
-        raster_logits = self.raster(bev)
-        value = self.value(torch.cat([bev, raster_logits.detach().sigmoid()], 1))
+        bev_seg_logits = self.bev_seg(bev)
+        value = self.value(torch.cat([bev, bev_seg_logits.detach().sigmoid()], 1))
 
         query = (self.instance + self.point).expand(B, -1, -1, -1)  # [B, Q, P, C]
         points = (10 * self.anchors).expand(B, -1, -1, -1)  # [B, Q, P, 2]
-        all_logits, all_points, all_spreads = [], [], []
+        all_logits, all_points, all_log_uncertainties = [], [], []
         for layer in self.layers:
             position = self.position(encode_position(self.grid.normalize(points), C))  # [B, Q, P, C]
             # Between instances, point by point; then along each instance.
@@ -360,13 +360,13 @@ class LineDecoder(nn.Module):
             refined = points + 10 * layer["to_shift"](query).float()
             all_logits.append(layer["to_class"](query.mean(2)).float())
             all_points.append(refined)
-            all_spreads.append(layer["to_spread"](query.detach()).float())
+            all_log_uncertainties.append(layer["to_uncertainty"](query.detach()).float())
             points = refined.detach()
-        return torch.stack(all_logits), torch.stack(all_points), torch.stack(all_spreads), raster_logits
+        return torch.stack(all_logits), torch.stack(all_points), torch.stack(all_log_uncertainties), bev_seg_logits
 
 
-def decode(prediction: Prediction) -> Scene:
-    """The last decoder layer as a Scene, best score first.
+def decode(prediction: Prediction) -> FrameObjects:
+    """The last decoder layer as a FrameObjects, best score first.
 
     As many boxes and lines come out as there are queries; a query may appear under several classes. A box that is too
     close to a better one of its class is not `valid`; no score threshold is applied.
@@ -375,13 +375,13 @@ def decode(prediction: Prediction) -> Scene:
         prediction: with leading [L, B]; velocities, sizes and frames as in `Prediction`.
 
     Returns:
-        A Scene with leading [B]; `attribute` is -1, for the network does not predict it.
+        A FrameObjects with leading [B]; `attribute` is -1, for the network does not predict it.
     """
     logits, params = prediction.box_logits[-1].float(), prediction.box_params[-1].float()
-    score, query, label = best_pairs(logits, logits.shape[1])
+    score, query, label = topk_pairs(logits, logits.shape[1])
     params = params.gather(1, query[..., None].expand(-1, -1, params.shape[-1]))  # [B, M, 10]
-    spread = prediction.box_log_spread[-1].float().gather(1, query[..., None].expand(-1, -1, 9))
-    valid = _apart(params[..., :2], label)
+    uncertainty = prediction.box_log_uncertainty[-1].float().gather(1, query[..., None].expand(-1, -1, 9))
+    valid = circle_nms(params[..., :2], label)
     boxes = Boxes(
         center=params[..., 0:3],
         size=params[..., 3:6].clamp(*LOG_SIZE_RANGE).exp(),
@@ -391,25 +391,25 @@ def decode(prediction: Prediction) -> Scene:
         attribute=torch.full_like(label, -1),
         score=score,
         valid=valid,
-        spread=spread.clamp(*LOG_SPREAD_RANGE).exp(),
+        uncertainty=uncertainty.clamp(*LOG_UNCERTAINTY_RANGE).exp(),
     )
     points = prediction.line_points[-1].float()  # [B, Q, P, 2]
-    score, query, label = best_pairs(prediction.line_logits[-1].float(), prediction.line_logits.shape[2])
+    score, query, label = topk_pairs(prediction.line_logits[-1].float(), prediction.line_logits.shape[2])
     pick = query[..., None, None].expand(-1, -1, *points.shape[2:])
     points = points.gather(1, pick)
-    spread = prediction.line_log_spread[-1].float().gather(1, pick)
+    uncertainty = prediction.line_log_uncertainty[-1].float().gather(1, pick)
     lines = Polylines(
         points=points,
         closed=(points[..., 0, :] - points[..., -1, :]).norm(dim=-1) < CLOSED_GAP,
         label=label,
         score=score,
         valid=torch.ones_like(score, dtype=torch.bool),
-        spread=spread.clamp(*LOG_SPREAD_RANGE).exp(),
+        uncertainty=uncertainty.clamp(*LOG_UNCERTAINTY_RANGE).exp(),
     )
-    return Scene(boxes, lines)
+    return FrameObjects(boxes, lines)
 
 
-def _apart(center: Tensor, label: Tensor) -> Tensor:
+def circle_nms(center: Tensor, label: Tensor) -> Tensor:
     """Which boxes, best first, keep their distance from all better ones of their class: [B, M] bool.
 
     Args:
@@ -426,7 +426,7 @@ def _apart(center: Tensor, label: Tensor) -> Tensor:
     return keep > 0.5
 
 
-def best_pairs(logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def topk_pairs(logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """The best (query, class) pairs of logits [B, Q, K], at most `count`: score, query and label, each [B, count]."""
     Q, K = logits.shape[1:]
     score, index = logits.sigmoid().flatten(1).topk(min(count, Q * K), dim=1)

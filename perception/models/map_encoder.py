@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from perception.models.published_geometry import (
     PublishedConfig,
-    cell_places,
+    cell_locations,
     constants,
     map_shift,
     see_pillars,
@@ -34,22 +34,22 @@ class FeedForward(nn.Module):
         return x + self.layers(x)
 
 
-def start_places(offsets: nn.Linear, weight: nn.Linear, heads: int, groups: int, points: int) -> None:
-    """Sets where places lie before anything is learned: head by head in another direction, point by point farther.
+def initial_offsets(offsets: nn.Linear, weight: nn.Linear, heads: int, groups: int, points: int) -> None:
+    """Sets where locations lie before anything is learned: head by head in another direction, point by point farther.
 
     Args:
-        offsets, weight: the layers that tell places [heads, groups, points, 2] and weights.
+        offsets, weight: the layers that tell locations [heads, groups, points, 2] and weights.
         groups: levels or maps, all alike.
     """
     angle = torch.arange(heads) * (2 * math.pi / heads)
     direction = torch.stack([angle.cos(), angle.sin()], -1)
     direction = direction / direction.abs().amax(-1, keepdim=True)
-    places = direction.view(heads, 1, 1, 2) * (torch.arange(points) + 1).view(1, 1, points, 1)
+    locations = direction.view(heads, 1, 1, 2) * (torch.arange(points) + 1).view(1, 1, points, 1)
     nn.init.zeros_(offsets.weight)
     nn.init.zeros_(weight.weight)
     nn.init.zeros_(weight.bias)
     with torch.no_grad():
-        offsets.bias.copy_(places.expand(-1, groups, -1, -1).reshape(-1))
+        offsets.bias.copy_(locations.expand(-1, groups, -1, -1).reshape(-1))
 
 
 class TemporalSelfAttention(nn.Module):
@@ -62,25 +62,29 @@ class TemporalSelfAttention(nn.Module):
         self.attention_weights = nn.Linear(2 * channels, 2 * heads * points)
         self.value_proj = nn.Linear(channels, channels)
         self.output_proj = nn.Linear(channels, channels)
-        start_places(self.sampling_offsets, self.attention_weights, heads, 2, points)
+        initial_offsets(self.sampling_offsets, self.attention_weights, heads, 2, points)
 
-    def forward(self, query: Tensor, position: Tensor, values: Tensor, places: Tensor, size: tuple[int, int]) -> Tensor:
+    def forward(
+        self, query: Tensor, position: Tensor, values: Tensor, locations: Tensor, size: tuple[int, int]
+    ) -> Tensor:
         """Adds to the queries what they read.
 
         Args:
             query, position: [B, h * w, C].
             values: [B, 2, h * w, C], the previous map and the present one.
-            places: [B, 2, h * w, 2], where a cell lies in each, x and y in 0..1.
+            locations: [B, 2, h * w, 2], where a cell lies in each, x and y in 0..1.
             size: (h, w).
         """
         B, Q, C = query.shape
         told = torch.cat([values[:, 0], query + position], -1)
         offsets = self.sampling_offsets(told).view(B, Q, self.heads, 2, 1, self.points, 2)
         weight = self.attention_weights(told).view(B, Q, self.heads, 2, 1, self.points).softmax(-1)
-        places = places.transpose(1, 2)[:, :, None, :, None, None] + offsets / constants([size[1], size[0]], offsets)
+        locations = locations.transpose(1, 2)[:, :, None, :, None, None] + offsets / constants(
+            [size[1], size[0]], offsets
+        )
         value = self.value_proj(values).view(B * 2, Q, self.heads, C // self.heads)
-        places, weight = (x.movedim(3, 1).flatten(0, 1) for x in (places, weight))
-        read = deformable_attention(value, [size], places, weight).view(B, 2, Q, C).mean(1)
+        locations, weight = (x.movedim(3, 1).flatten(0, 1) for x in (locations, weight))
+        read = deformable_attention(value, [size], locations, weight).view(B, 2, Q, C).mean(1)
         return self.output_proj(read) + query
 
 
@@ -90,7 +94,7 @@ class _CameraSampling(nn.Module):
         self.sampling_offsets = nn.Linear(channels, heads * levels * points * 2)
         self.attention_weights = nn.Linear(channels, heads * levels * points)
         self.value_proj = nn.Linear(channels, channels)
-        start_places(self.sampling_offsets, self.attention_weights, heads, levels, points)
+        initial_offsets(self.sampling_offsets, self.attention_weights, heads, levels, points)
 
 
 class SpatialCrossAttention(nn.Module):
@@ -103,7 +107,7 @@ class SpatialCrossAttention(nn.Module):
         self.output_proj = nn.Linear(channels, channels)
 
     def forward(
-        self, query: Tensor, features: Tensor, sizes: list[tuple[int, int]], places: Tensor, seen: Tensor
+        self, query: Tensor, features: Tensor, sizes: list[tuple[int, int]], locations: Tensor, seen: Tensor
     ) -> Tensor:
         """Adds to the queries what they read.
 
@@ -111,11 +115,11 @@ class SpatialCrossAttention(nn.Module):
             query: [B, Q, C].
             features: [B, N, sum of h * w, C].
             sizes: of the levels.
-            places: [B, N, Q, Z, 2] x and y of the pillar's points in 0..1 of each image.
+            locations: [B, N, Q, Z, 2] x and y of the pillar's points in 0..1 of each image.
             seen: [B, N, Q] bool, at least one of the points is.
         """
         B, N, S, C = features.shape
-        Q, Z = places.shape[2:4]
+        Q, Z = locations.shape[2:4]
         part = self.deformable_attention
         value = part.value_proj(features).view(B, N, S, self.heads, C // self.heads)
         offsets = part.sampling_offsets(query).view(B, Q, self.heads, self.levels, self.points // Z, Z, 2)
@@ -123,14 +127,14 @@ class SpatialCrossAttention(nn.Module):
         weight = part.attention_weights(query).view(B, Q, self.heads, self.levels * self.points).softmax(-1)
         weight = weight.view(B, Q, self.heads, self.levels, self.points)
         if torch.compiler.is_exporting():  # all cells of all cameras: shapes must not depend on what is seen
-            at = places[:, :, :, None, None, None] + offsets[:, None]  # [B, N, Q, heads, levels, P / Z, Z, 2]
+            at = locations[:, :, :, None, None, None] + offsets[:, None]  # [B, N, Q, heads, levels, P / Z, Z, 2]
             weights = weight[:, None].expand(-1, N, -1, -1, -1, -1).flatten(0, 1)
             read = deformable_attention(value.flatten(0, 1), sizes, at.flatten(5, 6).flatten(0, 1), weights)
             total = (read.view(B, N, Q, C) * seen[..., None]).sum(1)
         else:  # camera by camera, with weights of zero, which are not read, where a camera sees nothing of a pillar
             total = torch.zeros_like(query)
             for n in range(N):
-                at = (places[:, n, :, None, None, None] + offsets).flatten(4, 5)  # [B, Q, heads, levels, P, 2]
+                at = (locations[:, n, :, None, None, None] + offsets).flatten(4, 5)  # [B, Q, heads, levels, P, 2]
                 counted = weight * seen[:, n, :, None, None, None]
                 total = total + deformable_attention(value[:, n], sizes, at, counted)
         mean = total / seen.sum(1).clamp(min=1)[..., None]
@@ -168,7 +172,7 @@ class KernelCrossAttention(nn.Module):
         self.register_buffer("patch", patch, persistent=False)
 
     def forward(
-        self, query: Tensor, features: Tensor, sizes: list[tuple[int, int]], places: Tensor, seen: Tensor
+        self, query: Tensor, features: Tensor, sizes: list[tuple[int, int]], locations: Tensor, seen: Tensor
     ) -> Tensor:
         """Adds to the queries what they read; arguments as in `SpatialCrossAttention.forward`, of one level."""
         B, N, S, C = features.shape
@@ -181,7 +185,7 @@ class KernelCrossAttention(nn.Module):
         for b in range(B):
             part = torch.zeros_like(query[b])
             for n in range(N):
-                at = (places[b, n] * constants([w, h], places))[:, :, None] + self.patch  # [Q, heads, P, 2]
+                at = (locations[b, n] * constants([w, h], locations))[:, :, None] + self.patch  # [Q, heads, P, 2]
                 x, y = at.round().long().unbind(-1)
                 pixel = y.clamp(0, h - 1) * w + x.clamp(0, w - 1)
                 read = (value[b, n][pixel, head] * weight[b][..., None]).sum(2)  # [Q, heads, C / heads]
@@ -230,15 +234,17 @@ class MapAttention(nn.Module):
         self.attention_weights = nn.Linear(channels, heads * points)
         self.value_proj = nn.Linear(channels, channels)
         self.output_proj = nn.Linear(channels, channels)
-        start_places(self.sampling_offsets, self.attention_weights, heads, 1, points)
+        initial_offsets(self.sampling_offsets, self.attention_weights, heads, 1, points)
 
-    def forward(self, query: Tensor, position: Tensor, value: Tensor, places: Tensor, size: tuple[int, int]) -> Tensor:
-        """query, position [B, Q, C], value [B, h * w, C], places [B, Q, 2] x and y in 0..1 -> [B, Q, C]."""
+    def forward(
+        self, query: Tensor, position: Tensor, value: Tensor, locations: Tensor, size: tuple[int, int]
+    ) -> Tensor:
+        """query, position [B, Q, C], value [B, h * w, C], locations [B, Q, 2] x and y in 0..1 -> [B, Q, C]."""
         B, Q, C = query.shape
         asked = query + position
         offsets = self.sampling_offsets(asked).view(B, Q, self.heads, 1, self.points, 2)
         weight = self.attention_weights(asked).view(B, Q, self.heads, 1, self.points).softmax(-1)
-        at = places[:, :, None, None, None] + offsets / constants([size[1], size[0]], offsets)
+        at = locations[:, :, None, None, None] + offsets / constants([size[1], size[0]], offsets)
         value = self.value_proj(value).view(B, -1, self.heads, C // self.heads)
         return self.output_proj(deformable_attention(value, [size], at, weight)) + query
 
@@ -252,9 +258,11 @@ class DecoderLayer(nn.Module):
         self.ffns = nn.ModuleList([FeedForward(channels, feed_forward)])
         self.norms = nn.ModuleList([nn.LayerNorm(channels) for _ in range(3)])
 
-    def forward(self, query: Tensor, position: Tensor, value: Tensor, places: Tensor, size: tuple[int, int]) -> Tensor:
+    def forward(
+        self, query: Tensor, position: Tensor, value: Tensor, locations: Tensor, size: tuple[int, int]
+    ) -> Tensor:
         query = self.norms[0](self.attentions[0](query, position))
-        query = self.norms[1](self.attentions[1](query, position, value, places, size))
+        query = self.norms[1](self.attentions[1](query, position, value, locations, size))
         return self.norms[2](self.ffns[0](query))
 
 
@@ -272,7 +280,7 @@ class LearnedPosition(nn.Module):
         return torch.cat([columns.expand(h, -1, -1), rows[:, None].expand(-1, w, -1)], -1).flatten(0, 1)[None]
 
 
-class MapEncoder(nn.Module):
+class BEVFormerEncoder(nn.Module):
     """Features of all cameras to the map, in the frame of the LiDAR; MapTR uses it too."""
 
     def __init__(self, config: PublishedConfig) -> None:
@@ -320,8 +328,8 @@ class MapEncoder(nn.Module):
             x = x.flatten(3).transpose(2, 3) + self.cams_embeds[:, None] + self.level_embeds[level]
             flat.append(x)  # [B, N, h * w, C]
         seen_features = torch.cat(flat, 2)
-        places, seen = see_pillars(config, img_from_lidar, image_size)
-        cells = cell_places(h, w, query.device).expand(B, -1, -1)  # [B, h * w, 2]
+        locations, seen = see_pillars(config, img_from_lidar, image_size)
+        cells = cell_locations(h, w, query.device).expand(B, -1, -1)  # [B, h * w, 2]
         both = torch.stack([cells, cells], 1)
         known = None
         if previous is not None:
@@ -335,13 +343,13 @@ class MapEncoder(nn.Module):
             read = torch.stack([query, query], 1)
             read = read if known is None else torch.where(known, values, read)
             query = layer.norms[0](layer.attentions[0](query, position.expand(B, -1, -1), read, both, config.bev))
-            query = layer.norms[1](layer.attentions[1](query, seen_features, sizes, places, seen))
+            query = layer.norms[1](layer.attentions[1](query, seen_features, sizes, locations, seen))
             query = layer.norms[2](layer.ffns[0](query))
         return query
 
 
 def branch(channels: int, outputs: int, norm: bool) -> nn.Sequential:
-    """What classifies or places a query."""
+    """What classifies or locations a query."""
     layers: list[nn.Module] = []
     for _ in range(2):
         layers += [nn.Linear(channels, channels), *([nn.LayerNorm(channels)] if norm else []), nn.ReLU(inplace=True)]
@@ -349,7 +357,7 @@ def branch(channels: int, outputs: int, norm: bool) -> nn.Sequential:
 
 
 def start_matrices(part: nn.Module) -> None:
-    """Sets matrices as the published code does before anything is learned, but for what `start_places` has set."""
+    """Sets matrices as the published code does before anything is learned, but for what `initial_offsets` has set."""
     for name, parameter in part.named_parameters():
         if parameter.ndim > 1 and not any(word in name for word in ("sampling_offsets", "attention_weights", "embeds")):
             nn.init.xavier_uniform_(parameter)

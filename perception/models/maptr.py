@@ -14,18 +14,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from perception.models.decoder import CLOSED_GAP, LOG_SPREAD_RANGE, best_pairs
+from perception.models.decoder import CLOSED_GAP, LOG_UNCERTAINTY_RANGE, topk_pairs
 from perception.models.map_encoder import (
+    BEVFormerEncoder,
     DecoderLayer,
     LearnedPosition,
-    MapEncoder,
     branch,
     start_matrices,
 )
 from perception.models.published_backbone import build_image_encoder, padded_size
 from perception.models.published_geometry import PublishedConfig, can_bus, constants, rig_from_lidar
 from perception.ops.deformable import refined
-from perception.types import LINE_CLASSES, Boxes, Frame, Polylines, Scene, State
+from perception.types import LINE_CLASSES, Boxes, Frame, FrameObjects, Polylines, State
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class MapTRHead(nn.Module):
         self.instance_embedding = nn.Embedding(config.lines, 2 * C)
         self.pts_embedding = nn.Embedding(config.line_points, 2 * C)
         self.positional_encoding = LearnedPosition(config.bev, C)
-        self.transformer = MapEncoder(config)
+        self.transformer = BEVFormerEncoder(config)
         self.transformer.reference_points = nn.Linear(C, 2)
         self.transformer.decoder = nn.Module()
         self.transformer.decoder.layers = nn.ModuleList(
@@ -76,7 +76,7 @@ class MapTRHead(nn.Module):
     def forward(
         self, features: list[Tensor], img_from_lidar: Tensor, bus: Tensor, image_size: tuple[int, int]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Raw lines of all layers, and the map; arguments as in `MapEncoder.encode`.
+        """Raw lines of all layers, and the map; arguments as in `BEVFormerEncoder.encode`.
 
         Returns:
             logits [L, B, Q, K]; points [L, B, Q, P, 2], x and y in 0..1 over the range; the map [B, h * w, C].
@@ -123,7 +123,7 @@ class MapTR(nn.Module):
         return State(self.ego_from_lidar.new_zeros(batch_size, 0, 1, 1))
 
     def forward(self, frame: Frame, state: State) -> tuple[RawLines, State]:
-        """One moment.
+        """One frame.
 
         Args:
             frame: leading [B], with images [B, N, 3, H, W] of the configured size.
@@ -138,19 +138,19 @@ class MapTR(nn.Module):
         logits, points, _ = self.head(features, rig_from_lidar(frame, self.ego_from_lidar), bus, image_size)
         return RawLines(logits, points), state
 
-    def decode(self, prediction: RawLines) -> Scene:
+    def decode(self, prediction: RawLines) -> FrameObjects:
         """The best lines in the ego frame, best first; there are no boxes."""
         return decode_lines(prediction.logits[-1], prediction.points[-1], self.ego_from_lidar, self.config)
 
 
-def decode_lines(logits: Tensor, points: Tensor, ego_from_lidar: Tensor, config: MapTRConfig) -> Scene:
-    """The best lines of one layer [B, Q, ...] as a Scene in the ego frame, best first."""
+def decode_lines(logits: Tensor, points: Tensor, ego_from_lidar: Tensor, config: MapTRConfig) -> FrameObjects:
+    """The best lines of one layer [B, Q, ...] as a FrameObjects in the ego frame, best first."""
     score, label, points = best_lines(logits.float(), points.float(), config.low, config.high, config.max_lines)
     points = points @ ego_from_lidar[:2, :2].T + ego_from_lidar[:2, 3]
-    spread = torch.full_like(points, math.exp(LOG_SPREAD_RANGE[1]))
+    uncertainty = torch.full_like(points, math.exp(LOG_UNCERTAINTY_RANGE[1]))
     closed = (points[..., 0, :] - points[..., -1, :]).norm(dim=-1) < CLOSED_GAP
-    lines = Polylines(points, closed, label, score, torch.ones_like(closed), spread)
-    return Scene(no_boxes(len(score), score.device), lines)
+    lines = Polylines(points, closed, label, score, torch.ones_like(closed), uncertainty)
+    return FrameObjects(no_boxes(len(score), score.device), lines)
 
 
 def best_lines(
@@ -161,7 +161,7 @@ def best_lines(
     Returns:
         scores [B, count], labels [B, count], points [B, count, P, 2] in metres, LiDAR's frame.
     """
-    score, row, label = best_pairs(logits, count)
+    score, row, label = topk_pairs(logits, count)
     row = row[..., None, None].expand(-1, -1, *points.shape[2:])
     start, end = (constants(x[:2], points) for x in (low, high))
     return score, label, start + points.gather(1, row) * (end - start)

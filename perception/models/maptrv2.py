@@ -33,7 +33,7 @@ from perception.models.maptr import MapTRConfig, decode_lines
 from perception.models.published_backbone import build_image_encoder, padded_size
 from perception.models.published_geometry import constants
 from perception.ops.deformable import refined
-from perception.types import LINE_CLASSES, CameraRig, Frame, Scene, State
+from perception.types import LINE_CLASSES, CameraRig, Frame, FrameObjects, State
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class DilatedPyramid(nn.Module):
         return self.dropout(F.relu(self.bn1(self.conv1(torch.cat(parts, 1)))))
 
 
-class _Told(nn.Module):
+class _CalibrationMLP(nn.Module):
     def __init__(self, channels_in: int, channels: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(channels_in, channels)
@@ -134,10 +134,10 @@ class DepthNet(nn.Module):
             nn.Conv2d(channels, channels, 3, 1, 1), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)
         )
         self.context_conv = nn.Conv2d(channels, channels, 1)
-        self.context_mlp = _Told(self.TOLD, channels)
+        self.context_mlp = _CalibrationMLP(self.TOLD, channels)
         self.context_se = _Excitation(channels)
         self.bn = nn.BatchNorm1d(self.TOLD)
-        self.depth_mlp = _Told(self.TOLD, channels)
+        self.depth_mlp = _CalibrationMLP(self.TOLD, channels)
         self.depth_se = _Excitation(channels)
         self.depth_conv = nn.Sequential(
             *[ResidualBlock(channels) for _ in range(3)],
@@ -262,17 +262,23 @@ class DecoupledLayer(nn.Module):
         self.norms = nn.ModuleList([nn.LayerNorm(C) for _ in range(4)])
 
     def forward(
-        self, query: Tensor, position: Tensor, bev: Tensor, places: Tensor, size: tuple[int, int], apart: Tensor | None
+        self,
+        query: Tensor,
+        position: Tensor,
+        bev: Tensor,
+        locations: Tensor,
+        size: tuple[int, int],
+        apart: Tensor | None,
     ) -> Tensor:
-        """query, position [B, Q, P, C], bev [B, h * w, C], places [B, Q, P, 2]; `apart` [Q, Q] is True where two lines
-        must not see each other. Returns [B, Q, P, C]."""
+        """query, position [B, Q, P, C], bev [B, h * w, C], locations [B, Q, P, 2]; `apart` [Q, Q] is True where two
+        lines must not see each other. Returns [B, Q, P, C]."""
         B, Q, P, _ = query.shape
         among, among_position = (x.transpose(1, 2).flatten(0, 1) for x in (query, position))  # [B * P, Q, C]
         query = self.attentions[0](among, among_position, apart).unflatten(0, (B, P)).transpose(1, 2)
         query = self.norms[0](query)
         query = self.attentions[1](query.flatten(0, 1), position.flatten(0, 1)).unflatten(0, (B, Q))
         query = self.norms[1](query)
-        flat = self.attentions[2](query.flatten(1, 2), position.flatten(1, 2), bev, places.flatten(1, 2), size)
+        flat = self.attentions[2](query.flatten(1, 2), position.flatten(1, 2), bev, locations.flatten(1, 2), size)
         return self.norms[3](self.ffns[0](self.norms[2](flat))).unflatten(1, (Q, P))
 
 
@@ -283,7 +289,7 @@ class LiftedLines(NamedTuple):
     points: Tensor  # [L, B, Q, P, 2] x and y in 0..1 over the range
     many_logits: Tensor  # [L, B, Q', K] of the further queries; none where the network is not in training mode
     many_points: Tensor  # [L, B, Q', P, 2]
-    raster_logits: Tensor  # [B, 1, rows, columns] whether a line passes a cell of the map
+    bev_seg_logits: Tensor  # [B, 1, rows, columns] whether a line passes a cell of the map
     image_logits: Tensor  # [B, N, 1, h, w] whether a pixel shows a line
     depth_logits: Tensor  # [B, N, D, h, w] how far away what a pixel shows is
 
@@ -371,7 +377,7 @@ class MapTRv2(nn.Module):
         return State(self.ego_from_lidar.new_zeros(batch_size, 0, 1, 1))
 
     def forward(self, frame: Frame, state: State) -> tuple[LiftedLines, State]:
-        """One moment.
+        """One frame.
 
         Args:
             frame: leading [B], with images [B, N, 3, H, W] of the configured size.
@@ -384,7 +390,7 @@ class MapTRv2(nn.Module):
         features = self.image_encoder(frame.images)[-1]
         return self.head(features, frame.rig, self.ego_from_lidar, image_size), state
 
-    def decode(self, prediction: LiftedLines) -> Scene:
+    def decode(self, prediction: LiftedLines) -> FrameObjects:
         """The best lines in the ego frame, best first; there are no boxes."""
         return decode_lines(
             prediction.logits[-1][..., : len(LINE_CLASSES)], prediction.points[-1], self.ego_from_lidar, self.config

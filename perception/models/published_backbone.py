@@ -1,6 +1,6 @@
 """The image encoders of the published networks: ResNet in both styles, deformable convolutions, feature pyramid.
 
-Modules are named as the published checkpoints name them (`img_backbone.*` without its prefix is `trunk.*`).
+Modules are named as the published checkpoints name them (`img_backbone.*` without its prefix is `backbone.*`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
 
 def padded_size(images: Tensor) -> tuple[int, int]:
-    """Height and width of images [..., H, W] once they are filled up for the trunk."""
+    """Height and width of images [..., H, W] once they are filled up for the backbone."""
     H, W = (side + -side % PAD_MULTIPLE for side in images.shape[-2:])
     return H, W
 
@@ -167,7 +167,7 @@ class PublishedResNet(nn.Module):
                 has = f"has shape {tuple(weights[name].shape)}" if name in weights else "is missing"
                 raise CheckpointError(
                     f"{path}: {name} {has}, shape {tuple(tensor.shape)} is needed; give the weights of a ResNet of "
-                    "this depth as train.trunk_weights"
+                    "this depth as train.backbone_weights"
                 )
         self.load_state_dict({name: weights.get(name, tensor) for name, tensor in wanted.items()})
 
@@ -222,7 +222,7 @@ class PublishedImageEncoder(nn.Module):
     def __init__(self, config: PublishedBackboneConfig) -> None:
         super().__init__()
         self.config = config
-        self.trunk = PublishedResNet(config)
+        self.backbone = PublishedResNet(config)
         widths = [4 * config.width * 2**stage for stage in config.outputs]
         self.neck = PublishedFPN(widths, config.channels, config.levels)
         mean = [103.530, 116.280, 123.675] if config.caffe else [123.675, 116.28, 103.53]
@@ -235,7 +235,7 @@ class PublishedImageEncoder(nn.Module):
         B, N = images.shape[:2]
         x = images.flatten(0, 1).float()
         x = ((x.flip(1) if self.config.caffe else x) - self.mean) / self.std  # Caffe's weights want BGR
-        maps = self.trunk(_padded(x))
+        maps = self.backbone(_padded(x))
         return [x.unflatten(0, (B, N)) for x in self.neck([maps[stage] for stage in self.config.outputs])]
 
 
@@ -247,9 +247,9 @@ class SingleMapEncoder(nn.Module):
         self.encoder = FPNEncoder(config.name, config.stages, config.stride, channels)
 
     @property
-    def trunk(self) -> nn.Module:
+    def backbone(self) -> nn.Module:
         """What is frozen, and what published weights are loaded into."""
-        return self.encoder.trunk
+        return self.encoder.backbone
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Images [B, N, 3, H, W], RGB 0..255, to one level [B, N, C, h, w] of the padded images."""

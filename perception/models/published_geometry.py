@@ -8,7 +8,7 @@ What decides whether the published numbers come out is kept here:
   direction, and by how much it turned. `can_bus` makes the vector from `Frame.ego_from_prev`; what a car's bus would
   have added (global pose, acceleration) is zero.
 - The map of the previous frame is turned by the nearest cell, about a centre that is (100, 100) in all published
-  configurations whatever the size of the map, and moved by shifting the places where it is read.
+  configurations whatever the size of the map, and moved by shifting the locations where it is read.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def constants(values: Sequence, like: Tensor) -> Tensor:
     return torch.stack([constants(v, like) if isinstance(v, Sequence) else like.new_full((), v) for v in values])
 
 
-def cell_places(h: int, w: int, device) -> Tensor:
+def cell_locations(h: int, w: int, device) -> Tensor:
     """Middles of all cells, x and y in 0..1: [h * w, 2], row by row."""
     y, x = torch.meshgrid(
         (torch.arange(h, device=device) + 0.5) / h, (torch.arange(w, device=device) + 0.5) / w, indexing="ij"
@@ -78,22 +78,22 @@ def see_pillars(config: PublishedConfig, img_from_lidar: Tensor, image_size: tup
     """Where the cameras see the points of each cell's pillar.
 
     Returns:
-        places [B, N, h * w, Z, 2], x and y in 0..1 of the image, and whether any of a pillar is seen [B, N, h * w].
+        locations [B, N, h * w, Z, 2], x and y in 0..1 of the image, and whether any of a pillar is seen [B, N, h * w].
     """
     img_from_lidar = img_from_lidar.float()
     (h, w), Z = config.bev, config.pillar_points
     low, high = (constants(x, img_from_lidar) for x in (config.low, config.high))
     height = config.high[2] - config.low[2]
     z = torch.linspace(0.5, height - 0.5, Z, device=low.device) / height
-    xy = cell_places(h, w, low.device)
+    xy = cell_locations(h, w, low.device)
     cube = torch.cat([xy[:, None].expand(-1, Z, -1), z.view(1, Z, 1).expand(h * w, -1, -1)], -1)
     points = F.pad(low + cube * (high - low), (0, 1), value=1.0)  # [h * w, Z, 4]
     projected = torch.einsum("bnij,qzj->bnqzi", img_from_lidar, points)
     depth = projected[..., 2]
-    places = projected[..., :2] / depth.clamp(min=NEAREST_DEPTH)[..., None]
-    places = places / constants([image_size[1], image_size[0]], places)
-    inside = ((places > 0) & (places < 1)).all(-1) & (depth > NEAREST_DEPTH)
-    return places, inside.any(-1)
+    locations = projected[..., :2] / depth.clamp(min=NEAREST_DEPTH)[..., None]
+    locations = locations / constants([image_size[1], image_size[0]], locations)
+    inside = ((locations > 0) & (locations < 1)).all(-1) & (depth > NEAREST_DEPTH)
+    return locations, inside.any(-1)
 
 
 def turn_map(bev: Tensor, config: PublishedConfig, angle_deg: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ def choose_implementation(maps: Tensor, implementation: str | None, on_cpu: str)
 
 def weighted_bilinear(
     maps: Tensor,
-    places: Tensor,
+    locations: Tensor,
     index: Tensor | None,
     weight: Tensor,
     *,
@@ -90,10 +90,10 @@ def weighted_bilinear(
 
     Args:
         maps: [B, N, h, w, heads, C]; fastest where this is contiguous, that is for maps in channels_last.
-        places: [B, Q, heads, S, 2] x and y, 0..1 over width and height.
+        locations: [B, Q, heads, S, 2] x and y, 0..1 over width and height.
         index: [B, Q, heads, S] integers, which of the N maps to sample; None for the first.
         weight: [B, Q, heads, S].
-        border: places outside are moved to the nearest border pixel's centre; otherwise they read zero.
+        border: locations outside are moved to the nearest border pixel's centre; otherwise they read zero.
         dtype: of the result.
         implementation: "embedding_bag" or "triton".
 
@@ -101,28 +101,28 @@ def weighted_bilinear(
         [B, Q, heads, C].
     """
     if implementation == "triton":
-        return _fused(maps.contiguous(), places, index, weight, border, dtype)
-    return _embedding_bag(maps.float(), places.float(), index, weight.float(), border).to(dtype)
+        return _fused(maps.contiguous(), locations, index, weight, border, dtype)
+    return _embedding_bag(maps.float(), locations.float(), index, weight.float(), border).to(dtype)
 
 
-def _embedding_bag(maps: Tensor, places: Tensor, index: Tensor | None, weight: Tensor, border: bool) -> Tensor:
+def _embedding_bag(maps: Tensor, locations: Tensor, index: Tensor | None, weight: Tensor, border: bool) -> Tensor:
     B, N, h, w, heads, C = maps.shape
-    _, Q, _, S, _ = places.shape
+    _, Q, _, S, _ = locations.shape
     device = maps.device
     first_map = torch.arange(0, B * N, N, device=device).view(B, 1, 1, 1)
     index = first_map.expand(-1, Q, heads, S) if index is None else index + first_map
     head = torch.arange(heads, device=device).view(1, 1, heads, 1).expand(B, Q, -1, S)
-    places, weight, index, head = places.reshape(-1, 2), weight.reshape(-1), index.reshape(-1), head.reshape(-1)
+    locations, weight, index, head = locations.reshape(-1, 2), weight.reshape(-1), index.reshape(-1), head.reshape(-1)
     offsets = None
     # Samples that do not count are left out, but how many do depends on data, which splits a compiled graph.
     if not torch.compiler.is_compiling():
         counts = weight != 0
         kept = counts.nonzero()[:, 0]
-        places, weight, index, head = (x.index_select(0, kept) for x in (places, weight, index, head))
+        locations, weight, index, head = (x.index_select(0, kept) for x in (locations, weight, index, head))
         ends = counts.view(-1, S).sum(-1).cumsum(0) * 4
         offsets = F.pad(ends.int(), (1, 0))
-    x0, x1, x_share, x0_inside, x1_inside = _along(places[:, 0], w, border)
-    y0, y1, y_share, y0_inside, y1_inside = _along(places[:, 1], h, border)
+    x0, x1, x_share, x0_inside, x1_inside = _along(locations[:, 0], w, border)
+    y0, y1, y_share, y0_inside, y1_inside = _along(locations[:, 1], h, border)
     lower = weight * y_share
     upper = weight - lower
     if not border:
@@ -146,7 +146,7 @@ def _embedding_bag(maps: Tensor, places: Tensor, index: Tensor | None, weight: T
 
 
 def _along(place: Tensor, size: int, border: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Both pixels next to places along one axis, the second one's share, and whether each lies on the map."""
+    """Both pixels next to locations along one axis, the second one's share, and whether each lies on the map."""
     at = place * size - 0.5
     at = at.clamp(0, size - 1) if border else at.clamp(-2, size + 1)
     first = at.detach().floor()
@@ -161,47 +161,47 @@ def _along(place: Tensor, size: int, border: bool) -> tuple[Tensor, Tensor, Tens
 @torch.library.custom_op(
     "perception::weighted_bilinear",
     mutates_args=(),
-    schema="(Tensor maps, Tensor places, Tensor? index, Tensor weight, bool border, ScalarType dtype) -> Tensor",
+    schema="(Tensor maps, Tensor locations, Tensor? index, Tensor weight, bool border, ScalarType dtype) -> Tensor",
 )
-def _fused(maps, places, index, weight, border, dtype):
+def _fused(maps, locations, index, weight, border, dtype):
     from perception.ops import kernels  # here, because machines without a GPU may have no Triton
 
-    return kernels.forward(maps, places, index, weight, border, dtype)
+    return kernels.forward(maps, locations, index, weight, border, dtype)
 
 
 @torch.library.custom_op(
     "perception::weighted_bilinear_backward",
     mutates_args=(),
-    schema="(Tensor grad, Tensor maps, Tensor places, Tensor? index, Tensor weight, bool border)"
+    schema="(Tensor grad, Tensor maps, Tensor locations, Tensor? index, Tensor weight, bool border)"
     " -> (Tensor, Tensor, Tensor)",
 )
-def _fused_backward(grad, maps, places, index, weight, border):
+def _fused_backward(grad, maps, locations, index, weight, border):
     from perception.ops import kernels
 
-    return kernels.backward(grad, maps, places, index, weight, border)
+    return kernels.backward(grad, maps, locations, index, weight, border)
 
 
 @_fused.register_fake
-def _(maps, places, index, weight, border, dtype):
-    B, Q, heads = places.shape[:3]
+def _(maps, locations, index, weight, border, dtype):
+    B, Q, heads = locations.shape[:3]
     return maps.new_empty(B, Q, heads, maps.shape[-1], dtype=dtype)
 
 
 @_fused_backward.register_fake
-def _(grad, maps, places, index, weight, border):
-    return tuple(x.new_empty(x.shape) for x in (maps, places, weight))
+def _(grad, maps, locations, index, weight, border):
+    return tuple(x.new_empty(x.shape) for x in (maps, locations, weight))
 
 
 def _save(ctx, inputs, output) -> None:
-    maps, places, index, weight, border, _ = inputs
-    ctx.save_for_backward(maps, places, index, weight)
+    maps, locations, index, weight, border, _ = inputs
+    ctx.save_for_backward(maps, locations, index, weight)
     ctx.border = border
 
 
 def _gradients(ctx, grad):
-    maps, places, index, weight = ctx.saved_tensors
-    maps_grad, places_grad, weight_grad = _fused_backward(grad, maps, places, index, weight, ctx.border)
-    return maps_grad, places_grad, None, weight_grad, None, None
+    maps, locations, index, weight = ctx.saved_tensors
+    maps_grad, locations_grad, weight_grad = _fused_backward(grad, maps, locations, index, weight, ctx.border)
+    return maps_grad, locations_grad, None, weight_grad, None, None
 
 
 _fused.register_autograd(_gradients, setup_context=_save)

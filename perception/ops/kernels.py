@@ -40,13 +40,13 @@ def _along(place, size, BORDER: tl.constexpr):
 
 @triton.jit
 def _corners(
-    places, index, weight, at, in_rows, batch, head, N, h, w, heads, C, HAS_INDEX: tl.constexpr, BORDER: tl.constexpr
+    locations, index, weight, at, in_rows, batch, head, N, h, w, heads, C, HAS_INDEX: tl.constexpr, BORDER: tl.constexpr
 ):
     """Of one sample of each row: its weight, the offsets of its four pixels and whether to read each."""
     share = tl.load(weight + at, mask=in_rows, other=0.0).to(tl.float32)
     alive = in_rows & (share != 0.0)
-    x = tl.load(places + 2 * at, mask=alive, other=0.0).to(tl.float32)
-    y = tl.load(places + 2 * at + 1, mask=alive, other=0.0).to(tl.float32)
+    x = tl.load(locations + 2 * at, mask=alive, other=0.0).to(tl.float32)
+    y = tl.load(locations + 2 * at + 1, mask=alive, other=0.0).to(tl.float32)
     x0, x1, fx, x0_in, x1_in, x_free = _along(x, w, BORDER)
     y0, y1, fy, y0_in, y1_in, y_free = _along(y, h, BORDER)
     plane = batch * N
@@ -68,7 +68,7 @@ def _corners(
 
 @triton.jit(do_not_specialize=["rows", "per_batch", "N", "h", "w", "S"])
 def _forward(
-    maps, places, index, weight, out, rows, per_batch, N, h, w, S, heads, C,
+    maps, locations, index, weight, out, rows, per_batch, N, h, w, S, heads, C,
     HAS_INDEX: tl.constexpr, BORDER: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -80,7 +80,7 @@ def _forward(
     total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for s in range(S):
         share, fx, fy, _, _, p00, p01, p10, p11, m00, m01, m10, m11 = _corners(
-            places, index, weight, row * S + s, in_rows, batch, head, N, h, w, heads, C, HAS_INDEX, BORDER
+            locations, index, weight, row * S + s, in_rows, batch, head, N, h, w, heads, C, HAS_INDEX, BORDER
         )
         lower = share * fy
         upper = share - lower
@@ -95,7 +95,7 @@ def _forward(
 
 @triton.jit(do_not_specialize=["rows", "per_batch", "N", "h", "w", "S"])
 def _backward(
-    grad, maps, places, index, weight, maps_grad, places_grad, weight_grad, rows, per_batch, N, h, w, S, heads, C,
+    grad, maps, locations, index, weight, maps_grad, locations_grad, weight_grad, rows, per_batch, N, h, w, S, heads, C,
     HAS_INDEX: tl.constexpr, BORDER: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -105,7 +105,7 @@ def _backward(
     for s in range(S):
         at = row * S + s
         share, fx, fy, x_free, y_free, p00, p01, p10, p11, m00, m01, m10, m11 = _corners(
-            places, index, weight, at, in_rows, batch, head, N, h, w, heads, C, HAS_INDEX, BORDER
+            locations, index, weight, at, in_rows, batch, head, N, h, w, heads, C, HAS_INDEX, BORDER
         )
         # What the four pixels have in common with the gradient, summed over channels.
         d00 = tl.zeros((BLOCK_R,), tl.float32)
@@ -138,8 +138,8 @@ def _backward(
         dx = tl.where(x_free, share * w * (d01 - d00 + fy * (d11 - d10 - d01 + d00)), 0.0)
         dy = tl.where(y_free, share * h * (bottom - top), 0.0)
         tl.store(weight_grad + at, (top + fy * (bottom - top)).to(weight_grad.dtype.element_ty), mask=in_rows)
-        tl.store(places_grad + 2 * at, dx.to(places_grad.dtype.element_ty), mask=in_rows)
-        tl.store(places_grad + 2 * at + 1, dy.to(places_grad.dtype.element_ty), mask=in_rows)
+        tl.store(locations_grad + 2 * at, dx.to(locations_grad.dtype.element_ty), mask=in_rows)
+        tl.store(locations_grad + 2 * at + 1, dy.to(locations_grad.dtype.element_ty), mask=in_rows)
 
 
 def _blocks(C: int, most: int) -> tuple[int, int]:
@@ -149,44 +149,44 @@ def _blocks(C: int, most: int) -> tuple[int, int]:
 
 
 def forward(
-    maps: Tensor, places: Tensor, index: Tensor | None, weight: Tensor, border: bool, dtype: torch.dtype
+    maps: Tensor, locations: Tensor, index: Tensor | None, weight: Tensor, border: bool, dtype: torch.dtype
 ) -> Tensor:
     """Runs the forward kernel; arguments as in `perception.ops.bilinear.weighted_bilinear`."""
     B, N, h, w, heads, C = maps.shape
-    _, Q, _, S, _ = places.shape
+    _, Q, _, S, _ = locations.shape
     rows = B * Q * heads
     out = maps.new_empty(B, Q, heads, C, dtype=dtype)
     if out.numel() == 0:
         return out
-    maps, places, weight = maps.contiguous(), places.contiguous(), weight.contiguous()
+    maps, locations, weight = maps.contiguous(), locations.contiguous(), weight.contiguous()
     block_r, block_c = _blocks(C, FORWARD_CHANNELS)
     with torch.cuda.device_of(maps):
         _forward[(triton.cdiv(rows, block_r), triton.cdiv(C, block_c))](
-            maps, places, places if index is None else index.contiguous(), weight, out,
+            maps, locations, locations if index is None else index.contiguous(), weight, out,
             rows, Q * heads, N, h, w, S, heads, C, index is not None, border, block_r, block_c, num_warps=4,
         )  # fmt: skip
     return out
 
 
 def backward(
-    grad: Tensor, maps: Tensor, places: Tensor, index: Tensor | None, weight: Tensor, border: bool
+    grad: Tensor, maps: Tensor, locations: Tensor, index: Tensor | None, weight: Tensor, border: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs the backward kernel: gradients of maps, places and weight from that of the result."""
+    """Runs the backward kernel: gradients of maps, locations and weight from that of the result."""
     B, N, h, w, heads, C = maps.shape
-    _, Q, _, S, _ = places.shape
+    _, Q, _, S, _ = locations.shape
     rows = B * Q * heads
-    places, weight, grad = (x.contiguous() for x in (places, weight, grad))
+    locations, weight, grad = (x.contiguous() for x in (locations, weight, grad))
     # In float32 every thread reads the four numbers that it adds to; halves would change hands between threads.
     dtype, maps = maps.dtype, maps.float().contiguous()
     maps_grad = torch.zeros_like(maps)
-    places_grad, weight_grad = torch.empty_like(places), torch.empty_like(weight)
+    locations_grad, weight_grad = torch.empty_like(locations), torch.empty_like(weight)
     if rows * C == 0:
-        return maps_grad.to(dtype), places_grad.zero_(), weight_grad.zero_()
+        return maps_grad.to(dtype), locations_grad.zero_(), weight_grad.zero_()
     block_r, block_c = _blocks(C, BACKWARD_CHANNELS)
     with torch.cuda.device_of(maps):
         _backward[(triton.cdiv(rows, block_r),)](
-            grad, maps, places, places if index is None else index.contiguous(), weight,
-            maps_grad, places_grad, weight_grad, rows, Q * heads, N, h, w, S, heads, C,
+            grad, maps, locations, locations if index is None else index.contiguous(), weight,
+            maps_grad, locations_grad, weight_grad, rows, Q * heads, N, h, w, S, heads, C,
             index is not None, border, block_r, block_c, num_warps=4,
         )  # fmt: skip
-    return maps_grad.to(dtype), places_grad, weight_grad
+    return maps_grad.to(dtype), locations_grad, weight_grad

@@ -1,7 +1,7 @@
 """Deformable sampling of camera features and of BEV maps.
 
-The idea is that of Deformable DETR (https://arxiv.org/abs/2010.04159): a query reads a few places that it chooses
-itself, and takes their weighted sum. Here the places may lie in several cameras, or on the BEV grid.
+The idea is that of Deformable DETR (https://arxiv.org/abs/2010.04159): a query reads a few locations that it chooses
+itself, and takes their weighted sum. Here the locations may lie in several cameras, or on the BEV grid.
 
 The plain implementations have static shapes and 4-D grid_sample only, so that they export as they are. They are used
 for export and in float64; otherwise `perception.ops.bilinear` has faster ones. `implementation="plain"`,
@@ -106,10 +106,10 @@ def sample_bev(
     implementation = choose_implementation(bev, implementation, on_cpu="plain")
     if implementation != "plain":
         maps = bev.unflatten(1, (heads, C // heads)).permute(0, 3, 4, 1, 2)[:, None]  # [B, 1, X, Y, heads, C / heads]
-        places = grid.normalize(points_ego).flip(-1)  # columns run along y
-        dtype = torch.promote_types(places.dtype, weight.dtype)
+        locations = grid.normalize(points_ego).flip(-1)  # columns run along y
+        dtype = torch.promote_types(locations.dtype, weight.dtype)
         return weighted_bilinear(
-            maps, places, None, weight, border=False, dtype=dtype, implementation=implementation
+            maps, locations, None, weight, border=False, dtype=dtype, implementation=implementation
         ).flatten(2)
     per_head = bev.reshape(B * heads, C // heads, X, Y)
     points = points_ego.transpose(1, 2).reshape(B * heads, Q, S, 2)

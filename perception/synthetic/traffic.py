@@ -88,7 +88,7 @@ class Mover:
         stations = np.arange(0.0, line.length, 0.5)
         self.path = shapely.get_coordinates(shapely.line_interpolate_point(line, stations))  # [P, 2]
         heading = np.unwrap(np.arctan2(*np.gradient(self.path, axis=0).T[::-1]))
-        # The steering wheel needs a moment: headings are averaged over a few metres.
+        # The steering wheel needs a frame: headings are averaged over a few metres.
         kernel = np.ones(5) / 5
         self.heading = np.convolve(np.pad(heading, 2, mode="edge"), kernel, "valid")
         bend = abs(np.convolve(np.pad(np.gradient(self.heading, 0.5), 4, mode="edge"), np.ones(9) / 9, "valid"))
