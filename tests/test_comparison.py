@@ -15,8 +15,9 @@ model = dict(preset="nano", image_size=(64, 96), grid=(20, 20), channels=16, dep
              decoder_layers=1, box_queries=10, line_queries=8)
 train_data = dict(dataroot={root!r}, version={version!r}, split="town_val", augment=dict())
 val_data = dict(dataroot={root!r}, version={version!r}, split="town_val")
-train = dict(image_epochs=0, epochs=1, batch_size=1, streams=1, frames_per_clip=2, drop_frames=0.0, lr=2e-3, weight_decay=0.01,
-             warmup_iters=2, grad_clip=10.0, ema_momentum=0.0, val_every=5, log_every=1, workers=0)
+train = dict(image_epochs=0, epochs=1, batch_size=1, streams=1, frames_per_clip=2, drop_frames=0.0, lr=2e-3,
+weight_decay=0.01,
+             weight_decay=0.01, warmup_iters=2, grad_clip=10.0, ema_momentum=0.0, val_every=5, log_every=1, workers=0)
 """
 
 

@@ -213,9 +213,9 @@ model = dict(
 train_data = dict(dataroot={str(town_root)!r}, version={VERSION!r}, split="town_val", augment=dict(mirror=0.0))
 val_data = dict(dataroot={str(town_root)!r}, version={VERSION!r}, split="town_val")
 train = dict(
-    epochs=2, batch_size=2, streams=1, frames_per_clip=1, drop_frames=0.0, image_epochs=0, lr=1e-3, backbone_lr_mult=0.5,
-    frozen_stages=0, weight_decay=0.01, warmup_iters=2, grad_clip=35.0, ema_momentum=0.0, val_every=2, log_every=1,
-    workers=0,
+    epochs=2, batch_size=2, streams=1, frames_per_clip=1, drop_frames=0.0, image_epochs=0, lr=1e-3,
+    backbone_lr_mult=0.5, frozen_stages=0, weight_decay=0.01, warmup_iters=2, grad_clip=35.0, ema_momentum=0.0,
+    val_every=2, log_every=1, workers=0,
 )
 """)
     config = load_config(path)

@@ -42,7 +42,8 @@ model = dict(preset="nano", image_size=(64, 96), grid=(20, 20), channels=16, dep
              decoder_layers=2, box_queries=20, line_queries=8)
 train_data = dict(dataroot={root!r}, version={version!r}, split="town_val")
 val_data = dict(dataroot={root!r}, version={version!r}, split="town_val")
-train = dict(image_epochs=0, epochs=1, batch_size=1, streams=1, frames_per_clip=1, drop_frames=0.0, lr=1e-3, weight_decay=0.0,
+train = dict(image_epochs=0, epochs=1, batch_size=1, streams=1, frames_per_clip=1, drop_frames=0.0, lr=1e-3,
+weight_decay=0.0,
              warmup_iters=1, grad_clip=1.0, ema_momentum=0.0, val_every=1, log_every=1, workers=0)
 """
 
