@@ -101,8 +101,8 @@ def _latency(arguments) -> None:
     from perception.export.latency import Interrupted, as_dict, check_request, measure, table
     from perception.export.onnx import export_onnx
     from perception.files import check_place, write_json
+    from perception.inference.predictor import weights_file
     from perception.models.checkpoint import load_checkpoint
-    from perception.predictor import weights_file
 
     if arguments.json:
         check_place("--json", arguments.json)

@@ -25,13 +25,13 @@ def main() -> None:
     import numpy as np
 
     from perception.data.nuscenes import NuScenesDataset
-    from perception.draw import draw_frame
-    from perception.evaluation.streaming import evaluate_stream
+    from perception.evaluation.dataset import evaluate_stream
     from perception.files import replacing, write_json
+    from perception.inference.predictor import shipped_weights
     from perception.models.checkpoint import load_checkpoint
-    from perception.predictor import shipped_weights
     from perception.synthetic import VERSION, simulate
     from perception.types import map_tensors
+    from perception.visualization.pictures import draw_frame
 
     checkpoint = arguments.checkpoint or shipped_weights()
     model, _ = load_checkpoint(checkpoint)

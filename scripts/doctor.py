@@ -15,7 +15,9 @@ PACKAGES = (
     "embreex",
 )  # fmt: skip
 HEAVY = ("mmcv", "mmdet", "mmdet3d", "mmengine", "nuscenes", "matplotlib", "cv2")
-LIGHT = f"import sys, perception, perception.predictor; print(*[name for name in {HEAVY} if name in sys.modules])"
+LIGHT = (
+    f"import sys, perception, perception.inference.predictor; print(*[name for name in {HEAVY} if name in sys.modules])"
+)
 
 
 def installed() -> list[tuple[str, str, str]]:
@@ -40,8 +42,8 @@ def library() -> list[tuple[str, str, str]]:
     import torch
 
     from perception.errors import CheckpointError
+    from perception.inference.predictor import shipped_weights
     from perception.models.checkpoint import load_checkpoint
-    from perception.predictor import shipped_weights
 
     devices = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
     rows = [("devices", ", ".join(["cpu", *devices]), "")]

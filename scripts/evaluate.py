@@ -36,8 +36,9 @@ def evaluate_weights(arguments) -> tuple[str, dict, dict]:
 
     from perception.engine import build_dataset, load_config, load_weights
     from perception.errors import ConfigError
+    from perception.evaluation.dataset import evaluate_scenes, save_submissions
     from perception.evaluation.robustness import evaluate_robustness, plan_trials
-    from perception.evaluation.streaming import evaluate_scenes, predict_stream, save_submissions
+    from perception.inference.sequence import predict_stream
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch finds no GPU here; use --device cpu")
@@ -78,8 +79,8 @@ def evaluate_weights(arguments) -> tuple[str, dict, dict]:
 def evaluate_file(arguments) -> tuple[str, dict, dict]:
     """The tables, the headline and all numbers of a submission."""
     from perception.data.nuscenes import NuScenesDataset
+    from perception.evaluation.dataset import evaluate_lines
     from perception.evaluation.detection import evaluate_submission, load_tables, split_tokens
-    from perception.evaluation.streaming import evaluate_lines
     from perception.evaluation.submission import DetectionSubmission, check_samples, read_submission
 
     submission = read_submission(arguments.submission)

@@ -92,8 +92,8 @@ def main() -> None:
     from perception.export.quantize import KINDS
     from perception.export.tensorrt import build_engines, gpus_of
     from perception.files import check_place
+    from perception.inference.predictor import weights_file
     from perception.models.checkpoint import load_checkpoint
-    from perception.predictor import weights_file
     from perception.synthetic import VERSION, simulate
     from perception.synthetic.sensors import EIGHT_CAMERAS, FIVE_CAMERAS, SIX_CAMERAS, Mounting
 

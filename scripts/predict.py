@@ -21,7 +21,7 @@ def predict_sample(model, arguments):
     from perception.data.loader import collate
     from perception.data.nuscenes import NuScenesDataset
     from perception.errors import ConfigError, DataError
-    from perception.evaluation.streaming import run_sequence
+    from perception.inference.sequence import run_sequence
 
     missing = [name for name in ("version", "split") if getattr(arguments, name) is None]
     if missing:
@@ -51,7 +51,7 @@ def predict_info(model, arguments):
     from perception.data.infos import load_info_clip, load_info_poses, load_map_vectors
     from perception.data.loader import collate, pad_lines
     from perception.data.nuscenes import NUSCENES_CAMERAS
-    from perception.evaluation.streaming import run_sequence
+    from perception.inference.sequence import run_sequence
 
     clip = load_info_clip(arguments.info, arguments.index, image_size=model.config.image_size)
     if arguments.map_vectors:
@@ -106,12 +106,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the predicted boxes and lines, ego frame")
     arguments = parser.parse_args()
 
-    from perception.draw import draw_frame
     from perception.errors import ConfigError
     from perception.files import replacing, write_json
+    from perception.inference.predictor import shipped_weights
     from perception.models.checkpoint import load_checkpoint
-    from perception.predictor import shipped_weights
     from perception.types import map_tensors
+    from perception.visualization.pictures import draw_frame
 
     if arguments.out.suffix.lower() != ".png":
         raise ConfigError(f"--out {arguments.out}: the picture is a PNG; give a name that ends in .png")

@@ -22,7 +22,8 @@ EXAMPLE = """examples:
 
 def leakage(arguments, keyframes, tables: Path) -> None:
     """Prints how near the validation keyframes lie to the training keyframes."""
-    from perception.data.splits import draw_leakage, measure_leakage, split_scenes
+    from perception.data.leakage import draw_leakage, measure_leakage
+    from perception.data.splits import split_scenes
     from perception.files import write_json
 
     train, val = (split_scenes(split, tables, keyframes.scene_name) for split in (arguments.train, arguments.val))
@@ -38,7 +39,9 @@ def leakage(arguments, keyframes, tables: Path) -> None:
 
 def split(arguments, keyframes, tables: Path) -> None:
     """Writes a split that keeps a distance and prints what came of it."""
-    from perception.data.splits import DISTANCES, geographic_split, measure_leakage, write_split_file
+    from perception.data.geographic_split import geographic_split
+    from perception.data.leakage import DISTANCES, measure_leakage
+    from perception.data.splits import write_split_file
     from perception.files import write_json
 
     made = geographic_split(
@@ -104,7 +107,7 @@ def main() -> None:
     make.add_argument("--out", type=Path, required=True, help="folder for train.txt, val.txt and left_out.txt")
     arguments = parser.parse_args()
 
-    from perception.data.splits import read_keyframes
+    from perception.data.leakage import read_keyframes
     from perception.errors import ConfigError
     from perception.evaluation.detection import load_tables
 

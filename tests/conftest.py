@@ -40,7 +40,8 @@ MIXED = ((128, 224), RAW, RAW, (40, 80), (90, 160), RAW)  # of the cameras of th
 @pytest.fixture(scope="session")
 def small_network():
     """The flagship, as small as it gets, with random weights."""
-    from perception.models.bev_transformer import BEVTransformer, BEVTransformerConfig
+    from perception.models.bev_transformer.config import BEVTransformerConfig
+    from perception.models.bev_transformer.model import BEVTransformer
 
     config = BEVTransformerConfig.preset(
         "nano", image_size=(40, 80), grid=(20, 20), channels=16, depth_bins=8, backbone_stages=2, decoder_layers=2,

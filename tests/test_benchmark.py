@@ -23,9 +23,10 @@ from perception.data.loader import collate
 from perception.errors import CheckpointError, ConfigError
 from perception.export.certificate import GATES, Gate
 from perception.export.contract import ImageInputs
-from perception.export.drive import camera_frame, frame_inputs, replay_frames
 from perception.export.parity import fitted
-from perception.models.checkpoint import PUBLISHED, build_network, save_checkpoint
+from perception.export.replay import camera_frame, frame_inputs, replay_frames
+from perception.models import build_network, preset_config
+from perception.models.checkpoint import save_checkpoint
 from perception.types import map_tensors
 
 CPU = torch.device("cpu")
@@ -209,7 +210,7 @@ def test_a_pass_takes_nothing_from_the_host(name, small_network, monkeypatch):
     """Else it could not be captured as a CUDA graph; operators whose shapes depend on data raise."""
     if "maptrv2" in name:  # only when it is compiled do its shapes not depend on data
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    record = host_tensors_of_a_pass(small_network.config if name == "flagship" else PUBLISHED[name]())
+    record = host_tensors_of_a_pass(small_network.config if name == "flagship" else preset_config(name))
     assert record.found == [] and record.operators > 500
 
 

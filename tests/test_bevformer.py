@@ -13,23 +13,12 @@ from safetensors.torch import load_file
 
 from perception.errors import CheckpointError
 from perception.geometry import invert_rigid, rigid_from_yaw
-from perception.models.bevformer import (
-    BEVFormer,
-    BEVFormerConfig,
-    BEVFormerHead,
-    best_boxes,
-    decode_boxes,
-)
-from perception.models.checkpoint import (
-    PUBLISHED,
-    build_network,
-    import_published,
-    load_checkpoint,
-    our_key,
-    save_checkpoint,
-)
-from perception.models.published_backbone import PublishedBackboneConfig, PublishedImageEncoder
-from perception.models.published_geometry import can_bus, cell_locations, map_shift, see_pillars, turn_map
+from perception.models import NETWORKS, build_network, preset_config
+from perception.models.bevformer.config import BEVFormerConfig
+from perception.models.bevformer.model import BEVFormer, BEVFormerHead, best_boxes, decode_boxes
+from perception.models.checkpoint import import_published, load_checkpoint, our_key, save_checkpoint
+from perception.models.published.backbone import PublishedBackboneConfig, PublishedImageEncoder
+from perception.models.published.geometry import PREFIXES, can_bus, cell_locations, map_shift, see_pillars, turn_map
 from perception.types import CameraRig, Frame, map_tensors
 
 SMALL = BEVFormerConfig(
@@ -37,6 +26,7 @@ SMALL = BEVFormerConfig(
     feed_forward=48, heads=4, encoder_layers=2, decoder_layers=2, queries=12, cameras=2, rotate_center=(10, 10),
     max_boxes=20,
 )  # fmt: skip
+PUBLISHED = sorted(name for kind, network in NETWORKS.values() if network.published_prefixes for name in kind.presets())
 
 
 @pytest.fixture(scope="module")
@@ -177,14 +167,14 @@ def test_images_are_padded_below_and_at_the_right():
     torch.testing.assert_close(encoder(images)[0].flatten(0, 1), expected)
 
 
-@pytest.mark.parametrize("name", sorted(PUBLISHED))
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_official_keys(golden, name):
     path = golden.parent / "keys" / f"{name}.json"
     if not path.is_file():
         pytest.skip(f"official keys are not at {path}")
-    official = {our_key(key): tuple(shape) for key, shape in json.loads(path.read_text()).items()}
+    official = {our_key(key, PREFIXES): tuple(shape) for key, shape in json.loads(path.read_text()).items()}
     with torch.device("meta"):
-        network = build_network(PUBLISHED[name]())
+        network = build_network(preset_config(name))
     ours = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
     assert ours == official
 
@@ -205,7 +195,7 @@ def test_a_checkpoint_is_imported_whole_or_not_at_all(golden, tmp_path):
     assert "is bevformer_tiny, 33.52 M parameters" in run.stdout
     state = load_checkpoint(tmp_path / "tiny.safetensors")[0].state_dict()
     assert len(state) == len(weights)
-    assert all(torch.equal(state[our_key(key)], tensor) for key, tensor in weights.items())
+    assert all(torch.equal(state[our_key(key, PREFIXES)], tensor) for key, tensor in weights.items())
     weights["pts_bbox_head.extra"] = torch.zeros(1)
     torch.save(weights, tmp_path / "tiny.pth")
     with pytest.raises(CheckpointError, match=r"nearest is bevformer_tiny, with 1 keys .* the first head\.extra"):

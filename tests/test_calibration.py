@@ -9,7 +9,7 @@ import torch
 from nuscenes.eval.common.config import config_factory
 
 from perception.errors import DataError
-from perception.evaluation.calibration import BOX_RANGE, BOX_THRESHOLD, evaluate_calibration
+from perception.evaluation.confidence import BOX_RANGE, BOX_THRESHOLD, evaluate_calibration
 from perception.types import Boxes, FrameObjects, Polylines
 
 

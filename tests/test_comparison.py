@@ -6,7 +6,7 @@ import pytest
 
 from perception.engine import Comparison, Cost, compare, load_config, measure_costs
 from perception.errors import ConfigError
-from perception.models.checkpoint import build_network
+from perception.models import build_network
 from perception.synthetic import VERSION
 
 ZERO = dict.fromkeys(("nds", "mAP", "mATE", "mAOE", "mAVE", "lane_mAP"), 0.0)
@@ -16,7 +16,6 @@ model = dict(preset="nano", image_size=(64, 96), grid=(20, 20), channels=16, dep
 train_data = dict(dataroot={root!r}, version={version!r}, split="town_val", augment=dict())
 val_data = dict(dataroot={root!r}, version={version!r}, split="town_val")
 train = dict(image_epochs=0, epochs=1, batch_size=1, streams=1, frames_per_clip=2, drop_frames=0.0, lr=2e-3,
-weight_decay=0.01,
              weight_decay=0.01, warmup_iters=2, grad_clip=10.0, ema_momentum=0.0, val_every=5, log_every=1, workers=0)
 """
 

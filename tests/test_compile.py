@@ -6,10 +6,13 @@ import math
 import pytest
 import torch
 
-from perception.models.bevformer import BEVFormer, BEVFormerConfig
-from perception.models.maptr import MapTR, MapTRConfig
-from perception.models.maptrv2 import MapTRv2, MapTRv2Config
-from perception.models.published_backbone import PublishedBackboneConfig
+from perception.models.bevformer.config import BEVFormerConfig
+from perception.models.bevformer.model import BEVFormer
+from perception.models.maptr.config import MapTRConfig
+from perception.models.maptr.model import MapTR
+from perception.models.maptrv2.config import MapTRv2Config
+from perception.models.maptrv2.model import MapTRv2
+from perception.models.published.backbone import PublishedBackboneConfig
 from perception.types import CameraRig, Frame
 
 SIZE = (64, 96)

@@ -7,7 +7,7 @@ import pytest
 from perception.data.augment import Augment
 from perception.engine import build_dataset, load_config, parse_options
 from perception.errors import ConfigError, DataError
-from perception.models.bev_transformer import BEVTransformerConfig
+from perception.models.bev_transformer.config import BEVTransformerConfig
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SHIPPED = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob("[a-z]*/*.py"))

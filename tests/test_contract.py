@@ -10,7 +10,7 @@ import pytest
 
 from perception.errors import CheckpointError
 from perception.export.contract import read_contract
-from perception.live import JUMP_MARGIN_M, JUMP_MARGIN_RAD, MAX_GAP, MAX_SPEED, MAX_TURN_RATE
+from perception.inference.ego_motion import JUMP_MARGIN_M, JUMP_MARGIN_RAD, MAX_GAP, MAX_SPEED, MAX_TURN_RATE
 
 ENGINE = {"file": "model.sm89.engine", "gpu": "sm89", "package": "tensorrt-rtx", "package_version": "1.7"}
 SOME_HASH = hashlib.sha256(b"").hexdigest()

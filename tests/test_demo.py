@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from perception.models.bev_transformer import BEVTransformer, BEVTransformerConfig
+from perception.models.bev_transformer.config import BEVTransformerConfig
+from perception.models.bev_transformer.model import BEVTransformer
 from perception.models.checkpoint import save_checkpoint
 from perception.synthetic import VERSION
 
@@ -63,7 +64,7 @@ def test_demo_writes_pictures_and_numbers(tmp_path, checkpoint):
 
 def test_predict_fills_the_memory_up_to_the_sample(tmp_path, town_root, checkpoint):
     from perception.data.nuscenes import NuScenesDataset
-    from perception.evaluation.streaming import predict_stream
+    from perception.inference.sequence import predict_stream
     from perception.models.checkpoint import load_checkpoint
 
     token = [row["token"] for row in table(town_root, "sample") if row["next"] == ""][-1]

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from perception.draw import BOX_COLORS, LINE_COLORS, draw_bev, draw_cameras, draw_frame
 from perception.errors import DataError
 from perception.types import BOX_CLASSES, LINE_CLASSES, Boxes, CameraRig, Frame, FrameObjects, Polylines
+from perception.visualization.pictures import BOX_COLORS, LINE_COLORS, draw_bev, draw_cameras, draw_frame
 
 W, H, FOCAL = 480, 270, 200.0
 CX, CY, HEIGHT = 240.0, 135.0, 1.5  # the camera stands 1.5 m above the ego origin and looks along ego x

@@ -15,10 +15,10 @@ from mmengine.runner import set_random_seed
 
 from perception.data.loader import Draw, TrainSampler, collate
 from perception.engine import TrainingModel, build_dataset, load_config, load_weights, train
-from perception.engine.training import make_core
+from perception.engine.weights import make_core
 from perception.errors import CheckpointError, ConfigError, TrainingError, run_script
-from perception.evaluation.streaming import evaluate_stream
-from perception.models.bev_transformer import BEVTransformer
+from perception.evaluation.dataset import evaluate_stream
+from perception.models.bev_transformer.model import BEVTransformer
 from perception.models.checkpoint import halve, load_checkpoint
 from perception.synthetic import VERSION, simulate
 
@@ -216,7 +216,7 @@ def test_losses_that_are_left_out(config_path):
 
 def test_losses_are_the_mean_over_the_unrolled_frames(config_path):
     """Frame 1 is judged with the memory of frame 0: two single frames by hand give the same losses."""
-    from perception.losses import set_losses
+    from perception.models.bev_transformer.losses import frame_losses
     from perception.types import map_tensors
 
     config = load_config(config_path)
@@ -225,7 +225,7 @@ def test_losses_are_the_mean_over_the_unrolled_frames(config_path):
     first, second = (map_tensors(lambda tensor, t=t: tensor[:, t], clip) for t in (0, 1))
     prediction_0, state = core(first.frames, core.initial_state(1))
     prediction_1, _ = core(second.frames, state)
-    by_hand = [set_losses(p, c.gt, c.frames, core.grid) for p, c in ((prediction_0, first), (prediction_1, second))]
+    by_hand = [frame_losses(p, c.gt, c.frames, core.grid) for p, c in ((prediction_0, first), (prediction_1, second))]
     losses, state = TrainingModel(core)(clip, None)
     for name, loss in losses.items():
         torch.testing.assert_close(loss, (by_hand[0][name] + by_hand[1][name]) / 2)

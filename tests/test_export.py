@@ -19,7 +19,6 @@ from perception.errors import ConfigError, DataError, run_script
 from perception.export import parity
 from perception.export.certificate import GATES, Gate
 from perception.export.contract import ImageInputs, read_contract
-from perception.export.drive import camera_frame, frame_inputs, replay_frames, seated
 from perception.export.half import WEIGHTED, halve_graph
 from perception.export.headroom import Saturation
 from perception.export.onnx import export_onnx
@@ -35,14 +34,18 @@ from perception.export.quantize import (
     changed,
     record,
 )  # fmt: skip
+from perception.export.replay import camera_frame, frame_inputs, replay_frames, seated
 from perception.export.runtime import Runtime
 from perception.export.tensorrt import parse_graph
-from perception.models.bevformer import BEVFormer, BEVFormerConfig
-from perception.models.checkpoint import build_network, load_checkpoint, save_checkpoint
-from perception.models.maptr import MapTRConfig
-from perception.models.maptrv2 import MapTRv2, MapTRv2Config
-from perception.models.published_backbone import FPNConfig
-from perception.predictor import shipped_weights
+from perception.inference.predictor import shipped_weights
+from perception.models import build_network
+from perception.models.bevformer.config import BEVFormerConfig
+from perception.models.bevformer.model import BEVFormer
+from perception.models.checkpoint import load_checkpoint, save_checkpoint
+from perception.models.maptr.config import MapTRConfig
+from perception.models.maptrv2.config import MapTRv2Config
+from perception.models.maptrv2.model import MapTRv2
+from perception.models.published.backbone import FPNConfig
 from perception.synthetic import VERSION, simulate
 from perception.synthetic.sensors import EIGHT_CAMERAS, FIVE_CAMERAS, SIX_CAMERAS
 

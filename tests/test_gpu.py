@@ -10,13 +10,13 @@ from test_engine import CONFIG, scalars
 from perception.data.loader import TrainSampler, collate
 from perception.data.nuscenes import NuScenesDataset
 from perception.engine import TrainingModel, load_config, train
-from perception.evaluation.streaming import predict_stream
 from perception.export import latency
 from perception.export.engine_session import Cuda
 from perception.export.parity import certify
 from perception.export.tensorrt import build_engines
+from perception.inference.predictor import shipped_weights
+from perception.inference.sequence import predict_stream
 from perception.models.checkpoint import load_checkpoint
-from perception.predictor import shipped_weights
 from perception.synthetic import VERSION
 from perception.types import map_tensors
 

@@ -9,9 +9,9 @@ from conftest import RAW
 from onnx import TensorProto, helper, numpy_helper
 
 from perception.export.contract import ImageInputs
-from perception.export.drive import camera_frame, frame_inputs, replay_frames
 from perception.export.headroom import RangeMonitor
 from perception.export.parity import fitted
+from perception.export.replay import camera_frame, frame_inputs, replay_frames
 
 VALUES = np.linspace(-20, 20, 401, dtype=np.float32)[None]  # a step of 0.1
 

@@ -12,14 +12,14 @@ from conftest import RAW
 from PIL import Image
 from torch import nn
 
-from perception.data.loader import fit_image
 from perception.errors import ConfigError, DataError
 from perception.export.contract import IMAGE_FORMATS, ImageInputs
 from perception.export.dialect import check_dialect
-from perception.export.images import ImagePreprocessing, fit_pixels, fitting_matrices, from_rgb, to_rgb
+from perception.export.images import ImagePreprocessing, from_rgb, to_rgb
 from perception.export.lowering import OPSET, lower_graph
 from perception.export.onnx import trace
 from perception.export.tensorrt import parse_graph
+from perception.inference.fitting import fit_image, fit_pixels, fitting_matrices
 
 SIZE = (40, 80)  # of the network
 SIZES = ((64, 112), (64, 112), SIZE, (90, 160))  # of the cameras

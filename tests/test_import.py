@@ -9,8 +9,8 @@ import json, sys, time
 start = time.perf_counter()
 import perception
 seconds = time.perf_counter() - start
-import perception.geometry, perception.grid, perception.losses, perception.types
-import perception.models.bev_transformer, perception.models.decoder
+import perception.geometry, perception.grid, perception.models.bev_transformer.losses, perception.types
+import perception.models.bev_transformer.model, perception.models.bev_transformer.decoder
 print(json.dumps({"seconds": seconds, "modules": sorted(sys.modules)}))
 """
 HEAVY = ("mmcv", "mmdet", "mmdet3d", "mmengine", "nuscenes", "matplotlib", "cv2", "tensorboard", "embreex", "trimesh")

@@ -18,7 +18,7 @@ from perception.geometry import (
     rigid_from_quaternion,
     yaw_from_rotation,
 )
-from perception.losses import line_orderings
+from perception.targets import line_orderings
 from perception.types import LINE_CLASSES, Polylines
 
 

@@ -15,7 +15,7 @@ from conftest import PROJECT
 from perception.errors import ConfigError, run_script
 from perception.export import latency
 from perception.export.latency import Interrupted, check_request, largest_difference, measure
-from perception.models.bev_transformer import BEVTransformer
+from perception.models.bev_transformer.model import BEVTransformer
 from perception.models.checkpoint import save_checkpoint
 
 BOUNDS = {"passes": 3, "threads": 0, "max_seconds": 60.0}

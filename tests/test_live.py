@@ -16,8 +16,9 @@ from scipy.spatial.transform import Rotation
 from perception.errors import ConfigError, DataError, PerceptionError, PerceptionWarning
 from perception.export.runtime import Runtime
 from perception.geometry import rigid_from_yaw
-from perception.live import EgoMotion, check_intrinsics, jumped, motion_size
-from perception.predictor import Predictor
+from perception.inference.checks import check_intrinsics
+from perception.inference.ego_motion import EgoMotion, jumped, motion_size
+from perception.inference.predictor import Predictor
 from perception.types import CameraRig, State
 
 H, W = RAW
@@ -264,7 +265,7 @@ def poison(live) -> None:
 @pytest.mark.parametrize("shown", [True, False], ids=["in what is returned", "in the memory alone"])
 def test_a_memory_that_is_not_finite_is_dropped_with_a_warning(make, kind, frames, shown, monkeypatch):
     if not shown:  # as if no query looked at the broken cells
-        module = "perception.predictor" if kind == "predictor" else "perception.export.runtime"
+        module = "perception.inference.predictor" if kind == "predictor" else "perception.export.runtime"
         monkeypatch.setattr(f"{module}.scene_is_finite", lambda whole, kept: True)
     live = make[kind]()
     live.step(*frames[0])

@@ -8,19 +8,11 @@ import torch.nn.functional as F
 
 from perception.geometry import rigid_from_yaw, transform_points
 from perception.grid import BEVGrid
-from perception.losses import (
-    draw_bev_segmentation,
-    draw_boxes,
-    draw_heatmap,
-    encode_boxes,
-    focal_loss,
-    hungarian,
-    image_losses,
-    line_orderings,
-    set_losses,
-)
-from perception.models.bev_encoder import depth_position
-from perception.models.decoder import decode
+from perception.matching import focal_loss, hungarian
+from perception.models.bev_transformer.decoder import decode
+from perception.models.bev_transformer.encoder import depth_position
+from perception.models.bev_transformer.losses import encode_boxes, frame_losses, image_losses
+from perception.targets import draw_bev_segmentation, draw_boxes, draw_heatmap, line_orderings
 from perception.types import (
     BOX_CLASSES,
     Boxes,
@@ -113,7 +105,7 @@ def perfect_prediction(boxes: Boxes, lines: Polylines, logit: float = 12.0) -> P
 def test_truth_has_no_loss_and_decodes_to_itself():
     boxes, lines = make_boxes(), make_lines()
     prediction = perfect_prediction(boxes, lines)
-    losses = set_losses(prediction, FrameObjects(boxes, lines), FRAME, GRID)
+    losses = frame_losses(prediction, FrameObjects(boxes, lines), FRAME, GRID)
     # 9 + 9 + 7 known errors of nothing for 3 boxes (one velocity is unknown), each log 2; loss weight 0.1
     assert losses.pop("box_uncertainty").item() == pytest.approx(0.1 * 25 / 3 * math.log(2))
     assert losses.pop("line_uncertainty").item() == pytest.approx(0.1 * math.log(2))
@@ -131,7 +123,7 @@ def test_box_error_by_hand():
     prediction = perfect_prediction(boxes, lines)
     prediction.box_params[0, 0, 4, 0] += 3.0  # the first box 3 m off in x: 3 m x weight 1 / 3 boxes x loss weight 0.25
     prediction.box_params[0, 0, 4, 8] -= 2.0  # and 2 m/s off: 2 x 2 / 3 x 0.25
-    losses = set_losses(prediction, FrameObjects(boxes, lines), FRAME, GRID)
+    losses = frame_losses(prediction, FrameObjects(boxes, lines), FRAME, GRID)
     assert losses["box_params"].item() == pytest.approx((3.0 * 1 + 2.0 * 2.0) / 3 * 0.25, rel=1e-5)
 
 
@@ -148,13 +140,13 @@ def test_a_yaw_counts_as_far_as_a_class_has_one(label, turned, error):
     prediction = perfect_prediction(boxes, lines)
     yaw = torch.tensor(math.radians(turned))
     prediction.box_params[0, 0, :, 6:8] = torch.stack([yaw.sin(), yaw.cos()])
-    losses = set_losses(prediction, FrameObjects(boxes, lines), FRAME, GRID)
+    losses = frame_losses(prediction, FrameObjects(boxes, lines), FRAME, GRID)
     assert losses["box_params"].item() == pytest.approx(0.25 * error, abs=1e-5)
     turned_by = torch.stack([yaw.cos(), -yaw.sin(), yaw.sin(), yaw.cos()]).view(2, 2)
     cos_sin = turned_by @ prediction.images.heading.flip(2).movedim(2, -1)[..., None]
     heading = cos_sin[..., 0].movedim(-1, 2).flip(2)
     images = prediction.images._replace(heading=heading)
-    found = set_losses(prediction._replace(images=images), FrameObjects(boxes, lines), FRAME, GRID)[
+    found = frame_losses(prediction._replace(images=images), FrameObjects(boxes, lines), FRAME, GRID)[
         "image_heading"
     ].item()
     assert (found < 1e-4) == (error == 0.0)
@@ -169,7 +161,7 @@ def test_spread_is_the_mean_error():
         prediction.line_points[0, 0, 3] += torch.tensor([1.0, 0.0])
         prediction.line_points[0, 0, 1] += torch.tensor([3.0, 0.0])
         prediction.line_log_uncertainty[..., 0] = math.log(2)
-    loss = set_losses(prediction, FrameObjects(boxes, lines), FRAME, GRID)["line_uncertainty"]
+    loss = frame_losses(prediction, FrameObjects(boxes, lines), FRAME, GRID)["line_uncertainty"]
     # Along x (log 2 + log 2 + (1 + 3) / 2 / 2), along y log 2; the mean of both, loss weight 0.1.
     assert loss.item() == pytest.approx(0.1 * (3 * math.log(2) + 1) / 2, rel=1e-5)
     loss.backward()
@@ -183,7 +175,7 @@ def test_a_turned_box_has_an_error_in_radians():
     prediction = perfect_prediction(boxes, lines)
     yaw = boxes.yaw[0, 1] + 2 * math.pi - 0.3  # from -2.0 the short way
     prediction.box_params[0, 0, 0, 6:8] = torch.stack([yaw.sin(), yaw.cos()])
-    loss = set_losses(prediction, FrameObjects(boxes, lines), FRAME, GRID)["box_uncertainty"]
+    loss = frame_losses(prediction, FrameObjects(boxes, lines), FRAME, GRID)["box_uncertainty"]
     assert loss.item() == pytest.approx(0.1 / 3 * (25 * math.log(2) + 0.3), rel=1e-4)
 
 
@@ -191,11 +183,11 @@ def test_unknown_velocity_costs_nothing_but_a_nan_in_the_output_shows():
     boxes, lines = make_boxes(), make_lines()
     prediction = perfect_prediction(boxes, lines)
     prediction.box_params[0, 0, 0, 8] = 100.0
-    losses = set_losses(prediction, FrameObjects(boxes, lines), FRAME, GRID)
+    losses = frame_losses(prediction, FrameObjects(boxes, lines), FRAME, GRID)
     assert losses["box_params"].item() == pytest.approx(0, abs=1e-6)
     prediction.box_params[0, 0, 4, 0] = math.nan
     with pytest.raises(FloatingPointError, match="not finite"):
-        set_losses(prediction, FrameObjects(boxes, lines), FRAME, GRID)
+        frame_losses(prediction, FrameObjects(boxes, lines), FRAME, GRID)
 
 
 @pytest.mark.parametrize("walk", ["backwards", "ring start", "ring start backwards"])
@@ -208,7 +200,7 @@ def test_a_line_walked_otherwise_is_the_same_line(walk):
         ring = [*RING[2:], *RING[1:3]]
         points = torch.tensor([BEND, ring if walk == "ring start" else ring[::-1]])
     turned = lines._replace(points=points[None])
-    losses = set_losses(prediction, FrameObjects(boxes, turned), FRAME, GRID)
+    losses = frame_losses(prediction, FrameObjects(boxes, turned), FRAME, GRID)
     assert losses["line_points"].item() == pytest.approx(0, abs=1e-6)
     # cosine_similarity is guarded by an epsilon, so it is not exactly 1
     assert losses["line_direction"].item() == pytest.approx(0, abs=1e-5)
@@ -238,7 +230,7 @@ def test_empty_scene_has_finite_losses_and_gradients():
         boxes._replace(valid=torch.zeros(1, 4, dtype=torch.bool)),
         lines._replace(valid=torch.zeros(1, 2, dtype=torch.bool)),
     )
-    losses = set_losses(prediction, nothing, FRAME, GRID)
+    losses = frame_losses(prediction, nothing, FRAME, GRID)
     sum(losses.values()).backward()
     assert all(loss.isfinite() for loss in losses.values())
     assert prediction.box_logits.grad.isfinite().all()
@@ -333,10 +325,10 @@ def test_an_absent_camera_has_no_loss():
     prediction = perfect_prediction(boxes, lines)
     for dense in prediction.images:
         dense[:, 1] = 5.0
-    losses = set_losses(prediction, FrameObjects(boxes, lines), FRAME, GRID)
+    losses = frame_losses(prediction, FrameObjects(boxes, lines), FRAME, GRID)
     assert losses["image_class"] > 1
     alone = FRAME._replace(rig=FRAME.rig._replace(present=torch.tensor([[True, False]])))
-    losses = set_losses(prediction, FrameObjects(boxes, lines), alone, GRID)
+    losses = frame_losses(prediction, FrameObjects(boxes, lines), alone, GRID)
     for name in ("image_class", "image_depth", "image_heading"):
         loss = losses[name]
         assert loss.item() == pytest.approx(0, abs=1e-3), name

@@ -9,14 +9,16 @@ from safetensors.torch import load_file
 from perception.data.nuscenes import NuScenesDataset
 from perception.engine import load_config, load_weights, train
 from perception.errors import CheckpointError, ConfigError
-from perception.evaluation.streaming import evaluate_stream
-from perception.models.bev_transformer import BEVTransformerConfig
-from perception.models.bevformer import BEVFormer, BEVFormerConfig
+from perception.evaluation.dataset import evaluate_stream
+from perception.inference.predictor import Predictor
+from perception.models.bev_transformer.config import BEVTransformerConfig
+from perception.models.bevformer.config import BEVFormerConfig
+from perception.models.bevformer.model import BEVFormer
 from perception.models.checkpoint import load_checkpoint, save_checkpoint
-from perception.models.maptr import MapTR, MapTRConfig, MapTRHead, RawLines, best_lines
-from perception.models.published_backbone import PublishedBackboneConfig
-from perception.models.published_geometry import see_pillars
-from perception.predictor import Predictor
+from perception.models.maptr.config import MapTRConfig
+from perception.models.maptr.model import MapTR, MapTRHead, RawLines, best_lines
+from perception.models.published.backbone import PublishedBackboneConfig
+from perception.models.published.geometry import see_pillars
 from perception.synthetic import VERSION
 from perception.types import CameraRig
 

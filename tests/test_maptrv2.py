@@ -10,11 +10,12 @@ import torch
 
 from perception.geometry import invert_rigid, project_points, transform_points
 from perception.models.checkpoint import load_checkpoint, save_checkpoint
-from perception.models.map_encoder import KernelCrossAttention
-from perception.models.maptrv2 import MapTRv2, MapTRv2Config, calibration_numbers, lifted_points
-from perception.models.published_backbone import FPNConfig
-from perception.models.published_geometry import NUSCENES_EGO_FROM_LIDAR
-from perception.published_losses import draw_lines_in_images
+from perception.models.maptrv2.config import MapTRv2Config
+from perception.models.maptrv2.losses import draw_lines_in_images
+from perception.models.maptrv2.model import MapTRv2, calibration_numbers, lifted_points
+from perception.models.published.backbone import FPNConfig
+from perception.models.published.encoder import KernelCrossAttention
+from perception.models.published.geometry import NUSCENES_EGO_FROM_LIDAR
 from perception.types import CameraRig, Frame, Polylines
 
 AHEAD = torch.tensor([[0.0, 0, 1, 1.5], [-1, 0, 0, 0], [0, -1, 0, 1.6], [0, 0, 0, 1]])

@@ -6,21 +6,16 @@ import numpy as np
 import pytest
 import torch
 
+from perception.cameras import pixel_rays, see_points
 from perception.errors import CheckpointError, ConfigError
 from perception.geometry import project_points, rigid_from_yaw
 from perception.grid import BEVGrid
 from perception.models.backbone import FPNEncoder
-from perception.models.bev_encoder import (
-    SpatialCrossAttention,
-    TemporalFusion,
-    depth_position,
-    pixel_rays,
-    read_depth,
-    see_points,
-)
-from perception.models.bev_transformer import BEVTransformer, BEVTransformerConfig
+from perception.models.bev_transformer.config import BEVTransformerConfig
+from perception.models.bev_transformer.decoder import BoxReading, decode
+from perception.models.bev_transformer.encoder import SpatialCrossAttention, TemporalFusion, depth_position, read_depth
+from perception.models.bev_transformer.model import BEVTransformer
 from perception.models.checkpoint import load_checkpoint, save_checkpoint
-from perception.models.decoder import BoxReading, decode
 from perception.types import CameraRig, Frame, ImagePrediction, Prediction, map_tensors
 
 CONFIG = BEVTransformerConfig.preset(

@@ -16,11 +16,11 @@ import pytest
 from onnx import numpy_helper
 
 from perception.errors import CheckpointError, ConfigError
-from perception.export.drive import camera_frame, frame_inputs, replay_frames
 from perception.export.latency import largest_difference
 from perception.export.openvino_session import BFLOAT16, FLOAT32, openvino_core
 from perception.export.parity import certify
 from perception.export.quantize import changed
+from perception.export.replay import camera_frame, frame_inputs, replay_frames
 from perception.export.runtime import Runtime
 
 # Asking for the module itself would import it with its telemetry.

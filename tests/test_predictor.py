@@ -9,10 +9,11 @@ from conftest import noisy
 
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import CheckpointError, ConfigError, DataError
-from perception.evaluation.streaming import predict_stream
-from perception.models.bev_transformer import BEVTransformer, BEVTransformerConfig
+from perception.inference.predictor import Predictor, shipped_weights, weights_file
+from perception.inference.sequence import predict_stream
+from perception.models.bev_transformer.config import BEVTransformerConfig
+from perception.models.bev_transformer.model import BEVTransformer
 from perception.models.checkpoint import save_checkpoint
-from perception.predictor import Predictor, shipped_weights, weights_file
 from perception.synthetic import VERSION
 from perception.types import map_tensors
 
@@ -66,7 +67,7 @@ class Drive:
 
 
 @pytest.fixture(scope="module")
-def replay_frames(town_root) -> Drive:
+def drive(town_root) -> Drive:
     return Drive(town_root)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from perception.models.published_backbone import PublishedBackboneConfig, PublishedFPN, PublishedResNet
+from perception.models.published.backbone import PublishedBackboneConfig, PublishedFPN, PublishedResNet
 from perception.ops.deformable import deformable_attention
 
 

@@ -13,23 +13,18 @@ from torch import nn
 from perception.data.loader import collate
 from perception.data.nuscenes import NuScenesDataset
 from perception.engine import TrainingModel, dry_run, load_config, train
-from perception.engine.training import build_optimizer, make_core
+from perception.engine.training import build_optimizer
+from perception.engine.weights import make_core
 from perception.errors import ConfigError
-from perception.models.bevformer import BEVFormerConfig, RawBoxes, decode_boxes
-from perception.models.checkpoint import build_network, load_checkpoint
-from perception.models.maptr import MapTRConfig, RawLines
-from perception.models.published_backbone import FPNConfig
-from perception.published_losses import (
-    LINE_LOSS_WEIGHTS,
-    bevformer_losses,
-    encode_lidar_boxes,
-    lidar_boxes,
-    losses_of,
-    maptr_losses,
-    match_boxes,
-    match_lines,
-    published_orderings,
-)
+from perception.models import build_network
+from perception.models.bevformer.config import BEVFormerConfig
+from perception.models.bevformer.losses import bevformer_losses, encode_lidar_boxes, lidar_boxes, match_boxes
+from perception.models.bevformer.model import RawBoxes, decode_boxes
+from perception.models.checkpoint import load_checkpoint
+from perception.models.maptr.config import MapTRConfig
+from perception.models.maptr.losses import LINE_LOSS_WEIGHTS, maptr_losses, match_lines, published_orderings
+from perception.models.maptr.model import RawLines
+from perception.models.published.backbone import FPNConfig
 from perception.synthetic import VERSION
 from perception.types import Polylines, map_tensors
 
@@ -195,10 +190,10 @@ def test_what_is_true_costs_nothing(network, town_root):
     logits = torch.full((1, *label.shape, 10 if network == "bevformer" else 3), -9.0)
     logits[0, 0, torch.arange(label.shape[1])[known[0]], label[known]] = 9.0
     prediction = (RawBoxes if network == "bevformer" else RawLines)(logits, params)
-    losses = losses_of(model, prediction, gt, frame)
+    losses = model.loss(prediction, gt, frame)
     assert known.sum() > 3 and all(loss.item() < 1e-2 for loss in losses.values())
     moved = prediction._replace(**{prediction._fields[1]: prediction[1] + 0.1})
-    assert sum(losses_of(model, moved, gt, frame).values()) > 0.1
+    assert sum(model.loss(moved, gt, frame).values()) > 0.1
 
 
 @pytest.mark.parametrize("preset", ["bevformer_tiny", "maptr_tiny_r50_24e_gkt", "maptrv2_nusc_r50_24ep"])

@@ -13,9 +13,9 @@ from onnx.version_converter import convert_version
 
 from perception.errors import ConfigError
 from perception.export.contract import read_contract
-from perception.export.drive import camera_frame, frame_inputs, replay_frames
 from perception.export.parity import certify
 from perception.export.reference import ReferenceSession, grid_sample, resize_linear
+from perception.export.replay import camera_frame, frame_inputs, replay_frames
 from perception.export.runtime import Runtime, session_options
 from perception.export.second_reading import LARGEST, READINGS, SHARES, SecondExecutor, as_parsed
 

@@ -13,6 +13,7 @@ from torch import nn
 from perception.data.loader import pad_lines
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError
+from perception.evaluation.dataset import evaluate_scenes
 from perception.evaluation.robustness import (
     BadImages,
     MissingCamera,
@@ -23,11 +24,12 @@ from perception.evaluation.robustness import (
     evaluate_robustness,
     plan_trials,
 )
-from perception.evaluation.streaming import evaluate_scenes, predict_stream
 from perception.geometry import invert_rigid, project_points, transform_points
-from perception.models.bev_transformer import BEVTransformer, BEVTransformerConfig
+from perception.inference.sequence import predict_stream
+from perception.models.bev_transformer.config import BEVTransformerConfig
+from perception.models.bev_transformer.decoder import decode
+from perception.models.bev_transformer.model import BEVTransformer
 from perception.models.checkpoint import save_checkpoint
-from perception.models.decoder import decode
 from perception.synthetic import VERSION
 from perception.types import ImagePrediction, Prediction, State
 
@@ -43,8 +45,7 @@ model = dict(preset="nano", image_size=(64, 96), grid=(20, 20), channels=16, dep
 train_data = dict(dataroot={root!r}, version={version!r}, split="town_val")
 val_data = dict(dataroot={root!r}, version={version!r}, split="town_val")
 train = dict(image_epochs=0, epochs=1, batch_size=1, streams=1, frames_per_clip=1, drop_frames=0.0, lr=1e-3,
-weight_decay=0.0,
-             warmup_iters=1, grad_clip=1.0, ema_momentum=0.0, val_every=1, log_every=1, workers=0)
+             weight_decay=0.0, warmup_iters=1, grad_clip=1.0, ema_momentum=0.0, val_every=1, log_every=1, workers=0)
 """
 
 

@@ -19,11 +19,11 @@ from host_cuda import HostContext, HostCuda, HostEngine, HostRuntime, HostTensor
 from perception.errors import CheckpointError, ConfigError, DataError, PerceptionWarning
 from perception.export import latency
 from perception.export.contract import ImageInputs, read_contract
-from perception.export.drive import camera_frame, replay_frames
 from perception.export.parity import certify
+from perception.export.replay import camera_frame, replay_frames
 from perception.export.runtime import Runtime
 from perception.export.tensorrt import build_engines, runtime_name
-from perception.predictor import Predictor
+from perception.inference.predictor import Predictor
 from perception.types import CameraRig, map_tensors
 
 

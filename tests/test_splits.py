@@ -9,19 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from perception.data.geographic_split import geographic_split, scenes_within
+from perception.data.leakage import Keyframes, draw_leakage, measure_leakage, read_keyframes
 from perception.data.nuscenes import NuScenesDataset
-from perception.data.splits import (
-    Keyframes,
-    draw_leakage,
-    geographic_split,
-    is_split_file,
-    measure_leakage,
-    read_keyframes,
-    read_split_file,
-    scenes_within,
-    split_scenes,
-    write_split_file,
-)
+from perception.data.splits import is_split_file, read_split_file, split_scenes, write_split_file
 from perception.errors import ConfigError, DataError
 from perception.evaluation.detection import evaluate_detection, load_tables
 from perception.types import FrameObjects, Polylines

@@ -10,8 +10,11 @@ import torch
 from perception.data.loader import pad_boxes, pad_lines
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError, DataError
-from perception.evaluation.streaming import evaluate_scenes, map_lines, predict_stream, published_gt
-from perception.models.bev_transformer import BEVTransformer, BEVTransformerConfig
+from perception.evaluation.dataset import evaluate_scenes, published_gt
+from perception.evaluation.submission import map_lines
+from perception.inference.sequence import predict_stream
+from perception.models.bev_transformer.config import BEVTransformerConfig
+from perception.models.bev_transformer.model import BEVTransformer
 from perception.synthetic import VERSION
 from perception.types import FrameObjects, MapLine, map_tensors
 

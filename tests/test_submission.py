@@ -14,10 +14,11 @@ import torch
 from perception.data.loader import pad_boxes, pad_lines
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import DataError
+from perception.evaluation.dataset import evaluate_scenes, save_submissions
 from perception.evaluation.lanes import evaluate_lanes
-from perception.evaluation.streaming import evaluate_scenes, save_submissions
 from perception.evaluation.submission import check_samples, read_submission, write_lanes
-from perception.models.bev_transformer import BEVTransformer, BEVTransformerConfig
+from perception.models.bev_transformer.config import BEVTransformerConfig
+from perception.models.bev_transformer.model import BEVTransformer
 from perception.models.checkpoint import save_checkpoint
 from perception.types import LINE_CLASSES, FrameObjects, MapLine, map_tensors
 

@@ -7,9 +7,10 @@ import torch
 
 from perception.export.latency import resident_bytes
 from perception.geometry import box_corners, invert_rigid, project_points, transform_points
-from perception.losses import set_losses
-from perception.models.bev_transformer import BEVTransformer, BEVTransformerConfig
-from perception.models.decoder import decode
+from perception.models.bev_transformer.config import BEVTransformerConfig
+from perception.models.bev_transformer.decoder import decode
+from perception.models.bev_transformer.losses import frame_losses
+from perception.models.bev_transformer.model import BEVTransformer
 from perception.types import Boxes, CameraRig, Frame, FrameObjects, Polylines, map_tensors
 
 STEP = 0.5  # seconds
@@ -83,7 +84,7 @@ def test_velocity_is_learned_from_memory_and_only_from_memory():
             now = place + velocity * STEP * (t - 2)
             frame = show(now, t == 0)
             prediction, state = model(frame, state)
-            total = total + sum(set_losses(prediction, moving(now, velocity), frame, model.grid).values())
+            total = total + sum(frame_losses(prediction, moving(now, velocity), frame, model.grid).values())
         optimizer.zero_grad()
         total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)

@@ -30,14 +30,14 @@ from perception.benchmark.frames import (
 )
 from perception.benchmark.stages import Recorder
 from perception.data.nuscenes import NuScenesDataset
-from perception.evaluation.streaming import evaluate_scenes
+from perception.evaluation.dataset import evaluate_scenes
 from perception.export.certificate import METRICS, Certificate, Replay
 from perception.export.contract import ImageInputs
-from perception.export.drive import camera_frame, frame_inputs, replay_frames
 from perception.export.onnx import DeployedNetwork
 from perception.export.parity import largest_and_mean, matched_distances, raw_differences, raw_queries
+from perception.export.replay import camera_frame, frame_inputs, replay_frames
 from perception.export.runtime import scene_of
-from perception.models.checkpoint import Network
+from perception.models import Network
 from perception.synthetic import VERSION, simulate
 from perception.types import FrameObjects, map_tensors
 

@@ -21,14 +21,12 @@ from torch.profiler import ProfilerActivity, profile
 from perception.benchmark.stages import Recorder
 from perception.errors import CheckpointError
 from perception.export.contract import ImageInputs
-from perception.export.drive import aligned
-from perception.export.onnx import example_inputs, raw_outputs
-from perception.models.bev_transformer import BEVTransformer, BEVTransformerConfig
-from perception.models.bevformer import BEVFormer
-from perception.models.checkpoint import PUBLISHED, Network, build_network, load_checkpoint
-from perception.models.maptr import MapTR
+from perception.export.onnx import example_inputs, named_raw_outputs, raw_names
+from perception.export.replay import aligned
+from perception.inference.predictor import shipped_weights, weights_file
+from perception.models import Network, build_network, preset_config
+from perception.models.checkpoint import load_checkpoint
 from perception.ops.bilinear import preferred_implementation
-from perception.predictor import shipped_weights, weights_file
 from perception.types import CameraRig, Frame, FrameObjects, Prediction, State, map_tensors
 
 CAMERAS = 6
@@ -100,8 +98,8 @@ def check_model(name: str) -> None:
     """
     if name.endswith(".safetensors") and not Path(name).is_file():
         raise CheckpointError(f"{name}: no such checkpoint; give the path of a .safetensors file that training wrote")
-    if not has_weights(name) and name not in PUBLISHED:
-        BEVTransformerConfig.preset(name)
+    if not has_weights(name):
+        preset_config(name)
 
 
 def has_weights(name: str) -> bool:
@@ -124,7 +122,7 @@ def network_of(name: str, device: torch.device) -> Network:
     torch.manual_seed(0)
     if has_weights(name):
         return load_checkpoint(weights_file(name))[0].to(device)
-    network = build_network(PUBLISHED[name]() if name in PUBLISHED else BEVTransformerConfig.preset(name)).to(device)
+    network = build_network(preset_config(name)).to(device)
     with torch.no_grad():
         for parameter in network.parameters():
             if parameter.ndim > 1 and not parameter.any():  # else outputs would not depend on the images
@@ -378,14 +376,14 @@ def differences(
 ) -> dict[str, list[float] | None]:
     """Largest and mean difference of memory, raw boxes and raw lines of the last layer; None where one is not finite.
 
-    Numbers larger than one count in units of themselves. Boxes are compared in the order that fits best, since queries
-    start at the peaks of a map, which may change places.
+    Numbers larger than one count in units of themselves. Queries are compared in the order that fits best, since
+    some start at the peaks of a map, whose order may change.
     """
     pairs = {"memory": [noun[2].bev.flatten()[:, None] for noun in (wanted, found)]}
-    for kind, without in (("box", MapTR), ("line", BEVFormer)):
-        if not isinstance(network, without):
-            raws = [raw_outputs(noun[0], kind) for noun in (wanted, found)]
-            pairs[kind] = [torch.cat([part[-1, 0].float().flatten(1) for part in raw], 1) for raw in raws]  # [Q, ...]
+    for kind in network.finds:
+        raws = [named_raw_outputs(network, noun[0]) for noun in (wanted, found)]
+        names = raw_names(network, kind)
+        pairs[kind] = [torch.cat([raw[name][0].float().flatten(1) for name in names], 1) for raw in raws]  # [Q, ...]
     result: dict[str, list[float] | None] = {}
     for name, (one, other) in pairs.items():
         if not one.numel():
@@ -394,7 +392,7 @@ def differences(
         if not np.isfinite(other).all():
             result[name] = None
             continue
-        if name == "box" and isinstance(network, BEVTransformer):
+        if name != "memory":
             other = other[aligned(one, other)]
         off = np.abs(one - other) / np.maximum(1, np.abs(one))
         result[name] = [float(off.max()), float(off.mean())]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from perception.benchmark.frames import CAMERAS, DTYPES, captured, network_of, take_turns, timings
 from perception.benchmark.stages import Recorder
-from perception.models.bev_transformer import BEVTransformer
+from perception.models.bev_transformer.model import BEVTransformer
 from perception.ops import sample_bev, sample_cameras
 
 LIMIT = 20.0  # seconds of one measurement, compiling a kernel included

@@ -22,9 +22,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from perception.benchmark.frames import CAMERAS, frame_of, network_of, wait
 from perception.benchmark.stages import Recorder
-from perception.data.loader import collate, fit_image, pad_boxes, pad_lines
-from perception.losses import set_losses
-from perception.models.bev_transformer import BEVTransformer
+from perception.data.loader import collate, pad_boxes, pad_lines
+from perception.inference.fitting import fit_image
+from perception.models.bev_transformer.losses import frame_losses
+from perception.models.bev_transformer.model import BEVTransformer
 from perception.types import (
     ATTRIBUTES,
     BOX_CLASSES,
@@ -138,7 +139,7 @@ class Step:
                 prediction, state = self.network(now.frames, state)
             with self._timed("losses", marks):
                 prediction = map_tensors(Tensor.float, prediction)
-                losses = set_losses(prediction, now.gt, now.frames, self.network.grid)
+                losses = frame_losses(prediction, now.gt, now.frames, self.network.grid)
                 total = total + sum(losses.values()) / T
         with self._timed("backward", marks):
             total.backward()

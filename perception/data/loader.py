@@ -16,6 +16,7 @@ from torch.utils.data import Sampler
 
 from perception.errors import ConfigError, DataError
 from perception.geometry import resample_polyline
+from perception.inference.fitting import fit_image
 from perception.types import Boxes, Clip, FrameObjects, MapLine, Polylines
 
 
@@ -49,32 +50,6 @@ def decode_image(
         raise DataError(f"{path} is missing: copy the dataset's images again") from None
     except OSError as error:  # PIL says so for truncated and for unknown files
         raise DataError(f"{path} cannot be read as an image ({error}): copy it again") from None
-
-
-def fit_image(image: Image.Image, img_from_cam: np.ndarray, image_size: tuple[int, int]) -> tuple[Tensor, np.ndarray]:
-    """An image at the network's size: scaled until it covers it, cropped at the top and equally at both sides.
-
-    Args:
-        image: of any size; one that was opened but not read yet is decoded here, as small as will do.
-        img_from_cam: [3, 3] calibration in its pixels.
-        image_size: height and width wanted.
-
-    Returns:
-        As `decode_image`.
-    """
-    H, W = image_size
-    full_w, full_h = image.size
-    scale = max(W / full_w, H / full_h)
-    left, top = (full_w - W / scale) / 2, full_h - H / scale
-    # JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, several times faster.
-    image.draft("RGB", (int(np.ceil(full_w * scale)), int(np.ceil(full_h * scale))))
-    shrink = 1
-    while full_w > image.size[0] * shrink:
-        shrink *= 2
-    box = (left / shrink, top / shrink, full_w / shrink - left / shrink, full_h / shrink)
-    pixels = image.convert("RGB").resize((W, H), Image.Resampling.BILINEAR, box=box)
-    adapted = np.array([[scale, 0, -left * scale], [0, scale, -top * scale], [0, 0, 1]]) @ img_from_cam
-    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).contiguous(), adapted  # [3, H, W]
 
 
 def pad_boxes(boxes: Sequence[Boxes], count: int = 0) -> Boxes:

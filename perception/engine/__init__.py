@@ -3,7 +3,8 @@
 from perception.engine.comparison import Comparison, Cost, compare, measure_costs
 from perception.engine.config import DataSection, TrainConfig, TrainSection, build_dataset, load_config, parse_options
 from perception.engine.dry_run import DryRun, dry_run
-from perception.engine.training import TrainingModel, load_weights, train
+from perception.engine.training import TrainingModel, train
+from perception.engine.weights import load_weights
 
 __all__ = [
     "Comparison",

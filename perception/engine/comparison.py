@@ -15,7 +15,8 @@ from perception.engine.config import TrainConfig, build_dataset
 from perception.engine.dry_run import forward_gflops
 from perception.engine.training import train
 from perception.errors import ConfigError
-from perception.models.checkpoint import build_network, load_checkpoint
+from perception.models import build_network
+from perception.models.checkpoint import load_checkpoint
 from perception.types import map_tensors
 
 HEADLINE = ("nds", "mAP", "mATE", "mAOE", "mAVE", "lane_mAP")

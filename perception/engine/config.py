@@ -20,10 +20,8 @@ from mmengine.config import Config
 from perception.data.augment import Augment
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError, DataError
-from perception.models.bev_transformer import BEVTransformerConfig
-from perception.models.bevformer import BEVFormerConfig
-from perception.models.checkpoint import PUBLISHED, NetworkConfig
-from perception.models.published_backbone import FPNConfig, PublishedBackboneConfig
+from perception.models import NetworkConfig, preset_config
+from perception.models.base import dataclass_for
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,9 @@ class TrainSection:
     val_every: int  # epochs between two validations; the last epoch is always validated
     log_every: int  # iterations between two lines of the log
     workers: int  # processes that load clips; 0 loads them in the training process
-    disabled_losses: tuple[str, ...] = ()  # losses that are left out, by their names in perception.losses.LOSS_WEIGHTS
+    disabled_losses: tuple[
+        str, ...
+    ] = ()  # losses that are left out, by their names in perception.models.bev_transformer.losses.LOSS_WEIGHTS
     backbone_lr_mult: float = 1.0  # of lr that the backbone of the image encoder learns with
     frozen_stages: int = -1  # of the image encoder: 0 holds the stem as it is, n the first n stages too, -1 nothing
     backbone_weights: str = (
@@ -140,20 +140,24 @@ def model_config(section: dict, where: str) -> NetworkConfig:
     """The config of a network from a preset and overrides.
 
     Args:
-        section: `preset`, of the flagship ("nano", "tiny" or "base") or of a published network (a key of
-            `perception.models.checkpoint.PUBLISHED`), and any fields of its config.
+        section: `preset`, of the flagship ("nano", "tiny" or "base") or another network of `perception.models`, such
+            as "bevformer_tiny", and any fields of its config.
         where: the file that holds the section, for errors.
 
     Raises:
         ConfigError: the preset or a field does not exist, or a value has the wrong type.
     """
-    preset = section.get("preset") if isinstance(section, dict) else None
-    published = PUBLISHED[preset]() if preset in PUBLISHED else None
-    hints = typing.get_type_hints(type(published) if published else BEVTransformerConfig)
-    _check_keys(where, "model", section, {"preset", *hints}, {"preset"})
-    changes = {key: _typed(f"{where}: model.{key}", value, hints.get(key, str)) for key, value in section.items()}
-    name = changes.pop("preset")
-    return dataclasses.replace(published, **changes) if published else BEVTransformerConfig.preset(name, **changes)
+    if not isinstance(section, dict) or "preset" not in section:
+        _check_keys(where, "model", section, set(section) if isinstance(section, dict) else set(), {"preset"})
+    preset = section["preset"]
+    if not isinstance(preset, str):
+        raise ConfigError(f"{where}: model.preset is {preset!r}; it must be of type str")
+    config = preset_config(preset)
+    known = {field.name for field in dataclasses.fields(config)}
+    _check_keys(where, "model", section, {"preset", *known}, {"preset"})
+    hints = typing.get_type_hints(type(config))
+    changes = {key: _typed(f"{where}: model.{key}", section[key], hints[key]) for key in section if key != "preset"}
+    return dataclasses.replace(config, **changes)
 
 
 def build_dataset(section: DataSection, model: NetworkConfig) -> NuScenesDataset:
@@ -171,7 +175,7 @@ def build_dataset(section: DataSection, model: NetworkConfig) -> NuScenesDataset
         section.version,
         section.split,
         image_size=model.image_size,
-        points_per_line=20 if isinstance(model, BEVFormerConfig) else model.line_points,
+        points_per_line=model.line_points,
         augment=section.augment,
     )
 
@@ -202,10 +206,9 @@ def _typed(where: str, value, kind):
     if kind == Augment | None:
         path, _, key = where.partition(": ")
         return None if value is None else _parse(path, key, value, Augment)
-    if kind == PublishedBackboneConfig | FPNConfig:
+    if isinstance(value, dict) and (kinds := [k for k in typing.get_args(kind) if dataclasses.is_dataclass(k)]):
         path, _, key = where.partition(": ")
-        torchvision = isinstance(value, dict) and "name" in value
-        return _parse(path, key, value, FPNConfig if torchvision else PublishedBackboneConfig)
+        return _parse(path, key, value, dataclass_for(value, kinds))
     origin = typing.get_origin(kind)
     if isinstance(kind, types.UnionType):
         kind = next((part for part in typing.get_args(kind) if isinstance(value, str) == (part is str)), kind)

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from perception.data.loader import TrainSampler, collate
 from perception.engine.config import DataSection, TrainConfig, build_dataset
 from perception.engine.training import TrainingModel, build_optimizer, check_trainable
-from perception.models.checkpoint import Network, build_network
+from perception.models import Network, build_network
 from perception.synthetic import VERSION, simulate
 from perception.types import Frame, map_tensors
 

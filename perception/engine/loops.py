@@ -21,8 +21,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from perception.errors import TrainingError
-from perception.evaluation.streaming import evaluate_scenes, predict_stream
-from perception.models.checkpoint import Network, halve, save_checkpoint
+from perception.evaluation.dataset import evaluate_scenes
+from perception.inference.sequence import predict_stream
+from perception.models import Network
+from perception.models.checkpoint import halve, save_checkpoint
 from perception.types import Clip, State, map_tensors
 
 

@@ -7,7 +7,6 @@ in `perception.engine.loops`, which are handed to the Runner as classes; nothing
 from __future__ import annotations
 
 import os
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -29,12 +28,9 @@ from perception.engine.loops import (
     StreamTrainLoop,
     StreamValLoop,
 )
-from perception.errors import CheckpointError, ConfigError
-from perception.losses import LOSS_WEIGHTS, image_losses, set_losses
-from perception.models.backbone import load_backbone
-from perception.models.bev_transformer import BEVTransformer, BEVTransformerConfig
-from perception.models.checkpoint import Network, NetworkConfig, build_network, load_checkpoint, misfits
-from perception.published_losses import loss_weights, losses_of
+from perception.engine.weights import make_core
+from perception.errors import ConfigError
+from perception.models import Network, network_class
 from perception.types import Clip, State, map_tensors
 
 
@@ -52,7 +48,7 @@ class TrainingModel(BaseModel):
     def __init__(self, core: Network, disabled_losses: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.core, self.disabled_losses = core, disabled_losses
-        weights = LOSS_WEIGHTS if isinstance(core, BEVTransformer) else loss_weights(core)
+        weights = core.loss_weights
         if unknown := sorted(set(disabled_losses) - set(weights)):
             raise ConfigError(f"train.disabled_losses names {unknown[0]!r}; the losses are {', '.join(weights)}")
         if set(disabled_losses) == set(weights):
@@ -78,10 +74,7 @@ class TrainingModel(BaseModel):
         B, T = clip.sample_index.shape
         if images_only:
             flat = map_tensors(lambda tensor: tensor.flatten(0, 1), clip)
-            shown = self.core.encode_images(flat.frames)[0]
-            with torch.autocast(flat.sample_index.device.type, enabled=False):
-                shown = map_tensors(Tensor.float, shown)
-                return self._checked(image_losses(shown, flat.gt.boxes, flat.frames)), state
+            return self._checked(self.core.image_loss(flat.frames, flat.gt)), state
         state = self.core.initial_state(B) if state is None else state
         losses: dict[str, Tensor] = {}
         for t in range(T):
@@ -90,11 +83,7 @@ class TrainingModel(BaseModel):
             # Matching and losses stay in float32 whatever the network runs in.
             with torch.autocast(clip.sample_index.device.type, enabled=False):
                 prediction = map_tensors(Tensor.float, prediction)
-                if isinstance(self.core, BEVTransformer):
-                    told = set_losses(prediction, now.gt, now.frames, self.core.grid)
-                else:
-                    told = losses_of(self.core, prediction, now.gt, now.frames)
-                for name, loss in told.items():
+                for name, loss in self.core.loss(prediction, now.gt, now.frames).items():
                     losses[name] = losses[name] + loss / T if name in losses else loss / T
         return self._checked(losses), map_tensors(Tensor.detach, state)
 
@@ -176,28 +165,6 @@ def join_processes(launcher: str) -> None:
         raise ConfigError(f"--launcher {launcher} needs a GPU per process and finds none; torchrun can do without")
 
 
-def make_core(config: TrainConfig) -> Network:
-    """The network that a training starts with.
-
-    Raises:
-        CheckpointError: the weights to start from are missing or belong to another network.
-        ConfigError: weights are given twice, or not so many stages can be frozen.
-    """
-    section = config.train
-    if section.init_from and section.backbone_weights:
-        raise ConfigError(
-            "train.init_from and train.backbone_weights are both given; the first holds a backbone already"
-        )
-    core = build_network(config.model)
-    if section.init_from:
-        core.load_state_dict(load_weights(section.init_from, config.model, any_size=True).state_dict())
-    backbone = core.image_encoder.backbone
-    if section.backbone_weights:
-        load_backbone(backbone, section.backbone_weights)
-    backbone.freeze(section.frozen_stages)
-    return core
-
-
 def check_trainable(config: TrainConfig) -> None:
     """Refuses a config that is for evaluation only.
 
@@ -207,54 +174,10 @@ def check_trainable(config: TrainConfig) -> None:
     for name in ("train", "train_data"):
         if getattr(config, name) is None:
             raise ConfigError(f"config {config.name} has no section {name}: it is for evaluation; choose another one")
-    if config.train.image_epochs and not isinstance(config.model, BEVTransformerConfig):
+    if config.train.image_epochs and network_class(config.model).image_loss is None:
         raise ConfigError(
             f"config {config.name}: train.image_epochs must be 0, its network has no losses in the images"
         )
-
-
-def load_weights(path: str | Path, model_config: NetworkConfig, *, any_size: bool = False) -> Network:
-    """A network in evaluation mode with the weights of a file.
-
-    Args:
-        path: weights exported by training (`.safetensors`) or a training checkpoint (`.pth`).
-        model_config: the network that is wanted.
-        any_size: the file may be of a network for images of another size; no weight depends on it.
-
-    Raises:
-        CheckpointError: the file is missing, unreadable, or belongs to another architecture.
-    """
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        core, _ = load_checkpoint(path)
-        if type(core.config) is not type(model_config):
-            raise CheckpointError(
-                f"{path}: holds a {type(core).__name__}, the config wants another network; use the config it belongs to"
-            )
-        for field in fields(model_config):
-            has, wants = getattr(core.config, field.name), getattr(model_config, field.name)
-            if has != wants and not (any_size and field.name == "image_size"):
-                raise CheckpointError(
-                    f"{path}: its network has {field.name}={has}, the config's model has {wants}; use the config "
-                    "it was trained with"
-                )
-        return core
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint; give a .safetensors or .pth file that training wrote")
-    model = TrainingModel(build_network(model_config))
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    except Exception as error:  # whatever unpickling foreign bytes may raise
-        raise CheckpointError(
-            f"{path}: not a readable training checkpoint ({type(error).__name__}); give a file that training wrote, "
-            "or import one of the published code with scripts/import_checkpoint.py"
-        ) from None
-    for name in misfits(model, weights):
-        raise CheckpointError(
-            f"{path}: its {name} does not fit the config's model; evaluate with the config it was trained with"
-        )
-    model.load_state_dict(weights)
-    return model.core.eval()
 
 
 def _build_runner(config, work_dir, model, train_set, val_set, seed, resume, amp, launcher) -> Runner:

@@ -17,10 +17,12 @@ from tqdm import tqdm
 from perception.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt_camera, forget, missing_camera, yaw_cameras
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError
+from perception.evaluation.dataset import all_gt_lines, ego_poses
 from perception.evaluation.detection import evaluate_detection, load_tables
 from perception.evaluation.lanes import evaluate_lanes
-from perception.evaluation.streaming import Disturbance, all_gt_lines, ego_poses, map_lines, predict_stream
-from perception.models.bev_transformer import BEVTransformer
+from perception.evaluation.submission import map_lines
+from perception.inference.sequence import Disturbance, predict_stream
+from perception.models.bev_transformer.model import BEVTransformer
 from perception.types import Frame
 
 DEFAULT_SEVERITY = 2

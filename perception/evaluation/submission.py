@@ -29,7 +29,7 @@ import numpy as np
 
 from perception.errors import DataError
 from perception.files import write_json
-from perception.types import ATTRIBUTES, BOX_CLASSES, LINE_CLASSES, MapLine
+from perception.types import ATTRIBUTES, BOX_CLASSES, LINE_CLASSES, MapLine, Polylines
 
 CAMERA_ONLY = {"use_camera": True, "use_lidar": False, "use_radar": False, "use_map": False, "use_external": False}
 FRAME = "ego"
@@ -224,3 +224,9 @@ def _short(value: object) -> str:
     """A value for a message, on one line and not longer than that."""
     text = " ".join(json.dumps(value).split())
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def map_lines(lines: Polylines) -> list[MapLine]:
+    """The valid lines of one frame (no leading dimension) as a list."""
+    label, score, points = (x[lines.valid].cpu().numpy() for x in (lines.label, lines.score, lines.points))
+    return [MapLine(int(k), p.astype(np.float64), float(s)) for k, p, s in zip(label, points, score, strict=True)]

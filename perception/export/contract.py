@@ -17,7 +17,7 @@ import numpy as np
 
 from perception.errors import CheckpointError, ConfigError, DataError
 from perception.files import write_json
-from perception.live import JUMP_MARGIN_M, JUMP_MARGIN_RAD, MAX_GAP, MAX_SPEED, MAX_TURN_RATE
+from perception.inference.ego_motion import JUMP_MARGIN_M, JUMP_MARGIN_RAD, MAX_GAP, MAX_SPEED, MAX_TURN_RATE
 from perception.types import BOX_CLASSES, LINE_CLASSES
 
 CONTRACT, MODEL = "contract.json", "model.onnx"
@@ -70,12 +70,9 @@ MEANING = {
     "line_label": "index into line_classes",
     "line_score": "0..1, best first",
     "line_uncertainty": "expected error of each point along ego x and y, metres",
-    "raw_box_logits": "last decoder layer before decoding, for comparisons",
-    "raw_box_params": "last decoder layer before decoding, for comparisons",
-    "raw_line_logits": "last decoder layer before decoding, for comparisons",
-    "raw_line_points": "last decoder layer before decoding, for comparisons",
     "new_memory": "hand it in as memory at the next frame",
 }
+RAW_MEANING = "last decoder layer before decoding, for comparisons"  # of all outputs whose names start with raw_
 
 
 @dataclass(frozen=True)
@@ -213,6 +210,7 @@ def write_contract(
 
     image = IMAGE_FORMATS[images.image_format] + ", rows from the top; ignored while the camera is missing"
     meaning = MEANING | dict.fromkeys(images.names, image)
+    meaning |= {name: RAW_MEANING for name in outputs if name.startswith("raw_")}
 
     def described(arrays: Mapping[str, np.ndarray]) -> list[dict]:
         return [

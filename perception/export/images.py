@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from perception.export.contract import ImageInputs
+from perception.inference.fitting import fit_pixels, fitting_matrices, split_weights, whole_values
 
 # By format: the luma of black, and what R = luma + a Cr, G = luma - b Cb - c Cr, B = luma + d Cb multiply luma, a, b, c
 # and d by. The first is as OpenCV has it, the others follow from Kr and Kb of ITU-R BT.601 and BT.709.
@@ -24,7 +25,7 @@ NV12_COLORS = {
     "nv12-709": (16, 1.164384, 1.792741, 0.213249, 0.532909, 2.112402),
     "nv12-709-er": (0, 1.0, 1.5748, 0.187324, 0.468124, 1.8556),
 }
-COLOR_BITS, FIT_BITS = 20, 22  # of the weights behind the point
+COLOR_BITS = 20  # of the weights behind the point
 
 
 class ImagePreprocessing(nn.Module):
@@ -48,7 +49,9 @@ class ImagePreprocessing(nn.Module):
         self.register_buffer("img_from_raw", torch.stack([matrices[size][2] for size in images.sizes]))
         if images.is_nv12:
             self.black = NV12_COLORS[images.image_format][0]
-            self.register_buffer("rgb_from_yuv", split(torch.from_numpy(color_shares(images.image_format)), COLOR_BITS))
+            self.register_buffer(
+                "rgb_from_yuv", split_weights(torch.from_numpy(color_shares(images.image_format)), COLOR_BITS)
+            )
 
     def forward(self, buffers: Sequence[Tensor]) -> Tensor:
         """Bytes of each camera, of `ImageInputs.shape`, to [N, 3, H, W] float RGB 0..255."""
@@ -117,62 +120,3 @@ def from_rgb(rgb: np.ndarray, image_format: str) -> np.ndarray:
     chroma = yuv[..., 1:].reshape(H // 2, 2, W // 2, 2, 2).mean((1, 3)).reshape(H // 2, W) + 128
     image = np.concatenate([yuv[..., 0] + NV12_COLORS[image_format][0], chroma])
     return image.round().clip(0, 255).astype(np.uint8)
-
-
-def fit_pixels(pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Images [N, 3, raw H, raw W] at the network's size, with the matrices of `fitting_matrices`.
-
-    Bit for bit what Pillow makes of them: it counts in whole multiples of 2^-22 and rounds to whole grey values after
-    each of the two directions.
-    """
-    across = whole_values(pixels.transpose(2, 3), columns).transpose(2, 3)
-    return whole_values(across, rows)
-
-
-def whole_values(values: Tensor, weights: Tensor) -> Tensor:
-    """`weights @ values` rounded to whole numbers 0..255, exactly.
-
-    Args:
-        values: [..., K, P] whole numbers.
-        weights: [2, M, K] from `split`; they stand first, for what is multiplied by weights from the right is halved
-            in half precision.
-    """
-    coarse, fine = weights[0] @ values + 0.5, weights[1] @ values
-    whole = coarse.floor()
-    return (whole + (coarse - whole + fine).floor()).clamp(0, 255)
-
-
-def split(shares: Tensor, bits: int) -> Tensor:
-    """Whole multiples [M, K] of 2^-bits as [2, M, K] float32: multiples of 2^(11 - bits), and the rest."""
-    shares = shares.double()
-    coarse = (shares / 2**11).floor() * 2**11
-    return (torch.stack([coarse, shares - coarse]) / 2**bits).float()
-
-
-def fitting_matrices(raw_size: tuple[int, int], image_size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """What `perception.data.loader.fit_image` does, as products with constant matrices.
-
-    Pillow's bilinear filter is a triangle as wide as the scale; every row of a matrix holds the weights of one pixel.
-
-    Args:
-        raw_size, image_size: height and width given and wanted.
-
-    Returns:
-        rows [2, H, raw H], columns [2, W, raw W], the coarse and the fine part of each, and img_from_raw [3, 3] for the
-        calibration.
-    """
-    (H, W), (raw_h, raw_w) = image_size, raw_size
-    scale = max(W / raw_w, H / raw_h)
-    left, top = (raw_w - W / scale) / 2, raw_h - H / scale
-    img_from_raw = torch.tensor([[scale, 0, -left * scale], [0, scale, -top * scale], [0, 0, 1]])
-
-    def weights(count: int, given: int, start: float, end: float) -> Tensor:
-        start, end = np.float32(start), np.float32(end)  # as Pillow keeps them
-        step = float(end - start) / count
-        middle = float(start) + (torch.arange(count, dtype=torch.float64)[:, None] + 0.5) * step
-        reach = max(step, 1.0)
-        distance = (torch.arange(given, dtype=torch.float64) + 0.5 - middle) / reach
-        triangle = (1 - distance.abs()).clamp(min=0)
-        return split((triangle / triangle.sum(1, keepdim=True) * 2**FIT_BITS + 0.5).floor(), FIT_BITS)
-
-    return weights(H, raw_h, top, raw_h), weights(W, raw_w, left, raw_w - left), img_from_raw

@@ -17,13 +17,13 @@ from tqdm import tqdm
 
 from perception.errors import ConfigError
 from perception.export.contract import ImageInputs, read_contract
-from perception.export.drive import aligned
 from perception.export.engine_session import find_engine
 from perception.export.onnx import DeployedNetwork, example_inputs
 from perception.export.openvino_session import BFLOAT16, FLOAT32, openvino_core
 from perception.export.quantize import changed
+from perception.export.replay import aligned
 from perception.export.runtime import Runtime
-from perception.models.checkpoint import Network
+from perception.models import Network
 
 BACKENDS = ("pytorch", "compile", "ort", FLOAT32, BFLOAT16, "tensorrt")
 WARM_UP = 3  # passes that are not timed, of frames that follow one another; answers are compared after the last

@@ -31,11 +31,8 @@ from perception.export.lowering import OPSET, OPSET_FP8, TRACED, lower_graph
 from perception.export.progress import stage
 from perception.export.quantize import KINDS, quantize_graph, quiet, record
 from perception.files import replacing
-from perception.models.bevformer import BEVFormer, RawBoxes
-from perception.models.checkpoint import Network
-from perception.models.maptr import MapTR, RawLines
-from perception.models.maptrv2 import MapTRv2
-from perception.types import CameraRig, Frame, Prediction, State
+from perception.models import Network
+from perception.types import CameraRig, Frame, State
 
 if TYPE_CHECKING:
     import onnx
@@ -64,12 +61,9 @@ class DeployedNetwork(nn.Module):
         super().__init__()
         self.network = network
         self.remembers = network.initial_state(1).bev.numel() > 0
-        self.finds = tuple(
-            kind for kind, without in (("box", MapTR), ("line", BEVFormer)) if not isinstance(network, without)
-        )
         self.input_names = (*images.names, *CALIBRATION_AND_MOTION, *(("memory",) if self.remembers else ()))
         self.output_names = tuple(
-            name for kind in self.finds for name in (*OUTPUTS[kind], f"raw_{kind}_logits", f"raw_{kind}_places")
+            name for kind in network.finds for name in (*OUTPUTS[kind], *raw_names(network, kind))
         ) + (("new_memory",) if self.remembers else ())
         self.preprocess = ImagePreprocessing(images, network.config.image_size)
 
@@ -98,23 +92,25 @@ class DeployedNetwork(nn.Module):
         state = self.network.initial_state(1) if memory is None else State(memory)
         prediction, state = self.network(frame, state)
         scene = self.network.decode(prediction)
+        raw = named_raw_outputs(self.network, prediction)
         results = []
-        for kind in self.finds:
+        for kind in self.network.finds:
             noun = scene.boxes if kind == "box" else scene.lines
             for name in OUTPUTS[kind]:
                 result = getattr(noun, name.removeprefix(f"{kind}_"))[0]
                 results.append(result.int() if name.endswith("label") else result)
-            results += [raw[-1, 0] for raw in raw_outputs(prediction, kind)]
+            results += [raw[name][0] for name in raw_names(self.network, kind)]
         return (*results, state.bev) if self.remembers else tuple(results)
 
 
-def raw_outputs(prediction: Prediction | RawBoxes | RawLines, kind: str) -> tuple[Tensor, Tensor]:
-    """Logits and places (parameters of boxes, points of lines) of all layers, [L, B, Q, ...]."""
-    if not isinstance(prediction, Prediction):
-        return prediction
-    if kind == "box":
-        return prediction.box_logits, prediction.box_params
-    return prediction.line_logits, prediction.line_points
+def raw_names(network: Network, kind: str) -> tuple[str, ...]:
+    """Names of an export's outputs before decoding, of boxes ("box") or lines ("line"); logits are the first."""
+    return tuple(f"raw_{name}" for name in network.raw_names if name.startswith(f"{kind}_"))
+
+
+def named_raw_outputs(network: Network, prediction) -> dict[str, Tensor]:
+    """`Network.raw_outputs` [B, Q, ...] under the names that they have in an export."""
+    return {f"raw_{name}": x for name, x in zip(network.raw_names, network.raw_outputs(prediction), strict=True)}
 
 
 def example_inputs(network: Network, images: ImageInputs) -> tuple[tuple[Tensor, ...] | Tensor, ...]:
@@ -151,12 +147,12 @@ def check_export(network: Network, *, cameras: int, precision: str, for_cpu: boo
         ConfigError: the network is none that is exported, precision or cameras cannot be, or a weight is too large for
             float16.
     """
-    if isinstance(network, MapTRv2):
-        raise ConfigError("MapTRv2 is not exported: it sums up features where their depths say, which depends on data")
+    if network.no_export:
+        raise ConfigError(f"{type(network).__name__} is not exported: {network.no_export}")
     if cameras < 1:
         raise ConfigError(f"cameras is {cameras}; give at least 1")
-    wanted = getattr(network.config, "cameras", cameras)
-    if cameras != wanted:
+    wanted = network.config.cameras
+    if wanted is not None and cameras != wanted:
         raise ConfigError(f"cameras is {cameras}; this {type(network).__name__} was trained with {wanted}")
     if precision not in PRECISIONS:
         raise ConfigError(f"precision {precision!r} is not known; use one of {', '.join(PRECISIONS)}")

@@ -17,20 +17,20 @@ from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from tqdm import tqdm
 
-from perception.data.loader import fit_image
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import DataError
-from perception.evaluation.streaming import evaluate_scenes
+from perception.evaluation.dataset import evaluate_scenes
 from perception.export.certificate import METRICS, Certificate, Replay
 from perception.export.contract import MODEL, ImageInputs
-from perception.export.drive import CameraFrame, aligned, camera_frame, frame_inputs, replay_frames
 from perception.export.headroom import RangeMonitor
 from perception.export.images import ImagePreprocessing, to_rgb
-from perception.export.onnx import raw_outputs
+from perception.export.onnx import named_raw_outputs
 from perception.export.progress import stage
+from perception.export.replay import CameraFrame, aligned, camera_frame, frame_inputs, replay_frames
 from perception.export.runtime import Runtime
 from perception.export.second_reading import SecondExecutor
-from perception.models.checkpoint import Network
+from perception.inference.fitting import fit_image
+from perception.models import Network
 from perception.ops.bilinear import preferred_implementation
 from perception.types import Frame, FrameObjects, State, map_tensors
 
@@ -142,10 +142,9 @@ def replay(
         if second and len(originals) in second.frames:
             second.add(runtime.inputs | {"memory": memory}, runtime.outputs | {"new_memory": runtime.memory()})
         pairs = {"memory": (state.bev.numpy().ravel(), runtime.memory().ravel())} if state.bev.numel() else {}
-        for kind in ("box", "line"):
-            if f"raw_{kind}_logits" in runtime.outputs:
-                one = np.concatenate([raw[-1, 0].flatten(1) for raw in raw_outputs(prediction, kind)], 1)  # [Q, ...]
-                pairs[f"raw_{kind}"] = one, raw_queries(runtime.outputs, kind)
+        raw = {name: tensor[0].numpy() for name, tensor in named_raw_outputs(network, prediction).items()}
+        for kind in network.finds:
+            pairs[f"raw_{kind}"] = raw_queries(raw, kind), raw_queries(runtime.outputs, kind)
         for name, (one, other) in pairs.items():
             differences.setdefault(name, []).append(raw_differences(one, other))
         box_distances.append(matched_distances(scene.boxes.center.numpy(), said.boxes.center, scene.boxes, said.boxes))
@@ -199,8 +198,8 @@ def _exported(runtime: Runtime, inputs: Mapping[str, np.ndarray]) -> FrameObject
 
 
 def raw_queries(outputs: Mapping[str, np.ndarray], kind: str) -> np.ndarray:
-    """Joins the raw outputs of boxes ("box") or lines ("line") query by query: [Q, classes + places]."""
-    parts = [outputs[f"raw_{kind}_{part}"] for part in ("logits", "places")]
+    """Joins the raw outputs of boxes ("box") or lines ("line") query by query: [Q, values]."""
+    parts = [array for name, array in outputs.items() if name.startswith(f"raw_{kind}_")]
     return np.concatenate([part.reshape(len(part), -1) for part in parts], 1)
 
 

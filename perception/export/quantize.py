@@ -25,9 +25,9 @@ from tqdm import tqdm
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import DataError
 from perception.export.contract import ImageInputs
-from perception.export.drive import aligned, camera_frame, filled, frame_inputs, replay_frames
 from perception.export.half import WEIGHTED
 from perception.export.lowering import OPSET_FP8
+from perception.export.replay import aligned, camera_frame, filled, frame_inputs, replay_frames
 from perception.export.runtime import session_options
 
 RANGES_FROM, JUDGED_ON = 16, 6  # frames: spread over a drive, and one after the other
@@ -38,7 +38,13 @@ LARGEST_INT8, LARGEST_FP8 = 127.0, 448.0
 # out.
 BUDGET = 0.015
 PERCENTILE = 99.99  # of absolute values that a range holds; what lies beyond is cut off
-JUDGED = ("raw_box_logits", "raw_box_params", "raw_line_logits", "raw_line_points", "new_memory")
+
+
+def is_judged(name: str) -> bool:
+    """Tells whether an output counts when answers of two graphs are compared."""
+    return name.startswith("raw_") or name == "new_memory"
+
+
 Moment = Mapping[str, np.ndarray]  # the inputs of one pass by name
 
 
@@ -181,15 +187,17 @@ def changed(wanted: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -
     """
     shares = []
     for kind in ("box", "line"):
-        names = f"raw_{kind}_logits", f"raw_{kind}_places"
-        if names[0] not in wanted:
+        names = [name for name in wanted if name.startswith(f"raw_{kind}_")]  # logits are the first
+        if not names:
             continue
-        logits, places = (wanted[name].reshape(*wanted[name].shape[:2], -1) for name in names)  # [frames, Q, ...]
+        parts = [wanted[name].reshape(*wanted[name].shape[:2], -1) for name in names]  # [frames, Q, ...]
+        logits = parts[0]
         sure = 1 / (1 + np.exp(-logits.max(-1)))  # [frames, Q]
-        others = (found[name].reshape(part.shape) for name, part in zip(names, (logits, places), strict=True))
-        rows, other_rows = np.concatenate([logits, places], -1), np.concatenate(list(others), -1)
+        others = [found[name].reshape(part.shape) for name, part in zip(names, parts, strict=True)]
+        rows, other_rows = np.concatenate(parts, -1), np.concatenate(others, -1)
         off = np.abs(np.stack([b[aligned(a, b)] for a, b in zip(rows, other_rows, strict=True)]) - rows)
-        for part, values in zip(np.split(off, [logits.shape[-1]], -1), (logits, places), strict=True):
+        ends = np.cumsum([part.shape[-1] for part in parts])[:-1]
+        for part, values in zip(np.split(off, ends, -1), parts, strict=True):
             shares.append(np.average(part.mean(-1), weights=sure) / max(values.std(), 1e-6))
     if "new_memory" in wanted:
         memory = wanted["new_memory"]
@@ -288,7 +296,7 @@ def answers(model, moments: Sequence[Moment], precision: str = "fp32") -> dict[s
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), session_options(precision), providers=["CPUExecutionProvider"]
     )
-    names = [output.name for output in session.get_outputs() if output.name in JUDGED]
+    names = [output.name for output in session.get_outputs() if is_judged(output.name)]
     rows, memory = [], {}
     for moment in moments:
         rows.append(session.run(names, {**moment, **memory}))

@@ -19,17 +19,15 @@ import numpy as np
 
 from perception.errors import ConfigError, PerceptionWarning
 from perception.export.contract import MODEL, ImageInputs, check_graph, read_contract
-from perception.live import (
-    MAX_SPEED,
-    MAX_TURN_RATE,
+from perception.inference.checks import (
     NOT_FINITE,
-    EgoMotion,
     check_images,
     check_intrinsics,
     checked_rig,
     checked_setting,
     scene_is_finite,
 )
+from perception.inference.ego_motion import MAX_SPEED, MAX_TURN_RATE, EgoMotion
 from perception.types import Boxes, CameraRig, FrameObjects, Polylines, map_tensors
 
 BACKENDS = ("onnxruntime", "openvino", "openvino-bf16", "tensorrt")
@@ -209,7 +207,7 @@ class Runtime:
         global_from_ego: np.ndarray,
         time_s: float,
     ) -> FrameObjects:
-        """One frame, as `perception.predictor.Predictor.step`.
+        """One frame, as `perception.inference.predictor.Predictor.step`.
 
         Args:
             images: N arrays uint8, each of the size and in the format that the contract names for its camera (RGB

@@ -21,10 +21,10 @@ from onnx import helper, numpy_helper
 
 from perception.errors import ConfigError
 from perception.export.contract import MODEL
-from perception.export.drive import aligned
 from perception.export.nodes import opset_of
-from perception.export.quantize import JUDGED, changed
+from perception.export.quantize import changed, is_judged
 from perception.export.reference import ReferenceSession
+from perception.export.replay import aligned
 
 FIRST, LATER = 2, 0.75  # frames that are run again: so many from the start, and the one at this share of the drive
 LARGEST = 1e-3  # difference that passes in float32; what a reading alone may change in any precision
@@ -306,7 +306,7 @@ class SecondExecutor:
                 if name != "memory" and np.isfinite(other).all():
                     other = other[aligned(rows, other)]  # two equally good queries may come in either order
                 differences.setdefault(name, []).append(_relative(rows, other).ravel())
-        judged = [name for name in JUDGED if name in self._pairs[0][0]]
+        judged = [name for name in self._pairs[0][0] if is_judged(name)]
         wanted, found = (
             {name: np.stack([pair[side][name] for pair in self._pairs]) for name in judged} for side in (0, 1)
         )

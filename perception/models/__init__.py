@@ -1,1 +1,56 @@
-"""Networks: the flagship BEVTransformer and the parts it is made of."""
+"""Networks: the flagship BEVTransformer, and published networks that run the published weights.
+
+`NETWORKS` is the table that builds, saves and loads them by name. What a network has to be, is in
+`perception.models.base`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from perception.errors import ConfigError
+from perception.models.base import Network, NetworkConfig
+from perception.models.bev_transformer.config import BEVTransformerConfig
+from perception.models.bev_transformer.model import BEVTransformer
+from perception.models.bevformer.config import BEVFormerConfig
+from perception.models.bevformer.model import BEVFormer
+from perception.models.maptr.config import MapTRConfig
+from perception.models.maptr.model import MapTR
+from perception.models.maptrv2.config import MapTRv2Config
+from perception.models.maptrv2.model import MapTRv2
+
+NETWORKS: dict[str, tuple[type[NetworkConfig], Callable[[NetworkConfig], Network]]] = {
+    "bev_transformer": (BEVTransformerConfig, BEVTransformer),
+    "bevformer": (BEVFormerConfig, BEVFormer),
+    "maptr": (MapTRConfig, MapTR),
+    "maptrv2": (MapTRv2Config, MapTRv2),
+}
+
+__all__ = ["NETWORKS", "Network", "NetworkConfig", "build_network", "network_class", "network_name", "preset_config"]
+
+
+def network_name(config: NetworkConfig) -> str:
+    """The name in `NETWORKS` of the network that a config is for."""
+    return next(name for name, (kind, _) in NETWORKS.items() if type(config) is kind)
+
+
+def network_class(config: NetworkConfig) -> Callable[[NetworkConfig], Network]:
+    """The class of the network that a config is for."""
+    return NETWORKS[network_name(config)][1]
+
+
+def build_network(config: NetworkConfig) -> Network:
+    """A network with random weights."""
+    return network_class(config)(config)
+
+
+def preset_config(name: str) -> NetworkConfig:
+    """The config of a preset, such as "nano" or "bevformer_tiny".
+
+    Raises:
+        ConfigError: no network has a preset of this name.
+    """
+    presets = {name: make for kind, _ in NETWORKS.values() for name, make in kind.presets().items()}
+    if name not in presets:
+        raise ConfigError(f"model preset is {name!r}; use one of {', '.join(presets)}")
+    return presets[name]()

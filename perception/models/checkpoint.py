@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import safetensors
 import safetensors.torch
@@ -14,37 +15,10 @@ from torch import Tensor, nn
 
 from perception.errors import CheckpointError
 from perception.files import replacing
-from perception.models.bev_transformer import BEVTransformer, BEVTransformerConfig
-from perception.models.bevformer import BEVFormer, BEVFormerConfig
-from perception.models.maptr import MapTR, MapTRConfig
-from perception.models.maptrv2 import MapTRv2, MapTRv2Config
-from perception.models.published_backbone import FPNConfig, PublishedBackboneConfig
+from perception.models import NETWORKS, Network, NetworkConfig, build_network, network_name
+from perception.models.base import dataclass_for
 
 FORMAT = "perception-2"  # changes when old files can no longer be read
-ARCHITECTURES = {
-    "bev_transformer": (BEVTransformer, BEVTransformerConfig),
-    "bevformer": (BEVFormer, BEVFormerConfig),
-    "maptr": (MapTR, MapTRConfig),
-    "maptrv2": (MapTRv2, MapTRv2Config),
-}
-Network = BEVTransformer | BEVFormer | MapTR | MapTRv2
-NetworkConfig = BEVTransformerConfig | BEVFormerConfig | MapTRConfig
-# The configurations of the published networks, which a checkpoint is compared with.
-PUBLISHED = {
-    "bevformer_tiny": BEVFormerConfig.tiny,
-    "bevformer_small": BEVFormerConfig.small,
-    "bevformer_base": BEVFormerConfig.base,
-    "maptr_tiny_r50_24e_bevformer": MapTRConfig,
-    "maptr_tiny_r50_24e_gkt": MapTRConfig.gkt,
-    "maptrv2_nusc_r50_24ep": MapTRv2Config,
-    "maptrv2_nusc_r50_24ep_w_centerline": MapTRv2Config.with_centerlines,
-}
-PREFIXES = {"img_backbone.": "image_encoder.backbone.", "img_neck.": "image_encoder.neck.", "pts_bbox_head.": "head."}
-
-
-def build_network(config: NetworkConfig) -> Network:
-    """A network with random weights."""
-    return next(network for network, kind in ARCHITECTURES.values() if type(config) is kind)(config)
 
 
 def save_checkpoint(path: str | Path, model: Network, metrics: dict[str, float], half: bool = False) -> None:
@@ -59,10 +33,9 @@ def save_checkpoint(path: str | Path, model: Network, metrics: dict[str, float],
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     if half:
         tensors = halve(tensors)
-    architecture = next(name for name, (kind, _) in ARCHITECTURES.items() if isinstance(model, kind))
     metadata = {
         "format": FORMAT,
-        "architecture": architecture,
+        "architecture": network_name(model.config),
         "config": json.dumps(asdict(model.config)),
         "metrics": json.dumps(metrics),
     }
@@ -100,11 +73,10 @@ def load_checkpoint(path: str | Path) -> tuple[Network, dict[str, float]]:
     if metadata.get("format") != FORMAT:
         raise CheckpointError(f"{path}: format is {metadata.get('format')!r}, not {FORMAT!r}; train or import it again")
     architecture = metadata.get("architecture", "bev_transformer")
-    if architecture not in ARCHITECTURES:
+    if architecture not in NETWORKS:
         raise CheckpointError(f"{path}: architecture {architecture!r} is not known to this version; use a newer one")
-    kind = ARCHITECTURES[architecture][1]
     try:
-        config = _config(kind, json.loads(metadata["config"]))
+        config = _config(NETWORKS[architecture][0], json.loads(metadata["config"]))
     except TypeError as error:
         raise CheckpointError(f"{path}: config does not fit this version ({error}); train it again") from error
     model = build_network(config)
@@ -113,15 +85,16 @@ def load_checkpoint(path: str | Path) -> tuple[Network, dict[str, float]]:
 
 
 def _config(kind: type, values: dict):
-    """A dataclass from JSON: lists become tuples, and the backbone's dict a dataclass of its own."""
+    """A dataclass from JSON: lists become tuples, and dicts the dataclasses that the fields are annotated with."""
 
     def frozen(value):
         return tuple(map(frozen, value)) if isinstance(value, list) else value
 
     known = {key: frozen(value) for key, value in values.items()}
-    if isinstance(known.get("backbone"), dict):
-        inner = FPNConfig if "name" in known["backbone"] else PublishedBackboneConfig
-        known["backbone"] = _config(inner, known["backbone"])
+    hints = get_type_hints(kind)
+    for key, value in known.items():
+        if isinstance(value, dict):
+            known[key] = _config(dataclass_for(value, get_args(hints[key])), value)
     return kind(**known)
 
 
@@ -132,7 +105,7 @@ def import_published(path: str | Path) -> tuple[str, Network]:
         path: `.pth` of a state dict with the official keys, alone or under `state_dict`.
 
     Returns:
-        The name of the published network, a key of `PUBLISHED`, and the network in evaluation mode.
+        The name of the published network, a preset of its config, and the network in evaluation mode.
 
     Raises:
         CheckpointError: the file is missing, is not one of plain tensors, or is not exactly one of these networks: each
@@ -151,10 +124,9 @@ def import_published(path: str | Path) -> tuple[str, Network]:
     weights = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(x, Tensor) for x in weights.values()) or not weights:
         raise CheckpointError(f"{path}: holds no state dict; give a .pth that the published code wrote")
-    tensors = {our_key(name): tensor for name, tensor in weights.items()}
     wrong = {}
-    for name, make in PUBLISHED.items():
-        config = make()
+    for name, config, prefixes in _published():
+        tensors = {our_key(key, prefixes): tensor for key, tensor in weights.items()}
         with torch.device("meta"):
             wrong[name] = misfits(build_network(config), tensors)
         if not wrong[name]:
@@ -163,14 +135,22 @@ def import_published(path: str | Path) -> tuple[str, Network]:
             return name, model.eval()
     nearest = min(wrong, key=lambda name: len(wrong[name]))
     raise CheckpointError(
-        f"{path}: is none of {', '.join(PUBLISHED)}; nearest is {nearest}, with {len(wrong[nearest])} keys that are "
+        f"{path}: is none of {', '.join(wrong)}; nearest is {nearest}, with {len(wrong[nearest])} keys that are "
         f"missing, left over or of another shape, the first {wrong[nearest][0]}"
     )
 
 
-def our_key(name: str) -> str:
+def _published() -> Iterator[tuple[str, NetworkConfig, Mapping[str, str]]]:
+    """Name, config and prefixes of keys of the networks whose published weights can be loaded."""
+    for kind, network in NETWORKS.values():
+        if network.published_prefixes:
+            for name, make in kind.presets().items():
+                yield name, make(), network.published_prefixes
+
+
+def our_key(name: str, prefixes: Mapping[str, str]) -> str:
     """The library's name of an official key."""
-    for theirs, ours in PREFIXES.items():
+    for theirs, ours in prefixes.items():
         if name.startswith(theirs):
             name = ours + name.removeprefix(theirs)
     return name.replace(".conv2_offset.", ".conv2.conv_offset.")  # older files name the layer so

@@ -21,7 +21,7 @@ import torch
 from perception.errors import DataError
 from perception.evaluation.lanes import lane_rules, match_lines
 from perception.geometry import wrap_angle
-from perception.losses import line_orderings
+from perception.targets import line_orderings
 from perception.types import BOX_CLASSES, Boxes, FrameObjects, MapLine, Polylines
 
 BOX_THRESHOLD = 2.0  # metres between centres on the ground, at which the official score measures its errors

@@ -1,7 +1,7 @@
 """MapTRv2 (https://arxiv.org/abs/2308.05736): lines from a map that is lifted from the images by their depth.
 
 Modules are named as in the published checkpoints and the network lives in the frame of LIDAR_TOP (see
-`perception.models.published_geometry`). What it does otherwise than MapTR: each pixel says how far away it is and puts
+`perception.models.published.geometry`). What it does otherwise than MapTR: each pixel says how far away it is and puts
 its features there (Lift-Splat, https://arxiv.org/abs/2008.05711, with the camera-aware depth of BEVDepth,
 https://arxiv.org/abs/2206.10092); queries attend among lines and along each line apart; and in training further queries
 are matched with every line six times over.
@@ -13,7 +13,6 @@ scale, and the calibration is that of the given images divided by it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -21,7 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perception.geometry import invert_rigid, transform_points
-from perception.models.map_encoder import (
+from perception.models.maptr.losses import line_losses
+from perception.models.maptr.model import decode_lines
+from perception.models.maptrv2.config import MapTRv2Config
+from perception.models.maptrv2.losses import LIFTED_LOSS_WEIGHTS, lifted_losses
+from perception.models.published.backbone import padded_size
+from perception.models.published.encoder import (
     FeedForward,
     LearnedPosition,
     MapAttention,
@@ -29,31 +33,9 @@ from perception.models.map_encoder import (
     branch,
     start_matrices,
 )
-from perception.models.maptr import MapTRConfig, decode_lines
-from perception.models.published_backbone import build_image_encoder, padded_size
-from perception.models.published_geometry import constants
+from perception.models.published.geometry import PREFIXES, constants
 from perception.ops.deformable import refined
 from perception.types import LINE_CLASSES, CameraRig, Frame, FrameObjects, State
-
-
-@dataclass(frozen=True)
-class MapTRv2Config(MapTRConfig):
-    """Everything that decides the shape of the network; metres in the LiDAR's frame."""
-
-    low: tuple[float, float, float] = (-15.0, -30.0, -10.0)
-    high: tuple[float, float, float] = (15.0, 30.0, 10.0)
-    classes: int = len(LINE_CLASSES)
-    many_lines: int = 300  # further queries in training
-    many_times: int = 6  # how often they are matched with each line
-    depths: tuple[float, float, float] = (1.0, 35.0, 0.5)  # first, end and step, metres along the optical axis
-    aspp_channels: int = 96
-    finer: int = 2  # cells of the map that features fall into, per cell that queries read, along each side
-    image_scale: float = 0.5  # of the given images against the camera's own
-
-    @classmethod
-    def with_centerlines(cls) -> MapTRv2Config:
-        """The published variant that finds centre lines of lanes too, as a fourth class; `decode` leaves them out."""
-        return cls(lines=70, classes=len(LINE_CLASSES) + 1)
 
 
 class ResidualBlock(nn.Module):
@@ -365,10 +347,17 @@ class MapTRv2Head(nn.Module):
 class MapTRv2(nn.Module):
     """Calibrated images in, raw lines out; any number of cameras."""
 
+    finds = ("line",)
+    loss_weights = LIFTED_LOSS_WEIGHTS
+    image_loss = None
+    raw_names = ("line_logits", "line_points")
+    no_export = "it sums up features where their depths put them, which depends on data"
+    published_prefixes = PREFIXES
+
     def __init__(self, config: MapTRv2Config) -> None:
         super().__init__()
         self.config = config
-        self.image_encoder = build_image_encoder(config.backbone, config.channels)
+        self.image_encoder = config.backbone.build(config.channels)
         self.head = MapTRv2Head(config)
         self.register_buffer("ego_from_lidar", torch.tensor(config.ego_from_lidar), persistent=False)
 
@@ -389,6 +378,15 @@ class MapTRv2(nn.Module):
         image_size = padded_size(frame.images)
         features = self.image_encoder(frame.images)[-1]
         return self.head(features, frame.rig, self.ego_from_lidar, image_size), state
+
+    def loss(self, prediction: LiftedLines, gt: FrameObjects, frame: Frame) -> dict[str, Tensor]:
+        """Weighted losses by name, added up over the layers."""
+        losses = line_losses(prediction.logits, prediction.points, gt, self.ego_from_lidar, self.config)
+        return losses | lifted_losses(self, prediction, gt, frame)
+
+    def raw_outputs(self, prediction: LiftedLines) -> tuple[Tensor, ...]:
+        """Logits and points of the last layer, [B, Q, ...]."""
+        return prediction.logits[-1], prediction.points[-1]
 
     def decode(self, prediction: LiftedLines) -> FrameObjects:
         """The best lines in the ego frame, best first; there are no boxes."""

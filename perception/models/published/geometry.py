@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perception.geometry import invert_rigid
-from perception.models.published_backbone import FPNConfig, PublishedBackboneConfig
+from perception.models.published.backbone import FPNConfig, PublishedBackboneConfig
 from perception.types import Frame
 
 # The pose of LIDAR_TOP on the cars of nuScenes, rotation without its tenths of a degree.
@@ -32,6 +32,8 @@ NUSCENES_EGO_FROM_LIDAR = (
     (0.0, 0.0, 0.0, 1.0),
 )
 NEAREST_DEPTH = 1e-5  # metres
+# The keys of published checkpoints by prefix, and the library's.
+PREFIXES = {"img_backbone.": "image_encoder.backbone.", "img_neck.": "image_encoder.neck.", "pts_bbox_head.": "head."}
 
 
 @dataclass(frozen=True)

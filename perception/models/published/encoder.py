@@ -1,7 +1,7 @@
 """What the published BEVFormer and MapTR share: the map encoder of BEVFormer and a DETR-like decoder on its map.
 
 Modules are named as the published checkpoints name them; frames, the CAN bus and the move of the map before are in
-`perception.models.published_geometry`.
+`perception.models.published.geometry`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from perception.models.published_geometry import (
+from perception.models.published.geometry import (
     PublishedConfig,
     cell_locations,
     constants,

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from perception.cameras import choose_cameras
 from perception.grid import BEVGrid
-from perception.models.bev_encoder import choose_cameras, depth_position
+from perception.models.bev_transformer.encoder import depth_position
 from perception.ops import sample_bev, sample_cameras
 from perception.types import Boxes, CameraRig, FrameObjects, Polylines, Prediction
 

@@ -5,40 +5,26 @@ Needs neither the training engine nor a config: a network and a dataset.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import shapely
-import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from perception.data.loader import SceneStreamSampler, collate, pad_boxes, pad_lines
+from perception.data.loader import pad_boxes, pad_lines
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError
-from perception.evaluation.calibration import CalibrationResult, evaluate_calibration
+from perception.evaluation.confidence import CalibrationResult, evaluate_calibration
 from perception.evaluation.detection import DetectionResult, evaluate_detection, submission_from_scenes
 from perception.evaluation.lanes import LANE_EXTENTS, STRICT_THRESHOLDS, LaneResult, evaluate_lanes, lane_rules
 from perception.evaluation.stability import StabilityResult, evaluate_stability
-from perception.evaluation.submission import write_lanes
+from perception.evaluation.submission import map_lines, write_lanes
 from perception.files import write_json
-from perception.models.bev_transformer import BEVTransformer
-from perception.types import Clip, Frame, FrameObjects, MapLine, Polylines, map_tensors
-
-# What goes wrong in a stream: takes frames with leading [1, 1], the number of their scene and of their sample.
-Disturbance = Callable[[Frame, int, int], Frame]
-
-
-class Stream(NamedTuple):
-    """What a network made of a dataset."""
-
-    scenes: dict[str, FrameObjects]  # per sample token, on the CPU, without a batch dimension
-    seconds_per_frame: float  # network and decoding, without the loading of images; the first frame is left out
+from perception.inference.sequence import Stream, predict_stream
+from perception.models.bev_transformer.model import BEVTransformer
+from perception.types import FrameObjects, MapLine, map_tensors
 
 
 @dataclass(frozen=True)
@@ -79,75 +65,6 @@ class Evaluation:
     def table(self) -> str:
         """All of it as text for a terminal."""
         return "\n\n".join(getattr(self, field.name).table() for field in fields(self))
-
-
-def map_lines(lines: Polylines) -> list[MapLine]:
-    """The valid lines of one frame (no leading dimension) as a list."""
-    label, score, points = (x[lines.valid].cpu().numpy() for x in (lines.label, lines.score, lines.points))
-    return [MapLine(int(k), p.astype(np.float64), float(s)) for k, p, s in zip(label, points, score, strict=True)]
-
-
-@torch.inference_mode()
-def run_sequence(model: BEVTransformer, clips: Iterable[Clip]) -> Iterator[tuple[Clip, FrameObjects, float]]:
-    """Runs a network over one frame after the other and hands its memory on; a first frame of a scene starts afresh.
-
-    Args:
-        model: in evaluation mode.
-        clips: [B=1, T=1] each, in time order.
-
-    Yields:
-        Each clip, the FrameObjects without leading dimensions on the CPU, and the seconds for network and decoding.
-    """
-    device = next(model.parameters()).device
-    state = model.initial_state(1)
-    for clip in clips:
-        frame = map_tensors(lambda tensor: tensor[:, 0].to(device), clip.frames)
-        start = _now(device)
-        prediction, state = model(frame, state)
-        scene = model.decode(prediction)
-        seconds = _now(device) - start
-        yield clip, map_tensors(lambda tensor: tensor[0].cpu(), scene), seconds
-
-
-def predict_stream(
-    model: BEVTransformer,
-    dataset: NuScenesDataset,
-    *,
-    disturb: Disturbance | None = None,
-    rank: int = 0,
-    world_size: int = 1,
-    workers: int = 0,
-    progress: bool = False,
-) -> Stream:
-    """Runs a network over a dataset scene by scene, one frame at a time, on the device of its weights.
-
-    Args:
-        model: in evaluation mode.
-        dataset: whose scenes are streamed.
-        disturb: changes every frame before the network sees it, in the process that loads the images.
-        rank, world_size: where several processes share the work, each takes its share of whole scenes.
-        workers: processes that load images.
-        progress: show a progress bar on stderr.
-
-    Raises:
-        DataError: an image or a calibration is missing or malformed.
-    """
-    sampler = SceneStreamSampler(dataset.scene_of_sample, rank, world_size)
-    together = collate if disturb is None else partial(_disturbed, disturb, dataset.scene_of_sample)
-    loader = DataLoader(dataset, batch_size=1, sampler=sampler, collate_fn=together, num_workers=workers)
-    tokens = dataset.tokens
-    scenes, seconds = {}, []
-    clips = tqdm(loader, desc="frames", unit="frame", disable=not progress)
-    for clip, scene, spent in run_sequence(model, clips):
-        scenes[tokens[int(clip.sample_index)]] = scene
-        seconds.append(spent)
-    return Stream(scenes, float(np.mean(seconds[1:] or seconds or [np.nan])))
-
-
-def _disturbed(disturb: Disturbance, scene_of_sample: np.ndarray, clips: list[Clip]) -> Clip:
-    clip = collate(clips)
-    sample = int(clip.sample_index)
-    return clip._replace(frames=disturb(clip.frames, int(scene_of_sample[sample]), sample))
 
 
 def published_gt(lines: Sequence[MapLine], protocol: str) -> list[MapLine]:
@@ -280,6 +197,11 @@ def evaluate_stream(
     return evaluate_scenes(dataset, stream.scenes), stream
 
 
+def _gt(dataset: NuScenesDataset, i: int, points_per_line: int) -> FrameObjects:
+    gt = FrameObjects(pad_boxes([dataset.gt_boxes(i)]), pad_lines([dataset.gt_lines(i)], points_per_line))
+    return map_tensors(lambda tensor: tensor[0], gt)
+
+
 def save_submissions(directory: str | Path, dataset: NuScenesDataset, scenes: dict[str, FrameObjects]) -> None:
     """Writes `detection.json` and `lanes.json`, which score what the scenes score (see `evaluation.submission`).
 
@@ -296,17 +218,6 @@ def save_submissions(directory: str | Path, dataset: NuScenesDataset, scenes: di
     write_lanes(Path(directory) / "lanes.json", {token: map_lines(scene.lines) for token, scene in scenes.items()})
 
 
-def _gt(dataset: NuScenesDataset, i: int, points_per_line: int) -> FrameObjects:
-    gt = FrameObjects(pad_boxes([dataset.gt_boxes(i)]), pad_lines([dataset.gt_lines(i)], points_per_line))
-    return map_tensors(lambda tensor: tensor[0], gt)
-
-
 def ego_poses(dataset: NuScenesDataset) -> dict[str, np.ndarray]:
     """global_from_ego [4, 4] per sample token."""
     return {token: dataset.ego_pose(i) for i, token in enumerate(dataset.tokens)}
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

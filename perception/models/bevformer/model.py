@@ -1,58 +1,33 @@
 """BEVFormer (https://arxiv.org/abs/2203.17270), faithful enough to run the published weights.
 
 Modules are named as the published checkpoints name them, so a file of official keys loads after taking away prefixes
-(`perception.models.checkpoint`). The quirks of frames and memory are told in `perception.models.published_geometry`;
+(`perception.models.checkpoint`). The quirks of frames and memory are told in `perception.models.published.geometry`;
 yaw leaves the network as `-yaw - pi / 2` (`decode_boxes`).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from perception.models.decoder import LOG_UNCERTAINTY_RANGE, topk_pairs
-from perception.models.map_encoder import (
+from perception.models.bev_transformer.decoder import LOG_UNCERTAINTY_RANGE, topk_pairs
+from perception.models.bevformer.config import BEVFormerConfig
+from perception.models.bevformer.losses import BOX_LOSS_WEIGHTS, bevformer_losses, encode_lidar_boxes, lidar_boxes
+from perception.models.published.backbone import padded_size
+from perception.models.published.encoder import (
     BEVFormerEncoder,
     DecoderLayer,
     LearnedPosition,
     branch,
     start_matrices,
 )
-from perception.models.published_backbone import PublishedBackboneConfig, build_image_encoder, padded_size
-from perception.models.published_geometry import PublishedConfig, can_bus, constants, rig_from_lidar
+from perception.models.published.geometry import PREFIXES, can_bus, constants, rig_from_lidar
+from perception.models.published.losses import sum_layers
 from perception.ops.deformable import refined
 from perception.types import BOX_CLASSES, Boxes, Frame, FrameObjects, Polylines, State
-
-
-@dataclass(frozen=True)
-class BEVFormerConfig(PublishedConfig):
-    """Everything that decides the shape of the network; metres in the LiDAR's frame."""
-
-    queries: int = 900
-    max_boxes: int = 300
-
-    @classmethod
-    def tiny(cls) -> BEVFormerConfig:
-        """ResNet-50, 450 x 800 images, a map of 50 x 50."""
-        return cls()
-
-    @classmethod
-    def small(cls) -> BEVFormerConfig:
-        """ResNet-101 with deformable convolutions, 720 x 1280 images, a map of 150 x 150."""
-        backbone = PublishedBackboneConfig(depth=101, caffe=True, deformable=(False, False, True, True))
-        return cls(image_size=(720, 1280), backbone=backbone, bev=(150, 150))
-
-    @classmethod
-    def base(cls) -> BEVFormerConfig:
-        """ResNet-101 with deformable convolutions, 900 x 1600 images, a map of 200 x 200."""
-        backbone = PublishedBackboneConfig(
-            depth=101, caffe=True, deformable=(False, False, True, True), outputs=(1, 2, 3), levels=4
-        )
-        return cls(image_size=(900, 1600), backbone=backbone, bev=(200, 200), encoder_layers=6)
 
 
 class BEVFormerHead(nn.Module):
@@ -129,10 +104,17 @@ class BEVFormer(nn.Module):
     `Frame.rig` must have as many cameras as the network was trained with, in their order.
     """
 
+    finds = ("box",)
+    loss_weights = BOX_LOSS_WEIGHTS
+    image_loss = None
+    raw_names = ("box_logits", "box_params")
+    no_export = ""
+    published_prefixes = PREFIXES
+
     def __init__(self, config: BEVFormerConfig) -> None:
         super().__init__()
         self.config = config
-        self.image_encoder = build_image_encoder(config.backbone, config.channels)
+        self.image_encoder = config.backbone.build(config.channels)
         self.head = BEVFormerHead(config)
         self.register_buffer("ego_from_lidar", torch.tensor(config.ego_from_lidar), persistent=False)
 
@@ -158,6 +140,18 @@ class BEVFormer(nn.Module):
         logits, params, bev = self.head(features, img_from_lidar, bus, image_size, previous, frame.is_first)
         memory = bev.transpose(1, 2).unflatten(2, self.config.bev)  # [B, C, rows, columns]
         return RawBoxes(logits, params), State(memory.contiguous())  # in the layout of `initial_state`
+
+    def loss(self, prediction: RawBoxes, gt: FrameObjects, frame: Frame) -> dict[str, Tensor]:
+        """Weighted losses by name, added up over the layers; boxes outside the range teach nothing."""
+        boxes = lidar_boxes(gt.boxes, self.ego_from_lidar)
+        low, high = (boxes.new_tensor(x[:2]) for x in (self.config.low, self.config.high))
+        inside = ((boxes[..., :2] > low) & (boxes[..., :2] < high)).all(-1)
+        targets, valid = encode_lidar_boxes(boxes), gt.boxes.valid & inside
+        return sum_layers(bevformer_losses(*prediction, targets, gt.boxes.label, valid))
+
+    def raw_outputs(self, prediction: RawBoxes) -> tuple[Tensor, ...]:
+        """Logits and parameters of the last layer, [B, Q, ...]."""
+        return prediction.logits[-1], prediction.params[-1]
 
     def decode(self, prediction: RawBoxes) -> FrameObjects:
         """The best boxes in the ego frame, best first; there are no lines."""

@@ -11,10 +11,10 @@ from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from perception.data.loader import fit_image
 from perception.data.nuscenes import NuScenesDataset
 from perception.export.contract import ImageInputs
 from perception.export.images import from_rgb
+from perception.inference.fitting import fit_image
 from perception.types import CameraRig, Frame, map_tensors
 
 MISSING_AT, TURNED_AT = 3, 6  # frames of each scene with a camera less, and with the cameras turned

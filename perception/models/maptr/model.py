@@ -1,49 +1,32 @@
 """MapTR (https://arxiv.org/abs/2208.14437) with BEVFormer's map encoder, faithful enough to run the published weights.
 
 Modules are named as in the checkpoints and the network lives in the frame of LIDAR_TOP (see
-`perception.models.published_geometry`). It sees each frame by itself: there is no memory, and the vector of the CAN bus
+`perception.models.published.geometry`). It sees each frame by itself: there is no memory, and the vector of the CAN bus
 is that of a first frame.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from perception.models.decoder import CLOSED_GAP, LOG_UNCERTAINTY_RANGE, topk_pairs
-from perception.models.map_encoder import (
+from perception.models.bev_transformer.decoder import CLOSED_GAP, LOG_UNCERTAINTY_RANGE, topk_pairs
+from perception.models.maptr.config import MapTRConfig
+from perception.models.maptr.losses import LINE_LOSS_WEIGHTS, line_losses
+from perception.models.published.backbone import padded_size
+from perception.models.published.encoder import (
     BEVFormerEncoder,
     DecoderLayer,
     LearnedPosition,
     branch,
     start_matrices,
 )
-from perception.models.published_backbone import build_image_encoder, padded_size
-from perception.models.published_geometry import PublishedConfig, can_bus, constants, rig_from_lidar
+from perception.models.published.geometry import PREFIXES, can_bus, constants, rig_from_lidar
 from perception.ops.deformable import refined
 from perception.types import LINE_CLASSES, Boxes, Frame, FrameObjects, Polylines, State
-
-
-@dataclass(frozen=True)
-class MapTRConfig(PublishedConfig):
-    """Everything that decides the shape of the network, MapTR-tiny by default; metres in the LiDAR's frame."""
-
-    bev: tuple[int, int] = (200, 100)
-    low: tuple[float, float, float] = (-15.0, -30.0, -2.0)
-    high: tuple[float, float, float] = (15.0, 30.0, 2.0)
-    encoder_layers: int = 1
-    lines: int = 50
-    line_points: int = 20
-    max_lines: int = 50
-
-    @classmethod
-    def gkt(cls) -> MapTRConfig:
-        """MapTR-tiny with geometry-guided kernel attention, the published default."""
-        return cls(kernel=(3, 5))
 
 
 class MapTRHead(nn.Module):
@@ -111,10 +94,17 @@ class RawLines(NamedTuple):
 class MapTR(nn.Module):
     """Calibrated images in, raw lines out. `Frame.rig` must have the cameras that the network was trained with."""
 
+    finds = ("line",)
+    loss_weights = LINE_LOSS_WEIGHTS
+    image_loss = None
+    raw_names = ("line_logits", "line_points")
+    no_export = ""
+    published_prefixes = PREFIXES
+
     def __init__(self, config: MapTRConfig) -> None:
         super().__init__()
         self.config = config
-        self.image_encoder = build_image_encoder(config.backbone, config.channels)
+        self.image_encoder = config.backbone.build(config.channels)
         self.head = MapTRHead(config)
         self.register_buffer("ego_from_lidar", torch.tensor(config.ego_from_lidar), persistent=False)
 
@@ -137,6 +127,14 @@ class MapTR(nn.Module):
         features = self.image_encoder(frame.images)
         logits, points, _ = self.head(features, rig_from_lidar(frame, self.ego_from_lidar), bus, image_size)
         return RawLines(logits, points), state
+
+    def loss(self, prediction: RawLines, gt: FrameObjects, frame: Frame) -> dict[str, Tensor]:
+        """Weighted losses by name, added up over the layers."""
+        return line_losses(prediction.logits, prediction.points, gt, self.ego_from_lidar, self.config)
+
+    def raw_outputs(self, prediction: RawLines) -> tuple[Tensor, ...]:
+        """Logits and points of the last layer, [B, Q, ...]."""
+        return prediction.logits[-1], prediction.points[-1]
 
     def decode(self, prediction: RawLines) -> FrameObjects:
         """The best lines in the ego frame, best first; there are no boxes."""

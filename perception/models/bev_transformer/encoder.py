@@ -8,13 +8,12 @@ around on the grid.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perception.geometry import invert_rigid, project_points, transform_points
+from perception.cameras import choose_cameras, pixel_rays
 from perception.grid import BEVGrid
 from perception.ops import read_cameras, sample_cameras
 from perception.types import CameraRig
@@ -22,94 +21,12 @@ from perception.types import CameraRig
 NEAREST_DEPTH, FARTHEST_DEPTH = 1.0, 80.0  # metres, the range of the depth bins
 DEPTH_CONTRAST = 10.0  # a difference of a tenth of the range of the depth bins, half as far again, counts 1
 GROUND_WAVES = 6
-MIN_DEPTH = 0.1  # metres; nearer points count as not seen
 
 
 def depth_position(depth: Tensor, bins: int) -> Tensor:
     """Depths in metres as fractional places among logarithmically spaced bins from 1 m to 80 m: 0 to bins - 1."""
     span = math.log(FARTHEST_DEPTH / NEAREST_DEPTH)
     return torch.log(depth.clamp(NEAREST_DEPTH, FARTHEST_DEPTH) / NEAREST_DEPTH) / span * (bins - 1)
-
-
-class PixelRays(NamedTuple):
-    """Where the pixels of a feature map look: through the middle of each, 1 along the optical axis."""
-
-    cam: Tensor  # [B, N, h * w, 3] in the cameras' frames
-    ego: Tensor  # [B, N, h * w, 3] the same directions in the ego frame
-    pixel_width: Tensor  # [B, N] metres that a pixel of the feature map is wide at a depth of one metre
-
-
-def pixel_rays(rig: CameraRig, image_size: tuple[int, int], feature_size: tuple[int, int]) -> PixelRays:
-    """Where the pixels of a feature map look.
-
-    Args:
-        rig: leading [B, N].
-        image_size: height and width in pixels of the images that the rig is calibrated for.
-        feature_size: height and width of the feature map.
-    """
-    (H, W), (h, w) = image_size, feature_size
-    img_from_cam = rig.img_from_cam.float()
-    device = img_from_cam.device
-    v = ((torch.arange(h, device=device) + 0.5) * (H / h)).repeat_interleave(w)  # [h * w]
-    u = ((torch.arange(w, device=device) + 0.5) * (W / w)).repeat(h)
-    focal_x, skew, center_x, focal_y, center_y = (
-        img_from_cam[..., i, j, None] for i, j in ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2))
-    )
-    y = (v - center_y) / focal_y  # [B, N, h * w]
-    x = (u - center_x - skew * y) / focal_x
-    rays_cam = torch.stack([x, y, torch.ones_like(x)], -1)
-    rays_ego = (rig.ego_from_cam.float()[:, :, None, :3, :3] * rays_cam[..., None, :]).sum(-1)
-    return PixelRays(rays_cam, rays_ego, W / w / focal_x[..., 0])
-
-
-def see_points(rig: CameraRig, points_ego: Tensor, image_size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the cameras of a rig see points.
-
-    Args:
-        rig: calibration with leading [B, N].
-        points_ego: [P, 3] metres, the same for all of the batch, or [B, P, 3].
-        image_size: height and width in pixels of the images that the rig is calibrated for.
-
-    Returns:
-        uv [B, N, P, 2] with 0..1 over the image, depth [B, N, P] metres, seen [B, N, P] bool: the camera is present,
-        the point lies in front of it and inside its image.
-    """
-    H, W = image_size
-    cam_from_ego = invert_rigid(rig.ego_from_cam.float())
-    points_cam = transform_points(cam_from_ego, points_ego.unsqueeze(-3))  # [B, N, P, 3]
-    uv_img, depth = project_points(rig.img_from_cam.float(), points_cam, MIN_DEPTH)
-    uv = torch.stack([uv_img[..., 0] / W, uv_img[..., 1] / H], -1)
-    inside = ((uv > 0) & (uv < 1)).all(-1)
-    return uv, depth, inside & (depth > MIN_DEPTH) & rig.present[..., None]
-
-
-def choose_cameras(
-    rig: CameraRig, points_ego: Tensor, image_size: tuple[int, int], count: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The cameras that see most of each group of points.
-
-    Args:
-        rig: calibration with leading [B, N].
-        points_ego: [Q, G, 3] metres, groups of G points, the same for all of the batch, or [B, Q, G, 3].
-        image_size: height and width in pixels of the images that the rig is calibrated for.
-        count: how many cameras to choose; the fields of view of a usual rig overlap at most pairwise.
-
-    Returns:
-        uv [B, Q, G, K, 2] with 0..1 over the image, depth [B, Q, G, K] metres, seen [B, Q, G, K] bool and the index of
-        the camera [B, Q, G, K]; K is `count`, or how many cameras the rig has.
-    """
-    Q, G, _ = points_ego.shape[-3:]
-    K = min(count, rig.present.shape[1])
-    uv, depth, seen = see_points(rig, points_ego.flatten(-3, -2), image_size)  # [B, N, Q * G, ...]
-    uv, depth, seen = (x.unflatten(2, (Q, G)) for x in (uv, depth, seen))
-    # Rank by how many points are seen; the distance from the image's middle settles draws, so that the choice does not
-    # depend on the order of the cameras.
-    eccentricity = (uv - 0.5).abs().amax(-1).clamp(max=1.0)  # [B, N, Q, G]
-    camera = (seen * (2 - eccentricity)).sum(-1).topk(K, dim=1).indices  # [B, K, Q]
-    camera = camera[..., None].expand(-1, -1, -1, G)
-    depth, seen = depth.gather(1, camera), seen.gather(1, camera)  # [B, K, Q, G]
-    uv = uv.gather(1, camera[..., None].expand(-1, -1, -1, -1, 2))  # [B, K, Q, G, 2]
-    return uv.permute(0, 2, 3, 1, 4), *(x.permute(0, 2, 3, 1) for x in (depth, seen, camera))
 
 
 class CameraAwareHead(nn.Module):

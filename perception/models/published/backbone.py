@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +54,16 @@ class PublishedBackboneConfig:
     width: int = 64
     channels: int = 256
 
+    def build(self, channels: int) -> PublishedImageEncoder:
+        """The image encoder of a published network with maps of so many channels.
+
+        Raises:
+            ConfigError: this one has another number of channels.
+        """
+        if self.channels != channels:
+            raise ConfigError(f"model.backbone.channels is {self.channels}, model.channels {channels}; make them equal")
+        return PublishedImageEncoder(self)
+
 
 @dataclass(frozen=True)
 class FPNConfig:
@@ -61,7 +72,11 @@ class FPNConfig:
     name: str = "resnet18"
     stages: int = 3
     stride: int = 8
-    levels: int = 1  # it has one
+    levels: ClassVar[int] = 1
+
+    def build(self, channels: int) -> SingleMapEncoder:
+        """The flagship's image encoder with maps of so many channels."""
+        return SingleMapEncoder(self, channels)
 
 
 class DeformableConv(nn.Module):
@@ -254,18 +269,3 @@ class SingleMapEncoder(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """Images [B, N, 3, H, W], RGB 0..255, to one level [B, N, C, h, w] of the padded images."""
         return [self.encoder(_padded(images.flatten(0, 1))).unflatten(0, images.shape[:2])]
-
-
-def build_image_encoder(
-    config: PublishedBackboneConfig | FPNConfig, channels: int
-) -> PublishedImageEncoder | SingleMapEncoder:
-    """The image encoder of a published network with maps of so many channels.
-
-    Raises:
-        ConfigError: a published backbone has another number of channels.
-    """
-    if isinstance(config, FPNConfig):
-        return SingleMapEncoder(config, channels)
-    if config.channels != channels:
-        raise ConfigError(f"model.backbone.channels is {config.channels}, model.channels {channels}; make them equal")
-    return PublishedImageEncoder(config)

@@ -16,13 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from perception.data.loader import fit_image
 from perception.errors import CheckpointError, ConfigError, PerceptionWarning
-from perception.live import (
-    MAX_SPEED,
-    MAX_TURN_RATE,
+from perception.inference.checks import (
     NOT_FINITE,
-    EgoMotion,
     check_images,
     check_intrinsics,
     checked_image,
@@ -30,7 +26,10 @@ from perception.live import (
     checked_setting,
     scene_is_finite,
 )
-from perception.models.checkpoint import Network, load_checkpoint
+from perception.inference.ego_motion import MAX_SPEED, MAX_TURN_RATE, EgoMotion
+from perception.inference.fitting import fit_image
+from perception.models import Network
+from perception.models.checkpoint import load_checkpoint
 from perception.types import CameraRig, Frame, FrameObjects, map_tensors
 
 

@@ -1,0 +1,81 @@
+"""Loads the weights that training starts from or evaluation runs with."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from perception.engine.config import TrainConfig
+from perception.errors import CheckpointError, ConfigError
+from perception.models import Network, NetworkConfig, build_network
+from perception.models.backbone import load_backbone
+from perception.models.checkpoint import load_checkpoint, misfits
+
+
+def make_core(config: TrainConfig) -> Network:
+    """The network that a training starts with.
+
+    Raises:
+        CheckpointError: the weights to start from are missing or belong to another network.
+        ConfigError: weights are given twice, or not so many stages can be frozen.
+    """
+    section = config.train
+    if section.init_from and section.backbone_weights:
+        raise ConfigError(
+            "train.init_from and train.backbone_weights are both given; the first holds a backbone already"
+        )
+    core = build_network(config.model)
+    if section.init_from:
+        core.load_state_dict(load_weights(section.init_from, config.model, any_size=True).state_dict())
+    backbone = core.image_encoder.backbone
+    if section.backbone_weights:
+        load_backbone(backbone, section.backbone_weights)
+    backbone.freeze(section.frozen_stages)
+    return core
+
+
+def load_weights(path: str | Path, model_config: NetworkConfig, *, any_size: bool = False) -> Network:
+    """A network in evaluation mode with the weights of a file.
+
+    Args:
+        path: weights exported by training (`.safetensors`) or a training checkpoint (`.pth`).
+        model_config: the network that is wanted.
+        any_size: the file may be of a network for images of another size; no weight depends on it.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable, or belongs to another architecture.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        core, _ = load_checkpoint(path)
+        if type(core.config) is not type(model_config):
+            raise CheckpointError(
+                f"{path}: holds a {type(core).__name__}, the config wants another network; use the config it belongs to"
+            )
+        for field in fields(model_config):
+            has, wants = getattr(core.config, field.name), getattr(model_config, field.name)
+            if has != wants and not (any_size and field.name == "image_size"):
+                raise CheckpointError(
+                    f"{path}: its network has {field.name}={has}, the config's model has {wants}; use the config "
+                    "it was trained with"
+                )
+        return core
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint; give a .safetensors or .pth file that training wrote")
+    model = build_network(model_config)
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    except Exception as error:  # whatever unpickling foreign bytes may raise
+        raise CheckpointError(
+            f"{path}: not a readable training checkpoint ({type(error).__name__}); give a file that training wrote, "
+            "or import one of the published code with scripts/import_checkpoint.py"
+        ) from None
+    weights = {name.removeprefix("core."): tensor for name, tensor in weights.items()}  # as `TrainingModel` has it
+    for name in misfits(model, weights):
+        raise CheckpointError(
+            f"{path}: its {name} does not fit the config's model; evaluate with the config it was trained with"
+        )
+    model.load_state_dict(weights)
+    return model.eval()

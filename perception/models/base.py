@@ -1,0 +1,105 @@
+"""The protocol that every network keeps; training, evaluation, live use and export know nothing else of a network.
+
+A new network is a folder with a config and a class of this form, and one line in `perception.models.NETWORKS`; see
+docs/add-a-network.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor, nn
+
+from perception.types import Frame, FrameObjects, State
+
+OBJECTS = ("box", "line")  # what a network can find
+
+
+class NetworkConfig(Protocol):
+    """A frozen dataclass that decides the shape of a network: a network of the same config has the same weights."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the images that the network takes."""
+        ...
+
+    @property
+    def cameras(self) -> int | None:
+        """How many cameras the network is made for, None for any number."""
+        ...
+
+    @property
+    def line_points(self) -> int:
+        """Points per line, of the ground truth too."""
+        ...
+
+    @classmethod
+    def presets(cls) -> dict[str, Callable[[], NetworkConfig]]:
+        """Configs that have a name, such as `model = dict(preset="nano")` in a config file."""
+        ...
+
+
+class Network(Protocol):
+    """A network: calibrated images and a memory in, raw outputs and the next memory out.
+
+    Also an `nn.Module` with an `image_encoder`, whose `backbone` has `freeze(stages)` and `load_published(weights,
+    path)`; see `perception.models.backbone`. The memory is an argument and a result, never an attribute.
+    """
+
+    config: Any  # a NetworkConfig
+    image_encoder: nn.Module
+    # What it predicts, of OBJECTS. Boxes or lines that it does not predict are empty in what `decode` returns.
+    finds: ClassVar[tuple[str, ...]]
+    # The weights of the terms of `loss` by name. A training may leave terms out (`train.disabled_losses`).
+    loss_weights: ClassVar[Mapping[str, float]]
+    # The losses of the images alone, for epochs before the rest is trained; None for a network without such losses.
+    image_loss: Callable[[Frame, FrameObjects], dict[str, Tensor]] | None
+    # Names of the tensors that `raw_outputs` returns, the first part of each "box" or "line".
+    raw_names: ClassVar[tuple[str, ...]]
+    # Why the network cannot be exported, empty if it can.
+    no_export: ClassVar[str]
+    # Prefixes of the keys in published checkpoints and the library's own; empty if nobody has published weights.
+    published_prefixes: ClassVar[Mapping[str, str]]
+
+    def initial_state(self, batch_size: int) -> State:
+        """The memory of a network that has seen nothing, on the device of the weights; empty without a memory."""
+        ...
+
+    def forward(self, frame: Frame, state: State) -> tuple[Any, State]:
+        """One frame.
+
+        Args:
+            frame: leading [B], images of the configured size.
+            state: what the previous call returned, or `initial_state`.
+
+        Returns:
+            Raw outputs as a NamedTuple of tensors, for `decode` and `loss`, and the memory for the next call.
+        """
+        ...
+
+    def decode(self, prediction: Any) -> FrameObjects:
+        """Boxes and lines in the ego frame with leading [B], best score first."""
+        ...
+
+    def loss(self, prediction: Any, gt: FrameObjects, frame: Frame) -> dict[str, Tensor]:
+        """Weighted losses by name, scalars; their sum is what training minimises.
+
+        Args:
+            prediction: of `forward`, in float32.
+            gt: ground truth, leading [B], in the ego frame.
+            frame: leading [B], what the network saw.
+        """
+        ...
+
+    def raw_outputs(self, prediction: Any) -> tuple[Tensor, ...]:
+        """The last layer before decoding, for comparisons: tensors [B, Q, ...] in the order of `raw_names`."""
+        ...
+
+
+def dataclass_for(values: Mapping[str, Any], kinds: Sequence[type]) -> type:
+    """Which of several dataclasses has most of the given keys as fields; the first of equally good ones."""
+    return max(kinds, key=lambda kind: len(values.keys() & {field.name for field in fields(kind)}))
