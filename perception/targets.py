@@ -131,3 +131,9 @@ def draw_boxes(
     box[camera[pair], pixel] = m[pair]
     shape = (*rig.present.shape, h, w)
     return depth.view(shape), box.view(shape)
+
+
+def encode_boxes(boxes: Boxes) -> Tensor:
+    """True boxes [B, M] as the network's parameters [B, M, 10] (see `Prediction.box_params`)."""
+    turn = torch.stack([boxes.yaw.sin(), boxes.yaw.cos()], -1)
+    return torch.cat([boxes.center, boxes.size.clamp(min=1e-2).log(), turn, boxes.velocity], -1)

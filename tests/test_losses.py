@@ -11,8 +11,8 @@ from perception.grid import BEVGrid
 from perception.matching import focal_loss, hungarian
 from perception.models.bev_transformer.decoder import decode
 from perception.models.bev_transformer.encoder import depth_position
-from perception.models.bev_transformer.losses import encode_boxes, frame_losses, image_losses
-from perception.targets import draw_bev_segmentation, draw_boxes, draw_heatmap, line_orderings
+from perception.models.bev_transformer.losses import frame_losses, image_losses
+from perception.targets import draw_bev_segmentation, draw_boxes, draw_heatmap, encode_boxes, line_orderings
 from perception.types import (
     BOX_CLASSES,
     Boxes,

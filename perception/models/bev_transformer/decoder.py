@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from perception.cameras import choose_cameras
 from perception.grid import BEVGrid
 from perception.models.bev_transformer.encoder import depth_position
+from perception.models.decoding import CLOSED_GAP, LOG_UNCERTAINTY_RANGE, topk_pairs
 from perception.ops import sample_bev, sample_cameras
 from perception.types import Boxes, CameraRig, FrameObjects, Polylines, Prediction
 
-LOG_UNCERTAINTY_RANGE = (-5.0, 4.0)  # of the logarithm of an expected error
 LOG_SIZE_RANGE = (-3.0, 4.0)  # of the logarithm of a length in metres: 5 cm to 55 m
 PRIOR_LOGIT = -4.0  # initial class logits: almost everything is background
-CLOSED_GAP = 1.0  # metres between first and last point below which a predicted line counts as closed
 # How much lower the logit of a cell that is no local maximum ranks: a wide object asks for one query before it asks for
 # a second one, but two objects in neighbouring cells still get one each before mere noise does.
 PEAK_BONUS = 3.0
@@ -425,10 +424,3 @@ def circle_nms(center: Tensor, label: Tensor) -> Tensor:
     for _ in range(LINKS):  # who was dropped drops nobody; products instead of a loop over boxes, so that it exports
         keep = 1 - (rival @ keep[..., None])[..., 0].clamp(max=1)
     return keep > 0.5
-
-
-def topk_pairs(logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The best (query, class) pairs of logits [B, Q, K], at most `count`: score, query and label, each [B, count]."""
-    Q, K = logits.shape[1:]
-    score, index = logits.sigmoid().flatten(1).topk(min(count, Q * K), dim=1)
-    return score, torch.div(index, K, rounding_mode="floor"), index % K

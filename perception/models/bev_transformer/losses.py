@@ -19,9 +19,9 @@ from torch import Tensor
 from perception.geometry import invert_rigid, transform_points, wrap_angle
 from perception.grid import BEVGrid
 from perception.matching import focal_cost, focal_loss, match_layers
-from perception.models.bev_transformer.decoder import LOG_UNCERTAINTY_RANGE
 from perception.models.bev_transformer.encoder import depth_position
-from perception.targets import draw_bev_segmentation, draw_boxes, draw_heatmap, line_orderings
+from perception.models.decoding import LOG_UNCERTAINTY_RANGE
+from perception.targets import draw_bev_segmentation, draw_boxes, draw_heatmap, encode_boxes, line_orderings
 from perception.types import BOX_CLASSES, Boxes, Frame, FrameObjects, ImagePrediction, Polylines, Prediction
 
 # Weights of the ten box parameters (centre, log size, sin cos yaw, velocity) in cost and loss. Most things stand: with
@@ -65,12 +65,6 @@ def _inside(boxes: Boxes, grid: BEVGrid) -> Boxes:
 
 
 # ---------------------------------------------------------------------------------------------------------------- boxes
-
-
-def encode_boxes(boxes: Boxes) -> Tensor:
-    """True boxes [B, M] as the network's parameters [B, M, 10] (see `Prediction.box_params`)."""
-    turn = torch.stack([boxes.yaw.sin(), boxes.yaw.cos()], -1)
-    return torch.cat([boxes.center, boxes.size.clamp(min=1e-2).log(), turn, boxes.velocity], -1)
 
 
 def box_losses(logits: Tensor, params: Tensor, log_uncertainty: Tensor, boxes: Boxes) -> dict[str, Tensor]:

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from perception.models.bev_transformer.decoder import LOG_UNCERTAINTY_RANGE, topk_pairs
 from perception.models.bevformer.config import BEVFormerConfig
 from perception.models.bevformer.losses import BOX_LOSS_WEIGHTS, bevformer_losses, encode_lidar_boxes, lidar_boxes
+from perception.models.decoding import LOG_UNCERTAINTY_RANGE, empty_lines, topk_pairs
 from perception.models.published.backbone import padded_size
 from perception.models.published.encoder import (
     BEVFormerEncoder,
@@ -27,7 +27,7 @@ from perception.models.published.encoder import (
 from perception.models.published.geometry import PREFIXES, can_bus, constants, rig_from_lidar
 from perception.models.published.losses import sum_layers
 from perception.ops.deformable import refined
-from perception.types import BOX_CLASSES, Boxes, Frame, FrameObjects, Polylines, State
+from perception.types import BOX_CLASSES, Boxes, Frame, FrameObjects, State
 
 
 class BEVFormerHead(nn.Module):
@@ -156,14 +156,7 @@ class BEVFormer(nn.Module):
     def decode(self, prediction: RawBoxes) -> FrameObjects:
         """The best boxes in the ego frame, best first; there are no lines."""
         boxes = decode_boxes(*prediction, self.ego_from_lidar, self.config.max_boxes)
-        return FrameObjects(boxes, no_lines(len(boxes.score), boxes.score.device))
-
-
-def no_lines(batch_size: int, device) -> Polylines:
-    """The lines of a network that draws none."""
-    points = torch.zeros(batch_size, 0, 20, 2, device=device)
-    score = points.flatten(2).sum(-1)  # [B, 0]
-    return Polylines(points, score.bool(), score.long(), score, score.bool(), points)
+        return FrameObjects(boxes, empty_lines(len(boxes.score), boxes.score.device))
 
 
 def best_boxes(logits: Tensor, params: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from perception.models.bev_transformer.decoder import CLOSED_GAP, LOG_UNCERTAINTY_RANGE, topk_pairs
+from perception.models.decoding import CLOSED_GAP, LOG_UNCERTAINTY_RANGE, empty_boxes, topk_pairs
 from perception.models.maptr.config import MapTRConfig
 from perception.models.maptr.losses import LINE_LOSS_WEIGHTS, line_losses
 from perception.models.published.backbone import padded_size
@@ -26,7 +26,7 @@ from perception.models.published.encoder import (
 )
 from perception.models.published.geometry import PREFIXES, can_bus, constants, rig_from_lidar
 from perception.ops.deformable import refined
-from perception.types import LINE_CLASSES, Boxes, Frame, FrameObjects, Polylines, State
+from perception.types import LINE_CLASSES, Frame, FrameObjects, Polylines, State
 
 
 class MapTRHead(nn.Module):
@@ -148,7 +148,7 @@ def decode_lines(logits: Tensor, points: Tensor, ego_from_lidar: Tensor, config:
     uncertainty = torch.full_like(points, math.exp(LOG_UNCERTAINTY_RANGE[1]))
     closed = (points[..., 0, :] - points[..., -1, :]).norm(dim=-1) < CLOSED_GAP
     lines = Polylines(points, closed, label, score, torch.ones_like(closed), uncertainty)
-    return FrameObjects(no_boxes(len(score), score.device), lines)
+    return FrameObjects(empty_boxes(len(score), score.device), lines)
 
 
 def best_lines(
@@ -163,11 +163,3 @@ def best_lines(
     row = row[..., None, None].expand(-1, -1, *points.shape[2:])
     start, end = (constants(x[:2], points) for x in (low, high))
     return score, label, start + points.gather(1, row) * (end - start)
-
-
-def no_boxes(batch_size: int, device) -> Boxes:
-    """The boxes of a network that finds none."""
-    three = torch.zeros(batch_size, 0, 3, device=device)
-    score = three.sum(-1)  # [B, 0]
-    label = score.long()
-    return Boxes(three, three, score, three[..., :2], label, label, score, score.bool(), three.repeat(1, 1, 3))
