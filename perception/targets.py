@@ -14,26 +14,27 @@ from perception.types import Boxes, CameraRig, Polylines
 
 
 def draw_heatmap(boxes: Boxes, grid: BEVGrid, classes: int) -> Tensor:
-    """Gaussian bumps at the centres: [B, K, X, Y], 1 at the cell that holds a centre, the highest where bumps meet."""
+    """Draws a Gaussian at each box centre, [B, K, X, Y]: 1 in the cell of the centre, the maximum where they
+    overlap."""
     B = boxes.valid.shape[0]
     X, Y = grid.shape
     cell = grid.cells(boxes.center).round().long()  # [B, M, 2]
-    # Bumps as wide as the object, but at least about one cell.
+    # As wide as the object, but at least about one cell.
     sigma = (boxes.size[..., :2].amax(-1) / (6 * min(grid.cell_size))).clamp(0.7, 2.0)
     step = torch.arange(-5, 6, device=cell.device)
-    bump = torch.exp(-(step**2) / (2 * sigma[..., None] ** 2))  # [B, M, 11]
-    bump = bump[..., :, None] * bump[..., None, :]  # [B, M, 11, 11]
+    gaussian = torch.exp(-(step**2) / (2 * sigma[..., None] ** 2))  # [B, M, 11]
+    gaussian = gaussian[..., :, None] * gaussian[..., None, :]  # [B, M, 11, 11]
     x, y = (cell[..., i, None] + step for i in range(2))  # [B, M, 11]
     inside = ((x >= 0) & (x < X))[..., :, None] & ((y >= 0) & (y < Y))[..., None, :] & boxes.valid[..., None, None]
     plane = torch.arange(B, device=cell.device)[:, None] * classes + boxes.label  # [B, M]
-    place = plane[..., None, None] * (X * Y) + x[..., :, None] * Y + y[..., None, :]
-    heat = bump.new_zeros(B * classes * X * Y)
-    place, bump = place.masked_fill(~inside, 0), bump.masked_fill(~inside, 0.0)
-    return heat.scatter_reduce(0, place.flatten(), bump.flatten(), "amax").view(B, classes, X, Y)
+    index = plane[..., None, None] * (X * Y) + x[..., :, None] * Y + y[..., None, :]
+    heat = gaussian.new_zeros(B * classes * X * Y)
+    index, gaussian = index.masked_fill(~inside, 0), gaussian.masked_fill(~inside, 0.0)
+    return heat.scatter_reduce(0, index.flatten(), gaussian.flatten(), "amax").view(B, classes, X, Y)
 
 
 def line_orderings(lines: Polylines) -> tuple[Tensor, Tensor]:
-    """All equivalent orderings of ground-truth lines.
+    """Lists all equivalent orderings of ground-truth lines.
 
     An open line has two, a ring of P points (the last repeats the first) has 2 (P - 1).
 
@@ -57,7 +58,7 @@ def line_orderings(lines: Polylines) -> tuple[Tensor, Tensor]:
 
 
 def draw_bev_segmentation(lines: Polylines, grid: BEVGrid, classes: int) -> Tensor:
-    """1 in every cell that a line passes, [B, K, X, Y]: lines are sampled at a quarter of a cell."""
+    """Draws lines on the grid, [B, K, X, Y]: 1 in each cell that a line crosses, sampled at a quarter of a cell."""
     B = lines.points.shape[0]
     X, Y = grid.shape
     longest = lines.points.diff(dim=2).norm(dim=-1)[lines.valid].amax().item() if lines.valid.any() else 0.0
@@ -72,18 +73,18 @@ def draw_bev_segmentation(lines: Polylines, grid: BEVGrid, classes: int) -> Tens
 
 
 def densify(points: Tensor, steps: int) -> Tensor:
-    """Lines [..., P, 2] with every edge as `steps` points, its two ends among them: [..., (P - 1) * steps, 2]."""
+    """Interpolates `steps` points on each edge of lines [..., P, 2], both ends included: [..., (P - 1) * steps, 2]."""
     t = torch.linspace(0, 1, steps, device=points.device)
     return torch.lerp(points[..., :-1, None, :], points[..., 1:, None, :], t[:, None]).flatten(-3, -2)
 
 
-def draw_boxes(
+def ray_cast_boxes(
     boxes: Boxes, rig: CameraRig, image_size: tuple[int, int], feature_size: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """What the pixels of a feature map show: a ray through the middle of each against every box.
+    """Ray-casts boxes into a feature map: finds the nearest box that the ray through each pixel centre meets.
 
-    A box is grown by the half width of a pixel at its distance, so that thin objects are not lost between two rays.
-    Only boxes hide boxes; walls and trees are not known.
+    A box grows by half the width of a pixel at its distance, so that thin objects do not fall between two rays. Boxes
+    occlude each other; other objects, such as walls, are not in the ground truth.
 
     Args:
         boxes: [B, M].
@@ -92,15 +93,15 @@ def draw_boxes(
         feature_size: height and width of the feature map.
 
     Returns:
-        depth [B, N, h, w] metres along the optical axis to the nearest box, infinite where there is none, and the index
-        of that box, int64.
+        depth [B, N, h, w] metres along the optical axis to the nearest box, infinite without one, and the index of that
+        box, int64.
     """
     h, w = feature_size
     device = boxes.center.device
     ego_from_cam = rig.ego_from_cam.float()
     rays_cam, rays, pixel_width = pixel_rays(rig, image_size, feature_size)
 
-    # Only pairs of a camera and a box that may see each other: the ball around the box reaches into the field of view.
+    # Pairs of camera and box are tested only if the sphere around the box reaches into the field of view.
     centers_cam = transform_points(invert_rigid(ego_from_cam), boxes.center[:, None])  # [B, N, M, 3]
     distance = centers_cam.norm(dim=-1)  # [B, N, M]
     grown = boxes.size[:, None] / 2 + (distance * pixel_width[..., None] / 2)[..., None]  # [B, N, M, 3]
@@ -112,13 +113,13 @@ def draw_boxes(
     cos, sin = boxes.yaw[b, m].cos(), boxes.yaw[b, m].sin()  # [pairs]
     box_from_ego = torch.stack([cos, sin, -sin, cos], -1).unflatten(-1, (2, 2))  # [pairs, 2, 2]
 
-    def turned(vector: Tensor) -> Tensor:
-        """[pairs, R, 3] into the frames of the boxes."""
+    def in_box_frame(vector: Tensor) -> Tensor:
+        """Rotates vectors [pairs, R, 3] into the frames of the boxes."""
         return torch.cat([(box_from_ego[:, None] * vector[..., None, :2]).sum(-1), vector[..., 2:]], -1)
 
-    start = turned((ego_from_cam[b, n, :3, 3] - boxes.center[b, m])[:, None])  # [pairs, 1, 3]
-    direction = turned(rays[b, n])  # [pairs, h * w, 3]
-    direction = torch.where(direction.abs() < 1e-6, 1e-6, direction)  # a face parallel to the ray is met very far away
+    start = in_box_frame((ego_from_cam[b, n, :3, 3] - boxes.center[b, m])[:, None])  # [pairs, 1, 3]
+    direction = in_box_frame(rays[b, n])  # [pairs, h * w, 3]
+    direction = torch.where(direction.abs() < 1e-6, 1e-6, direction)  # a ray parallel to a face meets it very far away
     half = grown[b, n, m][:, None]
     one, other = (-half - start) / direction, (half - start) / direction
     near, far = torch.minimum(one, other).amax(-1), torch.maximum(one, other).amin(-1)  # [pairs, h * w]
@@ -134,6 +135,6 @@ def draw_boxes(
 
 
 def encode_boxes(boxes: Boxes) -> Tensor:
-    """True boxes [B, M] as the network's parameters [B, M, 10] (see `Prediction.box_params`)."""
-    turn = torch.stack([boxes.yaw.sin(), boxes.yaw.cos()], -1)
-    return torch.cat([boxes.center, boxes.size.clamp(min=1e-2).log(), turn, boxes.velocity], -1)
+    """Encodes boxes [B, M] as box parameters [B, M, 10], see `perception.types.Prediction.box_params`."""
+    yaw = torch.stack([boxes.yaw.sin(), boxes.yaw.cos()], -1)
+    return torch.cat([boxes.center, boxes.size.clamp(min=1e-2).log(), yaw, boxes.velocity], -1)

@@ -112,7 +112,7 @@ class ImagePrediction(NamedTuple):
     """What each pixel of the image features shows, before there is a map."""
 
     logits: Tensor  # [B, N, K, h, w] which box class, if any
-    depth_logits: Tensor  # [B, N, D, h, w] how far away the centre of that box is, see `bev_encoder.depth_position`
+    depth_logits: Tensor  # [B, N, D, h, w] how far away the centre of that box is, see `bev_encoder.depth_bin`
     heading: Tensor  # [B, N, 2, h, w] sin cos of its yaw, seen from the line of sight to its centre
 
 

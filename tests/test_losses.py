@@ -10,9 +10,9 @@ from perception.geometry import rigid_from_yaw, transform_points
 from perception.grid import BEVGrid
 from perception.matching import focal_loss, hungarian
 from perception.models.bev_transformer.decoder import decode
-from perception.models.bev_transformer.encoder import depth_position
+from perception.models.bev_transformer.encoder import depth_bin
 from perception.models.bev_transformer.losses import frame_losses, image_losses
-from perception.targets import draw_bev_segmentation, draw_boxes, draw_heatmap, encode_boxes, line_orderings
+from perception.targets import draw_bev_segmentation, draw_heatmap, encode_boxes, line_orderings, ray_cast_boxes
 from perception.types import (
     BOX_CLASSES,
     Boxes,
@@ -84,11 +84,11 @@ def perfect_prediction(boxes: Boxes, lines: Polylines, logit: float = 12.0) -> P
     heat = draw_heatmap(boxes, GRID, 10)
     heatmap = torch.where(heat == 1, logit, -logit)
     bev_seg = torch.where(draw_bev_segmentation(lines, GRID, 3) > 0, logit, -logit)
-    depth, box = draw_boxes(boxes, FRAME.rig, (60, 100), (15, 25))
+    depth, box = ray_cast_boxes(boxes, FRAME.rig, (60, 100), (15, 25))
     shown = F.one_hot(boxes.label[0, box], 10).movedim(-1, 2).bool() & depth.isfinite()[:, :, None]
     image = torch.where(shown, logit, -logit)
     ahead = boxes.center[0, :, 0]  # the cameras look along x, one forwards and one backwards
-    place = depth_position(torch.stack([ahead[box[:, 0]], -ahead[box[:, 1]]], 1), 8)[:, :, None]  # [B, N, 1, h, w]
+    place = depth_bin(torch.stack([ahead[box[:, 0]], -ahead[box[:, 1]]], 1), 8)[:, :, None]  # [B, N, 1, h, w]
     # The softmax of logs of weights that sum to one is those weights.
     depth_logits = (1 - (place - torch.arange(8).view(8, 1, 1)).abs()).clamp(min=1e-9).log()
     sight = boxes.center - FRAME.rig.ego_from_cam[:, 0, :3, 3]  # both cameras are in one place
@@ -276,7 +276,7 @@ def one_box(center, size, yaw, label=0) -> Boxes:
 def test_pixels_that_show_a_box_by_hand():
     """A cube of 2 m, 10 m ahead, its face 9 m away, seen by 100 x 60 pixels of 50 pixels focal length."""
     boxes = one_box([10.0, 0, 1.5], [2.0, 2, 2], 0.0)
-    depth, _ = draw_boxes(boxes, FRAME.rig, (60, 100), (60, 100))
+    depth, _ = ray_cast_boxes(boxes, FRAME.rig, (60, 100), (60, 100))
     assert depth[0, 1].isinf().all()  # the other camera looks away
     # A pixel is 1 / 50 m wide at 1 m, so the cube is grown by 10 / 50 / 2 = 0.1 m: the face is 8.9 m away and spans
     # 50 x 1.1 / 8.9 = 6.18 pixels to either side of the middle. Centres lie at +0.5, so 6 pixels on each side.
@@ -290,8 +290,8 @@ def test_pixels_that_show_a_box_by_hand():
 def test_boxes_hide_boxes_and_turn_with_the_world():
     near, far = one_box([6.0, 0.5, 1.0], [1.0, 0.6, 2.0], 0.4), one_box([9.0, 0, 1.5], [4.0, 4, 3], -1.2)
     both = Boxes(*(torch.cat(pair, 1) for pair in zip(far, near, strict=True)))
-    depth, box = draw_boxes(both, FRAME.rig, (60, 100), (30, 50))
-    alone = [draw_boxes(b, FRAME.rig, (60, 100), (30, 50))[0][0, 0] for b in (far, near)]
+    depth, box = ray_cast_boxes(both, FRAME.rig, (60, 100), (30, 50))
+    alone = [ray_cast_boxes(b, FRAME.rig, (60, 100), (30, 50))[0][0, 0] for b in (far, near)]
     torch.testing.assert_close(depth[0, 0], torch.minimum(*alone))
     assert ((box[0, 0] == 1) == (alone[1] < alone[0])).all()
     assert alone[1].isfinite().sum() > 5
@@ -301,7 +301,7 @@ def test_boxes_hide_boxes_and_turn_with_the_world():
     turn = torch.from_numpy(rigid_from_yaw(angle)).float()
     center = transform_points(turn, both.center)
     rig = FRAME.rig._replace(ego_from_cam=turn @ FRAME.rig.ego_from_cam)
-    again, box_again = draw_boxes(both._replace(center=center, yaw=both.yaw + angle), rig, (60, 100), (30, 50))
+    again, box_again = ray_cast_boxes(both._replace(center=center, yaw=both.yaw + angle), rig, (60, 100), (30, 50))
     torch.testing.assert_close(again, depth, atol=1e-3, rtol=1e-3)
     assert (box_again == box).all()
 

@@ -13,7 +13,7 @@ from perception.grid import BEVGrid
 from perception.models.backbone import FPNEncoder
 from perception.models.bev_transformer.config import BEVTransformerConfig
 from perception.models.bev_transformer.decoder import BoxReading, decode
-from perception.models.bev_transformer.encoder import SpatialCrossAttention, TemporalFusion, depth_position, read_depth
+from perception.models.bev_transformer.encoder import SpatialCrossAttention, TemporalFusion, depth_bin, sample_depth
 from perception.models.bev_transformer.model import BEVTransformer
 from perception.models.checkpoint import load_checkpoint, save_checkpoint
 from perception.types import CameraRig, Frame, ImagePrediction, Prediction, map_tensors
@@ -181,7 +181,7 @@ def test_a_cell_is_lit_by_the_pixels_at_its_depth():
     attention = SpatialCrossAttention(grid, (1.0,), channels_in=3, channels=8, cameras=2, samples=1)
     bins = 32
     likely = torch.zeros(bins)
-    place = depth_position(torch.tensor(9.0), bins)  # 9 m lies between two bins
+    place = depth_bin(torch.tensor(9.0), bins)  # 9 m lies between two bins
     low = int(place)
     likely[low], likely[low + 1] = low + 1 - place, place - low
     rig = make_rig(1, (48, 80))
@@ -213,7 +213,7 @@ def test_depth_is_read_between_pixels_and_between_bins():
     uv = torch.tensor([[[[2.25 / w, 1.75 / h]], [[5.5 / w, 0.5 / h]]]])  # feature pixels (1.75, 1.25) and (5, 0)
     camera = torch.tensor([[[2], [0]]])
     depth = torch.tensor([[[80.0 ** (1.5 / 4)], [200.0]]])  # between bins 1 and 2; beyond the last
-    read = read_depth(likely, uv, camera, depth)[0, :, 0].tolist()
+    read = sample_depth(likely, uv, camera, depth)[0, :, 0].tolist()
     assert read == pytest.approx([200 + 7 * 1.5 + 1.25 + 0.175, 7 * 4 + 0.5], abs=1e-2)
 
 

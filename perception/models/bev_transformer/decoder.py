@@ -1,4 +1,4 @@
-"""Two query decoders on one BEV map, one for boxes and one for lines, and the way from their outputs to a FrameObjects.
+"""Two query decoders on the BEV features, one for boxes and one for lines, and their post-processing.
 
 Both are DETR-like sets of queries (https://arxiv.org/abs/2005.12872) with deformable attention on the BEV and a
 refinement per layer. Box queries start at the peaks of the dense centre heat map, as in TransFusion
@@ -14,22 +14,22 @@ from torch import Tensor, nn
 
 from perception.cameras import choose_cameras
 from perception.grid import BEVGrid
-from perception.models.bev_transformer.encoder import depth_position
+from perception.models.bev_transformer.encoder import depth_bin
 from perception.models.decoding import CLOSED_GAP, LOG_UNCERTAINTY_RANGE, topk_pairs
 from perception.ops import sample_bev, sample_cameras
 from perception.types import Boxes, CameraRig, FrameObjects, Polylines, Prediction
 
 LOG_SIZE_RANGE = (-3.0, 4.0)  # of the logarithm of a length in metres: 5 cm to 55 m
 PRIOR_LOGIT = -4.0  # initial class logits: almost everything is background
-# How much lower the logit of a cell that is no local maximum ranks: a wide object asks for one query before it asks for
-# a second one, but two objects in neighbouring cells still get one each before mere noise does.
+# Subtracted from the logit of a cell that is no local maximum when start cells are ranked. A wide object gets one query
+# before it gets a second one, and two objects in neighbouring cells still get one each before noise does.
 PEAK_BONUS = 3.0
-# Metres. Two boxes of one class count as one object where their centres are closer than its usual width, or than this:
-# a network that places things no better than to a cell of its grid answers small ones more than once.
-LEAST_DISTANCE = 1.5
-# Of chains of boxes of which each one is too close to the one before: so many links are settled exactly.
-LINKS = 16
-# Usual length, width and height of BOX_CLASSES in metres: where the search for a size starts.
+# Circle NMS: the radius of a class is its usual width, but at least this many metres. Positions are no better than a
+# cell of the grid, so small objects are often predicted more than once.
+MIN_NMS_RADIUS = 1.5
+# Iterations of circle NMS: exact for chains of up to so many boxes, each too close to the one before.
+NMS_ITERATIONS = 16
+# Usual length, width and height of BOX_CLASSES in metres, from which sizes are refined.
 USUAL_SIZES = (
     (4.6, 1.95, 1.7), (6.9, 2.5, 2.8), (12.3, 2.9, 3.9), (11.0, 2.9, 3.5), (6.4, 2.9, 3.2),
     (1.7, 0.6, 1.3), (2.1, 0.8, 1.5), (0.7, 0.7, 1.8), (0.4, 0.4, 1.1), (0.5, 2.5, 1.0),
@@ -47,29 +47,30 @@ def encode_position(position: Tensor, channels: int) -> Tensor:
     return torch.cat([phase.sin(), phase.cos()], -1).flatten(-2)
 
 
-def _turn_from_sight(sin_cos: Tensor, center: Tensor) -> Tensor:
-    """(sin, cos) of angles against the line from the ego origin to `center` [..., 2], as angles against ego x."""
+def _yaw_from_observation_angle(sin_cos: Tensor, center: Tensor) -> Tensor:
+    """Turns (sin, cos) of angles to the line from the ego origin to `center` [..., 2] into those of angles to ego x."""
     x, y = (center / center.norm(dim=-1, keepdim=True).clamp(min=1e-3)).unbind(-1)
     sin, cos = sin_cos.unbind(-1)
     return torch.stack([sin * x + cos * y, cos * x - sin * y], -1)
 
 
-def _turn_by_heading(along: Tensor, heading: Tensor) -> Tensor:
-    """Vectors [..., 2] in frames whose x axes point along `heading` (sin, cos of any length), as vectors in ego's."""
+def _rotate_by_heading(along: Tensor, heading: Tensor) -> Tensor:
+    """Rotates vectors [..., 2] from frames whose x axes point along `heading` (sin, cos of any length) to the ego
+    frame."""
     sin, cos = F.normalize(heading, dim=-1).unbind(-1)
     x, y = along.unbind(-1)
     return torch.stack([cos * x - sin * y, sin * x + cos * y], -1)
 
 
 class BEVAttention(nn.Module):
-    """Deformable attention from queries with a reference point to the BEV map.
+    """Deformable attention from queries with a reference point to the BEV features.
 
     Args:
-        grid: where the cells of the map lie.
-        channels: of queries and map.
+        grid: of the BEV features.
+        channels: of queries and BEV features.
         heads: number of heads.
-        samples: places read per head.
-        reach: metres; the places of a head start spread over this distance in a direction of its own.
+        samples: sampling locations per head.
+        reach: metres. The initial offsets of a head are spread over this distance, in one direction per head.
     """
 
     def __init__(self, grid: BEVGrid, channels: int, heads: int, samples: int, reach: float) -> None:
@@ -96,15 +97,14 @@ class BEVAttention(nn.Module):
         return self.output(sample_bev(value, self.grid, points_ego, weight))
 
 
-class BoxReading(nn.Module):
-    """What the images show at the centre of a box and of its six faces.
+class ImageSampling(nn.Module):
+    """Samples image features at the centre of a box and at the centres of its six faces, as Sparse4D does.
 
-    A box that is placed too far or turned the wrong way looks wrong from the camera: the queries of Sparse4D
-    (https://arxiv.org/abs/2211.10581) find that out in the same way. Whether the pixel shows the box or something
-    before it is told by the depth of the points beside the depth that the image features name.
+    A box with a wrong depth or yaw does not fit the image features there (https://arxiv.org/abs/2211.10581). The depths
+    of the points are encoded too. Compared with the depth in the image features they show whether the box is occluded.
 
     Args:
-        channels: of what is read and of what is returned.
+        channels: of the image features and of the result.
     """
 
     OFFSETS = ((0, 0, 0), (1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1))  # in half sizes
@@ -122,14 +122,14 @@ class BoxReading(nn.Module):
         points_ego = params[..., None, :3] + torch.stack([cos * x - sin * y, sin * x + cos * y, z], -1)
         uv, depth, seen, camera = choose_cameras(rig, points_ego, image_size, 2)  # [B, Q, G, K, ...]
         weight = seen / seen.sum(-1, keepdim=True).clamp(min=1)  # [B, Q, G, K]
-        read = sample_cameras(value, uv.flatten(1, 2), camera.flatten(1, 2), weight.flatten(1, 2))
-        read = read.unflatten(1, depth.shape[1:3])  # [B, Q, G, C]
-        told = torch.stack([(depth_position(depth, 2) * weight).sum(-1), weight.sum(-1)], -1)  # [B, Q, G, 2]
-        return self.output(torch.cat([read, told], -1).flatten(2))
+        sampled = sample_cameras(value, uv.flatten(1, 2), camera.flatten(1, 2), weight.flatten(1, 2))
+        sampled = sampled.unflatten(1, depth.shape[1:3])  # [B, Q, G, C]
+        geometry = torch.stack([(depth_bin(depth, 2) * weight).sum(-1), weight.sum(-1)], -1)  # [B, Q, G, 2]
+        return self.output(torch.cat([sampled, geometry], -1).flatten(2))
 
 
 class SelfAttention(nn.Module):
-    """Pre-norm multi-head attention among queries, with the positions added to queries and keys."""
+    """Pre-norm multi-head self-attention, with position embeddings added to queries and keys."""
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
@@ -140,23 +140,23 @@ class SelfAttention(nn.Module):
         self.output = nn.Linear(channels, channels)
 
     def forward(self, query: Tensor, position: Tensor) -> Tensor:
-        """query and position [B, Q, C] -> what to add to the query, [B, Q, C]."""
+        """Attends: query and position [B, Q, C] -> residual of the query [B, Q, C]."""
         x = self.norm(query)
         q, k = self.query_key(x + position).chunk(2, -1)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, self.value(x)))
-        # Spelled out: the sequences are short, where the fused kernel is slower, and softmax stays in float32.
+        # Not the fused kernel: it is slower for short sequences, and softmax stays in float32 here.
         attention = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).float().softmax(-1)  # [B, heads, Q, Q]
         return self.output((attention.to(v.dtype) @ v).transpose(1, 2).flatten(2))
 
 
 class BoxDecoder(nn.Module):
-    """Boxes from the peaks of a centre heat map, refined layer by layer.
+    """Predicts boxes: queries start at the peaks of a centre heat map and are refined layer by layer.
 
     Args:
-        grid: of the BEV map.
-        channels_in: of what is read from the images.
+        grid: of the BEV features.
+        channels_in: of the image features.
         channels, heads, layers: size of the decoder.
-        queries: how many peaks are followed up.
+        queries: number of start cells.
         classes: number of box classes.
     """
 
@@ -177,7 +177,7 @@ class BoxDecoder(nn.Module):
         for _ in range(layers):
             layer = nn.ModuleDict(
                 {
-                    "reading": BoxReading(channels),
+                    "reading": ImageSampling(channels),
                     "self_attention": SelfAttention(channels, heads),
                     "norm": nn.LayerNorm(channels),
                     "bev_attention": BEVAttention(grid, channels, heads, samples=4, reach=3.0),
@@ -197,7 +197,7 @@ class BoxDecoder(nn.Module):
     def forward(
         self, bev: Tensor, images: Tensor, rig: CameraRig, image_size: tuple[int, int]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Boxes from the map and from the images.
+        """Predicts boxes from BEV and image features.
 
         Args:
             bev: [B, C, X, Y].
@@ -206,13 +206,13 @@ class BoxDecoder(nn.Module):
             image_size: height and width in pixels of the images that the rig is calibrated for.
 
         Returns:
-            box_logits [L, B, Q, K], box_params [L, B, Q, 10] and box_log_uncertainty [L, B, Q, 9] with the meaning that
-            they have in `perception.types.Prediction`, heatmap_logits [B, K, X, Y].
+            box_logits [L, B, Q, K], box_params [L, B, Q, 10], box_log_uncertainty [L, B, Q, 9] and heatmap_logits
+            [B, K, X, Y] as in `perception.types.Prediction`.
         """
         B, C, X, Y = bev.shape
         heatmap_logits = self.heatmap(bev)
         heat = heatmap_logits.detach().float().amax(1, keepdim=True)  # [B, 1, X, Y]
-        # Equality with the 3x3 maximum finds peaks without a loop.
+        # A cell that equals the maximum of its 3x3 neighbourhood is a peak.
         peak = torch.where(heat == F.max_pool2d(heat, 3, 1, 1), heat, heat - PEAK_BONUS)
         cell = peak.flatten(1).topk(self.queries, dim=1).indices  # [B, Q]
         logits = heatmap_logits.detach().flatten(2).gather(2, cell[:, None].expand(-1, heatmap_logits.shape[1], -1))
@@ -224,7 +224,7 @@ class BoxDecoder(nn.Module):
         value = self.value(bev)
         image_value = self.image_value(images.flatten(0, 1)).unflatten(0, images.shape[:2])
 
-        # A box starts on the ground with the size that its class usually has, heading along x, standing.
+        # A box starts on the ground with the usual size of its class, zero yaw and zero velocity.
         log_size = (logits.softmax(-1)[..., None] * self.usual_log_sizes).sum(-2)  # [B, Q, 3]
         z = log_size[..., 2:].exp() / 2
         rest = F.pad(torch.ones_like(z), (1, 2))  # sin, cos and two speeds
@@ -239,22 +239,22 @@ class BoxDecoder(nn.Module):
             query = query + layer["bev_attention"](layer["norm"](query) + position, reference, value)
             query = query + layer["feed_forward"](query)
             logits = logits + layer["to_class"](query).float()
-            # A street tells how a box is turned against the car, a picture how it is turned against the line of sight.
-            change, along, by_sight = layer["to_box"](query).float().split([8, 2, 2], -1)
-            refined = params[..., :8] + change + F.pad(_turn_from_sight(by_sight, reference), (6, 0))
-            # What moves moves the way it heads: how fast is known even where the heading is not.
+            # Yaw is the sum of two parts: relative to ego x (from the road) and to the line of sight (from the image).
+            change, along, observed = layer["to_box"](query).float().split([8, 2, 2], -1)
+            refined = params[..., :8] + change + F.pad(_yaw_from_observation_angle(observed, reference), (6, 0))
+            # Objects move along their heading, so speed is predicted along and across it.
             speed = speed.detach() + along  # along the heading and across, m/s
-            refined = torch.cat([refined, _turn_by_heading(speed, refined[..., 6:].detach())], -1)
+            refined = torch.cat([refined, _rotate_by_heading(speed, refined[..., 6:].detach())], -1)
             all_logits.append(logits)
             all_params.append(refined)
-            # How far off this may be is read from the query and does not change it: knowing costs no accuracy.
+            # The query is detached: learning the uncertainty does not change the boxes.
             all_log_uncertainties.append(layer["to_uncertainty"](query.detach()).float())
             params = refined.detach()
         return torch.stack(all_logits), torch.stack(all_params), torch.stack(all_log_uncertainties), heatmap_logits
 
 
 def anchor_lines(count: int, points: int, x_range: tuple[float, float], y_range: tuple[float, float]) -> Tensor:
-    """Straight lines and rings spread over the map range: where line queries start. Returns [count, P, 2] metres.
+    """Makes the initial lines of the queries: straight lines and rings over the lane range, [count, P, 2] metres.
 
     Half of them run along x (where the ego drives), on the rear or the front half of the range; a quarter run along y;
     a quarter are rings the size of a crossing.
@@ -280,14 +280,14 @@ def anchor_lines(count: int, points: int, x_range: tuple[float, float], y_range:
 
 
 class LineDecoder(nn.Module):
-    """Vector lines: instance queries times points, with attention between instances and along each line.
+    """Predicts vector lines: queries are instances times points, with attention between instances and along each line.
 
     Args:
-        grid: of the BEV map.
+        grid: of the BEV features.
         channels, heads, layers: size of the decoder.
         queries: number of line instances; points: points per line.
         classes: number of line classes.
-        x_range, y_range: metres, the part of the ego frame in which lines are sought.
+        x_range, y_range: metres, the part of the ego frame that the initial lines cover.
     """
 
     def __init__(
@@ -309,9 +309,8 @@ class LineDecoder(nn.Module):
         )
         nn.init.constant_(self.bev_seg[-1].bias, PRIOR_LOGIT)
         self.value = nn.Conv2d(channels + classes, channels, 1)
-        self.anchors = nn.Parameter(
-            anchor_lines(queries, points, x_range, y_range) / 10
-        )  # [Q, P, 2] in 10 m, as learned
+        # [Q, P, 2] in units of 10 m, so that they learn at the rate of the other parameters.
+        self.anchors = nn.Parameter(anchor_lines(queries, points, x_range, y_range) / 10)
         self.instance = nn.Parameter(0.1 * torch.randn(queries, 1, channels))
         self.point = nn.Parameter(0.1 * torch.randn(1, points, channels))
         self.position = _mlp(channels, channels, channels)
@@ -335,7 +334,7 @@ class LineDecoder(nn.Module):
             self.layers.append(layer)
 
     def forward(self, bev: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Lines from the map [B, C, X, Y].
+        """Predicts lines from BEV features [B, C, X, Y].
 
         Returns:
             line_logits [L, B, Q, K], line_points and line_log_uncertainty [L, B, Q, P, 2], bev_seg_logits [B, K, X, Y].
@@ -366,16 +365,16 @@ class LineDecoder(nn.Module):
 
 
 def decode(prediction: Prediction) -> FrameObjects:
-    """The last decoder layer as a FrameObjects, best score first.
+    """Decodes the last layer: top-k pairs of query and class, best score first, and circle NMS of boxes.
 
-    As many boxes and lines come out as there are queries; a query may appear under several classes. A box that is too
-    close to a better one of its class is not `valid`; no score threshold is applied.
+    You get as many boxes and lines as there are queries. A query may appear under several classes. Boxes that circle
+    NMS drops are not `valid`. No score threshold is applied.
 
     Args:
         prediction: with leading [L, B]; velocities, sizes and frames as in `Prediction`.
 
     Returns:
-        A FrameObjects with leading [B]; `attribute` is -1, for the network does not predict it.
+        Objects with leading [B]. `attribute` is -1: the network does not predict it.
     """
     logits, params = prediction.box_logits[-1].float(), prediction.box_params[-1].float()
     score, query, label = topk_pairs(logits, logits.shape[1])
@@ -410,17 +409,25 @@ def decode(prediction: Prediction) -> FrameObjects:
 
 
 def circle_nms(center: Tensor, label: Tensor) -> Tensor:
-    """Which boxes, best first, keep their distance from all better ones of their class: [B, M] bool.
+    """Circle NMS (CenterPoint, https://arxiv.org/abs/2006.11275): False for a box too close to a better one of its
+    class.
+
+    Dropped boxes suppress nothing. The sequential rule is computed as a fixed number of matrix products, so that it
+    exports with static shapes.
 
     Args:
-        center: [B, M, 2] metres; label: [B, M].
+        center: [B, M, 2] metres, best score first.
+        label: [B, M].
+
+    Returns:
+        [B, M] bool.
     """
-    width = sum(max(min(size[:2]), LEAST_DISTANCE) * (label == k) for k, size in enumerate(USUAL_SIZES))  # [B, M]
+    radius = sum(max(min(size[:2]), MIN_NMS_RADIUS) * (label == k) for k, size in enumerate(USUAL_SIZES))  # [B, M]
     distance = (center[:, :, None] - center[:, None]).norm(dim=-1)  # [B, M, M]
-    rival = (distance < width[..., None]) & (label[..., None] == label[:, None])
+    rival = (distance < radius[..., None]) & (label[..., None] == label[:, None])
     rank = torch.arange(center.shape[1], device=center.device)
     rival = (rival & (rank[:, None] > rank)).to(center.dtype)  # no tril: parsers of TensorRT take none of booleans
     keep = torch.ones_like(center[..., 0])
-    for _ in range(LINKS):  # who was dropped drops nobody; products instead of a loop over boxes, so that it exports
+    for _ in range(NMS_ITERATIONS):
         keep = 1 - (rival @ keep[..., None])[..., 0].clamp(max=1)
     return keep > 0.5

@@ -1,11 +1,10 @@
-"""Matching and losses: what a Prediction should have been, given the true FrameObjects.
+"""Losses of the flagship.
 
-Every decoder layer is matched anew with the ground truth, one query to one object (the Hungarian method, DETR,
-https://arxiv.org/abs/2005.12872). A line is the same line when it is walked backwards, and a ring the same ring from
-whichever vertex it starts (MapTR, https://arxiv.org/abs/2208.14437), so lines are compared in the ordering that fits
-best. Two dense losses on the BEV, a centre heat map and a BEV segmentation of the lines, train the map itself; two in
-the images, which object each pixel shows and how far away it is, train what the map is lifted from (the perspective
-supervision of BEVFormer v2, https://arxiv.org/abs/2211.10439, from the boxes alone).
+Each decoder layer is matched with the ground truth, one query to one object (Hungarian matching as in DETR,
+https://arxiv.org/abs/2005.12872). A line may be given in either direction and a ring may start at any vertex (MapTR,
+https://arxiv.org/abs/2208.14437), so lines are compared in the ordering that fits best. Two auxiliary losses on the BEV
+(centre heat map, BEV segmentation of the lines) supervise the BEV features. Three in the images (class, depth and
+heading per pixel) are the perspective supervision of BEVFormer v2 (https://arxiv.org/abs/2211.10439), from boxes alone.
 """
 
 from __future__ import annotations
@@ -19,16 +18,16 @@ from torch import Tensor
 from perception.geometry import invert_rigid, transform_points, wrap_angle
 from perception.grid import BEVGrid
 from perception.matching import focal_cost, focal_loss, match_layers
-from perception.models.bev_transformer.encoder import depth_position
+from perception.models.bev_transformer.encoder import depth_bin
 from perception.models.decoding import LOG_UNCERTAINTY_RANGE
-from perception.targets import draw_bev_segmentation, draw_boxes, draw_heatmap, encode_boxes, line_orderings
+from perception.targets import draw_bev_segmentation, draw_heatmap, encode_boxes, line_orderings, ray_cast_boxes
 from perception.types import BOX_CLASSES, Boxes, Frame, FrameObjects, ImagePrediction, Polylines, Prediction
 
-# Weights of the ten box parameters (centre, log size, sin cos yaw, velocity) in cost and loss. Most things stand: with
-# less weight on velocities, the guess that everything does is never left.
+# Weights of the ten box parameters (centre, log size, sin cos yaw, velocity) in cost and loss. Most objects stand
+# still: with less weight on velocities, the network goes on predicting zero for all.
 BOX_WEIGHTS = (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 2.0, 2.0)
-# What looks the same from all sides has no yaw to learn, what looks the same from front and back has two.
-ROUND, TWO_FACED = BOX_CLASSES.index("traffic_cone"), BOX_CLASSES.index("barrier")
+# Cones have no yaw. Barriers look the same from front and back, so two yaws are equally right.
+NO_YAW, SYMMETRIC = BOX_CLASSES.index("traffic_cone"), BOX_CLASSES.index("barrier")
 LOSS_WEIGHTS = {
     "box_class": 2.0, "box_params": 0.25, "heatmap": 1.0,
     "line_class": 2.0, "line_points": 0.5, "line_direction": 0.1, "bev_seg": 1.0,
@@ -37,17 +36,17 @@ LOSS_WEIGHTS = {
 
 
 def frame_losses(prediction: Prediction, gt: FrameObjects, frame: Frame, grid: BEVGrid) -> dict[str, Tensor]:
-    """All losses of one frame, weighted, averaged over the decoder layers.
+    """Computes all losses of one frame, weighted, averaged over the decoder layers.
 
     Args:
         prediction: leading [L, B].
         gt: leading [B].
-        frame: leading [B], what the network saw; its calibration says what the images show.
-        grid: the grid of the dense outputs on the BEV.
+        frame: leading [B], the input of the network; its calibration projects the boxes into the images.
+        grid: of the heat map and the segmentation.
 
     Returns:
-        Scalars by name; their sum is what to minimise. Nothing is hidden: a NaN in the prediction or the ground truth
-        of a matched object is a NaN here, except velocities, whose ground truth is NaN where it is not known.
+        Scalars by name. A NaN in the prediction or in the ground truth of a matched object gives a NaN here. The
+        exception is the velocity, whose ground truth is NaN where it is unknown.
     """
     boxes = _inside(gt.boxes, grid)
     sums = box_losses(prediction.box_logits, prediction.box_params, prediction.box_log_uncertainty, boxes)
@@ -59,16 +58,16 @@ def frame_losses(prediction: Prediction, gt: FrameObjects, frame: Frame, grid: B
 
 
 def _inside(boxes: Boxes, grid: BEVGrid) -> Boxes:
-    """Only boxes whose centre lies on the grid can be found, so only they are gt_idx for."""
-    place = grid.normalize(boxes.center)
-    return boxes._replace(valid=boxes.valid & ((place >= 0) & (place < 1)).all(-1))
+    """Keeps boxes whose centre lies on the grid: no others can be predicted."""
+    position = grid.normalize(boxes.center)
+    return boxes._replace(valid=boxes.valid & ((position >= 0) & (position < 1)).all(-1))
 
 
 # ---------------------------------------------------------------------------------------------------------------- boxes
 
 
 def box_losses(logits: Tensor, params: Tensor, log_uncertainty: Tensor, boxes: Boxes) -> dict[str, Tensor]:
-    """Focal loss of the classes, L1 of the parameters and likelihood of the errors of matched boxes.
+    """Computes the focal loss of classes, and L1 loss of parameters and likelihood of errors of matched boxes.
 
     Args:
         logits: [L, B, Q, K]; params: [L, B, Q, 10]; log_uncertainty: [L, B, Q, 9].
@@ -77,7 +76,7 @@ def box_losses(logits: Tensor, params: Tensor, log_uncertainty: Tensor, boxes: B
     targets = encode_boxes(boxes)
     weights = params.new_tensor(BOX_WEIGHTS)
     with torch.no_grad():
-        # Neither yaw nor velocity decides who is who: not all classes have the one, and the other may be unknown.
+        # Yaw and velocity do not count in the matching: not all classes have a yaw, and a velocity may be unknown.
         distance = (params[..., None, :6] - targets[:, None, :, :6]).abs()  # [L, B, Q, M, 6]
         cost = LOSS_WEIGHTS["box_class"] * focal_cost(logits, boxes.label)
         cost = cost + LOSS_WEIGHTS["box_params"] * (distance * weights[:6]).sum(-1)
@@ -86,11 +85,11 @@ def box_losses(logits: Tensor, params: Tensor, log_uncertainty: Tensor, boxes: B
     count = max(len(label), len(logits))  # at least one of each layer
     wanted = torch.zeros_like(logits)
     wanted[(*pred_idx, label)] = 1.0
-    target = torch.cat([target[:, :6], nearest_turn(found[:, 6:8], target[:, 6:8], label), target[:, 8:]], 1)
+    target = torch.cat([target[:, :6], nearest_yaw(found[:, 6:8], target[:, 6:8], label), target[:, 8:]], 1)
     known = ~target.isnan()
     difference = torch.where(known, found - target.nan_to_num(), 0.0).abs()
     weights = weights.expand_as(difference).clone()
-    weights[label == ROUND, 6:8] = 0.0
+    weights[label == NO_YAW, 6:8] = 0.0
     yaw_error = torch.atan2(found[:, 6], found[:, 7]) - torch.atan2(target[:, 6], target[:, 7])
     error = torch.cat([difference[:, :6], wrap_angle(yaw_error)[:, None].abs(), difference[:, 8:]], 1)  # [pairs, 9]
     likelihood = laplace_loss(log_uncertainty[pred_idx], error) * torch.cat([known[:, :7], known[:, 8:]], 1)
@@ -101,10 +100,10 @@ def box_losses(logits: Tensor, params: Tensor, log_uncertainty: Tensor, boxes: B
     }
 
 
-def nearest_turn(found: Tensor, target: Tensor, label: Tensor) -> Tensor:
-    """The sin and cos of yaw [pairs, 2] that boxes of these classes should have: of two equal ones the nearer."""
+def nearest_yaw(found: Tensor, target: Tensor, label: Tensor) -> Tensor:
+    """Chooses the target (sin, cos) of yaw [pairs, 2]: for symmetric classes the nearer of the two right ones."""
     behind = (found.detach() * target).sum(-1) < 0
-    return torch.where((behind & (label == TWO_FACED))[:, None], -target, target)
+    return torch.where((behind & (label == SYMMETRIC))[:, None], -target, target)
 
 
 def heatmap_loss(logits: Tensor, boxes: Boxes, grid: BEVGrid) -> Tensor:
@@ -121,7 +120,7 @@ def heatmap_loss(logits: Tensor, boxes: Boxes, grid: BEVGrid) -> Tensor:
 
 
 def line_losses(logits: Tensor, points: Tensor, log_uncertainty: Tensor, lines: Polylines) -> dict[str, Tensor]:
-    """Focal loss of the classes, L1 and likelihood of the points and cosine of the edges of matched lines.
+    """Computes the focal loss of classes, and L1 loss, likelihood and edge direction loss of matched lines.
 
     Args:
         logits: [L, B, Q, K]; points: [L, B, Q, P, 2] metres; log_uncertainty: [L, B, Q, P, 2].
@@ -132,7 +131,7 @@ def line_losses(logits: Tensor, points: Tensor, log_uncertainty: Tensor, lines: 
     with torch.no_grad():
         M, O = exists.shape[1:]
         distance = torch.cdist(points.float().flatten(3), orderings.flatten(3).flatten(1, 2), p=1)  # [L, B, Q, M * O]
-        distance = distance.unflatten(3, (M, O)) / P  # mean L1 distance of a point, metres
+        distance = distance.unflatten(3, (M, O)) / P  # mean L1 distance per point, metres
         distance, ordering = distance.masked_fill(~exists[:, None], math.inf).min(-1)  # [L, B, Q, M]
         cost = LOSS_WEIGHTS["line_class"] * focal_cost(logits, lines.label) + LOSS_WEIGHTS["line_points"] * distance
         pred_idx, gt_idx = match_layers(cost, lines.valid)
@@ -151,9 +150,9 @@ def line_losses(logits: Tensor, points: Tensor, log_uncertainty: Tensor, lines: 
 
 
 def bev_seg_loss(logits: Tensor, lines: Polylines, grid: BEVGrid) -> Tensor:
-    """Focal loss of the BEV segmentation [B, K, X, Y], per cell that a line crosses."""
+    """Computes the focal loss of the BEV segmentation [B, K, X, Y] per cell that a line crosses."""
     target = draw_bev_segmentation(lines, grid, logits.shape[1])
-    # An alpha of one half, doubled: cells with and without a line weigh the same, one.
+    # Twice an alpha of one half: cells with and without a line have a weight of one.
     return 2 * focal_loss(logits, target, alpha=0.5).sum() / target.sum().clamp(min=1)
 
 
@@ -161,12 +160,12 @@ def bev_seg_loss(logits: Tensor, lines: Polylines, grid: BEVGrid) -> Tensor:
 
 
 def image_losses(prediction: ImagePrediction, boxes: Boxes, frame: Frame) -> dict[str, Tensor]:
-    """Focal loss of the class each pixel shows; where it shows a box, divergence of its depth and L1 of its heading.
+    """Computes the losses per pixel: focal loss of classes; in boxes KL divergence of depth and L1 loss of heading.
 
     Args:
         prediction: leading [B].
         boxes: the ground truth [B, M].
-        frame: leading [B]; cameras that are absent are left out.
+        frame: leading [B]; absent cameras do not count.
 
     Returns:
         Weighted scalars by name, as in `frame_losses`.
@@ -174,7 +173,7 @@ def image_losses(prediction: ImagePrediction, boxes: Boxes, frame: Frame) -> dic
     rig = frame.rig
     B, N, K, h, w = prediction.logits.shape
     D = prediction.depth_logits.shape[2]
-    depth, box = draw_boxes(boxes, rig, frame.images.shape[-2:], (h, w))  # [B, N, h, w]
+    depth, box = ray_cast_boxes(boxes, rig, frame.images.shape[-2:], (h, w))  # [B, N, h, w]
     shown = depth.isfinite() & rig.present[..., None, None]
     count = shown.sum().clamp(min=1)
     b, n, row, column = shown.nonzero(as_tuple=True)  # of the P pixels that show a box
@@ -183,33 +182,30 @@ def image_losses(prediction: ImagePrediction, boxes: Boxes, frame: Frame) -> dic
     wanted[b, n, boxes.label[b, m], row, column] = 1.0
     present = rig.present[..., None, None, None]
 
-    # The depth of the middle of the box, not of the side that faces the camera: there the map wants to have it.
+    # The depth of the box centre, not of the visible side: the BEV encoder needs the object at its centre.
     center_cam = transform_points(invert_rigid(rig.ego_from_cam[b, n].float()), boxes.center[b, m][:, None])
-    place = depth_position(center_cam[:, 0, 2], D)  # [P]
-    nearness = (1 - (place[:, None] - torch.arange(D, device=place.device)).abs()).clamp(min=0)  # [P, D]
+    at = depth_bin(center_cam[:, 0, 2], D)  # [P]
+    depth_target = (1 - (at[:, None] - torch.arange(D, device=at.device)).abs()).clamp(min=0)  # [P, D]
     depth_logits = prediction.depth_logits[b, n, :, row, column]  # [P, D]
 
     sight = (boxes.center[b, m] - rig.ego_from_cam[b, n, :3, 3])[:, :2]  # [P, 2]
     angle = boxes.yaw[b, m] - torch.atan2(sight[:, 1], sight[:, 0])
     heading = prediction.heading[b, n, :, row, column]  # [P, 2]
-    turn = nearest_turn(heading, torch.stack([angle.sin(), angle.cos()], -1), boxes.label[b, m])
-    turned = (boxes.label[b, m] != ROUND)[:, None]
+    yaw = nearest_yaw(heading, torch.stack([angle.sin(), angle.cos()], -1), boxes.label[b, m])
+    has_yaw = (boxes.label[b, m] != NO_YAW)[:, None]
     losses = {
         "image_class": (focal_loss(prediction.logits, wanted) * present).sum() / count,
-        "image_depth": F.kl_div(depth_logits.log_softmax(-1), nearness, reduction="sum") / count,
-        "image_heading": ((heading - turn).abs() * turned).sum() / count,
+        "image_depth": F.kl_div(depth_logits.log_softmax(-1), depth_target, reduction="sum") / count,
+        "image_heading": ((heading - yaw).abs() * has_yaw).sum() / count,
     }
     return {name: LOSS_WEIGHTS[name] * loss for name, loss in losses.items()}
 
 
-# --------------------------------------------------------------------------------------------------------------- shared
-
-
 def laplace_loss(log_uncertainty: Tensor, error: Tensor) -> Tensor:
-    """Negative log likelihood of absolute errors under Laplace distributions of the given scales, element by element.
+    """Computes the negative log likelihood of absolute errors under Laplace distributions, element by element.
 
-    The errors count as given: this trains what is known of them, not them (the scale of a Laplace distribution is the
-    mean of its absolute error).
+    The errors are detached, so this trains the scales alone. The scale of a Laplace distribution is the mean of the
+    absolute error.
     """
     log_uncertainty = log_uncertainty.float().clamp(*LOG_UNCERTAINTY_RANGE)
     return math.log(2) + log_uncertainty + error.detach() * (-log_uncertainty).exp()

@@ -1,4 +1,4 @@
-"""The flagship: one recurrent BEV transformer for boxes and lines.
+"""The flagship: one recurrent BEV transformer that predicts boxes and lines.
 
     model = BEVTransformer(BEVTransformerConfig.nano())
     state = model.initial_state(batch_size=1)
@@ -49,18 +49,18 @@ class BEVTransformer(nn.Module):
         C, classes, line_classes = config.channels, len(BOX_CLASSES), len(LINE_CLASSES)
         self.grid = BEVGrid(config.x_range, config.y_range, config.grid)
         self.image_encoder = FPNEncoder(config.backbone, config.backbone_stages, config.feature_stride, C)
-        # What each pixel shows, how far away it is, where it is heading, how open it is to all distances.
+        # Per pixel: classes, depth bins, heading as sin and cos, bypass of the depth gate.
         self.image_head = CameraAwareHead(C, classes + config.depth_bins + 2 + 1)
         nn.init.constant_(self.image_head.head.bias[:classes], PRIOR_LOGIT)
-        seen = C + classes + 2 + 1  # features, class, heading, depth
+        sampled = C + classes + 2 + 1  # features, class, heading, depth
         self.cell_position = nn.Linear(C, C)
         self.spatial_cross_attention = SpatialCrossAttention(
-            self.grid, config.heights, seen, C, config.cameras_per_cell, config.camera_samples
+            self.grid, config.heights, sampled, C, config.cameras_per_cell, config.camera_samples
         )
         self.temporal_fusion = TemporalFusion(self.grid, C)
         self.bev_neck = BEVNeck(C)
         self.box_decoder = BoxDecoder(
-            self.grid, seen, C, config.heads, config.decoder_layers, config.box_queries, classes
+            self.grid, sampled, C, config.heads, config.decoder_layers, config.box_queries, classes
         )
         self.line_decoder = LineDecoder(
             self.grid, C, config.heads, config.decoder_layers, config.line_queries, config.line_points, line_classes,
@@ -68,33 +68,33 @@ class BEVTransformer(nn.Module):
         )  # fmt: skip
 
     def initial_state(self, batch_size: int) -> State:
-        """The memory of a network that has seen nothing, on the device of the weights."""
+        """Returns the empty memory of a first frame, on the device of the weights."""
         return State(self.cell_position.weight.new_zeros(batch_size, self.config.channels, *self.config.grid))
 
     def encode_images(self, frame: Frame) -> tuple[ImagePrediction, Tensor, Tensor]:
-        """What the images show, each by itself.
+        """Encodes images, each by itself.
 
         Args:
             frame: leading [B].
 
         Returns:
-            The predictions, what the map reads [B, N, C + K + 3, h, w] (features, class, heading, depth), and
-            how it reads [B, N, 2 + D, h, w]: how open a pixel is to all distances, its mean depth, and how likely it is
-            at each.
+            The predictions per pixel; image features [B, N, C + K + 3, h, w] (features, class, heading, depth); and
+            the depth gate [B, N, 2 + D, h, w] (bypass, mean depth, probability of each depth bin), see
+            `SpatialCrossAttention`.
         """
         B, N, _, H, W = frame.images.shape
         features = self.image_encoder(frame.images.flatten(0, 1)).unflatten(0, (B, N))  # [B, N, C, h, w]
-        features, shown = self.image_head(features, frame.rig, (H, W))
-        logits, depth_logits, heading, opening = shown.split([len(BOX_CLASSES), self.config.depth_bins, 2, 1], 2)
-        likely = depth_logits.float().softmax(2)
-        bins = torch.linspace(0, 1, likely.shape[2], device=likely.device).view(-1, 1, 1)
-        depth = (likely * bins).sum(2, keepdim=True)
+        features, outputs = self.image_head(features, frame.rig, (H, W))
+        logits, depth_logits, heading, bypass = outputs.split([len(BOX_CLASSES), self.config.depth_bins, 2, 1], 2)
+        probability = depth_logits.float().softmax(2)
+        bins = torch.linspace(0, 1, probability.shape[2], device=probability.device).view(-1, 1, 1)
+        depth = (probability * bins).sum(2, keepdim=True)
         images = torch.cat([features, logits.sigmoid(), heading, depth.to(features.dtype)], 2)
-        distance = torch.cat([opening.float().sigmoid(), depth, likely], 2)
-        return ImagePrediction(logits, depth_logits, heading), images, distance
+        depth_gate = torch.cat([bypass.float().sigmoid(), depth, probability], 2)
+        return ImagePrediction(logits, depth_logits, heading), images, depth_gate
 
     def forward(self, frame: Frame, state: State) -> tuple[Prediction, State]:
-        """One frame.
+        """Processes one frame.
 
         Args:
             frame: leading [B]; images [B, N, 3, H, W] of the configured size, any number of cameras.
@@ -104,22 +104,22 @@ class BEVTransformer(nn.Module):
             The raw outputs of every decoder layer, and the memory for the next call.
         """
         size = frame.images.shape[-2:]
-        shown, images, distance = self.encode_images(frame)
-        place = self.grid.normalize(self.grid.cell_centers(images.device)).flatten(0, 1)  # [X * Y, 2]
-        query = self.cell_position(encode_position(place, self.config.channels)).expand(len(images), -1, -1)
-        bev = self.spatial_cross_attention(query, images, distance, frame.rig, size)  # [B, X * Y, C]
+        image_prediction, images, depth_gate = self.encode_images(frame)
+        position = self.grid.normalize(self.grid.cell_centers(images.device)).flatten(0, 1)  # [X * Y, 2]
+        query = self.cell_position(encode_position(position, self.config.channels)).expand(len(images), -1, -1)
+        bev = self.spatial_cross_attention(query, images, depth_gate, frame.rig, size)  # [B, X * Y, C]
         bev = bev.transpose(1, 2).unflatten(2, self.config.grid)  # [B, C, X, Y]
-        memory, past = self.temporal_fusion(
+        memory, previous = self.temporal_fusion(
             bev, state.bev, frame.ego_from_prev, frame.seconds_since_prev, frame.is_first
         )
-        bev = self.bev_neck(memory, past)
+        bev = self.bev_neck(memory, previous)
         box_logits, box_params, box_log_uncertainty, heatmap_logits = self.box_decoder(bev, images, frame.rig, size)
         line_logits, line_points, line_log_uncertainty, bev_seg_logits = self.line_decoder(bev)
         prediction = Prediction(
             box_logits, box_params, box_log_uncertainty, line_logits, line_points, line_log_uncertainty, heatmap_logits,
-            bev_seg_logits, shown,
+            bev_seg_logits, image_prediction,
         )  # fmt: skip
-        # In one layout, whichever the convolutions left it in: another one would have the next frame compiled anew.
+        # Always in the same memory layout, so that a compiled network is not compiled again for the next frame.
         return prediction, State(memory.contiguous())
 
     def loss(self, prediction: Prediction, gt: FrameObjects, frame: Frame) -> dict[str, Tensor]:
@@ -137,5 +137,5 @@ class BEVTransformer(nn.Module):
         return tuple(getattr(prediction, name)[-1] for name in self.raw_names)
 
     def decode(self, prediction: Prediction) -> FrameObjects:
-        """What the last layer says there is, see `perception.models.bev_transformer.decoder.decode`."""
+        """Decodes the last layer, see `perception.models.bev_transformer.decoder.decode`."""
         return decode(prediction)

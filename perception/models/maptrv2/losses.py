@@ -13,7 +13,7 @@ from perception.grid import BEVGrid
 from perception.models.maptr.losses import LINE_LOSS_WEIGHTS, lidar_lines, maptr_losses, published_orderings
 from perception.models.published.backbone import padded_size
 from perception.models.published.losses import sum_layers
-from perception.targets import densify, draw_bev_segmentation, draw_boxes
+from perception.targets import densify, draw_bev_segmentation, ray_cast_boxes
 from perception.types import CameraRig, Frame, FrameObjects, Polylines, map_tensors
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def lifted_losses(network: MapTRv2, prediction: LiftedLines, gt: FrameObjects, f
     image_loss = network.head.loss_pv_seg.loss_fn(prediction.image_logits[told], shown[told])
     losses["image_seg"] = LIFTED_LOSS_WEIGHTS["image_seg"] * image_loss
 
-    depth, _ = draw_boxes(gt.boxes, rig, image_size, prediction.depth_logits.shape[-2:])  # [B, N, h, w]
+    depth, _ = ray_cast_boxes(gt.boxes, rig, image_size, prediction.depth_logits.shape[-2:])  # [B, N, h, w]
     first, end, step = config.depths
     near = (depth >= first) & (depth < end) & rig.present[..., None, None]
     b, n, v, u = near.nonzero(as_tuple=True)
