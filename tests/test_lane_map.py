@@ -1,4 +1,4 @@
-"""Lines around a pose: against the published extractor's own numbers, and against hand-drawn maps."""
+"""Lines around a pose, against results of the published extractors and against hand-drawn maps."""
 
 import json
 import time
@@ -24,7 +24,7 @@ from perception.types import LINE_CLASSES, Polylines
 
 
 def write_map(path, *, polygons=None, dividers=None):
-    """A map-expansion file: {layer: [(exterior, [holes])]} and {layer: [points]}."""
+    """Writes a map-expansion file of {layer: [(exterior, [holes])]} and {layer: [points]}."""
     content = {name: [] for name in ("node", "line", "polygon", "road_segment", "lane", "ped_crossing")}
     content |= {"road_divider": [], "lane_divider": [], "version": "1.3"}
 
@@ -111,7 +111,7 @@ def test_straight_road(tmp_path):
     assert sorted(divider.tolist()) == [[-30.0, -1.0], [30.0, -1.0]]
     kerbs = sorted(of_class(lines, "boundary"), key=lambda points: points[0, 1])
     right, left = kerbs
-    # The surface stays on the right hand: the left kerb runs along +x, the right kerb along -x.
+    # The surface is on the right: the left kerb runs along +x, the right kerb along -x.
     assert np.allclose(left, [[-29.8, 3.0], [29.8, 3.0]])
     assert np.allclose(right, [[29.8, -5.0], [-29.8, -5.0]])
 
@@ -204,7 +204,7 @@ def compare_crossings_at_border(want, remaining):
 
 
 def golden_streammapnet(golden):
-    """Names of the golden StreamMapNet extracts, such as streammapnet_60x30, with their patch size and poses."""
+    """Yields the patch size and the lines of each golden StreamMapNet extract, such as streammapnet_60x30."""
     expected = json.loads((golden / "map_gt" / "expected.json").read_text())
     for key in sorted(expected):
         if key.startswith("streammapnet_"):
@@ -273,10 +273,10 @@ def test_lines_simplify_to_those_the_streammapnet_evaluator_scores(golden):
 
 
 def test_points_and_orderings_match_published_samples(golden):
-    """MapTR's own 20 points of each line, and the orderings it takes as equal (`shift_v2`).
+    """Compares with MapTR's 20 points of each line and its equivalent orderings (`shift_v2`).
 
-    An open line has two, as ours. For a ring MapTR starts at each vertex and samples anew, in one direction; ours start
-    at each sample, in both. So each of MapTR's has one of ours whose points lie within half a step along the ring.
+    An open line has two orderings in both. For a ring, MapTR starts at each vertex and resamples, in one direction;
+    ours start at each sample, in both directions. So each ordering of MapTR has one of ours within half a step.
     """
     expected = json.loads((golden / "map_gt" / "expected.json").read_text())["maptr"]
     samples = np.load(golden / "map_gt" / "maptr_samples.npz")
@@ -314,7 +314,7 @@ def test_points_and_orderings_match_published_samples(golden):
 
 
 def slanted(x, y, length, width, degrees):
-    """A rectangle around (x, y)."""
+    """Makes a rotated rectangle around (x, y)."""
     turn = np.radians(degrees)
     along, across = np.array([np.cos(turn), np.sin(turn)]), np.array([-np.sin(turn), np.cos(turn)])
     signs = [(-1, -1), (1, -1), (1, 1), (-1, 1)]
@@ -322,7 +322,7 @@ def slanted(x, y, length, width, degrees):
 
 
 def test_crossings_unite_by_direction_in_streammapnet(tmp_path):
-    """Halves unite in both protocols; an overlapping crossing 30 degrees off only in MapTR's, at 5 degrees in both.
+    """Halves unite in both protocols. An overlapping crossing unites in both at 5 degrees, only in MapTR's at 30.
 
     1 - cos(5 deg) = 0.004 and 1 - cos(30 deg) = 0.13, the limit is 0.01.
     """
@@ -341,8 +341,8 @@ def test_crossings_unite_by_direction_in_streammapnet(tmp_path):
             assert sorted(shapely.Polygon(points).area for points in rings) == pytest.approx([36, 48])
 
 
-def test_crossings_of_one_direction_far_apart_stay_apart(tmp_path):
-    """A gap of 1 m: the bounding boxes do not meet. And in a chain only those whose box meets the first one's unite."""
+def test_separate_crossings_of_one_direction_stay_separate(tmp_path):
+    """Crossings with a gap of 1 m stay separate. In a chain, only boxes that touch the first one's unite with it."""
     apart = [rectangle(-6, -2, 0, 2), rectangle(1, -2, 6, 2)]
     path = write_map(tmp_path / "m.json", polygons={"ped_crossing": [(shape, []) for shape in apart]})
     assert len(LaneMap(path).lines(0.0, 0.0, 0.0, protocol="streammapnet")) == 2
@@ -358,17 +358,17 @@ def test_crossing_in_the_corner_keeps_the_border_in_streammapnet(tmp_path):
     assert is_ring(line.points) and polyline_length(line.points) == pytest.approx(2 * (5 + 3))
 
 
-def test_unknown_flavour(tmp_path):
+def test_unknown_protocol(tmp_path):
     path = write_map(tmp_path / "m.json")
     with pytest.raises(ConfigError, match="protocol of lane lines is 'vectormap': give one of maptr, streammapnet"):
         LaneMap(path).lines(0.0, 0.0, 0.0, protocol="vectormap")
 
 
-def test_real_map_is_a_second_witness(real_keyframe, tmp_path):
-    """Real dividers and road outlines around a real pose, cut in the global frame by plain shapely.
+def test_matches_shapely_on_a_real_map(real_keyframe, tmp_path):
+    """Compares with real dividers and road outlines around a real pose, cut in the global frame by plain shapely.
 
-    The file holds the outlines of `drivable_area`, not of road segments and lanes, and no crossings; so the rules of
-    dividers and of outlines are held to real shapes here, the choice of layers and the crossings are not.
+    The file holds the outlines of `drivable_area`, not of road segments and lanes, and no crossings. So this checks
+    the rules of dividers and outlines on real shapes, but neither the choice of layers nor the crossings.
     """
     features = json.loads((real_keyframe / "map_vectors.json").read_text())["features"]
     area = json.loads((real_keyframe / "drivable_area.json").read_text())
@@ -399,14 +399,14 @@ def test_real_map_is_a_second_witness(real_keyframe, tmp_path):
                 assert shapely.hausdorff_distance(shapely.segmentize(found[name], 0.5), want) < 1e-3
                 assert found[name].length == pytest.approx(want.length, abs=1e-3)
                 assert want.length > 20
-            for line in found["boundary"].geoms:  # the road is on the right hand
+            for line in found["boundary"].geoms:  # the road is on the right
                 (x0, y0), (x1, y1) = np.array(line.coords)[[0, 1]]
                 step = np.array([y1 - y0, x0 - x1]) * 1e-3 / line.length
                 assert shapely.contains(road, shapely.Point((x0 + x1) / 2 + step[0], (y0 + y1) / 2 + step[1]))
 
 
-def test_dataset_cuts_any_flavour_and_size_around_its_pose(hand_root, tmp_path):
-    """The road runs 30 degrees off global x, along the car; LIDAR_TOP is mounted 0.9 m ahead of the ego frame."""
+def test_dataset_cuts_any_protocol_and_size_around_its_pose(hand_root, tmp_path):
+    """The road and the car point 30 degrees off global x; LIDAR_TOP is mounted 0.9 m ahead of the ego frame."""
     data = NuScenesDataset(
         hand_root, "v1.0-hand", "hand_val", image_size=(90, 160), cameras=("CAM_FRONT",), cache_dir=tmp_path
     )
@@ -426,7 +426,7 @@ def test_dataset_cuts_any_flavour_and_size_around_its_pose(hand_root, tmp_path):
 
 
 def test_dataset_reads_several_roots(hand_root, town_root, tmp_path):
-    """Sample by sample, the live lines of the default patch are those of the index, also behind another root."""
+    """Lines cut from the map equal those of the index for every sample, also of a second root."""
     version = "v1.0-synthetic"
     splits = json.loads((town_root / version / "splits.json").read_text())
     split = next(name for name, scenes in splits.items() if scenes)
@@ -437,12 +437,13 @@ def test_dataset_reads_several_roots(hand_root, town_root, tmp_path):
         for one, other in zip(index, live, strict=True):
             pair = shapely.linestrings(one.points), shapely.linestrings(other.points)
             assert one.label == other.label and shapely.hausdorff_distance(*pair) < 1e-4
-        # In the plane the MapTR patch is the StreamMapNet one moved to the LiDAR: far from the border nothing differs.
-        apart = data.gt_lines(i, "streammapnet")
+        # MapTR's patch is StreamMapNet's moved to the LiDAR: far from the border the lines are equal.
+        other_protocol = data.gt_lines(i, "streammapnet")
         inner = shapely.box(-25, -12, 25, 12)
         for name in ("divider", "boundary"):
             a, b = (
-                shapely.intersection(shapely.MultiLineString(of_class(lines, name)), inner) for lines in (index, apart)
+                shapely.intersection(shapely.MultiLineString(of_class(lines, name)), inner)
+                for lines in (index, other_protocol)
             )
             assert shapely.hausdorff_distance(a, b) < 1e-3 or (a.is_empty and b.is_empty)
 
