@@ -22,12 +22,12 @@ from perception.data.corruptions import (
     perturb_extrinsics,
     spare_cameras,
 )
-from perception.data.index import PATCH_SIZE, WIDE_PATCH_SIZE
+from perception.data.index import wide_range
 from perception.data.lane_map import cut_lines
 from perception.data.loader import pad_lines
 from perception.errors import ConfigError
 from perception.geometry import invert_rigid, rigid_from_yaw, transform_points
-from perception.types import Boxes, Clip, Frame, MapLine
+from perception.types import Boxes, Clip, Frame, LaneRange, MapLine
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,7 @@ class Augment:
         corrupt: probability, for each camera, that its images of a clip are bad in a random way.
 
     Raises:
-        ConfigError: a number is negative, a probability is more than 1, or the turned map patch would reach beyond the
-            lines that the index keeps.
+        ConfigError: a number is negative, or a probability is more than 1.
     """
 
     mirror: float = 0.5
@@ -69,9 +68,16 @@ class Augment:
         for name in ("mirror", "extrinsics_noise", "drop_camera", "corrupt"):
             if getattr(self, name) > 1:
                 raise ConfigError(f"Augment.{name} is {getattr(self, name)}; it is a probability, give at most 1")
+
+    def check_reach(self, lane_range: LaneRange) -> None:
+        """Makes sure that a moved ego frame finds all its lines among those of the `wide_range`.
+
+        Raises:
+            ConfigError: yaw_deg and shift go farther.
+        """
         angle = np.radians(min(self.yaw_deg, 90.0))
         turn = np.array([[np.cos(angle), np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-        if np.any(turn @ PATCH_SIZE / 2 + self.shift > np.array(WIDE_PATCH_SIZE) / 2):
+        if np.any(turn @ lane_range / 2 + self.shift > np.array(wide_range(lane_range)) / 2):
             raise ConfigError(
                 f"Augment.yaw_deg {self.yaw_deg} with shift {self.shift} is too far for the map; use less"
             )
@@ -81,6 +87,7 @@ class Augment:
         clip: Clip,
         wide_lines: Sequence[Sequence[MapLine]],
         ego_from_patch: Sequence[np.ndarray],
+        lane_range: LaneRange,
         scene_rng: np.random.Generator,
         clip_rng: np.random.Generator,
     ) -> Clip:
@@ -90,6 +97,7 @@ class Augment:
             clip: with leading [T].
             wide_lines: T lists of exact lines in the ego frame, from a patch larger than the wanted one.
             ego_from_patch: T transforms [4, 4]; where the ground truth's patch lies in the (old and new) ego frame.
+            lane_range: of the lines in the new ego frame.
             scene_rng: for what has to stay the same all along a scene: the ego frame, pictures, colours, calibration.
             clip_rng: for what comes and goes: missing cameras and bad images.
 
@@ -104,7 +112,8 @@ class Augment:
             moved_from_ego = moved_from_ego @ np.diag([1.0, -1.0, 1.0, 1.0])
         frames = move_frames(clip.frames, moved_from_ego)
         lines = [
-            move_lines(lines, moved_from_ego, patch) for lines, patch in zip(wide_lines, ego_from_patch, strict=True)
+            move_lines(lines, moved_from_ego, patch, lane_range)
+            for lines, patch in zip(wide_lines, ego_from_patch, strict=True)
         ]
         old = clip.gt.lines
         gt = clip.gt._replace(
@@ -169,14 +178,16 @@ def move_boxes(boxes: Boxes, moved_from_ego: np.ndarray) -> Boxes:
     )
 
 
-def move_lines(lines: Sequence[MapLine], moved_from_ego: np.ndarray, ego_from_patch: np.ndarray) -> list[MapLine]:
+def move_lines(
+    lines: Sequence[MapLine], moved_from_ego: np.ndarray, ego_from_patch: np.ndarray, lane_range: LaneRange
+) -> list[MapLine]:
     """Lines of a large patch in another ego frame, cut anew by the patch of the ground truth, which moves along."""
     patch_from_ego = invert_rigid(ego_from_patch)
     patch_from_old = patch_from_ego @ moved_from_ego
     step = -1 if np.linalg.det(moved_from_ego[:3, :3]) < 0 else 1  # the road stays on the right of its boundary
     in_patch = [line._replace(points=_transform_2d(patch_from_old, line.points)[::step]) for line in lines]
     return [
-        line._replace(points=_transform_2d(ego_from_patch, line.points)) for line in cut_lines(in_patch, PATCH_SIZE)
+        line._replace(points=_transform_2d(ego_from_patch, line.points)) for line in cut_lines(in_patch, lane_range)
     ]
 
 

@@ -25,16 +25,19 @@ from perception.data.splits import is_split_file, read_split_file, split_scenes
 from perception.errors import DataError
 from perception.files import replacing
 from perception.geometry import invert_rigid, rigid_from_quaternion, rigid_from_yaw, yaw_from_rotation
-from perception.types import ATTRIBUTES, BOX_CLASSES, MapLine
+from perception.types import ATTRIBUTES, BOX_CLASSES, LaneRange, MapLine
 
 TABLES = (
     "category", "attribute", "visibility", "instance", "sensor", "calibrated_sensor", "ego_pose",
     "log", "scene", "sample", "sample_data", "sample_annotation", "map",
 )  # fmt: skip
 
-PATCH_SIZE = (60.0, 30.0)  # metres ahead x across, the published map task
-# Lines are also kept for a larger patch, so that augmentation can turn and move the ego frame and cut the lines anew.
-WIDE_PATCH_SIZE = (84.0, 60.0)
+WIDE_MARGIN = LaneRange(24.0, 30.0)
+
+
+def wide_range(lane_range: LaneRange) -> LaneRange:
+    """The larger range whose lines are also kept: augmentation turns and moves the ego frame and cuts them anew."""
+    return LaneRange(lane_range.x + WIDE_MARGIN.x, lane_range.y + WIDE_MARGIN.y)
 
 
 class Lines(NamedTuple):
@@ -79,12 +82,17 @@ class Index(NamedTuple):
     box_label: np.ndarray  # [boxes] int64 index into BOX_CLASSES
     box_attribute: np.ndarray  # [boxes] int64 index into ATTRIBUTES, -1 for none
     box_points: np.ndarray  # [boxes] int64 LiDAR and radar points on the object
-    lines: Lines  # of PATCH_SIZE
-    wide_lines: Lines  # of WIDE_PATCH_SIZE
+    lines: Lines  # of the lane range that the index was made for
+    wide_lines: Lines  # of its `wide_range`
 
 
 def load_index(
-    dataroot: Path, version: str, split: str | Path, cameras: tuple[str, ...], cache_dir: Path | None
+    dataroot: Path,
+    version: str,
+    split: str | Path,
+    cameras: tuple[str, ...],
+    lane_range: LaneRange,
+    cache_dir: Path | None,
 ) -> Index:
     """The index of one split of one nuScenes-format root, from the cache where it is there.
 
@@ -94,6 +102,7 @@ def load_index(
         split: an official split, one of `<version>/splits.json`, or a file of scene names (see
             `perception.data.splits`).
         cameras: channels, in the order wanted.
+        lane_range: of the lines, by the MapTR protocol.
         cache_dir: where the index is kept; None: `$XDG_CACHE_HOME/perception` or `~/.cache/perception`.
 
     Raises:
@@ -113,13 +122,13 @@ def load_index(
     if cache_dir is None:
         cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "perception"
 
-    cache = cache_dir / f"index-{_content_hash(dataroot, version, split, cameras)}.npz"
+    cache = cache_dir / f"index-{_content_hash(dataroot, version, split, cameras, lane_range)}.npz"
     if cache.is_file():
         try:
             return _read(cache)
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):
             pass  # damaged on disk: build it again
-    index = _build(dataroot, version, split, cameras)
+    index = _build(dataroot, version, split, cameras, lane_range)
     _write(cache, index)
     return index
 
@@ -160,12 +169,14 @@ def _join(parts: list):
     return type(parts[0])(**joined)
 
 
-def _content_hash(dataroot: Path, version: str, split: str | Path, cameras: tuple[str, ...]) -> str:
+def _content_hash(
+    dataroot: Path, version: str, split: str | Path, cameras: tuple[str, ...], lane_range: LaneRange
+) -> str:
     """A hash of everything the index depends on."""
     digest = hashlib.blake2b(digest_size=20)
     # What a file says counts, not where it lies: files of the same scenes share an index.
     wanted = sorted(read_split_file(split)) if is_split_file(split) else split
-    facts = [version, wanted, *cameras, package_version("nuscenes-devkit"), package_version("shapely")]
+    facts = [version, wanted, *cameras, str(lane_range), package_version("nuscenes-devkit"), package_version("shapely")]
     digest.update(json.dumps(facts).encode())
     files = [dataroot / version / f"{table}.json" for table in TABLES]
     files += [path for path in [dataroot / version / "splits.json"] if path.is_file()]
@@ -200,7 +211,7 @@ def _read(path: Path) -> Index:
         return Index(*(lines[name] if name in lines else arrays[name] for name in Index._fields))
 
 
-def _build(dataroot: Path, version: str, split: str | Path, cameras: tuple[str, ...]) -> Index:
+def _build(dataroot: Path, version: str, split: str | Path, cameras: tuple[str, ...], lane_range: LaneRange) -> Index:
     nusc = _open_tables(dataroot, version)
     tables = dataroot / version
     wanted = set(split_scenes(split, tables, [scene["name"] for scene in nusc.scene]))
@@ -220,8 +231,8 @@ def _build(dataroot: Path, version: str, split: str | Path, cameras: tuple[str, 
             samples.append(sample)
             boxes.append(_boxes(nusc, tables, record, sample["global_from_ego"]))
             poses = (sample["global_from_ego"], sample["ego_from_lidar"])
-            lines.append(lines_around(lane_maps[location], *poses, PATCH_SIZE))
-            wide_lines.append(lines_around(lane_maps[location], *poses, WIDE_PATCH_SIZE))
+            lines.append(lines_around(lane_maps[location], *poses, lane_range))
+            wide_lines.append(lines_around(lane_maps[location], *poses, wide_range(lane_range)))
     flat = {name: np.array([sample[name] for sample in samples]) for name in samples[0]}
     names = {f"scene_{field}": np.array([scene[field].encode() for scene in scenes]) for field in ("name", "token")}
     names["scene_map"] = np.array(maps)
@@ -369,7 +380,7 @@ def lines_around(
     lanes: LaneMap,
     global_from_ego: np.ndarray,
     ego_from_lidar: np.ndarray,
-    size: tuple[float, float],
+    lane_range: LaneRange,
     protocol: str = "maptr",
 ) -> list[MapLine]:
     """Lines of the patch that a published protocol puts around a pose, in the ego frame.
@@ -377,7 +388,7 @@ def lines_around(
     Args:
         lanes: the map of the place.
         global_from_ego, ego_from_lidar: [4, 4].
-        size: extent ahead and across, metres.
+        lane_range: extent of the patch.
         protocol: "maptr", whose patch is centred at LIDAR_TOP and turned with it, or "streammapnet", whose patch is the
             ego frame's own.
 
@@ -385,10 +396,10 @@ def lines_around(
         ConfigError: the protocol is not known.
     """
     if protocol != "maptr":
-        return lanes.lines(*global_from_ego[:2, 3], yaw_from_rotation(global_from_ego), size, protocol)
+        return lanes.lines(*global_from_ego[:2, 3], yaw_from_rotation(global_from_ego), lane_range, protocol)
     global_from_lidar = global_from_ego @ ego_from_lidar
     ego_from = ego_from_patch(global_from_ego, ego_from_lidar)
-    lines = lanes.lines(*global_from_lidar[:2, 3], yaw_from_rotation(global_from_lidar) + np.pi / 2, size)
+    lines = lanes.lines(*global_from_lidar[:2, 3], yaw_from_rotation(global_from_lidar) + np.pi / 2, lane_range)
     return [line._replace(points=line.points @ ego_from[:2, :2].T + ego_from[:2, 3]) for line in lines]
 
 
