@@ -204,7 +204,7 @@ def test_nothing_drawn_changes_nothing(data):
     augment = Augment(mirror=0.0, yaw_deg=0.0, shift=0.0, zoom=0.0, color=0.0)
     wide = [data._index.wide_lines.of_sample(i) for i in clip.sample_index]
     patches = [ego_from_patch(data.ego_pose(i), data.ego_from_lidar(i)) for i in clip.sample_index.tolist()]
-    same = augment(clip, wide, patches, np.random.default_rng(0), np.random.default_rng(1))
+    same = augment(clip, wide, patches, DEFAULT_LANE_RANGE, np.random.default_rng(0), np.random.default_rng(1))
     assert torch.equal(same.frames.images, clip.frames.images)
     assert torch.allclose(same.frames.rig.ego_from_cam, clip.frames.rig.ego_from_cam)
     assert torch.allclose(same.gt.boxes.center, clip.gt.boxes.center)
@@ -249,7 +249,7 @@ def test_bad_images_come_with_their_probability(data, clip):
     patches = [ego_from_patch(data.ego_pose(i), data.ego_from_lidar(i)) for i in samples]
     changed = []
     for seed in range(50):
-        bad = augment(clip, wide, patches, np.random.default_rng(0), np.random.default_rng(seed))
+        bad = augment(clip, wide, patches, DEFAULT_LANE_RANGE, np.random.default_rng(0), np.random.default_rng(seed))
         different = (bad.frames.images != clip.frames.images).flatten(2).any(-1)  # [T, N]
         assert (different == different[0]).all()  # all images of a camera or none
         assert torch.equal(bad.frames.rig.ego_from_cam, clip.frames.rig.ego_from_cam) and bad.frames.rig.present.all()

@@ -110,7 +110,7 @@ def test_boxes_written_by_hand_score_what_they_must(hand_root, tmp_path, capsys)
     assert numbers["mAP"] == pytest.approx(0.1) and numbers["samples"] == len(tokens_of(hand_root))
     errors = numbers["detection"]["class_errors"]["car"]
     assert all(value == pytest.approx(0, abs=1e-3) for value in errors.values()), errors
-    assert "map 0.100" in capsys.readouterr().out
+    assert "mAP 0.100" in capsys.readouterr().out
     names = ["hand-1"]
     part = box_file(hand_root)
     part["results"] = {token: boxes for token, boxes in part["results"].items() if token.startswith("s1")}
