@@ -41,6 +41,22 @@ def invert_rigid(dst_from_src):
     return lib.concatenate([top, dst_from_src[..., 3:, :]], -2)
 
 
+RIGID_TOLERANCE = 1e-3  # of each number of rotation times its transpose; poses are often stored in single precision
+
+
+def is_rigid(dst_from_src: np.ndarray) -> bool:
+    """Whether a matrix [4, 4] is finite, a rotation (no mirror) with a translation, and 0 0 0 1 in the last row."""
+    if dst_from_src.shape != (4, 4) or not np.isfinite(dst_from_src).all() or (dst_from_src[3] != (0, 0, 0, 1)).any():
+        return False
+    rotation = dst_from_src[:3, :3]
+    # Large numbers first: their products would overflow.
+    return bool(
+        np.abs(rotation).max() <= 2
+        and np.abs(rotation @ rotation.T - np.eye(3)).max() <= RIGID_TOLERANCE
+        and np.linalg.det(rotation) > 0
+    )
+
+
 def yaw_from_rotation(rotation):
     """Yaw of rotations [..., 3+, 3+]: the angle of the turned x axis in the xy plane, radians in (-pi, pi]."""
     lib = _library(rotation)

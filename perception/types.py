@@ -11,10 +11,13 @@ Nothing here needs PyTorch at run time: what is scored and what is deployed goes
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
+
+from perception.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +37,35 @@ ATTRIBUTES = (
     "pedestrian.moving", "pedestrian.standing", "pedestrian.sitting_lying_down",
     "vehicle.moving", "vehicle.parked", "vehicle.stopped",
 )  # fmt: skip
+
+
+class LaneRange(NamedTuple):
+    """The rectangle in which lines are predicted, trained and compared, centred at the frame's origin.
+
+    One value decides the anchors of the line queries, the ground truth of training and what evaluation compares.
+    Written as "60x30" in configs, on command lines and in reports.
+    """
+
+    x: float  # metres along ego x (ahead and behind together)
+    y: float  # metres along ego y (left and right together)
+
+    @classmethod
+    def parse(cls, text: str) -> LaneRange:
+        """The range that a text such as "60x30" names.
+
+        Raises:
+            ConfigError: the text is not two positive numbers with an x between them.
+        """
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)x(\d+(?:\.\d+)?)", text)
+        if match is None or not all(float(side) > 0 for side in match.groups()):
+            raise ConfigError(f"the lane range is {text!r}; write metres along x and along y, e.g. 60x30")
+        return cls(*map(float, match.groups()))
+
+    def __str__(self) -> str:
+        return f"{self.x:g}x{self.y:g}"
+
+
+DEFAULT_LANE_RANGE = LaneRange(60.0, 30.0)  # of the published vector-map tasks
 
 
 class CameraRig(NamedTuple):

@@ -8,7 +8,7 @@ import shapely
 import torch
 
 from perception.data.augment import Augment, change_colors, move_boxes, move_frames, move_lines, zoom_cameras
-from perception.data.index import PATCH_SIZE, WIDE_PATCH_SIZE, ego_from_patch
+from perception.data.index import ego_from_patch, wide_range
 from perception.data.lane_map import LaneMap
 from perception.data.loader import ClipRequest
 from perception.data.nuscenes import NuScenesDataset
@@ -22,6 +22,7 @@ from perception.geometry import (
     transform_points,
     yaw_from_rotation,
 )
+from perception.types import DEFAULT_LANE_RANGE, LaneRange
 
 MIRROR = np.diag([1.0, -1.0, 1.0, 1.0])
 MOVES = {
@@ -145,13 +146,14 @@ def compare_with_moved_map(path, pose, move, tmp_path) -> int:
         node["x"], node["y"] = point[:2]
     (tmp_path / "moved.json").write_text(json.dumps(content))
     pose = (*global_from_patch[:2, 3], yaw + 0.01)
-    want = LaneMap(tmp_path / "moved.json").lines(*pose, PATCH_SIZE)
+    want = LaneMap(tmp_path / "moved.json").lines(*pose, DEFAULT_LANE_RANGE)
 
     def in_ego(points):
         return points @ ego_from_window[:2, :2].T + ego_from_window[:2, 3]
 
-    wide = [line._replace(points=in_ego(line.points)) for line in LaneMap(path).lines(*pose, WIDE_PATCH_SIZE)]
-    got = move_lines(wide, move, ego_from_window)
+    wide = LaneMap(path).lines(*pose, wide_range(DEFAULT_LANE_RANGE))
+    wide = [line._replace(points=in_ego(line.points)) for line in wide]
+    got = move_lines(wide, move, ego_from_window, DEFAULT_LANE_RANGE)
     assert len(got) == len(want)
     for line in want:
         points = in_ego(line.points)
@@ -202,7 +204,7 @@ def test_all_changes_switched_off_leave_the_clip_unchanged(data):
     augment = Augment(mirror=0.0, yaw_deg=0.0, shift=0.0, zoom=0.0, color=0.0)
     wide = [data._index.wide_lines.of_sample(i) for i in clip.sample_index]
     patches = [ego_from_patch(data.ego_pose(i), data.ego_from_lidar(i)) for i in clip.sample_index.tolist()]
-    same = augment(clip, wide, patches, np.random.default_rng(0), np.random.default_rng(1))
+    same = augment(clip, wide, patches, DEFAULT_LANE_RANGE, np.random.default_rng(0), np.random.default_rng(1))
     assert torch.equal(same.frames.images, clip.frames.images)
     assert torch.allclose(same.frames.rig.ego_from_cam, clip.frames.rig.ego_from_cam)
     assert torch.allclose(same.gt.boxes.center, clip.gt.boxes.center)
@@ -247,7 +249,7 @@ def test_corrupted_images_are_drawn_with_their_probability(data, clip):
     patches = [ego_from_patch(data.ego_pose(i), data.ego_from_lidar(i)) for i in samples]
     changed = []
     for seed in range(50):
-        bad = augment(clip, wide, patches, np.random.default_rng(0), np.random.default_rng(seed))
+        bad = augment(clip, wide, patches, DEFAULT_LANE_RANGE, np.random.default_rng(0), np.random.default_rng(seed))
         different = (bad.frames.images != clip.frames.images).flatten(2).any(-1)  # [T, N]
         assert (different == different[0]).all()  # all images of a camera or none
         assert torch.equal(bad.frames.rig.ego_from_cam, clip.frames.rig.ego_from_cam) and bad.frames.rig.present.all()
@@ -263,4 +265,5 @@ def test_impossible_settings():
     with pytest.raises(ConfigError, match=r"Augment\.zoom is -0\.1"):
         Augment(zoom=-0.1)
     with pytest.raises(ConfigError, match="too far for the map"):
-        Augment(yaw_deg=45.0)
+        Augment(yaw_deg=45.0).check_reach(DEFAULT_LANE_RANGE)
+    Augment().check_reach(LaneRange(100.0, 50.0))

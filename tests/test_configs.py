@@ -1,14 +1,20 @@
 """Config files: the shipped ones are sound, and every mistake gets a sentence that names it."""
 
+import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from perception.data.augment import Augment
+from perception.data.loader import ClipRequest
 from perception.engine.config import build_dataset, load_config
 from perception.engine.config_file import parse_options
 from perception.errors import ConfigError, DataError
+from perception.evaluation.dataset import all_gt_lines
+from perception.models import build_network, preset_config
 from perception.models.bev_transformer.config import BEVTransformerConfig
+from perception.types import LaneRange
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SHIPPED = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob("[a-z]*/*.py"))
@@ -117,3 +123,35 @@ def test_shipped_configs_have_names(tmp_path, monkeypatch):
     (tmp_path / "synthetic").mkdir()
     (tmp_path / "synthetic" / "nano.py").write_text(MINIMAL)
     assert load_config("synthetic/nano.py").train.epochs == 1
+
+
+def test_one_lane_range_decides_anchors_ground_truth_and_evaluation(town_root, tmp_path):
+    section = f"dataroot={str(town_root)!r}, version='v1.0-synthetic', split='town_val'"
+    path = tmp_path / "mine.py"
+    path.write_text(MINIMAL.replace('dataroot="d", version="v", split="s"', section))
+    far = {"60x30": 0.0, "100x50": 0.0, "40x20": 0.0}
+    for text in far:
+        config = load_config(path, {"model.lane_range": text, "train_data.augment": {}})
+        assert config.model.lane_range == LaneRange.parse(text) and isinstance(config.model.lane_range, LaneRange)
+        half = np.array(config.model.lane_range) / 2
+        anchors = 10 * build_network(config.model).line_decoder.anchors
+        assert anchors.abs().amax((0, 1))[0].item() == pytest.approx(half[0])
+        dataset = build_dataset(config.train_data, config.model)
+        lines = dataset[ClipRequest(tuple(range(4)), -1, (0,))].gt.lines  # augmented
+        far[text] = lines.points[lines.valid].abs().amax((0, 1))[0].item()
+        assert far[text] <= half[0] + 2.0  # the patch lies around LIDAR_TOP, 0.94 m ahead
+        ranges = all_gt_lines(dataset), all_gt_lines(dataset, lane_range=config.model.lane_range)
+        assert all(len(a) == len(b) for a, b in zip(*(part.values() for part in ranges), strict=True))
+    assert far["40x20"] < 22 < far["60x30"] < 32 < 45 < far["100x50"]
+    for wrong in ("60", "60x0", "-60x30", (60.0,), 7):
+        with pytest.raises(
+            ConfigError, match=r'model\.lane_range is .*; write metres along x and along y, e\.g\. "60x30"'
+        ):
+            load_config(path, {"model.lane_range": wrong})
+    assert load_config(path, {"model.lane_range": (100, 50)}).model.lane_range == LaneRange(100.0, 50.0)
+
+
+def test_a_published_network_trains_on_lines_of_its_own_range():
+    assert preset_config("maptr_tiny_r50_24e_gkt").lane_range == LaneRange(60.0, 30.0)  # LiDAR's y looks ahead
+    wide = dataclasses.replace(preset_config("maptrv2_nusc_r50_24ep"), low=(-25.0, -50.0, -3.0), high=(25.0, 50.0, 3.0))
+    assert wide.lane_range == LaneRange(100.0, 50.0)

@@ -5,9 +5,12 @@ import pytest
 import torch
 from pyquaternion import Quaternion
 
+from perception.errors import DataError
+from perception.evaluation.detection import submission_from_scenes
 from perception.geometry import (
     box_corners,
     invert_rigid,
+    is_rigid,
     polyline_length,
     project_points,
     resample_polyline,
@@ -17,6 +20,9 @@ from perception.geometry import (
     wrap_angle,
     yaw_from_rotation,
 )
+from perception.inference.checks import checked_pose
+from perception.models.decoding import empty_boxes, empty_lines
+from perception.types import Boxes, FrameObjects, map_tensors
 
 
 def test_quarter_turn_takes_x_to_y_and_then_moves():
@@ -72,3 +78,30 @@ def test_resampling_is_by_arc_length():
     # repeated vertices and a line without length do no harm
     np.testing.assert_allclose(resample_polyline(corner[[0, 0, 1, 1, 2]], 5), resample_polyline(corner, 5))
     np.testing.assert_allclose(resample_polyline(np.array([[1.0, 2], [1, 2]]), 3), [[1, 2]] * 3)
+
+
+def test_rigid():
+    pose = rigid_from_yaw(0.3, (1e7, -5.0, 2.0))
+    assert is_rigid(pose) and is_rigid(pose.astype(np.float32).astype(np.float64))
+    for row, column, value in ((0, 0, np.nan), (0, 3, np.inf), (3, 0, 1e-9), (0, 0, 1e300), (2, 2, 1.01), (2, 2, -1.0)):
+        wrong = pose.copy()
+        wrong[row, column] = value
+        assert not is_rigid(wrong), (row, column, value)
+    assert not is_rigid(pose[:3])
+
+
+@pytest.mark.parametrize(("stretch", "rigid"), [(1 + 4e-4, True), (1 + 6e-4, False)])
+def test_live_use_and_evaluation_take_the_same_poses(stretch, rigid):
+    """A rotation that is stored with few digits: its product with its transpose is off by twice the stretch."""
+    pose = rigid_from_yaw(0.3, (10.0, -5.0, 2.0))
+    pose[:3, :3] *= stretch
+    nothing = map_tensors(lambda tensor: tensor[0], FrameObjects(empty_boxes(1, "cpu"), empty_lines(1, "cpu")))
+    boxes = Boxes(*(torch.zeros(1, *field.shape[1:], dtype=field.dtype) for field in nothing.boxes))
+    boxes = boxes._replace(size=torch.ones(1, 3), valid=torch.ones(1, dtype=torch.bool), attribute=boxes.label - 1)
+    scenes = {"a": nothing._replace(boxes=boxes)}
+    for use in (lambda: checked_pose(pose), lambda: submission_from_scenes(scenes, {"a": pose})):
+        if rigid:
+            use()
+        else:
+            with pytest.raises(DataError, match="rigid"):
+                use()

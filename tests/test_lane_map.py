@@ -20,7 +20,7 @@ from perception.geometry import (
     yaw_from_rotation,
 )
 from perception.targets import line_orderings
-from perception.types import LINE_CLASSES, Polylines
+from perception.types import LINE_CLASSES, LaneRange, Polylines
 
 
 def write_map(path, *, polygons=None, dividers=None):
@@ -67,7 +67,7 @@ def test_matches_published_extractor(golden):
     for global_from_lidar, want in zip(lidar_poses, expected, strict=True):
         x, y = global_from_lidar[:2, 3]
         # The patch of the LiDAR frame: 30 m across (x), 60 m ahead (y).
-        lines = lane_map.lines(x, y, yaw_from_rotation(global_from_lidar), size=(30.0, 60.0))
+        lines = lane_map.lines(x, y, yaw_from_rotation(global_from_lidar), lane_range=LaneRange(30.0, 60.0))
         remaining = [(line.label, line.points) for line in lines]
         assert len(remaining) == len(want["lines"])
         for line in want["lines"]:
@@ -89,8 +89,8 @@ def test_matches_published_extractor_after_turning_the_patch_frame(golden):
     total = 0
     for global_from_lidar in lidar_poses:
         (x, y), yaw = global_from_lidar[:2, 3], yaw_from_rotation(global_from_lidar)
-        lidar = lane_map.lines(x, y, yaw, size=(30.0, 60.0))
-        forward = lane_map.lines(x, y, yaw + np.pi / 2, size=(60.0, 30.0))
+        lidar = lane_map.lines(x, y, yaw, lane_range=LaneRange(30.0, 60.0))
+        forward = lane_map.lines(x, y, yaw + np.pi / 2, lane_range=LaneRange(60.0, 30.0))
         assert len(lidar) == len(forward)
         total += len(lidar)
         for line in lidar:
@@ -208,7 +208,7 @@ def golden_streammapnet(golden):
     expected = json.loads((golden / "map_gt" / "expected.json").read_text())
     for key in sorted(expected):
         if key.startswith("streammapnet_"):
-            yield tuple(float(n) for n in key.removeprefix("streammapnet_").split("x")), expected[key]
+            yield LaneRange.parse(key.removeprefix("streammapnet_")), expected[key]
 
 
 def test_streammapnet_matches_published_extractor(golden):
@@ -384,7 +384,7 @@ def test_matches_shapely_on_a_real_map(real_keyframe, tmp_path):
     dividers = shapely.MultiLineString([line for kind in of_kind.values() for line in kind])
     road = shapely.from_geojson(json.dumps(area)).buffer(0)
     for pose, ahead, protocol in ((global_from_lidar, np.pi / 2, "maptr"), (global_from_ego, 0.0, "streammapnet")):
-        for size in ((60.0, 30.0), (100.0, 50.0)):
+        for size in (LaneRange(60.0, 30.0), LaneRange(100.0, 50.0)):
             yaw = yaw_from_rotation(pose) + ahead
             lines = lane_map.lines(*pose[:2, 3], yaw, size, protocol)
             turn = np.array([[np.cos(yaw), -np.sin(yaw)], [np.sin(yaw), np.cos(yaw)]])
@@ -410,8 +410,8 @@ def test_dataset_cuts_any_protocol_and_size_around_its_pose(hand_root, tmp_path)
     data = NuScenesDataset(
         hand_root, "v1.0-hand", "hand_val", image_size=(90, 160), cameras=("CAM_FRONT",), cache_dir=tmp_path
     )
-    cases = [("maptr", (60.0, 30.0), 0.9), ("maptr", (20.0, 10.0), 0.9)]
-    cases += [("streammapnet", (60.0, 30.0), 0.0), ("streammapnet", (100.0, 50.0), 0.0)]
+    cases = [("maptr", LaneRange(60.0, 30.0), 0.9), ("maptr", LaneRange(20.0, 10.0), 0.9)]
+    cases += [("streammapnet", LaneRange(60.0, 30.0), 0.0), ("streammapnet", LaneRange(100.0, 50.0), 0.0)]
     for protocol, size, middle in cases:
         lines = data.gt_lines(2, protocol, size)
         (divider,) = of_class(lines, "divider")
@@ -432,7 +432,7 @@ def test_dataset_reads_several_roots(hand_root, town_root, tmp_path):
     split = next(name for name, scenes in splits.items() if scenes)
     data = NuScenesDataset([town_root, town_root], version, split, image_size=(128, 224), cache_dir=tmp_path)
     for i in (0, len(data) // 2, len(data) - 1):
-        index, live = data.gt_lines(i), data.gt_lines(i, "maptr", (60.0, 30.0 + 1e-9))
+        index, live = data.gt_lines(i), data.gt_lines(i, "maptr", LaneRange(60.0, 30.0 + 1e-9))
         assert len(index) == len(live) > 0
         for one, other in zip(index, live, strict=True):
             pair = shapely.linestrings(one.points), shapely.linestrings(other.points)

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from perception.evaluation.lanes import LANE_EXTENTS, evaluate_lanes
-from perception.types import LINE_CLASSES, MapLine
+from perception.evaluation.lanes import evaluate_lanes
+from perception.types import LINE_CLASSES, LaneRange, MapLine
 
 
 def line(points, label="divider", score=1.0):
@@ -96,13 +96,12 @@ def test_a_class_without_hits_keeps_all_its_predictions():
     assert (point.score, point.precision, point.recall, point.false_metres_per_frame) == (None, None, None, 0)
 
 
-def test_distance_bins_cover_the_extent():
+def test_distance_bins_cover_the_lane_range():
     gt = {"a": [line([[0, 0], [50, 0]])]}
-    for extent, last in (("60x30", 30), ("100x50", 50)):
-        bins = evaluate_lanes(gt, gt, extent=extent).working["divider"].bins
+    for lane_range, last in ((LaneRange(60.0, 30.0), 30), (LaneRange(100.0, 50.0), 50)):
+        bins = evaluate_lanes(gt, gt, lane_range=lane_range).working["divider"].bins
         assert [b.near for b in bins] == list(range(0, last + 1, 10)) and bins[-1].far is None
-        along, across = LANE_EXTENTS[extent]
-        assert bins[-1].near < np.hypot(along, across) / 2 <= bins[-1].near + 10
+        assert bins[-1].near < np.hypot(lane_range.x, lane_range.y) / 2 <= bins[-1].near + 10
         assert sum(b.metres_per_frame for b in bins) == pytest.approx(50)
 
 
@@ -111,7 +110,7 @@ def test_result_as_json_and_as_table():
     record = json.loads(json.dumps(result.as_dict()))
     # Precision 1 up to the first of two ground-truth lines, 2/3 up to the second.
     assert record["ap"]["divider"]["1.0"] == pytest.approx((1 + 2 / 3) / 2)
-    assert record["protocol"] == "maptr" and record["extent"] == "60x30" and record["frames"] == 2
+    assert record["protocol"] == "maptr" and record["lane_range"] == "60x30" and record["frames"] == 2
     assert record["working"]["divider"]["f1"] == pytest.approx(4 / 5) and record["operating_threshold_m"] == 1.0
     assert record["working"]["divider"]["bins"][3] == {
         "near": 30.0, "far": None, "metres_per_frame": 0.0, "recall": None, "error": None, "median_error": None,

@@ -12,6 +12,7 @@ from perception.data.lane_topology import CHORD_ERROR, SHAPES, clip_to_box, lane
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import DataError
 from perception.geometry import polyline_length
+from perception.types import LaneRange
 
 
 def straight(x0, y0, x1, y1):
@@ -116,8 +117,8 @@ def test_fork(tmp_path):
     assert np.allclose(by_token["in"], [[-20, 0], [0, 0]])
     assert np.allclose(by_token["out"], [[10, 0], [30, 0]])
     assert np.allclose(by_token["left"][-1], [8, 8])
-    # The patch points north: lines that were ahead are now on the right.
-    turned = lane_map.centerlines(100.0, 100.0, np.pi / 2, (60.0, 30.0))
+    # The patch is turned to look north: what was ahead is now on the right.
+    turned = lane_map.centerlines(100.0, 100.0, np.pi / 2, LaneRange(60.0, 30.0))
     assert named_links(turned) == named_links(lines)
     by_token = dict(zip(turned.token, turned.points, strict=True))
     assert np.allclose(by_token["in"], [[0, 15], [0, 0]]) and np.allclose(by_token["left"][-1], [8, -8])
@@ -125,8 +126,8 @@ def test_fork(tmp_path):
 
 def test_links_need_their_meeting_point_inside(tmp_path):
     lane_map = LaneMap(write_graph(tmp_path / "m.json", FORK, FORK_LINKS))
-    # The patch reaches from x = 112 to x = 132: 'out' crosses it, 'ahead' ends before it.
-    lines = lane_map.centerlines(122.0, 100.0, 0.0, (20.0, 10.0))
+    # 20 m long around x = 120: 'out' begins at its border's inside, 'ahead' lies beyond.
+    lines = lane_map.centerlines(122.0, 100.0, 0.0, LaneRange(20.0, 10.0))
     assert lines.token == ["out"] and lines.successor.shape == (0, 2)
     empty = lane_map.centerlines(900.0, 100.0, 0.0)
     assert empty.points == [] and empty.token == [] and empty.successor.shape == (0, 2)
@@ -167,7 +168,7 @@ def test_dataset_returns_centerlines_in_the_ego_frame(hand_root, tmp_path):
         assert lines.token == ["a", "b"] and lines.successor.tolist() == [[0, 1]]
         assert np.allclose(lines.points[0], [[-30, -1.5], [10 - 3 * i, -1.5]], atol=1e-6)
         assert np.allclose(lines.points[1], [[10 - 3 * i, -1.5], [30, -1.5]], atol=1e-6)
-    assert np.allclose(data.gt_centerlines(0, (100.0, 50.0)).points[1][-1], [50, -1.5], atol=1e-6)
+    assert np.allclose(data.gt_centerlines(0, LaneRange(100.0, 50.0)).points[1][-1], [50, -1.5], atol=1e-6)
     plain = NuScenesDataset(hand_root, "v1.0-hand", "hand_val", **options)
     with pytest.raises(DataError, match=r"hand-town\.json has no 'lane_connector': give a map expansion"):
         plain.gt_centerlines(0)

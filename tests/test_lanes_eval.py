@@ -17,7 +17,7 @@ from perception.evaluation.lanes import (
     evaluate_lanes,
     match_lines,
 )
-from perception.types import LINE_CLASSES, MapLine
+from perception.types import LINE_CLASSES, LaneRange, MapLine
 
 HERE = Path(__file__).parent
 
@@ -39,11 +39,11 @@ def line(points, label="divider", score=1.0):
 
 
 def told(protocol):
-    """Protocol, extent and thresholds of a golden protocol; thresholds only where they are not the protocol's own."""
+    """Protocol, lane range and thresholds of a golden protocol; thresholds only where they are not its own."""
     protocol, _, rest = protocol.partition("_")
     if rest == "strict":
         return {"protocol": protocol, "thresholds": STRICT_THRESHOLDS}
-    return {"protocol": protocol, "extent": rest} if rest else {"protocol": protocol}
+    return {"protocol": protocol, "lane_range": LaneRange.parse(rest)} if rest else {"protocol": protocol}
 
 
 def assert_equals_golden(result, expected):
@@ -333,7 +333,10 @@ def test_impossible_options_are_refused():
     good = {"tok": [line([[0, 0], [1, 1]])]}
     for options, said in (
         ({"protocol": "mapr"}, "'mapr'; choose one of maptr, streammapnet"),
-        ({"extent": "30x60"}, "'30x60'; choose one of 60x30, 100x50"),
+        (
+            {"protocol": "streammapnet", "lane_range": LaneRange(30.0, 60.0)},
+            "streammapnet has no range 30x60; give one of 60x30, 100x50",
+        ),
         ({"thresholds": ()}, "thresholds"),
         ({"thresholds": (0.5, 0.5)}, "thresholds"),
         ({"score_threshold": np.nan}, "finite"),
@@ -353,7 +356,7 @@ from perception.types import MapLine
 
 def main():
     rng = np.random.default_rng(0)
-    predictions, ground truth = {}, {}
+    predictions, gt = {}, {}
     for frame in range(2000):
         heading = rng.uniform(0, 2 * np.pi, (50, 1)) + np.cumsum(rng.normal(0, 0.05, (50, 20)), 1)
         steps = rng.uniform(0.3, 2.0, (50, 1, 1)) * np.stack([np.cos(heading), np.sin(heading)], -1)
@@ -362,7 +365,7 @@ def main():
         gt[f"{frame:05d}"] = [MapLine(k % 3, points[k]) for k in range(50)]
         predictions[f"{frame:05d}"] = [MapLine(k % 3, off[k], float(rng.uniform())) for k in range(50)]
     start = time.perf_counter()
-    result = evaluate_lanes(predictions, truth, protocol=sys.argv[1], workers=2)
+    result = evaluate_lanes(predictions, gt, protocol=sys.argv[1], workers=2)
     seconds = time.perf_counter() - start
     # Its ru_maxrss would be at least that of the process that started it: exec() takes that over, but not VmHWM.
     peak_kib = int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])

@@ -116,6 +116,9 @@ def test_lines_come_in_the_ego_frame_through_the_predictor(tmp_path):
     assert lines.label[0, 0] == 1 and lines.score[0, 0].item() == pytest.approx(0.9526, abs=1e-4)
     assert lines.points[0, 0, :, 0].tolist() == pytest.approx([-5.0563, -2.0563, 0.9437, 3.9437, 6.9437], abs=1e-4)
     assert lines.points[0, 0, :, 1].tolist() == pytest.approx([-3] * 5, abs=1e-5)
+    points[0, 0, 2] = torch.tensor([[0.5, 0.5], [0.6, 0.5], [0.6, 0.6], [0.5, 0.6], [0.51, 0.51]])
+    ring = model.decode(RawLines(logits, points)).lines
+    assert ring.closed[0, 0] and torch.equal(ring.points[0, 0, 0], ring.points[0, 0, -1])  # given 0.67 m apart
     save_checkpoint(tmp_path / "w.safetensors", model, {})
     assert load_model(tmp_path / "w.safetensors").config == config
     ahead = torch.tensor([[[0.0, 0, 1, 1.5], [-1, 0, 0, 0], [0, -1, 0, 1.6], [0, 0, 0, 1]]])

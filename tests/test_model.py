@@ -16,6 +16,7 @@ from perception.models.bev_transformer.decoder import ImageSampling, decode
 from perception.models.bev_transformer.encoder import SpatialCrossAttention, TemporalFusion, depth_bin, sample_depth
 from perception.models.bev_transformer.model import BEVTransformer
 from perception.models.checkpoint import load_model, read_metrics, save_checkpoint
+from perception.models.decoding import close_rings
 from perception.types import CameraRig, Frame, ImagePrediction, Prediction, map_tensors
 
 CONFIG = BEVTransformerConfig.preset(
@@ -313,6 +314,17 @@ def test_decode_by_hand():
     assert scene.lines.uncertainty.unique().tolist() == pytest.approx([0.3])
     assert scene.lines.label[0].tolist() == [2]
     assert scene.lines.closed[0].tolist() == [True]  # the ends are 0.5 m apart
+    assert scene.lines.points[0, 0].tolist() == [[0, 0], [10, 0], [10, 5], [0, 0]]
+
+
+def test_a_closed_line_repeats_its_first_point():
+    points = torch.tensor([[[0.0, 0.0], [5.0, 0.0], [0.0, gap]] for gap in (0.0, 0.99, 1.01)])
+    uncertainty = torch.arange(18.0).view(3, 3, 2)
+    closed_points, closed_uncertainty, closed = close_rings(points, uncertainty)
+    assert closed.tolist() == [True, True, False]
+    assert torch.equal(closed_points[:2, -1], points[:2, 0]) and torch.equal(closed_points[2], points[2])
+    assert torch.equal(closed_uncertainty[:2, -1], uncertainty[:2, 0])
+    assert torch.equal(closed_points[:, :-1], points[:, :-1])
 
 
 def test_of_two_boxes_in_one_place_the_better_is_kept():

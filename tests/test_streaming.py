@@ -11,12 +11,13 @@ from perception.data.loader import pad_boxes, pad_lines
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError, DataError
 from perception.evaluation.dataset import evaluate_scenes, published_gt
+from perception.evaluation.stability import evaluate_stability
 from perception.evaluation.submission import map_lines
 from perception.inference.sequence import predict_stream
 from perception.models.bev_transformer.config import BEVTransformerConfig
 from perception.models.bev_transformer.model import BEVTransformer
 from perception.synthetic import VERSION
-from perception.types import FrameObjects, MapLine, map_tensors
+from perception.types import FrameObjects, LaneRange, MapLine, map_tensors
 
 SMALL = BEVTransformerConfig.preset(
     "nano", image_size=(64, 96), grid=(20, 20), channels=16, depth_bins=8, backbone_stages=2, decoder_layers=2,
@@ -59,6 +60,38 @@ def test_the_truth_scores_one(dataset):
         uncertainty.mean_error == pytest.approx(0, abs=1e-6)
         for uncertainty in evaluation.calibration.uncertainties.values()
     )
+
+
+@pytest.mark.parametrize(
+    ("protocol", "lane_range"), [("streammapnet", "60x30"), ("streammapnet", "100x50"), ("maptr", "40x20")]
+)
+def test_every_part_compares_with_the_ground_truth_that_was_asked_for(dataset, protocol, lane_range):
+    """The ground truth of another protocol and range, as prediction, is right in all parts of the evaluation."""
+    lane_range = LaneRange.parse(lane_range)
+    scenes = {}
+    for i, token in enumerate(dataset.tokens):
+        lines = pad_lines([published_gt(dataset.gt_lines(i, protocol, lane_range), protocol)], 100)
+        scenes[token] = map_tensors(lambda tensor: tensor[0], FrameObjects(pad_boxes([dataset.gt_boxes(i)]), lines))
+    evaluation = evaluate_scenes(dataset, scenes, protocol=protocol, lane_range=lane_range)
+    lines = [name for name, count in evaluation.lanes.gt_count.items() if count]
+    assert evaluation.lanes.mean_ap == evaluation.strict_lanes.mean_ap == pytest.approx(len(lines) / 3)
+    count = sum(int(scene.lines.valid.sum()) for scene in scenes.values())
+    assert evaluation.calibration.lines.count[-1] == count and evaluation.calibration.lines.precision[-1] == 1.0
+    assert evaluation.calibration.uncertainties["line point m"].mean_error == pytest.approx(0, abs=1e-6)
+    # Steadiness is measured where lines are predicted: the same lines in a smaller area are fewer.
+    whole = evaluate_stability_in(dataset, scenes, lane_range)
+    assert evaluation.stability.all_lines == whole != evaluate_stability_in(dataset, scenes, LaneRange(30.0, 15.0))
+
+
+def evaluate_stability_in(dataset, scenes, lane_range):
+    tokens = dataset.tokens
+    return evaluate_stability(
+        scenes,
+        [[tokens[i] for i in np.flatnonzero(dataset.scene_of_sample == scene)] for scene in range(2)],
+        {token: dataset.ego_pose(i) for i, token in enumerate(tokens)},
+        dict(zip(tokens, dataset.timestamps.tolist(), strict=True)),
+        lane_range=lane_range,
+    ).all_lines
 
 
 def test_moved_lines_and_late_boxes_do_not_score_one(dataset):

@@ -110,13 +110,13 @@ def test_boxes_written_by_hand_score_what_they_must(hand_root, tmp_path, capsys)
     assert numbers["mAP"] == pytest.approx(0.1) and numbers["samples"] == len(tokens_of(hand_root))
     errors = numbers["detection"]["class_errors"]["car"]
     assert all(value == pytest.approx(0, abs=1e-3) for value in errors.values()), errors
-    assert "map 0.100" in capsys.readouterr().out
+    assert "mAP 0.100" in capsys.readouterr().out
     names = ["hand-1"]
     part = box_file(hand_root)
     part["results"] = {token: boxes for token, boxes in part["results"].items() if token.startswith("s1")}
     write(path, part)
     split = write(tmp_path / "second.json", names)
-    told = ["--dataroot", hand_root, "--version", VERSION, "--split-file", split]
+    told = ["--dataroot", hand_root, "--version", VERSION, "--split", split]
     assert evaluate("--submission", path, *told, "--json", tmp_path / "numbers.json") == 0
     assert json.loads((tmp_path / "numbers.json").read_text())["samples"] == 3
 
@@ -181,7 +181,7 @@ def test_larger_range_and_other_protocol_change_truth_and_thresholds(hand_root, 
     for protocol, thresholds, hits in (("streammapnet", [1.0, 1.5, 2.0], 2), ("maptr", [0.5, 1.0, 1.5], 1)):
         assert evaluate("--submission", path, *told, "--lanes-protocol", protocol) == 0
         lanes = json.loads((tmp_path / "numbers.json").read_text())["lanes"]
-        assert (lanes["protocol"], lanes["extent"], lanes["thresholds_m"]) == (protocol, "100x50", thresholds)
+        assert (lanes["protocol"], lanes["lane_range"], lanes["thresholds_m"]) == (protocol, "100x50", thresholds)
         assert lanes["class_ap"] == pytest.approx({"divider": hits / 3, "ped_crossing": 0, "boundary": hits / 3})
         assert lanes["working"]["divider"]["bins"][-1]["near"] == 50
 

@@ -11,12 +11,12 @@ from perception.models.bev_transformer.config import BEVTransformerConfig
 from perception.models.bev_transformer.decoder import decode
 from perception.models.bev_transformer.losses import frame_losses
 from perception.models.bev_transformer.model import BEVTransformer
-from perception.types import Boxes, CameraRig, Frame, FrameObjects, Polylines, map_tensors
+from perception.types import Boxes, CameraRig, Frame, FrameObjects, LaneRange, Polylines, map_tensors
 
 STEP = 0.5  # seconds
 CONFIG = BEVTransformerConfig.preset(
     "nano", image_size=(32, 96), channels=16, backbone_stages=2, depth_bins=12, heads=2, decoder_layers=1,
-    x_range=(0.0, 20.0), y_range=(-10.0, 10.0), grid=(20, 20), map_x_range=(0.0, 20.0), map_y_range=(-5.0, 5.0),
+    x_range=(0.0, 20.0), y_range=(-10.0, 10.0), grid=(20, 20), lane_range=LaneRange(20.0, 10.0),
     box_queries=4, line_queries=2, line_points=4,
 )  # fmt: skip
 AHEAD = torch.tensor([[[[0.0, 0, 1, 0], [-1, 0, 0, 0], [0, -1, 0, 1.0], [0, 0, 0, 1]]]])  # one camera, 1 m above ground

@@ -17,7 +17,7 @@ from perception.models.backbone import FPNEncoder
 from perception.models.decoding import empty_lines, topk_pairs
 from perception.ops import sample_cameras
 from perception.targets import encode_boxes
-from perception.types import BOX_CLASSES, Boxes, Frame, FrameObjects, State
+from perception.types import BOX_CLASSES, DEFAULT_LANE_RANGE, Boxes, Frame, FrameObjects, LaneRange, State
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class ToyConfig:
     max_boxes: int = 20
     cameras: ClassVar[None] = None  # any number
     line_points: ClassVar[int] = 20  # of the ground truth; this network predicts no lines
+    lane_range: ClassVar[LaneRange] = DEFAULT_LANE_RANGE
 
     @classmethod
     def presets(cls) -> dict[str, Callable[[], ToyConfig]]:

@@ -27,7 +27,7 @@ def lane_options(arguments) -> dict:
     """How lanes are scored, the same for a network and for a file."""
     return {
         "protocol": arguments.lanes_protocol,
-        "extent": arguments.range,
+        "lane_range": arguments.range,
         "score_threshold": arguments.score_threshold,
         "workers": arguments.workers,
         "progress": True,
@@ -78,7 +78,7 @@ def evaluate_weights(arguments) -> tuple[str, dict, dict]:
             trials,
             evaluation.metrics(),
             protocol=arguments.lanes_protocol,
-            extent=arguments.range,
+            lane_range=arguments.range,
             workers=arguments.workers,
             progress=True,
         )
@@ -122,11 +122,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--submission", type=Path, help="JSON of boxes or lanes, instead of config and checkpoint")
     parser.add_argument("--dataroot", help="instead of the config's val_data.dataroot")
     parser.add_argument("--version", help="instead of the config's val_data.version")
-    split = parser.add_mutually_exclusive_group()
-    split.add_argument("--split", help="instead of the config's val_data.split")
-    split.add_argument("--split-file", type=Path, help="scene names, one a line or as a JSON list, instead of --split")
+    parser.add_argument(
+        "--split",
+        help="instead of the config's val_data.split; or a file of scene names, one a line or as a JSON list (.json or "
+        ".txt)",
+    )
     parser.add_argument("--lanes-protocol", choices=("maptr", "streammapnet"), default="maptr", help="(default: maptr)")
-    parser.add_argument("--range", choices=("60x30", "100x50"), default="60x30", help="of the lanes (default: 60x30)")
+    parser.add_argument("--range", help="of the lanes, metres along x and y (default: the model's; 60x30 for a file)")
     parser.add_argument("--score-threshold", type=float, help="of lanes that are used (default: of best F1, per class)")
     parser.add_argument("--save-submission", type=Path, metavar="DIR", help="also write detection.json and lanes.json")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -147,13 +149,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
 
     from perception.errors import ConfigError
-    from perception.evaluation.lanes import LANE_PROTOCOLS
     from perception.files import write_json
+    from perception.types import LaneRange
 
+    arguments.range = LaneRange.parse(arguments.range) if arguments.range else None
     if arguments.workers < 0:
         raise ConfigError(f"--workers is {arguments.workers}; give 0 or more processes")
-    if arguments.split_file:
-        arguments.split = str(arguments.split_file.absolute())  # with a folder in it, so that it is no name
     if arguments.submission:
         if arguments.config or arguments.save_submission:
             raise ConfigError("--submission needs neither config, checkpoint nor --save-submission; leave them out")
@@ -167,8 +168,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     table, headline, metrics = (evaluate_file if arguments.submission else evaluate_weights)(arguments)
     print(table)
     if "lane_mAP" in headline:
-        thresholds = ", ".join(f"{t:g}" for t in LANE_PROTOCOLS[arguments.lanes_protocol].thresholds[arguments.range])
-        print(f"\nlane_map by protocol {arguments.lanes_protocol}, range {arguments.range}, thresholds {thresholds} m")
+        lanes = metrics["lanes"]
+        thresholds = ", ".join(f"{t:g}" for t in lanes["thresholds_m"])
+        print(f"\nlane mAP by protocol {lanes['protocol']}, range {lanes['lane_range']}, thresholds {thresholds} m")
     print("\n" + "  ".join(f"{name} {value:.3f}" for name, value in headline.items()))
     if arguments.json:
         write_json(arguments.json, metrics)

@@ -22,12 +22,12 @@ from perception.data.corruptions import (
     droppable_cameras,
     perturb_extrinsics,
 )
-from perception.data.index import PATCH_SIZE, WIDE_PATCH_SIZE
+from perception.data.index import wide_range
 from perception.data.lane_map import cut_lines
 from perception.data.loader import pad_lines
 from perception.errors import ConfigError
 from perception.geometry import invert_rigid, rigid_from_yaw, transform_points
-from perception.types import Boxes, Clip, Frame, MapLine
+from perception.types import Boxes, Clip, Frame, LaneRange, MapLine
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,7 @@ class Augment:
         corrupt: probability, for each camera, that its images of a clip get a random corruption.
 
     Raises:
-        ConfigError: a number is negative, a probability is more than 1, or the turned map patch would reach beyond the
-            lines that the index keeps.
+        ConfigError: a number is negative, or a probability is more than 1.
     """
 
     mirror: float = 0.5
@@ -68,9 +67,16 @@ class Augment:
         for name in ("mirror", "extrinsics_noise", "drop_camera", "corrupt"):
             if getattr(self, name) > 1:
                 raise ConfigError(f"Augment.{name} is {getattr(self, name)}; it is a probability, give at most 1")
+
+    def check_reach(self, lane_range: LaneRange) -> None:
+        """Makes sure that a moved ego frame finds all its lines among those of the `wide_range`.
+
+        Raises:
+            ConfigError: yaw_deg and shift go farther.
+        """
         angle = np.radians(min(self.yaw_deg, 90.0))
         turn = np.array([[np.cos(angle), np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-        if np.any(turn @ PATCH_SIZE / 2 + self.shift > np.array(WIDE_PATCH_SIZE) / 2):
+        if np.any(turn @ lane_range / 2 + self.shift > np.array(wide_range(lane_range)) / 2):
             raise ConfigError(
                 f"Augment.yaw_deg {self.yaw_deg} with shift {self.shift} is too far for the map; use less"
             )
@@ -80,6 +86,7 @@ class Augment:
         clip: Clip,
         wide_lines: Sequence[Sequence[MapLine]],
         ego_from_patch: Sequence[np.ndarray],
+        lane_range: LaneRange,
         scene_rng: np.random.Generator,
         clip_rng: np.random.Generator,
     ) -> Clip:
@@ -89,6 +96,7 @@ class Augment:
             clip: with leading [T].
             wide_lines: T lists of exact lines in the ego frame, from a patch larger than that of the ground truth.
             ego_from_patch: T transforms [4, 4]; where the ground truth's patch lies in the (old and new) ego frame.
+            lane_range: of the lines in the new ego frame.
             scene_rng: draws what stays the same along a scene: ego frame, crops, colours, calibration.
             clip_rng: draws what changes from clip to clip: missing cameras and corrupted images.
 
@@ -103,7 +111,8 @@ class Augment:
             moved_from_ego = moved_from_ego @ np.diag([1.0, -1.0, 1.0, 1.0])
         frames = move_frames(clip.frames, moved_from_ego)
         lines = [
-            move_lines(lines, moved_from_ego, patch) for lines, patch in zip(wide_lines, ego_from_patch, strict=True)
+            move_lines(lines, moved_from_ego, patch, lane_range)
+            for lines, patch in zip(wide_lines, ego_from_patch, strict=True)
         ]
         old = clip.gt.lines
         gt = clip.gt._replace(
@@ -168,23 +177,26 @@ def move_boxes(boxes: Boxes, moved_from_ego: np.ndarray) -> Boxes:
     )
 
 
-def move_lines(lines: Sequence[MapLine], moved_from_ego: np.ndarray, ego_from_patch: np.ndarray) -> list[MapLine]:
+def move_lines(
+    lines: Sequence[MapLine], moved_from_ego: np.ndarray, ego_from_patch: np.ndarray, lane_range: LaneRange
+) -> list[MapLine]:
     """Expresses lines of a large patch in another ego frame and cuts them by the ground truth's patch, which moves too.
 
     Args:
-        lines: of a patch larger than PATCH_SIZE, in the old ego frame.
+        lines: of a patch larger than `lane_range`, in the old ego frame.
         moved_from_ego: [4, 4] rigid, or rigid times a mirroring.
         ego_from_patch: [4, 4] the ground truth's patch in the old and in the new ego frame.
+        lane_range: of the ground truth.
 
     Returns:
-        Lines inside PATCH_SIZE, in the new ego frame.
+        Lines inside `lane_range`, in the new ego frame.
     """
     patch_from_ego = invert_rigid(ego_from_patch)
     patch_from_old = patch_from_ego @ moved_from_ego
     step = -1 if np.linalg.det(moved_from_ego[:3, :3]) < 0 else 1  # the road stays on the right of its boundary
     in_patch = [line._replace(points=_transform_2d(patch_from_old, line.points)[::step]) for line in lines]
     return [
-        line._replace(points=_transform_2d(ego_from_patch, line.points)) for line in cut_lines(in_patch, PATCH_SIZE)
+        line._replace(points=_transform_2d(ego_from_patch, line.points)) for line in cut_lines(in_patch, lane_range)
     ]
 
 

@@ -25,7 +25,7 @@ from perception.data.splits import is_split_file, read_split_file, split_scenes
 from perception.errors import DataError
 from perception.files import replacing
 from perception.geometry import invert_rigid, rigid_from_quaternion, rigid_from_yaw, yaw_from_rotation
-from perception.types import ATTRIBUTES, BOX_CLASSES, MapLine
+from perception.types import ATTRIBUTES, BOX_CLASSES, LaneRange, MapLine
 
 if TYPE_CHECKING:
     from nuscenes.nuscenes import NuScenes
@@ -35,9 +35,12 @@ TABLES = (
     "log", "scene", "sample", "sample_data", "sample_annotation", "map",
 )  # fmt: skip
 
-PATCH_SIZE = (60.0, 30.0)  # metres ahead x across, the published map task
-# Lines are also kept for a larger patch, so that augmentation can turn and move the ego frame and cut the lines anew.
-WIDE_PATCH_SIZE = (84.0, 60.0)
+WIDE_MARGIN = LaneRange(24.0, 30.0)
+
+
+def wide_range(lane_range: LaneRange) -> LaneRange:
+    """The larger range whose lines are also kept: augmentation turns and moves the ego frame and cuts them anew."""
+    return LaneRange(lane_range.x + WIDE_MARGIN.x, lane_range.y + WIDE_MARGIN.y)
 
 
 class Lines(NamedTuple):
@@ -82,12 +85,17 @@ class Index(NamedTuple):
     box_label: np.ndarray  # [boxes] int64 index into BOX_CLASSES
     box_attribute: np.ndarray  # [boxes] int64 index into ATTRIBUTES, -1 for none
     box_points: np.ndarray  # [boxes] int64 LiDAR and radar points on the object
-    lines: Lines  # of PATCH_SIZE
-    wide_lines: Lines  # of WIDE_PATCH_SIZE
+    lines: Lines  # of the lane range that the index was made for
+    wide_lines: Lines  # of its `wide_range`
 
 
 def load_index(
-    dataroot: Path, version: str, split: str | Path, cameras: tuple[str, ...], cache_dir: Path | None
+    dataroot: Path,
+    version: str,
+    split: str | Path,
+    cameras: tuple[str, ...],
+    lane_range: LaneRange,
+    cache_dir: Path | None,
 ) -> Index:
     """Loads the index of one split of one nuScenes-format root, from the cache if it is there.
 
@@ -97,6 +105,7 @@ def load_index(
         split: an official split, one of `<version>/splits.json`, or a file of scene names (see
             `perception.data.splits`).
         cameras: camera channels; the index keeps this order.
+        lane_range: of the lines, by the MapTR protocol.
         cache_dir: folder of the cache; None: `$XDG_CACHE_HOME/perception` or `~/.cache/perception`.
 
     Raises:
@@ -116,13 +125,13 @@ def load_index(
     if cache_dir is None:
         cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "perception"
 
-    cache = cache_dir / f"index-{_content_hash(dataroot, version, split, cameras)}.npz"
+    cache = cache_dir / f"index-{_content_hash(dataroot, version, split, cameras, lane_range)}.npz"
     if cache.is_file():
         try:
             return _read(cache)
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):
             pass  # the cached file is damaged: build the index again
-    index = _build(dataroot, version, split, cameras)
+    index = _build(dataroot, version, split, cameras, lane_range)
     _write(cache, index)
     return index
 
@@ -163,12 +172,14 @@ def _join(parts: list) -> Any:
     return type(parts[0])(**joined)
 
 
-def _content_hash(dataroot: Path, version: str, split: str | Path, cameras: tuple[str, ...]) -> str:
+def _content_hash(
+    dataroot: Path, version: str, split: str | Path, cameras: tuple[str, ...], lane_range: LaneRange
+) -> str:
     """Returns a hash of everything the index depends on."""
     digest = hashlib.blake2b(digest_size=20)
     # The content of a split file counts, not its path: files of the same scenes share an index.
     wanted = sorted(read_split_file(split)) if is_split_file(split) else split
-    facts = [version, wanted, *cameras, package_version("nuscenes-devkit"), package_version("shapely")]
+    facts = [version, wanted, *cameras, str(lane_range), package_version("nuscenes-devkit"), package_version("shapely")]
     digest.update(json.dumps(facts).encode())
     files = [dataroot / version / f"{table}.json" for table in TABLES]
     files += [path for path in [dataroot / version / "splits.json"] if path.is_file()]
@@ -204,7 +215,7 @@ def _read(path: Path) -> Index:
         return Index(**fields)
 
 
-def _build(dataroot: Path, version: str, split: str | Path, cameras: tuple[str, ...]) -> Index:
+def _build(dataroot: Path, version: str, split: str | Path, cameras: tuple[str, ...], lane_range: LaneRange) -> Index:
     nusc = _open_tables(dataroot, version)
     tables = dataroot / version
     wanted = set(split_scenes(split, tables, [scene["name"] for scene in nusc.scene]))
@@ -225,8 +236,8 @@ def _build(dataroot: Path, version: str, split: str | Path, cameras: tuple[str, 
             samples.append(sample)
             boxes.append(_boxes(nusc, tables, record, sample["global_from_ego"]))
             poses = (sample["global_from_ego"], sample["ego_from_lidar"])
-            lines.append(lines_around(lane_maps[location], *poses, PATCH_SIZE))
-            wide_lines.append(lines_around(lane_maps[location], *poses, WIDE_PATCH_SIZE))
+            lines.append(lines_around(lane_maps[location], *poses, lane_range))
+            wide_lines.append(lines_around(lane_maps[location], *poses, wide_range(lane_range)))
     flat = {name: np.array([sample[name] for sample in samples]) for name in samples[0]}
     names = {f"scene_{field}": np.array([scene[field].encode() for scene in scenes]) for field in ("name", "token")}
     names["scene_map"] = np.array(maps)
@@ -378,7 +389,7 @@ def lines_around(
     lanes: LaneMap,
     global_from_ego: np.ndarray,
     ego_from_lidar: np.ndarray,
-    size: tuple[float, float],
+    lane_range: LaneRange,
     protocol: str = "maptr",
 ) -> list[MapLine]:
     """Cuts the lines around a pose by the patch of a published protocol.
@@ -386,7 +397,7 @@ def lines_around(
     Args:
         lanes: the map of the location.
         global_from_ego, ego_from_lidar: [4, 4].
-        size: extent ahead and across, metres.
+        lane_range: extent of the patch.
         protocol: "maptr", whose patch has LIDAR_TOP's position and yaw, or "streammapnet", whose patch has those of
             the ego frame.
 
@@ -398,11 +409,11 @@ def lines_around(
     """
     if protocol != "maptr":
         x, y = global_from_ego[:2, 3]
-        return lanes.lines(x, y, yaw_from_rotation(global_from_ego), size, protocol)
+        return lanes.lines(x, y, yaw_from_rotation(global_from_ego), lane_range, protocol)
     global_from_lidar = global_from_ego @ ego_from_lidar
     ego_from = ego_from_patch(global_from_ego, ego_from_lidar)
     x, y = global_from_lidar[:2, 3]
-    lines = lanes.lines(x, y, yaw_from_rotation(global_from_lidar) + np.pi / 2, size)
+    lines = lanes.lines(x, y, yaw_from_rotation(global_from_lidar) + np.pi / 2, lane_range)
     return [line._replace(points=line.points @ ego_from[:2, :2].T + ego_from[:2, 3]) for line in lines]
 
 

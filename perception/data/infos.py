@@ -9,13 +9,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from perception.data.index import PATCH_SIZE
 from perception.data.lane_map import cut_lines
 from perception.data.loader import decode_image, pad_boxes, pad_lines
 from perception.data.nuscenes import NUSCENES_CAMERAS
 from perception.errors import DataError
 from perception.geometry import invert_rigid, transform_points, wrap_angle, yaw_from_rotation
-from perception.types import BOX_CLASSES, LINE_CLASSES, Boxes, CameraRig, Clip, Frame, FrameObjects, MapLine
+from perception.types import (
+    BOX_CLASSES,
+    DEFAULT_LANE_RANGE,
+    LINE_CLASSES,
+    Boxes,
+    CameraRig,
+    Clip,
+    Frame,
+    FrameObjects,
+    LaneRange,
+    MapLine,
+)
 
 _LINE_KINDS = {"lane_divider": "divider", "road_divider": "divider", "ped_crossing": "ped_crossing",
                "drivable_boundary": "boundary"}  # fmt: skip
@@ -82,14 +92,14 @@ def load_info_poses(json_path: str | Path, index: int = 0) -> tuple[np.ndarray, 
 
 
 def load_map_vectors(
-    json_path: str | Path, global_from_ego: np.ndarray, size: tuple[float, float] = PATCH_SIZE
+    json_path: str | Path, global_from_ego: np.ndarray, lane_range: LaneRange = DEFAULT_LANE_RANGE
 ) -> list[MapLine]:
     """Loads the lines around a pose from a file of global polylines, `{"features": [{"kind", "polyline"}]}`.
 
     Args:
         json_path: the file; kinds other than dividers, crossings and the drivable boundary are left out.
         global_from_ego: [4, 4]; its position and yaw are used, a map has no heights.
-        size: extent kept along the ego frame's x and y, metres.
+        lane_range: what is kept, in the ego frame.
 
     Returns:
         Lines in the ego frame.
@@ -105,7 +115,7 @@ def load_map_vectors(
         if feature["kind"] in _LINE_KINDS:
             points = (np.asarray(feature["polyline"], dtype=np.float64)[:, :2] - global_from_ego[:2, 3]) @ turn
             lines.append(MapLine(LINE_CLASSES.index(_LINE_KINDS[feature["kind"]]), points))
-    return cut_lines(lines, size)
+    return cut_lines(lines, lane_range)
 
 
 def _read(path: Path, field: str) -> Any:

@@ -21,7 +21,7 @@ from shapely.geometry.base import BaseGeometry
 
 from perception.data.lane_topology import Centerlines, LaneGraph
 from perception.errors import ConfigError, DataError
-from perception.types import LINE_CLASSES, MapLine
+from perception.types import DEFAULT_LANE_RANGE, LINE_CLASSES, LaneRange, MapLine
 
 DIVIDER_LAYERS = ("road_divider", "lane_divider")
 CROSSING_LAYERS = ("ped_crossing",)
@@ -100,7 +100,7 @@ class LaneMap:
         self._graph_content = {field: content[field] for field in fields if field in content}
 
     def lines(
-        self, x: float, y: float, yaw: float, size: tuple[float, float] = (60.0, 30.0), protocol: str = "maptr"
+        self, x: float, y: float, yaw: float, lane_range: LaneRange = DEFAULT_LANE_RANGE, protocol: str = "maptr"
     ) -> list[MapLine]:
         """Extracts the lines inside a rectangle, the patch.
 
@@ -108,7 +108,7 @@ class LaneMap:
             x: global x of the patch centre, metres.
             y: global y of the patch centre, metres.
             yaw: direction of the patch's x axis in the global frame, radians.
-            size: extent along the patch's x and y axes, metres.
+            lane_range: extent along the patch's x and y axes.
             protocol: one of LANE_PROTOCOLS.
 
         Returns:
@@ -122,7 +122,7 @@ class LaneMap:
         """
         if protocol not in LANE_PROTOCOLS:
             raise ConfigError(f"protocol of lane lines is '{protocol}': give one of {', '.join(LANE_PROTOCOLS)}")
-        half = np.asarray(size, dtype=np.float64) / 2
+        half = np.asarray(lane_range, dtype=np.float64) / 2
         center = np.array([x, y], dtype=np.float64)
         turn = np.array([[np.cos(yaw), -np.sin(yaw)], [np.sin(yaw), np.cos(yaw)]])
         corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * half  # [4, 2]
@@ -132,15 +132,15 @@ class LaneMap:
         result = [MapLine(_DIVIDER, shapely.get_coordinates(piece)) for name in DIVIDER_LAYERS for piece in cut[name]]
         crossings = [polygon for name in CROSSING_LAYERS for polygon in cut[name]]
         if protocol == "maptr":
-            rings = _outlines(crossings, _window(size, PATCH_MARGIN))
+            rings = _outlines(crossings, _window(lane_range, PATCH_MARGIN))
         else:
             rings = _crossings_by_direction(crossings)
         result.extend(MapLine(_CROSSING, points) for points in rings)
         surface = [polygon for name in SURFACE_LAYERS for polygon in cut[name]]
-        result.extend(MapLine(_BOUNDARY, points) for points in _outlines(surface, _window(size, -PATCH_MARGIN)))
+        result.extend(MapLine(_BOUNDARY, points) for points in _outlines(surface, _window(lane_range, -PATCH_MARGIN)))
         return result
 
-    def centerlines(self, x: float, y: float, yaw: float, size: tuple[float, float] = (60.0, 30.0)) -> Centerlines:
+    def centerlines(self, x: float, y: float, yaw: float, lane_range: LaneRange = DEFAULT_LANE_RANGE) -> Centerlines:
         """Extracts the centre lines of lanes and lane connectors inside a rectangle, and their successor links.
 
         Args: as for `lines`.
@@ -148,7 +148,7 @@ class LaneMap:
         Raises:
             DataError: the file has no lane graph (`arcline_path_3`, `connectivity`), or a record of it is malformed.
         """
-        return self._graph.centerlines(x, y, yaw, size)
+        return self._graph.centerlines(x, y, yaw, lane_range)
 
     @cached_property
     def _graph(self) -> LaneGraph:
@@ -157,17 +157,17 @@ class LaneMap:
         return graph
 
 
-def cut_lines(lines: Sequence[MapLine], size: tuple[float, float]) -> list[MapLine]:
+def cut_lines(lines: Sequence[MapLine], lane_range: LaneRange) -> list[MapLine]:
     """Cuts the lines of a larger patch to a smaller one around the same origin.
 
     Args:
         lines: lines from `LaneMap.lines` for a patch that contains the smaller one, possibly rotated and moved since.
-        size: extent of the smaller patch along x and y, metres.
+        lane_range: extent of the smaller patch.
 
     Returns:
         The lines that `LaneMap.lines` returns for the smaller patch.
     """
-    window = _window(size, 0.0)
+    window = _window(lane_range, 0.0)
     result: list[MapLine] = []
     for line in lines:
         if line.label == _DIVIDER:
@@ -177,10 +177,12 @@ def cut_lines(lines: Sequence[MapLine], size: tuple[float, float]) -> list[MapLi
     outer = shapely.union_all([shapely.polygons(ring) for ring in rings if not shapely.is_ccw(ring)])
     holes = shapely.union_all([shapely.polygons(ring) for ring in rings if shapely.is_ccw(ring)])
     crossings = list(_parts(shapely.intersection(shapely.difference(outer, holes), window), 2))
-    result.extend(MapLine(_CROSSING, points) for points in _outlines(crossings, _window(size, PATCH_MARGIN)))
+    result.extend(MapLine(_CROSSING, points) for points in _outlines(crossings, _window(lane_range, PATCH_MARGIN)))
     for line in lines:
         if line.label == _BOUNDARY:
-            result.extend(MapLine(_BOUNDARY, points) for points in _clip(line.points, _window(size, -PATCH_MARGIN)))
+            result.extend(
+                MapLine(_BOUNDARY, points) for points in _clip(line.points, _window(lane_range, -PATCH_MARGIN))
+            )
     return result
 
 
@@ -190,9 +192,9 @@ def _parts(geometry: BaseGeometry | np.ndarray, dimensions: int) -> np.ndarray:
     return parts[(shapely.get_dimensions(parts) == dimensions) & ~shapely.is_empty(parts)]
 
 
-def _window(size: tuple[float, float], margin: float) -> BaseGeometry:
+def _window(lane_range: LaneRange, margin: float) -> BaseGeometry:
     """Makes the rectangle of a patch around the origin, enlarged by a margin on every side."""
-    x, y = size[0] / 2 + margin, size[1] / 2 + margin
+    x, y = lane_range.x / 2 + margin, lane_range.y / 2 + margin
     return shapely.box(-x, -y, x, y)
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from perception.errors import DataError
+from perception.types import LaneRange
 
 SHAPES = ("LSL", "LSR", "RSL", "RSR", "LRL", "RLR")
 TURN = {"L": 1.0, "S": 0.0, "R": -1.0}
@@ -68,9 +69,9 @@ class LaneGraph:
             for token in self.tokens
         ]
 
-    def centerlines(self, x: float, y: float, yaw: float, size: tuple[float, float]) -> Centerlines:
+    def centerlines(self, x: float, y: float, yaw: float, lane_range: LaneRange) -> Centerlines:
         """Cuts the centre lines by a rectangle and returns them in its frame, see `LaneMap.centerlines`."""
-        half = np.asarray(size, dtype=np.float64) / 2
+        half = np.asarray(lane_range, dtype=np.float64) / 2
         center = np.array([x, y], dtype=np.float64)
         turn = np.array([[np.cos(yaw), -np.sin(yaw)], [np.sin(yaw), np.cos(yaw)]])  # global_from_patch
         reach = np.abs(turn) @ half  # half extent of the axis-aligned box around the patch

@@ -11,12 +11,22 @@ import torch
 from torch.utils.data import Dataset
 
 from perception.data.augment import Augment
-from perception.data.index import PATCH_SIZE, concatenate, ego_from_patch, lines_around, load_index
+from perception.data.index import concatenate, ego_from_patch, lines_around, load_index
 from perception.data.lane_map import LaneMap
 from perception.data.lane_topology import Centerlines
 from perception.data.loader import ClipRequest, decode_image, pad_boxes, pad_lines
 from perception.geometry import invert_rigid, yaw_from_rotation
-from perception.types import BOX_CLASSES, Boxes, CameraRig, Clip, Frame, FrameObjects, MapLine
+from perception.types import (
+    BOX_CLASSES,
+    DEFAULT_LANE_RANGE,
+    Boxes,
+    CameraRig,
+    Clip,
+    Frame,
+    FrameObjects,
+    LaneRange,
+    MapLine,
+)
 
 NUSCENES_CAMERAS = (
     "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT",
@@ -30,7 +40,7 @@ class NuScenesDataset(Dataset):
     holds the ego motion since the previous keyframe and is first only at the start of a scene. Index it with a
     `ClipRequest` to get a longer clip for training, which may leave keyframes out.
 
-    Lines of clips follow the MapTR protocol: a patch of 60 m along and 30 m across, centred at LIDAR_TOP.
+    Lines of clips follow the MapTR protocol: a patch of `lane_range`, centred at LIDAR_TOP.
 
     Args:
         dataroot: folder of the dataset, or several folders that are read as one dataset.
@@ -40,10 +50,12 @@ class NuScenesDataset(Dataset):
         image_size: height and width of the images; images of other sizes are fitted, see `fit_image`.
         cameras: channels, in order. A camera that a sample lacks is marked as not present.
         points_per_line: P of the ground-truth lines.
+        lane_range: of the ground-truth lines.
         cache_dir: folder of the index cache, see `load_index`.
         augment: augmentation of the clips of a `ClipRequest`, seeded by the request.
 
     Raises:
+        ConfigError: the augmentation turns or moves the ego frame beyond the lines that the index keeps.
         DataError: a file or field is missing or malformed, here or when an item is read.
     """
 
@@ -58,16 +70,20 @@ class NuScenesDataset(Dataset):
         image_size: tuple[int, int],
         cameras: Sequence[str] = NUSCENES_CAMERAS,
         points_per_line: int = 20,
+        lane_range: LaneRange = DEFAULT_LANE_RANGE,
         cache_dir: str | Path | None = None,
         augment: Augment | None = None,
     ) -> None:
         roots = [Path(root) for root in ([dataroot] if isinstance(dataroot, str | Path) else dataroot)]
         cache = None if cache_dir is None else Path(cache_dir)
-        indices = [load_index(root, version, split, tuple(cameras), cache) for root in roots]
+        indices = [load_index(root, version, split, tuple(cameras), lane_range, cache) for root in roots]
         self._index = index = concatenate(indices, roots)
         self.roots, self.version, self.split = tuple(roots), version, split
         self.image_size = (image_size[0], image_size[1])
         self.points_per_line = points_per_line
+        self.lane_range = lane_range
+        if augment is not None:
+            augment.check_reach(lane_range)
         self.augment = augment
         self.cameras = tuple(cameras)
         self._lane_maps: dict[bytes, LaneMap] = {}  # by file, read on first use
@@ -110,38 +126,38 @@ class NuScenesDataset(Dataset):
         """Returns ego_from_lidar [4, 4] float64 of sample i."""
         return self._index.ego_from_lidar[i]
 
-    def gt_lines(self, i: int, protocol: str = "maptr", size: tuple[float, float] = PATCH_SIZE) -> list[MapLine]:
+    def gt_lines(self, i: int, protocol: str = "maptr", lane_range: LaneRange | None = None) -> list[MapLine]:
         """Returns the ground-truth lines of sample i with exact vertices, in the ego frame.
 
-        Lines of the default protocol and size are read from the index; others are cut from the map.
+        Lines of the default protocol and range are read from the index; others are cut from the map.
 
         Args:
             i: the sample.
             protocol: "maptr" (patch with the position and yaw of LIDAR_TOP) or "streammapnet" (patch of the ego frame,
                 crossings united by direction).
-            size: extent of the patch ahead and across, metres.
+            lane_range: extent of the patch; the dataset's own by default.
 
         Raises:
             ConfigError: the protocol is unknown.
             DataError: the map file is missing or malformed.
         """
-        if protocol == "maptr" and tuple(size) == PATCH_SIZE:
+        lane_range = lane_range or self.lane_range
+        if protocol == "maptr" and lane_range == self.lane_range:
             return self._index.lines.of_sample(i)
-        return lines_around(self._lane_map(i), self.ego_pose(i), self.ego_from_lidar(i), size, protocol)
+        return lines_around(self._lane_map(i), self.ego_pose(i), self.ego_from_lidar(i), lane_range, protocol)
 
-    def gt_centerlines(self, i: int, size: tuple[float, float] = PATCH_SIZE) -> Centerlines:
-        """Returns the lane centre lines around sample i and their successor links, in the ego frame.
+    def gt_centerlines(self, i: int, lane_range: LaneRange | None = None) -> Centerlines:
+        """Centre lines of lanes around sample i and which leads to which, ego frame, in a patch centred at its origin.
 
         Args:
             i: the sample.
-            size: extent of the patch ahead and across, metres; its centre is the origin of the ego frame.
+            lane_range: extent of the patch; the dataset's own by default.
 
         Raises:
             DataError: the map file is missing or has no lane graph.
         """
         pose = self.ego_pose(i)
-        x, y = pose[:2, 3]
-        return self._lane_map(i).centerlines(x, y, yaw_from_rotation(pose), size)
+        return self._lane_map(i).centerlines(*pose[:2, 3], yaw_from_rotation(pose), lane_range or self.lane_range)
 
     def _lane_map(self, i: int) -> LaneMap:
         path = self._index.scene_map[self._index.scene[i]]
@@ -186,7 +202,8 @@ class NuScenesDataset(Dataset):
         # Plus one, because numpy treats a seed that ends in zero like the same seed without the zero.
         clip_rng = np.random.default_rng((*item.seed, item.samples[0] + 1))
         patches = [ego_from_patch(self.ego_pose(i), self.ego_from_lidar(i)) for i in samples]
-        return self.augment(clip, [self._index.wide_lines.of_sample(i) for i in samples], patches, scene_rng, clip_rng)
+        wide_lines = [self._index.wide_lines.of_sample(i) for i in samples]
+        return self.augment(clip, wide_lines, patches, self.lane_range, scene_rng, clip_rng)
 
     def _frames(self, samples: np.ndarray, previous: np.ndarray) -> Frame:
         """Builds the frames [T] of samples, with the ego motion since the samples in `previous` (-1: none)."""

@@ -23,6 +23,7 @@ from perception.errors import ConfigError
 from perception.files import check_dataset
 from perception.models import NetworkConfig, preset_config
 from perception.models.base import dataclass_for
+from perception.types import LaneRange
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def model_config(section: dict, where: str) -> NetworkConfig:
 
 
 def build_dataset(section: DataSection, model: NetworkConfig) -> NuScenesDataset:
-    """The dataset of a section, with images of the size that the model wants.
+    """The dataset of a section, with images of the size and lines of the range that the model is made for.
 
     Raises:
         DataError: the root or one of its files is missing or malformed.
@@ -140,6 +141,7 @@ def build_dataset(section: DataSection, model: NetworkConfig) -> NuScenesDataset
         section.split,
         image_size=model.image_size,
         points_per_line=model.line_points,
+        lane_range=model.lane_range,
         augment=section.augment,
     )
 
@@ -165,6 +167,15 @@ def _parse(path: Path, where: str, section: dict, kind: type):
     return kind(**{key: _typed(f"{path}: {where}.{key}", value, hints[key]) for key, value in section.items()})
 
 
+def _lane_range(where: str, value: object) -> LaneRange:
+    """A lane range from "60x30" or (60, 30)."""
+    text = "x".join(map(str, value)) if isinstance(value, list | tuple) and len(value) == 2 else value
+    try:
+        return LaneRange.parse(str(text))
+    except ConfigError:
+        raise ConfigError(f'{where} is {value!r}; write metres along x and along y, e.g. "60x30" or (60, 30)') from None
+
+
 def _typed(where: str, value, kind):
     """`value` as `kind` (an int becomes a float, a list a tuple, a dict a dataclass), or a ConfigError."""
     if kind == Augment | None:
@@ -174,6 +185,8 @@ def _typed(where: str, value, kind):
         path, _, key = where.partition(": ")
         return _parse(path, key, value, dataclass_for(value, kinds))
     origin = typing.get_origin(kind)
+    if kind is LaneRange:
+        return _lane_range(where, value)
     if isinstance(kind, types.UnionType):
         kind = next((part for part in typing.get_args(kind) if isinstance(value, str) == (part is str)), kind)
         origin = typing.get_origin(kind)

@@ -22,7 +22,7 @@ from perception.errors import DataError
 from perception.evaluation.lanes import lane_rules, match_lines
 from perception.geometry import wrap_angle
 from perception.targets import line_orderings
-from perception.types import BOX_CLASSES, Boxes, FrameObjects, MapLine, Polylines
+from perception.types import BOX_CLASSES, DEFAULT_LANE_RANGE, Boxes, FrameObjects, LaneRange, MapLine, Polylines
 
 BOX_THRESHOLD = 2.0  # metres between centres on the ground, at which the official score measures its errors
 # Metres from the ego within which the official score counts the boxes of a class.
@@ -118,7 +118,7 @@ def evaluate_calibration(
     gt: Mapping[str, FrameObjects],
     *,
     protocol: str = "maptr",
-    extent: str = "60x30",
+    lane_range: LaneRange = DEFAULT_LANE_RANGE,
     min_score: float = 0.05,
     bins: int = 10,
 ) -> CalibrationResult:
@@ -127,19 +127,19 @@ def evaluate_calibration(
     Args:
         scenes: predictions per sample token, on the CPU, without leading dimensions.
         gt: the same tokens with the true scenes; lines have as many points as the predicted ones.
-        protocol, extent: of the lanes, as in `evaluate_lanes`.
+        protocol, lane_range: of the lanes, as in `evaluate_lanes`.
         min_score: predictions below it are left out. A set of queries has many that mean nothing.
         bins: of equal width.
 
     Raises:
-        ConfigError: protocol or extent do not exist.
+        ConfigError: protocol or range do not exist.
         DataError: the tokens differ.
     """
     if scenes.keys() != gt.keys():
         raise DataError(
             f"{len(scenes.keys() ^ gt.keys())} samples are in predictions or ground truth only; give both the same ones"
         )
-    _, thresholds = lane_rules(protocol, extent)
+    _, thresholds = lane_rules(protocol, lane_range)
     middle = sorted(thresholds)[len(thresholds) // 2]
     scores, hits = {"boxes": [], "lines": []}, {"boxes": [], "lines": []}
     errors = {name: [] for name in (*BOX_QUANTITIES, "line point m")}  # [n, 2]: absolute error and uncertainty
@@ -151,7 +151,7 @@ def evaluate_calibration(
         for name, columns in BOX_QUANTITIES.items():
             pairs = np.stack([error[:, columns].ravel(), uncertainty[:, columns].ravel()], 1)
             errors[name].append(pairs[np.isfinite(pairs).all(1)])  # the ground truth may not know a velocity
-        score, hit, pairs = _compare_lines(found.lines, true.lines, min_score, protocol, extent, middle)
+        score, hit, pairs = _compare_lines(found.lines, true.lines, min_score, protocol, lane_range, middle)
         scores["lines"].append(score)
         hits["lines"].append(hit)
         errors["line point m"].append(pairs)
@@ -198,7 +198,7 @@ def _compare_boxes(found: Boxes, true: Boxes) -> tuple[np.ndarray, np.ndarray, n
 
 
 def _compare_lines(
-    found: Polylines, true: Polylines, min_score: float, protocol: str, extent: str, threshold: float
+    found: Polylines, true: Polylines, min_score: float, protocol: str, lane_range: LaneRange, threshold: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Score [M], whether it is right [M] bool, and [n, 2] absolute errors and uncertainties of the points'
     coordinates."""
@@ -208,7 +208,7 @@ def _compare_lines(
         [MapLine(int(k), p.numpy().astype(float), float(s)) for k, p, s in zip(x.label, x.points, x.score, strict=True)]
         for x in (found, true)
     )
-    matches = match_lines(*lists, protocol=protocol, extent=extent, thresholds=(threshold,))
+    matches = match_lines(*lists, protocol=protocol, lane_range=lane_range, thresholds=(threshold,))
     hit = matches.hit[:, 0]
     pairs = [np.zeros((0, 2))]
     if hit.any():

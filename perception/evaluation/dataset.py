@@ -18,13 +18,13 @@ from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError
 from perception.evaluation.confidence import CalibrationResult, evaluate_calibration
 from perception.evaluation.detection import DetectionResult, evaluate_boxes, submission_from_scenes
-from perception.evaluation.lanes import LANE_EXTENTS, STRICT_THRESHOLDS, LaneResult, evaluate_lanes, lane_rules
+from perception.evaluation.lanes import STRICT_THRESHOLDS, LaneResult, evaluate_lanes, lane_rules
 from perception.evaluation.stability import StabilityResult, evaluate_stability
 from perception.evaluation.submission import map_lines, write_lanes
 from perception.files import write_json
 from perception.inference.sequence import Stream, predict_stream
-from perception.models.bev_transformer.model import BEVTransformer
-from perception.types import FrameObjects, MapLine, map_tensors
+from perception.models import Network
+from perception.types import Boxes, FrameObjects, LaneRange, MapLine, map_tensors
 
 
 @dataclass(frozen=True)
@@ -80,18 +80,18 @@ def published_gt(lines: Sequence[MapLine], protocol: str) -> list[MapLine]:
 
 
 def all_gt_lines(
-    dataset: NuScenesDataset, *, protocol: str = "maptr", extent: str = "60x30", progress: bool = False
+    dataset: NuScenesDataset, *, protocol: str = "maptr", lane_range: LaneRange | None = None, progress: bool = False
 ) -> dict[str, list[MapLine]]:
     """Per sample token of a dataset the lines that the published evaluator of a protocol compares with.
 
     Raises:
-        ConfigError: protocol or extent do not exist.
+        ConfigError: the protocol does not exist or has no such range.
         DataError: a map file has gone or is malformed.
     """
-    lane_rules(protocol, extent)
-    size = LANE_EXTENTS[extent]
+    lane_range = lane_range or dataset.lane_range
+    lane_rules(protocol, lane_range)
     samples = tqdm(dataset.tokens, desc="ground-truth lines", unit="frame", disable=not progress)
-    return {t: published_gt(dataset.gt_lines(i, protocol, size), protocol) for i, t in enumerate(samples)}
+    return {t: published_gt(dataset.gt_lines(i, protocol, lane_range), protocol) for i, t in enumerate(samples)}
 
 
 def evaluate_lines(
@@ -99,7 +99,7 @@ def evaluate_lines(
     lines: Mapping[str, Sequence[MapLine]],
     *,
     protocol: str = "maptr",
-    extent: str = "60x30",
+    lane_range: LaneRange | None = None,
     score_threshold: float | None = None,
     workers: int = 0,
     progress: bool = False,
@@ -109,7 +109,7 @@ def evaluate_lines(
     Args:
         dataset: of whose samples the lines are.
         lines: per sample token, ego frame.
-        protocol, extent, score_threshold, workers, progress: as in `evaluate_lanes`.
+        protocol, lane_range, score_threshold, workers, progress: as in `evaluate_lanes`.
 
     Returns:
         The result at the protocol's own thresholds, and at 0.2, 0.5 and 1.0 m.
@@ -117,13 +117,27 @@ def evaluate_lines(
     Raises:
         ConfigError, DataError: as `evaluate_lanes`.
     """
-    gt = all_gt_lines(dataset, protocol=protocol, extent=extent, progress=progress)
+    lane_range = lane_range or dataset.lane_range
+    gt = all_gt_lines(dataset, protocol=protocol, lane_range=lane_range, progress=progress)
+    return _both_thresholds(lines, gt, protocol, lane_range, score_threshold, workers, progress)
+
+
+def _both_thresholds(
+    lines: Mapping[str, Sequence[MapLine]],
+    gt: Mapping[str, Sequence[MapLine]],
+    protocol: str,
+    lane_range: LaneRange,
+    score_threshold: float | None,
+    workers: int,
+    progress: bool,
+) -> tuple[LaneResult, LaneResult]:
+    """The results at the protocol's own thresholds and at the strict ones."""
     published, strict = (
         evaluate_lanes(
             lines,
             gt,
             protocol=protocol,
-            extent=extent,
+            lane_range=lane_range,
             thresholds=thresholds,
             score_threshold=score_threshold,
             workers=workers,
@@ -139,7 +153,7 @@ def evaluate_scenes(
     scenes: dict[str, FrameObjects],
     *,
     protocol: str = "maptr",
-    extent: str = "60x30",
+    lane_range: LaneRange | None = None,
     score_threshold: float | None = None,
     workers: int = 0,
     progress: bool = False,
@@ -149,7 +163,7 @@ def evaluate_scenes(
     Args:
         dataset: of one root.
         scenes: per sample token, without batch dimension.
-        protocol, extent, score_threshold, workers, progress: of the lanes, as in `evaluate_lanes`.
+        protocol, lane_range, score_threshold, workers, progress: of the lanes, as in `evaluate_lanes`.
 
     Raises:
         ConfigError: the dataset was made from several roots; the official evaluation knows one.
@@ -157,48 +171,53 @@ def evaluate_scenes(
     """
     if len(dataset.roots) != 1:
         raise ConfigError(f"the dataset has {len(dataset.roots)} roots; evaluate one root at a time")
+    lane_range = lane_range or dataset.lane_range
+    gt_lines = all_gt_lines(dataset, protocol=protocol, lane_range=lane_range, progress=progress)
     lines = {token: map_lines(scene.lines) for token, scene in scenes.items()}
     poses, tokens, scene_of_sample = ego_poses(dataset), dataset.tokens, dataset.scene_of_sample
     return Evaluation(
         evaluate_boxes(scenes, poses, dataset.roots[0], dataset.version, dataset.split),
-        *evaluate_lines(
-            dataset,
-            lines,
-            protocol=protocol,
-            extent=extent,
-            score_threshold=score_threshold,
-            workers=workers,
-            progress=progress,
-        ),
+        *_both_thresholds(lines, gt_lines, protocol, lane_range, score_threshold, workers, progress),
         evaluate_stability(
             scenes,
             [[tokens[i] for i in np.flatnonzero(scene_of_sample == scene)] for scene in np.unique(scene_of_sample)],
             poses,
             dict(zip(tokens, dataset.timestamps.tolist(), strict=True)),
+            lane_range=lane_range,
         ),
         evaluate_calibration(
             scenes,
-            {token: _gt(dataset, i, scenes[token].lines.points.shape[-2]) for i, token in enumerate(tokens)},
+            {
+                token: _ground_truth(dataset.gt_boxes(i), gt_lines[token], scenes[token].lines.points.shape[-2])
+                for i, token in enumerate(tokens)
+            },
             protocol=protocol,
-            extent=extent,
+            lane_range=lane_range,
         ),
     )
 
 
 def evaluate_dataset(
-    model: BEVTransformer, dataset: NuScenesDataset, *, workers: int = 0, progress: bool = False
+    model: Network,
+    dataset: NuScenesDataset,
+    *,
+    protocol: str = "maptr",
+    lane_range: LaneRange | None = None,
+    workers: int = 0,
+    progress: bool = False,
 ) -> tuple[Evaluation, Stream]:
-    """Streams a dataset through a network and evaluates what comes out.
+    """Runs a network on a dataset and evaluates what it predicts.
 
     Args:
         model, dataset, workers, progress: as in `predict_stream`.
+        protocol, lane_range: as in `evaluate_scenes`.
     """
     stream = predict_stream(model, dataset, workers=workers, progress=progress)
-    return evaluate_scenes(dataset, stream.scenes), stream
+    return evaluate_scenes(dataset, stream.scenes, protocol=protocol, lane_range=lane_range, workers=workers), stream
 
 
-def _gt(dataset: NuScenesDataset, i: int, points_per_line: int) -> FrameObjects:
-    gt = FrameObjects(pad_boxes([dataset.gt_boxes(i)]), pad_lines([dataset.gt_lines(i)], points_per_line))
+def _ground_truth(boxes: Boxes, lines: Sequence[MapLine], points_per_line: int) -> FrameObjects:
+    gt = FrameObjects(pad_boxes([boxes]), pad_lines([lines], points_per_line))
     return map_tensors(lambda tensor: tensor[0], gt)
 
 

@@ -31,7 +31,7 @@ from perception.data.splits import is_split_file, split_scenes
 from perception.errors import DataError
 from perception.evaluation.submission import CAMERA_ONLY
 from perception.files import check_dataset, write_json
-from perception.geometry import invert_rigid, transform_points, yaw_from_rotation
+from perception.geometry import RIGID_TOLERANCE, invert_rigid, is_rigid, transform_points, yaw_from_rotation
 from perception.types import ATTRIBUTES, BOX_CLASSES, Boxes, FrameObjects
 
 _CONFIG = "detection_cvpr_2019"
@@ -258,7 +258,7 @@ def _records(token: str, boxes: Boxes, global_from_ego: np.ndarray) -> list[dict
     centers = transform_points(global_from_ego, boxes.center)  # [M, 3]
     velocities_ego = np.pad(np.nan_to_num(boxes.velocity), ((0, 0), (0, 1)))  # [M, 3]
     velocities = velocities_ego @ global_from_ego[:3, :3].T  # [M, 3]
-    turn = Quaternion(matrix=global_from_ego[:3, :3], rtol=1e-4, atol=1e-5)
+    turn = Quaternion(matrix=global_from_ego[:3, :3], rtol=0, atol=2 * RIGID_TOLERANCE)  # the determinant too
     return [
         {
             "sample_token": token,
@@ -295,8 +295,7 @@ def _pose(ego_poses: Mapping[str, np.ndarray], token: str) -> np.ndarray:
     if token not in ego_poses:
         raise DataError(f"there is no ego pose for sample {token}; give global_from_ego [4, 4] for every scene")
     pose = np.asarray(ego_poses[token], dtype=np.float64)
-    rigid = pose.shape == (4, 4) and np.allclose(pose[:3, :3] @ pose[:3, :3].T, np.eye(3), rtol=0, atol=1e-5)
-    if not rigid or not np.isfinite(pose).all():
+    if not is_rigid(pose):
         raise DataError(f"the ego pose of sample {token} is not a rigid [4, 4] transform; check the ego_pose table")
     return pose
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from perception.types import LINE_CLASSES
+from perception.types import LINE_CLASSES, LaneRange
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class LaneResult:
 
     Args:
         protocol: which published protocol the numbers follow.
-        extent: the patch of the map that was compared, metres along and across.
+        lane_range: what was compared.
         thresholds: distances in metres, as given.
         ap: AP per class name and threshold.
         class_ap: mean of `ap` over the thresholds, per class name.
@@ -81,7 +81,7 @@ class LaneResult:
     """
 
     protocol: str
-    extent: str
+    lane_range: LaneRange
     thresholds: tuple[float, ...]
     ap: dict[str, dict[float, float]]
     class_ap: dict[str, float]
@@ -96,7 +96,7 @@ class LaneResult:
         """The result as plain JSON values; thresholds become strings, as JSON keys are."""
         return {
             "protocol": self.protocol,
-            "extent": self.extent,
+            "lane_range": str(self.lane_range),
             "thresholds_m": list(self.thresholds),
             "mean_ap": self.mean_ap,
             "class_ap": dict(self.class_ap),
@@ -113,7 +113,7 @@ class LaneResult:
         return "\n\n".join([self._ap_table(), self._operating_table(), self._distance_table()])
 
     def _ap_table(self) -> str:
-        title = f"lane AP ({self.protocol} {self.extent})"
+        title = f"lane AP ({self.protocol} {self.lane_range})"
         rows = [f"{title:<30}" + "".join(f"{t:>7g} m" for t in self.thresholds)]
         rows[0] += f"{'mean':>9}{'gt':>8}{'pred.':>8}"
         for name, row in self.ap.items():
@@ -163,7 +163,7 @@ def build_result(
     tallies: Mapping[str, ClassTally],
     *,
     protocol: str,
-    extent: str,
+    lane_range: LaneRange,
     thresholds: tuple[float, ...],
     threshold_index: int,
     score_threshold: Mapping[str, float | None],
@@ -174,7 +174,7 @@ def build_result(
 
     Args:
         tallies: per class name, in the order of LINE_CLASSES.
-        protocol, extent, thresholds, frames: as in `LaneResult`.
+        protocol, lane_range, thresholds, frames: as in `LaneResult`.
         threshold_index: which threshold decides at the operating point.
         score_threshold: per class name, the score to work at; None for the one of best F1.
         bin_edges: metres; the last bin begins at the last edge and is open.
@@ -187,7 +187,7 @@ def build_result(
     class_ap = {name: float(np.mean(list(row.values()))) for name, row in ap.items()}
     return LaneResult(
         protocol=protocol,
-        extent=extent,
+        lane_range=lane_range,
         thresholds=thresholds,
         ap=ap,
         class_ap=class_ap,

@@ -4,7 +4,7 @@ Their numbers must not be compared (docs/evaluation.md), so a result says which 
 
 - `maptr` (VectorMapNet, MapTR): every line is resampled to 100 points by arc length, and two lines are only compared
   where 2 m wide flat-cap buffers around them touch.
-- `streammapnet` (StreamMapNet, MapTracker): 200 points, all pairs are compared, and thresholds depend on the extent.
+- `streammapnet` (StreamMapNet, MapTracker): 200 points, all pairs are compared, thresholds depend on the lane range.
 
 The rest is common. The distance of two lines is the mean of their two directed mean nearest-point distances. Within a
 frame and class the predictions come in order of falling score; each may take its closest true line only, and is a hit
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from perception.errors import ConfigError, DataError
 from perception.evaluation.lane_report import ClassTally, LaneResult, build_result
-from perception.types import LINE_CLASSES, MapLine
+from perception.types import DEFAULT_LANE_RANGE, LINE_CLASSES, LaneRange, MapLine
 
 
 @dataclass(frozen=True)
@@ -38,22 +38,23 @@ class LaneProtocol:
     Args:
         points: of every line after resampling.
         buffer: metres; lines whose buffers of this width do not touch are never compared. None compares all.
-        thresholds: metres, per extent.
+        thresholds: metres, per lane range.
+        other_thresholds: metres, of all other lane ranges; None if the protocol has no other ranges.
     """
 
     points: int
     buffer: float | None
-    thresholds: dict[str, tuple[float, ...]]
+    thresholds: dict[LaneRange, tuple[float, ...]]
+    other_thresholds: tuple[float, ...] | None
 
 
-# Length along x and along y of the ego frame, metres.
-LANE_EXTENTS = {"60x30": (60.0, 30.0), "100x50": (100.0, 50.0)}
-MAPTR_THRESHOLDS = (0.5, 1.0, 1.5)
 STRICT_THRESHOLDS = (0.2, 0.5, 1.0)
 LANE_PROTOCOLS = {
-    # MapTR publishes no thresholds of its own for the larger extent, so they stay what they are.
-    "maptr": LaneProtocol(100, 2.0, {"60x30": MAPTR_THRESHOLDS, "100x50": MAPTR_THRESHOLDS}),
-    "streammapnet": LaneProtocol(200, None, {"60x30": (0.5, 1.0, 1.5), "100x50": (1.0, 1.5, 2.0)}),
+    # MapTR publishes thresholds for 60x30 only; they are used for every range.
+    "maptr": LaneProtocol(100, 2.0, {}, (0.5, 1.0, 1.5)),
+    "streammapnet": LaneProtocol(
+        200, None, {LaneRange(60.0, 30.0): (0.5, 1.0, 1.5), LaneRange(100.0, 50.0): (1.0, 1.5, 2.0)}, None
+    ),
 }
 
 _PIECE = 0.5  # metres of true line that share one position error
@@ -67,7 +68,7 @@ def evaluate_lanes(
     gt: Mapping[str, Sequence[MapLine]],
     *,
     protocol: str = "maptr",
-    extent: str = "60x30",
+    lane_range: LaneRange = DEFAULT_LANE_RANGE,
     thresholds: Sequence[float] | None = None,
     score_threshold: float | Mapping[str, float] | None = None,
     workers: int = 0,
@@ -75,15 +76,15 @@ def evaluate_lanes(
 ) -> LaneResult:
     """Scores predicted lines against true ones. The result does not depend on the order of frames or on `workers`.
 
-    Nothing is cropped: the lines are taken as they are. The ground truth has to be that of the protocol and the extent,
+    Nothing is cropped: the lines are taken as they are. The ground truth has to be that of the protocol and the range,
     see `NuScenesDataset.gt_lines`.
 
     Args:
         predictions: per frame token the predicted lines, points [P, 2] in ego metres.
         gt: the same tokens with the ground-truth lines.
         protocol: `maptr` or `streammapnet`.
-        extent: `60x30` or `100x50`: the patch that ground truth and predictions cover. Chooses thresholds and distance
-            bins.
+        lane_range: what ground truth and predictions cover. Chooses thresholds and distance bins; StreamMapNet has
+            thresholds for 60x30 and 100x50.
         thresholds: metres, instead of the protocol's.
         score_threshold: the lowest score that is used at the operating point, one for all classes or one per class
             name; by default the one of best F1 at the middle threshold, for each class.
@@ -92,14 +93,13 @@ def evaluate_lanes(
         progress: show a progress bar on stderr.
 
     Raises:
-        ConfigError: protocol, extent, thresholds or score are not possible.
+        ConfigError: protocol, range, thresholds or score are not possible.
         DataError: the tokens differ, a line has fewer than two points, or a number is not finite.
     """
-    rules, thresholds = lane_rules(protocol, extent, thresholds)
+    rules, thresholds = lane_rules(protocol, lane_range, thresholds)
     scores = _score_thresholds(score_threshold)
     _check_tokens(predictions, gt)
-    along, across = LANE_EXTENTS[extent]
-    edges = np.arange(0.0, np.hypot(along, across) / 2, _BIN)
+    edges = np.arange(0.0, np.hypot(lane_range.x, lane_range.y) / 2, _BIN)
     threshold_index = thresholds.index(sorted(thresholds)[len(thresholds) // 2])
     # Sorted tokens: equal scores then have one order, whatever order the frames arrive in.
     tokens = sorted(gt)
@@ -115,7 +115,7 @@ def evaluate_lanes(
     return build_result(
         {name: _of_class(parts, label) for label, name in enumerate(LINE_CLASSES)},
         protocol=protocol,
-        extent=extent,
+        lane_range=lane_range,
         thresholds=thresholds,
         threshold_index=threshold_index,
         score_threshold=scores,
@@ -137,11 +137,11 @@ def match_lines(
     true: Sequence[MapLine],
     *,
     protocol: str = "maptr",
-    extent: str = "60x30",
+    lane_range: LaneRange = DEFAULT_LANE_RANGE,
     thresholds: Sequence[float] | None = None,
 ) -> Matches:
     """Compares the lines of one frame; arguments and errors as in `evaluate_lanes`."""
-    rules, thresholds = lane_rules(protocol, extent, thresholds)
+    rules, thresholds = lane_rules(protocol, lane_range, thresholds)
     packed = (_pack(predicted, "predicted line", "the frame"), _pack(true, "true line", "the frame"))
     return _match(*packed, rules, thresholds)
 
@@ -388,19 +388,22 @@ def _run(chunks: Iterator[tuple], workers: int) -> Iterator[_Part]:
 
 
 def lane_rules(
-    protocol: str, extent: str, thresholds: Sequence[float] | None = None
+    protocol: str, lane_range: LaneRange, thresholds: Sequence[float] | None = None
 ) -> tuple[LaneProtocol, tuple[float, ...]]:
     """The rules of a protocol and the thresholds (metres) in use; arguments as in `evaluate_lanes`.
 
     Raises:
-        ConfigError: protocol, extent or thresholds are not possible.
+        ConfigError: protocol, range or thresholds are not possible.
     """
     if protocol not in LANE_PROTOCOLS:
         raise ConfigError(f"the lane protocol is '{protocol}'; choose one of {', '.join(LANE_PROTOCOLS)}")
-    if extent not in LANE_EXTENTS:
-        raise ConfigError(f"the extent of the lane map is '{extent}'; choose one of {', '.join(LANE_EXTENTS)}")
     rules = LANE_PROTOCOLS[protocol]
-    checked = tuple(float(t) for t in (rules.thresholds[extent] if thresholds is None else thresholds))
+    if thresholds is None:
+        thresholds = rules.thresholds.get(lane_range, rules.other_thresholds)
+    if thresholds is None:
+        ranges = ", ".join(map(str, rules.thresholds))
+        raise ConfigError(f"the lane protocol {protocol} has no range {lane_range}; give one of {ranges}")
+    checked = tuple(float(t) for t in thresholds)
     if not checked or not all(0 < t < np.inf for t in checked) or len(set(checked)) < len(checked):
         raise ConfigError(f"the lane thresholds are {checked}; give different distances in metres above 0")
     return rules, checked

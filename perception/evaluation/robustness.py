@@ -30,7 +30,7 @@ from perception.evaluation.lanes import evaluate_lanes
 from perception.evaluation.submission import map_lines
 from perception.inference.sequence import Disturbance, predict_stream
 from perception.models.bev_transformer.model import BEVTransformer
-from perception.types import Frame
+from perception.types import Frame, LaneRange
 
 DEFAULT_SEVERITY = 2
 SCORES = {"nds": "NDS", "mAP": "mAP", "lane_mAP": "lane mAP"}  # higher is better
@@ -240,7 +240,7 @@ def evaluate_robustness(
     clean: dict[str, float],
     *,
     protocol: str = "maptr",
-    extent: str = "60x30",
+    lane_range: LaneRange | None = None,
     workers: int = 0,
     progress: bool = False,
 ) -> RobustnessCard:
@@ -250,8 +250,8 @@ def evaluate_robustness(
         model: in evaluation mode.
         dataset: of one root.
         trials: see `plan_trials`.
-        clean: `Evaluation.metrics()` of the same network, dataset, protocol and extent.
-        protocol, extent: of the lanes, as in `evaluate_lanes`.
+        clean: `Evaluation.metrics()` of the same network, dataset, protocol and lane range.
+        protocol, lane_range: of the lanes, as in `evaluate_scenes`.
         workers: processes that load images and match lines.
         progress: show progress bars on stderr.
 
@@ -259,14 +259,15 @@ def evaluate_robustness(
         ConfigError, DataError: as `predict_stream` and `evaluate_scenes`.
     """
     wanted = (*SCORES, *ERRORS)
+    lane_range = lane_range or dataset.lane_range
     poses, results = ego_poses(dataset), []
     tables = load_tables(dataset.roots[0], dataset.version)
-    gt = all_gt_lines(dataset, protocol=protocol, extent=extent, progress=progress)
+    gt = all_gt_lines(dataset, protocol=protocol, lane_range=lane_range, progress=progress)
     for name, group, disturb in tqdm(trials, desc="disturbances", unit="trial", disable=not progress):
         scenes = predict_stream(model, dataset, disturb=disturb, workers=workers, progress=progress).scenes
         boxes = evaluate_boxes(scenes, poses, dataset.roots[0], dataset.version, dataset.split, nusc=tables)
         lines = {token: map_lines(scene.lines) for token, scene in scenes.items()}
-        lanes = evaluate_lanes(lines, gt, protocol=protocol, extent=extent, workers=workers, progress=progress)
+        lanes = evaluate_lanes(lines, gt, protocol=protocol, lane_range=lane_range, workers=workers, progress=progress)
         found = {"nds": boxes.nds, "mAP": boxes.mean_ap, "lane_mAP": lanes.mean_ap, **boxes.errors}
         results.append(TrialResult(name, group, {name: float(found[name]) for name in wanted}))
     return RobustnessCard({name: float(clean[name]) for name in wanted}, tuple(results))

@@ -22,7 +22,15 @@ from scipy.optimize import linear_sum_assignment
 
 from perception.errors import DataError
 from perception.geometry import invert_rigid, polyline_length, resample_polyline, transform_points
-from perception.types import BOX_CLASSES, LINE_CLASSES, Boxes, FrameObjects, Polylines
+from perception.types import (
+    BOX_CLASSES,
+    DEFAULT_LANE_RANGE,
+    LINE_CLASSES,
+    Boxes,
+    FrameObjects,
+    LaneRange,
+    Polylines,
+)
 
 BOX_GATE = 2.0  # metres; boxes farther apart are not the same, as in the official detection score
 LINE_GATE = 1.5  # metres; the widest of the published lane thresholds
@@ -94,7 +102,7 @@ def evaluate_stability(
     seconds: Mapping[str, float],
     *,
     min_score: float = 0.3,
-    extent: tuple[float, float] = (60.0, 30.0),
+    lane_range: LaneRange = DEFAULT_LANE_RANGE,
     box_range: float = 50.0,
 ) -> StabilityResult:
     """Displacement of the same instances between consecutive frames.
@@ -105,7 +113,7 @@ def evaluate_stability(
         global_from_ego: per token [4, 4] float64.
         seconds: per token, the time of the sample.
         min_score: boxes and lines below it are left out.
-        extent: metres along ego x and y around the ego, the area in which lines are predicted.
+        lane_range: the area in which lines are predicted.
         box_range: metres from the ego within which boxes are compared.
 
     Raises:
@@ -124,7 +132,7 @@ def evaluate_stability(
             _compare_boxes(
                 scenes[before].boxes, scenes[now].boxes, now_from_before, passed, min_score, box_range, tally
             )
-            _compare_lines(scenes[before].lines, scenes[now].lines, now_from_before, min_score, extent, tally)
+            _compare_lines(scenes[before].lines, scenes[now].lines, now_from_before, min_score, lane_range, tally)
     return StabilityResult(
         boxes={name: tally[name].result() for name in BOX_CLASSES},
         lines={name: tally[name].result() for name in LINE_CLASSES},
@@ -189,9 +197,9 @@ def _compare_boxes(
 
 
 def _compare_lines(
-    before: Polylines, now: Polylines, now_from_before: np.ndarray, min_score: float, extent: tuple[float, float], tally
+    before: Polylines, now: Polylines, now_from_before: np.ndarray, min_score: float, lane_range: LaneRange, tally
 ) -> None:
-    half = np.asarray(extent) / 2 - MARGIN
+    half = np.asarray(lane_range) / 2 - MARGIN
     here = shapely.box(*-half, *half)
     corners = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]]) * half
     there = shapely.polygons(_carried(corners, now_from_before))

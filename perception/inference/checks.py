@@ -12,6 +12,7 @@ from numbers import Real
 import numpy as np
 
 from perception.errors import ConfigError, DataError
+from perception.geometry import is_rigid
 from perception.types import CameraRig, FrameObjects
 
 FARTHEST_POSE = 1e8  # metres; coordinates of UTM and ECEF stay below 1.1e7
@@ -65,16 +66,9 @@ def checked_pose(global_from_ego) -> np.ndarray:
 def rigid(name: str, matrix) -> np.ndarray:
     """A rigid transform [4, 4] as float64, or a DataError that names it."""
     matrix = _floats(name, matrix, (4, 4), "give (4, 4)")
-    rotation = matrix[:3, :3]
-    # Rotations of real datasets are stored in single precision.
     if not np.isfinite(matrix).all() or (matrix[3] != (0, 0, 0, 1)).any():
         raise DataError(f"{name} is not a rigid transform; give finite numbers and 0 0 0 1 in the last row")
-    # Large numbers first: their products would overflow.
-    if (
-        np.abs(rotation).max() > 2
-        or np.abs(rotation @ rotation.T - np.eye(3)).max() > 1e-3
-        or np.linalg.det(rotation) < 0
-    ):
+    if not is_rigid(matrix):
         raise DataError(f"{name} is not a rigid transform; its upper left 3 x 3 must be a rotation")
     return matrix
 

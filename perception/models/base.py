@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from perception.types import Frame, FrameObjects, State
+from perception.types import Frame, FrameObjects, LaneRange, State
 
 OBJECTS = ("box", "line")  # what a network can find
 
@@ -35,6 +35,11 @@ class NetworkConfig(Protocol):
     @property
     def line_points(self) -> int:
         """Points per line, of the ground truth too."""
+        ...
+
+    @property
+    def lane_range(self) -> LaneRange:
+        """The rectangle of the lines, also of the ground truth that the network is trained with."""
         ...
 
     @classmethod

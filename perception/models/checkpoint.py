@@ -18,6 +18,7 @@ from perception.errors import CheckpointError, ConfigError
 from perception.files import replacing
 from perception.models import NETWORKS, Network, NetworkConfig, build_network, network_name
 from perception.models.base import dataclass_for
+from perception.types import LaneRange
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"  # that came with the library
 FORMAT = "perception-2"  # changes when old files can no longer be read
@@ -162,6 +163,8 @@ def _config(kind: type, values: dict):
     for key, value in known.items():
         if isinstance(value, dict):
             known[key] = _config(dataclass_for(value, get_args(hints[key])), value)
+        elif hints.get(key) is LaneRange:
+            known[key] = LaneRange(*value)
     return kind(**known)
 
 

@@ -1,4 +1,4 @@
-"""Decoding that networks share: the best pairs of query and class, and the objects of a network that predicts none."""
+"""Decoding that networks share: best pairs of query and class, closed lines, objects of a network without any."""
 
 from __future__ import annotations
 
@@ -16,6 +16,27 @@ def topk_pairs(logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     Q, K = logits.shape[1:]
     score, index = logits.sigmoid().flatten(1).topk(min(count, Q * K), dim=1)
     return score, torch.div(index, K, rounding_mode="floor"), index % K
+
+
+def close_rings(points: Tensor, uncertainty: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Makes closed lines repeat their first point.
+
+    A line is closed if its ends lie closer than `CLOSED_GAP`. Its last point, and the uncertainty of that point, are
+    then those of the first.
+
+    Args:
+        points: [..., P, 2] metres; uncertainty: [..., P, 2] metres.
+
+    Returns:
+        points and uncertainty alike, and closed [...] bool.
+    """
+    closed = (points[..., 0, :] - points[..., -1, :]).norm(dim=-1) < CLOSED_GAP
+    # A choice and a concatenation: writing in place would export as ScatterND.
+    points, uncertainty = (
+        torch.cat([x[..., :-1, :], torch.where(closed[..., None, None], x[..., :1, :], x[..., -1:, :])], -2)
+        for x in (points, uncertainty)
+    )
+    return points, uncertainty, closed
 
 
 def empty_lines(batch_size: int, device: torch.device) -> Polylines:

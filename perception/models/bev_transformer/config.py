@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 from perception.errors import ConfigError
+from perception.types import DEFAULT_LANE_RANGE, LaneRange
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,7 @@ class BEVTransformerConfig:
     cameras_per_cell: int = 2
     camera_samples: int = 1  # places read per height and camera
     depth_bins: int = 32
-    map_x_range: tuple[float, float] = (-30.0, 30.0)
-    map_y_range: tuple[float, float] = (-15.0, 15.0)
+    lane_range: LaneRange = DEFAULT_LANE_RANGE  # in which lines are predicted, also of the ground truth
     heads: int = 4
     decoder_layers: int = 3
     box_queries: int = 100

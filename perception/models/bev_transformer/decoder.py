@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from perception.cameras import choose_cameras
 from perception.grid import BEVGrid
 from perception.models.bev_transformer.encoder import depth_bin
-from perception.models.decoding import CLOSED_GAP, LOG_UNCERTAINTY_RANGE, topk_pairs
+from perception.models.decoding import LOG_UNCERTAINTY_RANGE, close_rings, topk_pairs
 from perception.ops import sample_bev, sample_cameras
-from perception.types import Boxes, CameraRig, FrameObjects, Polylines, Prediction
+from perception.types import Boxes, CameraRig, FrameObjects, LaneRange, Polylines, Prediction
 
 LOG_SIZE_RANGE = (-3.0, 4.0)  # of the logarithm of a length in metres: 5 cm to 55 m
 PRIOR_LOGIT = -4.0  # initial class logits: almost everything is background
@@ -253,27 +253,28 @@ class BoxDecoder(nn.Module):
         return torch.stack(all_logits), torch.stack(all_params), torch.stack(all_log_uncertainties), heatmap_logits
 
 
-def anchor_lines(count: int, points: int, x_range: tuple[float, float], y_range: tuple[float, float]) -> Tensor:
+def anchor_lines(count: int, points: int, lane_range: LaneRange) -> Tensor:
     """Makes the initial lines of the queries: straight lines and rings over the lane range, [count, P, 2] metres.
 
     Half of them run along x (where the ego drives), on the rear or the front half of the range; a quarter run along y;
     a quarter are rings the size of a crossing.
     """
     along, across = count // 2, count // 4
-    length_x, length_y = x_range[1] - x_range[0], y_range[1] - y_range[0]
+    length_x, length_y = lane_range
+    rear, right = -length_x / 2, -length_y / 2
     lines = []
     t = torch.linspace(0, 1, points)
     for k in range(along):
-        y = y_range[0] + length_y * (k // 2 + 0.5) / ((along + 1) // 2)
-        x = x_range[0] + length_x * (0.5 * t + 0.5 * (k % 2))
+        y = right + length_y * (k // 2 + 0.5) / ((along + 1) // 2)
+        x = rear + length_x * (0.5 * t + 0.5 * (k % 2))
         lines.append(torch.stack([x, torch.full_like(t, y)], -1))
     for k in range(across):
-        x = x_range[0] + length_x * (k + 0.5) / across
-        lines.append(torch.stack([torch.full_like(t, x), y_range[0] + length_y * t], -1))
+        x = rear + length_x * (k + 0.5) / across
+        lines.append(torch.stack([torch.full_like(t, x), right + length_y * t], -1))
     rings = count - len(lines)
     for k in range(rings):
-        x = x_range[0] + length_x * (k + 0.5) / rings
-        y = (y_range[0] + y_range[1]) / 2 + (0.2 * length_y if k % 2 else -0.2 * length_y)
+        x = rear + length_x * (k + 0.5) / rings
+        y = 0.2 * length_y if k % 2 else -0.2 * length_y
         angle = 2 * torch.pi * t
         lines.append(torch.stack([x + 2.0 * angle.cos(), y + 4.0 * angle.sin()], -1))
     return torch.stack(lines)
@@ -287,7 +288,7 @@ class LineDecoder(nn.Module):
         channels, heads, layers: size of the decoder.
         queries: number of line instances; points: points per line.
         classes: number of line classes.
-        x_range, y_range: metres, the part of the ego frame that the initial lines cover.
+        lane_range: that the initial lines cover.
     """
 
     def __init__(
@@ -299,8 +300,7 @@ class LineDecoder(nn.Module):
         queries: int,
         points: int,
         classes: int,
-        x_range: tuple[float, float],
-        y_range: tuple[float, float],
+        lane_range: LaneRange,
     ) -> None:
         super().__init__()
         self.grid = grid
@@ -310,7 +310,7 @@ class LineDecoder(nn.Module):
         nn.init.constant_(self.bev_seg[-1].bias, PRIOR_LOGIT)
         self.value = nn.Conv2d(channels + classes, channels, 1)
         # [Q, P, 2] in units of 10 m, so that they learn at the rate of the other parameters.
-        self.anchors = nn.Parameter(anchor_lines(queries, points, x_range, y_range) / 10)
+        self.anchors = nn.Parameter(anchor_lines(queries, points, lane_range) / 10)
         self.instance = nn.Parameter(0.1 * torch.randn(queries, 1, channels))
         self.point = nn.Parameter(0.1 * torch.randn(1, points, channels))
         self.position = _mlp(channels, channels, channels)
@@ -396,15 +396,9 @@ def decode(prediction: Prediction) -> FrameObjects:
     score, query, label = topk_pairs(prediction.line_logits[-1].float(), prediction.line_logits.shape[2])
     pick = query[..., None, None].expand(-1, -1, *points.shape[2:])
     points = points.gather(1, pick)
-    uncertainty = prediction.line_log_uncertainty[-1].float().gather(1, pick)
-    lines = Polylines(
-        points=points,
-        closed=(points[..., 0, :] - points[..., -1, :]).norm(dim=-1) < CLOSED_GAP,
-        label=label,
-        score=score,
-        valid=torch.ones_like(score, dtype=torch.bool),
-        uncertainty=uncertainty.clamp(*LOG_UNCERTAINTY_RANGE).exp(),
-    )
+    uncertainty = prediction.line_log_uncertainty[-1].float().gather(1, pick).clamp(*LOG_UNCERTAINTY_RANGE).exp()
+    points, uncertainty, closed = close_rings(points, uncertainty)
+    lines = Polylines(points, closed, label, score, torch.ones_like(closed), uncertainty)
     return FrameObjects(boxes, lines)
 
 

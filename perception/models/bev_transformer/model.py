@@ -64,7 +64,7 @@ class BEVTransformer(nn.Module):
         )
         self.line_decoder = LineDecoder(
             self.grid, C, config.heads, config.decoder_layers, config.line_queries, config.line_points, line_classes,
-            config.map_x_range, config.map_y_range,
+            config.lane_range,
         )  # fmt: skip
 
     def initial_state(self, batch_size: int) -> State:

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from perception.models.published.backbone import PublishedBackboneConfig
 from perception.models.published.geometry import PublishedConfig
+from perception.types import DEFAULT_LANE_RANGE, LaneRange
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,9 @@ class BEVFormerConfig(PublishedConfig):
     max_boxes: int = 300
     # Boxes whose centre lies outside are dropped: least x, y, z, then largest.
     post_center_range: tuple[float, float, float, float, float, float] = (-61.2, -61.2, -10.0, 61.2, 61.2, 10.0)
-    line_points: ClassVar[int] = 20  # of the ground truth; the network predicts no lines
+    # Of the ground truth; the network predicts no lines.
+    line_points: ClassVar[int] = 20
+    lane_range: ClassVar[LaneRange] = DEFAULT_LANE_RANGE
 
     @classmethod
     def tiny(cls) -> BEVFormerConfig:

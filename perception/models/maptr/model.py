@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from perception.models.decoding import CLOSED_GAP, LOG_UNCERTAINTY_RANGE, empty_boxes, topk_pairs
+from perception.models.decoding import LOG_UNCERTAINTY_RANGE, close_rings, empty_boxes, topk_pairs
 from perception.models.maptr.config import MapTRConfig
 from perception.models.maptr.losses import LINE_LOSS_WEIGHTS, line_losses
 from perception.models.published.backbone import padded_size
@@ -146,7 +146,7 @@ def decode_lines(logits: Tensor, points: Tensor, ego_from_lidar: Tensor, config:
     score, label, points = best_lines(logits.float(), points.float(), config.low, config.high, config.max_lines)
     points = points @ ego_from_lidar[:2, :2].T + ego_from_lidar[:2, 3]
     uncertainty = torch.full_like(points, math.exp(LOG_UNCERTAINTY_RANGE[1]))
-    closed = (points[..., 0, :] - points[..., -1, :]).norm(dim=-1) < CLOSED_GAP
+    points, uncertainty, closed = close_rings(points, uncertainty)
     lines = Polylines(points, closed, label, score, torch.ones_like(closed), uncertainty)
     return FrameObjects(empty_boxes(len(score), score.device), lines)
 

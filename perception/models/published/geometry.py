@@ -22,7 +22,7 @@ from torch import Tensor
 
 from perception.geometry import invert_rigid
 from perception.models.published.backbone import FPNConfig, PublishedBackboneConfig
-from perception.types import Frame
+from perception.types import Frame, LaneRange
 
 # The pose of LIDAR_TOP on the cars of nuScenes, rotation without its tenths of a degree.
 NUSCENES_EGO_FROM_LIDAR = (
@@ -58,6 +58,11 @@ class PublishedConfig:
     cameras: int = 6
     rotate_center: tuple[int, int] = (100, 100)  # column and row, as published
     ego_from_lidar: tuple[tuple[float, ...], ...] = NUSCENES_EGO_FROM_LIDAR
+
+    @property
+    def lane_range(self) -> LaneRange:
+        """Of the lines; the LiDAR's y looks ahead."""
+        return LaneRange(self.high[1] - self.low[1], self.high[0] - self.low[0])
 
 
 def constants(values: Sequence, like: Tensor) -> Tensor:
