@@ -1,6 +1,6 @@
 """The fast implementations of sampling against the plain one in float64, forward and backward.
 
-Triton's kernels run on the GPU where there is one, else in Triton's interpreter (see conftest.py).
+Triton's kernels run on the GPU if there is one, else in Triton's interpreter (see conftest.py).
 """
 
 import pytest
@@ -23,8 +23,8 @@ def device_of(implementation: str) -> str:
     return "cuda" if implementation == "triton" and torch.cuda.is_available() else "cpu"
 
 
-def smooth_places(shape, size, generator):
-    """Places 0..1 on maps of (h, w) and around them, away from pixel centres and borders, where gradients jump."""
+def smooth_locations(shape, size, generator):
+    """Draws locations on and around maps of (h, w), away from pixel centres and borders, where gradients jump."""
     locations = []
     for side in (size[1], size[0]):
         pixel = torch.randint(-3, side + 3, shape, generator=generator) + 0.1
@@ -33,14 +33,14 @@ def smooth_places(shape, size, generator):
 
 
 def drawn_weight(shape, generator):
-    """A third of the weights are zero, and all of those of the first query."""
+    """Draws weights of which a third are zero, and all of those of the first query."""
     weight = torch.randn(shape, generator=generator) * (torch.rand(shape, generator=generator) > 1 / 3)
     weight[:, 0] = 0
     return weight
 
 
 def results(sample, device, floats, dtype):
-    """The output, and the gradients of all floats, the last of which are the weights."""
+    """Returns the output, and the gradients of all floats, the last of which are the weights."""
     floats = [x.to(device, dtype if i == 0 else None).requires_grad_() for i, x in enumerate(floats)]
     found = sample(*floats)
     noise = torch.randn(found.shape, generator=torch.Generator().manual_seed(7)).to(found)
@@ -48,16 +48,16 @@ def results(sample, device, floats, dtype):
 
 
 def compare(sample, fast, floats, dtype):
-    """`sample(implementation, *floats)` with maps rounded to `dtype` against the same in float64."""
+    """Compares `sample(implementation, *floats)` with maps rounded to `dtype` with the same in float64."""
     floats = [floats[0].to(dtype).float(), *floats[1:]]
     exact = results(lambda *x: sample("plain", *x), "cpu", [x.double() for x in floats], torch.float64)
     found = results(lambda *x: sample(fast, *x), device_of(fast), floats, dtype)
     assert found[0].dtype == torch.float32 and found[1].dtype == dtype
     assert exact[0].abs().max() > 0.1 and all(gradient.abs().max() > 0.1 for gradient in exact[1:])
-    # What is not read gives its weight no gradient.
-    read = floats[-1] != 0
-    assert (found[-1][~read] == 0).all()
-    exact[-1] = exact[-1] * read
+    # A sample of weight zero is not read, so its weight has no gradient.
+    used = floats[-1] != 0
+    assert (found[-1][~used] == 0).all()
+    exact[-1] = exact[-1] * used
     rounding = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
     for name, ours, theirs in zip(("output", "maps", "locations", "weight"), found, exact, strict=True):
         tolerance = (rounding if name == "maps" else 1e-4) * float(theirs.abs().max())
@@ -77,14 +77,14 @@ def test_cameras(shape, dtype, fast):
     camera = torch.randint(0, N, (B, Q, S), generator=generator)
     floats = [
         torch.randn(B, N, C, h, w, generator=generator),
-        smooth_places((B, Q, S), (h, w), generator),
+        smooth_locations((B, Q, S), (h, w), generator),
         drawn_weight((B, Q, S), generator),
     ]
 
     def sample(implementation, features, uv, weight):
         return sample_cameras(features, uv, camera.to(uv.device), weight, implementation)
 
-    if min(h, w) == 1:  # an axis of one pixel has no gradient, but the other one has
+    if min(h, w) == 1:  # an axis of one pixel has no gradient, but the other axis has
         assert results(lambda *x: sample(fast, *x), device_of(fast), floats, dtype)[2].abs().amax((0, 1, 2)).min() == 0
     compare(sample, fast, floats, dtype)
 
@@ -95,7 +95,7 @@ def test_bev(dtype, fast):
     generator = torch.Generator().manual_seed(3)
     B, heads, C, Q, S, size = 2, 3, 4, 11, 4, (8, 5)
     grid = BEVGrid((-6.0, 6.0), (-4.0, 4.0), size)
-    share = smooth_places((B, Q, heads, S), size, generator).flip(-1)  # along x and along y
+    share = smooth_locations((B, Q, heads, S), size, generator).flip(-1)  # along x and along y
     floats = [
         torch.randn(B, heads * C, *size, generator=generator),
         share * torch.tensor([12.0, 8.0]) - torch.tensor([6.0, 4.0]),
@@ -109,7 +109,7 @@ def test_bev(dtype, fast):
 def test_deformable_attention(dtype, fast):
     generator = torch.Generator().manual_seed(4)
     B, heads, C, Q, P, sizes = 2, 2, 3, 5, 4, [(6, 9), (3, 5), (1, 2)]
-    locations = torch.stack([smooth_places((B, Q, heads, P), size, generator) for size in sizes], 3)
+    locations = torch.stack([smooth_locations((B, Q, heads, P), size, generator) for size in sizes], 3)
     floats = [
         torch.randn(B, sum(h * w for h, w in sizes), heads, C, generator=generator),
         locations,
@@ -119,7 +119,7 @@ def test_deformable_attention(dtype, fast):
 
 
 @FAST
-def test_borders_and_places_far_away(fast):
+def test_borders_and_locations_far_away(fast):
     device = device_of(fast)
     generator = torch.Generator().manual_seed(5)
     features = torch.randn(1, 3, 4, 5, 6, generator=generator, dtype=torch.float64)
@@ -132,10 +132,10 @@ def test_borders_and_places_far_away(fast):
     found = sample_cameras(*floats, camera.to(device), weight.to(device, torch.float32), fast)
     torch.testing.assert_close(found.cpu().double(), exact, rtol=0, atol=1e-5)
 
-    value = features.permute(0, 1, 3, 4, 2).flatten(1, 3)[:, :, None]  # of three levels
+    value = features.permute(0, 1, 3, 4, 2).flatten(1, 3)[:, :, None]  # three levels
     locations, weight = uv[:, :, None, :, None], weight[:, :, None, :, None]
     exact = deformable_attention(value, [(5, 6)] * 3, locations, weight)
-    assert 0 < (exact == 0).double().mean() < 0.9  # outside reads zero
+    assert 0 < (exact == 0).double().mean() < 0.9  # locations outside sample zero
     value, locations, weight = (x.to(device, torch.float32) for x in (value, locations, weight))
     found = deformable_attention(value, [(5, 6)] * 3, locations, weight, fast)
     torch.testing.assert_close(found.cpu().double(), exact, rtol=0, atol=1e-5)
@@ -159,7 +159,7 @@ def test_samples_of_weight_zero_are_not_read(fast):
 
 
 @FAST
-def test_nobody_sees_anything(fast):
+def test_all_weights_are_zero(fast):
     device = device_of(fast)
     features = torch.randn(2, 2, 3, 4, 5, device=device, requires_grad=True)
     uv, camera = torch.rand(2, 7, 2, 2, device=device), torch.zeros(2, 7, 2, dtype=torch.int64, device=device)
@@ -170,8 +170,8 @@ def test_nobody_sees_anything(fast):
 
 
 @pytest.mark.skipif(not bilinear.HAS_TRITON, reason="Triton or its compiler is not here")
-def test_the_operator_keeps_the_rules_of_pytorch():
-    """Fake tensors, autograd, and no hidden mutation or alias: what torch.compile and CUDA graphs rely on."""
+def test_the_operator_passes_pytorchs_checks():
+    """Checks fake tensors, autograd, and hidden mutation or aliasing, which torch.compile and CUDA graphs rely on."""
     device = device_of("triton")
     maps = torch.randn(1, 2, 3, 4, 1, 5, device=device, requires_grad=True)
     locations = torch.rand(1, 6, 1, 2, 2, device=device, requires_grad=True)
@@ -187,14 +187,14 @@ def test_the_operator_keeps_the_rules_of_pytorch():
 
 
 @FAST
-def test_compiled_it_is_the_same(fast):
-    """On CPUs a compiled graph samples what has no weight too, because how much that is depends on data."""
+def test_compiled_sampling_is_the_same(fast):
+    """On CPUs a compiled graph also reads samples of weight zero, because their number depends on data."""
     device = device_of(fast)
     generator = torch.Generator().manual_seed(6)
     camera = torch.randint(0, 2, (2, 9, 3), generator=generator).to(device)
     floats = [
         torch.randn(2, 2, 3, 4, 5, generator=generator),
-        smooth_places((2, 9, 3), (4, 5), generator),
+        smooth_locations((2, 9, 3), (4, 5), generator),
         drawn_weight((2, 9, 3), generator),
     ]
 
@@ -205,11 +205,11 @@ def test_compiled_it_is_the_same(fast):
     expected, found = (results(call, device, floats, torch.float32) for call in (sample, compiled))
     for ours, theirs in zip(found[:3], expected[:3], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
-    read = floats[2] != 0
-    torch.testing.assert_close(found[3][read], expected[3][read], rtol=0, atol=1e-5)
+    used = floats[2] != 0
+    torch.testing.assert_close(found[3][used], expected[3][used], rtol=0, atol=1e-5)
 
 
-def test_what_is_exported_is_plain():
+def test_exports_use_the_plain_implementation():
     class Sampler(torch.nn.Module):
         def forward(self, features, uv, camera, weight):
             return sample_cameras(features, uv, camera, weight)
@@ -227,7 +227,7 @@ def test_an_unknown_implementation_is_refused():
         sample_cameras(features, uv, torch.zeros(1, 6, 2, dtype=torch.int64), uv[..., 0], "cuda")
 
 
-def test_a_preferred_implementation_is_used_where_none_is_asked_for():
+def test_a_preferred_implementation_is_the_default():
     maps = torch.zeros(1)
     with preferred_implementation("plain"):
         assert choose_implementation(maps, None, "embedding_bag") == "plain"

@@ -1,4 +1,4 @@
-"""Every network is one graph to torch.compile, which fits all frames of a drive, and runs in channels_last too."""
+"""torch.compile makes one graph of every network, which fits all frames of a sequence, also in channels_last."""
 
 import copy
 import math
@@ -34,7 +34,7 @@ def network(request, small_network):
         "maptr_gkt": lambda: MapTR(MapTRConfig(**SHARED, **LINES, kernel=(3, 5))),
         "maptrv2": lambda: MapTRv2(MapTRv2Config(**SHARED, **LINES, aspp_channels=8)),
     }[request.param]()
-    with torch.no_grad():  # so that outputs depend on images and calibration, as those of fresh networks hardly do
+    with torch.no_grad():  # outputs of fresh networks hardly depend on images and calibration
         for parameter in made.parameters():
             if parameter.requires_grad:
                 parameter += 0.1 * torch.randn_like(parameter)
@@ -42,7 +42,7 @@ def network(request, small_network):
 
 
 def replay_frames(size: tuple[int, int], frames: int) -> list[Frame]:
-    """Frames with calibrations of their own: six cameras around, turned and zoomed a little more each time."""
+    """Makes frames of six surround cameras whose calibration changes: rotated and zoomed a little more each time."""
     height, width = size
     images = torch.rand(frames, 1, 6, 3, height, width, generator=torch.Generator().manual_seed(1)) * 255
     made = []
@@ -70,7 +70,7 @@ def tensors(noun) -> list[torch.Tensor]:
 
 @torch.inference_mode()
 def outputs(network, call) -> list[list[torch.Tensor]]:
-    """All tensors that a network returns, frame by frame."""
+    """Returns all tensors that a network returns, frame by frame."""
     state, found = network.initial_state(1), []
     for frame in replay_frames(network.config.image_size, 3):
         prediction, state = call(frame, state)
@@ -87,14 +87,14 @@ def outputs(network, call) -> list[list[torch.Tensor]]:
     ],
     indirect=["network"],
 )  # fmt: skip
-def test_one_graph_for_a_drive(network, layout):
+def test_one_graph_for_a_sequence(network, layout):
     expected = outputs(network, network)
     change = max(float((x - y).abs().max()) for x, y in zip(expected[0], expected[2], strict=True) if x.numel())
-    assert change > 0.01  # a hundred times what is tolerated below
+    assert change > 0.01  # a hundred times the tolerance below
     network = copy.deepcopy(network).to(memory_format=getattr(torch, layout))
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
-        # A graph that breaks is an error too. Nothing is made of the graph here: that would take minutes.
+        # A graph break is an error too. The graph is not compiled further, which would take minutes.
         found = outputs(network, torch.compile(network, backend="eager", fullgraph=True))
     for ours, theirs in zip(found, expected, strict=True):
         for our, their in zip(ours, theirs, strict=True):

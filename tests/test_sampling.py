@@ -8,7 +8,7 @@ from perception.ops import sample_bev, sample_cameras
 
 
 def bilinear(image: np.ndarray, row: float, column: float, border: bool) -> np.ndarray:
-    """One bilinear reading of [C, h, w]; row and column in pixels with centres at whole numbers."""
+    """Samples [C, h, w] bilinearly; row and column in pixels with centres at whole numbers."""
     C, h, w = image.shape
     if border:
         row, column = np.clip(row, 0, h - 1), np.clip(column, 0, w - 1)
@@ -31,8 +31,8 @@ def test_sample_cameras_equals_a_loop():
     expected = np.zeros((B, Q, C))
     for b, q, s in np.ndindex(B, Q, S):
         u, v = uv[b, q, s]
-        reading = bilinear(features[b, camera[b, q, s]], v * h - 0.5, u * w - 0.5, border=True)
-        expected[b, q] += weight[b, q, s] * reading
+        value = bilinear(features[b, camera[b, q, s]], v * h - 0.5, u * w - 0.5, border=True)
+        expected[b, q] += weight[b, q, s] * value
     result = sample_cameras(*(torch.from_numpy(x) for x in (features, uv, camera, weight)))
     np.testing.assert_allclose(result.numpy(), expected, atol=1e-10)
 
@@ -48,8 +48,8 @@ def test_sample_bev_equals_a_loop():
     for b, q, head, s in np.ndindex(B, Q, heads, S):
         x, y = points[b, q, head, s]
         channels = slice(head * 3, head * 3 + 3)
-        reading = bilinear(bev[b, channels], (x + 6) / 1.5 - 0.5, (y + 4) / 0.8 - 0.5, border=False)
-        expected[b, q, channels] += weight[b, q, head, s] * reading
+        value = bilinear(bev[b, channels], (x + 6) / 1.5 - 0.5, (y + 4) / 0.8 - 0.5, border=False)
+        expected[b, q, channels] += weight[b, q, head, s] * value
     result = sample_bev(torch.from_numpy(bev), grid, torch.from_numpy(points), torch.from_numpy(weight))
     np.testing.assert_allclose(result.numpy(), expected, atol=1e-10)
 
@@ -57,15 +57,15 @@ def test_sample_bev_equals_a_loop():
 def test_gradients_equal_finite_differences():
     torch.manual_seed(0)
     features = torch.randn(1, 2, 2, 4, 5, dtype=torch.float64, requires_grad=True)
-    # inside the image and away from pixel centres, where bilinear reading has kinks
+    # Inside the image and away from pixel centres, where bilinear sampling is not differentiable.
     uv = (torch.rand(1, 3, 2, 2, dtype=torch.float64) * 0.5 + 0.25).requires_grad_()
     camera = torch.randint(0, 2, (1, 3, 2))
     weight = torch.rand(1, 3, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda f, p, w: sample_cameras(f, p, camera, w), (features, uv, weight))
 
 
-def test_places_keep_their_precision_beside_bfloat16_maps():
-    """A ramp along x read at 0.03 m steps on a 100 m grid: locations rounded to bfloat16 would give stairs."""
+def test_locations_keep_their_precision_with_bfloat16_maps():
+    """Samples a ramp along x at 0.03 m steps on a 100 m grid: locations rounded to bfloat16 would give stairs."""
     grid = BEVGrid((-50.0, 50.0), (-50.0, 50.0), (50, 50))
     ramp = torch.linspace(-1, 1, 50).bfloat16()[None, None, :, None].expand(1, 1, 50, 50)
     x = torch.arange(40.0, 41.0, 0.03)
@@ -75,5 +75,5 @@ def test_places_keep_their_precision_beside_bfloat16_maps():
     uv = torch.stack([torch.full_like(rows, 0.5), rows], -1)[None, None]
     tall = torch.linspace(-1, 1, 40).bfloat16().view(1, 1, 1, 40, 1).expand(1, 6, 1, 40, 72)
     last = torch.full((1, 1, 20), 5)
-    read = sample_cameras(tall, uv.transpose(1, 2), last.transpose(1, 2), torch.ones(1, 20, 1))
-    assert read.flatten().diff().min() > 0
+    sampled = sample_cameras(tall, uv.transpose(1, 2), last.transpose(1, 2), torch.ones(1, 20, 1))
+    assert sampled.flatten().diff().min() > 0

@@ -1,4 +1,4 @@
-"""The generated dataset: what the pictures and the LiDAR show is what the tables say."""
+"""The generated dataset: images and LiDAR agree with the tables, read by the official devkit."""
 
 import hashlib
 import os
@@ -31,7 +31,7 @@ from perception.synthetic.render import TownRenderer
 from perception.synthetic.sensors import EIGHT_CAMERAS, FIVE_CAMERAS, SIX_CAMERAS, make_cameras, make_lidar
 from perception.synthetic.writer import VERSION, scene_district, scene_renderer
 
-SEED, KEYFRAMES, IMAGE_SIZE = 11, 4, (128, 224)  # what the fixture town_root is made of
+SEED, KEYFRAMES, IMAGE_SIZE = 11, 4, (128, 224)  # of the fixture town_root
 KEYFRAME = 2
 
 
@@ -42,7 +42,7 @@ def nusc(town_root) -> NuScenes:
 
 @pytest.fixture(scope="module")
 def rendered(nusc):
-    """Scene 0 at one keyframe rendered again: the district, the renderer, and per camera its record and buffers."""
+    """Renders one keyframe of scene 0 again: the district, the renderer, and the record and buffers of each camera."""
     district = scene_district(SEED, 0, KEYFRAMES)
     renderer, cameras, _ = scene_renderer(SEED, 0, district, IMAGE_SIZE)
     sample = scene_samples(nusc, 0)[KEYFRAME]
@@ -63,7 +63,7 @@ def scene_samples(nusc, index: int) -> list[dict]:
 
 
 def cam_from_global(nusc, record) -> tuple[np.ndarray, np.ndarray]:
-    """The devkit's transforms at the exposure of one picture: cam_from_global [4, 4] and img_from_cam [3, 3]."""
+    """Returns the devkit's transforms at the exposure of an image: cam_from_global [4, 4] and img_from_cam [3, 3]."""
     pose = nusc.get("ego_pose", record["ego_pose_token"])
     mount = nusc.get("calibrated_sensor", record["calibrated_sensor_token"])
     ego_from_global = transform_matrix(pose["translation"], Quaternion(pose["rotation"]), inverse=True)
@@ -72,7 +72,7 @@ def cam_from_global(nusc, record) -> tuple[np.ndarray, np.ndarray]:
 
 
 def annotated_actors(nusc, sample, district) -> dict[int, str]:
-    """Annotation token per actor index, found by position and size alone."""
+    """Finds the annotation token of each actor index by position and size."""
     found = {}
     for token in sample["anns"]:
         row = nusc.get("sample_annotation", token)
@@ -95,7 +95,7 @@ def test_same_seed_same_bytes_with_any_number_of_workers(tmp_path):
     simulate(tmp_path / "two", seed=3, workers=2, **common)
     one, two = tree_hash(tmp_path / "one"), tree_hash(tmp_path / "two")
     assert one == two
-    # 6 cameras, 2 keyframes and 4 pictures between them, 2 scenes.
+    # 6 cameras, 2 keyframes and 4 images between them, 2 scenes.
     assert sum(name.startswith("samples/CAM") for name in one) == 24
     assert sum(name.startswith("sweeps/CAM") for name in one) == 48
     nusc = NuScenes(VERSION, str(tmp_path / "one"), verbose=False)
@@ -106,13 +106,13 @@ def test_same_seed_same_bytes_with_any_number_of_workers(tmp_path):
         times.append(first["timestamp"])
         assert first["sample_token"] == scene_samples(nusc, 0)[1]["token"]  # sweeps belong to the next keyframe
     assert np.allclose(np.diff(times), 1e5)
-    assert not list(tmp_path.glob(".*"))  # nothing is left beside the datasets
+    assert not list(tmp_path.glob(".*"))  # no temporary files are left
     simulate(tmp_path / "other", seed=4, workers=1, scenes=1, keyframes=1, image_size=(32, 56))
     other = set(tree_hash(tmp_path / "other").values())
-    assert len(other & set(one.values())) <= 5  # the tables that are the same in every dataset, the empty map picture
+    assert len(other & set(one.values())) <= 5  # the tables that are equal in all datasets, the empty map image
 
 
-def test_rare_things_are_rare_no_more():
+def test_rare_classes_become_frequent():
     def count(rare):
         actors = [a for i in range(4) for a in scene_district(5, i, keyframes=4, rare=rare).actors]
         return {name: sum(a.category == name for a in actors) for name in {a.category for a in actors}}
@@ -126,7 +126,7 @@ def test_rare_things_are_rare_no_more():
 
 
 def test_keyframes_at_another_rate(tmp_path):
-    """At 10 Hz neighbouring keyframes are 0.1 s apart, and a car's velocity is still metres per second."""
+    """At 10 Hz consecutive keyframes are 0.1 s apart, and velocities are still in metres per second."""
     simulate(tmp_path / "fast", seed=3, scenes=1, keyframes=4, rate=10, workers=1, image_size=(32, 56))
     nusc = NuScenes(VERSION, str(tmp_path / "fast"), verbose=False)
     samples = scene_samples(nusc, 0)
@@ -176,12 +176,12 @@ def test_devkit_reads_tables_and_maps(nusc, town_root):
         assert town.lane_divider or town.road_divider
 
 
-def test_wrong_arguments_are_told_in_a_sentence(tmp_path):
+def test_wrong_arguments_are_explained_in_a_sentence(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("x")
     with pytest.raises(DataError, match="full: exists and is not empty"):
         simulate(tmp_path / "full", scenes=1, seed=0)
-    with pytest.raises(ConfigError, match="split 'val' is nuScenes' own"):
+    with pytest.raises(ConfigError, match="split 'val' is reserved by the nuScenes devkit; give another name"):
         simulate(tmp_path / "a", scenes=1, seed=0, split="val")
     with pytest.raises(ConfigError, match="scenes is 0"):
         simulate(tmp_path / "a", scenes=0, seed=0)
@@ -209,11 +209,11 @@ def test_interrupted_run_leaves_nothing(tmp_path):
         command,
         stderr=subprocess.DEVNULL,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        # Whoever runs the tests in the background has them ignore the signal, and so would the script.
+        # Tests that run in the background ignore the signal, and so would the script.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.time() + 60
-    while not list(tmp_path.glob(".town*/samples/*/*.jpg")):  # the first pictures are there
+    while not list(tmp_path.glob(".town*/samples/*/*.jpg")):  # until the first images are there
         assert time.time() < deadline and process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
@@ -221,10 +221,10 @@ def test_interrupted_run_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_files_show_what_the_renderer_shows(nusc, rendered, town_root):
+def test_stored_images_equal_rendered_ones(nusc, rendered, town_root):
     for record, picture in rendered[2].values():
         stored = np.asarray(Image.open(town_root / record["filename"]), dtype=np.float32)
-        # What differs is the sensor noise and the JPEG compression.
+        # They differ by sensor noise and JPEG compression.
         assert np.abs(stored - picture.rgb).mean() < 7
 
 
@@ -239,7 +239,7 @@ def test_actors_lie_in_their_projected_boxes(nusc, rendered):
         for k, token in tokens.items():
             v, u = np.nonzero(picture.actor == k)
             corners = transform_points(cam, nusc.get_box(token).corners().T)  # [8, 3]
-            # The box is where the actor is at the keyframe; the picture was taken a little earlier.
+            # The box is at the actor's position at the keyframe; the image was exposed slightly earlier.
             moved = np.linalg.norm(district.actors[k].trajectory.velocity(1.1)) * delay + 0.03
             if len(u):
                 depth = picture.depth[v, u]
@@ -260,7 +260,7 @@ def test_actors_lie_in_their_projected_boxes(nusc, rendered):
             inside = (hull > 0).all() and (hull < np.array(IMAGE_SIZE[::-1])).all()
             area = ConvexHull(uv).volume
             if inside and area > 60 and nusc.get("sample_annotation", token)["visibility_token"] == "4":
-                assert len(u) > 0.12 * area  # a bicycle fills its box the least
+                assert len(u) > 0.12 * area  # a bicycle fills its box least
                 filled += 1
     assert checked >= 8 and filled >= 3
 
@@ -282,7 +282,7 @@ def test_map_dividers_and_crossings_lie_on_paint(nusc, rendered, town_root):
     town = NuScenesMap(str(town_root), district.location)
     lines = [town.extract_line(r["line_token"]) for r in (*town.lane_divider, *town.road_divider)]
     crossings = [town.extract_polygon(r["polygon_token"]) for r in town.ped_crossing]
-    on_line, beside = [], []
+    on_line, off_line = [], []
     for line in lines:
         if line.length < 1:
             continue
@@ -290,10 +290,10 @@ def test_map_dividers_and_crossings_lie_on_paint(nusc, rendered, town_root):
             a, b, c = (np.array(line.interpolate(arc + d).coords[0])[:2] for d in (0, -0.2, 0.2))
             across = np.array([b[1] - c[1], c[0] - b[0]]) / max(np.linalg.norm(c - b), 1e-9)
             on_line.append(a)
-            beside += [a + 0.7 * across, a - 0.7 * across]
+            off_line += [a + 0.7 * across, a - 0.7 * across]
 
     def painted(points_xy: np.ndarray, reach: float) -> np.ndarray:
-        """Whether each point that some camera sees unoccluded within `reach` metres shows paint."""
+        """Returns whether each point that a camera sees unoccluded within `reach` metres shows paint."""
         shown = []
         for record, picture in pictures.values():
             cam, img_from_cam = cam_from_global(nusc, record)
@@ -305,7 +305,7 @@ def test_map_dividers_and_crossings_lie_on_paint(nusc, rendered, town_root):
             shown.append(picture.material[row, column][open_view] == Material.MARKING)
         return np.concatenate(shown)
 
-    hit, miss = painted(np.array(on_line), 14), painted(np.array(beside), 14)
+    hit, miss = painted(np.array(on_line), 14), painted(np.array(off_line), 14)
     assert len(hit) > 40
     assert hit.mean() > 0.3  # dashed lines are paint on less than half of their length
     assert miss.mean() < 0.25 * hit.mean()
@@ -333,7 +333,7 @@ def test_lidar_counts_agree_with_the_devkit(nusc):
             record = nusc.get("sample_data", sample["data"]["LIDAR_TOP"])
             lidar_from_global, _ = cam_from_global(nusc, record)
             height = transform_points(invert_rigid(lidar_from_global), cloud.points[:3].T)[:, 2]
-            high = cloud.points[:3, height > 0.06]  # without the road under a car
+            high = cloud.points[:3, height > 0.06]  # without the road surface under a car
             for item in boxes:
                 count = nusc.get("sample_annotation", item.token)["num_lidar_pts"]
                 most = points_in_box(item, cloud.points[:3], 1.03).sum()
@@ -346,7 +346,7 @@ def test_lidar_counts_agree_with_the_devkit(nusc):
     assert 15_000 < len(sweep) < 32 * 1080
 
 
-def still(x: float, y: float, yaw: float = 0.0) -> Trajectory:
+def stationary(x: float, y: float, yaw: float = 0.0) -> Trajectory:
     return Trajectory(np.zeros(1), np.array([[x, y]]), np.array([yaw]))
 
 
@@ -355,16 +355,16 @@ def small_world(actors, buildings=(), markings=()) -> District:
     sun = np.array([0.0, 0.6, 0.8])
     light = Light(sun, (1.0, 1.0, 1.0), (0.5, 0.6, 0.9), 0.3, 0.0, 1.0)
     fixed = dict(seed=0, location="boston-seaport", name="small", layers={}, intersections=(), surfaces=surfaces)
-    standing = dict(kerbs=[], buildings=list(buildings), trees=[], poles=[], actors=actors, ego=still(0, 0))
-    return District(**fixed, markings=list(markings), **standing, light=light, duration=1.0)
+    objects = dict(kerbs=[], buildings=list(buildings), trees=[], poles=[], actors=actors, ego=stationary(0, 0))
+    return District(**fixed, markings=list(markings), **objects, light=light, duration=1.0)
 
 
-def test_visibility_and_lidar_of_hidden_actors():
+def test_visibility_and_lidar_of_occluded_actors():
     size = (4.4, 1.9, 1.6)
-    actors = [Actor(f"car{i}", "vehicle.car", size, (0.8, 0.1, 0.1), still(x, y)) for i, (x, y) in enumerate(
+    actors = [Actor(f"car{i}", "vehicle.car", size, (0.8, 0.1, 0.1), stationary(x, y)) for i, (x, y) in enumerate(
         [(15.0, 8.0), (20.0, -8.0), (25.0, 0.0), (200.0, 0.0)]
     )]  # fmt: skip
-    # One wall hides the second car altogether, another hides the right half of the third.
+    # One wall occludes the second car completely, another the right half of the third.
     walls = [np.array([[12, -9], [13, -9], [13, -2], [12, -2]]), np.array([[14, -1.6], [15, -1.6], [15, 0], [14, 0]])]
     buildings = [Building(wall.astype(float), 4.0, (0.5, 0.5, 0.5), 1) for wall in walls]
     renderer = TownRenderer(small_world(actors, buildings), np.random.default_rng(0))
@@ -388,7 +388,7 @@ def test_shadows_fall_away_from_the_sun():
         column, row = uv[0].astype(int)
         return picture.rgb[row - 2 : row + 3, column - 2 : column + 3].mean()
 
-    # The sun stands to the left (+y), 53 degrees high: the shadow reaches 6 m to the right of the tower.
+    # The sun is on the left (+y), 53 degrees high: the shadow reaches 6 m to the right of the tower.
     assert brightness(9, -3.5) < 0.75 * brightness(9, 3.5)
 
 
@@ -404,12 +404,12 @@ def test_shadows_fall_away_from_the_sun():
     ],
 )  # fmt: skip
 def test_meshes_fill_their_boxes(category, size, rider):
-    mesh = actor_mesh(Actor("a", category, size, (0.2, 0.4, 0.6), still(0, 0), rider), 7)
+    mesh = actor_mesh(Actor("a", category, size, (0.2, 0.4, 0.6), stationary(0, 0), rider), 7)
     half = np.array(size) / 2
     assert np.allclose(mesh.vertices.min(0), [-half[0], -half[1], 0], atol=1e-5)
     assert np.allclose(mesh.vertices.max(0), [half[0], half[1], size[2]], atol=1e-5)
     assert (mesh.owners == 7).all() and mesh.faces.max() < len(mesh.vertices)
-    if category.startswith("vehicle"):  # red lamps are behind, white ones in front
+    if category.startswith("vehicle"):  # red lamps at the back, white ones at the front
         middle = mesh.vertices[mesh.faces].mean(1)[:, 0]
         lamps = mesh.materials == Material.LAMP
         red = lamps & (mesh.colors[:, 1] < 0.2)
@@ -426,11 +426,11 @@ def test_rays_go_through_pixel_centres():
         assert np.allclose(uv, np.stack([u.ravel(), v.ravel()], -1), atol=1e-4) and (depth > 0).all()
     lidar = make_lidar(np.random.default_rng(5))
     forward = lidar.ego_from_lidar[:3, :3] @ [0.0, 1.0, 0.0]
-    assert forward[0] > 0.999  # y of the LiDAR looks forward
+    assert forward[0] > 0.999  # y of the LiDAR points forward
 
 
 def test_far_ground_has_the_mean_colour():
-    """Half of the road is white bars of 0.2 m: seen from far away the road is gray, not black or white by chance."""
+    """Half of the road is white bars of 0.2 m: without aliasing, the road is gray from far away."""
     markings = [Marking(box(x, -5, x + 0.2, 5), "white") for x in np.arange(-10, 10, 0.4)]
     ground = Ground(small_world([], markings=markings), np.zeros((1, 2)), np.random.default_rng(0), margin=20.0)
     x, y = (np.array([[-2.8, 1.2, 4.0]], np.float32) - np.float32(low) for low in ground.low)
@@ -444,7 +444,7 @@ def test_far_ground_has_the_mean_colour():
 
 
 def test_another_rig(tmp_path):
-    """Other cameras than those of nuScenes: the devkit reads how many, where they look and how far they zoom."""
+    """The devkit reads rigs other than nuScenes' with the right number, directions and focal lengths of cameras."""
     for name, rig, count in (("five", FIVE_CAMERAS, 5), ("eight", EIGHT_CAMERAS, 8)):
         simulate(tmp_path / name, scenes=1, seed=3, keyframes=1, image_size=(32, 56), workers=1, sweeps=True, rig=rig)
         nusc = NuScenes(VERSION, str(tmp_path / name), verbose=False)
@@ -461,8 +461,8 @@ def test_another_rig(tmp_path):
             assert np.asarray(Image.open(tmp_path / name / record["filename"])).std() > 5
 
 
-def test_a_longer_focal_length_shows_the_middle_larger():
-    """The middle of a wide image, enlarged, is the narrow image from the same place."""
+def test_a_longer_focal_length_magnifies_the_centre():
+    """The enlarged centre of a wide-angle image equals the narrow image from the same position."""
     district = scene_district(SEED, 0, KEYFRAMES)
     wide, narrow = (SIX_CAMERAS[0]._replace(focal=focal) for focal in (0.6, 1.2))
     images = []
@@ -470,7 +470,7 @@ def test_a_longer_focal_length_shows_the_middle_larger():
         renderer, cameras, _ = scene_renderer(SEED, 0, district, (96, 160), [mounting])
         images.append(renderer.camera(cameras[0], 0.1, np.random.default_rng(0)).rgb.astype(np.float32).mean(-1))
         center = cameras[0].img_from_cam[:2, 2]
-    left, top = center[0] / 2, center[1] / 2  # what the narrow image begins with
+    left, top = center[0] / 2, center[1] / 2  # corner of the narrow image in the wide one
     matrix = np.array([[2, 0, -2 * left], [0, 2, -2 * top]])
     enlarged = cv2.warpAffine(images[0], matrix, (160, 96))
     assert np.corrcoef(enlarged[8:-8, 8:-8].ravel(), images[1][8:-8, 8:-8].ravel())[0, 1] > 0.9

@@ -1,5 +1,5 @@
-"""The synthetic town: geometry against closed forms and shapely, traffic against its own rules, the map file against
-the devkit that has to read it."""
+"""The synthetic town: geometry against closed forms and shapely, traffic against its rules, the map file against the
+devkit that reads it."""
 
 from __future__ import annotations
 
@@ -88,11 +88,11 @@ def test_road_segments_and_lanes_make_one_clean_surface(districts):
         assert all(polygon.is_valid for polygon in segments + lanes)
         surface = unary_union(segments + lanes)
         assert surface.geom_type == "Polygon" and surface.is_valid
-        # Segments tile the road: no overlap, no crack; every hole is an island somebody could stand on.
+        # Segments cover the road without overlaps and cracks; every hole is an island of some size.
         assert sum(polygon.area for polygon in segments) == pytest.approx(surface.area, rel=1e-6)
         assert all(Polygon(ring).area > 2 for ring in surface.interiors)
         assert len(surface.interiors) == sum(len(polygon.interiors) for polygon in segments)
-        # Lanes do not overlap each other, and with the junctions and strips beside them they are the whole road.
+        # Lanes do not overlap each other and lie within the road segments.
         assert sum(lane.area for lane in lanes) == pytest.approx(unary_union(lanes).area, rel=1e-3)
         assert surface.area - unary_union(segments).area < 1e-6
         assert len(district.intersections) == len(segments)
@@ -157,7 +157,7 @@ def test_road_outline_has_a_kerb_with_another_ground_behind(districts):
         assert sides.difference(behind.buffer(1e-3)).area < 0.02 * sides.area
 
 
-def test_nothing_touches_anything_at_any_time(districts):
+def test_no_objects_collide_at_any_time(districts):
     for district in districts:
         for t in np.linspace(0, DURATION, 11):
             xy, yaw = district.ego.at(t)
@@ -185,7 +185,7 @@ def test_velocity_is_the_slope_of_position(districts):
                 np.testing.assert_allclose(actor.trajectory.velocity(t), slope, atol=0.5)
                 speed = np.linalg.norm(slope)
                 assert speed < 14
-                if speed > 1 and "pedestrian" not in actor.category:  # vehicles drive where they point
+                if speed > 1 and "pedestrian" not in actor.category:  # vehicles drive along their heading
                     heading = actor.trajectory.at(t)[1]
                     assert slope @ [np.cos(heading), np.sin(heading)] > 0.95 * speed
 
@@ -311,7 +311,7 @@ def test_holes_survive_the_map_file(tmp_path):
     assert document["canvas_edge"][0] >= max(x for x, _ in nodes.values())
 
 
-def test_bad_arguments_get_a_sentence(tmp_path, districts):
+def test_bad_arguments_are_explained_in_a_sentence(tmp_path, districts):
     with pytest.raises(ConfigError, match="location is 'paris'"):
         make_district(0, (300, 300), "paris", 5.0)
     with pytest.raises(ConfigError, match="duration"):

@@ -1,4 +1,4 @@
-"""Sampling of feature maps: bilinear reading of several cameras or of the BEV grid at learned locations."""
+"""Deformable sampling of feature maps: bilinear sampling of cameras or of the BEV grid at learned locations."""
 
 from perception.ops.sampling import read_cameras, sample_bev, sample_cameras
 

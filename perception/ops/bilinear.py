@@ -1,17 +1,17 @@
-"""Weighted sums of bilinear samples that are never stored one by one, for CPUs and GPUs.
+"""Weighted sums of bilinear samples, fused so that single samples are never stored, for CPUs and GPUs.
 
-`perception.ops.sampling` and `perception.ops.deformable` hold the public functions with their plain twins; this module
-holds the fast implementations behind them. Every public function takes `implementation`:
+`perception.ops.sampling` and `perception.ops.deformable` have the public functions and their plain implementations;
+this module has the fast implementations behind them. Every public function takes `implementation`:
 
-- "plain": `F.grid_sample`, then a product and a sum. It is the definition, and the only one that is exported.
-- "embedding_bag": PyTorch on CPUs. A bilinear sample is a weighted sum of four rows of a table.
-- "triton": one kernel forward and one backward for GPUs, registered as an operator of PyTorch, so that
-  `torch.compile` and CUDA graphs take it whole.
-- None: whatever is fastest where the tensors lie, see `choose_implementation`.
+- "plain": `F.grid_sample`, then a product and a sum. It is the definition, and the only implementation in exports.
+- "embedding_bag": for CPUs. A bilinear sample is a weighted sum of four rows of a table.
+- "triton": one forward and one backward kernel for GPUs, registered as a PyTorch operator, so that `torch.compile` and
+  CUDA graphs include it.
+- None: the fastest one for the device of the tensors, see `choose_implementation`.
 
-The fast implementations do not read samples whose weight is zero: their values may be NaN, and the gradient of such a
-weight is zero. They compute in float32 whatever the maps are stored in. On GPUs the gradient of the maps is summed by
-atomic additions, so its last bits differ from run to run, as those of `F.grid_sample` do.
+The fast implementations do not read samples of weight zero: their values may be NaN, and the gradient of such a weight
+is zero. They compute in float32 for any dtype of the maps. On GPUs the gradient of the maps is summed by atomic
+additions, so its last bits differ from run to run, as those of `F.grid_sample` do.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from shutil import which
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ from torch import Tensor
 from perception.errors import ConfigError
 
 IMPLEMENTATIONS = ("plain", "embedding_bag", "triton")
-# Triton builds a small launcher with a C compiler when a kernel first runs; slim containers have none.
+# Triton compiles a launcher with a C compiler when a kernel runs for the first time; slim containers have none.
 HAS_TRITON = find_spec("triton") is not None and bool(os.environ.get("CC") or any(map(which, ("cc", "gcc", "clang"))))
 
 _preferred: str | None = None
@@ -37,10 +38,10 @@ _preferred: str | None = None
 
 @contextmanager
 def preferred_implementation(implementation: str) -> Iterator[None]:
-    """Within the block, functions that are asked for no implementation use this one: to compare networks, for example.
+    """Makes an implementation the default within the block, for example to compare networks.
 
     Raises:
-        ConfigError: the implementation is not known.
+        ConfigError: the implementation is unknown.
     """
     global _preferred
     if implementation not in IMPLEMENTATIONS:
@@ -53,15 +54,15 @@ def preferred_implementation(implementation: str) -> Iterator[None]:
 
 
 def choose_implementation(maps: Tensor, implementation: str | None, on_cpu: str) -> str:
-    """The implementation to use for maps: what the caller asked for, or the fastest one.
+    """Returns the implementation to use: the given one, or the fastest one.
 
     Args:
-        maps: what is sampled.
-        implementation: of `IMPLEMENTATIONS`, or None.
+        maps: feature maps to sample.
+        implementation: one of `IMPLEMENTATIONS`, or None.
         on_cpu: the fastest one on CPUs.
 
     Raises:
-        ConfigError: the implementation is not known.
+        ConfigError: the implementation is unknown.
     """
     if implementation is not None:
         if implementation not in IMPLEMENTATIONS:
@@ -89,11 +90,11 @@ def weighted_bilinear(
     """Sums bilinear samples of maps with weights.
 
     Args:
-        maps: [B, N, h, w, heads, C]; fastest where this is contiguous, that is for maps in channels_last.
+        maps: [B, N, h, w, heads, C]; fastest if contiguous, that is for maps in channels_last.
         locations: [B, Q, heads, S, 2] x and y, 0..1 over width and height.
-        index: [B, Q, heads, S] integers, which of the N maps to sample; None for the first.
+        index: [B, Q, heads, S] integers, index of the map to sample, 0 to N - 1; None for map 0.
         weight: [B, Q, heads, S].
-        border: locations outside are moved to the nearest border pixel's centre; otherwise they read zero.
+        border: whether locations outside are clamped to the centre of the nearest border pixel; else they sample zero.
         dtype: of the result.
         implementation: "embedding_bag" or "triton".
 
@@ -106,6 +107,7 @@ def weighted_bilinear(
 
 
 def _embedding_bag(maps: Tensor, locations: Tensor, index: Tensor | None, weight: Tensor, border: bool) -> Tensor:
+    """Computes `weighted_bilinear` on a CPU, in float32."""
     B, N, h, w, heads, C = maps.shape
     _, Q, _, S, _ = locations.shape
     device = maps.device
@@ -114,7 +116,7 @@ def _embedding_bag(maps: Tensor, locations: Tensor, index: Tensor | None, weight
     head = torch.arange(heads, device=device).view(1, 1, heads, 1).expand(B, Q, -1, S)
     locations, weight, index, head = locations.reshape(-1, 2), weight.reshape(-1), index.reshape(-1), head.reshape(-1)
     offsets = None
-    # Samples that do not count are left out, but how many do depends on data, which splits a compiled graph.
+    # Samples of weight zero are skipped. Their number depends on data, which would split a compiled graph.
     if not torch.compiler.is_compiling():
         counts = weight != 0
         kept = counts.nonzero()[:, 0]
@@ -145,9 +147,9 @@ def _embedding_bag(maps: Tensor, locations: Tensor, index: Tensor | None, weight
     return summed.view(B, Q, heads, C)
 
 
-def _along(place: Tensor, size: int, border: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Both pixels next to locations along one axis, the second one's share, and whether each lies on the map."""
-    at = place * size - 0.5
+def _along(location: Tensor, size: int, border: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns both neighbouring pixels along one axis, the weight of the second, and whether each is on the map."""
+    at = location * size - 0.5
     at = at.clamp(0, size - 1) if border else at.clamp(-2, size + 1)
     first = at.detach().floor()
     share = at - first
@@ -157,14 +159,16 @@ def _along(place: Tensor, size: int, border: bool) -> tuple[Tensor, Tensor, Tens
     return first.clamp(0, size - 1), second.clamp(0, size - 1), share, first_inside, second_inside
 
 
-# The schemas are spelled out: older versions of PyTorch cannot read annotations that are strings.
+# The schemas are explicit: older versions of PyTorch cannot infer them from annotations that are strings.
 @torch.library.custom_op(
     "perception::weighted_bilinear",
     mutates_args=(),
     schema="(Tensor maps, Tensor locations, Tensor? index, Tensor weight, bool border, ScalarType dtype) -> Tensor",
 )
-def _fused(maps, locations, index, weight, border, dtype):
-    from perception.ops import kernels  # here, because machines without a GPU may have no Triton
+def _fused(
+    maps: Tensor, locations: Tensor, index: Tensor | None, weight: Tensor, border: bool, dtype: torch.dtype
+) -> Tensor:
+    from perception.ops import kernels  # imported here, because machines without a GPU may lack Triton
 
     return kernels.forward(maps, locations, index, weight, border, dtype)
 
@@ -175,30 +179,36 @@ def _fused(maps, locations, index, weight, border, dtype):
     schema="(Tensor grad, Tensor maps, Tensor locations, Tensor? index, Tensor weight, bool border)"
     " -> (Tensor, Tensor, Tensor)",
 )
-def _fused_backward(grad, maps, locations, index, weight, border):
+def _fused_backward(
+    grad: Tensor, maps: Tensor, locations: Tensor, index: Tensor | None, weight: Tensor, border: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     from perception.ops import kernels
 
     return kernels.backward(grad, maps, locations, index, weight, border)
 
 
 @_fused.register_fake
-def _(maps, locations, index, weight, border, dtype):
+def _fake(
+    maps: Tensor, locations: Tensor, index: Tensor | None, weight: Tensor, border: bool, dtype: torch.dtype
+) -> Tensor:
     B, Q, heads = locations.shape[:3]
     return maps.new_empty(B, Q, heads, maps.shape[-1], dtype=dtype)
 
 
 @_fused_backward.register_fake
-def _(grad, maps, locations, index, weight, border):
+def _fake_backward(
+    grad: Tensor, maps: Tensor, locations: Tensor, index: Tensor | None, weight: Tensor, border: bool
+) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) for x in (maps, locations, weight))
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     maps, locations, index, weight, border, _ = inputs
     ctx.save_for_backward(maps, locations, index, weight)
     ctx.border = border
 
 
-def _gradients(ctx, grad):
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     maps, locations, index, weight = ctx.saved_tensors
     maps_grad, locations_grad, weight_grad = _fused_backward(grad, maps, locations, index, weight, ctx.border)
     return maps_grad, locations_grad, None, weight_grad, None, None

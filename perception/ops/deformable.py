@@ -1,7 +1,7 @@
-"""Multi-scale deformable attention as the published networks use it.
+"""Multi-scale deformable attention of the published networks.
 
-The operator of Deformable DETR (https://arxiv.org/abs/2010.04159), which BEVFormer and MapTR run as a compiled one.
-Here it is plain PyTorch, or one of the fast implementations of `perception.ops.bilinear`.
+This is the operator of Deformable DETR (https://arxiv.org/abs/2010.04159), which BEVFormer and MapTR use as a compiled
+CUDA extension. Here it is plain PyTorch, or one of the fast implementations of `perception.ops.bilinear`.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ def deformable_attention(
     weight: Tensor,
     implementation: str | None = None,
 ) -> Tensor:
-    """The weighted sum of what each head reads at its locations on all levels.
+    """Sums bilinear samples with weights, per head, over the sampling locations of all levels.
 
     Args:
         value: [B, sum of h * w, heads, C], levels one after the other, each row by row.
         sizes: height and width of each level.
-        locations: [B, Q, heads, levels, P, 2], x and y with 0..1 over a level; what lies outside reads zero.
+        locations: [B, Q, heads, levels, P, 2], x and y, 0..1 over a level; locations outside sample zero.
         weight: [B, Q, heads, levels, P].
-        implementation: of `perception.ops.bilinear.IMPLEMENTATIONS`, None for the fastest.
+        implementation: one of `perception.ops.bilinear.IMPLEMENTATIONS`, None for the fastest.
 
     Returns:
         [B, Q, heads * C], the channels of head 0 first.
 
     Raises:
-        ConfigError: the implementation is not known.
+        ConfigError: the implementation is unknown.
     """
     B, _, heads, C = value.shape
     Q = locations.shape[1]
@@ -56,21 +56,21 @@ def deformable_attention(
     total = value.new_zeros(B * heads, C, Q)
     for level, (part, (h, w)) in enumerate(zip(value.split([h * w for h, w in sizes], 1), sizes, strict=True)):
         per_head = part.permute(0, 2, 3, 1).reshape(B * heads, C, h, w)
-        read = F.grid_sample(per_head, grid[:, :, level], align_corners=False)  # [B * heads, C, Q, P]
-        total = total + (read * weight[:, :, :, level]).sum(-1)
+        samples = F.grid_sample(per_head, grid[:, :, level], align_corners=False)  # [B * heads, C, Q, P]
+        total = total + (samples * weight[:, :, :, level]).sum(-1)
     return total.view(B, heads * C, Q).transpose(1, 2)
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
-    """The logit of probabilities, kept finite as the published code does."""
+    """Returns the logits of probabilities, clamped to finite values as in the published code."""
     x = x.clamp(0, 1)
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
 
 
 def refined(locations: Tensor, change: Tensor) -> Tensor:
-    """Places in 0..1 after a decoder layer has changed their logits.
+    """Refines locations in 0..1 by adding a decoder layer's change to their logits.
 
-    In float32 whatever the network runs in: bfloat16 would round them to decimetres, and the gradient at a place that
-    is rounded to one would be huge.
+    Computed in float32 for any precision of the network: bfloat16 would round locations to decimetres, and the gradient
+    at a location that is rounded to 1 would be huge.
     """
     return (change.float() + inverse_sigmoid(locations)).sigmoid()

@@ -1,8 +1,10 @@
-"""The GPU kernels of `perception.ops.bilinear`, in Triton: weighted sums of bilinear samples, forward and backward.
+"""Triton kernels of `perception.ops.bilinear` for GPUs: weighted sums of bilinear samples, forward and backward.
 
-A program works on a block of rows, that is of (batch, query, head), times a block of channels. Maps are stored with
-the channels last, so what a row reads of one pixel is one run of memory. Everything is computed in float32. Offsets are
-64 bits wide: the maps of a large batch have more than 2^31 numbers.
+A program computes a block of rows, that is of (batch, query, head), times a block of channels. Maps are stored with
+channels last, so the channels of a pixel are contiguous in memory. Everything is computed in float32. Offsets have 64
+bits, because the maps of a large batch have more than 2^31 numbers.
+
+Arguments of kernels have no annotations except compile-time constants, because Triton interprets annotations.
 """
 
 from __future__ import annotations
@@ -13,18 +15,18 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 1024  # numbers of one program: eight for each of 128 threads, one load of 16 bytes of bfloat16
-# Of one program at a time. Backward, a row of 32 threads times 4 numbers of float32 is summed within its warp.
+# Channels of one program. Backward, a row is 32 threads times 4 float32 numbers and is summed within its warp.
 FORWARD_CHANNELS, BACKWARD_CHANNELS = 256, 128
 
 
 @triton.jit
-def _along(place, size, BORDER: tl.constexpr):
-    """Along one axis: both pixels, the second one's share, whether each is on the map, whether the place counts."""
-    at = place * size - 0.5
+def _along(location, size, BORDER: tl.constexpr):
+    """Along one axis: both pixels, the weight of the second, whether each is on the map, whether there is a gradient."""
+    at = location * size - 0.5
     last = size - 1.0
     free = at == at
     if BORDER:
-        free = (at > 0.0) & (at < last)  # a place that is clamped gets no gradient
+        free = (at > 0.0) & (at < last)  # a clamped location gets no gradient
         at = tl.minimum(tl.maximum(at, 0.0), last)
     else:
         at = tl.minimum(tl.maximum(at, -2.0), last + 2.0)  # so that it fits into 32 bits
@@ -42,7 +44,7 @@ def _along(place, size, BORDER: tl.constexpr):
 def _corners(
     locations, index, weight, at, in_rows, batch, head, N, h, w, heads, C, HAS_INDEX: tl.constexpr, BORDER: tl.constexpr
 ):
-    """Of one sample of each row: its weight, the offsets of its four pixels and whether to read each."""
+    """For one sample of each row: its weight, the offsets of its four pixels and whether to read each of them."""
     share = tl.load(weight + at, mask=in_rows, other=0.0).to(tl.float32)
     alive = in_rows & (share != 0.0)
     x = tl.load(locations + 2 * at, mask=alive, other=0.0).to(tl.float32)
@@ -107,7 +109,7 @@ def _backward(
         share, fx, fy, x_free, y_free, p00, p01, p10, p11, m00, m01, m10, m11 = _corners(
             locations, index, weight, at, in_rows, batch, head, N, h, w, heads, C, HAS_INDEX, BORDER
         )
-        # What the four pixels have in common with the gradient, summed over channels.
+        # Products of the four pixels and the gradient, summed over channels.
         d00 = tl.zeros((BLOCK_R,), tl.float32)
         d01 = tl.zeros((BLOCK_R,), tl.float32)
         d10 = tl.zeros((BLOCK_R,), tl.float32)
@@ -143,7 +145,7 @@ def _backward(
 
 
 def _blocks(C: int, most: int) -> tuple[int, int]:
-    """Rows and channels of one program."""
+    """Returns the numbers of rows and channels of one program."""
     channels = min(triton.next_power_of_2(C), most)
     return max(BLOCK // channels, 1), channels
 
@@ -171,12 +173,12 @@ def forward(
 def backward(
     grad: Tensor, maps: Tensor, locations: Tensor, index: Tensor | None, weight: Tensor, border: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs the backward kernel: gradients of maps, locations and weight from that of the result."""
+    """Runs the backward kernel: returns the gradients of maps, locations and weight, given that of the result."""
     B, N, h, w, heads, C = maps.shape
     _, Q, _, S, _ = locations.shape
     rows = B * Q * heads
     locations, weight, grad = (x.contiguous() for x in (locations, weight, grad))
-    # In float32 every thread reads the four numbers that it adds to; halves would change hands between threads.
+    # In float32 every thread reads the same four numbers that it adds to; in half precision threads would exchange them.
     dtype, maps = maps.dtype, maps.float().contiguous()
     maps_grad = torch.zeros_like(maps)
     locations_grad, weight_grad = torch.empty_like(locations), torch.empty_like(weight)

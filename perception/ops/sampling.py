@@ -1,11 +1,11 @@
 """Deformable sampling of camera features and of BEV maps.
 
-The idea is that of Deformable DETR (https://arxiv.org/abs/2010.04159): a query reads a few locations that it chooses
-itself, and takes their weighted sum. Here the locations may lie in several cameras, or on the BEV grid.
+As in Deformable DETR (https://arxiv.org/abs/2010.04159), a query predicts a few sampling locations and takes the
+weighted sum of the features there. The locations are in several cameras, or on the BEV grid.
 
-The plain implementations have static shapes and 4-D grid_sample only, so that they export as they are. They are used
-for export and in float64; otherwise `perception.ops.bilinear` has faster ones. `implementation="plain"`,
-"embedding_bag" or "triton" asks for one of them.
+The plain implementations have static shapes and use only 4-D grid_sample, so that they can be exported. They are used
+for export and in float64; `perception.ops.bilinear` has faster ones for other cases. Give `implementation="plain"`,
+"embedding_bag" or "triton" to select one.
 """
 
 from __future__ import annotations
@@ -19,61 +19,61 @@ from perception.ops.bilinear import choose_implementation, weighted_bilinear
 
 
 def read_cameras(features: Tensor, uv: Tensor, camera: Tensor, implementation: str | None = None) -> Tensor:
-    """Bilinear reading of camera feature maps, each sample from a camera of its own choice.
+    """Samples camera feature maps bilinearly; each sample has its camera.
 
-    The cameras are stacked into one tall map, which makes the choice of a camera a vertical offset. Places are clamped
-    to the centres of the border pixels, so a sample never bleeds into the neighbour in the stack.
+    The cameras are stacked into one tall map, so the camera index becomes a vertical offset. Locations are clamped to
+    the centres of the border pixels, so that a sample never mixes with the neighbouring camera in the stack.
 
     Args:
         features: [B, N, C, h, w].
-        uv: [B, Q, S, 2] place in the chosen camera, 0..1 over width and height.
-        camera: [B, Q, S] int64 index of the chosen camera.
-        implementation: of `perception.ops.bilinear.IMPLEMENTATIONS`, None for the fastest.
+        uv: [B, Q, S, 2] sampling location in the camera, 0..1 over width and height.
+        camera: [B, Q, S] int64 index of the camera.
+        implementation: one of `perception.ops.bilinear.IMPLEMENTATIONS`, None for the fastest.
 
     Returns:
         [B, C, Q, S].
 
     Raises:
-        ConfigError: the implementation is not known.
+        ConfigError: the implementation is unknown.
     """
     B, N, C, h, w = features.shape
     implementation = choose_implementation(features, implementation, on_cpu="plain")  # nothing is summed
     if implementation != "plain":
         weight = torch.ones_like(uv[..., 0])
-        one_each = (x.flatten(1, 2)[:, :, None] for x in (uv, camera, weight))  # [B, Q * S, 1, ...]
-        read = sample_cameras(features, *one_each, implementation)  # [B, Q * S, C]
-        return read.transpose(1, 2).unflatten(2, camera.shape[1:])
+        uv, single, weight = (x.flatten(1, 2)[:, :, None] for x in (uv, camera, weight))  # [B, Q * S, 1, ...]
+        samples = sample_cameras(features, uv, single, weight, implementation)  # [B, Q * S, C]
+        return samples.transpose(1, 2).unflatten(2, camera.shape[1:])
     column = (uv[..., 0] * w).clamp(0.5, w - 0.5)  # [B, Q, S] feature pixels, centres at +0.5
     row = (uv[..., 1] * h).clamp(0.5, h - 0.5) + camera * h
-    place = torch.stack([column * (2 / w) - 1, row * (2 / (N * h)) - 1], -1)  # [B, Q, S, 2]
+    locations = torch.stack([column * (2 / w) - 1, row * (2 / (N * h)) - 1], -1)  # [B, Q, S, 2]
     tall = features.transpose(1, 2).reshape(B, C, N * h, w)
-    # Places keep their precision: eight bits of bfloat16 cannot tell the pixels of a large map apart.
-    return F.grid_sample(tall.to(place.dtype), place, padding_mode="border", align_corners=False)
+    # Locations keep their precision: the eight bits of bfloat16 cannot distinguish the pixels of a large map.
+    return F.grid_sample(tall.to(locations.dtype), locations, padding_mode="border", align_corners=False)
 
 
 def sample_cameras(
     features: Tensor, uv: Tensor, camera: Tensor, weight: Tensor, implementation: str | None = None
 ) -> Tensor:
-    """The weighted sum of what `read_cameras` reads.
+    """Sums the samples of `read_cameras` with weights.
 
     Args:
         features: [B, N, C, h, w].
-        uv: [B, Q, S, 2] place in the chosen camera, 0..1 over width and height.
-        camera: [B, Q, S] int64 index of the chosen camera.
-        weight: [B, Q, S]; zero for a sample that must not count.
-        implementation: of `perception.ops.bilinear.IMPLEMENTATIONS`, None for the fastest.
+        uv: [B, Q, S, 2] sampling location in the camera, 0..1 over width and height.
+        camera: [B, Q, S] int64 index of the camera.
+        weight: [B, Q, S]; give zero for samples to skip.
+        implementation: one of `perception.ops.bilinear.IMPLEMENTATIONS`, None for the fastest.
 
     Returns:
         [B, Q, C].
 
     Raises:
-        ConfigError: the implementation is not known.
+        ConfigError: the implementation is unknown.
     """
     implementation = choose_implementation(features, implementation, on_cpu="embedding_bag")
     if implementation != "plain":
         maps = features.permute(0, 1, 3, 4, 2)[:, :, :, :, None]  # [B, N, h, w, 1, C]
         dtype = torch.promote_types(uv.dtype, weight.dtype)
-        uv, camera, weight = uv[:, :, None], camera[:, :, None], weight[:, :, None]  # of one head
+        uv, camera, weight = uv[:, :, None], camera[:, :, None], weight[:, :, None]  # one head
         summed = weighted_bilinear(
             maps, uv, camera, weight, border=True, dtype=dtype, implementation=implementation
         )  # [B, Q, 1, C]
@@ -85,24 +85,24 @@ def sample_cameras(
 def sample_bev(
     bev: Tensor, grid: BEVGrid, points_ego: Tensor, weight: Tensor, implementation: str | None = None
 ) -> Tensor:
-    """Multi-head deformable reading of a BEV map, zero outside the grid.
+    """Sums bilinear samples of a BEV map with weights, per head; samples outside the grid are zero.
 
     Args:
         bev: [B, C, X, Y], the channels of head 0 first.
-        grid: where the cells lie.
-        points_ego: [B, Q, heads, S, 2] metres.
+        grid: positions of the cells.
+        points_ego: [B, Q, heads, S, 2] sampling locations, metres.
         weight: [B, Q, heads, S].
-        implementation: of `perception.ops.bilinear.IMPLEMENTATIONS`, None for the fastest.
+        implementation: one of `perception.ops.bilinear.IMPLEMENTATIONS`, None for the fastest.
 
     Returns:
         [B, Q, C], the channels of head 0 first.
 
     Raises:
-        ConfigError: the implementation is not known.
+        ConfigError: the implementation is unknown.
     """
     B, C, X, Y = bev.shape
     _, Q, heads, S, _ = points_ego.shape
-    # On a CPU the map would have to be copied with its channels last, which takes longer than a few queries do.
+    # On a CPU the map would have to be copied to channels_last, which takes longer than sampling a few queries.
     implementation = choose_implementation(bev, implementation, on_cpu="plain")
     if implementation != "plain":
         maps = bev.unflatten(1, (heads, C // heads)).permute(0, 3, 4, 1, 2)[:, None]  # [B, 1, X, Y, heads, C / heads]

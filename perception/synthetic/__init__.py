@@ -1,4 +1,4 @@
-"""A procedural town, its renderer, and a writer of nuScenes-format datasets."""
+"""Generates synthetic datasets: a procedural town, its renderer, and a writer of the nuScenes format."""
 
 from perception.synthetic.writer import VERSION, simulate
 

@@ -1,6 +1,6 @@
-"""Districts: the world of one scene of the synthetic town.
+"""Districts of the synthetic town: the world of one scene.
 
-A district is a piece of road network about 220 x 220 m with everything that stands and moves on it. All geometry is in
+A district is a road network of about 220 x 220 m with its buildings, plants, markings and actors. All geometry is in
 global map metres, float64, on flat ground z = 0; yaw turns from +x to +y. The same seed gives the same district.
 """
 
@@ -12,18 +12,18 @@ import numpy as np
 from shapely.geometry import Polygon
 from shapely.geometry.base import BaseGeometry
 
-# Below this speed (m/s) an actor counts as standing still.
-STILL_SPEED = 0.2
+# Below this speed (m/s) an actor counts as stationary.
+STATIONARY_SPEED = 0.2
 
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """A path through time, linear between its samples and constant before the first and after the last.
+    """Pose over time: linear between samples, constant before the first and after the last.
 
     Args:
-        times: [T] seconds from the scene's start, increasing; T = 1 for something that never moves.
+        times: [T] seconds from the scene's start, increasing; T = 1 for an actor that never moves.
         xy: [T, 2] global metres.
-        yaw: [T] radians, unwrapped (no jumps of 2 pi), so that it may be interpolated.
+        yaw: [T] radians, unwrapped (no jumps of 2 pi), so that it can be interpolated.
     """
 
     times: np.ndarray
@@ -32,16 +32,16 @@ class Trajectory:
 
     @property
     def static(self) -> bool:
-        """True where there is only one sample."""
+        """True if there is only one sample."""
         return len(self.times) == 1
 
     def at(self, t: float) -> tuple[np.ndarray, float]:
-        """Position [2] in global metres and yaw in radians at time `t` seconds."""
+        """Returns position [2] in global metres and yaw in radians at time `t` seconds."""
         xy = np.array([np.interp(t, self.times, self.xy[:, d]) for d in range(2)])
         return xy, float(np.interp(t, self.times, self.yaw))
 
     def velocity(self, t: float, half_step: float = 0.05) -> np.ndarray:
-        """Velocity [2] in m/s along global x and y: the central difference of `at` over `2 * half_step` seconds."""
+        """Returns the velocity [2] in m/s along global x and y, by central difference over `2 * half_step` seconds."""
         if self.static:
             return np.zeros(2)
         low, high = max(t - half_step, self.times[0]), min(t + half_step, self.times[-1])
@@ -52,7 +52,7 @@ class Trajectory:
 
 @dataclass(frozen=True, eq=False)
 class Actor:
-    """One thing that gets a 3D box.
+    """An object with a 3D box.
 
     Args:
         name: unique within the district.
@@ -60,7 +60,7 @@ class Actor:
         size: length (along the heading), width, height in metres; a barrier is short and wide.
         color: RGB, 0..1.
         trajectory: of the centre of the footprint.
-        rider: for bicycles and motorcycles, whether somebody sits on it.
+        rider: whether a bicycle or motorcycle has a rider.
     """
 
     name: str
@@ -71,8 +71,11 @@ class Actor:
     rider: bool = False
 
     def attribute(self, t: float) -> str:
-        """The nuScenes attribute at time `t`, '' for cones and barriers. Vehicles that never move are parked."""
-        moving = bool(np.linalg.norm(self.trajectory.velocity(t)) > STILL_SPEED)
+        """Returns the nuScenes attribute at time `t`, '' for cones and barriers.
+
+        A vehicle that never moves is parked.
+        """
+        moving = bool(np.linalg.norm(self.trajectory.velocity(t)) > STATIONARY_SPEED)
         if self.category in ("vehicle.bicycle", "vehicle.motorcycle"):
             return "cycle.with_rider" if self.rider else "cycle.without_rider"
         if self.category.startswith("human.pedestrian"):
@@ -86,7 +89,7 @@ class Actor:
 
 @dataclass(frozen=True, eq=False)
 class Building:
-    """A block with vertical walls. `window_seed` chooses the pattern of its windows."""
+    """A block with vertical walls. `window_seed` selects the pattern of its windows."""
 
     footprint: np.ndarray  # [P, 2] counter-clockwise, first point not repeated
     height: float
@@ -96,7 +99,7 @@ class Building:
 
 @dataclass(frozen=True, eq=False)
 class Tree:
-    """A trunk (cylinder) with a round crown on its top."""
+    """A trunk (cylinder) with a round crown on top."""
 
     xy: np.ndarray  # [2]
     trunk_height: float
@@ -115,7 +118,7 @@ class Pole:
 
 @dataclass(frozen=True, eq=False)
 class Surface:
-    """A piece of ground, painted in list order: later ones cover earlier ones.
+    """An area of ground. Surfaces are drawn in list order: later ones cover earlier ones.
 
     `material` is one of 'grass', 'walkway', 'asphalt', 'parking', 'concrete'.
     """
@@ -126,7 +129,7 @@ class Surface:
 
 @dataclass(frozen=True, eq=False)
 class Marking:
-    """Road paint ('white' or 'yellow'), laid over all surfaces: every dash and every zebra bar is one polygon."""
+    """Road paint ('white' or 'yellow') on top of all surfaces. Every dash and every zebra bar is one polygon."""
 
     polygon: Polygon
     color: str
@@ -134,7 +137,7 @@ class Marking:
 
 @dataclass(frozen=True, eq=False)
 class Kerb:
-    """The centre line of kerb stones along the road's boundary; a closed one repeats its first point last."""
+    """Centre line of kerb stones along the road's boundary; a closed line repeats its first point last."""
 
     line: np.ndarray  # [P, 2]
 
@@ -146,14 +149,14 @@ class Light:
     sun_direction: np.ndarray  # [3]
     sun_color: tuple[float, float, float]
     sky_color: tuple[float, float, float]
-    ambient: float  # 0..1 share of light that comes from everywhere
-    fog_density: float  # 1/m: what is d metres away is seen through exp(-fog_density * d)
-    exposure: float  # factor on all brightness
+    ambient: float  # 0..1 share of ambient light
+    fog_density: float  # 1/m: transmission over d metres is exp(-fog_density * d)
+    exposure: float  # factor on brightness
 
 
 @dataclass(frozen=True, eq=False)
 class District:
-    """The world of one scene. `layers` holds the shapely geometries of the nuScenes map layers by layer name."""
+    """World of one scene. `layers` holds the shapely geometries of the nuScenes map layers by layer name."""
 
     seed: int
     location: str

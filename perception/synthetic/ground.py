@@ -1,10 +1,10 @@
-"""The ground as a picture: surfaces and paint drawn from above, and read back without aliasing at any distance."""
+"""Draws the ground as a texture seen from above, and samples it without aliasing at any distance."""
 
 from __future__ import annotations
 
 import cv2
 import numpy as np
-from shapely.geometry import box
+from shapely.geometry import Polygon, box
 from shapely.geometry.base import BaseGeometry
 
 from perception.synthetic.district import District
@@ -18,60 +18,67 @@ _MATERIALS = {
     "concrete": Material.CONCRETE,
 }
 _PAINT = {"white": (0.90, 0.90, 0.87), "yellow": (0.88, 0.68, 0.13)}
-# The side of the noise tiles: a multiple of both the paving stones' and the slabs' period in pixels.
+# Side of the noise tiles in pixels: a multiple of the periods of paving stones and slabs.
 _TILE = 480
 _STONE, _SLAB = 12, 60
 _LEVELS = 8
 
 
 def smooth_noise(rng: np.random.Generator, side: int, octaves: tuple[float, ...]) -> np.ndarray:
-    """Noise that repeats without a seam, [side, side] float32 with mean 0 and deviation 1.
+    """Draws noise that tiles without a seam: [side, side] float32 with mean 0 and standard deviation 1.
 
     Args:
-        rng: source.
+        rng: source of randomness.
         side: pixels.
-        octaves: blur widths in pixels (0 for none) that are added with equal weight.
+        octaves: blur widths in pixels (0 for none), added with equal weights.
     """
-    total = np.zeros((side, side), np.float32)
+    total: np.ndarray = np.zeros((side, side), np.float32)
     for sigma in octaves:
         noise = rng.standard_normal((side, side), dtype=np.float32)
         if sigma > 0:
             pad = min(side, int(4 * sigma) + 1)
             wrapped = cv2.copyMakeBorder(noise, pad, pad, pad, pad, cv2.BORDER_WRAP)
-            noise = cv2.GaussianBlur(wrapped, (0, 0), sigma)[pad:-pad, pad:-pad]
+            noise = np.asarray(cv2.GaussianBlur(wrapped, (0, 0), sigma))[pad:-pad, pad:-pad].astype(np.float32)
         total += noise / noise.std()
     return total / total.std()
 
 
-def _polygons(geometry: BaseGeometry) -> list:
+def _polygons(geometry: BaseGeometry) -> list[Polygon]:
+    """Lists the polygons of a geometry."""
     if geometry.geom_type == "Polygon":
         return [] if geometry.is_empty else [geometry]
     return [p for part in getattr(geometry, "geoms", []) for p in _polygons(part)]
 
 
 class Ground:
-    """A colour picture of the plane z = 0 around a path, as a pyramid in one image.
+    """Colour texture of the plane z = 0 around a path, as an image pyramid in one atlas.
 
     Args:
-        district: its surfaces are painted in order, its markings over them.
-        path: [P, 2] global metres; the picture covers everything within `margin` of it.
-        rng: source of the texture.
+        district: its surfaces are drawn in order, its markings on top.
+        path: [P, 2] global metres; the texture covers the bounding box of the path and `margin` around it.
+        rng: source of the texture's noise.
         margin: metres.
         resolution: metres per pixel of the finest level.
     """
 
     def __init__(
-        self, district: District, path: np.ndarray, rng: np.random.Generator, margin: float = 75.0, resolution=0.05
+        self,
+        district: District,
+        path: np.ndarray,
+        rng: np.random.Generator,
+        margin: float = 75.0,
+        resolution: float = 0.05,
     ) -> None:
         self.resolution = resolution
         step = resolution * 2 ** (_LEVELS - 1)
         self.low = np.floor((path.min(0) - margin) / step) * step  # [2] global metres
         high = np.ceil((path.max(0) + margin) / step) * step
-        self.shape = tuple(np.round((high - self.low) / resolution).astype(int)[::-1])  # rows along y, columns along x
+        columns, rows = np.round((high - self.low) / resolution).astype(int).tolist()
+        self.shape = rows, columns  # rows along y, columns along x
         self.material, color = self._paint(district, rng)
         self._atlas, self._origins, self._limits = _stack_pyramid(color)
 
-    def _paint(self, district: District, rng) -> tuple[np.ndarray, np.ndarray]:
+    def _paint(self, district: District, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Draws materials [rows, columns] uint8 and colours [rows, columns, 3] uint8."""
         rows, columns = self.shape
         window = box(*self.low, *(self.low + np.array([columns, rows]) * self.resolution))
@@ -102,7 +109,7 @@ class Ground:
         patches = self._patches(rng)
 
         color = np.empty((rows, columns, 3), np.uint8)
-        for top in range(0, rows, _TILE):  # in strips: the whole picture in floats would be large
+        for top in range(0, rows, _TILE):  # in strips: the whole texture as floats would be large
             part = slice(top, min(top + _TILE, rows))
             kind = material[part]  # [strip, columns]
             shade = 1 + grain[kind] * self._tiled(fine, top, kind.shape)
@@ -120,8 +127,8 @@ class Ground:
             material[mask > 127] = Material.MARKING
         return material, color
 
-    def _patches(self, rng) -> np.ndarray:
-        """Repairs, stains and manhole covers: a factor on the asphalt, [rows, columns] float16."""
+    def _patches(self, rng: np.random.Generator) -> np.ndarray:
+        """Draws repairs, stains and manhole covers: a brightness factor of the asphalt, [rows, columns] float16."""
         rows, columns = self.shape
         factor = np.ones((rows, columns), np.float32)
         for _ in range(int(rows * columns * self.resolution**2 / 220)):
@@ -129,28 +136,29 @@ class Ground:
             half = np.array([rng.uniform(0.4, 4.0), rng.uniform(0.3, 1.2)]) / self.resolution
             angle = np.degrees(rng.uniform(0, np.pi))
             corners = cv2.boxPoints((tuple(center), tuple(2 * half), angle)).astype(np.int32)
-            cv2.fillPoly(factor, [corners], rng.uniform(0.78, 1.1))
+            cv2.fillPoly(factor, [corners], (rng.uniform(0.78, 1.1),))
         for _ in range(int(rows * columns * self.resolution**2 / 900)):
-            center = tuple(int(c) for c in rng.uniform(0, [columns, rows]))
-            cv2.circle(factor, center, int(0.35 / self.resolution), 0.6, -1)
-            cv2.circle(factor, center, int(0.29 / self.resolution), 0.8, -1)
+            manhole = [int(c) for c in rng.uniform(0, [columns, rows])]
+            cv2.circle(factor, manhole, int(0.35 / self.resolution), (0.6,), -1)
+            cv2.circle(factor, manhole, int(0.29 / self.resolution), (0.8,), -1)
         return factor.astype(np.float16)
 
-    def _tiled(self, tile: np.ndarray, top: int, shape: tuple[int, int]) -> np.ndarray:
+    def _tiled(self, tile: np.ndarray, top: int, shape: tuple[int, ...]) -> np.ndarray:
+        """Repeats a tile over a strip of the given shape that starts at row `top`."""
         rows = (np.arange(shape[0]) + top) % tile.shape[0]
         repeats = -(-shape[1] // tile.shape[1])
         return np.tile(tile[rows], (1, repeats))[:, : shape[1]]
 
-    def _fill(self, image: np.ndarray, polygon, value: int) -> None:
-        """Fills one polygon; holes come out through the even-odd rule. Vertices are exact to 1/16 pixel."""
+    def _fill(self, image: np.ndarray, polygon: Polygon, value: int) -> None:
+        """Fills one polygon; the even-odd rule leaves its holes empty. Vertices are exact to 1/16 pixel."""
         rings = [polygon.exterior, *polygon.interiors]
-        # fillPoly also paints its outline's pixels; pixel centres are whole numbers there, hence the half.
+        # fillPoly also fills the pixels of the outline, and its pixel centres are whole numbers: hence the half.
         points = [((np.array(r.coords)[:, :2] - self.low) / self.resolution - 0.5) * 16 for r in rings]
         smooth = cv2.LINE_AA if value == 255 else cv2.LINE_8
-        cv2.fillPoly(image, [np.round(p).astype(np.int32) for p in points], value, smooth, 4)
+        cv2.fillPoly(image, [np.round(p).astype(np.int32) for p in points], (value,), smooth, 4)
 
     def colors(self, x: np.ndarray, y: np.ndarray, footprint: np.ndarray) -> np.ndarray:
-        """Colours at points, each averaged over about its footprint.
+        """Samples colours at points, each averaged over about its footprint.
 
         Args:
             x, y: [H, W] float32 metres from `low`.
@@ -167,7 +175,7 @@ class Ground:
         return cv2.remap(self._atlas, u, v, cv2.INTER_LINEAR)
 
     def materials(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """Material at points given in metres from `low`, same shape, uint8; grass beyond the picture."""
+        """Looks up the material (uint8, same shape) at points in metres from `low`; it is grass outside the texture."""
         column = np.clip(x * (1 / self.resolution), -1, self.shape[1]).astype(np.int32)
         row = np.clip(y * (1 / self.resolution), -1, self.shape[0]).astype(np.int32)
         inside = (x >= 0) & (y >= 0) & (column < self.shape[1]) & (row < self.shape[0])
@@ -176,11 +184,11 @@ class Ground:
 
 
 def _stack_pyramid(color: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All levels in one image: the finest on the left, the others one under the other on its right.
+    """Packs all pyramid levels into one image: the finest on the left, the others stacked on its right.
 
     Returns:
-        atlas [rows, 1.5 columns, 3] uint8, origins [2, levels] and limits [2, levels] float32: where each level's
-        first pixel lies and the last coordinate within it, columns first.
+        atlas [rows, 1.5 columns, 3] uint8, origins [2, levels] float32 (position of each level's first pixel, columns
+        first), limits [2, levels] float32 (largest coordinate within each level).
     """
     rows, columns = color.shape[:2]
     atlas = np.zeros((rows, columns + columns // 2, 3), np.uint8)

@@ -1,16 +1,17 @@
 """Writes districts as a nuScenes map expansion (JSON, version 1.3) that the devkit's NuScenesMap reads unchanged.
 
-What nuscenes-devkit 1.2.0 really opens: `NuScenesMap(dataroot, map_name)` reads `maps/expansion/<map_name>.json` and
-nothing else; `map_name` must be one of four known names. `NuScenes(version, dataroot)` wants `<version>/map.json` with
-`log_tokens` and, for each of its records, that the file `filename` (a PNG) exists: its pixels are read only when a map
-is drawn, as a mask with 0.1 m per pixel whose last row is y = 0. The PNGs under `maps/basemap` are never needed.
+Files that nuscenes-devkit 1.2.0 opens: `NuScenesMap(dataroot, map_name)` reads only `maps/expansion/<map_name>.json`;
+`map_name` must be one of four known names. `NuScenes(version, dataroot)` needs `<version>/map.json` with `log_tokens`,
+and the file `filename` (a PNG) of each of its records must exist. Its pixels are read only when a map is drawn, as a
+mask with 0.1 m per pixel whose last row is y = 0. The PNGs under `maps/basemap` are not needed.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from shapely.geometry import LineString, Polygon
@@ -19,8 +20,8 @@ from perception.errors import ConfigError
 from perception.files import write_json
 from perception.synthetic.district import District
 
-# Fields that the devkit or its users expect beside the geometry, by layer.
-_POLYGON_LAYERS = {
+# Fields that the devkit or its users expect in addition to the geometry, by layer.
+_POLYGON_LAYERS: dict[str, dict[str, Any]] = {
     "road_segment": {"drivable_area_token": ""},
     "lane": {"lane_type": "CAR", "from_edge_line_token": "", "to_edge_line_token": "",
              "left_lane_divider_segments": [], "right_lane_divider_segments": []},
@@ -30,19 +31,22 @@ _POLYGON_LAYERS = {
                   "road_block_token": ""},
     "carpark_area": {"orientation": 0.0, "road_block_token": ""},
 }  # fmt: skip
-_LINE_LAYERS = {"road_divider": {"road_segment_token": None}, "lane_divider": {"lane_divider_segments": []}}
+_LINE_LAYERS: dict[str, dict[str, Any]] = {
+    "road_divider": {"road_segment_token": None},
+    "lane_divider": {"lane_divider_segments": []},
+}
 _EMPTY_LAYERS = ("road_block", "traffic_light", "lane_connector")
 
 
 class _Records:
-    """The growing JSON object; tokens are hashes of names, nodes are shared by all that pass the same coordinates."""
+    """Collects the records of a map; tokens are hashes of names, equal coordinates share one node."""
 
-    def __init__(self, location: str):
+    def __init__(self, location: str) -> None:
         self.location = location
         self.layers: dict[str, list[dict]] = {"polygon": [], "line": [], "node": []}
         self.nodes: dict[tuple[float, float], str] = {}
 
-    def token(self, *names) -> str:
+    def token(self, *names: object) -> str:
         digest = hashlib.sha256("/".join(map(str, (self.location, *names))).encode()).hexdigest()
         return "-".join((digest[:8], digest[8:12], digest[12:16], digest[16:20], digest[20:32]))
 
@@ -52,8 +56,8 @@ class _Records:
             self.layers["node"].append({"token": self.nodes[x, y], "x": x, "y": y})
         return self.nodes[x, y]
 
-    def ring(self, coords) -> list[str]:
-        """Node tokens of a closed ring, the last point (equal to the first) left out."""
+    def ring(self, coords: Iterable[tuple[float, ...]]) -> list[str]:
+        """Adds the nodes of a closed ring and returns their tokens, without the last point (equal to the first)."""
         return [self.node(float(x), float(y)) for x, y in list(coords)[:-1]]
 
     def polygon(self, name: tuple, polygon: Polygon) -> str:
@@ -73,15 +77,15 @@ class _Records:
 def write_map_expansion(districts: Sequence[District], path: str | Path) -> None:
     """Writes the map of one location: the union of its districts.
 
-    Lanes come without a lane graph (`arcline_path_3`, `connectivity` and `lane_connector` are empty), because nothing
-    in perception reads one. Road segments of junctions carry `is_intersection`.
+    There is no lane graph: `arcline_path_3`, `connectivity` and `lane_connector` are empty. Road segments of junctions
+    have `is_intersection`.
 
     Args:
-        districts: all of one location, at least one, with different names and in positive coordinates.
-        path: `<dataroot>/maps/expansion/<location>.json`; its folder is made, the file is replaced at once.
+        districts: all districts of one location, at least one, with different names and positive coordinates.
+        path: `<dataroot>/maps/expansion/<location>.json`; missing folders are made, an existing file is replaced.
 
     Raises:
-        ConfigError: where there is no district, locations or names clash, or coordinates are negative.
+        ConfigError: there is no district, locations differ, names are equal, or coordinates are negative.
     """
     path = Path(path)
     locations = {district.location for district in districts}
@@ -96,15 +100,15 @@ def write_map_expansion(districts: Sequence[District], path: str | Path) -> None
     for district in districts:
         for layer, fields in _POLYGON_LAYERS.items():
             for index, polygon in enumerate(district.layers[layer]):
-                name = (district.name, layer, index)
-                record = {"token": records.token(*name), "polygon_token": records.polygon(name, polygon), **fields}
+                key = (district.name, layer, index)
+                record = {"token": records.token(*key), "polygon_token": records.polygon(key, polygon), **fields}
                 if layer == "road_segment":
                     record["is_intersection"] = district.intersections[index]
                 layers[layer].append(record)
         for layer, fields in _LINE_LAYERS.items():
             for index, line in enumerate(district.layers[layer]):
-                name = (district.name, layer, index)
-                layers[layer].append({"token": records.token(*name), "line_token": records.line(name, line), **fields})
+                key = (district.name, layer, index)
+                layers[layer].append({"token": records.token(*key), "line_token": records.line(key, line), **fields})
         area = [
             records.polygon((district.name, "drivable_area", index), polygon)
             for index, polygon in enumerate(district.layers["drivable_area"])

@@ -1,7 +1,7 @@
-"""Everything that stands or walks beside the traffic: parked vehicles, yards, work sites, cycles, pedestrians.
+"""Draws all actors that are not moving traffic: parked vehicles, yards, work sites, cycles, pedestrians.
 
-Works in the district's own frame (see `roads`). Nothing here looks at what else is there: overlaps are sorted out at
-the end by `traffic.drop_collisions`.
+Everything is in the district's frame (see `roads`). Actors are placed independently of each other;
+`traffic.drop_collisions` removes overlaps at the end.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from shapely.geometry import LineString, Polygon
 
 from perception.synthetic.district import Actor, Trajectory
 from perception.synthetic.roads import Network, Road
-from perception.synthetic.traffic import STEP, draw_color, draw_size, still
+from perception.synthetic.traffic import STEP, draw_color, draw_size, stationary
 
-# What stands along kerbs, what a yard may be made for (each with its own chance), and what fills it up: as streets have
-# it, and where things are rare that are rare in streets no more.
+# Category frequencies, first as in usual streets, then with frequent rare classes: vehicles along kerbs, and vehicles
+# that fill a yard. Between them, the probability that a yard holds at least one vehicle of a category.
 _KERB_MIX = (
     {"vehicle.car": 0.86, "vehicle.truck": 0.06, "vehicle.motorcycle": 0.05, "vehicle.bicycle": 0.03},
     {"vehicle.car": 0.3, "vehicle.truck": 0.25, "vehicle.bus.rigid": 0.15, "vehicle.motorcycle": 0.15,
@@ -31,22 +31,26 @@ _YARD_FILL = (
 )  # fmt: skip
 
 
-def mix(usual: dict[str, float], rare: dict[str, float], share: float) -> tuple[list[str], list[float]]:
-    """Categories and their chances, `share` of the way from one table to another that has all keys of the first."""
+def mix_frequencies(usual: dict[str, float], rare: dict[str, float], share: float) -> tuple[list[str], list[float]]:
+    """Interpolates category frequencies: 1 - `share` of `usual` plus `share` of `rare`, which has all keys of `usual`.
+
+    Returns:
+        The categories and their probabilities.
+    """
     chances = [(1 - share) * usual.get(category, 0.0) + share * chance for category, chance in rare.items()]
     return (list(rare), chances) if share else (list(usual), list(usual.values()))
 
 
 @dataclass(eq=False)
 class Population:
-    """Draws actors near the recording car's path and gives them unique names.
+    """Draws actors near the ego vehicle's path and gives them unique names.
 
     Args:
-        rng: the only source of chance.
-        network: where they are.
-        path: the recording car's path [P, 2].
-        duration: seconds that walkers walk.
-        rare: 0 for streets as they are, 1 for many more of the vehicles, cycles and work sites that they seldom have.
+        rng: source of all randomness.
+        network: road network on which actors are placed.
+        path: the ego vehicle's path [P, 2].
+        duration: seconds of pedestrian motion.
+        rare: frequency of rare vehicles, cycles and work sites, from 0 (as in usual streets) to 1 (many more).
     """
 
     rng: np.random.Generator
@@ -69,22 +73,28 @@ class Population:
             if self.ego_line.distance(shapely.Point(self.network.roads[section.road].point(s, 0.0))) < 42
         ]
 
-    def actor(self, category: str, trajectory: Trajectory, size=None, rider: bool = False) -> Actor:
-        """A new actor of drawn size and colour."""
+    def actor(
+        self,
+        category: str,
+        trajectory: Trajectory,
+        size: tuple[float, float, float] | None = None,
+        rider: bool = False,
+    ) -> Actor:
+        """Makes an actor with a random colour and, unless given, a random size."""
         self.counts[category] = self.counts.get(category, 0) + 1
         size = size or draw_size(self.rng, category)
         name = f"{category}-{self.counts[category]}"
         return Actor(name, category, size, draw_color(self.rng, category), trajectory, rider)
 
     def spot(self) -> tuple[Road, tuple[float, float], float]:
-        """A road, one of its clear runs and a station in it, near the path."""
+        """Draws a road, one of its clear runs and a station in it, near the path."""
         index, run, s = self.spots[self.rng.integers(len(self.spots))]
         return self.network.roads[index], run, float(s)
 
     def parked(self) -> list[Actor]:
-        """Vehicles along the kerbs of all parking strips near the path."""
+        """Draws vehicles along the kerbs of all parking strips near the path."""
         rng, actors = self.rng, []
-        categories, chances = mix(*_KERB_MIX, self.rare)
+        categories, chances = mix_frequencies(*_KERB_MIX, self.rare)
         occupancy = rng.uniform(0.3, 0.8)
         for index, run in dict.fromkeys((index, run) for index, run, _ in self.spots):
             road = self.network.roads[index]
@@ -101,14 +111,16 @@ class Population:
                     if near and s < run[1] - 4 and rng.random() < occupancy:
                         facing = 0.0 if side < 0 or not road.backward else np.pi
                         yaw = road.heading(middle) + facing + rng.normal(0, 0.025)
-                        actors.append(self.actor(category, still(xy, yaw), size))
+                        actors.append(self.actor(category, stationary(xy, yaw), size))
         return actors
 
     def yards(self, count: int) -> tuple[list[Polygon], list[Actor]]:
-        """Yards behind the walkway where large vehicles stand side by side, some closed off by barriers."""
-        rng, yards, actors = self.rng, [], []
+        """Draws yards behind the walkway with large vehicles side by side; barriers close some of them."""
+        rng = self.rng
+        yards: list[Polygon] = []
+        actors: list[Actor] = []
         taken = shapely.union_all([self.network.surface, *self.network.islands, self.walkable]).buffer(0.3)
-        filling, chances = mix(*_YARD_FILL, self.rare)
+        filling, chances = mix_frequencies(*_YARD_FILL, self.rare)
         wanted = [category for category, chance in _YARD_CHANCE.items() if rng.random() < chance]
         rng.shuffle(wanted)
         for _ in range(60):
@@ -135,20 +147,20 @@ class Population:
                 yaw = inward + rng.normal(0, 0.04) + np.pi * rng.integers(2)
                 xy = corner + (at + size[1] / 2 - 1) * along + (size[0] / 2 + rng.uniform(0.5, 1.2)) * out
                 if size[0] + 1.5 < depth and (rng.random() < 0.75 or category != "vehicle.car"):
-                    actors.append(self.actor(category, still(xy, yaw), size))
+                    actors.append(self.actor(category, stationary(xy, yaw), size))
                 at += size[1] + rng.uniform(0.9, 2.2)
             if rng.random() < 0.6:
                 for a in np.arange(-length / 2 + 1.4, length / 2 - 4, 2.75)[: int(rng.integers(2, 8))]:
                     actors.append(
                         self.actor(
                             "movable_object.barrier",
-                            still(corner + a * along - 0.25 * out, inward + rng.normal(0, 0.03)),
+                            stationary(corner + a * along - 0.25 * out, inward + rng.normal(0, 0.03)),
                         )
                     )
         return yards, actors
 
     def work_site(self) -> list[Actor]:
-        """Cones and barriers around an outer lane, a parking strip or a piece of walkway; none where nothing fits."""
+        """Draws cones and barriers around an outer lane, a parking strip or part of the walkway; none if none fit."""
         rng = self.rng
         for _ in range(40):
             road, run, s = self.spot()
@@ -171,28 +183,29 @@ class Population:
             style = str(rng.choice(["cones", "barriers", "both"], p=[0.35, 0.2, 0.45]))
             if style != "barriers":
                 for at in np.arange(s0, s1 + 0.1, rng.uniform(2.2, 4.0)):
-                    # The first and last cones lead the traffic past the site.
+                    # The first and last cones taper towards the kerb.
                     taper = np.clip(min(at - s0, s1 - at) / 5, 0, 1)
                     xy = road.point(at, outer + (inner - outer) * taper) + rng.normal(0, 0.06, 2)
-                    actors.append(self.actor("movable_object.trafficcone", still(xy, rng.uniform(-np.pi, np.pi))))
+                    actors.append(self.actor("movable_object.trafficcone", stationary(xy, rng.uniform(-np.pi, np.pi))))
             if style != "cones":
                 shift = 0.0 if style == "barriers" else side * 0.9
                 for at in np.arange(s0 + 2.5, s1 - 2, 2.7)[: int(rng.integers(2, 8))]:
                     xy, yaw = road.point(at, inner + shift), road.heading(at) + np.pi / 2 + rng.normal(0, 0.05)
-                    actors.append(self.actor("movable_object.barrier", still(xy, yaw)))
+                    actors.append(self.actor("movable_object.barrier", stationary(xy, yaw)))
             if abs(outer - inner) > 2.4 and length > 16 and rng.random() < 0.5:
                 size = draw_size(rng, "vehicle.construction")
                 xy = road.point((s0 + s1) / 2, outer - side * size[1] / 2)
-                actors.append(self.actor("vehicle.construction", still(xy, heading + rng.normal(0, 0.05)), size))
+                actors.append(self.actor("vehicle.construction", stationary(xy, heading + rng.normal(0, 0.05)), size))
             for _ in range(int(rng.integers(0, 4))):
-                xy = road.point(rng.uniform(s0 + 2, s1 - 2), rng.uniform(*sorted((outer, edge + side * 1.5))))
-                pose = still(xy, rng.uniform(-np.pi, np.pi))
+                low, high = sorted((outer, edge + side * 1.5))
+                xy = road.point(rng.uniform(s0 + 2, s1 - 2), rng.uniform(low, high))
+                pose = stationary(xy, rng.uniform(-np.pi, np.pi))
                 actors.append(self.actor("human.pedestrian.construction_worker", pose))
             return actors
         return []
 
     def cycles(self) -> list[Actor]:
-        """Groups of bicycles and motorcycles that lean on the house side of the walkway or stand at the kerb."""
+        """Draws groups of parked bicycles and motorcycles on the house side of the walkway."""
         rng, actors = self.rng, []
         for category, most in (("vehicle.bicycle", 5), ("vehicle.motorcycle", 4)) * (1 + round(3 * self.rare)):
             if rng.random() > 0.7:
@@ -204,12 +217,13 @@ class Population:
                 xy = road.point(at, road.edge(side) + side * (self.network.walkway_width - 1.1))
                 if at < run[1] and self.walkable.contains(shapely.Point(xy)):
                     yaw = road.heading(at) + np.pi / 2 + rng.normal(0, 0.12)
-                    actors.append(self.actor(category, still(xy, yaw)))
+                    actors.append(self.actor(category, stationary(xy, yaw)))
         return actors
 
-    def walkers(self, count: int) -> list[Actor]:
-        """Pedestrians on the walkways, alone or in pairs, walking or standing."""
-        rng, actors = self.rng, []
+    def pedestrians(self, count: int) -> list[Actor]:
+        """Draws pedestrians on the walkways, alone or in pairs, walking or standing."""
+        rng = self.rng
+        actors: list[Actor] = []
         for _ in range(count * 4):
             if len(actors) >= count:
                 break
@@ -226,13 +240,13 @@ class Population:
                 if not all(self.walkable.contains(shapely.Point(p)) for p in line):
                     continue
                 if len(line) == 1:
-                    actors.append(self.actor(category, still(line[0], rng.uniform(-np.pi, np.pi))))
+                    actors.append(self.actor(category, stationary(line[0], rng.uniform(-np.pi, np.pi))))
                 else:
                     actors.append(self.actor(category, self._walk(line, speed, 0.0)))
         return actors
 
-    def crossers(self) -> list[Actor]:
-        """Pedestrians who cross the road on zebra crossings near the path."""
+    def crossing_pedestrians(self) -> list[Actor]:
+        """Draws pedestrians who cross the road on zebra crossings near the path."""
         rng, actors = self.rng, []
         for crossing in self.network.crossings:
             if self.ego_line.distance(crossing.polygon) > 35:
@@ -247,7 +261,7 @@ class Population:
         return actors
 
     def _walk(self, line: np.ndarray, speed: float, delay: float) -> Trajectory:
-        """Walks along a line [P, 2] from time `delay` on (before the scene's start where negative)."""
+        """Makes the trajectory of a pedestrian along a line [P, 2], who starts at time `delay` (may be negative)."""
         times = np.arange(0.0, self.duration + STEP / 2, STEP)
         track = LineString(line)
         stations = np.clip((times - delay) * speed, 0, track.length)

@@ -1,6 +1,6 @@
-"""Ray casting of a district: camera pictures with their depth and identity buffers, and LiDAR sweeps.
+"""Renders a district by ray casting: camera images with depth, actor and material buffers, and LiDAR sweeps.
 
-Rays are cast with Embree against triangles; the ground is a plane whose colour comes from `Ground`. Shading happens in
+Rays are cast with Embree against triangles; the ground is a plane whose colour comes from `Ground`. Shading is done in
 numpy, in linear light, one camera at a time.
 """
 
@@ -21,7 +21,7 @@ from perception.synthetic.mesh import Material, Mesh, MeshBuilder
 from perception.synthetic.scenery import add_scenery
 from perception.synthetic.sensors import Camera, Lidar
 
-# Points per pixel over which the ground is averaged along the viewing direction.
+# Samples per pixel over which the ground is averaged along the viewing direction.
 _GROUND_TAPS = 5
 _NOISE_SIDE = 512
 # Strength of the fine texture per material, in the order of Material.
@@ -30,25 +30,27 @@ _INTENSITY = np.array([0, 12, 14, 8, 8, 16, 45, 18, 22, 14, 10, 12, 30, 34, 4, 6
 
 
 class Picture(NamedTuple):
-    """What one camera sees, and what the renderer knows about it."""
+    """Image of one camera with its depth, actor and material buffers."""
 
     rgb: np.ndarray  # [H, W, 3] uint8
     depth: np.ndarray  # [H, W] float32 metres along the optical axis, inf for the sky
-    actor: np.ndarray  # [H, W] int32 index into District.actors, -1 for everything else
+    actor: np.ndarray  # [H, W] int32 index into District.actors, -1 otherwise
     material: np.ndarray  # [H, W] uint8 Material
 
 
 class Sweep(NamedTuple):
-    """One turn of the LiDAR."""
+    """One revolution of the LiDAR."""
 
     points_lidar: np.ndarray  # [P, 5] float32 x, y, z (metres), intensity (0..255), ring
-    actor: np.ndarray  # [P] int32 index into District.actors, -1 for everything else
+    actor: np.ndarray  # [P] int32 index into District.actors, -1 otherwise
 
 
 class _Hits(NamedTuple):
+    """First hits of R rays."""
+
     distance: np.ndarray  # [R] float32 metres, inf for none
     face: np.ndarray  # [R] int32 into the renderer's face arrays, -1 for none
-    normal: np.ndarray  # [R, 3] float32, not normalised, either side
+    normal: np.ndarray  # [R, 3] float32, not normalised, of either orientation
 
 
 class TownRenderer:
@@ -56,13 +58,13 @@ class TownRenderer:
 
     Args:
         district: the world.
-        rng: source of textures; the labels do not depend on it.
+        rng: source of randomness for textures; the labels do not depend on it.
     """
 
     def __init__(self, district: District, rng: np.random.Generator) -> None:
         self.district = district
         self._ground = Ground(district, district.ego.xy, rng)
-        # Single precision is enough near the origin, so the renderer's own frame starts at the picture's corner.
+        # Float32 is precise enough near the origin, so the renderer's frame starts at the corner of the ground texture.
         self._low = self._ground.low
         self._noise = smooth_noise(rng, _NOISE_SIDE, (0, 1, 3))
         self._clouds = smooth_noise(rng, _NOISE_SIDE, (4, 10, 30))
@@ -73,19 +75,19 @@ class TownRenderer:
         self._actor_meshes = [actor_mesh(actor, k) for k, actor in enumerate(district.actors)]
         static = [builder.build()]
         self._moving: list[int] = []
-        self._alone: dict[int, EmbreeScene] = {}  # every actor by itself, in its own frame
+        self._single_scenes: dict[int, EmbreeScene] = {}  # each actor alone, in the actor's frame
         for k, actor in enumerate(district.actors):
             if actor.trajectory.static:
                 static.append(self._actor_meshes[k]._replace(vertices=self._placed(k, 0.0)))
             else:
                 self._moving.append(k)
-        still = _join(static)
+        fixed = _join(static)
         moving = _join([self._actor_meshes[k] for k in self._moving])
-        self._static_scene = _embree(still.vertices, still.faces)
-        self._static_count, self._moving_faces = len(still.faces), moving.faces
-        self._colors = np.concatenate([still.colors, moving.colors]) ** 2  # linear light, gamma 2
-        self._materials = np.concatenate([still.materials, moving.materials])
-        self._owners = np.concatenate([still.owners, moving.owners])
+        self._static_scene = _embree(fixed.vertices, fixed.faces)
+        self._static_count, self._moving_faces = len(fixed.faces), moving.faces
+        self._colors = np.concatenate([fixed.colors, moving.colors]) ** 2  # linear light, gamma 2
+        self._materials = np.concatenate([fixed.materials, moving.materials])
+        self._owners = np.concatenate([fixed.owners, moving.owners])
         self._moving_scene: EmbreeScene | None = None
         self._time = np.nan
 
@@ -108,12 +110,12 @@ class TownRenderer:
         self._shadows = 1 - light.ambient > 0.12
 
     def global_from_ego(self, time: float) -> np.ndarray:
-        """Pose of the car at `time` seconds, [4, 4] float64."""
+        """Returns the pose of the car at `time` seconds, [4, 4] float64."""
         xy, yaw = self.district.ego.at(time)
         return rigid_from_yaw(yaw, (*xy, 0.0))
 
     def camera(self, camera: Camera, time: float, rng: np.random.Generator) -> Picture:
-        """The picture of one camera whose shutter opens at `time` seconds; `rng` gives the sensor noise."""
+        """Renders the image of one camera exposed at `time` seconds; `rng` draws the sensor noise."""
         H, W = camera.image_size
         self._move_to(time)
         origin, rotation = self._mount(camera.ego_from_cam, time)
@@ -150,7 +152,7 @@ class TownRenderer:
         return Picture(rgb, distance * rays_cam[..., 2], actor, material)
 
     def lidar(self, lidar: Lidar, time: float, rng: np.random.Generator) -> Sweep:
-        """One turn of the LiDAR at `time` seconds; `rng` gives range noise and lost returns."""
+        """Simulates one revolution of the LiDAR at `time` seconds; `rng` draws range noise and lost returns."""
         self._move_to(time)
         origin, rotation = self._mount(lidar.ego_from_lidar, time)
         rays_lidar = lidar.rays()
@@ -172,19 +174,19 @@ class TownRenderer:
         return Sweep(points[kept].astype(np.float32), actor[kept])
 
     def visibility(self, cameras: tuple[Camera, ...], time: float, rays_per_actor: int = 64) -> np.ndarray:
-        """Share of each actor that the cameras together see, against what they would see if nothing stood in front.
+        """Measures the visible share of each actor in all cameras, relative to the actor without occlusion.
 
         Args:
-            cameras: all are taken at `time`.
+            cameras: all are exposed at `time`.
             time: seconds.
-            rays_per_actor: rays that each camera sends at each actor's box.
+            rays_per_actor: rays that each camera casts at each actor's box.
 
         Returns:
-            [A] float in 0..1, one per actor; 0 where an actor is outside all images.
+            [A] float in 0..1, one per actor; 0 if an actor is outside all images.
         """
         self._move_to(time)
         A = len(self.district.actors)
-        # The same spread of points in the unit cube for every actor: an R3 low-discrepancy sequence.
+        # The same points in the unit cube for every actor: an R3 low-discrepancy sequence.
         steps = np.arange(1, rays_per_actor + 1)[:, None] * np.array([0.8191725, 0.6710436, 0.5497005])
         unit = (steps % 1.0 - 0.5) * [1, 1, 1] + [0, 0, 0.5]  # [R, 3]
         expected, seen = np.zeros(A), np.zeros(A)
@@ -204,10 +206,10 @@ class TownRenderer:
                 if not inside.any():
                     continue
                 rays = target[inside] / np.linalg.norm(target[inside], axis=1, keepdims=True)
-                if k not in self._alone:
-                    self._alone[k] = _embree(self._actor_meshes[k].vertices, self._actor_meshes[k].faces)
+                if k not in self._single_scenes:
+                    self._single_scenes[k] = _embree(self._actor_meshes[k].vertices, self._actor_meshes[k].faces)
                 start = np.broadcast_to((origin - center) @ turn, rays.shape).astype(np.float32)
-                hit = self._alone[k].run(start, (rays @ turn).astype(np.float32)) >= 0
+                hit = self._single_scenes[k].run(start, (rays @ turn).astype(np.float32)) >= 0
                 owners.append(np.full(hit.sum(), k))
                 all_rays.append(rays[hit])
             if owners:
@@ -219,25 +221,26 @@ class TownRenderer:
         return seen / np.maximum(expected, 1)
 
     def _mount(self, ego_from_sensor: np.ndarray, time: float) -> tuple[np.ndarray, np.ndarray]:
-        """Position [3] and rotation [3, 3] of a sensor in the renderer's frame, float32."""
+        """Returns position [3] and rotation [3, 3] of a sensor in the renderer's frame, float32."""
         pose = self.global_from_ego(time) @ ego_from_sensor
         pose[:2, 3] -= self._low
         return pose[:3, 3].astype(np.float32), pose[:3, :3].astype(np.float32)
 
     def _placed(self, k: int, time: float) -> np.ndarray:
-        """Vertices of actor k at `time`, in the renderer's frame, [V, 3] float32."""
+        """Returns the vertices of actor k at `time`, in the renderer's frame, [V, 3] float32."""
         xy, yaw = self.district.actors[k].trajectory.at(time)
         pose = rigid_from_yaw(yaw, (*(xy - self._low), 0.0))
         return (self._actor_meshes[k].vertices @ pose[:3, :3].T + pose[:3, 3]).astype(np.float32)
 
     def _move_to(self, time: float) -> None:
+        """Places all moving actors and their contact shadows at `time`."""
         if time == self._time:
             return
         self._time = time
         if self._moving:
             vertices = np.concatenate([self._placed(k, time) for k in self._moving])
             self._moving_scene = _embree(vertices, self._moving_faces)
-        # Contact shadows: a blurred picture of all footprints near the car, 0.25 m per pixel.
+        # Contact shadows: a blurred image of all footprints near the car, 0.25 m per pixel.
         self._contact_low = (self.district.ego.at(time)[0] - self._low - 64).astype(np.float32)
         contact = np.zeros((512, 512), np.uint8)
         if self.district.actors:
@@ -247,11 +250,11 @@ class TownRenderer:
             corners = box_corners(centers, sizes, np.array([yaw for _, yaw in poses]))[:, :4, :2]  # [A, 4, 2]
             near = (np.abs(centers[:, :2] - 64) < 80).all(1)
             for outline in np.round(corners[near] * (4 * 16)).astype(np.int32):
-                cv2.fillPoly(contact, [outline], 255, cv2.LINE_8, 4)
+                cv2.fillPoly(contact, [outline], (255,), cv2.LINE_8, 4)
         self._contact = cv2.GaussianBlur(contact, (9, 9), 1.5)
 
     def _trace(self, origins: np.ndarray, directions: np.ndarray) -> _Hits:
-        """First hits of rays [R, 3] with unit directions."""
+        """Finds the first hits of rays [R, 3] with unit directions."""
         origins = np.ascontiguousarray(origins, np.float32)
         directions = np.ascontiguousarray(directions, np.float32)
         found = self._static_scene.run(origins, directions, output=1)
@@ -266,7 +269,7 @@ class TownRenderer:
         return _Hits(distance, face, normal)
 
     def _sunlit(self, points: np.ndarray) -> np.ndarray:
-        """1 where points [R, 3] see the sun, else 0, float32."""
+        """Returns 1 for points [R, 3] in direct sunlight, else 0, [R] float32."""
         points = np.ascontiguousarray(points, np.float32)
         rays = np.broadcast_to(self._sun, points.shape).copy()
         lit = self._static_scene.run(points, rays, query="OCCLUDED") < 0
@@ -275,7 +278,7 @@ class TownRenderer:
         return lit.astype(np.float32)
 
     def _sky(self, rays: np.ndarray) -> np.ndarray:
-        """Light of the sky in directions [H, W, 3]: a gradient, clouds on a high plane, and a glow around the sun."""
+        """Computes the light of the sky in directions [H, W, 3]: a gradient, clouds on a plane, a glow at the sun."""
         up = rays[..., 2].clip(0.0, 1.0)
         light = self._horizon + (self._zenith - self._horizon) * np.sqrt(up)[..., None]
         lift = 90 / (up + 0.12)
@@ -287,14 +290,27 @@ class TownRenderer:
         glow = (rays @ self._sun).clip(0, 1) ** 60
         return light + glow[..., None] * (0.5 * self._sun_light)
 
-    def _shade_ground(self, rays, distance, visible, origin, pixel) -> tuple[np.ndarray, np.ndarray]:
-        """Light [H, W, 3] and material [H, W] of rays that reach the ground at `distance` [H, W]."""
+    def _shade_ground(
+        self, rays: np.ndarray, distance: np.ndarray, visible: np.ndarray, origin: np.ndarray, pixel: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Shades the ground.
+
+        Args:
+            rays: [H, W, 3] unit directions.
+            distance: [H, W] metres to the ground.
+            visible: [H, W] bool, whether the ray reaches the ground.
+            origin: [3] position of the camera.
+            pixel: angle of a pixel, radians.
+
+        Returns:
+            Light [H, W, 3] and material [H, W].
+        """
         H, W = distance.shape
         flat = np.minimum(distance, 300.0)
         x, y = origin[0] + rays[..., 0] * flat, origin[1] + rays[..., 1] * flat
         material = self._ground.materials(x, y)
         across = flat * pixel
-        along = (across * flat / origin[2]).clip(max=60.0)  # a pixel covers this much in the viewing direction
+        along = (across * flat / origin[2]).clip(max=60.0)  # length of a pixel's footprint in the viewing direction
         heading = 1 / np.maximum(np.hypot(rays[..., 0], rays[..., 1]), 1e-3)
         dx, dy = rays[..., 0] * heading * along, rays[..., 1] * heading * along
         footprint = np.maximum(across, along / _GROUND_TAPS)
@@ -313,8 +329,13 @@ class TownRenderer:
             incoming = incoming + (lit * max(self._sun[2], 0))[..., None] * self._sun_light
         return albedo * incoming, material
 
-    def _shade_mesh(self, face, point, ray, normal, footprint) -> np.ndarray:
-        """Light [R, 3] from faces [R] hit at points [R, 3] by rays [R, 3]; a pixel covers `footprint` [R] metres."""
+    def _shade_mesh(
+        self, face: np.ndarray, point: np.ndarray, ray: np.ndarray, normal: np.ndarray, footprint: np.ndarray
+    ) -> np.ndarray:
+        """Computes the light [R, 3] of faces [R] hit at points [R, 3] by rays [R, 3].
+
+        `normal` [R, 3] has any length and orientation; a pixel covers `footprint` [R] metres of the face.
+        """
         normal = normal / np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-12)
         facing = (normal * ray).sum(1)
         normal = np.where(facing[:, None] > 0, -normal, normal)
@@ -331,7 +352,7 @@ class TownRenderer:
         albedo[rough] *= (1 + 2 * strength[rough] * self._noise[i, j]).clip(0.2, 2)[:, None]
 
         up = normal[:, 2]
-        # Less of the sky is seen near the ground and by faces that look down.
+        # Points near the ground and faces that point down receive less light from the sky.
         ambient = (0.62 + 0.38 * up) * (0.75 + 0.25 * (point[:, 2] / 1.5).clip(0, 1))
         light = ambient[:, None] * self._ambient_light
         shine = np.zeros(len(face), np.float32)
@@ -339,7 +360,7 @@ class TownRenderer:
             toward = (normal @ self._sun).clip(0, 1)
             lit = np.flatnonzero(toward > 0)
             toward[lit] *= self._sunlit(point[lit] + normal[lit] * 0.03)
-            # Leaves let light through: their dark side is not black.
+            # Leaves transmit light, so their dark side is not black.
             through = np.where(material == Material.FOLIAGE, 0.25 + 0.75 * toward, toward)
             light = light + through[:, None] * self._sun_light
             mirrored = ray - 2 * (ray * normal).sum(1, keepdims=True) * normal
@@ -351,7 +372,7 @@ class TownRenderer:
         if len(smooth):
             reflected = ray[smooth] - 2 * (ray[smooth] * normal[smooth]).sum(1, keepdims=True) * normal[smooth]
             sky = self._horizon + (self._zenith - self._horizon) * np.sqrt(reflected[:, 2:].clip(0, 1))
-            # What lies below the horizon is about as bright as the street.
+            # Reflections from below the horizon are about as bright as the street.
             street = 0.35 * self._ambient_light
             sky = street + (sky - street) * (0.5 + 6 * reflected[:, 2:]).clip(0, 1)
             grazing = (1 - np.abs((ray[smooth] * normal[smooth]).sum(1))) ** 3
@@ -359,13 +380,15 @@ class TownRenderer:
             color[smooth] += share * (sky - color[smooth]) + 0.6 * shine[smooth, None] * self._sun_light
         return color
 
-    def _windows(self, face, point, normal, footprint) -> tuple[np.ndarray, np.ndarray]:
-        """Albedo [R, 3] of walls with rows of windows, and where the glass is [R]."""
+    def _windows(
+        self, face: np.ndarray, point: np.ndarray, normal: np.ndarray, footprint: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Computes the albedo [R, 3] of walls with rows of windows, and whether each point is glass [R]."""
         storey, spacing, width, height, bright, seed = self._facades[-2 - self._owners[face]].T
         along = point[:, 1] * normal[:, 0] - point[:, 0] * normal[:, 1]
         column, row = along / spacing, point[:, 2] / storey
         cell_u, cell_v = np.floor(column), np.floor(row)
-        # Shop windows on the ground floor are wider. Edges fade over a pixel, so that far walls do not flicker.
+        # Shop windows on the ground floor are wider. Edges fade over a pixel, so that distant walls do not alias.
         shop = cell_v < 1
         half_u = np.where(shop, 0.43 * spacing, width / 2)
         half_v = np.where(shop, 0.38 * storey, height / 2)
@@ -383,12 +406,14 @@ class TownRenderer:
 
 
 def _embree(vertices: np.ndarray, faces: np.ndarray) -> EmbreeScene:
+    """Builds an Embree scene of vertices [V, 3] and faces [F, 3]."""
     scene = EmbreeScene()
     TriangleMesh(scene, np.ascontiguousarray(vertices, np.float32), np.ascontiguousarray(faces, np.int32))
     return scene
 
 
 def _join(meshes: list[Mesh]) -> Mesh:
+    """Joins meshes into one."""
     if not meshes:
         return MeshBuilder().build()
     offsets = np.cumsum([0] + [len(m.vertices) for m in meshes[:-1]])
@@ -397,13 +422,13 @@ def _join(meshes: list[Mesh]) -> Mesh:
 
 
 def _expose(light: np.ndarray, camera: Camera, rng: np.random.Generator) -> np.ndarray:
-    """Linear light [H, W, 3] to an 8-bit picture: lens blur, vignetting, gain, tone curve, sensor noise."""
+    """Converts linear light [H, W, 3] to an 8-bit image: lens blur, vignetting, gain, tone curve, sensor noise."""
     H, W = camera.image_size
-    light = cv2.GaussianBlur(light.astype(np.float32), (3, 3), 0.5)
+    light = np.asarray(cv2.GaussianBlur(light.astype(np.float32), (3, 3), 0.5))
     v, u = np.ogrid[-1 : 1 : H * 1j, -1 : 1 : W * 1j]
     falloff = 1 - camera.vignette * (u**2 + v**2) / 2
     light *= falloff[..., None].astype(np.float32) * camera.gain.astype(np.float32)
-    # A shoulder instead of hard clipping: bright walls keep their colour.
+    # A soft shoulder instead of clipping keeps the colour of bright walls.
     light = np.sqrt(light * (1 + 0.25 * light) / (1 + 0.75 * light))
     light += camera.noise * rng.standard_normal((H, W, 3), dtype=np.float32)
     return (light.clip(0, 1) * 255 + 0.5).astype(np.uint8)

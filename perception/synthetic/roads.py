@@ -1,38 +1,44 @@
-"""Road networks of the synthetic town: centre lines with a cross-section, junctions, paint and map layers.
+"""Draws road networks of the synthetic town: centre lines with a cross-section, junctions, paint and map layers.
 
-Everything here is in the district's own frame: the main road passes the origin along +x, traffic keeps to the right.
-`town.make_district` turns, mirrors (for places that keep to the left) and moves the result into the map.
+Everything is in the district's frame: the main road passes the origin along +x, traffic keeps to the right.
+`town.make_district` rotates, mirrors (for left-hand traffic) and moves the result into the map.
 
-A road is a centre line with arc length `s` and lateral offset `o` (left of the line is positive). Surfaces are unions
-of strips in (s, o); junction corners are rounded by a morphological closing; one noding of the outline with all cut
-lines makes the road segments, so that neighbours share their edges exactly.
+A road is a centre line with arc length `s` (station) and lateral offset `o` (left of the line is positive). Surfaces
+are unions of strips in (s, o). A morphological closing rounds the corners of junctions. Road segments come from one
+noding of the outline with all cut lines, so that neighbours share their edges exactly.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import shapely
+from numpy.typing import ArrayLike
 from shapely.geometry import LineString, MultiPolygon, Point, Polygon
+from shapely.geometry.base import BaseGeometry
 from shapely.ops import polygonize, unary_union
 
-# Half edge (m) of the axis-aligned square that holds the map layers, and of the larger one that is painted.
+# Half edge (m) of the axis-aligned square of the map layers, and of the larger square of surfaces and paint.
 TILE_HALF = 125.0
 PAINT_HALF = 172.0
-_REACH = 250.0  # how far centre lines run from the origin
+_REACH = 250.0  # length of centre lines from the origin, metres
 
 
 @dataclass(frozen=True, eq=False)
 class Road:
-    """A centre line and its cross-section, from right to left: parking, forward lanes, gap, backward lanes, parking."""
+    """Centre line and cross-section of a road, in metres.
+
+    The cross-section has, from right to left: parking, forward lanes, gap, backward lanes, parking.
+    """
 
     line: np.ndarray  # [P, 2], steps of about 1 m
     forward: int  # lanes along the line's direction, right of the split
     backward: int  # lanes against it, 0 for a one-way road
     lane_width: float
-    gap: float  # between the two directions; 0 where only a line parts them
-    parking: tuple[float, float]  # width of the strip at the right and at the left edge, 0 for none
+    gap: float  # between the two directions; 0 if only a line separates them
+    parking: tuple[float, float]  # widths of the parking strips at the right and at the left edge, 0 for none
     arc: np.ndarray = field(init=False)
     normal: np.ndarray = field(init=False)
 
@@ -45,11 +51,12 @@ class Road:
 
     @property
     def length(self) -> float:
+        """Arc length of the centre line."""
         return float(self.arc[-1])
 
     @property
     def split(self) -> float:
-        """Offset of the middle between the two directions; a one-way road is centred on its line."""
+        """Offset of the middle between the two directions. A one-way road is centred on its line."""
         return 0.0 if self.backward else self.forward * self.lane_width / 2
 
     @property
@@ -63,31 +70,31 @@ class Road:
         return self.split + self.gap / 2 + self.backward * self.lane_width + self.parking[1]
 
     def edge(self, side: int) -> float:
-        """Offset of the edge at `side`: -1 right, +1 left."""
+        """Returns the offset of the edge at `side`: -1 right, +1 left."""
         return self.left if side > 0 else self.right
 
     def lanes(self, direction: int) -> int:
-        """Number of lanes that drive along (+1) or against (-1) the line."""
+        """Returns the number of lanes in the direction of the line (+1) or against it (-1)."""
         return self.forward if direction > 0 else self.backward
 
     def lane_center(self, direction: int, lane: int) -> float:
-        """Offset of a lane's centre; lane 0 is the innermost of its direction."""
+        """Returns the offset of a lane's centre; lane 0 is the innermost of its direction."""
         return self.split - direction * (self.gap / 2 + (lane + 0.5) * self.lane_width)
 
-    def point(self, s, o) -> np.ndarray:
-        """Positions [..., 2] at stations `s` and offsets `o` (broadcast)."""
+    def point(self, s: ArrayLike, o: ArrayLike) -> np.ndarray:
+        """Returns positions [..., 2] at stations `s` and offsets `o` (broadcast)."""
         s, o = np.broadcast_arrays(np.asarray(s, dtype=np.float64), np.asarray(o, dtype=np.float64))
         normal = np.stack([np.interp(s, self.arc, self.normal[:, d]) for d in range(2)], axis=-1)
         normal /= np.linalg.norm(normal, axis=-1, keepdims=True)
         return np.stack([np.interp(s, self.arc, self.line[:, d]) for d in range(2)], axis=-1) + o[..., None] * normal
 
     def heading(self, s: float) -> float:
-        """Direction of the line at station `s`, radians."""
+        """Returns the direction of the line at station `s`, radians."""
         normal = self.point(s, 1.0) - self.point(s, 0.0)
         return float(np.arctan2(-normal[0], normal[1]))
 
     def along(self, s0: float, s1: float, o: float) -> np.ndarray:
-        """The line [P, 2] at offset `o` from station `s0` to `s1` (either order), with the vertices a curve needs."""
+        """Returns the line [P, 2] at offset `o` from station `s0` to `s1` (either order), simplified to 2 mm."""
         low, high = min(s0, s1), max(s0, s1)
         inner = self.arc[(self.arc > low + 0.2) & (self.arc < high - 0.2)]
         line = self.point(np.concatenate([[low], inner, [high]]), o)
@@ -95,28 +102,30 @@ class Road:
         return line if s0 <= s1 else line[::-1]
 
     def strip(self, s0: float, s1: float, o0: float, o1: float) -> Polygon:
-        """The piece of ground between two stations and two offsets."""
+        """Returns the area between two stations and two offsets."""
         return Polygon(np.concatenate([self.along(s0, s1, o0), self.along(s1, s0, o1)]))
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One road leaving a junction: towards growing (+1) or falling (-1) stations, from the station where it starts."""
+    """A road that leaves a junction."""
 
     road: int
-    sign: int
-    cut: float
+    sign: int  # +1 towards growing stations, -1 towards falling ones
+    cut: float  # station at which the arm leaves the junction
 
 
 @dataclass(frozen=True, eq=False)
 class Junction:
+    """A junction and the roads that leave it."""
+
     center: np.ndarray  # [2]
     arms: tuple[Arm, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Section:
-    """A stretch of road between two junctions (or the end of the road), with its clear runs between crossings."""
+    """A section of road between two junctions (or the end of the road), with its clear runs between crossings."""
 
     road: int
     start: float
@@ -126,6 +135,8 @@ class Section:
 
 @dataclass(frozen=True, eq=False)
 class Crossing:
+    """A pedestrian crossing between two stations of a road."""
+
     road: int
     start: float
     stop: float
@@ -134,7 +145,7 @@ class Crossing:
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """Roads with everything painted on them; `layers` are clipped to the tile, the rest reaches past it."""
+    """Roads with their paint and map layers. `layers` are clipped to the tile; the other fields extend beyond it."""
 
     roads: list[Road]
     junctions: list[Junction]
@@ -151,10 +162,10 @@ class Network:
 
 
 def _centre_line(rng: np.random.Generator, kind: str, back: float, ahead: float) -> np.ndarray:
-    """A centre line through the origin with heading 0 there: [P, 2], 1 m steps, curvature that changes gradually."""
+    """Draws a centre line [P, 2] through the origin with heading 0 there, in 1 m steps, with gradual curvature."""
     s = np.arange(-back, ahead + 0.5)
     curvature = np.zeros_like(s)
-    # Near the origin, where a junction may be, every road is straight.
+    # Every road is straight near the origin, where a junction may be.
     if kind != "straight":
         for side in (-1, 1):
             radius = rng.uniform(45, 160)
@@ -176,7 +187,7 @@ def _centre_line(rng: np.random.Generator, kind: str, back: float, ahead: float)
     return line - line[zero]
 
 
-def _cross_section(rng: np.random.Generator, *, main: bool) -> dict:
+def _cross_section(rng: np.random.Generator, *, main: bool) -> dict[str, Any]:
     """Draws the number and width of lanes, the gap and the parking strips of one road."""
     one_way = rng.random() < (0.2 if main else 0.25)
     forward = int(rng.choice([1, 2, 3], p=[0.35, 0.45, 0.2] if main else [0.6, 0.32, 0.08]))
@@ -190,12 +201,13 @@ def _cross_section(rng: np.random.Generator, *, main: bool) -> dict:
     )  # fmt: skip
 
 
-def _draw_roads(rng: np.random.Generator) -> tuple[list[Road], list[tuple[int, float, int, float]]]:
+def _draw_roads(rng: np.random.Generator) -> tuple[list[Road], list[tuple[float, int, float]]]:
     """Draws a main road and its side roads: the roads and the meetings (main station, side road, side station)."""
     kind = str(rng.choice(["straight", "curve", "s-bend"], p=[0.4, 0.35, 0.25]))
     roads = [Road(line=_centre_line(rng, kind, _REACH, _REACH), **_cross_section(rng, main=True))]
     layout = str(rng.choice(["road", "cross", "tee", "tee+tee", "cross+tee"], p=[0.14, 0.36, 0.2, 0.14, 0.16]))
-    stations = {"road": [], "cross": [0.0], "tee": [0.0]}.get(layout, [-rng.uniform(36, 46), rng.uniform(36, 46)])
+    two = [-rng.uniform(36, 46), rng.uniform(36, 46)]
+    stations: list[float] = {"road": [], "cross": [0.0], "tee": [0.0]}.get(layout, two)
     kinds = ["cross" if "cross" in layout and i == 0 else "tee" for i in range(len(stations))]
     meetings = []
     for along, what in zip(stations, kinds, strict=True):
@@ -210,7 +222,7 @@ def _draw_roads(rng: np.random.Generator) -> tuple[list[Road], list[tuple[int, f
 
 
 def _meets_cleanly(strips: list[Polygon], roads: list[Road], meetings: list) -> bool:
-    """True where the roads touch each other only at their meetings, and no road comes back to itself."""
+    """Returns whether roads touch each other only at their meetings and no road intersects itself."""
     if not all(strip.is_valid for strip in strips):
         return False
     for i in range(len(strips)):
@@ -227,7 +239,7 @@ def _meets_cleanly(strips: list[Polygon], roads: list[Road], meetings: list) -> 
 
 
 def _cut_station(road: Road, surface: Polygon, station: float, sign: int) -> float:
-    """Where an arm leaves its junction: the first station at which the asphalt is just as wide as the road."""
+    """Returns the station at which an arm leaves its junction: the first where the asphalt is as wide as the road."""
     for distance in np.arange(3.0, 60.0, 0.5):
         s = station + sign * distance
         across = LineString(road.point(s, [road.right - 12.0, road.left + 12.0]))
@@ -237,7 +249,7 @@ def _cut_station(road: Road, surface: Polygon, station: float, sign: int) -> flo
 
 
 def _dashes(road: Road, start: float, stop: float, o: float, width: float, dash: tuple[float, float]) -> list[Polygon]:
-    """Painted line at offset `o`: `dash` is (paint, pause) in metres, pause 0 for a solid line."""
+    """Makes a painted line at offset `o`: `dash` is (paint, pause) in metres, pause 0 for a solid line."""
     if dash[1] == 0:
         return [road.strip(start, stop, o - width / 2, o + width / 2)]
     begins = np.arange(start, stop - 0.5, sum(dash))
@@ -245,7 +257,7 @@ def _dashes(road: Road, start: float, stop: float, o: float, width: float, dash:
 
 
 def _bay(rng: np.random.Generator, road: Road, run: tuple[float, float], side: int) -> Polygon:
-    """A bus bay that bulges out of one edge over 28 to 45 m, with smooth tapers."""
+    """Draws a bus bay of 28 to 45 m at one edge, with smooth tapers."""
     length = min(float(rng.uniform(28, 45)), run[1] - run[0] - 2)
     s = np.linspace(0, length, 60)
     ramp = np.clip(np.minimum(s, length - s) / 9, 0, 1)
@@ -257,9 +269,9 @@ def _bay(rng: np.random.Generator, road: Road, run: tuple[float, float], side: i
 
 
 class _Painter:
-    """Collects what one road carries: paint, layers, islands and bays."""
+    """Collects the paint, map layers, islands and bays of all roads."""
 
-    def __init__(self, rng: np.random.Generator, roads: list[Road]):
+    def __init__(self, rng: np.random.Generator, roads: list[Road]) -> None:
         self.rng, self.roads = rng, roads
         self.markings: list[tuple[Polygon, str]] = []
         self.crossings: list[Crossing] = []
@@ -270,14 +282,13 @@ class _Painter:
         self.layers: dict[str, list] = {
             name: [] for name in ("lane", "ped_crossing", "road_divider", "lane_divider", "stop_line", "carpark_area")
         }
-        self.style = {
-            "width": float(rng.uniform(0.13, 0.2)),
-            "bar": float(rng.uniform(0.4, 0.6)),
-            "center": "yellow" if rng.random() < 0.65 else "white",
-        }
+        self.line_width = float(rng.uniform(0.13, 0.2))
+        self.zebra_bar = float(rng.uniform(0.4, 0.6))
+        self.center_color = "yellow" if rng.random() < 0.65 else "white"
 
     def crossing(self, index: int, start: float, stop: float) -> None:
-        road, bar = self.roads[index], self.style["bar"]
+        """Adds a zebra crossing between two stations."""
+        road, bar = self.roads[index], self.zebra_bar
         polygon = road.strip(start, stop, road.right, road.left)
         self.crossings.append(Crossing(index, start, stop, polygon))
         self.layers["ped_crossing"].append(polygon)
@@ -285,7 +296,7 @@ class _Painter:
             self.markings.append((road.strip(start, stop, o, min(o + bar, road.left - 0.1)), "white"))
 
     def stop_line(self, index: int, s: float, direction: int) -> None:
-        """A stop line for the traffic that drives in `direction`, its far edge at station `s`."""
+        """Adds a stop line for the traffic in `direction`, its far edge at station `s`."""
         road = self.roads[index]
         if not road.lanes(direction):
             return
@@ -295,8 +306,17 @@ class _Painter:
         self.layers["stop_line"].append(polygon)
         self.markings.append((polygon, "white"))
 
-    def section(self, index: int, start: float, stop: float, at_start: bool, at_stop: bool, reach: tuple) -> None:
-        """Fills one section; `at_start` and `at_stop` say whether a junction is there, `reach` bounds extras."""
+    def section(
+        self, index: int, start: float, stop: float, at_start: bool, at_stop: bool, reach: tuple[float, float]
+    ) -> None:
+        """Adds lanes, crossings, stop lines and clear runs of one section of a road.
+
+        Args:
+            index: the road.
+            start, stop: stations of the section.
+            at_start, at_stop: whether there is a junction at this end.
+            reach: stations between which the section may have an additional crossing.
+        """
         rng, road = self.rng, self.roads[index]
         ends = [start, stop]
         for end, has_junction in enumerate((at_start, at_stop)):
@@ -328,14 +348,16 @@ class _Painter:
             if run[1] - run[0] > 3:
                 self.run(index, run, lane_dash, (at_start or run[0] > runs[0][0], at_stop or run[1] < runs[-1][1]))
 
-    def run(self, index: int, run: tuple[float, float], lane_dash: tuple[float, float], closed: tuple) -> None:
-        """Dividers, islands, parking strips, edge lines and bays of one clear run."""
-        rng, road, width = self.rng, self.roads[index], self.style["width"]
+    def run(
+        self, index: int, run: tuple[float, float], lane_dash: tuple[float, float], closed: tuple[bool, bool]
+    ) -> None:
+        """Adds dividers, islands, parking strips and bays of one clear run; `closed` ends have a stop line."""
+        rng, road, width = self.rng, self.roads[index], self.line_width
         for direction in (1, -1):
             for lane in range(1, road.lanes(direction)):
                 o = road.split - direction * (road.gap / 2 + lane * road.lane_width)
                 self.layers["lane_divider"].append(LineString(road.along(*run, o)))
-                # The last metres before a stop line must not be crossed: they are solid.
+                # The line is solid in the last metres before a stop line.
                 solid = min(16.0, (run[1] - run[0]) / 2) if closed[1 if direction > 0 else 0] else 0.0
                 dashed = (run[0], run[1] - solid) if direction > 0 else (run[0] + solid, run[1])
                 paint = _dashes(road, *dashed, o, width, lane_dash)
@@ -356,11 +378,11 @@ class _Painter:
                 self.bays.append(_bay(rng, road, run, side))
 
     def _middle(self, index: int, run: tuple[float, float], lane_dash: tuple[float, float]) -> None:
-        """What parts the two directions: one line, or a gap with an island and a line at each of its edges."""
-        rng, road, width = self.rng, self.roads[index], self.style["width"]
-        pieces, offsets = [run], (0.0,)
+        """Adds the separation of the directions: one line, or a gap with an island and a line at each of its edges."""
+        rng, road, width = self.rng, self.roads[index], self.line_width
+        pieces, offsets = [run], [0.0]
         if road.gap:
-            offsets = (-road.gap / 2, road.gap / 2)
+            offsets = [-road.gap / 2, road.gap / 2]
             length = run[1] - run[0]
             if length > 14 and rng.random() < 0.85:
                 share = 1.0 if rng.random() < 0.5 else rng.uniform(0.3, 0.7)
@@ -371,25 +393,25 @@ class _Painter:
                     core = road.strip(low + half, high - half, road.split - 0.02, road.split + 0.02)
                     self.islands.append(core.buffer(half - 0.02, quad_segs=6))
                     pieces = [(run[0], low - 0.5), (high + 0.5, run[1])]
-        dash = lane_dash if self.style["center"] == "white" and road.forward == 1 and not road.gap else (1.0, 0.0)
+        dash = lane_dash if self.center_color == "white" and road.forward == 1 and not road.gap else (1.0, 0.0)
         for piece in pieces:
             if piece[1] - piece[0] < 5:
                 continue
             for o in offsets:
                 self.layers["road_divider"].append(LineString(road.along(*piece, road.split + o)))
-                self.markings += [(p, self.style["center"]) for p in _dashes(road, *piece, road.split + o, width, dash)]
+                self.markings += [(p, self.center_color) for p in _dashes(road, *piece, road.split + o, width, dash)]
 
 
 def make_network(rng: np.random.Generator, tile: Polygon, paint: Polygon) -> Network:
     """Draws a road network.
 
     Args:
-        rng: the only source of chance.
+        rng: source of all randomness.
         tile: square to which the map layers are clipped, district frame.
         paint: larger square to which surfaces and paint are clipped.
 
     Returns:
-        A network whose road segments tile `surface` within the tile with exactly shared edges.
+        A network whose road segments cover `surface` within the tile without overlap and share edges exactly.
     """
     for _ in range(200):
         roads, meetings = _draw_roads(rng)
@@ -397,7 +419,7 @@ def make_network(rng: np.random.Generator, tile: Polygon, paint: Polygon) -> Net
         if _meets_cleanly(strips, roads, meetings):
             break
     else:
-        raise AssertionError("no free-standing road network in 200 draws")
+        raise AssertionError("no valid road network in 200 draws")
 
     surface = unary_union(strips)
     centers = [roads[0].point(station, 0.0) for station, _, _ in meetings]
@@ -405,10 +427,11 @@ def make_network(rng: np.random.Generator, tile: Polygon, paint: Polygon) -> Net
         radius, around = rng.uniform(4.5, 9.0), Point(center).buffer(60)
         corner = surface.intersection(around).buffer(radius, quad_segs=12).buffer(-radius, quad_segs=12)
         surface = surface.union(corner.intersection(Point(center).buffer(45)))
-    # Arithmetic leaves hair cracks between the corners and the strips.
+    # Rounding errors leave thin cracks between the corners and the strips.
     surface = surface.buffer(0.01, join_style="mitre").buffer(-0.01, join_style="mitre")
 
-    junctions, cuts = [], {index: [] for index in range(len(roads))}
+    junctions: list[Junction] = []
+    cuts: dict[int, list[tuple[float, int]]] = {index: [] for index in range(len(roads))}
     for (station, side_road, side_station), center in zip(meetings, centers, strict=True):
         arms = []
         for index, at in ((0, station), (side_road, side_station)):
@@ -420,7 +443,7 @@ def make_network(rng: np.random.Generator, tile: Polygon, paint: Polygon) -> Net
 
     painter = _Painter(rng, roads)
     for index, road in enumerate(roads):
-        # Growing stations alternate: a section starts where an arm of sign +1 is cut and stops at one of sign -1.
+        # Cuts alternate along the road: a section starts at an arm of sign +1 and stops at one of sign -1.
         marks = sorted(cuts[index])
         starts = [(0.0, False)] if not marks or marks[0][1] < 0 else []
         starts += [(s, True) for s, sign in marks if sign > 0]
@@ -449,16 +472,17 @@ def make_network(rng: np.random.Generator, tile: Polygon, paint: Polygon) -> Net
     )  # fmt: skip
 
 
-def _polygons(geometry) -> list[Polygon]:
+def _polygons(geometry: BaseGeometry) -> list[Polygon]:
+    """Lists the polygons of a geometry."""
     return [part for part in getattr(geometry, "geoms", [geometry]) if isinstance(part, Polygon) and not part.is_empty]
 
 
 def _clip_layers(layers: dict, surface: Polygon, walkways: list, cut_lines: list, tile: Polygon) -> dict:
-    """Cuts everything at the tile's border and makes the road segments out of one noding of outline and cuts."""
+    """Clips all layers to the tile and makes the road segments by one noding of outline and cut lines."""
     linework = unary_union([surface.boundary, tile.boundary, *cut_lines])
     within = surface.intersection(tile)
     pieces = [piece for piece in polygonize(linework) if within.contains(piece.representative_point())]
-    # Lanes stay a centimetre inside their road segment, so that they never add a hair to the road's outline.
+    # Lanes stay a centimetre inside their road segment, so that they do not change the road's outline.
     inside = unary_union([piece.buffer(-0.01, join_style="mitre") for piece in pieces])
     clipped: dict[str, list] = {"road_segment": pieces, "drivable_area": _polygons(unary_union(pieces))}
     for name, geometries in {**layers, "walkway": walkways}.items():

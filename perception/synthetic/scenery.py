@@ -1,4 +1,4 @@
-"""Everything that stands still and has no box: buildings, trees, poles, kerb stones and a skyline in the haze."""
+"""Builds the meshes of static objects without a box: buildings, trees, poles, kerb stones and a distant skyline."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 from shapely.geometry import Polygon
 from shapely.ops import triangulate
 
-from perception.synthetic.district import District
+from perception.synthetic.district import District, Tree
 from perception.synthetic.mesh import Material, MeshBuilder
 
 KERB_HEIGHT, KERB_WIDTH = 0.12, 0.18
@@ -16,10 +16,10 @@ def add_scenery(builder: MeshBuilder, district: District, low: np.ndarray, rng: 
     """Adds the district's scenery to a mesh.
 
     Args:
-        builder: receives the faces; walls of building k are owned by -2 - k.
-        district: what to build.
+        builder: receives the faces; the owner of building k is -2 - k.
+        district: the world.
         low: [2] global metres, the origin of the mesh.
-        rng: source of tree shapes and of the skyline.
+        rng: source of randomness for colours, tree shapes and the skyline.
     """
     for k, building in enumerate(district.buildings):
         builder.owner = -2 - k
@@ -42,8 +42,10 @@ def add_scenery(builder: MeshBuilder, district: District, low: np.ndarray, rng: 
     _add_skyline(builder, district, low, rng)
 
 
-def _add_building(builder: MeshBuilder, footprint: np.ndarray, height: float, color: np.ndarray, rng) -> None:
-    """Walls to the ground, a parapet and a flat roof on a footprint [P, 2]."""
+def _add_building(
+    builder: MeshBuilder, footprint: np.ndarray, height: float, color: np.ndarray, rng: np.random.Generator
+) -> None:
+    """Adds walls, a flat roof and roof machinery on a footprint [P, 2]."""
     P = len(footprint)
     low, high = np.insert(footprint, 2, 0.0, axis=1), np.insert(footprint, 2, height, axis=1)
     walls = []
@@ -54,18 +56,18 @@ def _add_building(builder: MeshBuilder, footprint: np.ndarray, height: float, co
     outline = Polygon(footprint)
     for part in triangulate(outline):
         if not outline.contains(part.representative_point()):
-            continue  # the triangulation is that of the convex hull
+            continue  # the triangulation covers the convex hull
         roof = np.array(part.exterior.coords)[:-1]
         builder.polygon(np.insert(roof, 2, height, axis=1), color * 0.6, Material.ROOF)
     center = footprint.mean(0)
-    for _ in range(rng.integers(0, 3)):  # machines on the roof
+    for _ in range(rng.integers(0, 3)):  # roof machinery
         at = center + (footprint[rng.integers(P)] - center) * rng.uniform(0, 0.5)
         size = rng.uniform(1.0, 2.5, 2)
         builder.box([*(at - size), height], [*(at + size), height + rng.uniform(1, 2.5)], color * 0.5, Material.ROOF)
 
 
 def _add_kerb(builder: MeshBuilder, line: np.ndarray) -> None:
-    """A low stone strip along a line [P, 2]; stones of about a metre alternate a little in brightness."""
+    """Adds a low stone strip along a line [P, 2]; stones of 1.2 m alternate slightly in brightness."""
     steps = np.linalg.norm(np.diff(line, axis=0), axis=1)
     line = line[np.concatenate([[True], steps > 1e-3])]
     if len(line) < 2:
@@ -91,8 +93,8 @@ def _add_kerb(builder: MeshBuilder, line: np.ndarray) -> None:
     builder.triangles(vertices, np.concatenate(faces), colors, Material.KERB)
 
 
-def _add_tree(builder: MeshBuilder, xy: np.ndarray, tree, rng) -> None:
-    """A trunk and three overlapping, bumpy crowns within the crown radius."""
+def _add_tree(builder: MeshBuilder, xy: np.ndarray, tree: Tree, rng: np.random.Generator) -> None:
+    """Adds a trunk and three overlapping, bumpy crowns within the crown radius."""
     base = np.append(xy, 0.0)
     bark = np.array([0.30, 0.22, 0.15]) * rng.uniform(0.7, 1.3)
     middle = base + np.array([0, 0, tree.trunk_height + 0.75 * tree.crown_radius])
@@ -101,14 +103,14 @@ def _add_tree(builder: MeshBuilder, xy: np.ndarray, tree, rng) -> None:
     for k in range(3):
         radius = tree.crown_radius * (0.78 if k == 0 else rng.uniform(0.45, 0.6))
         offset = np.zeros(3) if k == 0 else rng.normal(0, 1, 3)
-        offset *= (tree.crown_radius - radius) / max(np.linalg.norm(offset), 1e-9)
+        offset *= (tree.crown_radius - radius) / max(float(np.linalg.norm(offset)), 1e-9)
         bumps = 1 + 0.13 * rng.standard_normal(200).clip(-2, 1)
         center = middle + offset * [1, 1, 0.7]
         builder.sphere(center, [radius, radius, radius * 0.9], leaf.clip(0, 1), Material.FOLIAGE, 2, bumps)
 
 
-def _add_skyline(builder: MeshBuilder, district: District, low: np.ndarray, rng) -> None:
-    """A ring of plain far-away houses and tree lines, so that streets do not end in nothing."""
+def _add_skyline(builder: MeshBuilder, district: District, low: np.ndarray, rng: np.random.Generator) -> None:
+    """Adds a ring of distant houses and trees, so that roads do not end in the sky."""
     corners = [s.polygon.bounds for s in district.surfaces] or [(*low, *(low + 200))]
     bounds = np.array([np.min(corners, 0)[:2], np.max(corners, 0)[2:]]) - low
     center, reach = bounds.mean(0), np.linalg.norm(bounds[1] - bounds[0]) / 2

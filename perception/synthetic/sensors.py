@@ -1,7 +1,7 @@
-"""The sensors of the simulated car: cameras, mounted like those of nuScenes or otherwise, and one LiDAR.
+"""Sensors of the simulated car: camera rigs (nuScenes' and others) and one LiDAR.
 
 Frames: `ego` is the rear axle on the ground (x forward, y left, z up), `cam` is x right, y down, z forward, `lidar` is
-x right, y forward, z up. Pixel centres lie at +0.5.
+x right, y forward, z up. Pixel centres are at +0.5.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ LIDAR_NAME = "LIDAR_TOP"
 
 
 class Mounting(NamedTuple):
-    """Where a camera sits on the car and how it looks.
+    """Nominal mounting of a camera on the car.
 
     Args:
         name: channel.
         position: x, y, z in the ego frame, metres.
-        yaw_deg: direction of view, from ego x towards ego y.
+        yaw_deg: viewing direction, from ego x towards ego y, degrees.
         focal: focal length in image widths.
-        delay_us: exposure time minus the LiDAR's time. The cameras fire one after the other while the LiDAR turns, so
-            each one has its own time.
+        delay_us: exposure time minus the LiDAR's time, microseconds. Cameras are triggered one after the other while
+            the LiDAR turns, so their exposure times differ.
     """
 
     name: str
@@ -43,7 +43,7 @@ SIX_CAMERAS = (
     Mounting("CAM_BACK_LEFT", (1.04, 0.48, 1.59), 108.5, 0.79, -1_000),
     Mounting("CAM_BACK_RIGHT", (1.02, -0.48, 1.56), -109.5, 0.79, -20_000),
 )
-# Rigs that no network was trained on: other numbers of cameras, focal lengths, heights and directions.
+# Rigs for tests of generalisation: other numbers of cameras, focal lengths, heights and directions.
 FIVE_CAMERAS = (
     Mounting("CAM_FRONT", (1.60, 0.00, 1.70), 0.0, 0.95, -35_000),
     Mounting("CAM_FRONT_RIGHT", (1.40, -0.55, 1.65), -65.0, 0.60, -28_000),
@@ -68,7 +68,7 @@ _FORWARD_FROM_CAM = np.array([[0.0, 0.0, 1.0], [-1.0, 0.0, 0.0], [0.0, -1.0, 0.0
 
 @dataclass(frozen=True, eq=False)
 class Camera:
-    """A calibrated pinhole camera with the small faults of a real one.
+    """A calibrated pinhole camera with gain, vignetting and noise.
 
     Args:
         name: nuScenes channel.
@@ -76,9 +76,9 @@ class Camera:
         img_from_cam: [3, 3] pixels.
         ego_from_cam: [4, 4] metres.
         delay_us: exposure time minus the LiDAR's time, microseconds.
-        gain: factors on red, green and blue: exposure and white balance of this one camera.
-        vignette: how much darker the corners are, 0..1.
-        noise: standard deviation of the sensor noise, on a scale where white is 1.
+        gain: [3] factors on red, green and blue: exposure and white balance of this camera.
+        vignette: loss of light in the corners, 0..1.
+        noise: standard deviation of the sensor noise; white is 1.
     """
 
     name: str
@@ -91,7 +91,7 @@ class Camera:
     noise: float
 
     def rays(self) -> np.ndarray:
-        """Unit directions through all pixel centres, [H, W, 3] float32 in the camera frame."""
+        """Returns unit directions through all pixel centres, [H, W, 3] float32 in the camera frame."""
         height, width = self.image_size
         u, v = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
         directions = np.stack([u, v, np.ones_like(u)], -1) @ np.linalg.inv(self.img_from_cam).T  # [H, W, 3]
@@ -100,15 +100,15 @@ class Camera:
 
 @dataclass(frozen=True, eq=False)
 class Lidar:
-    """A spinning LiDAR whose whole turn is measured at one instant.
+    """A spinning LiDAR. All points of one revolution are measured at the same time.
 
     Args:
         ego_from_lidar: [4, 4] metres.
         elevations: [32] radians, lowest ring first.
-        azimuths: number of columns per turn.
+        azimuths: number of columns per revolution.
         max_range: metres.
         range_noise: standard deviation, metres.
-        dropout: share of returns that get lost, 0..1.
+        dropout: share of lost returns, 0..1.
     """
 
     ego_from_lidar: np.ndarray
@@ -119,7 +119,7 @@ class Lidar:
     dropout: float = 0.03
 
     def rays(self) -> np.ndarray:
-        """Unit directions of one turn, [rings, azimuths, 3] float32 in the LiDAR frame."""
+        """Returns unit directions of one revolution, [rings, azimuths, 3] float32 in the LiDAR frame."""
         azimuth = (np.arange(self.azimuths) + 0.5) * (2 * np.pi / self.azimuths)
         elevation = self.elevations[:, None]  # [rings, 1]
         x, y = np.cos(elevation) * np.sin(azimuth), np.cos(elevation) * np.cos(azimuth)  # [rings, azimuths]
@@ -128,7 +128,7 @@ class Lidar:
 
 
 def _rotation(yaw: float, pitch: float, roll: float) -> np.ndarray:
-    """Rotation by roll about x, then pitch about y, then yaw about z, radians."""
+    """Returns the rotation [3, 3] by roll about x, then pitch about y, then yaw about z, radians."""
     cy, sy, cp, sp, cr, sr = np.cos(yaw), np.sin(yaw), np.cos(pitch), np.sin(pitch), np.cos(roll), np.sin(roll)
     about_z = np.array([[cy, -sy, 0], [sy, cy, 0], [0, 0, 1]])
     about_y = np.array([[cp, 0, sp], [0, 1, 0], [-sp, 0, cp]])
@@ -139,10 +139,10 @@ def _rotation(yaw: float, pitch: float, roll: float) -> np.ndarray:
 def make_cameras(
     rng: np.random.Generator, image_size: tuple[int, int], rig: Sequence[Mounting] = SIX_CAMERAS
 ) -> tuple[Camera, ...]:
-    """Cameras that are each a little off the nominal mounting and focal length, so that calibration matters.
+    """Draws cameras with small deviations from their nominal mounting and focal length, so that calibration matters.
 
     Args:
-        rng: source of the offsets.
+        rng: source of the deviations.
         image_size: height and width in pixels.
         rig: the nominal mountings.
     """
@@ -172,7 +172,7 @@ def make_cameras(
 
 
 def make_lidar(rng: np.random.Generator) -> Lidar:
-    """The roof LiDAR with a small offset of its mounting."""
+    """Draws the roof LiDAR with a small deviation from its nominal mounting."""
     ego_from_lidar = np.eye(4)
     yaw, pitch, roll = np.radians(rng.uniform(-0.4, 0.4, 3)) - [np.pi / 2, 0.0, 0.0]
     ego_from_lidar[:3, :3] = _rotation(yaw, pitch, roll)

@@ -1,6 +1,6 @@
-"""What stands around the roads and how it is lit: buildings, trees, lamp posts, daylight.
+"""Draws the surroundings of the roads: buildings, trees, lamp posts, daylight.
 
-Works in the district's own frame (see `roads`).
+Everything is in the district's frame (see `roads`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _FACADES = np.array([
 
 
 def make_buildings(rng: np.random.Generator, network: Network, yards: list[Polygon]) -> list[Building]:
-    """Two rows of blocks behind every walkway: a front row with few gaps and a taller, looser one behind."""
+    """Draws two rows of buildings behind every walkway: a front row with few gaps and a taller, looser back row."""
     ground = shapely.union_all([network.surface, *network.islands, *network.walkways])
     keep_out = shapely.union_all([ground.buffer(0.6), *[yard.buffer(1.0) for yard in yards]])
     shapely.prepare(keep_out)
@@ -35,13 +35,13 @@ def make_buildings(rng: np.random.Generator, network: Network, yards: list[Polyg
                 while s < section.stop + 10:
                     width, depth = rng.uniform(9, 26), rng.uniform(9, 17)
                     height = float(rng.uniform(4, tallest) + 8 * row)
-                    gap, jitter = rng.choice([0.0, 1.5, 7.0], p=[0.45, 0.3, 0.25]), rng.uniform(0, 0.8)
+                    gap, recess = rng.choice([0.0, 1.5, 7.0], p=[0.45, 0.3, 0.25]), rng.uniform(0, 0.8)
                     color = np.clip(
                         palette[rng.integers(5)] * rng.uniform(0.8, 1.15) + rng.normal(0, 0.02, 3), 0.1, 0.95
                     )
                     window_seed, skipped = int(rng.integers(2**31)), rng.random() < 0.1
                     middle, s = s + width / 2, s + width + gap
-                    front = road.edge(side) + side * (network.walkway_width + setback + jitter)
+                    front = road.edge(side) + side * (network.walkway_width + setback + recess)
                     base = road.point(middle, front)
                     if skipped or not 0 < middle < road.length or abs(base).max() > PAINT_HALF * 1.3:
                         continue
@@ -53,14 +53,15 @@ def make_buildings(rng: np.random.Generator, network: Network, yards: list[Polyg
                     if keep_out.intersects(shape) or (taken and shapely.intersects(taken, shape).any()):
                         continue
                     taken.append(shape.buffer(-0.05))
-                    buildings.append(Building(corners, height, tuple(map(float, color)), window_seed))
+                    red, green, blue = color.tolist()
+                    buildings.append(Building(corners, height, (red, green, blue), window_seed))
     return buildings
 
 
 def make_greenery(
     rng: np.random.Generator, network: Network, yards: list[Polygon], buildings: list[Building], actors: list[Actor]
 ) -> tuple[list[Tree], list[Pole]]:
-    """Trees and lamp posts along the kerbs, not on crossings nor in an actor's way, and trees in the open ground."""
+    """Draws trees and lamp posts along the kerbs, off crossings and actors' paths, and trees on open ground."""
     walkable = shapely.union_all(network.walkways)
     busy = shapely.union_all(
         [c.polygon.buffer(3.0) for c in network.crossings]
@@ -98,19 +99,20 @@ def make_greenery(
 
 
 def _draw_tree(rng: np.random.Generator, xy: np.ndarray) -> Tree:
+    """Draws the size of a tree at a position [2]."""
     height, radius, crown = rng.uniform(2.4, 3.6), rng.uniform(0.12, 0.25), rng.uniform(1.2, 2.8)
     return Tree(xy, float(height), float(radius), float(crown))
 
 
 def make_light(rng: np.random.Generator) -> Light:
-    """Clear, hazy or overcast daylight, low or high sun."""
+    """Draws clear, hazy or overcast daylight with a low or high sun."""
     elevation, azimuth = np.radians(rng.uniform(14, 72)), rng.uniform(-np.pi, np.pi)
     sun = np.array([np.cos(elevation) * np.cos(azimuth), np.cos(elevation) * np.sin(azimuth), np.sin(elevation)])
     overcast = rng.random() < 0.35
-    warm = 1.0 - np.sin(elevation)  # a low sun is yellow
+    warm = float(1.0 - np.sin(elevation))  # a low sun is yellow
     strength = 0.25 if overcast else 1.0
-    color = tuple(float(strength * c) for c in (1.0, 0.97 - 0.15 * warm, 0.92 - 0.35 * warm))
+    color = (strength, strength * (0.97 - 0.15 * warm), strength * (0.92 - 0.35 * warm))
     sky = (0.72, 0.74, 0.77) if overcast else (0.45 + 0.2 * warm, 0.62 + 0.05 * warm, 0.88)
     fog = float(rng.uniform(0.003, 0.009) if rng.random() < 0.25 else rng.uniform(0.0004, 0.0025))
     ambient = float(rng.uniform(0.6, 0.8) if overcast else rng.uniform(0.3, 0.45))
-    return Light(sun, color, tuple(map(float, sky)), ambient, fog, float(rng.uniform(0.85, 1.15)))
+    return Light(sun, color, sky, ambient, fog, float(rng.uniform(0.85, 1.15)))

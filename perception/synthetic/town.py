@@ -1,12 +1,14 @@
-"""Makes districts: roads, traffic, buildings, trees and light from one seed."""
+"""Generates districts: roads, traffic, buildings, trees and light from one seed."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import shapely
 from shapely.geometry import Point, Polygon, box
+from shapely.geometry.base import BaseGeometry
 
 from perception.errors import ConfigError
 from perception.synthetic.district import (
@@ -21,7 +23,7 @@ from perception.synthetic.district import (
     Trajectory,
     Tree,
 )
-from perception.synthetic.population import Population, mix
+from perception.synthetic.population import Population, mix_frequencies
 from perception.synthetic.roads import PAINT_HALF, TILE_HALF, Network, make_network
 from perception.synthetic.surroundings import make_buildings, make_greenery, make_light
 from perception.synthetic.traffic import (
@@ -40,10 +42,10 @@ __all__ = [
     "make_district",
 ]  # fmt: skip
 
-# The only names that the devkit's NuScenesMap accepts. Traffic keeps to the left in Singapore.
+# The only map names that the devkit's NuScenesMap accepts. Traffic keeps to the left in Singapore.
 LOCATIONS = ("singapore-onenorth", "singapore-hollandvillage", "singapore-queenstown", "boston-seaport")
 
-# What is in motion: as streets have it, and where things that are rare in streets are rare no more.
+# Category frequencies of moving vehicles: as in usual streets, and with frequent rare classes.
 _MOVER_MIX = (
     {"vehicle.car": 0.66, "vehicle.truck": 0.1, "vehicle.bus.rigid": 0.09, "vehicle.motorcycle": 0.07,
      "vehicle.bicycle": 0.08},
@@ -53,34 +55,39 @@ _MOVER_MIX = (
 
 
 class _Placement:
-    """Takes geometry from the district's own frame to the map: mirror, turn, move; rounded to 0.1 mm.
+    """Transforms geometry from the district's frame to the map: mirrors, rotates, translates, rounds to 0.1 mm.
 
-    Every coordinate goes through the same elementwise arithmetic, so that shared vertices stay shared.
+    Every coordinate goes through the same elementwise arithmetic, so that shared vertices stay equal.
     """
 
-    def __init__(self, angle: float, mirror: bool, origin: np.ndarray):
+    def __init__(self, angle: float, mirror: bool, origin: np.ndarray) -> None:
         self.angle, self.flip, self.origin = angle, -1.0 if mirror else 1.0, origin
 
     def points(self, xy: np.ndarray) -> np.ndarray:
+        """Transforms points [..., 2]."""
         x, y = xy[..., 0], xy[..., 1] * self.flip
         cos, sin = np.cos(self.angle), np.sin(self.angle)
         return np.round(np.stack([cos * x - sin * y + self.origin[0], sin * x + cos * y + self.origin[1]], axis=-1), 4)
 
-    def geometry(self, geometry):
+    def geometry(self, geometry: BaseGeometry) -> Any:
+        """Transforms a shapely geometry; polygons get counter-clockwise exteriors."""
         moved = shapely.transform(geometry, self.points)
         return shapely.geometry.polygon.orient(moved) if isinstance(moved, Polygon) else moved
 
     def trajectory(self, trajectory: Trajectory) -> Trajectory:
+        """Transforms a trajectory."""
         return Trajectory(trajectory.times, self.points(trajectory.xy), self.flip * trajectory.yaw + self.angle)
 
 
-def _ego_route(rng: np.random.Generator, network: Network, duration: float) -> tuple[np.ndarray, list, float, tuple]:
-    """The recording car's path, its stop lines, its cruising speed, and (road, direction, offset, start)."""
+def _ego_route(
+    rng: np.random.Generator, network: Network, duration: float
+) -> tuple[np.ndarray, list[tuple[float, int, int]], float, tuple[int, int, float, float]]:
+    """Draws the ego vehicle's path, its stop lines, its cruising speed, and (road, direction, offset, start)."""
     cruise = float(np.clip(rng.uniform(4.5, 11.5), 3.0, max(3.0, 100.0 / (duration + 1))))
     travel = cruise * (duration + 1)
     index = 0 if rng.random() < 0.75 or len(network.roads) == 1 else int(rng.integers(1, len(network.roads)))
     road = network.roads[index]
-    # The station next to the origin: the middle of the main road, the junction of a side road.
+    # The station nearest to the origin: the middle of the main road, the junction of a side road.
     middle = float(road.arc[np.argmin(np.linalg.norm(road.line, axis=1))])
     ways = [d for d in (1, -1) if road.lanes(d) and 5 < middle - d * 40 < road.length]
     index, ways = (index, ways) if ways else (0, [1])
@@ -89,7 +96,7 @@ def _ego_route(rng: np.random.Generator, network: Network, duration: float) -> t
     way = int(rng.choice(ways))
     start = middle - way * (min(travel, 110.0) * rng.uniform(0.45, 0.65) + (0.0 if index == 0 else 12.0))
     inside = [s for s in network.sections if s.road == index and s.start <= start <= s.stop]
-    if not inside:  # in the middle of a junction: start before it
+    if not inside:  # inside a junction: start before it
         start = middle - way * 45.0
     offset = road.lane_center(way, int(rng.integers(road.lanes(way))))
     straight = rng.random() < 0.6
@@ -102,15 +109,23 @@ def _ego_route(rng: np.random.Generator, network: Network, duration: float) -> t
 
 
 def _make_movers(
-    rng: np.random.Generator, network: Network, ego: Mover, first: tuple, people: Population
-) -> list[tuple[str, tuple, Mover]]:
-    """Vehicles in motion, as (category, size, mover): one before and one behind the recording car, others anywhere."""
-    movers: list[tuple[str, tuple, Mover]] = []
+    rng: np.random.Generator,
+    network: Network,
+    ego: Mover,
+    first: tuple[int, int, float, float],
+    population: Population,
+) -> list[tuple[str, tuple[float, float, float], Mover]]:
+    """Draws moving vehicles: at most one ahead of and one behind the ego vehicle, and others elsewhere.
+
+    Returns:
+        Category, size and mover of each vehicle.
+    """
+    movers: list[tuple[str, tuple[float, float, float], Mover]] = []
     index, way, offset, start = first
     starts = [
         (index, way, offset, start + way * d) for d in (rng.uniform(14, 32), -rng.uniform(11, 22)) if rng.random() < 0.6
     ]
-    kinds, chances = mix(*_MOVER_MIX, people.rare)
+    kinds, chances = mix_frequencies(*_MOVER_MIX, population.rare)
     wanted = int(rng.integers(8, 17))
     for attempt in range(wanted * 4):
         if len(movers) >= wanted:
@@ -120,7 +135,7 @@ def _make_movers(
             index, way, offset, start = starts[attempt]
             category = "vehicle.car"
         else:
-            index, _, start = people.spots[rng.integers(len(people.spots))]
+            index, _, start = population.spots[rng.integers(len(population.spots))]
             road = network.roads[index]
             way = int(rng.choice([d for d in (1, -1) if road.lanes(d)]))
             lane = road.lanes(way) - 1 if category == "vehicle.bicycle" else int(rng.integers(road.lanes(way)))
@@ -152,23 +167,25 @@ def _make_movers(
     return movers
 
 
-def make_district(seed: int, origin_xy, location: str, duration: float, rare: float = 0.0) -> District:
-    """Makes the world of one scene.
+def make_district(
+    seed: int, origin_xy: tuple[float, float], location: str, duration: float, rare: float = 0.0
+) -> District:
+    """Generates the world of one scene.
 
     Args:
-        seed: decides everything; the same arguments give the same district.
-        origin_xy: global metres of the district's middle. Its map layers fill the square of +-125 m around it; what is
-            only painted (surfaces, markings, kerbs, buildings) reaches further, so that roads do not end in view.
+        seed: of all random numbers; the same arguments give the same district.
+        origin_xy: global metres of the district's centre. Its map layers fill the square of +-125 m around it.
+            Surfaces, markings, kerbs and buildings extend further, so that roads do not end in view.
         location: one of `LOCATIONS`.
         duration: seconds of the scene; trajectories are one second longer.
-        rare: 0 for streets as they are, up to 1 for many more of the vehicles, cycles and work sites that they seldom
-            have: to train on, not to evaluate on.
+        rare: frequency of rare vehicles, cycles and work sites, from 0 (as in usual streets) to 1 (many more). Use
+            values above 0 for training, not for evaluation.
 
     Returns:
         The district in global map metres.
 
     Raises:
-        ConfigError: for an unknown location, a duration that is not positive or a `rare` that is not in 0..1.
+        ConfigError: the location is unknown, the duration is not positive, or `rare` is not in 0..1.
     """
     if location not in LOCATIONS:
         raise ConfigError(f"make_district: location is {location!r}; choose one of {', '.join(LOCATIONS)}")
@@ -179,35 +196,35 @@ def make_district(seed: int, origin_xy, location: str, duration: float, rare: fl
     rng = np.random.default_rng(seed)
     angle = rng.uniform(-np.pi, np.pi)
     placement = _Placement(angle, location.startswith("singapore"), np.asarray(origin_xy, dtype=np.float64))
-    # Squares along the map's axes, seen from the district's frame; a mirrored square is again such a square.
+    # Squares along the map's axes, in the district's frame; mirroring maps such a square onto itself.
     turned = [shapely.affinity.rotate(box(-h, -h, h, h), -placement.flip * angle, (0, 0), use_radians=True)
               for h in (TILE_HALF, PAINT_HALF)]  # fmt: skip
     network = make_network(rng, *turned)
 
     path, stop_lines, cruise, first = _ego_route(rng, network, duration)
     ego = Mover(path, stop_lines, 0.0, cruise, EGO_FRONT, EGO_BACK, EGO_WIDTH, ego=True)
-    seen = int(np.searchsorted(ego.stations, cruise * (duration + 1)))
-    people = Population(rng, network, ego.path[: seen + 2], duration + 1, rare)
-    yards, actors = people.yards(int(rng.choice([1, 2])) + round(2 * rare))
+    last = int(np.searchsorted(ego.stations, cruise * (duration + 1)))
+    population = Population(rng, network, ego.path[: last + 2], duration + 1, rare)
+    yards, actors = population.yards(int(rng.choice([1, 2])) + round(2 * rare))
     for _ in range(int(rng.choice([1, 2], p=[0.5, 0.5])) + round(2 * rare)):
-        actors += people.work_site()
-    actors += people.cycles()
-    actors += people.parked()
-    crossers = people.crossers()
-    movers = _make_movers(rng, network, ego, first, people)
+        actors += population.work_site()
+    actors += population.cycles()
+    actors += population.parked()
+    crossing = population.crossing_pedestrians()
+    movers = _make_movers(rng, network, ego, first, population)
 
-    # Lights: the ego's road has green from `change` on, the others until two seconds before.
+    # Traffic lights: the ego vehicle's road has green from `change` on, the others until two seconds before.
     change = rng.uniform(1.0, 0.4 * duration + 1.0) if rng.random() < 0.22 else -100.0
     own_roads = {junction: road for _, junction, road in stop_lines}
 
     def green(junction: int, road: int, t: float) -> bool:
         return t >= change if own_roads.get(junction, 0) == road else t < change - 2.0
 
-    tracks = simulate_movers([ego, *(m for *_, m in movers)], crossers, green, duration + 1)
+    tracks = simulate_movers([ego, *(m for *_, m in movers)], crossing, green, duration + 1)
     for (category, size, _), track in zip(movers, tracks[1:], strict=True):
         rider = category in ("vehicle.bicycle", "vehicle.motorcycle")
-        actors.append(people.actor(category, track, size, rider))
-    actors += crossers + people.walkers(int(rng.integers(8, 19)))
+        actors.append(population.actor(category, track, size, rider))
+    actors += crossing + population.pedestrians(int(rng.integers(8, 19)))
     driven = shapely.MultiPoint(tracks[0].xy[::5])
     actors = [a for a in actors if min(driven.distance(Point(p)) for p in a.trajectory.xy[::10]) < 55]
     actors = drop_collisions(actors, tracks[0], duration + 1)

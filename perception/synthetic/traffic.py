@@ -1,27 +1,28 @@
-"""Who is on the road: routes through the network, car following, and everything that stands or walks.
+"""Simulates traffic: routes through the road network, car following, and removal of colliding actors.
 
-Works in the district's own frame (see `roads`). Vehicles follow lane centres and keep their distance: each step, a
-vehicle may be as fast as lets it brake in time for the nearest thing in its way, for a stop line at red, and for the
-next bend. What still collides afterwards is dropped by `drop_collisions`.
+Everything is in the district's frame (see `roads`). Vehicles follow lane centres and keep their distance. In each step,
+the speed of a vehicle is limited so that it can brake for the nearest obstacle, for a stop line at a red light, and for
+the next bend. `drop_collisions` removes actors that collide nevertheless.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import shapely
-from shapely.geometry import LineString
+from shapely.geometry import LineString, MultiPolygon, Polygon
 
 from perception.synthetic.district import Actor, Trajectory
 from perception.synthetic.roads import Arm, Network
 
 STEP = 0.1  # s between samples of moving trajectories
-# The recording car: its origin is the rear axle, its body reaches from EGO_BACK behind to EGO_FRONT ahead of it.
+# The ego vehicle: its origin is the rear axle; its body reaches from EGO_BACK behind the axle to EGO_FRONT ahead of it.
 EGO_BACK, EGO_FRONT, EGO_WIDTH = 1.0, 3.9, 1.85
 _BRAKE, _ACCELERATION, _SIDEWAYS = 2.6, 1.6, 1.9  # m/s2
 
-# Mean length, width, height in metres and their relative spread, near nuScenes' statistics.
+# Mean length, width, height in metres and their relative deviation, close to nuScenes' statistics.
 SIZES = {
     "vehicle.car": ((4.6, 1.95, 1.73), 0.07),
     "vehicle.truck": ((6.9, 2.5, 2.8), 0.12),
@@ -43,14 +44,15 @@ _PAINTS = np.array([
 
 
 def draw_size(rng: np.random.Generator, category: str) -> tuple[float, float, float]:
-    """Length, width and height of one more thing of this category."""
-    mean, spread = SIZES[category]
-    whole, each = rng.normal(0, spread * 0.8), rng.normal(0, spread * 0.6, 3)
-    return tuple(float(m * np.clip(1 + whole + e, 0.75, 1.3)) for m, e in zip(mean, each, strict=True))
+    """Draws length, width and height of an actor of this category."""
+    mean, deviation = SIZES[category]
+    whole, each = rng.normal(0, deviation * 0.8), rng.normal(0, deviation * 0.6, 3)
+    length, width, height = (float(m * np.clip(1 + whole + e, 0.75, 1.3)) for m, e in zip(mean, each, strict=True))
+    return length, width, height
 
 
 def draw_color(rng: np.random.Generator, category: str) -> tuple[float, float, float]:
-    """RGB of one more thing of this category."""
+    """Draws the RGB colour of an actor of this category."""
     if category == "movable_object.trafficcone":
         base = np.array([0.95, 0.35, 0.08])
     elif category == "movable_object.barrier":
@@ -61,25 +63,26 @@ def draw_color(rng: np.random.Generator, category: str) -> tuple[float, float, f
         base = rng.uniform(0.05, 0.85, 3)
     else:
         base = _PAINTS[rng.integers(len(_PAINTS))]
-    return tuple(float(c) for c in np.clip(base + rng.normal(0, 0.03, 3), 0.02, 1))
+    red, green, blue = np.clip(base + rng.normal(0, 0.03, 3), 0.02, 1).tolist()
+    return red, green, blue
 
 
-def still(xy: np.ndarray, yaw: float) -> Trajectory:
-    """A trajectory that stays at one place."""
+def stationary(xy: np.ndarray, yaw: float) -> Trajectory:
+    """Makes the trajectory of a stationary actor."""
     return Trajectory(np.zeros(1), np.asarray(xy, dtype=np.float64).reshape(1, 2), np.array([float(yaw)]))
 
 
 @dataclass(eq=False)
 class Mover:
-    """A vehicle in the simulation: its path [P, 2] and its state along it."""
+    """A simulated vehicle: its path and its state along the path."""
 
-    path: np.ndarray
-    stop_lines: list[tuple[float, int, int]]  # station on the path, junction, road it comes from
-    station: float
-    cruise: float
-    front: float  # from the reference point to the bumper
-    back: float
-    width: float
+    path: np.ndarray  # [P, 2]
+    stop_lines: list[tuple[float, int, int]]  # station on the path, junction, road before the junction
+    station: float  # metres along the path
+    cruise: float  # m/s
+    front: float  # metres from the reference point to the front bumper
+    back: float  # metres from the reference point to the rear bumper
+    width: float  # metres
     ego: bool = False
 
     def __post_init__(self) -> None:
@@ -88,11 +91,11 @@ class Mover:
         stations = np.arange(0.0, line.length, 0.5)
         self.path = shapely.get_coordinates(shapely.line_interpolate_point(line, stations))  # [P, 2]
         heading = np.unwrap(np.arctan2(*np.gradient(self.path, axis=0).T[::-1]))
-        # The steering wheel needs a frame: headings are averaged over a few metres.
+        # Steering takes time: headings are averaged over a few metres.
         kernel = np.ones(5) / 5
         self.heading = np.convolve(np.pad(heading, 2, mode="edge"), kernel, "valid")
         bend = abs(np.convolve(np.pad(np.gradient(self.heading, 0.5), 4, mode="edge"), np.ones(9) / 9, "valid"))
-        # Nobody holds a speed exactly: it drifts by a tenth over some dozens of metres.
+        # Drivers do not hold a speed exactly: it varies by a tenth over some dozens of metres.
         cruise = self.cruise * (0.95 + 0.05 * np.sin(stations / 14.0 + 40.0 * self.cruise))
         limit = np.minimum(cruise, np.sqrt(_SIDEWAYS / np.maximum(bend, 1e-4)))
         for i in range(len(limit) - 2, -1, -1):  # brake before the bend
@@ -101,23 +104,29 @@ class Mover:
         self.speed = float(np.interp(self.station, stations, limit))
 
     def pose(self) -> tuple[np.ndarray, float]:
-        """Position [2] and heading at the current station."""
+        """Returns position [2] and heading at the current station."""
         xy = np.array([np.interp(self.station, self.stations, self.path[:, d]) for d in range(2)])
         return xy, float(np.interp(self.station, self.stations, self.heading))
 
 
 def route(
-    network: Network, road: int, direction: int, lane_offset: float, start: float, length: float, pick_turn
+    network: Network,
+    road: int,
+    direction: int,
+    lane_offset: float,
+    start: float,
+    length: float,
+    pick_turn: Callable[[list[int]], int],
 ) -> tuple[np.ndarray, list[tuple[float, int, int]]]:
-    """A path along lanes from one station on.
+    """Follows lanes from a station and returns the path.
 
     Args:
-        network: where to drive.
+        network: the road network.
         road: index of the first road.
         direction: +1 along its line, -1 against it.
         lane_offset: lateral offset of the path on the first road.
         start: station on the first road.
-        length: metres wanted; the path ends earlier where the road ends.
+        length: minimum length, metres; the path ends earlier at the end of the road.
         pick_turn: given a list of -1 (right), 0 (straight), 1 (left), returns the index of one.
 
     Returns:
@@ -155,7 +164,7 @@ def route(
         turn, arm = exits[pick_turn([option for option, _ in exits])]
         new = network.roads[arm.road]
         if turn:
-            # Right turns keep to the outermost lane, left turns to the innermost one.
+            # Right turns enter the outermost lane, left turns the innermost one.
             offset = new.lane_center(arm.sign, new.lanes(arm.sign) - 1 if turn < 0 else 0)
             leave, away = new.point(arm.cut, offset), new.heading(arm.cut) + (0 if arm.sign > 0 else np.pi)
             points.append(_turn(entry, heading, leave, away, network.surface))
@@ -168,10 +177,12 @@ def route(
     return path[keep], stop_lines
 
 
-def _turn(entry: np.ndarray, heading: float, leave: np.ndarray, away: float, surface) -> np.ndarray:
-    """A cubic curve [P, 2] from one heading to another, the roundest one that keeps a car's width off the kerb."""
+def _turn(
+    entry: np.ndarray, heading: float, leave: np.ndarray, away: float, surface: Polygon | MultiPolygon
+) -> np.ndarray:
+    """Makes a cubic curve [P, 2] from one heading to another: the roundest one with a car's width of clearance."""
     first, last = (np.array([np.cos(a), np.sin(a)]) for a in (heading, away))
-    # Distances to where the two tangents meet. Handles of 0.58 of them are nearly an arc, longer ones cut less.
+    # Distances to the intersection of the tangents. Handles of 0.58 of them give nearly an arc, longer ones cut less.
     solved = np.linalg.solve(np.stack([first, last], axis=1), leave - entry)
     chord = np.linalg.norm(leave - entry)
     u = np.linspace(0, 1, 40)[:, None]
@@ -185,18 +196,20 @@ def _turn(entry: np.ndarray, heading: float, leave: np.ndarray, away: float, sur
 
 
 def _spine(xy: np.ndarray, yaw: float, back: float, front: float) -> np.ndarray:
-    """Points [P, 2] along the middle of a vehicle, no more than 2 m apart."""
+    """Returns points [P, 2] along the centre line of a vehicle, at most 2 m apart."""
     reach = np.linspace(-back, front, int((front + back) / 2) + 2)
     return xy + reach[:, None] * np.array([np.cos(yaw), np.sin(yaw)])
 
 
-def simulate_movers(movers: list[Mover], walkers: list[Actor], green, duration: float) -> list[Trajectory]:
-    """Drives all movers at once.
+def simulate_movers(
+    movers: list[Mover], pedestrians: list[Actor], green: Callable[[int, int, float], bool], duration: float
+) -> list[Trajectory]:
+    """Simulates all moving vehicles together.
 
     Args:
         movers: vehicles; their state is advanced in place.
-        walkers: pedestrians for whom vehicles brake.
-        green: (junction, road, time) -> bool, whether one may enter the junction from that road.
+        pedestrians: actors for whom vehicles brake.
+        green: (junction, road, time) -> whether the traffic light of that road is green.
         duration: seconds.
 
     Returns:
@@ -208,7 +221,7 @@ def simulate_movers(movers: list[Mover], walkers: list[Actor], green, duration: 
         t = step * STEP
         poses = [mover.pose() for mover in movers]
         spines = [_spine(xy, yaw, m.back, m.front) for (xy, yaw), m in zip(poses, movers, strict=True)]
-        on_foot = [walker.trajectory.at(t)[0] for walker in walkers]
+        on_foot = [pedestrian.trajectory.at(t)[0] for pedestrian in pedestrians]
         others = np.concatenate([*spines, np.array(on_foot).reshape(-1, 2)])  # [Q, 2]
         owner = np.concatenate([np.full(len(s), i) for i, s in enumerate(spines)] + [np.full(len(on_foot), -1)])
         half = np.concatenate([np.full(len(s), m.width / 2) for s, m in zip(spines, movers, strict=True)]
@@ -228,14 +241,14 @@ def simulate_movers(movers: list[Mover], walkers: list[Actor], green, duration: 
                     yaw = np.interp(stations[p], mover.stations, mover.heading)
                     along = drive[owner[q]] @ [np.cos(yaw), np.sin(yaw)] if owner[q] >= 0 else 0.0
                     if mover.ego and owner[q] >= 0 and along < 0.5 * np.linalg.norm(drive[owner[q]]) - 0.1:
-                        continue  # crossing traffic gives way to the recording car
+                        continue  # crossing traffic yields to the ego vehicle
                     gap = max(stations[p] - nose - 2.0 - half[q], 0.0)
                     wanted = min(wanted, np.sqrt(max(along, 0.0) ** 2 + 2 * 0.8 * _BRAKE * gap))
             for at, junction, origin in mover.stop_lines:
                 room = at - 0.5 - nose
                 if room > -1.5 and not green(junction, origin, t):
                     wanted = min(wanted, np.sqrt(2 * 0.8 * _BRAKE * max(room, 0.0)))
-            if step == 0:  # nobody starts faster than the way ahead allows
+            if step == 0:  # the initial speed must allow for obstacles ahead
                 mover.speed = min(mover.speed, wanted)
             brake = (1.3 if mover.ego else 2.2) * _BRAKE if wanted < mover.speed - 1.5 else _BRAKE
             change = np.clip(wanted - mover.speed, -brake * STEP, _ACCELERATION * STEP)
@@ -247,7 +260,7 @@ def simulate_movers(movers: list[Mover], walkers: list[Actor], green, duration: 
 
 
 def _footprints(actors: list[Actor], ego: Trajectory, t: float, margin: float) -> np.ndarray:
-    """Polygons [1 + actors] of the ground that the recording car and all actors cover at one time."""
+    """Returns polygons [1 + actors]: the footprints of the ego vehicle and of all actors at one time."""
     xy, yaw = ego.at(t)
     middle = xy + (EGO_FRONT - EGO_BACK) / 2 * np.array([np.cos(yaw), np.sin(yaw)])
     rows = [(middle, yaw, EGO_FRONT + EGO_BACK, EGO_WIDTH)]
@@ -263,12 +276,12 @@ def _footprints(actors: list[Actor], ego: Trajectory, t: float, margin: float) -
 
 
 def drop_collisions(actors: list[Actor], ego: Trajectory, duration: float) -> list[Actor]:
-    """Keeps the actors that at no time touch the recording car or an actor earlier in the list.
+    """Keeps the actors that never touch the ego vehicle or a kept actor that is earlier in the list.
 
     Args:
         actors: in order of importance.
-        ego: of the rear axle.
-        duration: seconds that are checked, every 0.2 s.
+        ego: trajectory of the rear axle.
+        duration: seconds to check, every 0.2 s.
     """
     pairs: set[tuple[int, int]] = set()
     for t in np.arange(0.0, duration + 1e-6, 0.2):

@@ -1,7 +1,7 @@
-"""Writes generated districts as a dataset in nuScenes' own format, which nuscenes-devkit 1.2.0 reads unchanged.
+"""Writes generated districts as a dataset in nuScenes format, which nuscenes-devkit 1.2.0 reads unchanged.
 
 Format: the thirteen tables of https://www.nuscenes.org/nuscenes#data-format, JPEGs, LiDAR sweeps as `.pcd.bin`, a map
-expansion 1.3 per location, and `splits.json` beside the tables for the devkit's evaluation.
+expansion 1.3 per location, and `<version>/splits.json` for the devkit's evaluation.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -43,17 +44,17 @@ CATEGORIES = (
 _VISIBILITIES = ("v0-40", "v40-60", "v60-80", "v80-100")
 
 SWEEP_US = 100_000  # cameras at 10 Hz
-RATES = (1, 2, 5, 10, 20)  # keyframes per second that a dataset may have; nuScenes has 2
-# The first keyframe comes a little after the scene's start, because some cameras fire before the LiDAR.
+RATES = (1, 2, 5, 10, 20)  # supported keyframes per second; nuScenes has 2
+# The first keyframe is later than the scene's start, because some cameras expose before the LiDAR.
 _LEAD_US = 100_000
-# Boxes are annotated up to this distance from the car, metres.
+# Largest distance of annotated boxes from the car, metres.
 ANNOTATION_RANGE = 60.0
 _JPEG_QUALITY = 92
 
 
 @dataclass(frozen=True)
 class _Job:
-    """Everything that one scene depends on, so that a worker may do it alone."""
+    """All inputs of one scene, for a worker process."""
 
     root: Path
     seed: int
@@ -67,17 +68,21 @@ class _Job:
 
     @property
     def name(self) -> str:
+        """Name of the scene."""
         return f"scene-{self.seed:04d}-{self.index:04d}"
 
     @property
     def log(self) -> str:
+        """Name of the log."""
         return f"town-{self.seed:04d}-{self.index:04d}"
 
     @property
     def keyframe_us(self) -> int:
+        """Microseconds between keyframes."""
         return 1_000_000 // self.rate
 
-    def token(self, *parts) -> str:
+    def token(self, *parts: object) -> str:
+        """Returns the token of a record of this scene."""
         return _token(self.seed, self.index, *parts)
 
 
@@ -97,26 +102,26 @@ def simulate(
 ) -> None:
     """Generates a dataset in nuScenes format (version `v1.0-synthetic`).
 
-    Scene i of seed S depends on `numpy.random.SeedSequence([S, i])` and on the arguments alone: the same arguments give
-    the same bytes, whatever the number of workers. The folder appears when it is complete, never before.
+    Scene i of seed S depends only on `numpy.random.SeedSequence([S, i])` and the arguments. The same arguments give the
+    same bytes with any number of workers. The folder appears only when it is complete.
 
     Args:
-        out: dataset root to create; it must not exist or be empty.
-        scenes: number of scenes, each in a district of its own.
-        seed: of the whole dataset; different seeds share no scene.
+        out: dataset root to create; it must not exist, or be empty.
+        scenes: number of scenes, each in another district.
+        seed: of the whole dataset; datasets of different seeds share no scene.
         keyframes: annotated samples per scene.
-        rate: annotated samples per second, one of 1, 2 (nuScenes' own), 5, 10 and 20.
-        image_size: height and width of the pictures in pixels.
-        split: name under which `splits.json` lists the scenes. The devkit keeps its own names (`train`, `val`, `test`,
-            ...) for the real dataset's scenes, so they cannot be used.
-        workers: processes; all CPU cores if None. 1 works in this process.
-        sweeps: also write camera pictures between keyframes, at 10 Hz altogether; for rates of 1 to 5.
-        rare: 0 for streets as they are, up to 1 for more of what is rare in them, see `make_district`.
-        rig: the cameras and where they sit.
+        rate: annotated samples per second, one of 1, 2 (as nuScenes), 5, 10 and 20.
+        image_size: height and width of the images in pixels.
+        split: name under which `splits.json` lists the scenes. The devkit reserves its names (`train`, `val`, `test`,
+            ...) for the scenes of nuScenes, so they cannot be used.
+        workers: number of processes; None uses all CPU cores, 1 works in this process.
+        sweeps: also write camera images between keyframes, 10 Hz in total; for rates of 1 to 5.
+        rare: frequency of rare classes, from 0 (as in usual streets) to 1, see `make_district`.
+        rig: the cameras and their nominal mountings.
 
     Raises:
-        ConfigError: for an impossible argument.
-        DataError: where `out` holds something already.
+        ConfigError: an argument is out of its range.
+        DataError: `out` is not empty.
     """
     out = Path(out)
     for field, value in (("scenes", scenes), ("keyframes", keyframes), ("workers", 1 if workers is None else workers)):
@@ -134,7 +139,7 @@ def simulate(
         raise ConfigError(f"simulate: image_size is {image_size}; give a height and a width of at least 16 pixels")
     if is_predefined_split(split):
         raise ConfigError(
-            f"simulate: split {split!r} is nuScenes' own in the devkit; choose another name, as town_{split}"
+            f"simulate: split {split!r} is reserved by the nuScenes devkit; give another name, such as town_{split}"
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out}: exists and is not empty; remove it or give another folder")
@@ -147,7 +152,8 @@ def simulate(
             if sweeps and channel != LIDAR_NAME:
                 (root / "sweeps" / channel).mkdir(parents=True)
         jobs = [
-            _Job(root, seed, i, keyframes, rate, tuple(image_size), sweeps, rare, tuple(rig)) for i in range(scenes)
+            _Job(root, seed, i, keyframes, rate, (image_size[0], image_size[1]), sweeps, rare, tuple(rig))
+            for i in range(scenes)
         ]
         parts, districts = [], []
         for tables, district in tqdm(_run(jobs, workers or os.cpu_count() or 1), total=scenes, desc="scenes"):
@@ -165,12 +171,12 @@ def simulate(
         shutil.rmtree(root, ignore_errors=True)
 
 
-def _run(jobs: list[_Job], workers: int):
-    """Results of all jobs in their order."""
+def _run(jobs: list[_Job], workers: int) -> Iterator[tuple[dict[str, list[dict]], District]]:
+    """Yields the results of all jobs in their order."""
     if min(workers, len(jobs)) == 1:
         yield from map(_simulate_scene, jobs)
         return
-    # Fresh processes: a forked one may inherit a lock of some thread that it does not have.
+    # Spawned processes: a forked one may inherit a lock that is held by a thread of its parent.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=cv2.setNumThreads, initargs=(1,)) as pool:
         futures = [pool.submit(_simulate_scene, job) for job in jobs]
@@ -181,31 +187,37 @@ def _run(jobs: list[_Job], workers: int):
             pool.shutdown(cancel_futures=True)
 
 
-def _token(*parts) -> str:
+def _token(*parts: object) -> str:
+    """Returns the token of a record: a hash of its parts."""
     return hashlib.md5("/".join(map(str, parts)).encode()).hexdigest()
 
 
 def scene_location(index: int) -> tuple[str, tuple[float, float]]:
-    """Where scene `index` of a dataset lies: the locations take turns, districts keep 300 m apart on each map."""
-    place = index // len(LOCATIONS)
-    return LOCATIONS[index % len(LOCATIONS)], (250.0 + 300.0 * (place % 10), 250.0 + 300.0 * (place // 10))
+    """Returns location and origin of scene `index`: locations alternate, districts are 300 m apart on each map."""
+    cell = index // len(LOCATIONS)
+    return LOCATIONS[index % len(LOCATIONS)], (250.0 + 300.0 * (cell % 10), 250.0 + 300.0 * (cell // 10))
 
 
 def scene_district(seed: int, index: int, keyframes: int, rate: int = 2, rare: float = 0.0) -> District:
-    """The district of scene `index` of the dataset that `simulate` makes of the same arguments."""
+    """Generates the district of scene `index` of the dataset that `simulate` makes from the same arguments."""
     location, origin = scene_location(index)
     duration = (_LEAD_US + 1_000_000 // rate * (keyframes - 1)) * 1e-6
     return make_district(int(_sequence(seed, index).generate_state(1)[0]), origin, location, duration, rare)
 
 
 def _sequence(seed: int, index: int, *purpose: int) -> np.random.SeedSequence:
+    """Returns the seeds of one purpose in scene `index`."""
     return np.random.SeedSequence([seed, index], spawn_key=purpose)
 
 
 def scene_renderer(
-    seed: int, index: int, district: District, image_size, rig: Sequence[Mounting] = SIX_CAMERAS
+    seed: int,
+    index: int,
+    district: District,
+    image_size: tuple[int, int],
+    rig: Sequence[Mounting] = SIX_CAMERAS,
 ) -> tuple[TownRenderer, tuple[Camera, ...], Lidar]:
-    """The renderer, the cameras and the LiDAR with which scene `index` was recorded."""
+    """Makes the renderer, the cameras and the LiDAR of scene `index`."""
     rng = np.random.default_rng(_sequence(seed, index, 1))
     cameras, lidar = make_cameras(rng, image_size, rig), make_lidar(rng)
     return TownRenderer(district, np.random.default_rng(_sequence(seed, index, 2))), cameras, lidar
@@ -227,30 +239,30 @@ def _simulate_scene(job: _Job) -> tuple[dict[str, list[dict]], District]:
     )
 
     def record(channel: str, time_us: int, k: int, key: bool, suffix: str, size: tuple[int, int]) -> Path:
-        """Adds the pose and the sample_data row of one file and returns where the file goes."""
+        """Adds the ego_pose and sample_data rows of one file and returns its path."""
         token = job.token("sample_data", channel, time_us)
         file = f"{'samples' if key else 'sweeps'}/{channel}/{job.log}__{channel}__{time_us}.{suffix}"
         pose = renderer.global_from_ego((time_us - start_us + _LEAD_US) * 1e-6)
         tables["ego_pose"].append({"token": token, "timestamp": time_us, **_pose_fields(pose)})
-        row = {"token": token, "sample_token": job.token("sample", k), "ego_pose_token": token}
+        row: dict[str, Any] = {"token": token, "sample_token": job.token("sample", k), "ego_pose_token": token}
         row |= {"calibrated_sensor_token": job.token("calibrated_sensor", channel), "timestamp": time_us}
         row |= {"fileformat": suffix.split(".")[0], "is_key_frame": key, "height": size[0], "width": size[1]}
         streams[channel].append(row | {"filename": file})
         return job.root / file
 
     streams: dict[str, list[dict]] = {channel: [] for channel in (*(camera.name for camera in cameras), LIDAR_NAME)}
-    steps = job.keyframe_us // SWEEP_US if job.sweeps else 1  # pictures from one keyframe to the next
-    # Without sweeps the noise of keyframe k is that of the picture that it would be among sweeps.
+    steps = job.keyframe_us // SWEEP_US if job.sweeps else 1  # images per keyframe interval
+    # The noise is seeded by the number of the sweep, so that keyframes are the same with and without sweeps.
     stride = max(1, job.keyframe_us // SWEEP_US) // steps
     for c, camera in enumerate(cameras):
-        for picture in range(0, steps * (job.keyframes - 1) + 1):
-            step, key = picture * stride, picture % steps == 0
-            time_us = start_us + picture * (job.keyframe_us // steps) + camera.delay_us
-            # A picture between keyframes belongs to the next one, as in nuScenes.
-            path = record(camera.name, time_us, -(-picture // steps), key, "jpg", job.image_size)
+        for image in range(0, steps * (job.keyframes - 1) + 1):
+            step, key = image * stride, image % steps == 0
+            time_us = start_us + image * (job.keyframe_us // steps) + camera.delay_us
+            # An image between keyframes belongs to the next keyframe, as in nuScenes.
+            path = record(camera.name, time_us, -(-image // steps), key, "jpg", job.image_size)
             noise = np.random.default_rng(_sequence(job.seed, job.index, 3, c, step))
-            view = renderer.camera(camera, (time_us - start_us + _LEAD_US) * 1e-6, noise)
-            Image.fromarray(view.rgb).save(path, quality=_JPEG_QUALITY)
+            picture = renderer.camera(camera, (time_us - start_us + _LEAD_US) * 1e-6, noise)
+            Image.fromarray(picture.rgb).save(path, quality=_JPEG_QUALITY)
     for k, time_us in enumerate(sample_us):
         seconds = (time_us - start_us + _LEAD_US) * 1e-6
         path = record(LIDAR_NAME, time_us, k, True, "pcd.bin", (0, 0))
@@ -286,16 +298,18 @@ def _simulate_scene(job: _Job) -> tuple[dict[str, list[dict]], District]:
 
 
 def _linked(rows: list[dict]) -> list[dict]:
-    """Adds prev and next to rows that follow each other."""
+    """Adds prev and next to consecutive rows."""
     tokens = ["", *(row["token"] for row in rows), ""]
     return [row | {"prev": tokens[i], "next": tokens[i + 2]} for i, row in enumerate(rows)]
 
 
-def _pose_fields(pose: np.ndarray) -> dict:
+def _pose_fields(pose: np.ndarray) -> dict[str, Any]:
+    """Returns rotation and translation of a pose [4, 4] as fields of a record."""
     return {"rotation": Quaternion(matrix=pose, atol=1e-6).elements.tolist(), "translation": pose[:3, 3].tolist()}
 
 
 def _calibration(job: _Job, cameras: tuple[Camera, ...], lidar: Lidar) -> list[dict]:
+    """Makes the calibrated_sensor rows of one scene."""
     mounts = [(c.name, c.ego_from_cam, c.img_from_cam.tolist()) for c in cameras]
     rows = []
     for channel, ego_from_sensor, intrinsic in [*mounts, (LIDAR_NAME, lidar.ego_from_lidar, [])]:
@@ -307,7 +321,7 @@ def _calibration(job: _Job, cameras: tuple[Camera, ...], lidar: Lidar) -> list[d
 def _annotate(
     job: _Job, district: District, k: int, seconds: float, hit: np.ndarray, visible: np.ndarray
 ) -> list[dict]:
-    """Rows of all actors near the car at keyframe k; prev and next come later."""
+    """Makes the annotation rows of all actors near the car at keyframe k, without prev and next."""
     counts = np.bincount(hit[hit >= 0], minlength=len(district.actors))
     ego_xy, _ = district.ego.at(seconds)
     rows = []
@@ -340,13 +354,13 @@ def _link_instances(job: _Job, district: District, annotations: list[dict]) -> l
     instances = []
     for actor in district.actors:
         token = job.token("instance", actor.name)
-        mine = [row for row in annotations if row["instance_token"] == token]
-        if not mine:
+        own = [row for row in annotations if row["instance_token"] == token]
+        if not own:
             continue
-        for row, linked in zip(mine, _linked(mine), strict=True):
+        for row, linked in zip(own, _linked(own), strict=True):
             row.update(linked)
-        first, last = mine[0]["token"], mine[-1]["token"]
-        row = {"token": token, "category_token": _token("category", actor.category), "nbr_annotations": len(mine)}
+        first, last = own[0]["token"], own[-1]["token"]
+        row = {"token": token, "category_token": _token("category", actor.category), "nbr_annotations": len(own)}
         instances.append(row | {"first_annotation_token": first, "last_annotation_token": last})
     return instances
 
@@ -354,7 +368,7 @@ def _link_instances(job: _Job, district: District, annotations: list[dict]) -> l
 def _write_tables(
     root: Path, seed: int, parts: list[dict[str, list[dict]]], split: str, rig: Sequence[Mounting]
 ) -> None:
-    """Writes the thirteen tables, `splits.json` and the map pictures that the devkit insists on."""
+    """Writes the thirteen tables, `splits.json` and the map images that the devkit requires."""
     tables = {name: [row for part in parts for row in part[name]] for name in parts[0]}
     tables["category"] = [
         {"token": _token("category", name), "name": name, "description": "", "index": i + 1}
@@ -381,7 +395,7 @@ def _write_tables(
         token = _token(seed, "map", location)
         file = f"maps/{token}.png"
         (root / "maps").mkdir(exist_ok=True)
-        # The devkit wants the file to exist; what the map shows is in the expansion.
+        # The devkit requires that the file exists; the content of the map is in the expansion.
         Image.new("L", (1, 1)).save(root / file)
         tables["map"].append({"category": "semantic_prior", "token": token, "filename": file, "log_tokens": logs})
     folder = root / VERSION
