@@ -1,4 +1,4 @@
-"""Image encoders: backbones equal the networks they are taken from, what is frozen stays, mistakes are named."""
+"""Image encoders: parity of backbones with torchvision and mmdet, freezing, errors."""
 
 import pytest
 import torch
@@ -8,19 +8,19 @@ from perception.engine.mmcv_ops import stand_in
 from perception.errors import CheckpointError, ConfigError
 from perception.models.backbone import FPNEncoder, load_backbone, read_backbone_weights
 
-SEEN = torch.rand(1, 3, 64, 96) * 255
-NORMALISED = (SEEN - torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1)) / torch.tensor(
+IMAGES = torch.rand(1, 3, 64, 96) * 255
+NORMALISED = (IMAGES - torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1)) / torch.tensor(
     [58.395, 57.12, 57.375]
 ).view(3, 1, 1)
 
 
 def shaken(network: torch.nn.Module) -> torch.nn.Module:
-    """With statistics and scales that are not those of a fresh network, so that mixing them up shows."""
+    """Randomises batch norm statistics and scales, so that weights in the wrong place change the output."""
     generator = torch.Generator().manual_seed(1)
     for tensor in network.state_dict().values():
         if tensor.is_floating_point() and tensor.ndim <= 1:
             tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
-    network.eval()  # which mmdet's return nothing from
+    network.eval()  # a statement, because eval() of mmdet backbones returns None
     return network
 
 
@@ -50,11 +50,11 @@ def test_published_weights_give_the_published_network(name, suffix, tmp_path):
             expected += [x] if i % 2 else []
     for found, wanted in zip(encoder.backbone(NORMALISED), expected, strict=True):
         torch.testing.assert_close(found, wanted)
-    assert encoder(SEEN).shape == (1, 32, 4, 6)
+    assert encoder(IMAGES).shape == (1, 32, 4, 6)
 
 
 @torch.no_grad()
-def test_a_backbone_of_mmdet_is_a_trunk():
+def test_mmdet_backbones_are_usable():
     stand_in()
     from mmdet.models.backbones import ResNeXt
 
@@ -64,12 +64,12 @@ def test_a_backbone_of_mmdet_is_a_trunk():
     encoder.backbone.load_published(weights | {"bbox_head.fc.weight": torch.zeros(1)}, "detector.pth")
     for found, wanted in zip(encoder.backbone(NORMALISED), network(NORMALISED), strict=True):
         torch.testing.assert_close(found, wanted)
-    assert encoder(SEEN).shape == (1, 32, 4, 6)
+    assert encoder(IMAGES).shape == (1, 32, 4, 6)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mmdet:ResNeXt?depth=50&groups=32&base_width=4"])
 @torch.no_grad()
-def test_the_trunk_of_a_network_of_the_library_is_taken(name, tmp_path):
+def test_the_backbone_of_a_checkpoint_is_loaded(name, tmp_path):
     from safetensors.torch import save_file
 
     stand_in()
@@ -84,13 +84,13 @@ def test_the_trunk_of_a_network_of_the_library_is_taken(name, tmp_path):
         load_backbone(FPNEncoder("resnet50", 3, 8, 32).backbone, path)
 
 
-def test_what_is_frozen_stays_while_the_rest_learns():
+def test_frozen_stages_keep_their_weights():
     encoder = FPNEncoder("resnet18", 3, 8, 16)
     encoder.backbone.freeze(1)
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     encoder.train()
     optimizer = torch.optim.SGD([p for p in encoder.parameters() if p.requires_grad], lr=0.1)
-    encoder(SEEN).square().mean().backward()
+    encoder(IMAGES).square().mean().backward()
     optimizer.step()
     same = {name for name, tensor in encoder.state_dict().items() if torch.equal(tensor, before[name])}
     frozen = {name for name in before if name.startswith(("backbone.stem", "backbone.stages.0"))}
@@ -108,12 +108,12 @@ def test_what_is_frozen_stays_while_the_rest_learns():
         (("mmdet:ResNet?depth=50&strides=(1,2,2,1)", 4, 16, 8), r"do not have strides 4, 8, 16 and 32"),
     ],
 )
-def test_encoders_that_cannot_be_are_refused(arguments, sentence):
+def test_invalid_encoders_are_refused(arguments, sentence):
     with pytest.raises(ConfigError, match=sentence):
         FPNEncoder(*arguments)
 
 
-def test_freezing_too_much_and_foreign_weights_are_refused(tmp_path):
+def test_invalid_freezing_and_weights_are_refused(tmp_path):
     encoder = FPNEncoder("resnet18", 3, 8, 16)
     with pytest.raises(ConfigError, match=r"train\.frozen_stages is 4; use -1 to 3"):
         encoder.backbone.freeze(4)

@@ -1,4 +1,4 @@
-"""BEVFormer against what the published code itself returns, and in the nouns of the library."""
+"""BEVFormer: parity with outputs of the published code, frames and memory, and import of published checkpoints."""
 
 import json
 import math
@@ -15,10 +15,17 @@ from perception.errors import CheckpointError
 from perception.geometry import invert_rigid, rigid_from_yaw
 from perception.models import NETWORKS, build_network, preset_config
 from perception.models.bevformer.config import BEVFormerConfig
-from perception.models.bevformer.model import BEVFormer, BEVFormerHead, best_boxes, decode_boxes
-from perception.models.checkpoint import import_published, load_model, our_key, read_metrics, save_checkpoint
+from perception.models.bevformer.model import BEVFormer, BEVFormerHead, decode_boxes, topk_boxes
+from perception.models.checkpoint import import_published, library_key, load_model, read_metrics, save_checkpoint
 from perception.models.published.backbone import PublishedBackboneConfig, PublishedImageEncoder
-from perception.models.published.geometry import PREFIXES, can_bus, cell_locations, map_shift, see_pillars, turn_map
+from perception.models.published.geometry import (
+    PREFIXES,
+    bev_shift,
+    can_bus_vector,
+    cell_centers,
+    project_pillars,
+    rotate_bev,
+)
 from perception.types import CameraRig, Frame, map_tensors
 
 SMALL = BEVFormerConfig(
@@ -32,62 +39,61 @@ PUBLISHED = sorted(name for kind, network in NETWORKS.values() if network.publis
 @pytest.fixture(scope="module")
 def data(golden):
     folder = golden / "bevformer"
-    told = json.loads((folder / "config.json").read_text())
+    published = json.loads((folder / "config.json").read_text())
     config = BEVFormerConfig(
-        image_size=tuple(told["img"]),
-        backbone=PublishedBackboneConfig(levels=told["num_levels"], channels=told["embed"]),
-        bev=(told["bev_h"], told["bev_w"]),
-        low=tuple(told["pc_range"][:3]),
-        high=tuple(told["pc_range"][3:]),
-        channels=told["embed"],
-        feed_forward=told["ffn_channels"],
-        heads=told["num_heads"],
-        encoder_layers=told["encoder_layers"],
-        decoder_layers=told["decoder_layers"],
-        queries=told["num_query"],
-        level_embeddings=told["num_feature_levels"],
-        pillar_points=told["num_points_in_pillar"],
-        camera_points=told["sca_points"],
-        points=told["tsa_points"],
-        cameras=told["num_cams"],
-        rotate_center=tuple(told["rotate_center"]),
-        max_boxes=told["max_num"],
-        post_center_range=tuple(told["post_center_range"]),
+        image_size=tuple(published["img"]),
+        backbone=PublishedBackboneConfig(levels=published["num_levels"], channels=published["embed"]),
+        bev=(published["bev_h"], published["bev_w"]),
+        point_cloud_range=tuple(published["pc_range"]),
+        channels=published["embed"],
+        feed_forward=published["ffn_channels"],
+        heads=published["num_heads"],
+        encoder_layers=published["encoder_layers"],
+        decoder_layers=published["decoder_layers"],
+        queries=published["num_query"],
+        level_embeddings=published["num_feature_levels"],
+        pillar_points=published["num_points_in_pillar"],
+        camera_points=published["sca_points"],
+        points=published["tsa_points"],
+        cameras=published["num_cams"],
+        rotate_center=tuple(published["rotate_center"]),
+        max_boxes=published["max_num"],
+        post_center_range=tuple(published["post_center_range"]),
     )
     head = BEVFormerHead(config).eval()
     params = load_file(folder / "params.safetensors")
     head.load_state_dict({name.removeprefix("pts_bbox_head."): tensor for name, tensor in params.items()})
-    return head, load_file(folder / "inputs.safetensors"), load_file(folder / "outputs.safetensors"), told
+    return head, load_file(folder / "inputs.safetensors"), load_file(folder / "outputs.safetensors"), published
 
 
 @torch.no_grad()
 def test_two_frames_with_history(data):
-    head, inputs, expected, told = data
+    head, inputs, expected, published = data
     previous = None
     for frame in ("frame1", "frame2"):
-        features = [inputs[f"{frame}.feat{level}"] for level in range(told["num_levels"])]
+        features = [inputs[f"{frame}.feat{level}"] for level in range(published["num_levels"])]
         bus = inputs[f"{frame}.can_bus"].view(1, 18)
         matrix = inputs[f"{frame}.lidar2img"]
-        _, seen = see_pillars(head.config, matrix, tuple(told["img"]))
+        _, visible = project_pillars(head.config, matrix, tuple(published["img"]))
         mask = expected[f"{frame}.bev_mask"].bool()  # [N, B, h * w, Z]
-        assert torch.equal(seen, mask.any(-1).transpose(0, 1))
-        logits, params, bev = head(features, matrix, bus, tuple(told["img"]), previous)
+        assert torch.equal(visible, mask.any(-1).transpose(0, 1))
+        logits, params, bev = head(features, matrix, bus, tuple(published["img"]), previous)
         close = {"atol": 1e-4, "rtol": 0}
         torch.testing.assert_close(bev, expected[f"{frame}.bev_embed"].transpose(0, 1), **close)
         torch.testing.assert_close(logits, expected[f"{frame}.all_cls_scores"], **close)
         torch.testing.assert_close(params, expected[f"{frame}.all_bbox_preds"], atol=1e-3, rtol=0)
         config = head.config
-        scores, labels, boxes, keep = best_boxes(logits[-1], params[-1], config.max_boxes, config.post_center_range)
+        scores, labels, boxes, keep = topk_boxes(logits[-1], params[-1], config.max_boxes, config.post_center_range)
         torch.testing.assert_close(scores[keep], expected[f"{frame}.det_scores"], **close)
         assert torch.equal(labels[keep], expected[f"{frame}.det_labels"])
         torch.testing.assert_close(boxes[keep], expected[f"{frame}.det_boxes"], atol=1e-3, rtol=0)
         previous = bev
-    turned = turn_map(expected["frame1.bev_embed"].transpose(0, 1), head.config, bus[:, -1])[0]
+    turned = rotate_bev(expected["frame1.bev_embed"].transpose(0, 1), head.config, bus[:, -1])[0]
     torch.testing.assert_close(turned, expected["frame2.prev_bev_rotated"][:, 0])
 
 
 def frame(seed: int, ego_from_prev: np.ndarray, is_first: bool) -> Frame:
-    """One camera ahead and one behind, random images."""
+    """A frame with one camera ahead and one behind, and random images."""
     images = torch.randint(0, 256, (1, 2, 3, 60, 90), generator=torch.Generator().manual_seed(seed))
     ahead = [[0.0, 0, 1, 1.5], [-1, 0, 0, 0], [0, -1, 0, 1.6], [0, 0, 0, 1]]
     behind = [[0.0, 0, -1, 0], [1, 0, 0, 0], [0, -1, 0, 1.6], [0, 0, 0, 1]]
@@ -97,29 +103,29 @@ def frame(seed: int, ego_from_prev: np.ndarray, is_first: bool) -> Frame:
     return Frame(images.byte(), rig, motion, torch.tensor([0.5]), torch.tensor([is_first]))
 
 
-def test_what_stands_still_stays_where_it_is():
-    """A blob in the previous map, read where the network reads it after a drive with a turn, lies where it should."""
+def test_static_features_are_aligned_with_the_present_frame():
+    """A blob in the previous BEV features, rotated and shifted by the ego motion, is at its place now."""
     ego_from_prev = invert_rigid(rigid_from_yaw(math.radians(20), (4.0, 1.0, 0.0)))
-    bus = can_bus(frame(0, ego_from_prev, False))
+    bus = can_bus_vector(frame(0, ego_from_prev, False))
     config = BEVFormerConfig(bev=(100, 100), rotate_center=(50, 50))
     ego_from_lidar = np.array(config.ego_from_lidar)
     lidar_from_prev = invert_rigid(ego_from_lidar) @ ego_from_prev @ ego_from_lidar
-    before = np.array([-12.0, 20.0, 0, 1])  # left of the car and ahead of it
-    locations = cell_locations(100, 100, "cpu")
+    before = np.array([-12.0, 20.0, 0, 1])  # ahead of the car, to its left
+    locations = cell_centers(100, 100, "cpu")
     metres = (locations - 0.5) * 102.4
     blob = torch.exp(-((metres - torch.tensor(before[:2])) ** 2).sum(-1, keepdim=True) / 8).float()
-    turned = turn_map(blob[None], config, bus[:, -1]).view(1, 1, 100, 100)
-    grid = (2 * (locations + map_shift(config, bus)) - 1).view(1, 100, 100, 2)
+    turned = rotate_bev(blob[None], config, bus[:, -1]).view(1, 1, 100, 100)
+    grid = (2 * (locations + bev_shift(config, bus)) - 1).view(1, 100, 100, 2)
     now = torch.nn.functional.grid_sample(turned, grid, align_corners=False).flatten()
     center = (now[:, None] * metres).sum(0) / now.sum()
-    # The turn is about the LiDAR where the car turns about its rear axle, as published: 0.94 m times 20 degrees.
+    # As published, features rotate about the LiDAR, but the car about its rear axle: 0.94 m times 20 degrees.
     assert center.numpy() == pytest.approx((lidar_from_prev @ before)[:2], abs=0.8)
-    still = can_bus(frame(0, np.eye(4), True))
+    still = can_bus_vector(frame(0, np.eye(4), True))
     assert still[0, 3] == 1 and still[0, [0, 1, 2, -2, -1]].abs().sum() == 0
 
 
-def test_boxes_come_in_the_ego_frame():
-    """A box 10 m ahead of and 2 m left of the LiDAR turned by 0.5, at 3 m/s, as mmdet3d before 1.0 would say it."""
+def test_boxes_are_decoded_to_the_ego_frame():
+    """A box 10 m ahead and 2 m left of the LiDAR, yaw 0.5, 3 m/s, encoded in the convention of mmdet3d before 1.0."""
     yaw = -math.pi - 0.5  # -yaw - pi / 2 is 0.5 more than LiDAR y, which is ahead
     box = torch.tensor([-2.0, 10, math.log(1.9), math.log(4.5), -1, math.log(1.5), math.sin(yaw), math.cos(yaw), 0, 3])
     logits = torch.full((1, 1, 1, 10), -9.0)
@@ -132,7 +138,7 @@ def test_boxes_come_in_the_ego_frame():
 
 
 @torch.inference_mode()
-def test_streams_and_batches(tmp_path):
+def test_memory_batches_and_weights_files(tmp_path):
     torch.manual_seed(0)
     model = BEVFormer(SMALL).eval()
     for p in model.head.parameters():
@@ -142,15 +148,15 @@ def test_streams_and_batches(tmp_path):
     _, state = model(first, model.initial_state(1))
     together, after = model(second, state)
     alone, _ = model(second._replace(is_first=torch.tensor([True])), state)
-    assert (together[0] - alone[0]).abs().max() > 1e-3  # the memory counts
+    assert (together[0] - alone[0]).abs().max() > 1e-3  # the state is used
     pair = type(second)(
         *(torch.cat([a, b]) if isinstance(a, torch.Tensor) else CameraRig(*map(torch.cat, zip(a, b, strict=True)))
           for a, b in zip(second, first, strict=True))
     )  # fmt: skip
     both, _ = model(pair, map_tensors(lambda tensor: tensor.expand(2, -1, -1, -1), state))
     torch.testing.assert_close(both[0][:, :1], together[0], atol=1e-5, rtol=1e-5)
-    scene = model.decode(together)
-    assert scene.boxes.score.shape == (1, 20) and scene.lines.points.shape == (1, 0, 20, 2)
+    objects = model.decode(together)
+    assert objects.boxes.score.shape == (1, 20) and objects.lines.points.shape == (1, 0, 20, 2)
     save_checkpoint(tmp_path / "w.safetensors", model, {"nds": 0.5})
     loaded, metrics = load_model(tmp_path / "w.safetensors"), read_metrics(tmp_path / "w.safetensors")
     again, _ = loaded(second, state)
@@ -160,7 +166,7 @@ def test_streams_and_batches(tmp_path):
 
 @torch.inference_mode()
 def test_images_are_padded_below_and_at_the_right():
-    """As published: zeros after normalisation, to a multiple of 32, which the calibration does not notice."""
+    """As published: zeros after normalisation, to a multiple of 32."""
     encoder = PublishedImageEncoder(SMALL.backbone).eval()
     images = frame(3, np.eye(4), True).images
     wide = torch.zeros(1, 2, 3, 64, 96)
@@ -172,14 +178,14 @@ def test_images_are_padded_below_and_at_the_right():
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_official_keys(official_keys, name):
     path = official_keys / f"{name}.json"
-    official = {our_key(key, PREFIXES): tuple(shape) for key, shape in json.loads(path.read_text()).items()}
+    official = {library_key(key, PREFIXES): tuple(shape) for key, shape in json.loads(path.read_text()).items()}
     with torch.device("meta"):
         network = build_network(preset_config(name))
     ours = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
     assert ours == official
 
 
-def test_a_checkpoint_is_imported_whole_or_not_at_all(official_keys, tmp_path):
+def test_only_complete_checkpoints_are_imported(official_keys, tmp_path):
     path = official_keys / "bevformer_tiny.json"
     generator = torch.Generator().manual_seed(0)
     weights = {
@@ -193,7 +199,7 @@ def test_a_checkpoint_is_imported_whole_or_not_at_all(official_keys, tmp_path):
     assert "is bevformer_tiny, 33.52 M parameters" in run.stdout
     state = load_model(tmp_path / "tiny.safetensors").state_dict()
     assert len(state) == len(weights)
-    assert all(torch.equal(state[our_key(key, PREFIXES)], tensor) for key, tensor in weights.items())
+    assert all(torch.equal(state[library_key(key, PREFIXES)], tensor) for key, tensor in weights.items())
     weights["pts_bbox_head.extra"] = torch.zeros(1)
     torch.save(weights, tmp_path / "tiny.pth")
     with pytest.raises(CheckpointError, match=r"nearest is bevformer_tiny, with 1 keys .* the first head\.extra"):

@@ -31,7 +31,7 @@ def network(request, small_network):
     made = {
         "bevformer": lambda: BEVFormer(BEVFormerConfig(**SHARED, queries=20, max_boxes=10)),
         "maptr": lambda: MapTR(MapTRConfig(**SHARED, **LINES)),
-        "maptr_gkt": lambda: MapTR(MapTRConfig(**SHARED, **LINES, kernel=(3, 5))),
+        "maptr_gkt": lambda: MapTR(MapTRConfig(**SHARED, **LINES, gkt_kernel=(3, 5))),
         "maptrv2": lambda: MapTRv2(MapTRv2Config(**SHARED, **LINES, aspp_channels=8)),
     }[request.param]()
     with torch.no_grad():  # outputs of fresh networks hardly depend on images and calibration

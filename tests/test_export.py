@@ -327,7 +327,7 @@ def test_published_networks_are_exported(network, small_town, tmp_path):
     if network == "bevformer":
         config = BEVFormerConfig(**small, bev=(10, 10), rotate_center=(5, 5), queries=15, max_boxes=10)
     else:
-        config = MapTRConfig(**small, bev=(10, 6), lines=6, line_points=5, max_lines=5, kernel=(3, 5))
+        config = MapTRConfig(**small, bev=(10, 6), lines=6, line_points=5, max_lines=5, gkt_kernel=(3, 5))
     model = build_network(config)
     with torch.no_grad():
         for parameter in model.head.parameters():

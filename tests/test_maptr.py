@@ -1,4 +1,4 @@
-"""MapTR against what the published code itself returns, and in the nouns of the library."""
+"""MapTR: parity with outputs of the published code, evaluation, and live use."""
 
 import json
 
@@ -18,29 +18,28 @@ from perception.models.bevformer.config import BEVFormerConfig
 from perception.models.bevformer.model import BEVFormer
 from perception.models.checkpoint import load_model, save_checkpoint
 from perception.models.maptr.config import MapTRConfig
-from perception.models.maptr.model import MapTR, MapTRHead, RawLines, best_lines
+from perception.models.maptr.model import MapTR, MapTRHead, RawLines, topk_lines
 from perception.models.published.backbone import PublishedBackboneConfig
-from perception.models.published.geometry import see_pillars
+from perception.models.published.geometry import project_pillars
 from perception.synthetic import VERSION
 from perception.types import CameraRig
 
 
 @torch.no_grad()
-def test_one_frame_and_its_lines(golden):
+def test_one_frame_and_decoded_lines(golden):
     folder = golden / "maptr"
-    told = json.loads((folder / "config.json").read_text())
+    published = json.loads((folder / "config.json").read_text())
     weights, inputs, expected = (load_file(folder / f"{name}.safetensors") for name in ("weights", "inputs", "outputs"))
     config = MapTRConfig(
-        backbone=PublishedBackboneConfig(channels=told["dim"]),
-        bev=(told["bev_h"], told["bev_w"]),
-        low=tuple(told["pc_range"][:3]),
-        high=tuple(told["pc_range"][3:]),
-        channels=told["dim"],
+        backbone=PublishedBackboneConfig(channels=published["dim"]),
+        bev=(published["bev_h"], published["bev_w"]),
+        point_cloud_range=tuple(published["pc_range"]),
+        channels=published["dim"],
         feed_forward=len(weights["pts_bbox_head.transformer.decoder.layers.0.ffns.0.layers.0.0.bias"]),
-        encoder_layers=told["enc"],
-        decoder_layers=told["dec"],
-        lines=told["num_vec"],
-        line_points=told["num_pts"],
+        encoder_layers=published["enc"],
+        decoder_layers=published["dec"],
+        lines=published["num_vec"],
+        line_points=published["num_pts"],
         level_embeddings=len(weights["pts_bbox_head.transformer.level_embeds"]),
         pillar_points=expected["inter_bev_mask"].shape[-1],
         cameras=len(inputs["lidar2img"]),
@@ -49,18 +48,20 @@ def test_one_frame_and_its_lines(golden):
     head.load_state_dict({name.removeprefix("pts_bbox_head."): tensor for name, tensor in weights.items()})
     size = tuple(inputs["img_shape"][:2].tolist())
     matrix, bus = inputs["lidar2img"][None], inputs["can_bus"][None]
-    assert torch.equal(see_pillars(config, matrix, size)[1], expected["inter_bev_mask"].bool().any(-1).transpose(0, 1))
+    assert torch.equal(
+        project_pillars(config, matrix, size)[1], expected["inter_bev_mask"].bool().any(-1).transpose(0, 1)
+    )
     logits, points, bev = head([inputs["img_feat"]], matrix, bus, size)
     close = {"atol": 1e-4, "rtol": 0}
     torch.testing.assert_close(bev, expected["bev_embed"].transpose(0, 1), **close)
     torch.testing.assert_close(logits, expected["all_cls_scores"], **close)
     torch.testing.assert_close(points, expected["all_pts_preds"], **close)
-    scores, labels, metres = best_lines(logits[-1], points[-1], config.low, config.high, told["max_num"])
+    scores, labels, metres = topk_lines(logits[-1], points[-1], config.low, config.high, published["max_num"])
     # The published decoder drops lines whose bounding box has a corner outside `post`, and weak ones.
     box = torch.cat([metres.amin(2), metres.amax(2)], -1)[0]
     for name, limits, least_score in (
-        ("decoded", told["post"], 0.0),
-        ("decoded_filtered", told["post_tight"], told["thr"]),
+        ("decoded", published["post"], 0.0),
+        ("decoded_filtered", published["post_tight"], published["thr"]),
     ):
         low, high = torch.tensor(limits).view(2, 4)
         keep = ((box >= low) & (box <= high)).all(-1) & (scores[0] > least_score)
@@ -71,7 +72,7 @@ def test_one_frame_and_its_lines(golden):
 
 @pytest.mark.parametrize("network", ["bevformer", "maptr"])
 def test_imported_networks_are_evaluated(network, tmp_path, town_root):
-    """The whole way of scripts/evaluate.py: a network without lines, and one without boxes."""
+    """Runs scripts/evaluate.py's functions on a network without lines and on one without boxes."""
     backbone = PublishedBackboneConfig(width=4, channels=32)
     small = {"backbone": backbone, "channels": 32, "feed_forward": 48, "heads": 4, "decoder_layers": 2}
     if network == "maptr":
@@ -91,7 +92,7 @@ val_data = dict(dataroot={str(town_root)!r}, version={VERSION!r}, split="town_va
     config = load_config(path)
     assert config.model.image_size == (60, 90) and config.train is None
     save_checkpoint(tmp_path / "w.safetensors", model, {})
-    with pytest.raises(CheckpointError, match="the config's model has"):  # a small one, not the published one
+    with pytest.raises(CheckpointError, match="the config's model has"):  # not the published size
         load_weights(tmp_path / "w.safetensors", config.model)
     with pytest.raises(CheckpointError, match="wants another network"):
         load_weights(tmp_path / "w.safetensors", BEVTransformerConfig.nano())
@@ -100,14 +101,14 @@ val_data = dict(dataroot={str(town_root)!r}, version={VERSION!r}, split="town_va
 
 
 @torch.inference_mode()
-def test_lines_come_in_the_ego_frame_through_the_predictor(tmp_path):
+def test_lines_are_decoded_to_the_ego_frame_and_predicted_live(tmp_path):
     torch.manual_seed(0)
     config = MapTRConfig(
         image_size=(60, 90), backbone=PublishedBackboneConfig(width=4, channels=32), bev=(20, 10), channels=32,
         feed_forward=48, heads=4, decoder_layers=2, lines=6, line_points=5, cameras=1, max_lines=4,
     )  # fmt: skip
     model = MapTR(config).eval()
-    # One line whatever is seen: LiDAR x 3 m (right), y from -6 to 6 m.
+    # One line: LiDAR x 3 m (right), y from -6 to 6 m.
     logits = torch.full((1, 1, 6, 3), -9.0)
     logits[0, 0, 2, 1] = 3.0
     points = torch.rand(1, 1, 6, 5, 2)
@@ -124,6 +125,6 @@ def test_lines_come_in_the_ego_frame_through_the_predictor(tmp_path):
     ahead = torch.tensor([[[0.0, 0, 1, 1.5], [-1, 0, 0, 0], [0, -1, 0, 1.6], [0, 0, 0, 1]]])
     rig = CameraRig(torch.tensor([[[60.0, 0, 45], [0, 60, 30], [0, 0, 1]]]), ahead, torch.ones(1, dtype=torch.bool))
     image = torch.randint(0, 256, (1, 60, 90, 3), dtype=torch.uint8).numpy()
-    scene = Predictor(tmp_path / "w.safetensors").step(image, rig, torch.eye(4).double().numpy(), 0.0)
-    assert scene.lines.points.shape == (4, 5, 2) and scene.boxes.score.shape == (0,)
-    assert scene.lines.points.isfinite().all()
+    objects = Predictor(tmp_path / "w.safetensors").step(image, rig, torch.eye(4).double().numpy(), 0.0)
+    assert objects.lines.points.shape == (4, 5, 2) and objects.boxes.score.shape == (0,)
+    assert objects.lines.points.isfinite().all()

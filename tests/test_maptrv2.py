@@ -12,9 +12,9 @@ from perception.geometry import invert_rigid, project_points, transform_points
 from perception.models.checkpoint import load_model, save_checkpoint
 from perception.models.maptrv2.config import MapTRv2Config
 from perception.models.maptrv2.losses import draw_lines_in_images
-from perception.models.maptrv2.model import MapTRv2, calibration_numbers, lifted_points
+from perception.models.maptrv2.model import MapTRv2, camera_parameters, lifted_points
 from perception.models.published.backbone import FPNConfig
-from perception.models.published.encoder import KernelCrossAttention
+from perception.models.published.encoder import GeometryKernelAttention
 from perception.models.published.geometry import NUSCENES_EGO_FROM_LIDAR
 from perception.types import CameraRig, Frame, Polylines
 
@@ -29,8 +29,8 @@ SIZE = (64, 96)
 EGO_FROM_LIDAR = torch.tensor(NUSCENES_EGO_FROM_LIDAR)
 SMALL = MapTRv2Config(
     image_size=SIZE, backbone=FPNConfig(stages=3, stride=16), bev=(20, 10), channels=16, feed_forward=24, heads=2,
-    decoder_layers=2, lines=6, line_points=5, many_lines=8, many_times=2, depths=(1.0, 25.0, 1.0), aspp_channels=4,
-    max_lines=4,
+    decoder_layers=2, lines=6, line_points=5, one_to_many_queries=8, one_to_many_repeats=2,
+    depth_range=(1.0, 25.0, 1.0), aspp_channels=4, max_lines=4,
 )  # fmt: skip
 
 
@@ -39,8 +39,8 @@ def frame(seed: int = 0) -> Frame:
     return Frame(images, RIG, torch.eye(4)[None], torch.zeros(1), torch.ones(1, dtype=torch.bool))
 
 
-def test_pixels_lie_where_they_look():
-    """Projected back, a lifted point is its own pixel at its own depth."""
+def test_lifted_points_project_to_their_pixels():
+    """A lifted point projects back to its pixel and its depth."""
     points = lifted_points(SMALL, RIG, EGO_FROM_LIDAR, SIZE, (4, 6))  # [1, 2, D, 4, 6, 3]
     cam_from_lidar = invert_rigid(RIG.ego_from_cam) @ EGO_FROM_LIDAR
     uv, depth = project_points(RIG.img_from_cam, transform_points(cam_from_lidar, points.flatten(2, 4)), 0.1)
@@ -51,13 +51,13 @@ def test_pixels_lie_where_they_look():
 
 
 @torch.no_grad()
-def test_features_fall_into_the_cell_that_they_belong_to():
-    """One pixel of the camera ahead, 10 m away: only the cell there gets its features; a missing camera gives none."""
+def test_features_are_splatted_into_their_cell():
+    """Features of one pixel at 10 m depth are in one BEV cell; those of an absent camera in none."""
     torch.manual_seed(0)
     encoder = MapTRv2(SMALL).eval().head.transformer.encoder
     encoder.downsample = torch.nn.Identity()
 
-    def one_pixel(features, told):
+    def one_pixel(features, cameras):
         logits = torch.full((2, 24, 4, 6), -200.0)
         logits[:, 9] = 200.0
         context = torch.zeros(2, 16, 4, 6)
@@ -76,28 +76,28 @@ def test_features_fall_into_the_cell_that_they_belong_to():
     assert not encoder(torch.zeros(1, 2, 16, 4, 6), gone, EGO_FROM_LIDAR, SIZE)[0].any()
 
 
-def test_calibration_is_told_of_the_cameras_own_image():
-    numbers = calibration_numbers(RIG, 0.5)[0, 1]
+def test_camera_parameters_are_those_of_the_full_image():
+    numbers = camera_parameters(RIG, 0.5)[0, 1]
     assert numbers.tolist() == pytest.approx(
         [120, 120, 96, 64, 0.5, 0, 0, 0, 0.5, 0, 0, 0, -1, 0, 1, 0, 0, 0, 0, -1, 0, 1.6]
     )
 
 
-def test_further_queries_only_in_training(tmp_path):
-    """What is trained beside the lines changes nothing of them: no query of the one kind sees one of the other."""
+def test_one_to_many_queries_only_in_training(tmp_path):
+    """One-to-many queries do not change the lines: queries of the two kinds do not attend to each other."""
     torch.manual_seed(0)
     model = MapTRv2(SMALL).eval()
-    for parameter in model.head.parameters():  # all of it counts
+    for parameter in model.head.parameters():  # so that every parameter has an effect
         torch.nn.init.normal_(parameter, std=0.2) if parameter.requires_grad else None
     with torch.no_grad():
         alone, state = model(frame(), model.initial_state(1))
-        model.head.training = True  # the flag alone: norms and dropout stay as they are
+        model.head.training = True  # this flag only: batch norm and dropout stay in evaluation mode
         both, _ = model(frame(), state)
-    assert alone.many_logits.shape[2] == 0 and both.many_logits.shape[2] == 8
+    assert alone.one_to_many_logits.shape[2] == 0 and both.one_to_many_logits.shape[2] == 8
     torch.testing.assert_close(alone.points, both.points, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(alone.logits, both.logits, atol=1e-5, rtol=1e-5)
-    scene = model.decode(alone)
-    assert scene.lines.points.shape == (1, 4, 5, 2) and scene.boxes.score.shape == (1, 0)
+    objects = model.decode(alone)
+    assert objects.lines.points.shape == (1, 4, 5, 2) and objects.boxes.score.shape == (1, 0)
     model.head.training = False
     save_checkpoint(tmp_path / "w.safetensors", model, {})
     again = load_model(tmp_path / "w.safetensors")
@@ -107,7 +107,7 @@ def test_further_queries_only_in_training(tmp_path):
 
 
 def test_lines_are_drawn_into_images():
-    """A line on the ground straight ahead, 5 to 20 m away, is seen by the camera ahead alone."""
+    """Only the camera ahead sees a line on the ground straight ahead, 5 to 20 m away."""
     points = torch.tensor([[[[5.0, 0.0], [20.0, 0.0]]]])
     yes = torch.ones(1, 1, dtype=torch.bool)
     lines = Polylines(points, ~yes, yes.long(), yes.float(), yes, torch.zeros_like(points))
@@ -121,22 +121,22 @@ def test_lines_are_drawn_into_images():
 
 
 @torch.no_grad()
-def test_kernel_attention_is_what_loops_say():
+def test_kernel_attention_equals_explicit_loops():
     torch.manual_seed(0)
     heads, kernel, h, w, cells = 2, (3, 5), 4, 7, 9
-    attention = KernelCrossAttention(8, heads, kernel)
+    attention = GeometryKernelAttention(8, heads, kernel)
     torch.nn.init.normal_(attention.attention.attention_weights.weight)
     query, features = torch.randn(1, cells, 8), torch.randn(1, 2, h * w, 8)
-    places = torch.rand(1, 2, cells, heads, 2) * 1.4 - 0.2
-    seen = torch.rand(1, 2, cells) > 0.4
+    references = torch.rand(1, 2, cells, heads, 2) * 1.4 - 0.2
+    visible = torch.rand(1, 2, cells) > 0.4
     expected = torch.zeros(cells, 8)
     value = attention.attention.value_proj(features)[0].view(2, h, w, heads, 4)
     weight = attention.attention.attention_weights(query)[0].view(cells, heads, 15).softmax(-1)
     for cell in range(cells):
-        cameras = [n for n in range(2) if seen[0, n, cell]]
+        cameras = [n for n in range(2) if visible[0, n, cell]]
         for n in cameras:
             for head in range(heads):
-                u, v = (places[0, n, cell, head] * torch.tensor([w, h])).tolist()
+                u, v = (references[0, n, cell, head] * torch.tensor([w, h])).tolist()
                 k = 0
                 for du in (-2, -1, 0, 1, 2):
                     for dv in (-1, 0, 1):
@@ -144,5 +144,5 @@ def test_kernel_attention_is_what_loops_say():
                         part = weight[cell, head, k] * value[n, y, x, head] / len(cameras)
                         expected[cell, 4 * head : 4 * head + 4] += part
                         k += 1
-    found = attention(query, features, [(h, w)], places, seen)
+    found = attention(query, features, [(h, w)], references, visible)
     torch.testing.assert_close(found[0], attention.output_proj(expected) + query[0])

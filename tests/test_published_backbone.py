@@ -1,4 +1,4 @@
-"""Image encoders of the published networks against what the published code itself returns."""
+"""Image encoders of the published networks: parity with outputs of the published code."""
 
 import json
 
@@ -29,8 +29,8 @@ def test_resnet_and_pyramid(golden):
 
 
 def compare_backbone(folder):
-    told = json.loads((folder / "config.json").read_text())
-    backbone, neck = told["backbone"], told["neck"]
+    published = json.loads((folder / "config.json").read_text())
+    backbone, neck = published["backbone"], published["neck"]
     config = PublishedBackboneConfig(
         depth=backbone["depth"],
         caffe=backbone["style"] == "caffe",

@@ -1,4 +1,4 @@
-"""Matching and losses of the published networks against what the published code itself gives."""
+"""Matching and losses of the published networks: parity with the published code, conventions, training."""
 
 import json
 import math
@@ -33,7 +33,7 @@ SMALL = {"image_size": (64, 96), "backbone": FPNConfig(stages=2), "channels": 32
 
 
 def padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows [M_b, ...] as [B, M, ...], and which are real [B, M]."""
+    """Pads rows [M_b, ...] to [B, M, ...]; returns them and valid [B, M]."""
     most = max(len(row) for row in rows)
     whole = torch.stack([torch.cat([row, row.new_zeros(most - len(row), *row.shape[1:])]) for row in rows])
     return whole, torch.stack([torch.arange(most) < len(row) for row in rows])
@@ -50,7 +50,7 @@ def test_bevformer(golden):
         images = range(inputs["all_cls_scores"].shape[1])
         boxes, valid = padded([inputs[f"{case}.gt_boxes{b}"] for b in images])
         label, _ = padded([inputs[f"{case}.gt_labels{b}"] for b in images])
-        boxes[..., 2] += boxes[..., 5] / 2  # given by the middle of their bottom
+        boxes[..., 2] += boxes[..., 5] / 2  # the published boxes have their origin at the bottom centre
         targets = encode_lidar_boxes(boxes)
         logits = inputs["all_cls_scores"].clone().requires_grad_()
         params = inputs["all_bbox_preds"].clone().requires_grad_()
@@ -58,17 +58,19 @@ def test_bevformer(golden):
         for layer in range(layers):
             match, cost = match_boxes(logits[layer], params[layer], targets, label, valid)
             for b in images:
-                told = {key: expected[f"{case}.layer{layer}.image{b}.{key}"] for key in ("cost", "assigned_gt_inds")}
-                torch.testing.assert_close(cost[b, :, valid[b]], told["cost"], atol=1e-4, rtol=1e-5)
+                published = {
+                    key: expected[f"{case}.layer{layer}.image{b}.{key}"] for key in ("cost", "assigned_gt_inds")
+                }
+                torch.testing.assert_close(cost[b, :, valid[b]], published["cost"], atol=1e-4, rtol=1e-5)
                 assigned = torch.zeros(logits.shape[2], dtype=torch.int64)
                 assigned[match.query[match.batch == b]] = match.target[match.batch == b] + 1
-                assert torch.equal(assigned, told["assigned_gt_inds"])
+                assert torch.equal(assigned, published["assigned_gt_inds"])
         losses = bevformer_losses(logits, params, targets, label, valid)
-        for layer, told in enumerate(losses):
+        for layer, values in enumerate(losses):
             prefix = "" if layer == layers - 1 else f"d{layer}."
             for name, ours in (("loss_cls", "box_class"), ("loss_bbox", "box_params")):
                 torch.testing.assert_close(
-                    told[ours].detach(), expected[f"{case}.{prefix}{name}"][0], atol=0, rtol=1e-5
+                    values[ours].detach(), expected[f"{case}.{prefix}{name}"][0], atol=0, rtol=1e-5
                 )
         sum(loss for layer in losses for loss in layer.values()).backward()
         torch.testing.assert_close(logits.grad, expected[f"{case}.grad_all_cls_scores"], atol=1e-5, rtol=1e-5)
@@ -76,7 +78,7 @@ def test_bevformer(golden):
 
 
 def resample(points: list, count: int) -> np.ndarray:
-    """`count` points at equal distances along a line."""
+    """Resamples a line to `count` points at equal distances."""
     points = np.asarray(points, dtype=np.float64)
     along = np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(points, axis=0), axis=1))])
     wanted = np.linspace(0, along[-1], count)
@@ -85,28 +87,30 @@ def resample(points: list, count: int) -> np.ndarray:
 
 def test_maptr(golden):
     folder = golden / "maptr"
-    told = json.loads((folder / "loss.json").read_text())
+    published = json.loads((folder / "loss.json").read_text())
     config = json.loads((folder / "config.json").read_text())
     outputs = load_file(folder / "outputs.safetensors")
-    P, M = config["num_pts"], len(told["gt"])
+    P, M = config["num_pts"], len(published["gt"])
     orderings, exists = torch.zeros(1, M, P - 1, P, 2), torch.zeros(1, M, P - 1, dtype=torch.bool)
-    for m, line in enumerate(told["gt"]):
+    for m, line in enumerate(published["gt"]):
         walks = [line["pts"], line["pts"][::-1]]
-        if line["pts"][0] == line["pts"][-1]:  # from each vertex, moved to the right
+        if line["pts"][0] == line["pts"][-1]:  # from each vertex
             ring = np.array(line["pts"][:-1])
             walks = [np.roll(ring, k, axis=0) for k in range(len(ring))]
             walks = [np.concatenate([walk, walk[:1]]) for walk in walks]
         for k, walk in enumerate(walks):
             orderings[0, m, k] = torch.from_numpy(resample(walk, P))
             exists[0, m, k] = True
-    label = torch.tensor([[line["label"] for line in told["gt"]]])
+    label = torch.tensor([[line["label"] for line in published["gt"]]])
     valid = torch.ones(1, M, dtype=torch.bool)
     low, high = config["pc_range"][:2], config["pc_range"][3:5]
-    shares = (orderings - torch.tensor(low)) / (torch.tensor(high) - torch.tensor(low))
+    normalized = (orderings - torch.tensor(low)) / (torch.tensor(high) - torch.tensor(low))
     logits = outputs["all_cls_scores"].requires_grad_()
     found = outputs["all_pts_preds"].requires_grad_()
-    for layer, (assigned_inds, order) in enumerate(zip(told["assigned_gt_inds"], told["order_index"], strict=True)):
-        match, best = match_lines(logits[layer], found[layer], shares, exists, label, valid)
+    for layer, (assigned_inds, order) in enumerate(
+        zip(published["assigned_gt_inds"], published["order_index"], strict=True)
+    ):
+        match, best = match_lines(logits[layer], found[layer], normalized, exists, label, valid)
         assigned = torch.zeros(logits.shape[2], dtype=torch.int64)
         assigned[match.query] = match.target + 1
         assert assigned.tolist() == assigned_inds
@@ -116,14 +120,14 @@ def test_maptr(golden):
     for layer, values in enumerate(losses):
         prefix = "" if layer == len(losses) - 1 else f"d{layer}."
         for name, ours in names.items():
-            assert values[ours].item() == pytest.approx(told["losses"][prefix + name], rel=1e-4)
+            assert values[ours].item() == pytest.approx(published["losses"][prefix + name], rel=1e-4)
             bare = values[ours].item() / LINE_LOSS_WEIGHTS[ours]
-            assert bare == pytest.approx(told["losses_all_weights_1"][prefix + name], rel=1e-4)
+            assert bare == pytest.approx(published["losses_all_weights_1"][prefix + name], rel=1e-4)
     total = sum(loss for layer in losses for loss in layer.values())
-    assert total.item() == pytest.approx(told["total"], rel=1e-4)
+    assert total.item() == pytest.approx(published["total"], rel=1e-4)
 
 
-def test_orderings_of_rings_and_open_lines():
+def test_orderings_of_closed_and_open_lines():
     ring = torch.tensor([[0.0, 0], [1, 0], [1, 1], [0, 0]])
     points = torch.stack([ring, ring + torch.arange(4.0)[:, None]])[None]
     yes = torch.ones(1, 2, dtype=torch.bool)
@@ -135,8 +139,8 @@ def test_orderings_of_rings_and_open_lines():
     assert torch.equal(orderings[0, 1, 3], points[0, 1].flip(0))
 
 
-def test_boxes_go_to_the_lidar_and_back():
-    """The way of the ground truth is the way back of what is decoded."""
+def test_box_encoding_inverts_decoding():
+    """Encoding decoded boxes as ground truth gives the boxes again."""
     torch.manual_seed(0)
     box = torch.cat(
         [10 * torch.randn(1, 5, 3), 1 + torch.rand(1, 5, 3), 6 * torch.rand(1, 5, 1), torch.randn(1, 5, 2)], -1
@@ -155,8 +159,8 @@ def test_boxes_go_to_the_lidar_and_back():
 
 
 @pytest.mark.parametrize("network", ["bevformer", "maptr"])
-def test_places_keep_their_digits_in_bfloat16(network, town_root):
-    """Eight binary digits of a range of 60 m are a quarter of a metre, and 1 cannot be told from nearly 1."""
+def test_reference_points_stay_float32_under_autocast(network, town_root):
+    """bfloat16 has 8 significant bits: steps of 0.25 m in a range of 60 m, and huge gradients where it rounds to 1."""
     dataset = NuScenesDataset(town_root, VERSION, "town_val", image_size=(64, 96))
     frame = map_tensors(lambda tensor: tensor[:, 0], collate([dataset[0]]).frames)
     torch.manual_seed(0)
@@ -166,16 +170,16 @@ def test_places_keep_their_digits_in_bfloat16(network, town_root):
     gradients = []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            places = model.eval()(frame, model.initial_state(1))[0][1]
-        assert places.dtype == torch.float32
-        gradients.append(torch.autograd.grad(places[0].mean(), start.bias)[0])
-    assert (places != places.bfloat16()).any()
+            points = model.eval()(frame, model.initial_state(1))[0][1]
+        assert points.dtype == torch.float32
+        gradients.append(torch.autograd.grad(points[0].mean(), start.bias)[0])
+    assert (points != points.bfloat16()).any()
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0.2, atol=1e-7)
 
 
 @pytest.mark.parametrize("network", ["bevformer", "maptr"])
-def test_what_is_true_costs_nothing(network, town_root):
-    """The ground truth, put where the network would say it, has no loss but that of not being quite sure."""
+def test_perfect_predictions_have_no_loss(network, town_root):
+    """The loss of the ground truth as prediction, with confident logits, is almost zero."""
     data = NuScenesDataset(town_root, VERSION, "town_val", image_size=(64, 96))
     clip = collate([data[0]])
     frame, gt, _ = map_tensors(lambda tensor: tensor[:, 0], clip)
@@ -183,7 +187,7 @@ def test_what_is_true_costs_nothing(network, town_root):
     turn = model.ego_from_lidar
     if network == "bevformer":
         params = encode_lidar_boxes(lidar_boxes(gt.boxes, turn))[None]
-        inside = (params[0, ..., :2].abs() < 51.2).all(-1)  # what lies farther away is not asked for
+        inside = (params[0, ..., :2].abs() < 51.2).all(-1)  # boxes outside the range are ignored
         label, known = gt.boxes.label, gt.boxes.valid & inside
     else:
         lidar = (gt.lines.points - turn[:2, 3]) @ turn[:2, :2]
@@ -200,7 +204,7 @@ def test_what_is_true_costs_nothing(network, town_root):
 
 @pytest.mark.parametrize("preset", ["bevformer_tiny", "maptr_tiny_r50_24e_gkt", "maptrv2_nusc_r50_24ep"])
 def test_published_networks_are_trained(preset, town_root, tmp_path):
-    """The whole way of scripts/train.py with the flagship's image encoder, and what it leaves is evaluated alike."""
+    """Trains with the flagship's image encoder through scripts/train.py's functions and loads the written weights."""
     path = tmp_path / "port.py"
     path.write_text(f"""
 model = dict(
@@ -218,11 +222,11 @@ train = dict(
     config = load_config(path)
     assert isinstance(config.model.backbone, FPNConfig)
     trained = train(config, tmp_path / "work", seed=0)
-    told, metrics = (
+    loaded, metrics = (
         load_model(tmp_path / "work" / "port.safetensors"),
         read_metrics(tmp_path / "work" / "port.safetensors"),
     )
-    assert told.config == config.model and metrics["epoch"] == 2
+    assert loaded.config == config.model and metrics["epoch"] == 2
     set_random_seed(0)
     start = make_core(config).state_dict()
     changed = {name for name, tensor in trained.state_dict().items() if not torch.equal(tensor, start[name])}

@@ -1,4 +1,4 @@
-r"""The published BEVFormer-tiny on nuScenes: with the published weights, or trained anew.
+r"""The published BEVFormer-tiny on nuScenes: with the published weights, or trained from scratch.
 
     perception import-checkpoint bevformer_tiny_epoch_24.pth --out out/bevformer_tiny.safetensors
     perception evaluate configs/nuscenes/bevformer_tiny.py out/bevformer_tiny.safetensors --device cuda

@@ -1,4 +1,4 @@
-r"""The published MapTR-tiny with BEVFormer's encoder on nuScenes: with the published weights, or trained anew.
+r"""The published MapTR-tiny with BEVFormer's encoder on nuScenes: with the published weights, or trained from scratch.
 
     perception import-checkpoint maptr_tiny_r50_24e_bevformer.pth --out out/maptr_tiny.safetensors
     perception evaluate configs/nuscenes/maptr_tiny.py out/maptr_tiny.safetensors --device cuda

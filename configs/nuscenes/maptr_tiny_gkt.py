@@ -1,4 +1,4 @@
-r"""The published MapTR-tiny with geometry-guided kernel attention on nuScenes: published weights, or trained anew.
+r"""The published MapTR-tiny with geometry-guided kernel attention on nuScenes: with published weights, or from scratch.
 
     perception import-checkpoint maptr_tiny_r50_24e.pth --out out/maptr_tiny_gkt.safetensors
     perception evaluate configs/nuscenes/maptr_tiny_gkt.py out/maptr_tiny_gkt.safetensors --device cuda

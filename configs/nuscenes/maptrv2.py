@@ -1,11 +1,11 @@
-r"""The published MapTRv2 on nuScenes: with the published weights, or trained anew.
+r"""The published MapTRv2 on nuScenes: with the published weights, or trained from scratch.
 
     perception import-checkpoint maptrv2_nusc_r50_24ep.pth --out out/maptrv2.safetensors
     perception evaluate configs/nuscenes/maptrv2.py out/maptrv2.safetensors --device cuda
     torchrun --nproc_per_node 8 -m perception train configs/nuscenes/maptrv2.py --work-dir out/maptrv2 \
         --amp --launcher pytorch
 
-The published code learns depth from the LiDAR; here boxes tell it.
+The published code learns depth from LiDAR points. Here depth is learned from boxes.
 Results: not measured.
 """
 

@@ -1,4 +1,4 @@
-r"""MapTR (lines) in the comparison of networks: the same image encoder, images, streets and steps for all.
+r"""MapTR (lines) in the comparison of networks: the same image encoder, images, scenes and steps for all.
 
     perception simulate --out out/town_short --scenes 60 --seed 4000 --rare 0.35 --split town_train \
         --image-size 128x224

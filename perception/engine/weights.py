@@ -12,7 +12,7 @@ from perception.engine.config import TrainConfig
 from perception.errors import CheckpointError, ConfigError
 from perception.models import Network, NetworkConfig, build_network
 from perception.models.backbone import load_backbone
-from perception.models.checkpoint import load_model, misfits
+from perception.models.checkpoint import load_model, mismatched_keys
 
 
 def make_core(config: TrainConfig) -> Network:
@@ -74,7 +74,7 @@ def load_weights(path: str | Path, model_config: NetworkConfig, *, any_size: boo
             f"or import one of the published code with: {command('import-checkpoint')} {path} --out FILE.safetensors"
         ) from None
     weights = {name.removeprefix("core."): tensor for name, tensor in weights.items()}  # as `TrainingModel` has it
-    for name in misfits(model, weights):
+    for name in mismatched_keys(model, weights):
         raise CheckpointError(
             f"{path}: its {name} does not fit the config's model; evaluate with the config it was trained with"
         )

@@ -1,10 +1,11 @@
-"""Image encoders: one feature map per camera, from backbones of torchvision or mmdet."""
+"""Image encoders: one feature map per camera, from a backbone of torchvision or mmdet and a feature pyramid."""
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, cast
 from urllib.parse import parse_qsl
 
 import safetensors.torch
@@ -17,16 +18,34 @@ from perception.errors import CheckpointError, ConfigError
 
 RESNETS = {"resnet18": 64, "resnet34": 64, "resnet50": 256, "resnet101": 256, "resnet152": 256}
 CONVNEXTS = {"convnext_tiny": 96, "convnext_small": 96, "convnext_base": 128, "convnext_large": 192}
+# RGB 0..255 of ImageNet; the published weights of backbones expect images normalised with it.
+IMAGENET_MEAN = (123.675, 116.28, 103.53)
+IMAGENET_STD = (58.395, 57.12, 57.375)
 
 
-class ImageEncoder(Protocol):
-    """Anything that turns images into one feature map: the only thing the BEV encoder knows of a backbone."""
+class Backbone(Protocol):
+    """A convolutional network without its head, an `nn.Module`: images to one feature map per stage."""
 
-    channels: int
-    stride: int
+    channels: list[int]  # of the stages
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W], RGB 0..255, to features [B, channels, H / stride, W / stride]."""
+    def __call__(self, images: Tensor) -> list[Tensor]:
+        """Extracts feature maps [B, C, h, w] at strides 4, 8, 16, 32 from normalised images [B, 3, H, W]."""
+        ...
+
+    def freeze(self, stages: int) -> None:
+        """Freezes the stem and the first stages; -1 freezes nothing."""
+        ...
+
+    def load_published(self, weights: dict[str, Tensor], path: Path) -> None:
+        """Loads a published state dict of this architecture; `path` is named in errors."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Returns parameters and buffers by name."""
+        ...
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> Any:
+        """Loads parameters and buffers by name."""
         ...
 
 
@@ -35,10 +54,10 @@ class TorchvisionBackbone(nn.Module):
 
     Args:
         name: a key of `RESNETS` or `CONVNEXTS`.
-        count: how many stages to keep, from the first.
+        count: number of stages to keep, from the first.
 
     Raises:
-        ConfigError: the name is not known.
+        ConfigError: the name is unknown.
     """
 
     def __init__(self, name: str, count: int) -> None:
@@ -62,10 +81,10 @@ class TorchvisionBackbone(nn.Module):
         self.frozen: list[nn.Module] = []
 
     def freeze(self, stages: int) -> None:
-        """Holds the stem and the first stages as they are, weights and statistics; -1 holds nothing.
+        """Freezes weights and batch norm statistics of the stem and of the first stages; -1 freezes nothing.
 
         Raises:
-            ConfigError: there are not so many stages.
+            ConfigError: the backbone has fewer stages.
         """
         if not -1 <= stages <= len(self.stages):
             raise ConfigError(f"train.frozen_stages is {stages}; use -1 to {len(self.stages)}, as many as there are")
@@ -80,39 +99,33 @@ class TorchvisionBackbone(nn.Module):
         return self
 
     def load_published(self, weights: dict[str, Tensor], path: Path) -> None:
-        """Takes the weights of a whole network of torchvision, as its weight files name them.
+        """Loads the weights of a torchvision classifier under torchvision's names.
 
         Args:
-            weights: the state dict; the head, stages that are not kept, and what follows the backbone are left out.
-            path: where they are from, for errors.
+            weights: the state dict. The head, dropped stages and all other keys are ignored.
+            path: the file of the weights, named in errors.
 
         Raises:
-            CheckpointError: one that is needed is missing or has another shape.
+            CheckpointError: a weight is missing or has another shape.
         """
-        wanted = self.state_dict()
         found = {}
-        for name in wanted:
+        for name, tensor in self.state_dict().items():
             part, index, rest = name.split(".", 2) if name.startswith("stages") else ("stem", *name.split(".", 2)[1:])
             if self.name in RESNETS:
-                theirs = f"layer{int(index) + 1}" if part == "stages" else ("conv1", "bn1")[int(index)]
+                published = f"layer{int(index) + 1}" if part == "stages" else ("conv1", "bn1")[int(index)]
             elif part == "stem":
-                theirs = f"features.0.{index}"
+                published = f"features.0.{index}"
             elif index == "0":
-                theirs = "features.1"
+                published = "features.1"
             else:
                 inner, rest = rest.split(".", 1)
-                theirs = f"features.{2 * int(index) + int(inner)}"
-            theirs = f"{theirs}.{rest}"
-            if theirs not in weights or weights[theirs].shape != wanted[name].shape:
-                has = f"has shape {tuple(weights[theirs].shape)}" if theirs in weights else "is missing"
-                raise CheckpointError(
-                    f"{path}: {theirs} {has}, shape {tuple(wanted[name].shape)} is needed; give torchvision's weights "
-                    f"of {self.name} as train.backbone_weights"
-                )
-            found[name] = weights[theirs]
+                published = f"features.{2 * int(index) + int(inner)}"
+            fix = f"give torchvision's weights of {self.name} as train.backbone_weights"
+            found[name] = weight_of_shape(weights, f"{published}.{rest}", tensor.shape, path, fix)
         self.load_state_dict(found)
 
     def forward(self, images: Tensor) -> list[Tensor]:
+        """Extracts feature maps [B, C, h, w] at strides 4, 8, 16, 32 from normalised images [B, 3, H, W]."""
         x = self.stem(images)
         maps = []
         for stage in self.stages:
@@ -122,20 +135,21 @@ class TorchvisionBackbone(nn.Module):
 
 
 class FPNEncoder(nn.Module):
-    """A backbone whose deeper stages are added into the map at the wanted stride.
-
-    The top-down pathway is that of Feature Pyramid Networks (https://arxiv.org/abs/1612.03144), cut off at one level.
+    """A backbone and the top-down pathway of an FPN (https://arxiv.org/abs/1612.03144) down to one level.
 
     Args:
-        backbone: a network of torchvision by name ("resnet50", "convnext_base"), or a backbone of mmdet with its
-            options ("mmdet:ResNeXt?depth=101&groups=32"), whose four maps must have strides 4, 8, 16 and 32.
-        stages: how many stages to keep (3: down to stride 16, 4: down to stride 32).
-        stride: of the returned map, 4, 8, 16 or 32.
-        channels: of the returned map.
+        backbone: name of a torchvision network ("resnet50", "convnext_base"), or of an mmdet backbone with its options
+            ("mmdet:ResNeXt?depth=101&groups=32"). Its feature maps must have strides 4, 8, 16 and 32.
+        stages: number of stages to keep (3: down to stride 16, 4: down to stride 32).
+        stride: stride of the returned feature map, 4, 8, 16 or 32.
+        channels: channels of the returned feature map.
 
     Raises:
-        ConfigError: for an unknown backbone or a stride that the kept stages do not have.
+        ConfigError: the backbone is unknown, or no kept stage has this stride.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, backbone: str, stages: int, stride: int, channels: int) -> None:
         super().__init__()
@@ -146,10 +160,10 @@ class FPNEncoder(nn.Module):
             )
         if backbone.startswith("mmdet:"):
             name, _, options = backbone.removeprefix("mmdet:").partition("?")
-            # Only who asks for mmdet needs it: a vehicle has none.
+            # Imported here because mmdet is optional and a vehicle has none.
             from perception.engine.mmdet_backbone import MMDetBackbone
 
-            self.backbone = MMDetBackbone(name, stages, {key: _literal(value) for key, value in parse_qsl(options)})
+            self.backbone: Backbone = MMDetBackbone(name, stages, {k: _literal(v) for k, v in parse_qsl(options)})
         else:
             self.backbone = TorchvisionBackbone(backbone, stages)
         self.first = strides.index(stride)
@@ -158,53 +172,74 @@ class FPNEncoder(nn.Module):
             nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)
         )
         self.channels, self.stride = channels, stride
-        # ImageNet's statistics, as published weights expect them.
-        self.register_buffer("mean", torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W], RGB 0..255, uint8 or float, to features [B, C, H / stride, W / stride]."""
-        maps = self.backbone((images.float() - self.mean) / self.std)
-        merged = None
-        for lateral, x in zip(reversed(self.laterals), reversed(maps[self.first :]), strict=True):
-            x = lateral(x)
-            merged = x if merged is None else x + F.interpolate(merged, size=x.shape[-2:], mode="nearest")
+        """Encodes images [B, 3, H, W] (RGB 0..255, uint8 or float) to features [B, C, H / stride, W / stride]."""
+        maps = self.backbone((images.float() - self.mean) / self.std)[self.first :]
+        laterals = [lateral(x) for lateral, x in zip(self.laterals, maps, strict=True)]
+        merged = laterals[-1]
+        for x in reversed(laterals[:-1]):
+            merged = x + F.interpolate(merged, size=x.shape[-2:], mode="nearest")
         return self.smooth(merged)  # [B, C, h, w]
 
 
-def load_backbone(backbone: nn.Module, path: str | Path) -> None:
-    """Gives the backbone of an image encoder the weights of a published image network, or of a flagship with such a
-    backbone.
+def weight_of_shape(weights: Mapping[str, Tensor], name: str, shape: torch.Size, path: Path, fix: str) -> Tensor:
+    """Returns a weight of a state dict.
 
     Args:
-        backbone: a `TorchvisionBackbone` or another with `load_published`.
-        path: of a `.safetensors` file or a `.pth` of plain tensors.
+        weights: the state dict.
+        name: key of the weight.
+        shape: the shape that the network needs.
+        path: the file of the weights, named in errors.
+        fix: what to give instead, for errors.
+
+    Raises:
+        CheckpointError: the weight is missing or has another shape.
+    """
+    if name not in weights or weights[name].shape != shape:
+        found = f"has shape {tuple(weights[name].shape)}" if name in weights else "is missing"
+        raise CheckpointError(f"{path}: {name} {found}, shape {tuple(shape)} is needed; {fix}")
+    return weights[name]
+
+
+def load_backbone(backbone: nn.Module, path: str | Path) -> None:
+    """Loads published weights of an image network into a backbone, or those of a checkpoint with the same backbone.
+
+    Args:
+        backbone: a `Backbone`.
+        path: a `.safetensors` file, or a `.pth` of plain tensors.
 
     Raises:
         CheckpointError: the file is missing or holds other weights.
     """
-    weights, wanted = read_backbone_weights(path), backbone.state_dict()
-    own = {name: weights.get(f"image_encoder.backbone.{name}") for name in wanted}
-    if all(own[name] is not None and own[name].shape == wanted[name].shape for name in wanted):
+    weights, needed = read_backbone_weights(path), backbone.state_dict()
+    prefix = "image_encoder.backbone."
+    own = {name: weights[prefix + name] for name in needed if prefix + name in weights}
+    if own.keys() == needed.keys() and all(own[name].shape == needed[name].shape for name in needed):
         backbone.load_state_dict(own)
     else:
-        backbone.load_published(weights, Path(path))
+        cast(Backbone, backbone).load_published(weights, Path(path))
 
 
 def read_backbone_weights(path: str | Path) -> dict[str, Tensor]:
-    """The state dict of a published image network, from a `.safetensors` file or a `.pth` of plain tensors.
+    """Reads the state dict of a published image network.
+
+    Args:
+        path: a `.safetensors` file, or a `.pth` of plain tensors.
 
     Raises:
-        CheckpointError: the file is missing or is no such file.
+        CheckpointError: the file is missing or unreadable.
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; give a weight file of the backbone as train.backbone_weights")
+        raise CheckpointError(f"{path}: no such file; give a weights file of the backbone as train.backbone_weights")
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever foreign bytes may raise
+    except Exception as error:  # reading an arbitrary file may raise anything
         raise CheckpointError(
             f"{path}: not readable as weights ({type(error).__name__}); give a .safetensors file or a .pth of tensors"
         ) from None
@@ -214,7 +249,7 @@ def read_backbone_weights(path: str | Path) -> dict[str, Tensor]:
     return weights
 
 
-def _literal(text: str):
+def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

@@ -1,8 +1,8 @@
-"""What decides the shape of BEVFormer."""
+"""Configuration of BEVFormer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,36 +13,36 @@ from perception.types import DEFAULT_LANE_RANGE, LaneRange
 
 @dataclass(frozen=True)
 class BEVFormerConfig(PublishedConfig):
-    """Everything that decides the shape of the network; metres in the LiDAR's frame."""
+    """Configures BEVFormer; lengths in metres in the LiDAR frame."""
 
     queries: int = 900
-    max_boxes: int = 300
-    # Boxes whose centre lies outside are dropped: least x, y, z, then largest.
+    max_boxes: int = 300  # decoded boxes
+    # Boxes with their centre outside are dropped: least x, y, z, then largest x, y, z.
     post_center_range: tuple[float, float, float, float, float, float] = (-61.2, -61.2, -10.0, 61.2, 61.2, 10.0)
-    # Of the ground truth; the network predicts no lines.
+    # Of the ground-truth lines that datasets load; BEVFormer predicts no lines.
     line_points: ClassVar[int] = 20
     lane_range: ClassVar[LaneRange] = DEFAULT_LANE_RANGE
 
     @classmethod
     def tiny(cls) -> BEVFormerConfig:
-        """ResNet-50, 450 x 800 images, a map of 50 x 50."""
+        """Returns BEVFormer-tiny: ResNet-50, 450 x 800 images, 50 x 50 BEV cells."""
         return cls()
 
     @classmethod
     def small(cls) -> BEVFormerConfig:
-        """ResNet-101 with deformable convolutions, 720 x 1280 images, a map of 150 x 150."""
+        """Returns BEVFormer-small: ResNet-101 with DCNv2, 720 x 1280 images, 150 x 150 BEV cells."""
         backbone = PublishedBackboneConfig(depth=101, caffe=True, deformable=(False, False, True, True))
         return cls(image_size=(720, 1280), backbone=backbone, bev=(150, 150))
 
     @classmethod
     def base(cls) -> BEVFormerConfig:
-        """ResNet-101 with deformable convolutions, 900 x 1600 images, a map of 200 x 200."""
+        """Returns BEVFormer-base: ResNet-101 with DCNv2, 900 x 1600 images, 200 x 200 BEV cells."""
         backbone = PublishedBackboneConfig(
             depth=101, caffe=True, deformable=(False, False, True, True), outputs=(1, 2, 3), levels=4
         )
         return cls(image_size=(900, 1600), backbone=backbone, bev=(200, 200), encoder_layers=6)
 
     @classmethod
-    def presets(cls) -> dict[str, Callable[[], BEVFormerConfig]]:
-        """The published networks by name."""
+    def presets(cls) -> Mapping[str, Callable[[], BEVFormerConfig]]:
+        """Returns the published networks by name."""
         return {"bevformer_tiny": cls.tiny, "bevformer_small": cls.small, "bevformer_base": cls.base}

@@ -1,14 +1,10 @@
-"""Matching and losses of MapTR as published (https://arxiv.org/abs/2208.14437)."""
+"""Matching and losses of MapTR as published (https://arxiv.org/abs/2208.14437).
+
+They differ from `perception.models.bev_transformer.losses`: points are compared after normalisation by the range, and
+closed lines in one direction only. Losses of all decoder layers add up.
+"""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-from perception.models.published.losses import sum_layers
-from perception.types import FrameObjects
-
-if TYPE_CHECKING:
-    from perception.models.maptr.config import MapTRConfig
 
 import math
 
@@ -16,51 +12,56 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perception.matching import Match, focal_cost, focal_loss, hungarian
+from perception.matching import Match, focal_cost, hungarian
 from perception.models.maptr.config import MapTRConfig
+from perception.models.published.losses import class_loss, sum_layers
 from perception.targets import line_orderings
-from perception.types import Polylines
+from perception.types import FrameObjects, Polylines
 
 LINE_LOSS_WEIGHTS = {"line_class": 2.0, "line_points": 5.0, "line_direction": 0.005}
 
 
 def published_orderings(lines: Polylines) -> tuple[Tensor, Tensor]:
-    """Orderings that MapTR takes for equal: open lines both ways, rings one way.
+    """Lists the equivalent point orders of MapTR: both directions of open lines, one direction of closed lines.
 
-    The published code starts a ring at each vertex of its map polygon; here it starts at each of its points.
+    The published code starts closed lines at each vertex of the map's polygon. Here they start at each of their points.
 
     Args:
         lines: [B, M] lines of P points.
 
     Returns:
-        points [B, M, P, P, 2] (the last is an open line walked backwards), exists [B, M, P] bool.
+        points [B, M, P, P, 2], the last order reversed; exists [B, M, P] bool.
     """
     P = lines.points.shape[-2]
-    points, exists = line_orderings(lines)  # rings first one way from each point, then the other
+    points, exists = line_orderings(lines)  # closed lines in one direction from each point, then in the other
     exists = exists[:, :, :P].clone()
     exists[..., -1] &= ~lines.closed
     return points[:, :, :P], exists
 
 
 def match_lines(
-    logits: Tensor, points: Tensor, shares: Tensor, exists: Tensor, label: Tensor, valid: Tensor
+    logits: Tensor, points: Tensor, orderings: Tensor, exists: Tensor, label: Tensor, valid: Tensor
 ) -> tuple[Match, Tensor]:
-    """The published assignment of one layer.
+    """Matches the queries of one decoder layer to the ground truth, as published.
 
     Args:
-        logits: [B, Q, K]; points: [B, Q, P, 2] in 0..1.
-        shares: the ground truth [B, M, O, P, 2] in 0..1, in O orderings; exists: [B, M, O]; label, valid: [B, M].
+        logits: [B, Q, K].
+        points: [B, Q, P, 2], normalised to 0..1 over the range.
+        orderings: ground truth [B, M, O, P, 2] in O point orders, normalised like `points`.
+        exists: [B, M, O] bool.
+        label: [B, M].
+        valid: [B, M] bool.
 
     Returns:
-        The match, and which ordering fits each pair best, [B, Q, M].
+        The match, and the index of the closest point order for each pair [B, Q, M].
     """
     with torch.no_grad():
         M, O = exists.shape[1:]
-        distance = torch.cdist(points.float().flatten(2), shares.flatten(3).flatten(1, 2), p=1).unflatten(2, (M, O))
-        distance, best = distance.masked_fill(~exists[:, None], math.inf).min(-1)  # [B, Q, M]
+        distance = torch.cdist(points.float().flatten(2), orderings.flatten(3).flatten(1, 2), p=1).unflatten(2, (M, O))
+        distance, closest = distance.masked_fill(~exists[:, None], math.inf).min(-1)  # [B, Q, M]
         cost = LINE_LOSS_WEIGHTS["line_class"] * focal_cost(logits, label)
         cost = cost + LINE_LOSS_WEIGHTS["line_points"] * distance
-        return hungarian(cost, valid), best
+        return hungarian(cost, valid), closest
 
 
 def maptr_losses(
@@ -73,31 +74,34 @@ def maptr_losses(
     low: tuple[float, ...],
     high: tuple[float, ...],
 ) -> list[dict[str, Tensor]]:
-    """Weighted losses of each layer of raw lines.
+    """Computes the weighted losses of each decoder layer.
 
     Args:
-        logits: [L, B, Q, K]; points: [L, B, Q, P, 2] in 0..1 over the range.
-        orderings: the ground truth [B, M, O, P, 2] in metres, in the frame of the range, and which of its orderings
-            exist [B, M, O], as `published_orderings` gives them; label, valid: [B, M].
-        low, high: ends of the range in metres, x and y first.
+        logits: [L, B, Q, K].
+        points: [L, B, Q, P, 2], normalised to 0..1 over the range.
+        orderings, exists: ground truth [B, M, O, P, 2] in metres, from `published_orderings` in the frame of the range.
+        label: [B, M].
+        valid: [B, M] bool.
+        low, high: least and largest x and y of the range in metres; further entries are ignored.
+
+    Returns:
+        Scalars by name for each layer; names as in `LINE_LOSS_WEIGHTS`.
     """
     start, end = (points.new_tensor(x[:2]) for x in (low, high))
     extent = end - start
-    shares = (orderings - start) / extent  # [B, M, O, P, 2]
+    normalized = (orderings - start) / extent  # [B, M, O, P, 2]
     losses = []
-    for one_logits, one_points in zip(logits, points, strict=True):
-        match, best = match_lines(one_logits, one_points, shares, exists, label, valid)
+    for layer_logits, layer_points in zip(logits, points, strict=True):
+        match, closest = match_lines(layer_logits, layer_points, normalized, exists, label, valid)
         count = max(len(match.query), 1)
-        wanted = torch.zeros_like(one_logits)
-        wanted[match.batch, match.query, label[match.batch, match.target]] = 1.0
-        ordering = best[match.batch, match.query, match.target]
+        ordering = closest[match.batch, match.query, match.target]
         target = orderings[match.batch, match.target, ordering]  # [pairs, P, 2] metres
-        found = one_points[match.batch, match.query]
-        cosine = F.cosine_similarity((found * extent).diff(dim=1), target.diff(dim=1), dim=-1)
+        predicted = layer_points[match.batch, match.query]
+        cosine = F.cosine_similarity((predicted * extent).diff(dim=1), target.diff(dim=1), dim=-1)
         losses.append(
             {
-                "line_class": focal_loss(one_logits, wanted).sum() / count,
-                "line_points": (found - (target - start) / extent).abs().sum() / count,
+                "line_class": class_loss(layer_logits, label, match),
+                "line_points": (predicted - (target - start) / extent).abs().sum() / count,
                 "line_direction": (1 - cosine).sum() / count,
             }
         )
@@ -105,16 +109,23 @@ def maptr_losses(
 
 
 def lidar_lines(lines: Polylines, ego_from_lidar: Tensor) -> Polylines:
-    """Lines of the ego frame in the LiDAR's."""
+    """Transforms lines [B, M] from the ego frame to the LiDAR frame."""
     return lines._replace(points=(lines.points - ego_from_lidar[:2, 3]) @ ego_from_lidar[:2, :2])
 
 
 def line_losses(
     logits: Tensor, points: Tensor, gt: FrameObjects, ego_from_lidar: Tensor, config: MapTRConfig
 ) -> dict[str, Tensor]:
-    """Weighted losses by name, added up over the layers, of raw lines [L, B, Q, ...] against ground truth [B]."""
+    """Computes the weighted losses by name, summed over decoder layers.
+
+    Args:
+        logits: [L, B, Q, K].
+        points: [L, B, Q, P, 2], normalised to 0..1 over the range.
+        gt: ground truth [B] in the ego frame.
+        ego_from_lidar: [4, 4].
+        config: the range.
+    """
     lines = lidar_lines(gt.lines, ego_from_lidar)
-    layers = maptr_losses(
-        logits, points, *published_orderings(lines), lines.label, lines.valid, config.low, config.high
+    return sum_layers(
+        maptr_losses(logits, points, *published_orderings(lines), lines.label, lines.valid, config.low, config.high)
     )
-    return sum_layers(layers)

@@ -1,8 +1,7 @@
-"""MapTR (https://arxiv.org/abs/2208.14437) with BEVFormer's map encoder, faithful enough to run the published weights.
+"""MapTR (https://arxiv.org/abs/2208.14437) on BEVFormer's BEV encoder, with the published weights and outputs.
 
-Modules are named as in the checkpoints and the network lives in the frame of LIDAR_TOP (see
-`perception.models.published.geometry`). It sees each frame by itself: there is no memory, and the vector of the CAN bus
-is that of a first frame.
+Modules are named as in the published checkpoints. Coordinate frames are described in
+`perception.models.published.geometry`. The network has no memory: every frame is encoded as a first frame.
 """
 
 from __future__ import annotations
@@ -18,55 +17,45 @@ from perception.models.maptr.config import MapTRConfig
 from perception.models.maptr.losses import LINE_LOSS_WEIGHTS, line_losses
 from perception.models.published.backbone import padded_size
 from perception.models.published.encoder import (
-    BEVFormerEncoder,
-    DecoderLayer,
-    LearnedPosition,
-    branch,
-    start_matrices,
+    BEVFormerTransformer,
+    LearnedPositionalEncoding,
+    class_branches,
+    regression_branches,
 )
-from perception.models.published.geometry import PREFIXES, can_bus, constants, rig_from_lidar
+from perception.models.published.geometry import PREFIXES, can_bus_vector, constants, lidar_projections
 from perception.ops.deformable import refined
 from perception.types import LINE_CLASSES, Frame, FrameObjects, Polylines, State
 
 
 class MapTRHead(nn.Module):
-    """From features to raw lines; the modules and their names are the published ones."""
+    """BEV encoder and line decoder: image features to line points. Modules have their published names."""
 
     def __init__(self, config: MapTRConfig) -> None:
         super().__init__()
         self.config = config
-        C = config.channels
+        C, layers = config.channels, config.decoder_layers
         self.bev_embedding = nn.Embedding(config.bev[0] * config.bev[1], C)
         self.instance_embedding = nn.Embedding(config.lines, 2 * C)
         self.pts_embedding = nn.Embedding(config.line_points, 2 * C)
-        self.positional_encoding = LearnedPosition(config.bev, C)
-        self.transformer = BEVFormerEncoder(config)
-        self.transformer.reference_points = nn.Linear(C, 2)
-        self.transformer.decoder = nn.Module()
-        self.transformer.decoder.layers = nn.ModuleList(
-            [DecoderLayer(C, config.heads, config.points, config.feed_forward) for _ in range(config.decoder_layers)]
-        )
-        start_matrices(self.transformer)
-        self.cls_branches = nn.ModuleList(
-            [branch(C, len(LINE_CLASSES), norm=True) for _ in range(config.decoder_layers)]
-        )
-        self.reg_branches = nn.ModuleList([branch(C, 2, norm=False) for _ in range(config.decoder_layers)])
-        for classify in self.cls_branches:
-            nn.init.constant_(classify[-1].bias, -math.log(99))
-        # Weights of the published loss; kept because the checkpoints hold them.
+        self.positional_encoding = LearnedPositionalEncoding(config.bev, C)
+        self.transformer = BEVFormerTransformer(config, reference_size=2)
+        self.cls_branches = class_branches(C, len(LINE_CLASSES), layers)
+        self.reg_branches = regression_branches(C, 2, layers)
+        # Weights of the published loss; unused here, but the checkpoints hold them.
         self.code_weights = nn.Parameter(torch.ones(4), requires_grad=False)
 
     def forward(
-        self, features: list[Tensor], img_from_lidar: Tensor, bus: Tensor, image_size: tuple[int, int]
+        self, features: list[Tensor], img_from_lidar: Tensor, can_bus: Tensor, image_size: tuple[int, int]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Raw lines of all layers, and the map; arguments as in `BEVFormerEncoder.encode`.
+        """Predicts lines; arguments as in `BEVFormerTransformer.encode`.
 
         Returns:
-            logits [L, B, Q, K]; points [L, B, Q, P, 2], x and y in 0..1 over the range; the map [B, h * w, C].
+            Class logits [L, B, Q, K]; points [L, B, Q, P, 2], x and y normalised to 0..1 over the range; BEV features
+            [B, h * w, C].
         """
         config = self.config
         bev = self.transformer.encode(
-            features, self.bev_embedding.weight, self.positional_encoding(), img_from_lidar, bus, image_size, None
+            features, self.bev_embedding.weight, self.positional_encoding(), img_from_lidar, can_bus, image_size, None
         )
         shape = (config.lines, config.line_points)
         embedding = (self.instance_embedding.weight[:, None] + self.pts_embedding.weight).flatten(0, 1)
@@ -85,14 +74,17 @@ class MapTRHead(nn.Module):
 
 
 class RawLines(NamedTuple):
-    """What `MapTRHead` returns, for the losses."""
+    """Predictions of all decoder layers, for losses and decoding."""
 
     logits: Tensor  # [L, B, Q, K]
-    points: Tensor  # [L, B, Q, P, 2] x and y in 0..1 over the range
+    points: Tensor  # [L, B, Q, P, 2], x and y normalised to 0..1 over the range
 
 
 class MapTR(nn.Module):
-    """Calibrated images in, raw lines out. `Frame.rig` must have the cameras that the network was trained with."""
+    """Predicts lines from calibrated images.
+
+    `Frame.rig` must have the cameras that the network was trained with, in their order.
+    """
 
     finds = ("line",)
     loss_weights = LINE_LOSS_WEIGHTS
@@ -100,6 +92,7 @@ class MapTR(nn.Module):
     raw_names = ("line_logits", "line_points")
     no_export = ""
     published_prefixes = PREFIXES
+    ego_from_lidar: Tensor
 
     def __init__(self, config: MapTRConfig) -> None:
         super().__init__()
@@ -109,41 +102,49 @@ class MapTR(nn.Module):
         self.register_buffer("ego_from_lidar", torch.tensor(config.ego_from_lidar), persistent=False)
 
     def initial_state(self, batch_size: int) -> State:
-        """Nothing: the network has no memory."""
+        """Returns an empty state: the network has no memory."""
         return State(self.ego_from_lidar.new_zeros(batch_size, 0, 1, 1))
 
     def forward(self, frame: Frame, state: State) -> tuple[RawLines, State]:
-        """One frame.
+        """Predicts the lines of one frame.
 
         Args:
-            frame: leading [B], with images [B, N, 3, H, W] of the configured size.
-            state: handed back as it is.
+            frame: leading [B], images [B, N, 3, H, W] of the configured size.
+            state: returned unchanged.
 
         Returns:
-            Logits and points of all layers as `MapTRHead` gives them, and the state.
+            Predictions of all decoder layers, and the state.
         """
         image_size = padded_size(frame.images)
-        bus = can_bus(frame._replace(is_first=torch.ones_like(frame.is_first)))
+        can_bus = can_bus_vector(frame._replace(is_first=torch.ones_like(frame.is_first)))
         features = self.image_encoder(frame.images)
-        logits, points, _ = self.head(features, rig_from_lidar(frame, self.ego_from_lidar), bus, image_size)
+        img_from_lidar = lidar_projections(frame, self.ego_from_lidar)
+        logits, points, _ = self.head(features, img_from_lidar, can_bus, image_size)
         return RawLines(logits, points), state
 
     def loss(self, prediction: RawLines, gt: FrameObjects, frame: Frame) -> dict[str, Tensor]:
-        """Weighted losses by name, added up over the layers."""
+        """Computes the weighted losses by name, summed over decoder layers."""
         return line_losses(prediction.logits, prediction.points, gt, self.ego_from_lidar, self.config)
 
     def raw_outputs(self, prediction: RawLines) -> tuple[Tensor, ...]:
-        """Logits and points of the last layer, [B, Q, ...]."""
+        """Returns class logits and normalised points of the last decoder layer, [B, Q, ...]."""
         return prediction.logits[-1], prediction.points[-1]
 
     def decode(self, prediction: RawLines) -> FrameObjects:
-        """The best lines in the ego frame, best first; there are no boxes."""
+        """Decodes lines in the ego frame, best score first, and no boxes."""
         return decode_lines(prediction.logits[-1], prediction.points[-1], self.ego_from_lidar, self.config)
 
 
 def decode_lines(logits: Tensor, points: Tensor, ego_from_lidar: Tensor, config: MapTRConfig) -> FrameObjects:
-    """The best lines of one layer [B, Q, ...] as a FrameObjects in the ego frame, best first."""
-    score, label, points = best_lines(logits.float(), points.float(), config.low, config.high, config.max_lines)
+    """Decodes the lines of one decoder layer into the ego frame, best score first.
+
+    Args:
+        logits: [B, Q, K].
+        points: [B, Q, P, 2], normalised to 0..1 over the range.
+        ego_from_lidar: [4, 4].
+        config: the range and the number of lines.
+    """
+    score, label, points = topk_lines(logits.float(), points.float(), config.low, config.high, config.max_lines)
     points = points @ ego_from_lidar[:2, :2].T + ego_from_lidar[:2, 3]
     uncertainty = torch.full_like(points, math.exp(LOG_UNCERTAINTY_RANGE[1]))
     points, uncertainty, closed = close_rings(points, uncertainty)
@@ -151,15 +152,21 @@ def decode_lines(logits: Tensor, points: Tensor, ego_from_lidar: Tensor, config:
     return FrameObjects(empty_boxes(len(score), score.device), lines)
 
 
-def best_lines(
+def topk_lines(
     logits: Tensor, points: Tensor, low: tuple[float, ...], high: tuple[float, ...], count: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The published decoding of one layer [B, Q, ...]: scores, labels and points of the best (query, class) pairs.
+    """Decodes the lines of highest score of one decoder layer, as published.
+
+    Args:
+        logits: [B, Q, K].
+        points: [B, Q, P, 2], normalised to 0..1 over the range.
+        low, high: least and largest x and y of the range in metres; further entries are ignored.
+        count: number of lines.
 
     Returns:
-        scores [B, count], labels [B, count], points [B, count, P, 2] in metres, LiDAR's frame.
+        Scores [B, count]; labels [B, count]; points [B, count, P, 2] in the LiDAR frame, metres.
     """
-    score, row, label = topk_pairs(logits, count)
-    row = row[..., None, None].expand(-1, -1, *points.shape[2:])
+    score, query, label = topk_pairs(logits, count)
+    query = query[..., None, None].expand(-1, -1, *points.shape[2:])
     start, end = (constants(x[:2], points) for x in (low, high))
-    return score, label, start + points.gather(1, row) * (end - start)
+    return score, label, start + points.gather(1, query) * (end - start)

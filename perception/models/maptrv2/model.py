@@ -1,18 +1,19 @@
-"""MapTRv2 (https://arxiv.org/abs/2308.05736): lines from a map that is lifted from the images by their depth.
+"""MapTRv2 (https://arxiv.org/abs/2308.05736): lines from BEV features that are lifted from images by depth.
 
-Modules are named as in the published checkpoints and the network lives in the frame of LIDAR_TOP (see
-`perception.models.published.geometry`). What it does otherwise than MapTR: each pixel says how far away it is and puts
-its features there (Lift-Splat, https://arxiv.org/abs/2008.05711, with the camera-aware depth of BEVDepth,
-https://arxiv.org/abs/2206.10092); queries attend among lines and along each line apart; and in training further queries
-are matched with every line six times over.
+Modules are named as in the published checkpoints. Coordinate frames are described in
+`perception.models.published.geometry`. Differences from MapTR:
 
-The published network is told the calibration of the camera and the scale of the image apart: the config holds the
-scale, and the calibration is that of the given images divided by it.
+- BEV features come from Lift-Splat (https://arxiv.org/abs/2008.05711) with the camera-aware depth net of BEVDepth
+  (https://arxiv.org/abs/2206.10092).
+- Decoder self-attention is decoupled: among instances, then among the points of an instance.
+- In training, auxiliary one-to-many queries are matched with each ground truth line several times.
+
+The depth net takes the calibration of the camera's own image and the scale of the input image separately. The config
+gives the scale. The calibration is that of the input images divided by it.
 """
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -20,18 +21,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perception.geometry import invert_rigid, transform_points
-from perception.models.maptr.losses import line_losses
 from perception.models.maptr.model import decode_lines
 from perception.models.maptrv2.config import MapTRv2Config
-from perception.models.maptrv2.losses import LIFTED_LOSS_WEIGHTS, lifted_losses
+from perception.models.maptrv2.losses import MAPTRV2_LOSS_WEIGHTS, maptrv2_losses
 from perception.models.published.backbone import padded_size
 from perception.models.published.encoder import (
+    BEVCrossAttention,
     FeedForward,
-    LearnedPosition,
-    MapAttention,
-    QueryAttention,
-    branch,
-    start_matrices,
+    LayerStack,
+    LearnedPositionalEncoding,
+    QuerySelfAttention,
+    can_bus_mlp,
+    class_branches,
+    init_matrices,
+    regression_branches,
 )
 from perception.models.published.geometry import PREFIXES, constants
 from perception.ops.deformable import refined
@@ -39,7 +42,7 @@ from perception.types import LINE_CLASSES, CameraRig, Frame, FrameObjects, State
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions around which the input goes."""
+    """Two 3x3 convolutions with a residual connection."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -49,43 +52,45 @@ class ResidualBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Transforms [B, C, H, W] to the same shape."""
         return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + x)
 
 
-class _Dilated(nn.Module):
-    def __init__(self, channels: int, inner: int, kernel: int, dilation: int) -> None:
+class _AtrousConv(nn.Module):
+    def __init__(self, channels: int, hidden: int, kernel: int, dilation: int) -> None:
         super().__init__()
         padding = dilation if kernel > 1 else 0
-        self.atrous_conv = nn.Conv2d(channels, inner, kernel, 1, padding, dilation, bias=False)
-        self.bn = nn.BatchNorm2d(inner)
+        self.atrous_conv = nn.Conv2d(channels, hidden, kernel, 1, padding, dilation, bias=False)
+        self.bn = nn.BatchNorm2d(hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn(self.atrous_conv(x)))
 
 
-class DilatedPyramid(nn.Module):
-    """Convolutions of several reaches side by side (ASPP, https://arxiv.org/abs/1706.05587)."""
+class ASPP(nn.Module):
+    """Atrous spatial pyramid pooling (DeepLabv3, https://arxiv.org/abs/1706.05587)."""
 
-    def __init__(self, channels: int, inner: int) -> None:
+    def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
-        self.aspp1 = _Dilated(channels, inner, 1, 1)
-        self.aspp2 = _Dilated(channels, inner, 3, 6)
-        self.aspp3 = _Dilated(channels, inner, 3, 12)
-        self.aspp4 = _Dilated(channels, inner, 3, 18)
+        self.aspp1 = _AtrousConv(channels, hidden, 1, 1)
+        self.aspp2 = _AtrousConv(channels, hidden, 3, 6)
+        self.aspp3 = _AtrousConv(channels, hidden, 3, 12)
+        self.aspp4 = _AtrousConv(channels, hidden, 3, 18)
         self.global_avg_pool = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, inner, 1, bias=False), nn.BatchNorm2d(inner), nn.ReLU()
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU()
         )
-        self.conv1 = nn.Conv2d(5 * inner, channels, 1, bias=False)
+        self.conv1 = nn.Conv2d(5 * hidden, channels, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.dropout = nn.Dropout(0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        overall = self.global_avg_pool(x).expand(-1, -1, *x.shape[-2:])
-        parts = [self.aspp1(x), self.aspp2(x), self.aspp3(x), self.aspp4(x), overall]
+        """Transforms [B, C, H, W] to the same shape."""
+        pooled = self.global_avg_pool(x).expand(-1, -1, *x.shape[-2:])
+        parts = [self.aspp1(x), self.aspp2(x), self.aspp3(x), self.aspp4(x), pooled]
         return self.dropout(F.relu(self.bn1(self.conv1(torch.cat(parts, 1)))))
 
 
-class _CalibrationMLP(nn.Module):
+class _MLP(nn.Module):
     def __init__(self, channels_in: int, channels: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(channels_in, channels)
@@ -95,115 +100,136 @@ class _CalibrationMLP(nn.Module):
         return self.fc2(F.relu(self.fc1(x)))
 
 
-class _Excitation(nn.Module):
+class SqueezeExcitation(nn.Module):
+    """Scales the channels of features by gates that depend on the camera (https://arxiv.org/abs/1709.01507)."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv_reduce = nn.Conv2d(channels, channels, 1)
         self.conv_expand = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, told: Tensor) -> Tensor:
-        return x * self.conv_expand(F.relu(self.conv_reduce(told[..., None, None]))).sigmoid()
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Scales features [B, C, H, W] by gates from camera embeddings [B, C]."""
+        return x * self.conv_expand(F.relu(self.conv_reduce(embedding[..., None, None]))).sigmoid()
 
 
 class DepthNet(nn.Module):
-    """What each pixel shows and how far away it is, from its features and the calibration of its camera."""
+    """Predicts context features and a depth distribution per pixel from image features and camera parameters."""
 
-    TOLD = 22  # numbers of a calibration, see `calibration_numbers`
+    CAMERA_PARAMETERS = 22  # see `camera_parameters`
 
-    def __init__(self, channels: int, depths: int, aspp_channels: int) -> None:
+    def __init__(self, channels: int, depth_bins: int, aspp_channels: int) -> None:
         super().__init__()
         self.reduce_conv = nn.Sequential(
             nn.Conv2d(channels, channels, 3, 1, 1), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)
         )
         self.context_conv = nn.Conv2d(channels, channels, 1)
-        self.context_mlp = _CalibrationMLP(self.TOLD, channels)
-        self.context_se = _Excitation(channels)
-        self.bn = nn.BatchNorm1d(self.TOLD)
-        self.depth_mlp = _CalibrationMLP(self.TOLD, channels)
-        self.depth_se = _Excitation(channels)
+        self.context_mlp = _MLP(self.CAMERA_PARAMETERS, channels)
+        self.context_se = SqueezeExcitation(channels)
+        self.bn = nn.BatchNorm1d(self.CAMERA_PARAMETERS)
+        self.depth_mlp = _MLP(self.CAMERA_PARAMETERS, channels)
+        self.depth_se = SqueezeExcitation(channels)
         self.depth_conv = nn.Sequential(
             *[ResidualBlock(channels) for _ in range(3)],
-            DilatedPyramid(channels, aspp_channels),
-            nn.Conv2d(channels, depths, 1),
+            ASPP(channels, aspp_channels),
+            nn.Conv2d(channels, depth_bins, 1),
         )
 
-    def forward(self, features: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
-        """features [B * N, C, h, w], told [B * N, 22] -> depth logits [B * N, D, h, w], context [B * N, C, h, w]."""
-        told = self.bn(told)
+    def forward(self, features: Tensor, cameras: Tensor) -> tuple[Tensor, Tensor]:
+        """Predicts depth and context.
+
+        Args:
+            features: [B * N, C, h, w].
+            cameras: [B * N, 22] from `camera_parameters`.
+
+        Returns:
+            Depth logits [B * N, D, h, w], context features [B * N, C, h, w].
+        """
+        cameras = self.bn(cameras)
         x = self.reduce_conv(features)
-        context = self.context_conv(self.context_se(x, self.context_mlp(told)))
-        return self.depth_conv(self.depth_se(x, self.depth_mlp(told))), context
+        context = self.context_conv(self.context_se(x, self.context_mlp(cameras)))
+        return self.depth_conv(self.depth_se(x, self.depth_mlp(cameras))), context
 
 
-def calibration_numbers(rig: CameraRig, scale: float) -> Tensor:
-    """The 22 numbers of each camera [B, N, 22] that the published network is told.
+def camera_parameters(rig: CameraRig, scale: float) -> Tensor:
+    """Makes the 22 camera parameters of the depth net.
 
-    Focal lengths and centre of the camera's own image, the two rows (of two and a shift) that take it to the given one,
-    and the pose in the ego frame, row by row.
+    Args:
+        rig: leading [B, N], calibrated for the input images.
+        scale: size of the input images relative to the camera's own.
+
+    Returns:
+        [B, N, 22]: focal lengths and principal point of the camera's own image in pixels, two rows of the resize to the
+        input image (2x2 matrix and shift each), three rows of `ego_from_cam`.
     """
     matrix = rig.img_from_cam.float() / scale
     focal = torch.stack([matrix[..., 0, 0], matrix[..., 1, 1], matrix[..., 0, 2], matrix[..., 1, 2]], -1)
-    resized = constants([scale, 0.0, 0.0, 0.0, scale, 0.0], focal).expand(*focal.shape[:-1], -1)
-    return torch.cat([focal, resized, rig.ego_from_cam[..., :3, :].float().flatten(-2)], -1)
+    resize = constants([scale, 0.0, 0.0, 0.0, scale, 0.0], focal).expand(*focal.shape[:-1], -1)
+    return torch.cat([focal, resize, rig.ego_from_cam[..., :3, :].float().flatten(-2)], -1)
 
 
 class LiftSplat(nn.Module):
-    """Puts the features of pixels where their depths say, and sums them up in the cells of the map."""
+    """Lifts image features by their depth distribution and sums them up in BEV cells (Lift-Splat)."""
 
     def __init__(self, config: MapTRv2Config) -> None:
         super().__init__()
         self.config = config
         C = config.channels
-        rows, columns = (side * config.finer for side in config.bev)
+        rows, columns = (side * config.splat_scale for side in config.bev)
         low, high = torch.tensor(config.low), torch.tensor(config.high)
         size = torch.tensor([columns, rows, 1.0])
         step = (high - low) / size
-        # Side lengths of the finer cells, middle of the first, and their number: the checkpoints hold them.
+        # Cell size, centre of the first cell and number of cells of the splat grid; the checkpoints hold them.
         self.dx = nn.Parameter(step, requires_grad=False)
         self.bx = nn.Parameter(low + step / 2, requires_grad=False)
         self.nx = nn.Parameter(size, requires_grad=False)
-        self.depth_net = DepthNet(
-            C, round((config.depths[1] - config.depths[0]) / config.depths[2]), config.aspp_channels
-        )
+        self.depth_net = DepthNet(C, config.depth_bins, config.aspp_channels)
 
         def conv(stride: int) -> list[nn.Module]:
             return [nn.Conv2d(C, C, 3, stride, 1, bias=False), nn.BatchNorm2d(C), nn.ReLU(inplace=True)]
 
-        self.downsample = nn.Sequential(*conv(1), *conv(config.finer), *conv(1))
+        self.downsample = nn.Sequential(*conv(1), *conv(config.splat_scale), *conv(1))
 
     def forward(
         self, features: Tensor, rig: CameraRig, ego_from_lidar: Tensor, image_size: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
-        """From features [B, N, C, h, w] of images of `image_size` to the map [B, C, rows, columns].
+        """Encodes image features as BEV features.
+
+        Args:
+            features: [B, N, C, h, w].
+            rig: leading [B, N].
+            ego_from_lidar: [4, 4].
+            image_size: height and width in pixels of the images that the rig is calibrated for.
 
         Returns:
-            The map, and the depth logits [B, N, D, h, w].
+            BEV features [B, C, rows, columns], depth logits [B, N, D, h, w].
         """
         config = self.config
         B, N, C, h, w = features.shape
-        told = calibration_numbers(rig, config.image_scale)
-        logits, context = self.depth_net(features.flatten(0, 1), told.flatten(0, 1))
-        logits, context = logits.unflatten(0, (B, N)), context.unflatten(0, (B, N))
-        likely = logits.float().softmax(2)  # [B, N, D, h, w]
-        # The published network knows no missing cameras; here they add nothing to the map.
-        likely = likely * rig.present[..., None, None, None]
+        cameras = camera_parameters(rig, config.image_scale)
+        depth_logits, context = self.depth_net(features.flatten(0, 1), cameras.flatten(0, 1))
+        depth_logits, context = depth_logits.unflatten(0, (B, N)), context.unflatten(0, (B, N))
+        probability = depth_logits.float().softmax(2)  # [B, N, D, h, w]
+        # An addition to the published network: absent cameras contribute nothing.
+        probability = probability * rig.present[..., None, None, None]
         points = lifted_points(config, rig, ego_from_lidar, image_size, (h, w))  # [B, N, D, h, w, 3]
-        cell = ((points - (self.bx - self.dx / 2)) / self.dx).long()  # towards zero: half a cell more at the lower ends
-        rows, columns = (side * config.finer for side in config.bev)
+        # As published, indices are truncated towards zero: the first cells are half a cell larger.
+        cell = ((points - (self.bx - self.dx / 2)) / self.dx).long()
+        rows, columns = (side * config.splat_scale for side in config.bev)
         inside = ((cell >= 0) & (cell < self.nx.long())).all(-1)
         batch = torch.arange(B, device=cell.device).view(B, 1, 1, 1, 1)
-        place = (batch * rows + cell[..., 1]) * columns + cell[..., 0]  # [B, N, D, h, w]
-        if torch.compiler.is_compiling():  # shapes must not depend on what lies inside: the rest adds zeros somewhere
-            place = torch.where(inside, place, 0).flatten()
-            shown = context[:, :, None] * (likely * inside)[:, :, :, None].to(context.dtype)  # [B, N, D, C, h, w]
-            shown = shown.movedim(3, -1).flatten(0, 4)
+        index = (batch * rows + cell[..., 1]) * columns + cell[..., 0]  # [B, N, D, h, w]
+        if torch.compiler.is_compiling():  # shapes must not depend on data: points outside add zeros to cell 0
+            index = torch.where(inside, index, 0).flatten()
+            lifted = context[:, :, None] * (probability * inside)[:, :, :, None].to(context.dtype)
+            lifted = lifted.movedim(3, -1).flatten(0, 4)  # [B * N * D * h * w, C]
         else:
             b, n, d, v, u = inside.nonzero(as_tuple=True)
-            place = place[b, n, d, v, u]
-            shown = context[b, n, :, v, u] * likely[b, n, d, v, u, None].to(context.dtype)
-        splat = context.new_zeros(B * rows * columns, C).index_add(0, place, shown)
+            index = index[b, n, d, v, u]
+            lifted = context[b, n, :, v, u] * probability[b, n, d, v, u, None].to(context.dtype)
+        splat = context.new_zeros(B * rows * columns, C).index_add(0, index, lifted)
         bev = splat.view(B, rows, columns, C).permute(0, 3, 1, 2)
-        return self.downsample(bev), logits
+        return self.downsample(bev), depth_logits
 
 
 def lifted_points(
@@ -213,13 +239,23 @@ def lifted_points(
     image_size: tuple[int, int],
     feature_size: tuple[int, int],
 ) -> Tensor:
-    """Where the pixels of a feature map may lie: [B, N, D, h, w, 3], metres in the LiDAR's frame.
+    """Lifts the pixels of a feature map to 3D points at the start of each depth bin (Lift-Splat).
 
-    As published, the first and the last pixel of a feature map stand for the first and the last of the image.
+    As published, the first and the last pixel of the feature map lie on the first and the last pixel of the image.
+
+    Args:
+        config: the depth bins.
+        rig: leading [B, N].
+        ego_from_lidar: [4, 4].
+        image_size: height and width in pixels of the images that the rig is calibrated for.
+        feature_size: height and width of the feature map.
+
+    Returns:
+        [B, N, D, h, w, 3], metres in the LiDAR frame.
     """
     (H, W), (h, w) = image_size, feature_size
     device = rig.img_from_cam.device
-    depth = torch.arange(*config.depths, device=device)
+    depth = torch.arange(*config.depth_range, device=device)
     v, u = torch.linspace(0, H - 1, h, device=device), torch.linspace(0, W - 1, w, device=device)
     depth, v, u = torch.meshgrid(depth, v, u, indexing="ij")
     pixels = torch.stack([u * depth, v * depth, depth], -1)  # [D, h, w, 3]
@@ -231,14 +267,14 @@ def lifted_points(
     return transform_points(lidar_from_cam, points_cam).unflatten(2, depth.shape)
 
 
-class DecoupledLayer(nn.Module):
-    """One round of the decoder: among lines point by point, along each line, from the map, by themselves."""
+class DecoupledDecoderLayer(nn.Module):
+    """One decoder layer with decoupled self-attention: among instances, then among the points of an instance."""
 
     def __init__(self, config: MapTRv2Config) -> None:
         super().__init__()
         C, heads = config.channels, config.heads
         self.attentions = nn.ModuleList(
-            [QueryAttention(C, heads), QueryAttention(C, heads), MapAttention(C, heads, config.points)]
+            [QuerySelfAttention(C, heads), QuerySelfAttention(C, heads), BEVCrossAttention(C, heads, config.points)]
         )
         self.ffns = nn.ModuleList([FeedForward(C, config.feed_forward)])
         self.norms = nn.ModuleList([nn.LayerNorm(C) for _ in range(4)])
@@ -248,111 +284,136 @@ class DecoupledLayer(nn.Module):
         query: Tensor,
         position: Tensor,
         bev: Tensor,
-        locations: Tensor,
+        references: Tensor,
         size: tuple[int, int],
-        apart: Tensor | None,
+        mask: Tensor | None,
     ) -> Tensor:
-        """query, position [B, Q, P, C], bev [B, h * w, C], locations [B, Q, P, 2]; `apart` [Q, Q] is True where two
-        lines must not see each other. Returns [B, Q, P, C]."""
+        """Updates the queries.
+
+        Args:
+            query: [B, Q, P, C].
+            position: positional encoding [B, Q, P, C].
+            bev: BEV features [B, h * w, C].
+            references: reference points [B, Q, P, 2], x and y normalised to 0..1.
+            size: (h, w).
+            mask: [Q, Q] bool, True for pairs of instances that must not attend to each other.
+
+        Returns:
+            [B, Q, P, C].
+        """
         B, Q, P, _ = query.shape
-        among, among_position = (x.transpose(1, 2).flatten(0, 1) for x in (query, position))  # [B * P, Q, C]
-        query = self.attentions[0](among, among_position, apart).unflatten(0, (B, P)).transpose(1, 2)
+        instances, instance_position = (x.transpose(1, 2).flatten(0, 1) for x in (query, position))  # [B * P, Q, C]
+        query = self.attentions[0](instances, instance_position, mask).unflatten(0, (B, P)).transpose(1, 2)
         query = self.norms[0](query)
         query = self.attentions[1](query.flatten(0, 1), position.flatten(0, 1)).unflatten(0, (B, Q))
         query = self.norms[1](query)
-        flat = self.attentions[2](query.flatten(1, 2), position.flatten(1, 2), bev, locations.flatten(1, 2), size)
+        flat = self.attentions[2](query.flatten(1, 2), position.flatten(1, 2), bev, references.flatten(1, 2), size)
         return self.norms[3](self.ffns[0](self.norms[2](flat))).unflatten(1, (Q, P))
 
 
-class LiftedLines(NamedTuple):
-    """What `MapTRv2Head` returns, for the losses."""
+class MapTRv2Outputs(NamedTuple):
+    """Predictions of all decoder layers and of the auxiliary heads, for losses and decoding."""
 
     logits: Tensor  # [L, B, Q, K]
-    points: Tensor  # [L, B, Q, P, 2] x and y in 0..1 over the range
-    many_logits: Tensor  # [L, B, Q', K] of the further queries; none where the network is not in training mode
-    many_points: Tensor  # [L, B, Q', P, 2]
-    bev_seg_logits: Tensor  # [B, 1, rows, columns] whether a line passes a cell of the map
-    image_logits: Tensor  # [B, N, 1, h, w] whether a pixel shows a line
-    depth_logits: Tensor  # [B, N, D, h, w] how far away what a pixel shows is
+    points: Tensor  # [L, B, Q, P, 2], x and y normalised to 0..1 over the range
+    one_to_many_logits: Tensor  # [L, B, Q', K] of the one-to-many queries; Q' is 0 unless the network is training
+    one_to_many_points: Tensor  # [L, B, Q', P, 2]
+    bev_seg_logits: Tensor  # [B, 1, rows, columns], lines in BEV
+    image_seg_logits: Tensor  # [B, N, 1, h, w], lines in images
+    depth_logits: Tensor  # [B, N, D, h, w]
+
+
+class _MapTRv2Transformer(nn.Module):
+    """BEV encoder, decoder layers and the layer that predicts initial reference points."""
+
+    def __init__(self, config: MapTRv2Config) -> None:
+        super().__init__()
+        self.encoder = LiftSplat(config)
+        self.reference_points = nn.Linear(config.channels, 2)
+        self.decoder = LayerStack([DecoupledDecoderLayer(config) for _ in range(config.decoder_layers)])
+        init_matrices(self)
+
+
+class _SegmentationLoss(nn.Module):
+    """Binary cross-entropy, with the weight of positives under the name that the checkpoints give it."""
+
+    def __init__(self, pos_weight: float) -> None:
+        super().__init__()
+        self.loss_fn = nn.BCEWithLogitsLoss(pos_weight=torch.tensor([pos_weight]))
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        return self.loss_fn(logits, target)
 
 
 class MapTRv2Head(nn.Module):
-    """From features to raw lines; the modules and their names are the published ones."""
+    """BEV encoder, line decoder and auxiliary segmentation heads. Modules have their published names."""
 
     def __init__(self, config: MapTRv2Config) -> None:
         super().__init__()
         self.config = config
         C, layers = config.channels, config.decoder_layers
-        self.instance_embedding = nn.Embedding(config.lines + config.many_lines, 2 * C)
+        self.instance_embedding = nn.Embedding(config.lines + config.one_to_many_queries, 2 * C)
         self.pts_embedding = nn.Embedding(config.line_points, 2 * C)
-        self.transformer = nn.Module()
-        self.transformer.encoder = LiftSplat(config)
-        self.transformer.reference_points = nn.Linear(C, 2)
-        self.transformer.decoder = nn.Module()
-        self.transformer.decoder.layers = nn.ModuleList([DecoupledLayer(config) for _ in range(layers)])
-        start_matrices(self.transformer)
-        self.cls_branches = nn.ModuleList([branch(C, config.classes, norm=True) for _ in range(layers)])
-        self.reg_branches = nn.ModuleList([branch(C, 2, norm=False) for _ in range(layers)])
-        for classify in self.cls_branches:
-            nn.init.constant_(classify[-1].bias, -math.log(99))
+        self.transformer = _MapTRv2Transformer(config)
+        self.cls_branches = class_branches(C, config.classes, layers)
+        self.reg_branches = regression_branches(C, 2, layers)
         self.seg_head, self.pv_seg_head = (
             nn.Sequential(nn.Conv2d(C, C, 3, 1, 1, bias=False), nn.ReLU(inplace=True), nn.Conv2d(C, 1, 1))
             for _ in range(2)
         )
-        # Weights of the published losses, and parts of MapTR's encoder that nothing reads: the checkpoints hold them.
+        self.loss_seg, self.loss_pv_seg = _SegmentationLoss(4.0), _SegmentationLoss(1.0)
+        # Weights of the published loss and parts of MapTR's encoder; unused, but the checkpoints hold them.
         self.code_weights = nn.Parameter(torch.ones(4), requires_grad=False)
-        self.loss_seg, self.loss_pv_seg = nn.Module(), nn.Module()
-        self.loss_seg.loss_fn = nn.BCEWithLogitsLoss(pos_weight=torch.tensor([4.0]))
-        self.loss_pv_seg.loss_fn = nn.BCEWithLogitsLoss(pos_weight=torch.tensor([1.0]))
-        self.positional_encoding = LearnedPosition(config.bev, C).requires_grad_(False)
+        self.positional_encoding = LearnedPositionalEncoding(config.bev, C).requires_grad_(False)
         self.transformer.level_embeds = nn.Parameter(torch.zeros(config.level_embeddings, C), requires_grad=False)
         self.transformer.cams_embeds = nn.Parameter(torch.zeros(config.cameras, C), requires_grad=False)
-        self.transformer.can_bus_mlp = nn.Sequential(
-            nn.Linear(18, C // 2), nn.ReLU(inplace=True), nn.Linear(C // 2, C), nn.ReLU(inplace=True)
-        )
-        self.transformer.can_bus_mlp.add_module("norm", nn.LayerNorm(C))
-        self.transformer.can_bus_mlp.requires_grad_(False)
+        self.transformer.can_bus_mlp = can_bus_mlp(C).requires_grad_(False)
 
     def forward(
         self, features: Tensor, rig: CameraRig, ego_from_lidar: Tensor, image_size: tuple[int, int]
-    ) -> LiftedLines:
-        """Raw lines of all layers; arguments as in `LiftSplat.forward`."""
+    ) -> MapTRv2Outputs:
+        """Predicts lines, segmentation and depth; arguments as in `LiftSplat.forward`."""
         config = self.config
-        grid, depth_logits = self.transformer.encoder(features, rig, ego_from_lidar, image_size)
-        bev = grid.flatten(2).transpose(1, 2)  # [B, rows * columns, C]
-        lines = config.lines + (config.many_lines if self.training else 0)
-        embedding = self.instance_embedding.weight[:lines, None] + self.pts_embedding.weight  # [Q, P, 2 C]
+        bev_features, depth_logits = self.transformer.encoder(features, rig, ego_from_lidar, image_size)
+        bev = bev_features.flatten(2).transpose(1, 2)  # [B, rows * columns, C]
+        queries = config.lines + (config.one_to_many_queries if self.training else 0)
+        embedding = self.instance_embedding.weight[:queries, None] + self.pts_embedding.weight  # [Q, P, 2 C]
         position, query = (x.expand(len(bev), -1, -1, -1) for x in embedding.chunk(2, -1))
-        further = torch.arange(lines, device=bev.device) >= config.lines
-        apart = further[:, None] != further if self.training else None
+        one_to_many = torch.arange(queries, device=bev.device) >= config.lines
+        mask = one_to_many[:, None] != one_to_many if self.training else None
         reference = self.transformer.reference_points(position).float().sigmoid()  # [B, Q, P, 2]
         all_logits, all_points = [], []
         for layer, classify, regress in zip(
             self.transformer.decoder.layers, self.cls_branches, self.reg_branches, strict=True
         ):
-            query = layer(query, position, bev, reference, config.bev, apart)
+            query = layer(query, position, bev, reference, config.bev, mask)
             points = refined(reference, regress(query))
             all_logits.append(classify(query.mean(2)))
             all_points.append(points)
             reference = points.detach()
         logits, points = torch.stack(all_logits), torch.stack(all_points)
-        image_logits = self.pv_seg_head(features.flatten(0, 1)).unflatten(0, features.shape[:2])
-        first, rest = slice(config.lines), slice(config.lines, None)
-        return LiftedLines(
-            logits[:, :, first], points[:, :, first], logits[:, :, rest], points[:, :, rest], self.seg_head(grid),
-            image_logits, depth_logits,
-        )  # fmt: skip
+        n = config.lines
+        return MapTRv2Outputs(
+            logits=logits[:, :, :n],
+            points=points[:, :, :n],
+            one_to_many_logits=logits[:, :, n:],
+            one_to_many_points=points[:, :, n:],
+            bev_seg_logits=self.seg_head(bev_features),
+            image_seg_logits=self.pv_seg_head(features.flatten(0, 1)).unflatten(0, features.shape[:2]),
+            depth_logits=depth_logits,
+        )
 
 
 class MapTRv2(nn.Module):
-    """Calibrated images in, raw lines out; any number of cameras."""
+    """Predicts lines from calibrated images of any number of cameras."""
 
     finds = ("line",)
-    loss_weights = LIFTED_LOSS_WEIGHTS
+    loss_weights = MAPTRV2_LOSS_WEIGHTS
     image_loss = None
     raw_names = ("line_logits", "line_points")
-    no_export = "it sums up features where their depths put them, which depends on data"
+    no_export = "it adds image features to BEV cells that depend on the calibration, which is a scatter at run time"
     published_prefixes = PREFIXES
+    ego_from_lidar: Tensor
 
     def __init__(self, config: MapTRv2Config) -> None:
         super().__init__()
@@ -362,34 +423,33 @@ class MapTRv2(nn.Module):
         self.register_buffer("ego_from_lidar", torch.tensor(config.ego_from_lidar), persistent=False)
 
     def initial_state(self, batch_size: int) -> State:
-        """Nothing: the network has no memory."""
+        """Returns an empty state: the network has no memory."""
         return State(self.ego_from_lidar.new_zeros(batch_size, 0, 1, 1))
 
-    def forward(self, frame: Frame, state: State) -> tuple[LiftedLines, State]:
-        """One frame.
+    def forward(self, frame: Frame, state: State) -> tuple[MapTRv2Outputs, State]:
+        """Predicts the lines of one frame.
 
         Args:
-            frame: leading [B], with images [B, N, 3, H, W] of the configured size.
-            state: handed back as it is.
+            frame: leading [B], images [B, N, 3, H, W] of the configured size.
+            state: returned unchanged.
 
         Returns:
-            What `MapTRv2Head` returns, and the state.
+            Predictions of all decoder layers, and the state.
         """
         image_size = padded_size(frame.images)
         features = self.image_encoder(frame.images)[-1]
         return self.head(features, frame.rig, self.ego_from_lidar, image_size), state
 
-    def loss(self, prediction: LiftedLines, gt: FrameObjects, frame: Frame) -> dict[str, Tensor]:
-        """Weighted losses by name, added up over the layers."""
-        losses = line_losses(prediction.logits, prediction.points, gt, self.ego_from_lidar, self.config)
-        return losses | lifted_losses(self, prediction, gt, frame)
+    def loss(self, prediction: MapTRv2Outputs, gt: FrameObjects, frame: Frame) -> dict[str, Tensor]:
+        """Computes the weighted losses by name, summed over decoder layers."""
+        return maptrv2_losses(self, prediction, gt, frame)
 
-    def raw_outputs(self, prediction: LiftedLines) -> tuple[Tensor, ...]:
-        """Logits and points of the last layer, [B, Q, ...]."""
+    def raw_outputs(self, prediction: MapTRv2Outputs) -> tuple[Tensor, ...]:
+        """Returns class logits and normalised points of the last decoder layer, [B, Q, ...]."""
         return prediction.logits[-1], prediction.points[-1]
 
-    def decode(self, prediction: LiftedLines) -> FrameObjects:
-        """The best lines in the ego frame, best first; there are no boxes."""
+    def decode(self, prediction: MapTRv2Outputs) -> FrameObjects:
+        """Decodes lines in the ego frame, best score first, and no boxes."""
         return decode_lines(
             prediction.logits[-1][..., : len(LINE_CLASSES)], prediction.points[-1], self.ego_from_lidar, self.config
         )

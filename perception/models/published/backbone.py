@@ -1,6 +1,6 @@
-"""The image encoders of the published networks: ResNet in both styles, deformable convolutions, feature pyramid.
+"""Image encoders of the published networks: ResNet in PyTorch and CAFFE style, DCNv2, FPN.
 
-Modules are named as the published checkpoints name them (`img_backbone.*` without its prefix is `backbone.*`).
+Modules are named as in the published checkpoints: `img_backbone.*` is `backbone.*` here, `img_neck.*` is `neck.*`.
 """
 
 from __future__ import annotations
@@ -14,36 +14,37 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
-from perception.errors import CheckpointError, ConfigError
-from perception.models.backbone import FPNEncoder
+from perception.errors import ConfigError
+from perception.models.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone, FPNEncoder, weight_of_shape
 
-PAD_MULTIPLE = 32  # pixels; images are filled up to it below and at the right
-BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+PAD_MULTIPLE = 32  # pixels; images are padded below and at the right to a multiple of it
+BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}  # residual blocks per stage by depth
 
 
 def padded_size(images: Tensor) -> tuple[int, int]:
-    """Height and width of images [..., H, W] once they are filled up for the backbone."""
+    """Returns height and width of images [..., H, W] after padding to `PAD_MULTIPLE`."""
     H, W = (side + -side % PAD_MULTIPLE for side in images.shape[-2:])
     return H, W
 
 
 def _padded(images: Tensor) -> Tensor:
-    (H, W), (wanted_h, wanted_w) = images.shape[-2:], padded_size(images)
-    return F.pad(images, (0, wanted_w - W, 0, wanted_h - H))
+    (H, W), (padded_h, padded_w) = images.shape[-2:], padded_size(images)
+    return F.pad(images, (0, padded_w - W, 0, padded_h - H))
 
 
 @dataclass(frozen=True)
 class PublishedBackboneConfig:
-    """What decides an image encoder's shape.
+    """Configures the ResNet and FPN of a published network.
 
     Args:
         depth: 50 or 101.
-        caffe: stride on the first convolution of a block and images in BGR with unit scale; otherwise as torchvision.
-        deformable: which of the four stages use deformable convolutions.
-        outputs: which stages the pyramid is made of, counted from 0.
-        levels: maps of the pyramid; what goes beyond `outputs` comes from strided convolutions.
+        caffe: CAFFE-style ResNet: the stride is on the first convolution of a bottleneck, and images are BGR with unit
+            standard deviation. False is the PyTorch style of torchvision.
+        deformable: whether each of the four stages uses DCNv2 convolutions.
+        outputs: indices of the stages that the FPN uses, from 0.
+        levels: number of FPN levels; levels beyond `outputs` come from strided convolutions.
         width: channels of the stem, 64 in all published networks.
-        channels: of the pyramid.
+        channels: channels of the FPN.
     """
 
     depth: int = 50
@@ -55,10 +56,10 @@ class PublishedBackboneConfig:
     channels: int = 256
 
     def build(self, channels: int) -> PublishedImageEncoder:
-        """The image encoder of a published network with maps of so many channels.
+        """Builds the image encoder of a network with this number of channels.
 
         Raises:
-            ConfigError: this one has another number of channels.
+            ConfigError: `self.channels` is another number.
         """
         if self.channels != channels:
             raise ConfigError(f"model.backbone.channels is {self.channels}, model.channels {channels}; make them equal")
@@ -67,20 +68,20 @@ class PublishedBackboneConfig:
 
 @dataclass(frozen=True)
 class FPNConfig:
-    """The flagship's image encoder in a published network, for comparisons; see `perception.models.backbone`."""
+    """Configures the flagship's image encoder for a published network, so that both are compared on the same one."""
 
     name: str = "resnet18"
     stages: int = 3
     stride: int = 8
     levels: ClassVar[int] = 1
 
-    def build(self, channels: int) -> SingleMapEncoder:
-        """The flagship's image encoder with maps of so many channels."""
-        return SingleMapEncoder(self, channels)
+    def build(self, channels: int) -> SingleLevelEncoder:
+        """Builds the image encoder of a network with this number of channels."""
+        return SingleLevelEncoder(self, channels)
 
 
 class DeformableConv(nn.Module):
-    """A 3x3 convolution that chooses where it reads and how much that counts (DCNv2, https://arxiv.org/abs/1811.11168)."""
+    """A modulated deformable 3x3 convolution (DCNv2, https://arxiv.org/abs/1811.11168)."""
 
     def __init__(self, channels: int, stride: int) -> None:
         super().__init__()
@@ -88,23 +89,26 @@ class DeformableConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, channels, 3, 3))
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
         self.conv_offset = nn.Conv2d(channels, 27, 3, stride, 1)
-        nn.init.zeros_(self.conv_offset.weight)
-        nn.init.zeros_(self.conv_offset.bias)
+        for parameter in self.conv_offset.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        offset, mask = self.conv_offset(x).split([18, 9], 1)  # (dy, dx) of each of the nine places, and its weight
+        """Convolves [B, C, H, W] to [B, C, H / stride, W / stride]."""
+        offset, mask = self.conv_offset(x).split([18, 9], 1)  # (dy, dx) and modulation of the nine sampling locations
         return deform_conv2d(x, offset, self.weight, stride=self.stride, padding=1, mask=mask.sigmoid())
 
 
 class Bottleneck(nn.Module):
-    """A residual block of three convolutions."""
+    """A residual bottleneck block (https://arxiv.org/abs/1512.03385)."""
 
     def __init__(self, channels_in: int, width: int, stride: int, caffe: bool, deformable: bool) -> None:
         super().__init__()
-        first, second = (stride, 1) if caffe else (1, stride)
-        self.conv1 = nn.Conv2d(channels_in, width, 1, first, bias=False)
+        stride1, stride2 = (stride, 1) if caffe else (1, stride)
+        self.conv1 = nn.Conv2d(channels_in, width, 1, stride1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = DeformableConv(width, second) if deformable else nn.Conv2d(width, width, 3, second, 1, bias=False)
+        self.conv2 = (
+            DeformableConv(width, stride2) if deformable else nn.Conv2d(width, width, 3, stride2, 1, bias=False)
+        )
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(4 * width)
@@ -115,6 +119,7 @@ class Bottleneck(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Transforms [B, channels_in, H, W] to [B, 4 * width, H / stride, W / stride]."""
         skip = x if self.downsample is None else self.downsample(x)
         x = F.relu(self.bn1(self.conv1(x)))
         x = F.relu(self.bn2(self.conv2(x)))
@@ -122,7 +127,12 @@ class Bottleneck(nn.Module):
 
 
 class PublishedResNet(nn.Module):
-    """ResNet-50 or -101; every stage is returned."""
+    """ResNet-50 or ResNet-101 without its head. Batch norm is frozen, as in the published networks."""
+
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
 
     def __init__(self, config: PublishedBackboneConfig) -> None:
         super().__init__()
@@ -130,6 +140,7 @@ class PublishedResNet(nn.Module):
         self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         channels = width
+        self.channels = []  # of the stages
         for stage, count in enumerate(BLOCKS[config.depth]):
             blocks = []
             for block in range(count):
@@ -138,18 +149,16 @@ class PublishedResNet(nn.Module):
                 blocks.append(Bottleneck(channels, inner, stride, config.caffe, config.deformable[stage]))
                 channels = 4 * inner
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
-
-        for (
-            module
-        ) in self.modules():  # published networks keep the statistics and scales of the weights they start from
+            self.channels.append(channels)
+        for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.requires_grad_(False)
 
     def freeze(self, stages: int) -> None:
-        """Holds the stem and the first stages as they are; -1 holds nothing.
+        """Freezes the weights of the stem and of the first stages; -1 freezes nothing.
 
         Raises:
-            ConfigError: there are not so many stages.
+            ConfigError: the backbone has fewer stages.
         """
         if not -1 <= stages <= 4:
             raise ConfigError(f"train.frozen_stages is {stages}; use -1 to 4")
@@ -158,6 +167,7 @@ class PublishedResNet(nn.Module):
             part.requires_grad_(False)
 
     def train(self, mode: bool = True) -> PublishedResNet:
+        """Sets the mode of all modules but batch norm, which always uses its running statistics."""
         super().train(mode)
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -165,29 +175,26 @@ class PublishedResNet(nn.Module):
         return self
 
     def load_published(self, weights: dict[str, Tensor], path: Path) -> None:
-        """Takes the weights of a whole image network, named as torchvision names them; its head is left out.
+        """Loads the weights of an image classifier under torchvision's names.
 
         Args:
-            weights: its state dict.
-            path: where they are from, for errors.
+            weights: the state dict. Its head and all other keys are ignored. A classifier has no offset layers of
+                deformable convolutions (`conv_offset`); without them, the present ones are kept.
+            path: the file of the weights, named in errors.
 
         Raises:
-            CheckpointError: one that is needed is missing or has another shape. The layers that tell deformable
-                convolutions where to read are no part of an image network and may be missing.
+            CheckpointError: a weight is missing or has another shape.
         """
-        wanted = self.state_dict()
-        for name, tensor in wanted.items():
-            told = ".conv_offset." in name
-            if (name not in weights and not told) or (name in weights and weights[name].shape != tensor.shape):
-                has = f"has shape {tuple(weights[name].shape)}" if name in weights else "is missing"
-                raise CheckpointError(
-                    f"{path}: {name} {has}, shape {tuple(tensor.shape)} is needed; give the weights of a ResNet of "
-                    "this depth as train.backbone_weights"
-                )
-        self.load_state_dict({name: weights.get(name, tensor) for name, tensor in wanted.items()})
+        fix = "give the weights of a ResNet of this depth as train.backbone_weights"
+        needed = self.state_dict()
+        offsets = {name: tensor for name, tensor in needed.items() if ".conv_offset." in name}
+        weights = offsets | weights
+        self.load_state_dict(
+            {name: weight_of_shape(weights, name, tensor.shape, path, fix) for name, tensor in needed.items()}
+        )
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Normalised images [B, 3, H, W] to maps at strides 4, 8, 16 and 32."""
+        """Extracts feature maps [B, C, h, w] at strides 4, 8, 16, 32 from normalised images [B, 3, H, W]."""
         x = F.max_pool2d(F.relu(self.bn1(self.conv1(images))), 3, 2, 1)
         maps = []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
@@ -197,7 +204,7 @@ class PublishedResNet(nn.Module):
 
 
 class _Conv(nn.Module):
-    """A convolution under the name that the published modules give it."""
+    """A convolution with the parameter names of the published `ConvModule`."""
 
     def __init__(self, channels_in: int, channels: int, kernel: int, stride: int = 1) -> None:
         super().__init__()
@@ -208,7 +215,7 @@ class _Conv(nn.Module):
 
 
 class PublishedFPN(nn.Module):
-    """Feature pyramid (https://arxiv.org/abs/1612.03144) with further levels from its coarsest output."""
+    """FPN (https://arxiv.org/abs/1612.03144) with extra levels from strided convolutions on its coarsest output."""
 
     def __init__(self, channels_in: list[int], channels: int, levels: int) -> None:
         super().__init__()
@@ -220,52 +227,56 @@ class PublishedFPN(nn.Module):
         )
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        """Merges feature maps [B, C_i, h, w], finest first, to levels [B, C, h, w]."""
         merged = [lateral(x) for lateral, x in zip(self.lateral_convs, maps, strict=True)]
         for i in range(len(merged) - 1, 0, -1):
             merged[i - 1] = merged[i - 1] + F.interpolate(merged[i], size=merged[i - 1].shape[-2:], mode="nearest")
         outputs = [conv(x) for conv, x in zip(self.fpn_convs, merged, strict=False)]
         for conv in self.fpn_convs[len(merged) :]:
-            # All further levels but the first have a ReLU before them.
+            # As published, a ReLU precedes every extra level but the first.
             last = outputs[-1]
             outputs.append(conv(last if len(outputs) == len(merged) else F.relu(last)))
         return outputs
 
 
 class PublishedImageEncoder(nn.Module):
-    """Images to the levels of a pyramid, with the pixels that the published weights expect."""
+    """Backbone and FPN of the published networks, with their normalisation and padding of images."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, config: PublishedBackboneConfig) -> None:
         super().__init__()
         self.config = config
         self.backbone = PublishedResNet(config)
-        widths = [4 * config.width * 2**stage for stage in config.outputs]
+        widths = [self.backbone.channels[stage] for stage in config.outputs]
         self.neck = PublishedFPN(widths, config.channels, config.levels)
-        mean = [103.530, 116.280, 123.675] if config.caffe else [123.675, 116.28, 103.53]
-        std = [1.0, 1.0, 1.0] if config.caffe else [58.395, 57.12, 57.375]
+        mean = IMAGENET_MEAN[::-1] if config.caffe else IMAGENET_MEAN
+        std = (1.0, 1.0, 1.0) if config.caffe else IMAGENET_STD
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Images [B, N, 3, H, W], RGB 0..255, to levels [B, N, C, h, w] of the padded images, finest first."""
+        """Encodes images [B, N, 3, H, W] (RGB 0..255) to levels [B, N, C, h, w] of the padded images, finest first."""
         B, N = images.shape[:2]
         x = images.flatten(0, 1).float()
-        x = ((x.flip(1) if self.config.caffe else x) - self.mean) / self.std  # Caffe's weights want BGR
+        x = ((x.flip(1) if self.config.caffe else x) - self.mean) / self.std  # CAFFE-style weights need BGR
         maps = self.backbone(_padded(x))
         return [x.unflatten(0, (B, N)) for x in self.neck([maps[stage] for stage in self.config.outputs])]
 
 
-class SingleMapEncoder(nn.Module):
-    """The flagship's image encoder behind the interface of the published ones."""
+class SingleLevelEncoder(nn.Module):
+    """The flagship's image encoder with the interface of `PublishedImageEncoder`."""
 
     def __init__(self, config: FPNConfig, channels: int) -> None:
         super().__init__()
         self.encoder = FPNEncoder(config.name, config.stages, config.stride, channels)
 
     @property
-    def backbone(self) -> nn.Module:
-        """What is frozen, and what published weights are loaded into."""
+    def backbone(self) -> Backbone:
+        """The backbone, for freezing and for loading published weights."""
         return self.encoder.backbone
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Images [B, N, 3, H, W], RGB 0..255, to one level [B, N, C, h, w] of the padded images."""
+        """Encodes images [B, N, 3, H, W] (RGB 0..255) to one level [B, N, C, h, w] of the padded images."""
         return [self.encoder(_padded(images.flatten(0, 1))).unflatten(0, images.shape[:2])]

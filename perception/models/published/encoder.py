@@ -1,59 +1,66 @@
-"""What the published BEVFormer and MapTR share: the map encoder of BEVFormer and a DETR-like decoder on its map.
+"""The BEV encoder of BEVFormer and the DETR-like decoder layers of the published networks.
 
-Modules are named as the published checkpoints name them; frames, the CAN bus and the move of the map before are in
-`perception.models.published.geometry`.
+Modules are named as in the published checkpoints. Coordinate frames, the CAN bus vector and the alignment of previous
+BEV features are in `perception.models.published.geometry`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from perception.models.published.geometry import (
     PublishedConfig,
-    cell_locations,
+    bev_shift,
+    cell_centers,
     constants,
-    map_shift,
-    see_pillars,
-    turn_map,
+    project_pillars,
+    rotate_bev,
 )
 from perception.ops.deformable import deformable_attention
 
 
 class FeedForward(nn.Module):
-    """Two linear layers around which the input goes."""
+    """A two-layer MLP with a residual connection."""
 
-    def __init__(self, channels: int, inner: int) -> None:
+    def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
-        first = nn.Sequential(nn.Linear(channels, inner), nn.ReLU(inplace=True))
-        self.layers = nn.Sequential(first, nn.Linear(inner, channels))
+        first = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(inplace=True))
+        self.layers = nn.Sequential(first, nn.Linear(hidden, channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Transforms [..., C] to [..., C]."""
         return x + self.layers(x)
 
 
-def initial_offsets(offsets: nn.Linear, weight: nn.Linear, heads: int, groups: int, points: int) -> None:
-    """Sets where locations lie before anything is learned: head by head in another direction, point by point farther.
+def init_sampling(offsets: nn.Linear, weights: nn.Linear, heads: int, groups: int, points: int) -> None:
+    """Sets initial offsets and uniform attention weights (Deformable DETR, https://arxiv.org/abs/2010.04159).
+
+    The offsets of each head point in another direction; those of successive points are farther away.
 
     Args:
-        offsets, weight: the layers that tell locations [heads, groups, points, 2] and weights.
-        groups: levels or maps, all alike.
+        offsets: layer that predicts sampling offsets [heads, groups, points, 2].
+        weights: layer that predicts attention weights [heads, groups, points].
+        heads: attention heads.
+        groups: feature levels or BEV feature tensors; all get the same offsets.
+        points: sampling points per head and group.
     """
     angle = torch.arange(heads) * (2 * math.pi / heads)
     direction = torch.stack([angle.cos(), angle.sin()], -1)
     direction = direction / direction.abs().amax(-1, keepdim=True)
-    locations = direction.view(heads, 1, 1, 2) * (torch.arange(points) + 1).view(1, 1, points, 1)
+    initial = direction.view(heads, 1, 1, 2) * (torch.arange(points) + 1).view(1, 1, points, 1)
     nn.init.zeros_(offsets.weight)
-    nn.init.zeros_(weight.weight)
-    nn.init.zeros_(weight.bias)
+    for parameter in weights.parameters():
+        nn.init.zeros_(parameter)
     with torch.no_grad():
-        offsets.bias.copy_(locations.expand(-1, groups, -1, -1).reshape(-1))
+        offsets.bias.copy_(initial.expand(-1, groups, -1, -1).reshape(-1))
 
 
 class TemporalSelfAttention(nn.Module):
-    """Each cell reads the map before it was looked around, and the previous one, and takes the mean of the two."""
+    """Deformable attention of each BEV cell to the previous and the present BEV features, averaged over the two."""
 
     def __init__(self, channels: int, heads: int, points: int) -> None:
         super().__init__()
@@ -62,170 +69,221 @@ class TemporalSelfAttention(nn.Module):
         self.attention_weights = nn.Linear(2 * channels, 2 * heads * points)
         self.value_proj = nn.Linear(channels, channels)
         self.output_proj = nn.Linear(channels, channels)
-        initial_offsets(self.sampling_offsets, self.attention_weights, heads, 2, points)
+        init_sampling(self.sampling_offsets, self.attention_weights, heads, 2, points)
 
     def forward(
-        self, query: Tensor, position: Tensor, values: Tensor, locations: Tensor, size: tuple[int, int]
+        self, query: Tensor, position: Tensor, values: Tensor, references: Tensor, size: tuple[int, int]
     ) -> Tensor:
-        """Adds to the queries what they read.
+        """Adds the attended features to the queries.
 
         Args:
-            query, position: [B, h * w, C].
-            values: [B, 2, h * w, C], the previous map and the present one.
-            locations: [B, 2, h * w, 2], where a cell lies in each, x and y in 0..1.
+            query: [B, h * w, C].
+            position: positional encoding [1, h * w, C].
+            values: previous and present BEV features [B, 2, h * w, C].
+            references: reference points of each cell in both [B, 2, h * w, 2], x and y normalised to 0..1.
             size: (h, w).
+
+        Returns:
+            [B, h * w, C].
         """
         B, Q, C = query.shape
-        told = torch.cat([values[:, 0], query + position], -1)
-        offsets = self.sampling_offsets(told).view(B, Q, self.heads, 2, 1, self.points, 2)
-        weight = self.attention_weights(told).view(B, Q, self.heads, 2, 1, self.points).softmax(-1)
-        locations = locations.transpose(1, 2)[:, :, None, :, None, None] + offsets / constants(
+        context = torch.cat([values[:, 0], query + position], -1)
+        offsets = self.sampling_offsets(context).view(B, Q, self.heads, 2, 1, self.points, 2)
+        weights = self.attention_weights(context).view(B, Q, self.heads, 2, 1, self.points).softmax(-1)
+        locations = references.transpose(1, 2)[:, :, None, :, None, None] + offsets / constants(
             [size[1], size[0]], offsets
         )
-        value = self.value_proj(values).view(B * 2, Q, self.heads, C // self.heads)
-        locations, weight = (x.movedim(3, 1).flatten(0, 1) for x in (locations, weight))
-        read = deformable_attention(value, [size], locations, weight).view(B, 2, Q, C).mean(1)
-        return self.output_proj(read) + query
+        values = self.value_proj(values).view(B * 2, Q, self.heads, C // self.heads)
+        locations, weights = (x.movedim(3, 1).flatten(0, 1) for x in (locations, weights))
+        attended = deformable_attention(values, [size], locations, weights).view(B, 2, Q, C).mean(1)
+        return self.output_proj(attended) + query
 
 
-class _CameraSampling(nn.Module):
+class _MultiScaleDeformableAttention(nn.Module):
+    """The layers of spatial cross-attention before sampling, under their published names."""
+
     def __init__(self, channels: int, heads: int, levels: int, points: int) -> None:
         super().__init__()
         self.sampling_offsets = nn.Linear(channels, heads * levels * points * 2)
         self.attention_weights = nn.Linear(channels, heads * levels * points)
         self.value_proj = nn.Linear(channels, channels)
-        initial_offsets(self.sampling_offsets, self.attention_weights, heads, levels, points)
+        init_sampling(self.sampling_offsets, self.attention_weights, heads, levels, points)
 
 
 class SpatialCrossAttention(nn.Module):
-    """Each cell reads the cameras that see a point of its pillar, and takes the mean over them."""
+    """Deformable attention of each BEV cell to the cameras that see its pillar, averaged over these cameras.
+
+    Args:
+        channels: of queries and features.
+        heads: attention heads.
+        levels: FPN levels.
+        points: sampling points per head and level, divided among the reference points of a pillar.
+    """
 
     def __init__(self, channels: int, heads: int, levels: int, points: int) -> None:
         super().__init__()
         self.heads, self.levels, self.points = heads, levels, points
-        self.deformable_attention = _CameraSampling(channels, heads, levels, points)
+        self.deformable_attention = _MultiScaleDeformableAttention(channels, heads, levels, points)
         self.output_proj = nn.Linear(channels, channels)
 
     def forward(
-        self, query: Tensor, features: Tensor, sizes: list[tuple[int, int]], locations: Tensor, seen: Tensor
+        self, query: Tensor, features: Tensor, sizes: list[tuple[int, int]], references: Tensor, visible: Tensor
     ) -> Tensor:
-        """Adds to the queries what they read.
+        """Adds the attended features to the queries.
 
         Args:
             query: [B, Q, C].
-            features: [B, N, sum of h * w, C].
-            sizes: of the levels.
-            locations: [B, N, Q, Z, 2] x and y of the pillar's points in 0..1 of each image.
-            seen: [B, N, Q] bool, at least one of the points is.
+            features: image features [B, N, sum of h * w, C] of all levels.
+            sizes: (h, w) of each level.
+            references: projected pillars [B, N, Q, Z, 2], x and y normalised to 0..1 over each image.
+            visible: [B, N, Q] bool, whether a camera sees a pillar.
+
+        Returns:
+            [B, Q, C].
         """
         B, N, S, C = features.shape
-        Q, Z = locations.shape[2:4]
-        part = self.deformable_attention
-        value = part.value_proj(features).view(B, N, S, self.heads, C // self.heads)
-        offsets = part.sampling_offsets(query).view(B, Q, self.heads, self.levels, self.points // Z, Z, 2)
+        Q, Z = references.shape[2:4]
+        layers = self.deformable_attention
+        value = layers.value_proj(features).view(B, N, S, self.heads, C // self.heads)
+        offsets = layers.sampling_offsets(query).view(B, Q, self.heads, self.levels, self.points // Z, Z, 2)
         offsets = offsets / constants([[w, h] for h, w in sizes], offsets)[:, None, None]
-        weight = part.attention_weights(query).view(B, Q, self.heads, self.levels * self.points).softmax(-1)
-        weight = weight.view(B, Q, self.heads, self.levels, self.points)
-        if torch.compiler.is_exporting():  # all cells of all cameras: shapes must not depend on what is seen
-            at = locations[:, :, :, None, None, None] + offsets[:, None]  # [B, N, Q, heads, levels, P / Z, Z, 2]
-            weights = weight[:, None].expand(-1, N, -1, -1, -1, -1).flatten(0, 1)
-            read = deformable_attention(value.flatten(0, 1), sizes, at.flatten(5, 6).flatten(0, 1), weights)
-            total = (read.view(B, N, Q, C) * seen[..., None]).sum(1)
-        else:  # camera by camera, with weights of zero, which are not read, where a camera sees nothing of a pillar
+        weights = layers.attention_weights(query).view(B, Q, self.heads, self.levels * self.points).softmax(-1)
+        weights = weights.view(B, Q, self.heads, self.levels, self.points)
+        if torch.compiler.is_exporting():  # all cells in all cameras: shapes must not depend on visibility
+            locations = references[:, :, :, None, None, None] + offsets[:, None]
+            locations = locations.flatten(5, 6).flatten(0, 1)  # [B * N, Q, heads, levels, P, 2]
+            weights = weights[:, None].expand(-1, N, -1, -1, -1, -1).flatten(0, 1)
+            attended = deformable_attention(value.flatten(0, 1), sizes, locations, weights)
+            total = (attended.view(B, N, Q, C) * visible[..., None]).sum(1)
+        else:  # camera by camera; a weight of zero where a camera does not see the pillar skips its samples
             total = torch.zeros_like(query)
             for n in range(N):
-                at = (locations[:, n, :, None, None, None] + offsets).flatten(4, 5)  # [B, Q, heads, levels, P, 2]
-                counted = weight * seen[:, n, :, None, None, None]
-                total = total + deformable_attention(value[:, n], sizes, at, counted)
-        mean = total / seen.sum(1).clamp(min=1)[..., None]
+                locations = (references[:, n, :, None, None, None] + offsets).flatten(4, 5)
+                masked = weights * visible[:, n, :, None, None, None]  # [B, Q, heads, levels, P]
+                total = total + deformable_attention(value[:, n], sizes, locations, masked)
+        mean = total / visible.sum(1).clamp(min=1)[..., None]
         return self.output_proj(mean) + query
 
 
-class _KernelSampling(nn.Module):
+class _KernelAttention(nn.Module):
+    """The layers of geometry-guided kernel attention before sampling, under their published names."""
+
     def __init__(self, channels: int, heads: int, points: int) -> None:
         super().__init__()
         self.attention_weights = nn.Linear(channels, heads * points)
         self.value_proj = nn.Linear(channels, channels)
-        nn.init.zeros_(self.attention_weights.weight)
-        nn.init.zeros_(self.attention_weights.bias)
+        for parameter in self.attention_weights.parameters():
+            nn.init.zeros_(parameter)
 
 
-class KernelCrossAttention(nn.Module):
-    """Each cell reads a patch of pixels around each point of its pillar, in the cameras that see one of the points.
+class GeometryKernelAttention(nn.Module):
+    """Geometry-guided kernel attention of each BEV cell to the cameras (GKT, https://arxiv.org/abs/2206.04584).
 
-    Geometry-guided kernel attention (GKT, https://arxiv.org/abs/2206.04584) as MapTR was published with it: as many
-    heads as a pillar has points, each reads around its own, and nothing is interpolated.
+    As in the published MapTR, each head attends to the kernel around one reference point of the pillar, without
+    interpolation.
 
     Args:
         channels: of queries and features.
-        heads: points of a pillar.
-        kernel: height and width of the patch in pixels of the features.
+        heads: attention heads, as many as a pillar has reference points.
+        kernel: height and width of the kernel in pixels of the features.
     """
+
+    kernel: Tensor
 
     def __init__(self, channels: int, heads: int, kernel: tuple[int, int]) -> None:
         super().__init__()
         self.heads = heads
-        self.attention = _KernelSampling(channels, heads, kernel[0] * kernel[1])
+        self.attention = _KernelAttention(channels, heads, kernel[0] * kernel[1])
         self.output_proj = nn.Linear(channels, channels)
         y, x = (torch.arange(side) - side // 2 for side in kernel)
-        patch = torch.cartesian_prod(x, y)  # [P, 2] column by column, as published
-        self.register_buffer("patch", patch, persistent=False)
+        self.register_buffer("kernel", torch.cartesian_prod(x, y), persistent=False)  # [P, 2], by column as published
 
     def forward(
-        self, query: Tensor, features: Tensor, sizes: list[tuple[int, int]], locations: Tensor, seen: Tensor
+        self, query: Tensor, features: Tensor, sizes: list[tuple[int, int]], references: Tensor, visible: Tensor
     ) -> Tensor:
-        """Adds to the queries what they read; arguments as in `SpatialCrossAttention.forward`, of one level."""
+        """Adds the attended features to the queries; arguments as in `SpatialCrossAttention.forward`, one level."""
         B, N, S, C = features.shape
         ((h, w),) = sizes
-        part = self.attention
-        value = part.value_proj(features).view(B, N, S, self.heads, C // self.heads)
-        weight = part.attention_weights(query).view(B, -1, self.heads, len(self.patch)).softmax(-1)
+        layers = self.attention
+        value = layers.value_proj(features).view(B, N, S, self.heads, C // self.heads)
+        weights = layers.attention_weights(query).view(B, -1, self.heads, len(self.kernel)).softmax(-1)
         head = torch.arange(self.heads, device=query.device)[:, None]
-        total = []
+        totals = []
         for b in range(B):
-            part = torch.zeros_like(query[b])
+            total = torch.zeros_like(query[b])
             for n in range(N):
-                at = (locations[b, n] * constants([w, h], locations))[:, :, None] + self.patch  # [Q, heads, P, 2]
-                x, y = at.round().long().unbind(-1)
+                locations = (references[b, n] * constants([w, h], references))[:, :, None] + self.kernel
+                x, y = locations.round().long().unbind(-1)  # [Q, heads, P]
                 pixel = y.clamp(0, h - 1) * w + x.clamp(0, w - 1)
-                read = (value[b, n][pixel, head] * weight[b][..., None]).sum(2)  # [Q, heads, C / heads]
-                part = part + read.flatten(1) * seen[b, n, :, None]
-            total.append(part)
-        total = torch.stack(total)
-        mean = total / seen.sum(1).clamp(min=1)[..., None]
+                attended = (value[b, n][pixel, head] * weights[b][..., None]).sum(2)  # [Q, heads, C / heads]
+                total = total + attended.flatten(1) * visible[b, n, :, None]
+            totals.append(total)
+        mean = torch.stack(totals) / visible.sum(1).clamp(min=1)[..., None]
         return self.output_proj(mean) + query
 
 
 class BEVFormerLayer(nn.Module):
-    """One round of the encoder."""
+    """One layer of the BEV encoder: temporal self-attention, spatial cross-attention, feed-forward."""
 
     def __init__(self, config: PublishedConfig) -> None:
         super().__init__()
         C, heads = config.channels, config.heads
-        if config.kernel:
-            cameras = KernelCrossAttention(C, config.pillar_points, config.kernel)
-        else:
-            cameras = SpatialCrossAttention(C, heads, config.backbone.levels, config.camera_points)
-        self.attentions = nn.ModuleList([TemporalSelfAttention(C, heads, config.points), cameras])
+        spatial = (
+            GeometryKernelAttention(C, config.pillar_points, config.gkt_kernel)
+            if config.gkt_kernel
+            else SpatialCrossAttention(C, heads, config.backbone.levels, config.camera_points)
+        )
+        self.attentions = nn.ModuleList([TemporalSelfAttention(C, heads, config.points), spatial])
         self.ffns = nn.ModuleList([FeedForward(C, config.feed_forward)])
         self.norms = nn.ModuleList([nn.LayerNorm(C) for _ in range(3)])
 
+    def forward(
+        self,
+        query: Tensor,
+        position: Tensor,
+        values: Tensor,
+        references: Tensor,
+        size: tuple[int, int],
+        features: Tensor,
+        feature_sizes: list[tuple[int, int]],
+        pillars: Tensor,
+        visible: Tensor,
+    ) -> Tensor:
+        """Updates BEV queries [B, h * w, C].
 
-class QueryAttention(nn.Module):
-    """Attention among queries, with their positions added to queries and keys."""
+        Args:
+            query, position, values, references, size: as in `TemporalSelfAttention.forward`.
+            features, feature_sizes, pillars, visible: as in `SpatialCrossAttention.forward`.
+        """
+        query = self.norms[0](self.attentions[0](query, position, values, references, size))
+        query = self.norms[1](self.attentions[1](query, features, feature_sizes, pillars, visible))
+        return self.norms[2](self.ffns[0](query))
+
+
+class QuerySelfAttention(nn.Module):
+    """Multi-head self-attention among decoder queries, with a residual connection."""
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
         self.attn = nn.MultiheadAttention(channels, heads, batch_first=True)
 
-    def forward(self, query: Tensor, position: Tensor, apart: Tensor | None = None) -> Tensor:
-        """query, position [B, Q, C] -> [B, Q, C]; `apart` [Q, Q] is True where two must not see each other."""
+    def forward(self, query: Tensor, position: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Adds the attended queries.
+
+        Args:
+            query: [B, Q, C].
+            position: positional encoding [B, Q, C], added to queries and keys.
+            mask: [Q, Q] bool, True for pairs that must not attend to each other.
+
+        Returns:
+            [B, Q, C].
+        """
         key = query + position
-        return query + self.attn(key, key, query, attn_mask=apart, need_weights=False)[0]
+        return query + self.attn(key, key, query, attn_mask=mask, need_weights=False)[0]
 
 
-class MapAttention(nn.Module):
-    """Queries read the map around their reference points."""
+class BEVCrossAttention(nn.Module):
+    """Deformable cross-attention of decoder queries to BEV features around their reference points."""
 
     def __init__(self, channels: int, heads: int, points: int) -> None:
         super().__init__()
@@ -234,40 +292,61 @@ class MapAttention(nn.Module):
         self.attention_weights = nn.Linear(channels, heads * points)
         self.value_proj = nn.Linear(channels, channels)
         self.output_proj = nn.Linear(channels, channels)
-        initial_offsets(self.sampling_offsets, self.attention_weights, heads, 1, points)
+        init_sampling(self.sampling_offsets, self.attention_weights, heads, 1, points)
 
     def forward(
-        self, query: Tensor, position: Tensor, value: Tensor, locations: Tensor, size: tuple[int, int]
+        self, query: Tensor, position: Tensor, bev: Tensor, references: Tensor, size: tuple[int, int]
     ) -> Tensor:
-        """query, position [B, Q, C], value [B, h * w, C], locations [B, Q, 2] x and y in 0..1 -> [B, Q, C]."""
+        """Adds the attended features to the queries.
+
+        Args:
+            query: [B, Q, C].
+            position: positional encoding [B, Q, C].
+            bev: BEV features [B, h * w, C].
+            references: reference points [B, Q, 2], x and y normalised to 0..1.
+            size: (h, w).
+
+        Returns:
+            [B, Q, C].
+        """
         B, Q, C = query.shape
-        asked = query + position
-        offsets = self.sampling_offsets(asked).view(B, Q, self.heads, 1, self.points, 2)
-        weight = self.attention_weights(asked).view(B, Q, self.heads, 1, self.points).softmax(-1)
-        at = locations[:, :, None, None, None] + offsets / constants([size[1], size[0]], offsets)
-        value = self.value_proj(value).view(B, -1, self.heads, C // self.heads)
-        return self.output_proj(deformable_attention(value, [size], at, weight)) + query
+        context = query + position
+        offsets = self.sampling_offsets(context).view(B, Q, self.heads, 1, self.points, 2)
+        weights = self.attention_weights(context).view(B, Q, self.heads, 1, self.points).softmax(-1)
+        locations = references[:, :, None, None, None] + offsets / constants([size[1], size[0]], offsets)
+        value = self.value_proj(bev).view(B, -1, self.heads, C // self.heads)
+        return self.output_proj(deformable_attention(value, [size], locations, weights)) + query
 
 
 class DecoderLayer(nn.Module):
-    """One round of a DETR-like decoder on the map: among queries, from the map, by themselves."""
+    """One DETR-like decoder layer: query self-attention, BEV cross-attention, feed-forward."""
 
-    def __init__(self, channels: int, heads: int, points: int, feed_forward: int) -> None:
+    def __init__(self, config: PublishedConfig) -> None:
         super().__init__()
-        self.attentions = nn.ModuleList([QueryAttention(channels, heads), MapAttention(channels, heads, points)])
-        self.ffns = nn.ModuleList([FeedForward(channels, feed_forward)])
-        self.norms = nn.ModuleList([nn.LayerNorm(channels) for _ in range(3)])
+        C, heads = config.channels, config.heads
+        self.attentions = nn.ModuleList([QuerySelfAttention(C, heads), BEVCrossAttention(C, heads, config.points)])
+        self.ffns = nn.ModuleList([FeedForward(C, config.feed_forward)])
+        self.norms = nn.ModuleList([nn.LayerNorm(C) for _ in range(3)])
 
     def forward(
-        self, query: Tensor, position: Tensor, value: Tensor, locations: Tensor, size: tuple[int, int]
+        self, query: Tensor, position: Tensor, bev: Tensor, references: Tensor, size: tuple[int, int]
     ) -> Tensor:
+        """Updates queries [B, Q, C]; arguments as in `BEVCrossAttention.forward`."""
         query = self.norms[0](self.attentions[0](query, position))
-        query = self.norms[1](self.attentions[1](query, position, value, locations, size))
+        query = self.norms[1](self.attentions[1](query, position, bev, references, size))
         return self.norms[2](self.ffns[0](query))
 
 
-class LearnedPosition(nn.Module):
-    """A learned vector per column and per row: [1, h * w, C]."""
+class LayerStack(nn.Module):
+    """Layers under the name that the published checkpoints give them; the parent runs them."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+
+class LearnedPositionalEncoding(nn.Module):
+    """A learned positional encoding of a grid: an embedding per column and one per row, concatenated."""
 
     def __init__(self, size: tuple[int, int], channels: int) -> None:
         super().__init__()
@@ -275,26 +354,31 @@ class LearnedPosition(nn.Module):
         self.col_embed = nn.Embedding(size[1], channels // 2)
 
     def forward(self) -> Tensor:
+        """Returns the encoding of all cells, row by row: [1, h * w, C]."""
         rows, columns = self.row_embed.weight, self.col_embed.weight
         h, w = len(rows), len(columns)
         return torch.cat([columns.expand(h, -1, -1), rows[:, None].expand(-1, w, -1)], -1).flatten(0, 1)[None]
 
 
-class BEVFormerEncoder(nn.Module):
-    """Features of all cameras to the map, in the frame of the LiDAR; MapTR uses it too."""
+class BEVFormerTransformer(nn.Module):
+    """The BEV encoder of BEVFormer, the decoder layers and the layer that predicts initial reference points.
 
-    def __init__(self, config: PublishedConfig) -> None:
+    Args:
+        config: the network's.
+        reference_size: coordinates per reference point, 3 for boxes and 2 for line points.
+    """
+
+    def __init__(self, config: PublishedConfig, reference_size: int) -> None:
         super().__init__()
         self.config = config
         C = config.channels
         self.level_embeds = nn.Parameter(torch.randn(config.level_embeddings, C))
         self.cams_embeds = nn.Parameter(torch.randn(config.cameras, C))
-        self.can_bus_mlp = nn.Sequential(
-            nn.Linear(18, C // 2), nn.ReLU(inplace=True), nn.Linear(C // 2, C), nn.ReLU(inplace=True)
-        )
-        self.can_bus_mlp.add_module("norm", nn.LayerNorm(C))
-        self.encoder = nn.Module()
-        self.encoder.layers = nn.ModuleList([BEVFormerLayer(config) for _ in range(config.encoder_layers)])
+        self.can_bus_mlp = can_bus_mlp(C)
+        self.encoder = LayerStack([BEVFormerLayer(config) for _ in range(config.encoder_layers)])
+        self.reference_points = nn.Linear(C, reference_size)
+        self.decoder = LayerStack([DecoderLayer(config) for _ in range(config.decoder_layers)])
+        init_matrices(self)
 
     def encode(
         self,
@@ -302,62 +386,87 @@ class BEVFormerEncoder(nn.Module):
         queries: Tensor,
         position: Tensor,
         img_from_lidar: Tensor,
-        bus: Tensor,
+        can_bus: Tensor,
         image_size: tuple[int, int],
         previous: Tensor | None,
         is_first: Tensor | None = None,
     ) -> Tensor:
-        """The map [B, h * w, C].
+        """Encodes the image features of all cameras as BEV features.
 
         Args:
-            features: levels [B, N, C, h, w].
-            queries, position: [h * w, C] and [1, h * w, C].
-            img_from_lidar: [B, N, 4, 4], points to (u depth, v depth, depth).
-            bus: [B, 18], see `can_bus`.
-            image_size: height and width that `img_from_lidar` is for.
-            previous: the map of the previous frame alike, in its own frame, or None where all are first frames.
-            is_first: [B] bool, True where `previous` must not count; None for nowhere.
+            features: FPN levels [B, N, C, h, w].
+            queries: BEV queries [h * w, C].
+            position: their positional encoding [1, h * w, C].
+            img_from_lidar: [B, N, 4, 4] from `lidar_projections`.
+            can_bus: [B, 18] from `can_bus_vector`.
+            image_size: height and width in pixels of the images that `img_from_lidar` projects to.
+            previous: BEV features [B, h * w, C] of the previous frame, in its LiDAR frame. None if all frames are first
+                frames.
+            is_first: [B] bool, True where `previous` is ignored. None ignores it nowhere.
+
+        Returns:
+            BEV features [B, h * w, C] in the LiDAR frame.
         """
         config = self.config
-        B = len(bus)
+        B = len(can_bus)
         h, w = config.bev
-        query = queries + self.can_bus_mlp(bus.float())[:, None]
-        sizes = [tuple(x.shape[-2:]) for x in features]
-        flat = []
+        query = queries + self.can_bus_mlp(can_bus.float())[:, None]
+        sizes = [(x.shape[-2], x.shape[-1]) for x in features]
+        levels = []
         for level, x in enumerate(features):
             x = x.flatten(3).transpose(2, 3) + self.cams_embeds[:, None] + self.level_embeds[level]
-            flat.append(x)  # [B, N, h * w, C]
-        seen_features = torch.cat(flat, 2)
-        locations, seen = see_pillars(config, img_from_lidar, image_size)
-        cells = cell_locations(h, w, query.device).expand(B, -1, -1)  # [B, h * w, 2]
-        both = torch.stack([cells, cells], 1)
-        known = None
+            levels.append(x)  # [B, N, h * w, C]
+        image_features = torch.cat(levels, 2)
+        pillars, visible = project_pillars(config, img_from_lidar, image_size)
+        cells = cell_centers(h, w, query.device).expand(B, -1, -1)  # [B, h * w, 2]
+        references = torch.stack([cells, cells], 1)
+        has_previous = aligned = None
         if previous is not None:
-            first = torch.zeros_like(bus[:, 0], dtype=torch.bool) if is_first is None else is_first
-            known = ~first.view(B, 1, 1, 1)
-            moved = torch.stack([cells + map_shift(config, bus)[:, None], cells], 1)
-            both = torch.where(known, moved, both)
-            # The present half is the map before the first round, in all rounds.
-            values = torch.stack([turn_map(previous, config, bus[:, -1]), query], 1)
+            first = torch.zeros_like(can_bus[:, 0], dtype=torch.bool) if is_first is None else is_first
+            has_previous = ~first.view(B, 1, 1, 1)
+            shifted = torch.stack([cells + bev_shift(config, can_bus)[:, None], cells], 1)
+            references = torch.where(has_previous, shifted, references)
+            # As published, all layers attend to the present BEV queries of before the first layer.
+            aligned = torch.stack([rotate_bev(previous, config, can_bus[:, -1]), query], 1)
         for layer in self.encoder.layers:
-            read = torch.stack([query, query], 1)
-            read = read if known is None else torch.where(known, values, read)
-            query = layer.norms[0](layer.attentions[0](query, position.expand(B, -1, -1), read, both, config.bev))
-            query = layer.norms[1](layer.attentions[1](query, seen_features, sizes, locations, seen))
-            query = layer.norms[2](layer.ffns[0](query))
+            values = torch.stack([query, query], 1)
+            if has_previous is not None and aligned is not None:
+                values = torch.where(has_previous, aligned, values)
+            query = layer(query, position, values, references, config.bev, image_features, sizes, pillars, visible)
         return query
 
 
-def branch(channels: int, outputs: int, norm: bool) -> nn.Sequential:
-    """What classifies or locations a query."""
+def can_bus_mlp(channels: int) -> nn.Sequential:
+    """Builds the MLP from a CAN bus vector to an embedding that is added to BEV queries."""
+    mlp = nn.Sequential(
+        nn.Linear(18, channels // 2), nn.ReLU(inplace=True), nn.Linear(channels // 2, channels), nn.ReLU(inplace=True)
+    )
+    mlp.add_module("norm", nn.LayerNorm(channels))
+    return mlp
+
+
+def class_branches(channels: int, classes: int, layers: int) -> nn.ModuleList:
+    """Builds the classification branch of each decoder layer, with an initial score of 0.01 (RetinaNet)."""
+    branches = [_branch(channels, classes, norm=True) for _ in range(layers)]
+    for branch in branches:
+        nn.init.constant_(branch[-1].get_parameter("bias"), -math.log(99))
+    return nn.ModuleList(branches)
+
+
+def regression_branches(channels: int, outputs: int, layers: int) -> nn.ModuleList:
+    """Builds the regression branch of each decoder layer."""
+    return nn.ModuleList([_branch(channels, outputs, norm=False) for _ in range(layers)])
+
+
+def _branch(channels: int, outputs: int, norm: bool) -> nn.Sequential:
     layers: list[nn.Module] = []
     for _ in range(2):
         layers += [nn.Linear(channels, channels), *([nn.LayerNorm(channels)] if norm else []), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers, nn.Linear(channels, outputs))
 
 
-def start_matrices(part: nn.Module) -> None:
-    """Sets matrices as the published code does before anything is learned, but for what `initial_offsets` has set."""
-    for name, parameter in part.named_parameters():
+def init_matrices(module: nn.Module) -> None:
+    """Initialises weight matrices as the published code does, except embeddings and those of `init_sampling`."""
+    for name, parameter in module.named_parameters():
         if parameter.ndim > 1 and not any(word in name for word in ("sampling_offsets", "attention_weights", "embeds")):
             nn.init.xavier_uniform_(parameter)

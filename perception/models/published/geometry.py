@@ -1,14 +1,14 @@
-"""Frames, motion and calibration as the published BEVFormer and MapTR take them.
+"""Coordinate frames, ego motion and camera projection of the published BEVFormer, MapTR and MapTRv2.
 
-What decides whether the published numbers come out is kept here:
+The published weights depend on these conventions:
 
-- The networks live in the frame of LIDAR_TOP, x to the right and y ahead; rows of their maps run along y.
-  `PublishedConfig.ego_from_lidar` says where that is.
-- They were given a vector of 18 numbers from the CAN bus. Three of them matter: how far the car drove, in which
-  direction, and by how much it turned. `can_bus` makes the vector from `Frame.ego_from_prev`; what a car's bus would
-  have added (global pose, acceleration) is zero.
-- The map of the previous frame is turned by the nearest cell, about a centre that is (100, 100) in all published
-  configurations whatever the size of the map, and moved by shifting the locations where it is read.
+- 3D coordinates are those of LIDAR_TOP: x to the right, y ahead. Rows of the BEV grid lie along y, columns along x.
+  `PublishedConfig.ego_from_lidar` is the pose of LIDAR_TOP.
+- Ego motion comes as a CAN bus vector of 18 numbers, of which the published code uses the driven distance, its
+  direction and the change of yaw. `can_bus_vector` makes it from `Frame.ego_from_prev`. The numbers that only a CAN bus
+  has (global pose, acceleration) are zero.
+- The previous BEV features are rotated with nearest-neighbour sampling about the cell (100, 100), in all published
+  configs and whatever the size of the grid. Translation shifts the reference points of temporal self-attention.
 """
 
 from __future__ import annotations
@@ -24,45 +24,55 @@ from perception.geometry import invert_rigid
 from perception.models.published.backbone import FPNConfig, PublishedBackboneConfig
 from perception.types import Frame, LaneRange
 
-# The pose of LIDAR_TOP on the cars of nuScenes, rotation without its tenths of a degree.
+# The pose of LIDAR_TOP on the cars of nuScenes, with its rotation rounded to whole degrees.
 NUSCENES_EGO_FROM_LIDAR = (
     (0.0, 1.0, 0.0, 0.9437),
     (-1.0, 0.0, 0.0, 0.0),
     (0.0, 0.0, 1.0, 1.8402),
     (0.0, 0.0, 0.0, 1.0),
 )
-NEAREST_DEPTH = 1e-5  # metres
-# The keys of published checkpoints by prefix, and the library's.
+MIN_DEPTH = 1e-5  # metres
+# Prefixes of the keys in published checkpoints, and the library's.
 PREFIXES = {"img_backbone.": "image_encoder.backbone.", "img_neck.": "image_encoder.neck.", "pts_bbox_head.": "head."}
 
 
 @dataclass(frozen=True)
 class PublishedConfig:
-    """What decides the shape of the shared parts; metres in the LiDAR's frame."""
+    """Configures what the published networks share; lengths in metres in the LiDAR frame."""
 
     image_size: tuple[int, int] = (450, 800)
     backbone: PublishedBackboneConfig | FPNConfig = field(default_factory=PublishedBackboneConfig)
-    bev: tuple[int, int] = (50, 50)  # rows along y, columns along x
-    low: tuple[float, float, float] = (-51.2, -51.2, -5.0)
-    high: tuple[float, float, float] = (51.2, 51.2, 3.0)
+    bev: tuple[int, int] = (50, 50)  # cells of the BEV grid: rows along y, columns along x
+    # Corners of the perception range: least x, y, z, then largest x, y, z.
+    point_cloud_range: tuple[float, float, float, float, float, float] = (-51.2, -51.2, -5.0, 51.2, 51.2, 3.0)
     channels: int = 256
-    feed_forward: int = 512
+    feed_forward: int = 512  # hidden channels
     heads: int = 8
     encoder_layers: int = 3
     decoder_layers: int = 6
-    level_embeddings: int = 4  # rows of a table of which the first are used
-    pillar_points: int = 4
-    camera_points: int = 8  # per level and head, spread over the heights of a pillar
-    points: int = 4  # per head, in the map
-    kernel: tuple[int, int] | None = None  # of patches that cameras are read in, see `KernelCrossAttention`
+    level_embeddings: int = 4  # as many as the checkpoint has; each FPN level uses one, in order
+    pillar_points: int = 4  # reference points per pillar in spatial cross-attention
+    camera_points: int = 8  # sampling points per head and level in spatial cross-attention, over all pillar points
+    points: int = 4  # sampling points per head in temporal self-attention and in the decoder
+    gkt_kernel: tuple[int, int] | None = None  # height and width, see `GeometryKernelAttention`; None for deformable
     cameras: int = 6
-    rotate_center: tuple[int, int] = (100, 100)  # column and row, as published
+    rotate_center: tuple[int, int] = (100, 100)  # column and row
     ego_from_lidar: tuple[tuple[float, ...], ...] = NUSCENES_EGO_FROM_LIDAR
 
     @property
     def lane_range(self) -> LaneRange:
         """Of the lines; the LiDAR's y looks ahead."""
         return LaneRange(self.high[1] - self.low[1], self.high[0] - self.low[0])
+
+    @property
+    def low(self) -> tuple[float, float, float]:
+        """Least x, y, z of `point_cloud_range`."""
+        return self.point_cloud_range[:3]
+
+    @property
+    def high(self) -> tuple[float, float, float]:
+        """Largest x, y, z of `point_cloud_range`."""
+        return self.point_cloud_range[3:]
 
 
 def constants(values: Sequence, like: Tensor) -> Tensor:
@@ -73,42 +83,50 @@ def constants(values: Sequence, like: Tensor) -> Tensor:
     return torch.stack([constants(v, like) if isinstance(v, Sequence) else like.new_full((), v) for v in values])
 
 
-def cell_locations(h: int, w: int, device) -> Tensor:
-    """Middles of all cells, x and y in 0..1: [h * w, 2], row by row."""
+def cell_centers(h: int, w: int, device: torch.device | str) -> Tensor:
+    """Returns the centres of all cells, row by row: [h * w, 2], x and y normalised to 0..1."""
     y, x = torch.meshgrid(
         (torch.arange(h, device=device) + 0.5) / h, (torch.arange(w, device=device) + 0.5) / w, indexing="ij"
     )
     return torch.stack([x, y], -1).flatten(0, 1)
 
 
-def see_pillars(config: PublishedConfig, img_from_lidar: Tensor, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Where the cameras see the points of each cell's pillar.
+def project_pillars(
+    config: PublishedConfig, img_from_lidar: Tensor, image_size: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Projects the reference points of each BEV cell's pillar into the cameras.
+
+    Args:
+        config: the grid, its range and the points per pillar.
+        img_from_lidar: [B, N, 4, 4] from `lidar_projections`.
+        image_size: height and width in pixels of the images that `img_from_lidar` projects to.
 
     Returns:
-        locations [B, N, h * w, Z, 2], x and y in 0..1 of the image, and whether any of a pillar is seen [B, N, h * w].
+        Reference points [B, N, h * w, Z, 2], x and y normalised to 0..1 over the image; visible [B, N, h * w] bool:
+        whether the image shows at least one of a pillar's points.
     """
     img_from_lidar = img_from_lidar.float()
     (h, w), Z = config.bev, config.pillar_points
     low, high = (constants(x, img_from_lidar) for x in (config.low, config.high))
     height = config.high[2] - config.low[2]
     z = torch.linspace(0.5, height - 0.5, Z, device=low.device) / height
-    xy = cell_locations(h, w, low.device)
-    cube = torch.cat([xy[:, None].expand(-1, Z, -1), z.view(1, Z, 1).expand(h * w, -1, -1)], -1)
-    points = F.pad(low + cube * (high - low), (0, 1), value=1.0)  # [h * w, Z, 4]
+    xy = cell_centers(h, w, low.device)
+    normalized = torch.cat([xy[:, None].expand(-1, Z, -1), z.view(1, Z, 1).expand(h * w, -1, -1)], -1)
+    points = F.pad(low + normalized * (high - low), (0, 1), value=1.0)  # [h * w, Z, 4]
     projected = torch.einsum("bnij,qzj->bnqzi", img_from_lidar, points)
     depth = projected[..., 2]
-    locations = projected[..., :2] / depth.clamp(min=NEAREST_DEPTH)[..., None]
-    locations = locations / constants([image_size[1], image_size[0]], locations)
-    inside = ((locations > 0) & (locations < 1)).all(-1) & (depth > NEAREST_DEPTH)
-    return locations, inside.any(-1)
+    references = projected[..., :2] / depth.clamp(min=MIN_DEPTH)[..., None]
+    references = references / constants([image_size[1], image_size[0]], references)
+    inside = ((references > 0) & (references < 1)).all(-1) & (depth > MIN_DEPTH)
+    return references, inside.any(-1)
 
 
-def turn_map(bev: Tensor, config: PublishedConfig, angle_deg: Tensor) -> Tensor:
-    """Maps [B, h * w, C] turned by angles [B], by the nearest cell, as torchvision's `rotate` turns images."""
+def rotate_bev(bev: Tensor, config: PublishedConfig, angle_deg: Tensor) -> Tensor:
+    """Rotates BEV features [B, h * w, C] by angles [B] with nearest-neighbour sampling, as torchvision's `rotate`."""
     h, w = config.bev
     angle = angle_deg.deg2rad()
     cos, sin = angle.cos()[:, None], angle.sin()[:, None]
-    # In pixels from the middle of the image; so is the centre of the turn.
+    # In cells from the middle of the grid, as is the centre of rotation.
     rows, columns = (torch.arange(side, device=bev.device) - (side - 1) / 2 for side in (h, w))
     y, x = torch.meshgrid(rows, columns, indexing="ij")
     center_x, center_y = config.rotate_center[0] - w / 2, config.rotate_center[1] - h / 2
@@ -119,32 +137,33 @@ def turn_map(bev: Tensor, config: PublishedConfig, angle_deg: Tensor) -> Tensor:
     return F.grid_sample(image, grid, mode="nearest", align_corners=False).flatten(2).transpose(1, 2)
 
 
-def map_shift(config: PublishedConfig, bus: Tensor) -> Tensor:
-    """How far the car has driven, x and y in 0..1 of the map: [B, 2]."""
-    way = bus[:, :2].norm(dim=1)
-    angle = bus[:, -2] - torch.atan2(bus[:, 1], bus[:, 0])
-    along, across = way * angle.cos(), way * angle.sin()
+def bev_shift(config: PublishedConfig, can_bus: Tensor) -> Tensor:
+    """Computes the translation since the previous frame: [B, 2], x and y normalised by the range."""
+    distance = can_bus[:, :2].norm(dim=1)
+    angle = can_bus[:, -2] - torch.atan2(can_bus[:, 1], can_bus[:, 0])
+    along, across = distance * angle.cos(), distance * angle.sin()
     extent = [high - low for low, high in zip(config.low, config.high, strict=True)]
     return torch.stack([across / extent[0], along / extent[1]], -1).float()
 
 
-def can_bus(frame: Frame) -> Tensor:
-    """The 18 numbers [B, 18] that the published networks want to be told, from the motion since the last frame.
+def can_bus_vector(frame: Frame) -> Tensor:
+    """Makes the CAN bus vector [B, 18] of the published networks from the ego motion since the previous frame.
 
-    Translation [0:3], quaternion [3:7], yaw [-2] in radians and its change [-1] in degrees. The published ones are
-    taken in the frame of the map; here the axes are those of the present ego frame, so yaw is 0.
+    Translation in metres at [0:3], rotation quaternion at [3:7], yaw in radians at [-2], change of yaw in degrees
+    at [-1]. The published vector is in the global frame. Here the axes are those of the present ego frame, so that
+    yaw is 0.
     """
-    motion = frame.ego_from_prev.float()
-    moved = -motion[:, :3, 3]  # what stands still moved by the opposite, and the car by this
-    back = invert_rigid(motion)
-    turned = torch.atan2(back[:, 1, 0], back[:, 0, 0]).rad2deg()[:, None]
-    known = (~frame.is_first[:, None]).float()
-    rest = torch.zeros_like(turned).expand(-1, 13)  # of the quaternion 1 0 0 0, what a bus would add, and yaw
-    return torch.cat([moved * known, torch.ones_like(turned), rest, turned * known], 1)
+    ego_from_prev = frame.ego_from_prev.float()
+    translation = -ego_from_prev[:, :3, 3]  # ego_from_prev moves static points, opposite to the car
+    prev_from_ego = invert_rigid(ego_from_prev)
+    yaw_change = torch.atan2(prev_from_ego[:, 1, 0], prev_from_ego[:, 0, 0]).rad2deg()[:, None]
+    has_previous = (~frame.is_first[:, None]).float()
+    zeros = torch.zeros_like(yaw_change).expand(-1, 13)  # the quaternion after its 1, acceleration, velocity, yaw
+    return torch.cat([translation * has_previous, torch.ones_like(yaw_change), zeros, yaw_change * has_previous], 1)
 
 
-def rig_from_lidar(frame: Frame, ego_from_lidar: Tensor) -> Tensor:
-    """From the LiDAR's frame to (u depth, v depth, depth, 1) of each camera, [B, N, 4, 4]; zero for absent ones."""
+def lidar_projections(frame: Frame, ego_from_lidar: Tensor) -> Tensor:
+    """Returns matrices [B, N, 4, 4] from LiDAR points to (u depth, v depth, depth, 1), zero for absent cameras."""
     rig = frame.rig
     last = F.pad(torch.zeros_like(rig.img_from_cam[..., :1, :]), (0, 1), value=1.0)  # 0 0 0 1
     img_from_cam = torch.cat([F.pad(rig.img_from_cam.float(), (0, 1)), last], -2)  # [B, N, 4, 4]
