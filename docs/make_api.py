@@ -44,8 +44,8 @@ def make() -> str:
     """The text of docs/api.md."""
     parts = [
         "# API",
-        "Public names by module, with the first sentence of their docstrings. Made by `python docs/make_api.py`; a test "
-        "compares.\nThe names of the first list are imported from `perception`.",
+        "Public names by module, with the first sentence of their docstrings. Made by `python docs/make_api.py`, and "
+        "compared by a test.\nThe names of the first list are imported from `perception`.",
     ]
     for module in MODULES:
         tree = ast.parse((DOCS.parent / "perception" / (module.replace(".", "/") + ".py")).read_text())

@@ -1,8 +1,8 @@
 """README and docs: every code block runs, every link resolves, the map of files is complete.
 
-A block's language decides what is done with it: `bash` blocks hold commands of the library, `python` blocks are executed
-with one namespace per page, `json` and `yaml` are parsed, `text` is no code. The blocks of a page run in their order, in an
-empty folder that holds configs, weights, and two images. A comment before a block says how:
+The language of a block decides what happens: `bash` blocks hold commands of the library, `python` blocks are executed
+with one namespace per page, `json` and `yaml` are parsed, `text` is no code. The blocks of a page run in their order,
+in an empty folder that holds the configs, the weights and two images. A comment before a block says how:
 
     <!-- test: slow -->            runs with `pytest -m slow`; in the fast tests its command lines are parsed only
     <!-- test: long -->            takes hours; parsed only, and so are `gpu` and `nuscenes`, which need these
