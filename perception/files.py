@@ -1,15 +1,16 @@
-"""Files appear whole or not at all: they are written beside their place and renamed."""
+"""Files appear whole or not at all: they are written beside their place and renamed. Checks of places and datasets."""
 
 from __future__ import annotations
 
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from perception.errors import ConfigError
+from perception.commands import as_called
+from perception.errors import ConfigError, DataError
 
 
 @contextmanager
@@ -58,3 +59,20 @@ def check_place(option: str, path: str | Path, *, folder: bool = False) -> None:
             pass
     except OSError as error:
         raise ConfigError(f"{option} {path} cannot be written ({error}); give another place") from None
+
+
+def check_dataset(dataroot: str | Path | Sequence[str | Path], version: str, make_with: str = "") -> None:
+    """Checks that the folders of tables of a dataset exist.
+
+    Args:
+        dataroot: root of the dataset, or several.
+        version: name of the folder of tables.
+        make_with: the command that makes the dataset, as `perception simulate ...`; may be empty.
+
+    Raises:
+        DataError: one does not exist; the message holds the command, as the user calls it.
+    """
+    fix = f"make it with: {as_called(make_with)}" if make_with else "give the root and the version folder of a dataset"
+    for root in (dataroot,) if isinstance(dataroot, str | Path) else dataroot:
+        if not Path(root, version).is_dir():
+            raise DataError(f"dataset {Path(root, version)} does not exist; {fix}")

@@ -8,7 +8,7 @@ from perception.engine.config import build_dataset, load_config
 from perception.engine.training import train
 from perception.engine.weights import load_weights
 from perception.errors import ConfigError
-from perception.evaluation.dataset import evaluate_stream
+from perception.evaluation.dataset import evaluate_dataset
 from perception.export.onnx import export_onnx
 from perception.export.parity import certify
 from perception.inference.predictor import Predictor
@@ -44,7 +44,7 @@ def test_a_network_in_one_file_goes_the_whole_way(town_root, small_town, tmp_pat
     weights = tmp_path / "work" / "toy-last.safetensors"
     network = load_weights(weights, config.model)
     dataset = build_dataset(config.val_data, config.model)
-    evaluation, stream = evaluate_stream(network, dataset)
+    evaluation, stream = evaluate_dataset(network, dataset)
     assert 0 <= evaluation.metrics()["nds"] < 1 and evaluation.metrics()["lane_mAP"] == 0
 
     clip = map_tensors(lambda tensor: tensor[0], dataset[0].frames)

@@ -16,7 +16,7 @@ from perception.geometry import invert_rigid, rigid_from_yaw
 from perception.models import NETWORKS, build_network, preset_config
 from perception.models.bevformer.config import BEVFormerConfig
 from perception.models.bevformer.model import BEVFormer, BEVFormerHead, best_boxes, decode_boxes
-from perception.models.checkpoint import import_published, load_checkpoint, our_key, save_checkpoint
+from perception.models.checkpoint import import_published, load_model, our_key, read_metrics, save_checkpoint
 from perception.models.published.backbone import PublishedBackboneConfig, PublishedImageEncoder
 from perception.models.published.geometry import PREFIXES, can_bus, cell_locations, map_shift, see_pillars, turn_map
 from perception.types import CameraRig, Frame, map_tensors
@@ -150,7 +150,7 @@ def test_streams_and_batches(tmp_path):
     scene = model.decode(together)
     assert scene.boxes.score.shape == (1, 20) and scene.lines.points.shape == (1, 0, 20, 2)
     save_checkpoint(tmp_path / "w.safetensors", model, {"nds": 0.5})
-    loaded, metrics = load_checkpoint(tmp_path / "w.safetensors")
+    loaded, metrics = load_model(tmp_path / "w.safetensors"), read_metrics(tmp_path / "w.safetensors")
     again, _ = loaded(second, state)
     assert loaded.config == SMALL and metrics == {"nds": 0.5} and torch.equal(again[1], together[1])
     assert after.bev.shape == (1, 32, 20, 20)
@@ -193,7 +193,7 @@ def test_a_checkpoint_is_imported_whole_or_not_at_all(golden, tmp_path):
     command = [sys.executable, script, tmp_path / "tiny.pth", "--out", tmp_path / "tiny.safetensors"]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "is bevformer_tiny, 33.52 M parameters" in run.stdout
-    state = load_checkpoint(tmp_path / "tiny.safetensors")[0].state_dict()
+    state = load_model(tmp_path / "tiny.safetensors").state_dict()
     assert len(state) == len(weights)
     assert all(torch.equal(state[our_key(key, PREFIXES)], tensor) for key, tensor in weights.items())
     weights["pts_bbox_head.extra"] = torch.zeros(1)

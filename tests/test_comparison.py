@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from perception.engine import Comparison, Cost, compare, load_config, measure_costs
+from perception.engine.comparison import Comparison, Cost, compare, measure_costs
+from perception.engine.config import load_config
 from perception.errors import ConfigError
 from perception.models import build_network
 from perception.synthetic import VERSION

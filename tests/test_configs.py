@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from perception.data.augment import Augment
-from perception.engine import build_dataset, load_config, parse_options
+from perception.engine.config import build_dataset, load_config
+from perception.engine.config_file import parse_options
 from perception.errors import ConfigError, DataError
 from perception.models.bev_transformer.config import BEVTransformerConfig
 
@@ -29,10 +30,10 @@ def test_shipped_configs_are_sound_and_documented(name):
     assert config.val_data.augment is None
     text = (CONFIGS / name).read_text()
     if config.train is None:
-        assert f"scripts/evaluate.py configs/{name}" in text and "scripts/import_checkpoint.py" in text
+        assert f"perception evaluate configs/{name}" in text and "perception import-checkpoint" in text
         return
     assert config.train.epochs > 0
-    assert f"scripts/train.py configs/{name} --work-dir" in text.replace("\\\n    ", "")
+    assert f"perception train configs/{name} --work-dir" in text.replace("\\\n    ", "")
 
 
 def test_values_reach_the_parsed_config(tmp_path):
@@ -97,8 +98,22 @@ def test_options_for_a_section_that_is_not_there():
 
 
 def test_a_missing_config_or_dataset_tells_what_to_do(tmp_path):
-    with pytest.raises(ConfigError, match=r"absent\.py does not exist"):
+    with pytest.raises(
+        ConfigError, match=r"absent\.py is neither a file nor a config of the library; give .* nuscenes/b"
+    ):
         load_config(tmp_path / "absent.py")
     config = load_config(NANO, {"train_data.dataroot": str(tmp_path / "town")})
-    with pytest.raises(DataError, match=r"make it with: python scripts/simulate\.py --out"):
+    with pytest.raises(DataError, match=r"make it with: perception simulate --out"):
         build_dataset(config.train_data, config.model)
+
+
+def test_shipped_configs_have_names(tmp_path, monkeypatch):
+    """A user of a wheel has no folder of configs; a file of that path is taken before the name."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("synthetic/nano", "synthetic/nano.py", "configs/synthetic/nano.py"):
+        assert load_config(name).train == load_config(NANO).train  # with all of its `_base_`
+    with pytest.raises(ConfigError, match=r"config nano is neither .*; did you mean synthetic/nano\?"):
+        load_config("nano")
+    (tmp_path / "synthetic").mkdir()
+    (tmp_path / "synthetic" / "nano.py").write_text(MINIMAL)
+    assert load_config("synthetic/nano.py").train.epochs == 1

@@ -12,7 +12,7 @@ from PIL import Image
 
 from perception.models.bev_transformer.config import BEVTransformerConfig
 from perception.models.bev_transformer.model import BEVTransformer
-from perception.models.checkpoint import save_checkpoint
+from perception.models.checkpoint import load_model, save_checkpoint
 from perception.synthetic import VERSION
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -65,7 +65,6 @@ def test_demo_writes_pictures_and_numbers(tmp_path, checkpoint):
 def test_predict_fills_the_memory_up_to_the_sample(tmp_path, town_root, checkpoint):
     from perception.data.nuscenes import NuScenesDataset
     from perception.inference.sequence import predict_stream
-    from perception.models.checkpoint import load_checkpoint
 
     token = [row["token"] for row in table(town_root, "sample") if row["next"] == ""][-1]
     out, numbers = tmp_path / "new" / "sample.png", tmp_path / "sample.json"
@@ -77,7 +76,7 @@ def test_predict_fills_the_memory_up_to_the_sample(tmp_path, town_root, checkpoi
     assert Image.open(out).size[0] > 3 * 480
     told = json.loads(numbers.read_text())
     dataset = NuScenesDataset(town_root, VERSION, "town_val", image_size=SMALL.image_size)
-    expected = predict_stream(load_checkpoint(checkpoint)[0], dataset).scenes[token]
+    expected = predict_stream(load_model(checkpoint), dataset).scenes[token]
     assert told["sample"] == token and told["frame"] == "ego"
     assert len(told["boxes"]) == int((expected.boxes.score >= 0.001).sum()) > 0
     np.testing.assert_allclose([box["score"] for box in told["boxes"]], expected.boxes.score, rtol=1e-3)

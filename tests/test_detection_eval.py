@@ -15,7 +15,7 @@ from perception.data.nuscenes import NuScenesDataset
 from perception.errors import DataError
 from perception.evaluation.detection import (
     boxes_from_submission,
-    evaluate_detection,
+    evaluate_boxes,
     load_tables,
     submission_from_scenes,
 )
@@ -197,12 +197,12 @@ def changed(scenes, **changes):
 
 def score(dataset, scenes):
     root, nusc, poses = dataset
-    return evaluate_detection(root, VERSION, SPLIT, scenes, poses, nusc=nusc)
+    return evaluate_boxes(scenes, poses, root, VERSION, SPLIT, nusc=nusc)
 
 
 def test_perfect_predictions_score_one(dataset, tmp_path, capfd):
     root, _, poses = dataset
-    result = evaluate_detection(root, VERSION, SPLIT, true_scenes(), poses, out_dir=tmp_path / "out")
+    result = evaluate_boxes(true_scenes(), poses, root, VERSION, SPLIT, out_dir=tmp_path / "out")
     assert result.nds == pytest.approx(1.0, abs=1e-5)
     assert result.mean_ap == pytest.approx(1.0, abs=1e-9)
     assert result.errors == pytest.approx(dict.fromkeys(("mATE", "mASE", "mAOE", "mAVE", "mAAE"), 0.0), abs=1e-5)
@@ -218,7 +218,7 @@ def test_the_truth_of_a_generated_town_scores_one_in_every_class_that_occurs(tow
     dataset = NuScenesDataset(town_root, "v1.0-synthetic", "town_val", image_size=(32, 56))
     scenes = {token: map_tensors(lambda t: t[0], dataset[i].gt) for i, token in enumerate(dataset.tokens)}
     poses = {token: dataset.ego_pose(i) for i, token in enumerate(dataset.tokens)}
-    result = evaluate_detection(town_root, "v1.0-synthetic", "town_val", scenes, poses)
+    result = evaluate_boxes(scenes, poses, town_root, "v1.0-synthetic", "town_val")
     occurs = {name: float(count > 0) for name, count in result.gt_count.items()}
     assert result.class_ap == pytest.approx(occurs, abs=1e-6) and sum(occurs.values()) >= 5
     for name, errors in result.class_errors.items():
@@ -332,7 +332,7 @@ def test_bad_input_is_told_in_a_sentence(dataset, tmp_path):
     scenes = true_scenes()
 
     def run(scenes, split=SPLIT, poses=poses):
-        return evaluate_detection(root, VERSION, split, scenes, poses, nusc=nusc)
+        return evaluate_boxes(scenes, poses, root, VERSION, split, nusc=nusc)
 
     with pytest.raises(DataError, match=r"1 of the 3 samples.*s1"):
         run({token: scene for token, scene in scenes.items() if token != "s1"})
@@ -367,7 +367,7 @@ def test_a_split_without_annotations_is_refused(tmp_path):
     write_dataset(tmp_path)
     (tmp_path / VERSION / "sample_annotation.json").write_text("[]")
     with pytest.raises(DataError, match="no annotation of the ten classes"):
-        evaluate_detection(tmp_path, VERSION, SPLIT, true_scenes(), {f"s{k}": np.eye(4) for k in range(3)})
+        evaluate_boxes(true_scenes(), {f"s{k}": np.eye(4) for k in range(3)}, tmp_path, VERSION, SPLIT)
 
 
 def test_result_as_json_and_as_table(dataset):

@@ -14,12 +14,13 @@ import torchvision
 from mmengine.runner import set_random_seed
 
 from perception.data.loader import Draw, TrainSampler, collate
-from perception.engine import TrainingModel, build_dataset, load_config, load_weights, train
-from perception.engine.weights import make_core
+from perception.engine.config import build_dataset, load_config
+from perception.engine.training import TrainingModel, train
+from perception.engine.weights import load_weights, make_core
 from perception.errors import CheckpointError, ConfigError, TrainingError, run_script
-from perception.evaluation.dataset import evaluate_stream
+from perception.evaluation.dataset import evaluate_dataset
 from perception.models.bev_transformer.model import BEVTransformer
-from perception.models.checkpoint import halve, load_checkpoint
+from perception.models.checkpoint import halve, load_model, read_metrics
 from perception.synthetic import VERSION, simulate
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -87,8 +88,8 @@ def test_loss_falls_and_everything_is_left_behind(trained):
 
 def test_exported_weights_are_the_averaged_ones(trained, config_path):
     config = load_config(config_path)
-    exported, metrics = load_checkpoint(trained / "small.safetensors")
-    last, _ = load_checkpoint(trained / "small-last.safetensors")
+    exported, metrics = load_model(trained / "small.safetensors"), read_metrics(trained / "small.safetensors")
+    last = load_model(trained / "small-last.safetensors")
     checkpoint = torch.load(trained / "epoch_5.pth", weights_only=True)
     averaged = {name.removeprefix("core."): tensor for name, tensor in checkpoint["state_dict"].items()}
     raw = checkpoint["ema_state_dict"]  # MMEngine swaps the two when it saves
@@ -138,7 +139,7 @@ def test_training_starts_from_given_weights(trained, config_path, tmp_path):
     start = trained / "small.safetensors"
     options = {"train.image_epochs": 0, "train.epochs": 1, "train.lr": 1e-12, "train.ema_momentum": 0}
     core = train(load_config(config_path, options | {"train.init_from": str(start)}), tmp_path / "on")
-    given = dict(load_checkpoint(start)[0].named_parameters())
+    given = dict(load_model(start).named_parameters())
     for name, parameter in core.named_parameters():
         torch.testing.assert_close(parameter, given[name], atol=1e-6, rtol=0)
     larger = options | {"train.init_from": str(start), "model.image_size": (96, 128)}
@@ -167,7 +168,7 @@ def test_published_weights_of_the_trunk_and_frozen_stages(config_path, tmp_path)
 
 def test_a_dry_run_tells_what_a_training_costs(config_path, tmp_path):
     """Parameters and FLOPs against a count by hand of the network alone; the dataset of the config gives the steps."""
-    from perception.engine import dry_run
+    from perception.engine.dry_run import dry_run
 
     config = load_config(config_path)
     told = dry_run(config)
@@ -274,7 +275,8 @@ def test_too_short_a_training_is_refused(config_path, tmp_path):
 
 ONE_OF_TWO = """
 import os, sys, torch
-from perception.engine import load_config, train
+from perception.engine.config import load_config
+from perception.engine.training import train
 
 options = {"train.image_epochs": 0, "train.epochs": 2, "train.val_every": 2}
 core = train(load_config(sys.argv[1], options), sys.argv[2], seed=5, resume=True, launcher="pytorch")
@@ -346,7 +348,7 @@ def test_evaluate_script(trained, config_path, tmp_path):
     numbers = json.loads(out.read_text())
     assert numbers.keys() >= {"nds", "mAP", "lane_mAP", "fps", "detection", "lanes", "samples"}
     assert numbers["samples"] == 8 and numbers["lanes"]["protocol"] == "maptr"
-    _, metrics = load_checkpoint(trained / "small.safetensors")
+    metrics = read_metrics(trained / "small.safetensors")
     assert numbers["nds"] == pytest.approx(metrics["nds"], abs=1e-6)
 
 
@@ -356,10 +358,10 @@ def test_a_broken_image_is_one_sentence_even_from_a_worker(trained, config_path,
     image = next(root.glob("samples/CAM_FRONT/*.jpg"))
     image.write_bytes(image.read_bytes()[:2000])
     config = load_config(config_path, {"val_data.dataroot": str(root)})
-    core, _ = load_checkpoint(trained / "small.safetensors")
+    core = load_model(trained / "small.safetensors")
     dataset = build_dataset(config.val_data, config.model)
     with pytest.raises(SystemExit) as exit_:
-        run_script(lambda: evaluate_stream(core, dataset, workers=1))
+        run_script(lambda: evaluate_dataset(core, dataset, workers=1))
     assert exit_.value.code == 2
     assert re.fullmatch(rf"error: {image} cannot be read as an image .*\n", capsys.readouterr().err)
 
@@ -380,7 +382,7 @@ def test_a_calibration_that_is_not_finite_is_one_sentence(trained, config_path, 
 def test_train_script_without_its_dataset_tells_how_to_make_it(tmp_path):
     options = (f"train_data.dataroot={tmp_path / 'town'}",)
     run = run_command("train", "configs/synthetic/nano.py", "--work-dir", tmp_path / "w", "--cfg-options", *options)
-    assert "make it with: python scripts/simulate.py --out" in told(run)
+    assert "make it with: python scripts/simulate.py --out out/town_last" in told(run)
 
 
 @pytest.mark.slow
@@ -392,6 +394,6 @@ def test_one_scene_is_learned_by_heart(tmp_path):
     config = load_config(PROJECT / "configs" / "synthetic" / "overfit.py", options)
     train(config, tmp_path / "work", amp=True)
     core = load_weights(tmp_path / "work" / "overfit.safetensors", config.model)
-    evaluation, _ = evaluate_stream(core, build_dataset(config.val_data, config.model))
+    evaluation, _ = evaluate_dataset(core, build_dataset(config.val_data, config.model))
     metrics = evaluation.metrics()
     assert metrics["nds"] > 0.8 and metrics["lane_mAP"] > 0.8

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import runpy
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -11,9 +10,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import MIXED, PROJECT, RAW
+from conftest import MIXED, RAW
 from onnx import numpy_helper
 
+from perception.cli.export import drawn_size, main, read_sizes
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError, DataError, run_script
 from perception.export import parity
@@ -37,11 +37,10 @@ from perception.export.quantize import (
 from perception.export.replay import camera_frame, frame_inputs, replay_frames, seated
 from perception.export.runtime import Runtime
 from perception.export.tensorrt import parse_graph
-from perception.inference.predictor import shipped_weights
 from perception.models import build_network
 from perception.models.bevformer.config import BEVFormerConfig
 from perception.models.bevformer.model import BEVFormer
-from perception.models.checkpoint import load_checkpoint, save_checkpoint
+from perception.models.checkpoint import load_model, save_checkpoint
 from perception.models.maptr.config import MapTRConfig
 from perception.models.maptrv2.config import MapTRv2Config
 from perception.models.maptrv2.model import MapTRv2
@@ -401,7 +400,7 @@ def test_int8_where_it_changes_little(small_network, small_town, exports, tmp_pa
 def test_eight_bits_of_the_trained_network(tmp_path):
     """The shipped network in INT8 passes the gates of metrics on both rigs, blinded cameras among them; with one range
     cut short it does not."""
-    network, _ = load_checkpoint(shipped_weights("nano"))
+    network = load_model("nano")
 
     def town(seed, rig):
         root, size = tmp_path / f"town{seed}", network.config.image_size
@@ -484,19 +483,17 @@ def test_a_relu_before_eight_bits_stays(small_graph, small_town):
         assert np.abs(told - wanted).mean() < 0.01 * wanted.std(), kind
 
 
-def test_the_script(small_network, small_town, tmp_path, monkeypatch, capsys):
+def test_the_command(small_network, small_town, tmp_path, monkeypatch, capsys):
     """Export and certificate on a dataset, of a rig with other cameras than the dataset's; one that is not good enough
     ends in exit code 2, and its folder says why."""
     checkpoint, out = tmp_path / "small.safetensors", tmp_path / "export"
     save_checkpoint(checkpoint, small_network, {})
-    script = runpy.run_path(str(PROJECT / "scripts" / "export.py"))
     sizes = tmp_path / "sizes.yaml"
 
     def export(*arguments) -> int:
-        command = ["export.py", checkpoint, "--out", out, "--raw-size", f"{RAW[0]}x{RAW[1]}", *arguments]
-        monkeypatch.setattr("sys.argv", list(map(str, command)))
+        command = [checkpoint, "--out", out, "--raw-size", f"{RAW[0]}x{RAW[1]}", *arguments]
         try:
-            run_script(script["main"])
+            run_script(lambda: main(list(map(str, command))))
         except SystemExit as stop:
             return stop.code
         return 0
@@ -527,12 +524,12 @@ def test_the_script(small_network, small_town, tmp_path, monkeypatch, capsys):
         if content is not None:
             sizes.write_text(content)
         with pytest.raises(ConfigError) as error:
-            script["read_sizes"]([str(sizes)])
+            read_sizes([str(sizes)])
         assert said in str(error.value) and "\n" not in str(error.value)
     for content in ("front: 90x160\nback: 64x112\n", "- 90X160\n- 64x112\n"):
         sizes.write_text(content)
-        assert script["read_sizes"]([str(sizes)]) == [(90, 160), (64, 112)]
-    assert script["drawn_size"]((2160, 3840)) == (900, 1600) and script["drawn_size"]((90, 160)) == (90, 160)
+        assert read_sizes([str(sizes)]) == [(90, 160), (64, 112)]
+    assert drawn_size((2160, 3840)) == (900, 1600) and drawn_size((90, 160)) == (90, 160)
     town = ("--dataroot", small_town.roots[0], "--version", VERSION, "--split", "certificate")
     for calibration in ((), ("--calibration-split", "certificate")):
         assert export(*town, "--precision", "int8", *calibration) == 2

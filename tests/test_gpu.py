@@ -9,14 +9,14 @@ from test_engine import CONFIG, scalars
 
 from perception.data.loader import TrainSampler, collate
 from perception.data.nuscenes import NuScenesDataset
-from perception.engine import TrainingModel, load_config, train
+from perception.engine.config import load_config
+from perception.engine.training import TrainingModel, train
 from perception.export import latency
 from perception.export.engine_session import Cuda
 from perception.export.parity import certify
 from perception.export.tensorrt import build_engines
-from perception.inference.predictor import shipped_weights
 from perception.inference.sequence import predict_stream
-from perception.models.checkpoint import load_checkpoint
+from perception.models.checkpoint import load_model
 from perception.synthetic import VERSION
 from perception.types import map_tensors
 
@@ -31,7 +31,7 @@ def exact_float32(monkeypatch):
 
 @pytest.fixture(scope="module")
 def network():
-    return load_checkpoint(shipped_weights())[0].eval()
+    return load_model("nano").eval()
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import runpy
 import shutil
 import sys
 from dataclasses import replace
@@ -10,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import PROJECT
 
+from perception.cli.benchmark import main
 from perception.errors import ConfigError, run_script
 from perception.export import latency
 from perception.export.latency import Interrupted, check_request, largest_difference, measure
@@ -107,16 +106,14 @@ def test_runtimes_that_are_not_here(small_network, fp32_export, exports, monkeyp
                 check_request(small_network, None, [backend], **BOUNDS)
 
 
-def test_the_script(small_network, fp32_export, tmp_path, monkeypatch, capsys):
+def test_the_command(small_network, fp32_export, tmp_path, monkeypatch, capsys):
     checkpoint, out = tmp_path / "small.safetensors", tmp_path / "latency.json"
     save_checkpoint(checkpoint, small_network, {})
-    main = runpy.run_path(str(PROJECT / "scripts" / "benchmark.py"))["main"]
 
     def run(*arguments) -> int:
-        command = ["benchmark.py", "latency", checkpoint, "--export", fp32_export, "--backends", "ort", *arguments]
-        monkeypatch.setattr("sys.argv", list(map(str, command)))
+        command = ["latency", checkpoint, "--export", fp32_export, "--backends", "ort", *arguments]
         with pytest.raises(SystemExit) as stop:
-            run_script(main)
+            run_script(lambda: main(list(map(str, command))))
         return stop.value.code
 
     with monkeypatch.context() as before:

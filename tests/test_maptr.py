@@ -7,14 +7,16 @@ import torch
 from safetensors.torch import load_file
 
 from perception.data.nuscenes import NuScenesDataset
-from perception.engine import load_config, load_weights, train
+from perception.engine.config import load_config
+from perception.engine.training import train
+from perception.engine.weights import load_weights
 from perception.errors import CheckpointError, ConfigError
-from perception.evaluation.dataset import evaluate_stream
+from perception.evaluation.dataset import evaluate_dataset
 from perception.inference.predictor import Predictor
 from perception.models.bev_transformer.config import BEVTransformerConfig
 from perception.models.bevformer.config import BEVFormerConfig
 from perception.models.bevformer.model import BEVFormer
-from perception.models.checkpoint import load_checkpoint, save_checkpoint
+from perception.models.checkpoint import load_model, save_checkpoint
 from perception.models.maptr.config import MapTRConfig
 from perception.models.maptr.model import MapTR, MapTRHead, RawLines, best_lines
 from perception.models.published.backbone import PublishedBackboneConfig
@@ -68,7 +70,7 @@ def test_imported_networks_are_evaluated(network, tmp_path, town_root):
     else:
         model = BEVFormer(BEVFormerConfig(image_size=(60, 90), bev=(20, 20), queries=12, encoder_layers=1, **small))
     data = NuScenesDataset(town_root, VERSION, "town_val", image_size=(60, 90))
-    evaluation, stream = evaluate_stream(model.eval(), data)
+    evaluation, stream = evaluate_dataset(model.eval(), data)
     assert 0 <= evaluation.detection.nds < 0.2 and 0 <= evaluation.lanes.mean_ap < 0.2
     assert len(stream.scenes) == len(data) and evaluation.table()
     path = tmp_path / f"{network}.py"
@@ -106,7 +108,7 @@ def test_lines_come_in_the_ego_frame_through_the_predictor(tmp_path):
     assert lines.points[0, 0, :, 0].tolist() == pytest.approx([-5.0563, -2.0563, 0.9437, 3.9437, 6.9437], abs=1e-4)
     assert lines.points[0, 0, :, 1].tolist() == pytest.approx([-3] * 5, abs=1e-5)
     save_checkpoint(tmp_path / "w.safetensors", model, {})
-    assert load_checkpoint(tmp_path / "w.safetensors")[0].config == config
+    assert load_model(tmp_path / "w.safetensors").config == config
     ahead = torch.tensor([[[0.0, 0, 1, 1.5], [-1, 0, 0, 0], [0, -1, 0, 1.6], [0, 0, 0, 1]]])
     rig = CameraRig(torch.tensor([[[60.0, 0, 45], [0, 60, 30], [0, 0, 1]]]), ahead, torch.ones(1, dtype=torch.bool))
     image = torch.randint(0, 256, (1, 60, 90, 3), dtype=torch.uint8).numpy()

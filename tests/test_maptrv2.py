@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from perception.geometry import invert_rigid, project_points, transform_points
-from perception.models.checkpoint import load_checkpoint, save_checkpoint
+from perception.models.checkpoint import load_model, save_checkpoint
 from perception.models.maptrv2.config import MapTRv2Config
 from perception.models.maptrv2.losses import draw_lines_in_images
 from perception.models.maptrv2.model import MapTRv2, calibration_numbers, lifted_points
@@ -100,7 +100,7 @@ def test_further_queries_only_in_training(tmp_path):
     assert scene.lines.points.shape == (1, 4, 5, 2) and scene.boxes.score.shape == (1, 0)
     model.head.training = False
     save_checkpoint(tmp_path / "w.safetensors", model, {})
-    again = load_checkpoint(tmp_path / "w.safetensors")[0]
+    again = load_model(tmp_path / "w.safetensors")
     assert again.config == SMALL
     with torch.no_grad():
         assert torch.equal(again(frame(), state)[0].points, alone.points)

@@ -15,7 +15,7 @@ from perception.models.bev_transformer.config import BEVTransformerConfig
 from perception.models.bev_transformer.decoder import ImageSampling, decode
 from perception.models.bev_transformer.encoder import SpatialCrossAttention, TemporalFusion, depth_bin, sample_depth
 from perception.models.bev_transformer.model import BEVTransformer
-from perception.models.checkpoint import load_checkpoint, save_checkpoint
+from perception.models.checkpoint import load_model, read_metrics, save_checkpoint
 from perception.types import CameraRig, Frame, ImagePrediction, Prediction, map_tensors
 
 CONFIG = BEVTransformerConfig.preset(
@@ -333,7 +333,7 @@ def test_of_two_boxes_in_one_place_the_better_is_kept():
 def test_checkpoint_round_trip_and_refusals(model, tmp_path):
     path = tmp_path / "model.safetensors"
     save_checkpoint(path, model, {"nds": 0.5})
-    loaded, metrics = load_checkpoint(path)
+    loaded, metrics = load_model(path), read_metrics(path)
     assert metrics == {"nds": 0.5} and loaded.config == CONFIG
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], tensor, rtol=0, atol=0)
@@ -341,15 +341,15 @@ def test_checkpoint_round_trip_and_refusals(model, tmp_path):
     full = path.stat().st_size
     save_checkpoint(path, model, {"nds": 0.5}, half=True)
     assert path.stat().st_size < 0.65 * full  # beside the weights there is a header
-    for name, tensor in load_checkpoint(path)[0].state_dict().items():
+    for name, tensor in load_model(path).state_dict().items():
         rounding = 0 if tensor.ndim < 2 else 2**-11
         torch.testing.assert_close(tensor, model.state_dict()[name], rtol=rounding, atol=1e-7)
 
     with pytest.raises(CheckpointError, match="no such checkpoint"):
-        load_checkpoint(tmp_path / "absent.safetensors")
+        load_model(tmp_path / "absent.safetensors")
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="not a readable safetensors file"):
-        load_checkpoint(path)
+        load_model(path)
 
 
 def test_config_refuses_what_does_not_exist():

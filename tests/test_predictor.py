@@ -9,11 +9,11 @@ from conftest import noisy
 
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import CheckpointError, ConfigError, DataError
-from perception.inference.predictor import Predictor, shipped_weights, weights_file
+from perception.inference.predictor import Predictor
 from perception.inference.sequence import predict_stream
 from perception.models.bev_transformer.config import BEVTransformerConfig
 from perception.models.bev_transformer.model import BEVTransformer
-from perception.models.checkpoint import save_checkpoint
+from perception.models.checkpoint import read_metrics, save_checkpoint, shipped_weights, weights_file
 from perception.synthetic import VERSION
 from perception.types import map_tensors
 
@@ -179,9 +179,24 @@ def test_a_checkpoint_file_will_do(tmp_path, drive, model):
     save_checkpoint(tmp_path / "some.safetensors", model, {})
     loaded = Predictor(tmp_path / "some.safetensors")
     assert_same(loaded.step(*drive.moment(0)), Predictor(model).step(*drive.moment(0)))
-    with pytest.raises(CheckpointError, match="no weights of this name"):
+    with pytest.raises(CheckpointError, match=r"unheard_of: no weights of this name were shipped \(there are: nano\)"):
         weights_file("unheard_of")
+    with pytest.raises(CheckpointError, match=r"import-checkpoint some\.pth --out"):
+        weights_file("some.pth")
     assert weights_file("nano") == shipped_weights() == weights_file(shipped_weights())
+
+
+def test_shipped_weights_have_a_name(drive):
+    by_name, by_path = Predictor.from_pretrained("nano", min_score=0.2), Predictor(shipped_weights(), min_score=0.2)
+    assert by_name.min_score == 0.2 and not by_name.model.training
+    for one, other in zip(by_name.model.parameters(), by_path.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert_same(by_name.step(*drive.moment(0)), by_path.step(*drive.moment(0)))
+    # The numbers of the evaluation that the weights were chosen by; docs and README print the same.
+    assert {name: round(value, 3) for name, value in read_metrics("nano").items() if name in ("nds", "lane_mAP")} == {
+        "nds": 0.552,
+        "lane_mAP": 0.880,
+    }
 
 
 @pytest.mark.parametrize("seconds", [0.0, -0.1])

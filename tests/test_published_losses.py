@@ -12,15 +12,16 @@ from torch import nn
 
 from perception.data.loader import collate
 from perception.data.nuscenes import NuScenesDataset
-from perception.engine import TrainingModel, dry_run, load_config, train
-from perception.engine.training import build_optimizer
+from perception.engine.config import load_config
+from perception.engine.dry_run import dry_run
+from perception.engine.training import TrainingModel, build_optimizer, train
 from perception.engine.weights import make_core
 from perception.errors import ConfigError
 from perception.models import build_network
 from perception.models.bevformer.config import BEVFormerConfig
 from perception.models.bevformer.losses import bevformer_losses, encode_lidar_boxes, lidar_boxes, match_boxes
 from perception.models.bevformer.model import RawBoxes, decode_boxes
-from perception.models.checkpoint import load_checkpoint
+from perception.models.checkpoint import load_model, read_metrics
 from perception.models.maptr.config import MapTRConfig
 from perception.models.maptr.losses import LINE_LOSS_WEIGHTS, maptr_losses, match_lines, published_orderings
 from perception.models.maptr.model import RawLines
@@ -216,7 +217,10 @@ train = dict(
     config = load_config(path)
     assert isinstance(config.model.backbone, FPNConfig)
     trained = train(config, tmp_path / "work", seed=0)
-    told, metrics = load_checkpoint(tmp_path / "work" / "port.safetensors")
+    told, metrics = (
+        load_model(tmp_path / "work" / "port.safetensors"),
+        read_metrics(tmp_path / "work" / "port.safetensors"),
+    )
     assert told.config == config.model and metrics["epoch"] == 2
     set_random_seed(0)
     start = make_core(config).state_dict()

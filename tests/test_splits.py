@@ -14,7 +14,7 @@ from perception.data.leakage import Keyframes, draw_leakage, measure_leakage, re
 from perception.data.nuscenes import NuScenesDataset
 from perception.data.splits import is_split_file, read_split_file, split_scenes, write_split_file
 from perception.errors import ConfigError, DataError
-from perception.evaluation.detection import evaluate_detection, load_tables
+from perception.evaluation.detection import evaluate_boxes, load_tables
 from perception.types import FrameObjects, Polylines
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "prepare_nuscenes.py"
@@ -177,7 +177,7 @@ def test_official_detection_score_of_a_split_file(hand_root, tmp_path):
 
     def score(split, scene):
         part = {token: value for token, value in scenes.items() if token.startswith(scene)}
-        return evaluate_detection(hand_root, "v1.0-hand", split, part, poses, nusc=nusc).as_dict()
+        return evaluate_boxes(part, poses, hand_root, "v1.0-hand", split, nusc=nusc).as_dict()
 
     for names, split, scene in ((["hand-1"], "hand_second", "s1"), (["hand-1", "hand-0"], "hand_val", "s")):
         listed = tmp_path / "listed.txt"

@@ -1,7 +1,7 @@
 """The published BEVFormer-base on nuScenes, with the published weights.
 
-    python scripts/import_checkpoint.py bevformer_r101_dcn_24ep.pth --out out/bevformer_base.safetensors
-    python scripts/evaluate.py configs/nuscenes/bevformer_base.py out/bevformer_base.safetensors --device cuda
+    perception import-checkpoint bevformer_r101_dcn_24ep.pth --out out/bevformer_base.safetensors
+    perception evaluate configs/nuscenes/bevformer_base.py out/bevformer_base.safetensors --device cuda
 
 Result: not measured.
 """

@@ -1,7 +1,7 @@
 """The published BEVFormer-small on nuScenes, with the published weights.
 
-    python scripts/import_checkpoint.py bevformer_small_epoch_24.pth --out out/bevformer_small.safetensors
-    python scripts/evaluate.py configs/nuscenes/bevformer_small.py out/bevformer_small.safetensors --device cuda
+    perception import-checkpoint bevformer_small_epoch_24.pth --out out/bevformer_small.safetensors
+    perception evaluate configs/nuscenes/bevformer_small.py out/bevformer_small.safetensors --device cuda
 
 Result: not measured.
 """

@@ -1,8 +1,8 @@
 r"""The published BEVFormer-tiny on nuScenes: with the published weights, or trained anew.
 
-    python scripts/import_checkpoint.py bevformer_tiny_epoch_24.pth --out out/bevformer_tiny.safetensors
-    python scripts/evaluate.py configs/nuscenes/bevformer_tiny.py out/bevformer_tiny.safetensors --device cuda
-    torchrun --nproc_per_node 8 scripts/train.py configs/nuscenes/bevformer_tiny.py --work-dir out/bevformer_tiny \
+    perception import-checkpoint bevformer_tiny_epoch_24.pth --out out/bevformer_tiny.safetensors
+    perception evaluate configs/nuscenes/bevformer_tiny.py out/bevformer_tiny.safetensors --device cuda
+    torchrun --nproc_per_node 8 -m perception train configs/nuscenes/bevformer_tiny.py --work-dir out/bevformer_tiny \
         --amp --launcher pytorch
 
 Results: not measured.

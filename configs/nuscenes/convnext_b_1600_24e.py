@@ -1,9 +1,9 @@
 r"""ConvNeXt-B on 640 x 1600 images of nuScenes, 24 epochs: the size class of V2-99.
 
-    python scripts/train.py configs/nuscenes/convnext_b_1600_24e.py --dry-run --amp
-    torchrun --nproc_per_node 8 scripts/train.py configs/nuscenes/convnext_b_1600_24e.py --work-dir out/convnext_b \
+    perception train configs/nuscenes/convnext_b_1600_24e.py --dry-run --amp
+    torchrun --nproc_per_node 8 -m perception train configs/nuscenes/convnext_b_1600_24e.py --work-dir out/convnext_b \
         --amp --launcher pytorch
-    python scripts/evaluate.py configs/nuscenes/convnext_b_1600_24e.py \
+    perception evaluate configs/nuscenes/convnext_b_1600_24e.py \
         out/convnext_b/convnext_b_1600_24e.safetensors --json out/convnext_b/evaluation.json
 
 The backbone starts from torchvision's weights of ImageNet: docs/training.md says where they are from, and what two

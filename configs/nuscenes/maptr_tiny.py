@@ -1,8 +1,8 @@
 r"""The published MapTR-tiny with BEVFormer's encoder on nuScenes: with the published weights, or trained anew.
 
-    python scripts/import_checkpoint.py maptr_tiny_r50_24e_bevformer.pth --out out/maptr_tiny.safetensors
-    python scripts/evaluate.py configs/nuscenes/maptr_tiny.py out/maptr_tiny.safetensors --device cuda
-    torchrun --nproc_per_node 8 scripts/train.py configs/nuscenes/maptr_tiny.py --work-dir out/maptr_tiny \
+    perception import-checkpoint maptr_tiny_r50_24e_bevformer.pth --out out/maptr_tiny.safetensors
+    perception evaluate configs/nuscenes/maptr_tiny.py out/maptr_tiny.safetensors --device cuda
+    torchrun --nproc_per_node 8 -m perception train configs/nuscenes/maptr_tiny.py --work-dir out/maptr_tiny \
         --amp --launcher pytorch
 
 Results: not measured.

@@ -1,8 +1,8 @@
 r"""The published MapTR-tiny with geometry-guided kernel attention on nuScenes: published weights, or trained anew.
 
-    python scripts/import_checkpoint.py maptr_tiny_r50_24e.pth --out out/maptr_tiny_gkt.safetensors
-    python scripts/evaluate.py configs/nuscenes/maptr_tiny_gkt.py out/maptr_tiny_gkt.safetensors --device cuda
-    torchrun --nproc_per_node 8 scripts/train.py configs/nuscenes/maptr_tiny_gkt.py --work-dir out/maptr_tiny_gkt \
+    perception import-checkpoint maptr_tiny_r50_24e.pth --out out/maptr_tiny_gkt.safetensors
+    perception evaluate configs/nuscenes/maptr_tiny_gkt.py out/maptr_tiny_gkt.safetensors --device cuda
+    torchrun --nproc_per_node 8 -m perception train configs/nuscenes/maptr_tiny_gkt.py --work-dir out/maptr_tiny_gkt \
         --amp --launcher pytorch
 
 Results: not measured.

@@ -1,8 +1,8 @@
 r"""The published MapTRv2 on nuScenes: with the published weights, or trained anew.
 
-    python scripts/import_checkpoint.py maptrv2_nusc_r50_24ep.pth --out out/maptrv2.safetensors
-    python scripts/evaluate.py configs/nuscenes/maptrv2.py out/maptrv2.safetensors --device cuda
-    torchrun --nproc_per_node 8 scripts/train.py configs/nuscenes/maptrv2.py --work-dir out/maptrv2 \
+    perception import-checkpoint maptrv2_nusc_r50_24ep.pth --out out/maptrv2.safetensors
+    perception evaluate configs/nuscenes/maptrv2.py out/maptrv2.safetensors --device cuda
+    torchrun --nproc_per_node 8 -m perception train configs/nuscenes/maptrv2.py --work-dir out/maptrv2 \
         --amp --launcher pytorch
 
 The published code learns depth from the LiDAR; here boxes tell it.

@@ -1,7 +1,7 @@
 """The published MapTRv2 that finds centre lines too, on nuScenes with the published weights; other lines are judged.
 
-    python scripts/import_checkpoint.py maptrv2_nusc_r50_24ep_w_centerline.pth --out out/maptrv2_centerline.safetensors
-    python scripts/evaluate.py configs/nuscenes/maptrv2_centerline.py out/maptrv2_centerline.safetensors --device cuda
+    perception import-checkpoint maptrv2_nusc_r50_24ep_w_centerline.pth --out out/maptrv2_centerline.safetensors
+    perception evaluate configs/nuscenes/maptrv2_centerline.py out/maptrv2_centerline.safetensors --device cuda
 
 Result: not measured.
 """

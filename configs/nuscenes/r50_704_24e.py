@@ -1,9 +1,9 @@
 r"""ResNet-50 on 256 x 704 images of nuScenes, 24 epochs.
 
-    python scripts/train.py configs/nuscenes/r50_704_24e.py --dry-run --amp
-    torchrun --nproc_per_node 8 scripts/train.py configs/nuscenes/r50_704_24e.py --work-dir out/r50_704_24e \
+    perception train configs/nuscenes/r50_704_24e.py --dry-run --amp
+    torchrun --nproc_per_node 8 -m perception train configs/nuscenes/r50_704_24e.py --work-dir out/r50_704_24e \
         --amp --launcher pytorch
-    python scripts/evaluate.py configs/nuscenes/r50_704_24e.py \
+    perception evaluate configs/nuscenes/r50_704_24e.py \
         out/r50_704_24e/r50_704_24e.safetensors --json out/r50_704_24e/evaluation.json
 
 The backbone starts from torchvision's weights of ImageNet: docs/training.md says where they are from, and what two

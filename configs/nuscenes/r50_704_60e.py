@@ -1,9 +1,9 @@
 r"""ResNet-50 on 256 x 704 images of nuScenes, 60 epochs.
 
-    python scripts/train.py configs/nuscenes/r50_704_60e.py --dry-run --amp
-    torchrun --nproc_per_node 8 scripts/train.py configs/nuscenes/r50_704_60e.py --work-dir out/r50_704_60e \
+    perception train configs/nuscenes/r50_704_60e.py --dry-run --amp
+    torchrun --nproc_per_node 8 -m perception train configs/nuscenes/r50_704_60e.py --work-dir out/r50_704_60e \
         --amp --launcher pytorch
-    python scripts/evaluate.py configs/nuscenes/r50_704_60e.py \
+    perception evaluate configs/nuscenes/r50_704_60e.py \
         out/r50_704_60e/r50_704_60e.safetensors --json out/r50_704_60e/evaluation.json
 
 The backbone starts from torchvision's weights of ImageNet: docs/training.md says where they are from, and what two

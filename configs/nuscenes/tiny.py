@@ -1,7 +1,8 @@
-"""The tiny network on nuScenes.
+r"""The tiny network on nuScenes.
 
-    torchrun --nproc_per_node 8 scripts/train.py configs/nuscenes/tiny.py --work-dir out/tiny --amp --launcher pytorch
-    python scripts/evaluate.py configs/nuscenes/tiny.py out/tiny/tiny.safetensors --json out/tiny/evaluation.json
+    torchrun --nproc_per_node 8 -m perception train configs/nuscenes/tiny.py --work-dir out/tiny --amp \
+        --launcher pytorch
+    perception evaluate configs/nuscenes/tiny.py out/tiny/tiny.safetensors --json out/tiny/evaluation.json
 
 Cost: docs/training.md. Result: not measured.
 """

@@ -1,9 +1,9 @@
 r"""BEVFormer (boxes) in the comparison of networks: the same image encoder, images, streets and steps for all.
 
-    python scripts/simulate.py --out out/town_short --scenes 60 --seed 4000 --rare 0.35 --split town_train \
+    perception simulate --out out/town_short --scenes 60 --seed 4000 --rare 0.35 --split town_train \
         --image-size 128x224
-    python scripts/simulate.py --out out/town_short_val --scenes 10 --seed 6000 --split town_val --image-size 128x224
-    python scripts/train.py configs/synthetic/compare_bevformer.py --work-dir out/compare_bevformer --amp
+    perception simulate --out out/town_short_val --scenes 10 --seed 6000 --split town_val --image-size 128x224
+    perception train configs/synthetic/compare_bevformer.py --work-dir out/compare_bevformer --amp
 
 Result: docs/benchmarks.md.
 """

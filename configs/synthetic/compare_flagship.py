@@ -1,9 +1,9 @@
 r"""The flagship in the comparison of networks, and what ablations are made with: a short training on small images.
 
-    python scripts/simulate.py --out out/town_short --scenes 60 --seed 4000 --rare 0.35 --split town_train \
+    perception simulate --out out/town_short --scenes 60 --seed 4000 --rare 0.35 --split town_train \
         --image-size 128x224
-    python scripts/simulate.py --out out/town_short_val --scenes 10 --seed 6000 --split town_val --image-size 128x224
-    python scripts/train.py configs/synthetic/compare_flagship.py --work-dir out/compare_flagship --amp
+    perception simulate --out out/town_short_val --scenes 10 --seed 6000 --split town_val --image-size 128x224
+    perception train configs/synthetic/compare_flagship.py --work-dir out/compare_flagship --amp
 
 All networks of the comparison take the image backbone of the shipped weights and hold it: from random weights so short
 a training learns next to nothing. That backbone was trained in the flagship, which may favour it.
@@ -17,12 +17,12 @@ model = dict(preset="nano", image_size=(128, 224), grid=(64, 64))
 train_data = dict(
     dataroot="out/town_short",
     augment=dict(drop_camera=0.15),
-    make_with="python scripts/simulate.py --out out/town_short --scenes 60 --seed 4000 --rare 0.35 --split town_train "
+    make_with="perception simulate --out out/town_short --scenes 60 --seed 4000 --rare 0.35 --split town_train "
     "--image-size 128x224",
 )
 val_data = dict(
     dataroot="out/town_short_val",
-    make_with="python scripts/simulate.py --out out/town_short_val --scenes 10 --seed 6000 --split town_val "
+    make_with="perception simulate --out out/town_short_val --scenes 10 --seed 6000 --split town_val "
     "--image-size 128x224",
 )
 train = dict(

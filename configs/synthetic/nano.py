@@ -1,10 +1,10 @@
 r"""The nano network on all streets of the stage before and on new ones: the last stage of the shipped weights.
 
-    python scripts/simulate.py --out out/town_last --scenes 60 --seed 11000 --split town_train
-    python scripts/simulate.py --out out/town_last_rare --scenes 100 --seed 10000 --rare 0.7 --split town_train
-    python scripts/simulate.py --out out/town_val --scenes 20 --seed 5000 --split town_val
-    python scripts/train.py configs/synthetic/nano.py --work-dir out/nano --amp
-    python scripts/evaluate.py configs/synthetic/nano.py out/nano/nano.safetensors --json out/nano/evaluation.json
+    perception simulate --out out/town_last --scenes 60 --seed 11000 --split town_train
+    perception simulate --out out/town_last_rare --scenes 100 --seed 10000 --rare 0.7 --split town_train
+    perception simulate --out out/town_val --scenes 20 --seed 5000 --split town_val
+    perception train configs/synthetic/nano.py --work-dir out/nano --amp
+    perception evaluate configs/synthetic/nano.py out/nano/nano.safetensors --json out/nano/evaluation.json
 
 Goes on from `nano_more.py`, meant for a GPU: a batch sixteen times as large; the whole backbone learns. On CPU add
 `--cfg-options train.batch_size=2 train.lr=1.2e-3 train.epochs=2 train.workers=1`.
@@ -20,8 +20,8 @@ _base_ = ["nano_more.py"]
 train_data = dict(
     # One epoch goes three times over all streets: loaders start afresh less often.
     dataroot=3 * ("out/town_more", "out/town_more_rare", "out/town_more_5hz", "out/town_last", "out/town_last_rare"),
-    make_with="python scripts/simulate.py --out out/town_last --scenes 60 --seed 11000 --split town_train && "
-    "python scripts/simulate.py --out out/town_last_rare --scenes 100 --seed 10000 --rare 0.7 --split town_train",
+    make_with="perception simulate --out out/town_last --scenes 60 --seed 11000 --split town_train && "
+    "perception simulate --out out/town_last_rare --scenes 100 --seed 10000 --rare 0.7 --split town_train",
 )
 train = dict(
     init_from="out/nano_more/nano_more.safetensors", frozen_stages=-1, epochs=16, batch_size=32, streams=4, lr=2.5e-3,

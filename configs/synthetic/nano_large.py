@@ -1,11 +1,11 @@
 r"""The nano network on larger images: second stage of the shipped weights, between `nano_small.py` and `nano_more.py`.
 
-    python scripts/simulate.py --out out/town_train --scenes 60 --seed 1000 --split town_train
-    python scripts/simulate.py --out out/town_train_rare --scenes 160 --seed 3000 --rare 0.7 --split town_train
-    python scripts/simulate.py --out out/town_train_5hz --scenes 30 --seed 2000 --rare 0.35 --rate 5 --split town_train
-    python scripts/simulate.py --out out/town_val --scenes 20 --seed 5000 --split town_val
-    python scripts/train.py configs/synthetic/nano_large.py --work-dir out/nano_large --amp
-    python scripts/evaluate.py configs/synthetic/nano_large.py out/nano_large/nano_large.safetensors \
+    perception simulate --out out/town_train --scenes 60 --seed 1000 --split town_train
+    perception simulate --out out/town_train_rare --scenes 160 --seed 3000 --rare 0.7 --split town_train
+    perception simulate --out out/town_train_5hz --scenes 30 --seed 2000 --rare 0.35 --rate 5 --split town_train
+    perception simulate --out out/town_val --scenes 20 --seed 5000 --split town_val
+    perception train configs/synthetic/nano_large.py --work-dir out/nano_large --amp
+    perception evaluate configs/synthetic/nano_large.py out/nano_large/nano_large.safetensors \
         --json out/nano_large/evaluation.json
 
 How far away a thing is shows in pixels, so this stage has larger ones: 176 x 448 of 256 x 448, without the sky. What is

@@ -1,11 +1,11 @@
 r"""The nano network on streets that it has not seen yet: the third stage of the shipped weights. `nano.py` goes on.
 
-    python scripts/simulate.py --out out/town_more --scenes 40 --seed 8000 --split town_train
-    python scripts/simulate.py --out out/town_more_rare --scenes 160 --seed 7000 --rare 0.7 --split town_train
-    python scripts/simulate.py --out out/town_more_5hz --scenes 20 --seed 9000 --rare 0.35 --rate 5 --split town_train
-    python scripts/simulate.py --out out/town_val --scenes 20 --seed 5000 --split town_val
-    python scripts/train.py configs/synthetic/nano_more.py --work-dir out/nano_more --amp
-    python scripts/evaluate.py configs/synthetic/nano_more.py out/nano_more/nano_more.safetensors \
+    perception simulate --out out/town_more --scenes 40 --seed 8000 --split town_train
+    perception simulate --out out/town_more_rare --scenes 160 --seed 7000 --rare 0.7 --split town_train
+    perception simulate --out out/town_more_5hz --scenes 20 --seed 9000 --rare 0.35 --rate 5 --split town_train
+    perception simulate --out out/town_val --scenes 20 --seed 5000 --split town_val
+    perception train configs/synthetic/nano_more.py --work-dir out/nano_more --amp
+    perception evaluate configs/synthetic/nano_more.py out/nano_more/nano_more.safetensors \
         --json out/nano_more/evaluation.json
 
 Goes on from `nano_large.py`.
@@ -19,9 +19,9 @@ _base_ = ["nano_large.py"]
 
 train_data = dict(
     dataroot=("out/town_more", "out/town_more_rare", "out/town_more_5hz"),
-    make_with="python scripts/simulate.py --out out/town_more --scenes 40 --seed 8000 --split town_train && "
-    "python scripts/simulate.py --out out/town_more_rare --scenes 160 --seed 7000 --rare 0.7 --split town_train && "
-    "python scripts/simulate.py --out out/town_more_5hz --scenes 20 --seed 9000 --rare 0.35 --rate 5 "
+    make_with="perception simulate --out out/town_more --scenes 40 --seed 8000 --split town_train && "
+    "perception simulate --out out/town_more_rare --scenes 160 --seed 7000 --rare 0.7 --split town_train && "
+    "perception simulate --out out/town_more_5hz --scenes 20 --seed 9000 --rare 0.35 --rate 5 "
     "--split town_train",
 )
 train = dict(init_from="out/nano_large/nano_large.safetensors", epochs=7)

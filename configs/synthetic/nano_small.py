@@ -1,9 +1,9 @@
 r"""The nano network on small images of the synthetic town: the first stage of the shipped weights.
 
-    python scripts/simulate.py --out out/town_small --scenes 300 --seed 1000 --split town_train --image-size 160x288
-    python scripts/simulate.py --out out/town_val --scenes 20 --seed 5000 --split town_val
-    python scripts/train.py configs/synthetic/nano_small.py --work-dir out/nano_small --amp
-    python scripts/evaluate.py configs/synthetic/nano_small.py out/nano_small/nano_small.safetensors \
+    perception simulate --out out/town_small --scenes 300 --seed 1000 --split town_train --image-size 160x288
+    perception simulate --out out/town_val --scenes 20 --seed 5000 --split town_val
+    perception train configs/synthetic/nano_small.py --work-dir out/nano_small --amp
+    perception evaluate configs/synthetic/nano_small.py out/nano_small/nano_small.safetensors \
         --json out/nano_small/evaluation.json
 
 Cost: 3 h 40 min for 10,500 steps on two CPU cores. The shipped weights' first stage reached NDS 0.277, mAP 0.201 and
@@ -18,7 +18,7 @@ model = dict(preset="nano")
 train_data = dict(
     dataroot="out/town_small",
     augment=dict(drop_camera=0.15),
-    make_with="python scripts/simulate.py --out out/town_small --scenes 300 --seed 1000 --split town_train "
+    make_with="perception simulate --out out/town_small --scenes 300 --seed 1000 --split town_train "
     "--image-size 160x288",
 )
 train = dict(image_epochs=4, epochs=10, batch_size=2, lr=2e-3, warmup_iters=100, ema_momentum=0.0, workers=1)

@@ -1,8 +1,8 @@
 r"""One short scene learned by heart: shows that network, losses, decoding and evaluation fit together.
 
-    python scripts/simulate.py --out out/town_one --scenes 1 --seed 36 --keyframes 4 --image-size 128x224 \
+    perception simulate --out out/town_one --scenes 1 --seed 36 --keyframes 4 --image-size 128x224 \
         --split town_one
-    python scripts/train.py configs/synthetic/overfit.py --work-dir out/overfit --amp
+    perception train configs/synthetic/overfit.py --work-dir out/overfit --amp
 
 The seed is one whose scene shows all ten classes of boxes and all three of lines; a class that a split lacks counts as
 zero in NDS. Cost: about 4 minutes on two CPU cores. Result: tests/test_engine.py asks for NDS and lane mAP above 0.8
@@ -16,7 +16,7 @@ train_data = dict(
     dataroot="out/town_one",
     version="v1.0-synthetic",
     split="town_one",
-    make_with="python scripts/simulate.py --out out/town_one --scenes 1 --seed 36 --keyframes 4 --image-size 128x224 "
+    make_with="perception simulate --out out/town_one --scenes 1 --seed 36 --keyframes 4 --image-size 128x224 "
     "--split town_one",
 )
 val_data = dict(dataroot="out/town_one", version="v1.0-synthetic", split="town_one")

@@ -23,9 +23,8 @@ from perception.errors import CheckpointError
 from perception.export.contract import ImageInputs
 from perception.export.onnx import example_inputs, named_raw_outputs, raw_names
 from perception.export.replay import aligned
-from perception.inference.predictor import shipped_weights, weights_file
 from perception.models import Network, build_network, preset_config
-from perception.models.checkpoint import load_checkpoint
+from perception.models.checkpoint import load_model, shipped_weights
 from perception.ops.bilinear import preferred_implementation
 from perception.types import CameraRig, Frame, FrameObjects, Prediction, State, map_tensors
 
@@ -121,7 +120,7 @@ def network_of(name: str, device: torch.device) -> Network:
     """
     torch.manual_seed(0)
     if has_weights(name):
-        return load_checkpoint(weights_file(name))[0].to(device)
+        return load_model(name).to(device)
     network = build_network(preset_config(name)).to(device)
     with torch.no_grad():
         for parameter in network.parameters():

@@ -16,7 +16,7 @@ from perception.engine.dry_run import forward_gflops
 from perception.engine.training import train
 from perception.errors import ConfigError
 from perception.models import build_network
-from perception.models.checkpoint import load_checkpoint
+from perception.models.checkpoint import read_metrics
 from perception.types import map_tensors
 
 HEADLINE = ("nds", "mAP", "mATE", "mAOE", "mAVE", "lane_mAP")
@@ -119,9 +119,9 @@ def compare(
             folder = Path(out, f"{name.replace(' ', '_').replace('/', '_')}-{seed}")
             last = folder / f"{config.name}-last.safetensors"
             epochs = config.train.image_epochs + config.train.epochs
-            if not last.is_file() or load_checkpoint(last)[1]["epoch"] != epochs:
+            if not last.is_file() or read_metrics(last)["epoch"] != epochs:
                 train(config, folder, seed=seed, resume=True, amp=amp)
-            runs.setdefault(name, []).append(load_checkpoint(last)[1])
+            runs.setdefault(name, []).append(read_metrics(last))
     return Comparison(runs)
 
 

@@ -7,7 +7,6 @@ nothing reads, a missing key or a value of the wrong type is an error before any
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import difflib
 import types
@@ -19,7 +18,9 @@ from mmengine.config import Config
 
 from perception.data.augment import Augment
 from perception.data.nuscenes import NuScenesDataset
-from perception.errors import ConfigError, DataError
+from perception.engine.config_file import read_config
+from perception.errors import ConfigError
+from perception.files import check_dataset
 from perception.models import NetworkConfig, preset_config
 from perception.models.base import dataclass_for
 
@@ -32,7 +33,7 @@ class DataSection:
     version: str  # folder of its tables, e.g. v1.0-trainval
     split: str  # an official split or one of the dataset's own splits.json
     augment: Augment | None = None  # in a config: dict(), with those fields of Augment that differ from its defaults
-    make_with: str = ""  # the command that makes or fetches the dataset, told to whoever lacks it
+    make_with: str = ""  # the command that makes it, `perception simulate ...`, named where it is missing
 
 
 @dataclass(frozen=True)
@@ -78,35 +79,18 @@ class TrainConfig:
     source: Config  # as read, for the copy in the work directory
 
 
-def load_config(path: str | Path, options: dict | None = None) -> TrainConfig:
+def load_config(name_or_path: str | Path, options: dict | None = None) -> TrainConfig:
     """Reads a config file.
 
     Args:
-        path: of a Python config.
+        name_or_path: a Python file, or the name of a config that came with the library, such as `synthetic/nano`.
         options: overrides with dotted keys, e.g. `{"train.lr": 1e-3}`.
 
     Raises:
         ConfigError: the file is missing or broken, a key is unknown or missing, or a value has the wrong type.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"config file {path} does not exist; the shipped ones lie under configs/")
-    try:
-        source = Config.fromfile(path)
-    except Exception as error:  # the file is a program: anything can go wrong in it
-        raise ConfigError(
-            f"{path}: {type(error).__name__}: {str(error).splitlines()[0]}; fix the config file"
-        ) from None
+    path, source = read_config(name_or_path, options)
     sections = {"model": None, "train_data": DataSection, "val_data": DataSection, "train": TrainSection}
-    for key in options or {}:
-        if (section := key.split(".")[0]) in sections and section not in source:
-            raise ConfigError(f"--cfg-options {key}: {path} has no {section}; its sections: {', '.join(source)}")
-    try:
-        source.merge_from_dict(options or {})
-    except (TypeError, KeyError, AssertionError, IndexError) as error:
-        raise ConfigError(
-            f"--cfg-options {options} does not fit {path} ({error}); write section.key=value, e.g. train.lr=1e-4"
-        ) from None
     source_dict = source.to_dict()
     _check_keys(path, "", source_dict, set(sections), {"model", "val_data"})
     parsed = {
@@ -116,24 +100,6 @@ def load_config(path: str | Path, options: dict | None = None) -> TrainConfig:
     }
     model = model_config(source_dict["model"], str(path))
     return TrainConfig(name=path.stem, model=model, source=source, **parsed)
-
-
-def parse_options(pairs: list[str]) -> dict:
-    """`--cfg-options` KEY=VALUE pairs as a dict for `load_config`; values are Python literals, anything else is text.
-
-    Raises:
-        ConfigError: a pair has no `=`.
-    """
-    options = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not (key and equals):
-            raise ConfigError(f"--cfg-options {pair!r} is not KEY=VALUE; write e.g. train.lr=1e-4")
-        try:
-            options[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            options[key] = value
-    return options
 
 
 def model_config(section: dict, where: str) -> NetworkConfig:
@@ -166,10 +132,8 @@ def build_dataset(section: DataSection, model: NetworkConfig) -> NuScenesDataset
     Raises:
         DataError: the root or one of its files is missing or malformed.
     """
-    roots = (section.dataroot,) if isinstance(section.dataroot, str) else section.dataroot
-    for folder in (Path(root, section.version) for root in roots):
-        if section.make_with and not folder.is_dir():
-            raise DataError(f"dataset {folder} does not exist; make it with: {section.make_with}")
+    if section.make_with:
+        check_dataset(section.dataroot, section.version, section.make_with)
     return NuScenesDataset(
         section.dataroot,
         section.version,

@@ -155,7 +155,7 @@ def join_processes(launcher: str) -> None:
     if launcher == "pytorch" and "RANK" not in os.environ:
         raise ConfigError(
             "--launcher pytorch is for processes of torchrun; start them with: torchrun --nproc_per_node N "
-            "scripts/train.py CONFIG --work-dir DIR --launcher pytorch"
+            "-m perception train CONFIG --work-dir DIR --launcher pytorch"
         )
     if torch.cuda.is_available():
         init_dist(launcher)

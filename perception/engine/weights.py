@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 
+from perception.commands import command
 from perception.engine.config import TrainConfig
 from perception.errors import CheckpointError, ConfigError
 from perception.models import Network, NetworkConfig, build_network
 from perception.models.backbone import load_backbone
-from perception.models.checkpoint import load_checkpoint, misfits
+from perception.models.checkpoint import load_model, misfits
 
 
 def make_core(config: TrainConfig) -> Network:
@@ -49,7 +50,7 @@ def load_weights(path: str | Path, model_config: NetworkConfig, *, any_size: boo
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        core, _ = load_checkpoint(path)
+        core = load_model(path)
         if type(core.config) is not type(model_config):
             raise CheckpointError(
                 f"{path}: holds a {type(core).__name__}, the config wants another network; use the config it belongs to"
@@ -70,7 +71,7 @@ def load_weights(path: str | Path, model_config: NetworkConfig, *, any_size: boo
     except Exception as error:  # whatever unpickling foreign bytes may raise
         raise CheckpointError(
             f"{path}: not a readable training checkpoint ({type(error).__name__}); give a file that training wrote, "
-            "or import one of the published code with scripts/import_checkpoint.py"
+            f"or import one of the published code with: {command('import-checkpoint')} {path} --out FILE.safetensors"
         ) from None
     weights = {name.removeprefix("core."): tensor for name, tensor in weights.items()}  # as `TrainingModel` has it
     for name in misfits(model, weights):

@@ -17,7 +17,7 @@ from perception.data.loader import pad_boxes, pad_lines
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError
 from perception.evaluation.confidence import CalibrationResult, evaluate_calibration
-from perception.evaluation.detection import DetectionResult, evaluate_detection, submission_from_scenes
+from perception.evaluation.detection import DetectionResult, evaluate_boxes, submission_from_scenes
 from perception.evaluation.lanes import LANE_EXTENTS, STRICT_THRESHOLDS, LaneResult, evaluate_lanes, lane_rules
 from perception.evaluation.stability import StabilityResult, evaluate_stability
 from perception.evaluation.submission import map_lines, write_lanes
@@ -160,7 +160,7 @@ def evaluate_scenes(
     lines = {token: map_lines(scene.lines) for token, scene in scenes.items()}
     poses, tokens, scene_of_sample = ego_poses(dataset), dataset.tokens, dataset.scene_of_sample
     return Evaluation(
-        evaluate_detection(dataset.roots[0], dataset.version, dataset.split, scenes, poses),
+        evaluate_boxes(scenes, poses, dataset.roots[0], dataset.version, dataset.split),
         *evaluate_lines(
             dataset,
             lines,
@@ -185,7 +185,7 @@ def evaluate_scenes(
     )
 
 
-def evaluate_stream(
+def evaluate_dataset(
     model: BEVTransformer, dataset: NuScenesDataset, *, workers: int = 0, progress: bool = False
 ) -> tuple[Evaluation, Stream]:
     """Streams a dataset through a network and evaluates what comes out.

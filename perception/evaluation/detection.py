@@ -30,7 +30,7 @@ from pyquaternion import Quaternion
 from perception.data.splits import is_split_file, split_scenes
 from perception.errors import DataError
 from perception.evaluation.submission import CAMERA_ONLY
-from perception.files import write_json
+from perception.files import check_dataset, write_json
 from perception.geometry import invert_rigid, transform_points, yaw_from_rotation
 from perception.types import ATTRIBUTES, BOX_CLASSES, Boxes, FrameObjects
 
@@ -93,34 +93,34 @@ class DetectionResult:
         return "\n".join(rows)
 
 
-def evaluate_detection(
+def evaluate_boxes(
+    predictions: Mapping[str, FrameObjects],
+    ego_poses: Mapping[str, np.ndarray],
     dataroot: str | os.PathLike,
     version: str,
     split: str | Path,
-    scenes: Mapping[str, FrameObjects],
-    ego_poses: Mapping[str, np.ndarray],
     *,
     nusc: NuScenes | None = None,
     out_dir: str | os.PathLike | None = None,
 ) -> DetectionResult:
-    """Runs the official nuScenes detection evaluation on decoded scenes.
+    """Runs the official nuScenes detection evaluation on predictions of a network.
 
     Args:
+        predictions: per sample token of the split, the predicted FrameObjects without batch dimension (boxes [M, ...]).
+        ego_poses: per sample token, global_from_ego [4, 4] float64 of the predictions' ego frame.
         dataroot: root of a nuScenes-format dataset.
         version: folder of its tables, e.g. "v1.0-trainval".
         split: an official split, one listed in `splits.json` beside the tables, or a file of scene names (see
             `perception.data.splits`).
-        scenes: per sample token of the split, the predicted FrameObjects without batch dimension (boxes [M, ...]).
-        ego_poses: per sample token, global_from_ego [4, 4] float64 of the scene's ego frame.
         nusc: the loaded tables, if they are at hand; loading them takes most of the time.
         out_dir: where to leave `submission.json` and `metrics.json`; nothing is kept without it.
 
     Raises:
-        DataError: the dataset or the split does not exist, has no boxes, or the scenes are not those of the split.
+        DataError: the dataset or the split does not exist, has no boxes, or the predictions are not those of the split.
     """
     nusc = nusc or load_tables(dataroot, version)
-    _check_tokens(scenes, split_tokens(nusc, split), split)
-    submission = submission_from_scenes(scenes, ego_poses)
+    _check_tokens(predictions, split_tokens(nusc, split), split)
+    submission = submission_from_scenes(predictions, ego_poses)
     result = evaluate_submission(nusc, split, submission)
     if out_dir is not None:
         write_json(Path(out_dir) / "submission.json", submission)
@@ -133,7 +133,7 @@ def evaluate_submission(nusc: NuScenes, split: str | Path, submission: Mapping) 
 
     Args:
         nusc: the tables, see `load_tables`.
-        split: as in `evaluate_detection`.
+        split: as in `evaluate_boxes`.
         submission: `meta` and `results` in nuScenes' format, see `perception.evaluation.submission`.
 
     Raises:
@@ -179,8 +179,7 @@ def load_tables(dataroot: str | os.PathLike, version: str) -> NuScenes:
         DataError: a table is missing or malformed.
     """
     folder = Path(dataroot) / version
-    if not folder.is_dir():
-        raise DataError(f"{folder} does not exist; give the root of a nuScenes-format dataset and its version folder")
+    check_dataset(Path(dataroot), version)
     try:
         return NuScenes(version=version, dataroot=str(dataroot), verbose=False)
     except (OSError, ValueError, KeyError, IndexError, AssertionError) as error:

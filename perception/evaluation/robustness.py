@@ -18,7 +18,7 @@ from perception.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt_camera,
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError
 from perception.evaluation.dataset import all_gt_lines, ego_poses
-from perception.evaluation.detection import evaluate_detection, load_tables
+from perception.evaluation.detection import evaluate_boxes, load_tables
 from perception.evaluation.lanes import evaluate_lanes
 from perception.evaluation.submission import map_lines
 from perception.inference.sequence import Disturbance, predict_stream
@@ -257,7 +257,7 @@ def evaluate_robustness(
     gt = all_gt_lines(dataset, protocol=protocol, extent=extent, progress=progress)
     for name, group, disturb in tqdm(trials, desc="disturbances", unit="trial", disable=not progress):
         scenes = predict_stream(model, dataset, disturb=disturb, workers=workers, progress=progress).scenes
-        boxes = evaluate_detection(dataset.roots[0], dataset.version, dataset.split, scenes, poses, nusc=tables)
+        boxes = evaluate_boxes(scenes, poses, dataset.roots[0], dataset.version, dataset.split, nusc=tables)
         lines = {token: map_lines(scene.lines) for token, scene in scenes.items()}
         lanes = evaluate_lanes(lines, gt, protocol=protocol, extent=extent, workers=workers, progress=progress)
         found = {"nds": boxes.nds, "mAP": boxes.mean_ap, "lane_mAP": lanes.mean_ap, **boxes.errors}

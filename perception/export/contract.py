@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from perception.commands import command
 from perception.errors import CheckpointError, ConfigError, DataError
 from perception.files import write_json
 from perception.inference.ego_motion import JUMP_MARGIN_M, JUMP_MARGIN_RAD, MAX_GAP, MAX_SPEED, MAX_TURN_RATE
@@ -261,7 +262,7 @@ def read_contract(folder: str | Path) -> dict:
     try:
         contract = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(f"{path} is missing; give a folder that scripts/export.py wrote") from None
+        raise CheckpointError(f"{path} is missing; give a folder that `{command('export')}` wrote") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); make it readable") from None
     except (ValueError, RecursionError) as error:

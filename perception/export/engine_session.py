@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from perception.commands import command
 from perception.errors import ConfigError
 
 PACKAGES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
@@ -74,7 +75,7 @@ def find_engine(folder: str | Path, contract: dict) -> dict:
     """
     engines = list(contract["engines"].values())
     if not engines:
-        raise ConfigError(f"{folder} holds no engine; build one with scripts/export.py --format tensorrt-rtx")
+        raise ConfigError(f"{folder} holds no engine; build one with: {command('export')} --format tensorrt-rtx")
     here = Cuda().target()
     fitting = [engine for engine in engines if engine["gpu"] == here]
     if not fitting:

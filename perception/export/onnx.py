@@ -13,7 +13,6 @@ import hashlib
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from perception import __version__
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError
 from perception.export.contract import CONTRACT, MODEL, ImageInputs, write_contract
@@ -249,7 +249,7 @@ def export_onnx(
         layers=layer_types(graph),
         quantization=quantization,
         checked=checked,
-        version=metadata.version("perception"),
+        version=__version__,
     )
     return folder
 

@@ -131,7 +131,7 @@ class Runtime:
     """An exported network, its memory, and the pose and time of the last step.
 
     Args:
-        folder: that `scripts/export.py` wrote.
+        folder: that `perception export` wrote.
         backend: one of `BACKENDS`. "onnxruntime" runs the graph; "openvino" runs it on the CPU, "openvino-bf16" with
             convolutions and products with weights in bfloat16; "tensorrt" runs an engine of the folder on a GPU.
         providers: of ONNX Runtime, first choice first, such as "CUDAExecutionProvider".

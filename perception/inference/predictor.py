@@ -1,6 +1,6 @@
 """Live use: images of one frame after the other go in, scenes come out, memory and motion are taken care of.
 
-predictor = Predictor(shipped_weights())
+predictor = Predictor("nano")
 for images, global_from_ego, time_s in drive:
     scene = predictor.step(images, rig, global_from_ego, time_s)
 """
@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from perception.errors import CheckpointError, ConfigError, PerceptionWarning
+from perception.errors import PerceptionWarning
 from perception.inference.checks import (
     NOT_FINITE,
     check_images,
@@ -29,44 +29,23 @@ from perception.inference.checks import (
 from perception.inference.ego_motion import MAX_SPEED, MAX_TURN_RATE, EgoMotion
 from perception.inference.fitting import fit_image
 from perception.models import Network
-from perception.models.checkpoint import load_checkpoint
+from perception.models.checkpoint import load_model, on_device
 from perception.types import CameraRig, Frame, FrameObjects, map_tensors
-
-
-def shipped_weights(name: str = "nano") -> Path:
-    """The file of weights that came with the library.
-
-    Raises:
-        CheckpointError: there are none of this name.
-    """
-    path = Path(__file__).parent / "weights" / f"{name}.safetensors"
-    if not path.is_file():
-        there = ", ".join(sorted(file.stem for file in path.parent.glob("*.safetensors"))) or "none"
-        raise CheckpointError(f"{path}: no weights of this name were shipped (there are: {there}); train them")
-    return path
-
-
-def weights_file(which: str | Path) -> Path:
-    """A `.safetensors` file as it is; anything else is the name of shipped weights, see `shipped_weights`.
-
-    Raises:
-        CheckpointError: there are none of this name.
-    """
-    return Path(which) if Path(which).suffix == ".safetensors" else shipped_weights(str(which))
 
 
 class Predictor:
     """A network, its memory, and the pose and time of the last step.
 
     Args:
-        model: a network, or the path of a `.safetensors` file. A network is moved to the device and set to evaluation.
+        model: a network, or what `load_model` takes: the name of weights that came with the library, such as "nano",
+            or a `.safetensors` file. A network is moved to the device and set to evaluation mode.
         device: where it runs, such as "cpu" or "cuda".
         min_score: boxes and lines below this are left out, 0..1.
         max_speed: m/s above which the pose has jumped, so that the memory is dropped; inf for no limit.
         max_turn_rate: rad/s, likewise.
 
     Raises:
-        CheckpointError: the file is missing, unreadable, or belongs to another architecture.
+        CheckpointError: there are no weights of this name, or the file is missing or unreadable.
         ConfigError: `min_score` is not in 0..1, a limit is negative, or torch has no such device here.
     """
 
@@ -81,14 +60,30 @@ class Predictor:
     ) -> None:
         self.min_score = checked_setting("Predictor: min_score", min_score, 0, 1, "a number from 0 to 1")
         self._odometer = EgoMotion(max_speed, max_turn_rate)
-        network = load_checkpoint(model)[0] if isinstance(model, str | Path) else model
-        try:
-            self.device = torch.device(device)
-            self.model = network.to(self.device).eval()
-        except (RuntimeError, AssertionError) as error:  # torch uses both
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"Predictor: device {str(device)!r} cannot be used here ({reason}); use 'cpu'") from None
+        self.model = on_device(load_model(model) if isinstance(model, str | Path) else model, device)
+        self.device = torch.device(device)
         self.reset()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        device: str | torch.device = "cpu",
+        *,
+        min_score: float = 0.0,
+        max_speed: float = MAX_SPEED,
+        max_turn_rate: float = MAX_TURN_RATE,
+    ) -> Predictor:
+        """A predictor with trained weights, the same as `Predictor(name_or_path)`.
+
+        Args:
+            name_or_path: the name of weights that came with the library, such as "nano", or a `.safetensors` file.
+            device, min_score, max_speed, max_turn_rate: as of `Predictor`.
+
+        Raises:
+            CheckpointError, ConfigError: as `Predictor`.
+        """
+        return cls(name_or_path, device, min_score=min_score, max_speed=max_speed, max_turn_rate=max_turn_rate)
 
     def reset(self) -> None:
         """Forgets everything that was seen; the next step is a first one."""

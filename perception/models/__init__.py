@@ -26,7 +26,16 @@ NETWORKS: dict[str, tuple[type[NetworkConfig], Callable[[NetworkConfig], Network
     "maptrv2": (MapTRv2Config, MapTRv2),
 }
 
-__all__ = ["NETWORKS", "Network", "NetworkConfig", "build_network", "network_class", "network_name", "preset_config"]
+__all__ = [
+    "NETWORKS",
+    "Network",
+    "NetworkConfig",
+    "build_network",
+    "network_class",
+    "network_name",
+    "preset_config",
+    "preset_name",
+]
 
 
 def network_name(config: NetworkConfig) -> str:
@@ -54,3 +63,15 @@ def preset_config(name: str) -> NetworkConfig:
     if name not in presets:
         raise ConfigError(f"model preset is {name!r}; use one of {', '.join(presets)}")
     return presets[name]()
+
+
+def preset_name(config: NetworkConfig) -> str:
+    """The name of the preset that a config equals.
+
+    Raises:
+        ConfigError: it equals none.
+    """
+    for name, make in type(config).presets().items():
+        if make() == config:
+            return name
+    raise ConfigError(f"no preset of {type(config).__name__} has these values; the presets have others")

@@ -13,11 +13,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from perception.errors import CheckpointError
+from perception.commands import command
+from perception.errors import CheckpointError, ConfigError
 from perception.files import replacing
 from perception.models import NETWORKS, Network, NetworkConfig, build_network, network_name
 from perception.models.base import dataclass_for
 
+WEIGHTS = Path(__file__).resolve().parent.parent / "weights"  # that came with the library
 FORMAT = "perception-2"  # changes when old files can no longer be read
 
 
@@ -51,27 +53,52 @@ def halve(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.half() if tensor.ndim > 1 else tensor for name, tensor in tensors.items()}
 
 
-def load_checkpoint(path: str | Path) -> tuple[Network, dict[str, float]]:
-    """Reads a file of `save_checkpoint`.
-
-    Returns:
-        The network in evaluation mode on the CPU, and the metrics stored with it.
+def shipped_weights(name: str = "nano") -> Path:
+    """The file of weights that came with the library.
 
     Raises:
-        CheckpointError: if the file is missing, is no such file, or does not fit its own configuration.
+        CheckpointError: there are none of this name.
     """
-    path = Path(path)
+    path = WEIGHTS / f"{name}.safetensors"
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint; give the path of a .safetensors file that training wrote")
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            tensors = {name: t.float() if t.dtype == torch.float16 else t for name, t in tensors.items()}
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error}); write it again") from error
-    if metadata.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format is {metadata.get('format')!r}, not {FORMAT!r}; train or import it again")
+        there = ", ".join(sorted(file.stem for file in WEIGHTS.glob("*.safetensors"))) or "none"
+        raise CheckpointError(
+            f"{name}: no weights of this name were shipped (there are: {there}); give one of them, or a .safetensors "
+            "file that training wrote"
+        )
+    return path
+
+
+def weights_file(name_or_path: str | Path) -> Path:
+    """A `.safetensors` file as it is; anything else is the name of shipped weights, see `shipped_weights`.
+
+    Raises:
+        CheckpointError: there are none of this name.
+    """
+    if Path(name_or_path).suffix in (".pth", ".pt"):
+        raise CheckpointError(
+            f"{name_or_path}: is not a .safetensors file; training writes one beside its .pth, and a checkpoint of the "
+            f"published code is imported with: {command('import-checkpoint')} {name_or_path} --out FILE.safetensors"
+        )
+    return Path(name_or_path) if Path(name_or_path).suffix == ".safetensors" else shipped_weights(str(name_or_path))
+
+
+def load_model(name_or_path: str | Path, device: str | torch.device = "cpu") -> Network:
+    """A network with trained weights, in evaluation mode.
+
+    Args:
+        name_or_path: the name of weights that came with the library, such as "nano", or a `.safetensors` file that
+            training, `save_checkpoint` or `perception import-checkpoint` wrote.
+        device: such as "cpu" or "cuda".
+
+    Raises:
+        CheckpointError: there are no weights of this name, or the file is missing, is no such file, or does not fit its
+            own configuration.
+        ConfigError: torch has no such device here.
+    """
+    path = weights_file(name_or_path)
+    tensors, metadata = _read(path)
+    tensors = {name: t.float() if t.dtype == torch.float16 else t for name, t in tensors.items()}
     architecture = metadata.get("architecture", "bev_transformer")
     if architecture not in NETWORKS:
         raise CheckpointError(f"{path}: architecture {architecture!r} is not known to this version; use a newer one")
@@ -81,7 +108,47 @@ def load_checkpoint(path: str | Path) -> tuple[Network, dict[str, float]]:
         raise CheckpointError(f"{path}: config does not fit this version ({error}); train it again") from error
     model = build_network(config)
     _load_exactly(model, tensors, path)
-    return model.eval(), json.loads(metadata["metrics"])
+    return on_device(model, device)
+
+
+def on_device(model: Network, device: str | torch.device) -> Network:
+    """The network in evaluation mode on a device.
+
+    Raises:
+        ConfigError: torch has no such device here.
+    """
+    try:
+        return model.to(torch.device(device)).eval()
+    except (RuntimeError, AssertionError) as error:  # torch uses both
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device {str(device)!r} cannot be used here ({reason}); use 'cpu'") from None
+
+
+def read_metrics(name_or_path: str | Path) -> dict[str, float]:
+    """The numbers that were measured with the weights of a file and stored in it, such as "nds" and "lane_mAP".
+
+    Args:
+        name_or_path: as of `load_model`.
+
+    Raises:
+        CheckpointError: as `load_model`.
+    """
+    return json.loads(_read(weights_file(name_or_path), tensors=False)[1]["metrics"])
+
+
+def _read(path: Path, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a file of `save_checkpoint`."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint; give the path of a .safetensors file that training wrote")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            content = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error}); write it again") from error
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: format is {metadata.get('format')!r}, not {FORMAT!r}; train or import it again")
+    return content, metadata
 
 
 def _config(kind: type, values: dict):
@@ -98,14 +165,14 @@ def _config(kind: type, values: dict):
     return kind(**known)
 
 
-def import_published(path: str | Path) -> tuple[str, Network]:
+def import_published(path: str | Path) -> Network:
     """A network with the weights of a checkpoint that the published code wrote.
 
     Args:
         path: `.pth` of a state dict with the official keys, alone or under `state_dict`.
 
     Returns:
-        The name of the published network, a preset of its config, and the network in evaluation mode.
+        The network in evaluation mode. `preset_name` of its config is the name of the published network.
 
     Raises:
         CheckpointError: the file is missing, is not one of plain tensors, or is not exactly one of these networks: each
@@ -132,7 +199,7 @@ def import_published(path: str | Path) -> tuple[str, Network]:
         if not wrong[name]:
             model = build_network(config)
             model.load_state_dict(tensors)
-            return name, model.eval()
+            return model.eval()
     nearest = min(wrong, key=lambda name: len(wrong[name]))
     raise CheckpointError(
         f"{path}: is none of {', '.join(wrong)}; nearest is {nearest}, with {len(wrong[nearest])} keys that are "

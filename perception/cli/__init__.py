@@ -1,0 +1,80 @@
+"""The command line: `perception COMMAND`, `python -m perception COMMAND`, and the same as `python scripts/COMMAND.py`.
+
+Each module here is a command with a function `main(argv)`. Heavy imports stand inside the functions, so that `--help`
+and refused arguments are answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+from perception.commands import COMMANDS, as_called, command
+from perception.errors import run_script
+
+DESCRIPTION = "Vision-only driving perception: calibrated cameras in, 3D boxes and a vector lane map out."
+
+
+def command_parser(name: str, description: str | None, examples: str) -> argparse.ArgumentParser:
+    """A parser whose help shows the command as the user calls it.
+
+    Args:
+        name: of the command.
+        description: the docstring of its module.
+        examples: printed below the options, as written; `perception COMMAND` becomes what the user calls.
+    """
+    return argparse.ArgumentParser(
+        prog=command(name),
+        description=description,
+        epilog=as_called(examples),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    """Runs the command that the arguments name.
+
+    Args:
+        argv: the name of a command and its arguments; those of the process by default.
+
+    Returns:
+        The exit code, None for 0.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in COMMANDS:
+        module = importlib.import_module(f"perception.cli.{arguments[0].replace('-', '_')}")
+        return module.main(arguments[1:])
+    parser = argparse.ArgumentParser(
+        prog=command("").strip(),
+        description=DESCRIPTION,
+        epilog="commands:\n"
+        + "\n".join(f"  {name:20}{meaning}" for name, meaning in COMMANDS.items())
+        + f"\n\n`{command('train')} --help` shows the options of a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version")
+    parser.add_argument("command", nargs="?", metavar="COMMAND", help="one of those below")
+    parsed, _ = parser.parse_known_args(arguments)
+    if parsed.version:
+        from perception import __version__
+
+        print(f"driving-perception {__version__}")
+        return 0
+    if parsed.command is None:
+        parser.print_help()
+        return 2
+    near = difflib.get_close_matches(parsed.command, COMMANDS, n=1)
+    fix = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
+    parser.error(f"there is no command {parsed.command!r}; {fix}")
+
+
+def run(name: str | None = None) -> None:
+    """Runs a command with the arguments of the process and exits: 2 with one sentence on stderr for bad input.
+
+    Args:
+        name: of the command; the first argument of the process names it by default.
+    """
+    run_script(main if name is None else lambda: main([name, *sys.argv[1:]]))

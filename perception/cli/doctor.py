@@ -1,0 +1,82 @@
+"""Says what is installed, what it runs on, and whether the library is complete. Exit code 2 if something is wrong."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+
+from perception.cli import command_parser
+
+EXAMPLE = """example:
+  perception doctor
+"""
+PACKAGES = (
+    "torch", "torchvision", "numpy", "nuscenes-devkit", "mmengine-lite", "mmcv-lite", "mmcv", "mmdet", "mmdet3d",
+    "shapely", "embreex",
+)  # fmt: skip
+HEAVY = ("mmcv", "mmdet", "mmdet3d", "mmengine", "nuscenes", "matplotlib", "cv2")
+LIGHT = (
+    f"import sys, perception, perception.inference.predictor; print(*[name for name in {HEAVY} if name in sys.modules])"
+)
+
+
+def installed() -> list[tuple[str, str, str]]:
+    """Name, version and what is wrong with it, of Python and every package of interest."""
+    from packaging.requirements import Requirement
+
+    supported = (3, 10) <= sys.version_info < (3, 13)
+    rows = [("python", platform.python_version(), "" if supported else "3.10, 3.11 or 3.12 is needed")]
+    try:
+        requirements = [Requirement(text) for text in metadata.requires("driving-perception") or ()]
+        rows.append(("driving-perception", metadata.version("driving-perception"), ""))
+    except metadata.PackageNotFoundError:
+        requirements = []
+        rows.append(("driving-perception", "none", "install it: pip install -e . in the checkout"))
+    needed = {one.name: one.specifier for one in requirements if not one.marker}
+    for name in PACKAGES:
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            rows.append((name, "none", f"install {name}{needed[name]}" if name in needed else ""))
+            continue
+        fits = name not in needed or needed[name].contains(version, prereleases=True)
+        rows.append((name, version, "" if fits else f"{needed[name]} is needed"))
+    return rows
+
+
+def library() -> list[tuple[str, str, str]]:
+    """Devices, threads, the shipped weights, and the weight of an import."""
+    import torch
+
+    from perception.errors import CheckpointError
+    from perception.models.checkpoint import load_model, shipped_weights
+
+    devices = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
+    rows = [("devices", ", ".join(["cpu", *devices]), "")]
+    rows.append(("threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores", ""))
+    try:
+        path = shipped_weights()
+        model = load_model(path)
+        millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        rows.append(("shipped weights", f"{path.stem}, {millions:.2f} M parameters", ""))
+    except CheckpointError as error:
+        rows.append(("shipped weights", "none", str(error)))
+    run = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True)
+    loaded = run.stdout.split() if run.returncode == 0 else ["an error"]
+    rows.append(
+        ("import perception", "light" if not loaded else "heavy", f"it loads {', '.join(loaded)}" * bool(loaded))
+    )
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = command_parser("doctor", __doc__, EXAMPLE)
+    parser.parse_args(argv)
+    rows = installed() + library()
+    for name, value, problem in rows:
+        print(f"{name:20s}{value:32s}{problem or 'ok'}")
+    return 2 if any(problem for _, _, problem in rows) else 0

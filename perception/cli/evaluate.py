@@ -1,0 +1,174 @@
+"""Evaluates weights, or a submission made by anyone, on a nuScenes-format split: boxes by the official devkit, lanes by
+either of the two published protocols. Weights also get a robustness card: each option that disturbs the network adds
+lines to it, and each line is an evaluation of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from perception.cli import command_parser
+
+EXAMPLE = """examples:
+  perception evaluate configs/synthetic/nano.py out/nano/nano.safetensors --json out/nano/evaluation.json
+  perception evaluate configs/synthetic/nano.py out/nano/epoch_24.pth --dataroot out/other_town --split val \\
+      --lanes-protocol streammapnet --range 100x50 --save-submission out/nano/submission
+  perception evaluate --submission out/nano/submission/lanes.json --dataroot out/other_town \\
+      --version v1.0-synthetic --split val
+  perception evaluate configs/synthetic/nano.py out/nano/nano.safetensors --drop-camera each
+  --extrinsics-noise-deg 1 \\
+      --corrupt each --no-memory --json out/nano/robustness.json
+
+A submission is a JSON file of boxes in nuScenes' format, or of lanes in the one that docs/evaluation.md describes.
+"""
+
+
+def lane_options(arguments) -> dict:
+    """How lanes are scored, the same for a network and for a file."""
+    return {
+        "protocol": arguments.lanes_protocol,
+        "extent": arguments.range,
+        "score_threshold": arguments.score_threshold,
+        "workers": arguments.workers,
+        "progress": True,
+    }
+
+
+def evaluate_weights(arguments) -> tuple[str, dict, dict]:
+    """The tables, the headline and all numbers of a network."""
+    from perception.engine.config_file import check_datasets
+
+    options = {
+        f"val_data.{key}": value for key in ("dataroot", "version", "split") if (value := getattr(arguments, key))
+    }
+    check_datasets(arguments.config, options, ("val_data",))
+
+    import torch  # takes seconds to load
+
+    from perception.engine.config import build_dataset, load_config
+    from perception.engine.weights import load_weights
+    from perception.errors import ConfigError
+    from perception.evaluation.dataset import evaluate_scenes, save_submissions
+    from perception.evaluation.robustness import evaluate_robustness, plan_trials
+    from perception.inference.sequence import predict_stream
+
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch finds no GPU here; use --device cpu")
+    config = load_config(arguments.config, options)
+    model = load_weights(arguments.checkpoint, config.model).to(arguments.device)
+    dataset = build_dataset(config.val_data, config.model)
+    trials = plan_trials(
+        dataset.cameras,
+        drop_camera=arguments.drop_camera,
+        extrinsics_noise_deg=arguments.extrinsics_noise_deg,
+        corrupt=arguments.corrupt,
+        no_memory=arguments.no_memory,
+        seed=arguments.seed,
+    )
+    stream = predict_stream(model, dataset, workers=arguments.workers, progress=True)
+    if arguments.save_submission:
+        save_submissions(arguments.save_submission, dataset, stream.scenes)
+    evaluation = evaluate_scenes(dataset, stream.scenes, **lane_options(arguments))
+    metrics = evaluation.as_dict() | {"fps": 1 / stream.seconds_per_frame, "samples": len(dataset)}
+    table = evaluation.table()
+    if trials:
+        card = evaluate_robustness(
+            model,
+            dataset,
+            trials,
+            evaluation.metrics(),
+            protocol=arguments.lanes_protocol,
+            extent=arguments.range,
+            workers=arguments.workers,
+            progress=True,
+        )
+        metrics["robustness"] = card.as_dict() | {"seed": arguments.seed}
+        table = f"{table}\n\n{card.table()}"
+    return table, {name: metrics[name] for name in ("nds", "mAP", "lane_mAP", "fps")}, metrics
+
+
+def evaluate_file(arguments) -> tuple[str, dict, dict]:
+    """The tables, the headline and all numbers of a submission."""
+    from perception.evaluation.submission import DetectionSubmission, check_samples, read_submission
+    from perception.files import check_dataset
+
+    submission = read_submission(arguments.submission)
+    check_dataset(arguments.dataroot, arguments.version)
+
+    from perception.data.nuscenes import NuScenesDataset  # PyTorch and the devkit, which take seconds to load
+    from perception.evaluation.dataset import evaluate_lines
+    from perception.evaluation.detection import evaluate_submission, load_tables, split_tokens
+
+    if isinstance(submission, DetectionSubmission):
+        tables = load_tables(arguments.dataroot, arguments.version)
+        check_samples(submission, split_tokens(tables, arguments.split))
+        content = {"meta": submission.meta, "results": submission.results}
+        result = evaluate_submission(tables, arguments.split, content)
+        headline = {"nds": result.nds, "mAP": result.mean_ap}
+        return result.table(), headline, headline | {"detection": result.as_dict(), "samples": result.samples}
+    # Images are not read, so their size does not matter.
+    dataset = NuScenesDataset(arguments.dataroot, arguments.version, arguments.split, image_size=(90, 160))
+    check_samples(submission, dataset.tokens)
+    lanes, strict = evaluate_lines(dataset, submission.results, **lane_options(arguments))
+    headline = {"lane_mAP": lanes.mean_ap, "lane_mAP_strict": strict.mean_ap}
+    details = {"lanes": lanes.as_dict(), "strict_lanes": strict.as_dict(), "samples": lanes.frames}
+    return f"{lanes.table()}\n\n{strict.table()}", headline, headline | details
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = command_parser("evaluate", __doc__, EXAMPLE)
+    parser.add_argument("config", nargs="?", help="the config that the weights were trained with, a file or a name")
+    parser.add_argument("checkpoint", nargs="?", help=".safetensors of a training, or a training checkpoint .pth")
+    parser.add_argument("--submission", type=Path, help="JSON of boxes or lanes, instead of config and checkpoint")
+    parser.add_argument("--dataroot", help="instead of the config's val_data.dataroot")
+    parser.add_argument("--version", help="instead of the config's val_data.version")
+    split = parser.add_mutually_exclusive_group()
+    split.add_argument("--split", help="instead of the config's val_data.split")
+    split.add_argument("--split-file", type=Path, help="scene names, one a line or as a JSON list, instead of --split")
+    parser.add_argument("--lanes-protocol", choices=("maptr", "streammapnet"), default="maptr", help="(default: maptr)")
+    parser.add_argument("--range", choices=("60x30", "100x50"), default="60x30", help="of the lanes (default: 60x30)")
+    parser.add_argument("--score-threshold", type=float, help="of lanes that are used (default: of best F1, per class)")
+    parser.add_argument("--save-submission", type=Path, metavar="DIR", help="also write detection.json and lanes.json")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--workers", type=int, default=0, help="processes that load images and match lines (default 0)")
+    parser.add_argument("--json", type=Path, help="file for all numbers")
+    disturbed = parser.add_argument_group("robustness", "also evaluate with one thing that goes wrong, all the time")
+    disturbed.add_argument("--drop-camera", metavar="NAME", help="a camera is missing; `each` for one after the other")
+    disturbed.add_argument(
+        "--extrinsics-noise-deg", type=float, metavar="X", help="the yaw of each camera is off by this angle"
+    )
+    disturbed.add_argument(
+        "--corrupt",
+        metavar="KIND[:SEVERITY]",
+        help="images are bad: bright, dark, fog, blur, noise, quantize or `each`; severity 1 to 3 (default 2)",
+    )
+    disturbed.add_argument("--no-memory", action="store_true", help="each frame is seen by itself")
+    disturbed.add_argument("--seed", type=int, default=0, help="of what is random in these (default 0)")
+    arguments = parser.parse_args(argv)
+
+    from perception.errors import ConfigError
+    from perception.evaluation.lanes import LANE_PROTOCOLS
+    from perception.files import write_json
+
+    if arguments.workers < 0:
+        raise ConfigError(f"--workers is {arguments.workers}; give 0 or more processes")
+    if arguments.split_file:
+        arguments.split = str(arguments.split_file.absolute())  # with a folder in it, so that it is no name
+    if arguments.submission:
+        if arguments.config or arguments.save_submission:
+            raise ConfigError("--submission needs neither config, checkpoint nor --save-submission; leave them out")
+        if arguments.no_memory or {arguments.drop_camera, arguments.extrinsics_noise_deg, arguments.corrupt} != {None}:
+            raise ConfigError("--submission cannot be disturbed any more; give config and checkpoint instead")
+        if missing := [name for name in ("dataroot", "version", "split") if not getattr(arguments, name)]:
+            raise ConfigError(f"--{missing[0]} is missing: with --submission give --dataroot, --version and --split")
+    elif not (arguments.config and arguments.checkpoint):
+        raise ConfigError("config and checkpoint are missing; give both, or a file with --submission")
+
+    table, headline, metrics = (evaluate_file if arguments.submission else evaluate_weights)(arguments)
+    print(table)
+    if "lane_mAP" in headline:
+        thresholds = ", ".join(f"{t:g}" for t in LANE_PROTOCOLS[arguments.lanes_protocol].thresholds[arguments.range])
+        print(f"\nlane_map by protocol {arguments.lanes_protocol}, range {arguments.range}, thresholds {thresholds} m")
+    print("\n" + "  ".join(f"{name} {value:.3f}" for name, value in headline.items()))
+    if arguments.json:
+        write_json(arguments.json, metrics)

@@ -1,0 +1,139 @@
+"""Predicts one sample, draws it with the ground truth where that is known, and writes boxes and lines as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from perception.cli import command_parser
+
+EXAMPLE = """examples:
+  perception predict --dataroot out/town --version v1.0-synthetic --split town_try --sample TOKEN \\
+      --out out/sample.png --json out/sample.json
+  perception predict --info sample.json --map-vectors map_vectors.json --out out/sample.png
+
+A sample of a dataset is predicted with the memory of its scene so far, one of an info file without memory.
+"""
+
+
+def predict_sample(model, arguments):
+    """The token, clip [B=1, T=1] with truth, FrameObjects and camera names of a sample of a nuScenes-format dataset."""
+    from collections import deque
+
+    import numpy as np
+
+    from perception.data.loader import collate
+    from perception.data.nuscenes import NuScenesDataset
+    from perception.errors import DataError
+    from perception.inference.sequence import run_sequence
+
+    dataset = NuScenesDataset(
+        arguments.dataroot,
+        arguments.version,
+        arguments.split,
+        image_size=model.config.image_size,
+        points_per_line=100,
+    )
+    tokens = dataset.tokens
+    sample = arguments.sample or tokens[-1]
+    if sample not in tokens:
+        raise DataError(
+            f"{arguments.dataroot}: split '{arguments.split}' has no sample {sample}; its first is {tokens[0]}"
+        )
+    target = tokens.index(sample)
+    start = int(np.flatnonzero(dataset.scene_of_sample == dataset.scene_of_sample[target])[0])
+    clips = (collate([dataset[i]]) for i in range(start, target + 1))
+    clip, scene, _ = deque(run_sequence(model, clips), maxlen=1).pop()  # what comes before the sample fills the memory
+    return sample, clip, scene, dataset.cameras
+
+
+def predict_info(model, arguments):
+    """As `predict_sample`, of an entry of an info file."""
+    from perception.data.infos import load_info_clip, load_info_poses, load_map_vectors
+    from perception.data.loader import collate, pad_lines
+    from perception.data.nuscenes import NUSCENES_CAMERAS
+    from perception.inference.sequence import run_sequence
+
+    clip = load_info_clip(arguments.info, arguments.index, image_size=model.config.image_size)
+    if arguments.map_vectors:
+        global_from_ego, _ = load_info_poses(arguments.info, arguments.index)
+        lines = pad_lines([load_map_vectors(arguments.map_vectors, global_from_ego)], 100)
+        clip = clip._replace(gt=clip.gt._replace(lines=lines))
+    clip, scene, _ = next(run_sequence(model, [collate([clip])]))
+    return f"{arguments.info.name} entry {arguments.index}", clip, scene, NUSCENES_CAMERAS
+
+
+def as_records(scene, min_score: float) -> dict:
+    """Boxes and lines of one frame as plain JSON values, in the ego frame, metres and radians."""
+    from perception.types import BOX_CLASSES, LINE_CLASSES
+
+    boxes, lines = scene
+    found = [int(m) for m in (boxes.valid & (boxes.score >= min_score)).nonzero()[:, 0]]
+    drawn = [int(m) for m in (lines.valid & (lines.score >= min_score)).nonzero()[:, 0]]
+    return {
+        "boxes": [
+            {
+                "class": BOX_CLASSES[boxes.label[m]],
+                "score": float(boxes.score[m]),
+                "center": boxes.center[m].tolist(),
+                "size": boxes.size[m].tolist(),
+                "yaw": float(boxes.yaw[m]),
+                "velocity": boxes.velocity[m].tolist(),
+            }
+            for m in found
+        ],
+        "lines": [
+            {"class": LINE_CLASSES[lines.label[m]], "score": float(lines.score[m]), "points": lines.points[m].tolist()}
+            for m in drawn
+        ],
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = command_parser("predict", __doc__, EXAMPLE)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--dataroot", type=Path, help="nuScenes-format dataset")
+    source.add_argument("--info", type=Path, help="info file of mmdet3d v1.1 as JSON, images beside it")
+    parser.add_argument("--version", help="folder of tables of the dataset")
+    parser.add_argument("--split", help="split that holds the sample")
+    parser.add_argument("--sample", help="token (default: the last sample of the split)")
+    parser.add_argument("--index", type=int, default=0, help="entry of the info file (default: %(default)s)")
+    parser.add_argument("--map-vectors", type=Path, help="with --info: JSON of global polylines, drawn as ground truth")
+    parser.add_argument(
+        "--checkpoint",
+        default="nano",
+        help="a .safetensors file, or the name of weights that came with the library (default: %(default)s)",
+    )
+    parser.add_argument("--min-score", type=float, default=0.3, help="of what is kept (default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="picture to write, .png")
+    parser.add_argument("--json", type=Path, help="file for the predicted boxes and lines, ego frame")
+    arguments = parser.parse_args(argv)
+
+    from perception.errors import ConfigError
+    from perception.files import check_dataset, replacing, write_json
+
+    if arguments.out.suffix.lower() != ".png":
+        raise ConfigError(f"--out {arguments.out}: the picture is a PNG; give a name that ends in .png")
+    if not 0 <= arguments.min_score <= 1:
+        raise ConfigError(f"--min-score is {arguments.min_score}; give a number from 0 to 1")
+    if arguments.dataroot:
+        if missing := [name for name in ("version", "split") if getattr(arguments, name) is None]:
+            raise ConfigError(f"--{missing[0]} is missing: with --dataroot give --version and --split too")
+        check_dataset(arguments.dataroot, arguments.version)
+
+    from perception.models.checkpoint import load_model
+    from perception.types import map_tensors
+    from perception.visualization.pictures import draw_frame
+
+    model = load_model(arguments.checkpoint)
+    sample, clip, scene, cameras = (predict_info if arguments.info else predict_sample)(model, arguments)
+    clip = map_tensors(lambda tensor: tensor[0, 0], clip)
+    records = as_records(scene, arguments.min_score)
+    picture = draw_frame(clip.frames, scene, clip.gt, cameras=cameras, caption=sample, min_score=arguments.min_score)
+    with replacing(arguments.out) as beside:
+        picture.save(beside, "PNG")
+    if arguments.json:
+        write_json(arguments.json, {"sample": sample, "frame": "ego"} | records)
+    print(f"{'':8s}{'predicted':>10s}{'true':>8s}")
+    for kind, gt in zip(("boxes", "lines"), clip.gt, strict=True):
+        print(f"{kind:8s}{len(records[kind]):>10d}{int(gt.valid.sum()):>8d}")

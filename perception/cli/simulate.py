@@ -1,0 +1,99 @@
+"""Generates a dataset of the synthetic town in nuScenes format."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from perception.cli import command_parser
+from perception.files import write_json
+
+EXAMPLE = """example:
+  perception simulate --out data/town --scenes 20 --seed 7 --image-size 256x448
+"""
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """Parses HEIGHTxWIDTH."""
+    try:
+        height, width = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH, such as 256x448") from None
+    return height, width
+
+
+def summarise(root: Path, seconds: float) -> dict:
+    """Numbers of the finished dataset: scenes, keyframes, pictures, and boxes with LiDAR points per class."""
+    from nuscenes.eval.detection.utils import category_to_detection_name
+
+    from perception.synthetic import VERSION
+
+    def table(name: str) -> list[dict]:
+        return json.loads((root / VERSION / f"{name}.json").read_text(encoding="utf-8"))
+
+    categories = {row["token"]: row["name"] for row in table("category")}
+    names = {row["token"]: categories[row["category_token"]] for row in table("instance")}
+    boxes = Counter(
+        category_to_detection_name(names[row["instance_token"]]) or "other"
+        for row in table("sample_annotation")
+        if row["num_lidar_pts"] > 0
+    )
+    return {
+        "scenes": len(table("scene")),
+        "keyframes": len(table("sample")),
+        "pictures": sum(row["fileformat"] == "jpg" for row in table("sample_data")),
+        "boxes": dict(boxes.most_common()),
+        "seconds": round(seconds, 1),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = command_parser("simulate", __doc__, EXAMPLE)
+    parser.add_argument("--out", type=Path, required=True, help="dataset root to create; must not exist or be empty")
+    parser.add_argument("--scenes", type=int, default=20, help="number of scenes (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the whole dataset (default: %(default)s)")
+    parser.add_argument("--keyframes", type=int, default=10, help="keyframes per scene (default: %(default)s)")
+    parser.add_argument("--rate", type=int, default=2, help="keyframes per second (default: 2, as nuScenes has)")
+    parser.add_argument(
+        "--image-size", type=image_size, default=(256, 448), metavar="HxW", help="pixels (default: 256x448)"
+    )
+    parser.add_argument("--split", default="town_val", help="name of the split in splits.json (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=None, help="processes (default: all CPU cores)")
+    parser.add_argument("--sweeps", action="store_true", help="camera pictures between keyframes too, 10 Hz in all")
+    parser.add_argument(
+        "--rare",
+        type=float,
+        default=0.0,
+        metavar="0..1",
+        help="more of what streets seldom have: trucks, buses, trailers, cycles, work sites (default: 0)",
+    )
+    parser.add_argument("--json", type=Path, default=None, help="write the summary to this file as well")
+    args = parser.parse_args(argv)
+
+    from perception.synthetic import simulate
+
+    start = time.perf_counter()
+    simulate(
+        args.out,
+        scenes=args.scenes,
+        seed=args.seed,
+        keyframes=args.keyframes,
+        rate=args.rate,
+        image_size=args.image_size,
+        split=args.split,
+        workers=args.workers,
+        sweeps=args.sweeps,
+        rare=args.rare,
+    )
+    summary = summarise(args.out, time.perf_counter() - start)
+    for name in ("scenes", "keyframes", "pictures"):
+        print(f"{name:24s}{summary[name]:>10d}")
+    for name, count in summary["boxes"].items():
+        print(f"{'boxes ' + name:24s}{count:>10d}")
+    print(f"{'seconds':24s}{summary['seconds']:>10.1f}")
+    if args.json:
+        write_json(args.json, summary)

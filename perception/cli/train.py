@@ -1,0 +1,70 @@
+"""Trains a network as a config says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from perception.cli import command_parser
+
+EXAMPLE = """example:
+  perception train configs/synthetic/nano.py --work-dir out/nano
+  perception train configs/synthetic/nano.py --work-dir out/nano --resume
+  perception train configs/synthetic/nano.py --work-dir out/short --cfg-options train.epochs=2 train.lr=1e-3
+  perception train configs/nuscenes/r50_704_24e.py --dry-run --amp
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = command_parser("train", __doc__, EXAMPLE)
+    parser.add_argument("config", help="config file, or the name of one of the library, e.g. synthetic/nano")
+    parser.add_argument("--work-dir", help="folder for checkpoints, weights, logs and TensorBoard scalars")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="run two steps on generated streets and print what the training would cost",
+    )
+    parser.add_argument("--json", type=Path, help="file for the numbers of --dry-run")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the work directory")
+    parser.add_argument("--amp", action="store_true", help="run the network in bfloat16")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (default 0)")
+    parser.add_argument(
+        "--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="override the config, e.g. train.lr=1e-4"
+    )
+    parser.add_argument("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none")
+    arguments = parser.parse_args(argv)
+
+    from perception.engine.config_file import check_datasets, parse_options
+    from perception.errors import ConfigError
+
+    if arguments.dry_run == bool(arguments.work_dir):
+        raise ConfigError("give either --work-dir, to train, or --dry-run")
+    if arguments.json and not arguments.dry_run:
+        raise ConfigError("--json is for --dry-run; a training leaves its numbers in --work-dir")
+    options = parse_options(arguments.cfg_options)
+    if not arguments.dry_run:
+        check_datasets(arguments.config, options, ("train_data", "val_data"))
+
+    from perception.engine.config import load_config  # PyTorch, which takes seconds to load
+
+    config = load_config(arguments.config, options)
+    if arguments.dry_run:
+        from perception.engine.dry_run import dry_run
+        from perception.files import write_json
+
+        told = dry_run(config, seed=arguments.seed, amp=arguments.amp)
+        print(told.table())
+        if arguments.json:
+            write_json(arguments.json, told.as_dict())
+        return
+
+    from perception.engine.training import train
+
+    train(
+        config,
+        arguments.work_dir,
+        seed=arguments.seed,
+        resume=arguments.resume,
+        amp=arguments.amp,
+        launcher=arguments.launcher,
+    )
