@@ -18,7 +18,6 @@ import importlib.util
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +25,9 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+
+from perception.cli import main
+from perception.errors import run_script
 
 PROJECT = Path(__file__).resolve().parent.parent
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
@@ -83,16 +85,10 @@ class Parsed(Exception):
 
 def call(arguments: list[str], place: str) -> None:
     """Runs `perception ARGUMENTS` in this process."""
-    from perception.__main__ import main
-
-    before = sys.argv
-    sys.argv = ["perception", *arguments]
     try:
-        main()
+        run_script(lambda: main(arguments))
     except SystemExit as end:
         assert not end.code, f"{place}: perception {shlex.join(arguments)} ended with {end.code}"
-    finally:
-        sys.argv = before
 
 
 def parse(arguments: list[str], place: str, monkeypatch) -> None:
