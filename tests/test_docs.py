@@ -5,9 +5,10 @@ with one namespace per page, `json` and `yaml` are parsed, `text` is no code. Th
 in an empty folder that holds the configs, the weights and two images. A comment before a block says how:
 
     <!-- test: slow -->            runs with `pytest -m slow`; in the fast tests its command lines are parsed only
-    <!-- test: long -->            takes hours; parsed only, and so are `gpu` and `nuscenes`, which need these
+    <!-- test: long -->            takes hours; parsed only. So are `gpu`, `nuscenes` and `installed`, which need these
     <!-- test: with --scenes 1 --> these arguments are added to every command of the block when it runs
     <!-- test: skip: reason -->    no command of the library; it is not looked at
+    <!-- test: quote: FILE -->     its lines stand in that file, in this order
     <!-- test: slow; with ... -->  both
 
 Parsing a command line means that the command and all its options exist.
@@ -33,7 +34,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
 ALL_PAGES = [*PAGES, PROJECT / "CHANGELOG.md"]
 LANGUAGES = ("bash", "python", "json", "yaml", "text")
-PARSED_ONLY = ("long", "gpu", "nuscenes")
+PARSED_ONLY = ("long", "gpu", "nuscenes", "installed")
 
 
 class Block(NamedTuple):
@@ -42,7 +43,8 @@ class Block(NamedTuple):
     place: str  # page and line
     language: str
     code: str
-    word: str  # how it is tested: slow, skip, one of PARSED_ONLY, or empty
+    word: str  # how it is tested: slow, skip, quote, one of PARSED_ONLY, or empty
+    about: str  # what follows the word: the file of a quote, the reason of a skip
     extra: list[str]  # arguments that are added to its commands
 
 
@@ -53,9 +55,10 @@ def blocks(page: Path) -> list[Block]:
             if line.startswith("```"):
                 words = [part.strip() for part in marks.split(";") if part.strip()]
                 extra = [part.removeprefix("with ") for part in words if part.startswith("with ")]
-                word = "".join(part.partition(":")[0] for part in words if not part.startswith("with "))
+                word, _, about = "".join(part for part in words if not part.startswith("with ")).partition(":")
                 place, language, lines = fence
-                found.append(Block(place, language, "\n".join(lines), word, shlex.split(" ".join(extra))))
+                code, extra = "\n".join(lines), shlex.split(" ".join(extra))
+                found.append(Block(place, language, code, word, about.strip(), extra))
                 fence, marks = None, ""
             else:
                 fence[2].append(line)
@@ -116,11 +119,15 @@ def run_page(page: Path, folder: Path, monkeypatch, slow: bool) -> None:
     namespace: dict = {"__name__": page.stem}
     for block in blocks(page):
         assert block.language in LANGUAGES, f"{block.place}: {block.language!r} is none of {', '.join(LANGUAGES)}"
-        assert block.word in ("", "slow", "skip", *PARSED_ONLY), f"{block.place}: no mark {block.word!r}"
+        assert block.word in ("", "slow", "skip", "quote", *PARSED_ONLY), f"{block.place}: no mark {block.word!r}"
         runs = block.word == "" or (slow and block.word == "slow")
         if block.word == "skip":
-            continue
-        if block.language == "bash":
+            assert block.about, f"{block.place}: skip needs a reason"
+        elif block.word == "quote":
+            quoted = iter([line.strip() for line in (PROJECT / block.about).read_text(encoding="utf-8").splitlines()])
+            for line in filter(None, map(str.strip, block.code.splitlines())):
+                assert line in quoted, f"{block.place}: {block.about} has no line {line!r} after those before it"
+        elif block.language == "bash":
             for arguments in commands(block):
                 if runs:
                     call([*arguments, *block.extra], block.place)
