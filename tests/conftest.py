@@ -121,11 +121,34 @@ def own_cache(tmp_path_factory):
         yield
 
 
+BUNDLED_GOLDEN = PROJECT / "tests" / "golden"
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Every test that reads golden numbers belongs to the parity suite, `pytest -m golden`."""
+    for item in items:
+        if {"golden", "official_keys"} & set(item.fixturenames):
+            item.add_marker("golden")
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """The folder of golden numbers (what published code itself returns)."""
-    path = os.environ.get("PERCEPTION_GOLDEN", PROJECT.parent / "shared" / "golden" / "dev")
-    return existing(Path(path), "the folder of golden numbers (PERCEPTION_GOLDEN)")
+    """The folder of golden numbers (what published code itself returns): PERCEPTION_GOLDEN, or the repository's own.
+
+    Tests take sizes, seeds, positions and ranges from its files, so that they hold for other data of the same layout.
+    """
+    path = Path(os.environ.get("PERCEPTION_GOLDEN", BUNDLED_GOLDEN))
+    if not path.is_dir():  # no skip: a parity suite that skips itself proves nothing
+        pytest.fail(f"the folder of golden numbers is not at {path}; correct or unset PERCEPTION_GOLDEN")
+    return path
+
+
+@pytest.fixture(scope="session")
+def official_keys(golden) -> Path:
+    """The folder with keys and shapes of the published networks' weights."""
+    places = [golden / "keys", golden.parent / "keys", BUNDLED_GOLDEN / "keys"]
+    return next(path for path in places if path.is_dir())
 
 
 @pytest.fixture(scope="session")

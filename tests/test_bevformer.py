@@ -52,6 +52,7 @@ def data(golden):
         cameras=told["num_cams"],
         rotate_center=tuple(told["rotate_center"]),
         max_boxes=told["max_num"],
+        post_center_range=tuple(told["post_center_range"]),
     )
     head = BEVFormerHead(config).eval()
     params = load_file(folder / "params.safetensors")
@@ -75,10 +76,11 @@ def test_two_frames_with_history(data):
         torch.testing.assert_close(bev, expected[f"{frame}.bev_embed"].transpose(0, 1), **close)
         torch.testing.assert_close(logits, expected[f"{frame}.all_cls_scores"], **close)
         torch.testing.assert_close(params, expected[f"{frame}.all_bbox_preds"], atol=1e-3, rtol=0)
-        scores, labels, boxes = best_boxes(logits[-1], params[-1], told["max_num"])
-        torch.testing.assert_close(scores[0], expected[f"{frame}.det_scores"], **close)
-        assert torch.equal(labels[0], expected[f"{frame}.det_labels"])
-        torch.testing.assert_close(boxes[0], expected[f"{frame}.det_boxes"], atol=1e-3, rtol=0)
+        config = head.config
+        scores, labels, boxes, keep = best_boxes(logits[-1], params[-1], config.max_boxes, config.post_center_range)
+        torch.testing.assert_close(scores[keep], expected[f"{frame}.det_scores"], **close)
+        assert torch.equal(labels[keep], expected[f"{frame}.det_labels"])
+        torch.testing.assert_close(boxes[keep], expected[f"{frame}.det_boxes"], atol=1e-3, rtol=0)
         previous = bev
     turned = turn_map(expected["frame1.bev_embed"].transpose(0, 1), head.config, bus[:, -1])[0]
     torch.testing.assert_close(turned, expected["frame2.prev_bev_rotated"][:, 0])
@@ -122,7 +124,7 @@ def test_boxes_come_in_the_ego_frame():
     box = torch.tensor([-2.0, 10, math.log(1.9), math.log(4.5), -1, math.log(1.5), math.sin(yaw), math.cos(yaw), 0, 3])
     logits = torch.full((1, 1, 1, 10), -9.0)
     logits[..., 0] = 2.0
-    boxes = decode_boxes(logits, box.view(1, 1, 1, 10), torch.tensor(SMALL.ego_from_lidar), 1)
+    boxes = decode_boxes(logits, box.view(1, 1, 1, 10), torch.tensor(SMALL.ego_from_lidar), 1, SMALL.post_center_range)
     assert boxes.center[0, 0].tolist() == pytest.approx([10.9437, 2, 0.8402], abs=1e-4)
     assert boxes.size[0, 0].tolist() == pytest.approx([4.5, 1.9, 1.5])
     assert boxes.yaw[0, 0].item() == pytest.approx(0.5, abs=1e-5) and boxes.label[0, 0] == 0
@@ -168,10 +170,8 @@ def test_images_are_padded_below_and_at_the_right():
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_official_keys(golden, name):
-    path = golden.parent / "keys" / f"{name}.json"
-    if not path.is_file():
-        pytest.skip(f"official keys are not at {path}")
+def test_official_keys(official_keys, name):
+    path = official_keys / f"{name}.json"
     official = {our_key(key, PREFIXES): tuple(shape) for key, shape in json.loads(path.read_text()).items()}
     with torch.device("meta"):
         network = build_network(preset_config(name))
@@ -179,10 +179,8 @@ def test_official_keys(golden, name):
     assert ours == official
 
 
-def test_a_checkpoint_is_imported_whole_or_not_at_all(golden, tmp_path):
-    path = golden.parent / "keys" / "bevformer_tiny.json"
-    if not path.is_file():
-        pytest.skip(f"official keys are not at {path}")
+def test_a_checkpoint_is_imported_whole_or_not_at_all(official_keys, tmp_path):
+    path = official_keys / "bevformer_tiny.json"
     generator = torch.Generator().manual_seed(0)
     weights = {
         key: torch.tensor(7) if key.endswith("num_batches_tracked") else torch.rand(shape, generator=generator)

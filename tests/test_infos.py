@@ -47,11 +47,11 @@ def box_rows(clip):
 
 def test_boxes_hold_the_lidar_points_the_annotators_counted(clip, entry, points_ego):
     (center, size, yaw), label, valid = box_rows(clip)
-    # Three pedestrians have no points, and one object is of no class of the task.
+    # Three pedestrians have no points, and one object has no class of the task.
     assert len(center) == 69 and sum(valid) == 65 and label.count(-1) == 1
     want = np.array([item["num_lidar_pts"] for item in entry["instances"]])
     found = np.array([inside(points_ego, *row).sum() for row in zip(center, size, yaw, strict=True)])
-    # Some boxes differ by a few points on their faces; a wrong height, axis or yaw costs hundreds.
+    # Some boxes differ by a few points on their faces; a wrong height, axis or yaw would change hundreds.
     assert np.abs(found - want).sum() <= 0.04 * want.sum()
     assert (np.abs(found - want) <= np.maximum(2, 0.05 * want)).all() and (found == want).mean() > 0.85
     names = [item["bbox_label_3d"] for item in entry["instances"]]
@@ -108,13 +108,13 @@ def test_velocity_follows_the_ego_frame(clip, entry):
     assert ((heading * boxes.velocity[0][fast]).sum(-1) / boxes.velocity[0][fast].norm(dim=-1) > 0.97).all()
 
 
-def test_map_is_where_the_car_is(real_keyframe):
+def test_the_car_is_on_the_map(real_keyframe):
     global_from_ego, _ = load_info_poses(real_keyframe / "sample.json")
     area = shapely.from_geojson((real_keyframe / "drivable_area.json").read_text())
     assert area.buffer(0).contains(shapely.Point(global_from_ego[:2, 3]))
     lines = load_map_vectors(real_keyframe / "map_vectors.json", global_from_ego)
     assert {LINE_CLASSES[line.label] for line in lines} == {"divider", "boundary"}
-    # Back into the global frame with the full 3D pose: the car is level to a degree, so 30 m away that is < 5 cm.
+    # Back to the global frame with the full 3D pose: the car is level within a degree, so the error at 30 m is < 5 cm.
     edges = shapely.boundary(area)
     for line in lines:
         assert np.abs(line.points).max() <= 30 + 1e-6
@@ -126,8 +126,8 @@ def test_map_is_where_the_car_is(real_keyframe):
             assert shapely.distance(on_map, area).max() < 0.05
 
 
-def test_map_shows_on_the_road(clip, real_keyframe, points_ego):
-    """Dividers lie on the ground, in view of a camera, where the LiDAR sees a flat road and the image shows asphalt."""
+def test_map_projects_onto_the_road(clip, real_keyframe, points_ego):
+    """Dividers lie on the ground where the LiDAR measures a flat road, and project below the horizon of the cameras."""
     global_from_ego, _ = load_info_poses(real_keyframe / "sample.json")
     lines = load_map_vectors(real_keyframe / "map_vectors.json", global_from_ego)
     dividers = [line.points for line in lines if LINE_CLASSES[line.label] == "divider"]

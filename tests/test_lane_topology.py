@@ -1,4 +1,4 @@
-"""Centre lines and their successors: arc-line maths against closed forms and the devkit, links on hand-drawn graphs."""
+"""Centre lines and successors: arc-line paths against closed forms and the devkit, links on hand-drawn graphs."""
 
 import json
 import shutil
@@ -15,13 +15,13 @@ from perception.geometry import polyline_length
 
 
 def straight(x0, y0, x1, y1):
-    """A straight arc-line path: both arcs have no length."""
+    """Makes a straight arc-line path: both arcs have length 0."""
     length, yaw = np.hypot(x1 - x0, y1 - y0), np.arctan2(y1 - y0, x1 - x0)
     return {"start_pose": [x0, y0, yaw], "shape": "LSL", "radius": 10.0, "segment_length": [0.0, length, 0.0]}
 
 
 def write_graph(path, lanes, links, connectors=()):
-    """A map file with nothing but a lane graph: {token: [paths]} and {token: [next tokens]}."""
+    """Writes a map file that holds only a lane graph: {token: [paths]} and {token: [next tokens]}."""
     layers = ("node", "line", "polygon", "road_segment", "lane", "ped_crossing", "road_divider", "lane_divider")
     content = {name: [] for name in layers}
     # Lanes of real maps have polygons; one without width is no surface and is skipped.
@@ -46,7 +46,7 @@ def test_quarter_circles():
     assert np.allclose(np.linalg.norm(arc - [0, 8], axis=1), 8)
     assert np.isclose(points, [8, 8]).all(1).any() and np.isclose(points, [8, 13]).all(1).any()
     assert np.allclose(points[-1], [16, 21])  # right again, around (16, 13)
-    # Chords are as long as the error allows and not longer: the sagitta is 8 (1 - cos(half the angle)).
+    # Chords are as long as CHORD_ERROR allows: the sagitta is 8 (1 - cos(half the angle)).
     angle = np.pi / 2 / np.ceil(np.pi / 2 / (2 * np.arccos(1 - CHORD_ERROR / 8)))
     assert np.linalg.norm(np.diff(points, axis=0), axis=1)[0] == pytest.approx(16 * np.sin(angle / 2))
     assert len(lane_points([straight(0, 0, 100, 0)])) == 2
@@ -116,7 +116,7 @@ def test_fork(tmp_path):
     assert np.allclose(by_token["in"], [[-20, 0], [0, 0]])
     assert np.allclose(by_token["out"], [[10, 0], [30, 0]])
     assert np.allclose(by_token["left"][-1], [8, 8])
-    # The patch is turned to look north: what was ahead is now on the right.
+    # The patch points north: lines that were ahead are now on the right.
     turned = lane_map.centerlines(100.0, 100.0, np.pi / 2, (60.0, 30.0))
     assert named_links(turned) == named_links(lines)
     by_token = dict(zip(turned.token, turned.points, strict=True))
@@ -125,7 +125,7 @@ def test_fork(tmp_path):
 
 def test_links_need_their_meeting_point_inside(tmp_path):
     lane_map = LaneMap(write_graph(tmp_path / "m.json", FORK, FORK_LINKS))
-    # 20 m long around x = 120: 'out' begins at its border's inside, 'ahead' lies beyond.
+    # The patch reaches from x = 112 to x = 132: 'out' crosses it, 'ahead' ends before it.
     lines = lane_map.centerlines(122.0, 100.0, 0.0, (20.0, 10.0))
     assert lines.token == ["out"] and lines.successor.shape == (0, 2)
     empty = lane_map.centerlines(900.0, 100.0, 0.0)
@@ -145,8 +145,8 @@ def test_a_lane_that_comes_back_has_two_lines_and_each_its_own_link(tmp_path):
     assert sorted(map(tuple, lines.successor)) == sorted([(source, there), (again, sink)])
 
 
-def test_dataset_gives_them_in_the_ego_frame(hand_root, tmp_path):
-    """The car of the hand-written dataset drives 30 degrees off x; the lane is its own track, 1.5 m to the right."""
+def test_dataset_returns_centerlines_in_the_ego_frame(hand_root, tmp_path):
+    """The car of the hand-written dataset drives 30 degrees off x; the lane is 1.5 m to the right of its track."""
     root = shutil.copytree(hand_root, tmp_path / "root")
     path = root / "maps" / "expansion" / "hand-town.json"
     heading = np.array([np.cos(np.radians(30)), np.sin(np.radians(30))])
@@ -169,7 +169,7 @@ def test_dataset_gives_them_in_the_ego_frame(hand_root, tmp_path):
         assert np.allclose(lines.points[1], [[10 - 3 * i, -1.5], [30, -1.5]], atol=1e-6)
     assert np.allclose(data.gt_centerlines(0, (100.0, 50.0)).points[1][-1], [50, -1.5], atol=1e-6)
     plain = NuScenesDataset(hand_root, "v1.0-hand", "hand_val", **options)
-    with pytest.raises(DataError, match=r"hand-town\.json has no 'lane_connector': centre lines need a map expansion"):
+    with pytest.raises(DataError, match=r"hand-town\.json has no 'lane_connector': give a map expansion"):
         plain.gt_centerlines(0)
 
 

@@ -1,4 +1,4 @@
-"""Decoding against pictures with known values; padding, collation and sampling orders."""
+"""Image decoding against images with known content; padding, collation and sampling orders."""
 
 import numpy as np
 import pytest
@@ -15,8 +15,8 @@ from perception.types import MapLine, map_tensors
 
 @pytest.mark.parametrize("size", [(90, 160), (150, 400), (113, 200), (256, 704), (300, 200), (900, 1600)])
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
-def test_decoded_pixels_and_calibration_belong_together(tmp_path, size, suffix):
-    """Soft white spots are found where the adapted calibration projects them."""
+def test_decoded_pixels_and_calibration_agree(tmp_path, size, suffix):
+    """Finds blurred white spots where the adapted calibration projects them."""
     spots = np.array([[420.0, 610.0], [801.5, 700.0], [1130.0, 823.25]])  # u, v of the stored image
     u, v = np.arange(1600) + 0.5, np.arange(900)[:, None] + 0.5
     picture = sum(np.exp(-((u - a) ** 2 + (v - b) ** 2) / (2 * 12.0**2)) for a, b in spots)
@@ -76,9 +76,9 @@ def flat(noun):
     return [noun] if isinstance(noun, torch.Tensor) else [tensor for part in noun for tensor in flat(part)]
 
 
-def test_collate_pads_truth_and_keeps_each_item(dataset):
+def test_collate_pads_ground_truth_and_keeps_each_item(dataset):
     a, b = dataset()[ClipRequest((0, 1), -1, (0,))], dataset()[ClipRequest((4, 5), 3, (0,))]
-    # Give the second one more boxes and lines.
+    # The second clip gets more boxes and lines.
     longer = a.gt._replace(boxes=map_tensors(lambda t: torch.cat([t, t, t], dim=1), a.gt.boxes))
     longer = longer._replace(lines=map_tensors(lambda t: torch.cat([t, t], dim=1), a.gt.lines))
     batch = collate([a, b._replace(gt=longer)])
@@ -103,46 +103,46 @@ def test_order_depends_on_seed_and_epoch_only():
     first = list(again)
     again.set_epoch(2)
     assert list(sampler) == list(sampler) == list(again) != first
-    assert len(first) == len(again) == 2 * round(26 * 0.8 / 2 / 2)  # the scene of one sample fills no window
-    assert not {draw.seed for draw in first} & {draw.seed for draw in again}
+    assert len(first) == len(again) == 2 * round(26 * 0.8 / 2 / 2)  # the scene of one sample has no clip
+    assert not {request.seed for request in first} & {request.seed for request in again}
 
 
 @pytest.mark.parametrize(("drop", "streams"), [(0.0, 1), (0.3, 1), (0.0, 2)])
 def test_each_stream_follows_its_scene_to_the_end(drop, streams):
-    """Element k of every batch goes on where element k of the group's batch before ended."""
+    """Element k of every batch continues element k of the previous batch of its stream."""
     sampler = TrainSampler(SCENES, batch_size=3, streams=streams, frames_per_clip=2, drop=drop, seed=0)
     met, skipped = set(), 0
     for epoch in range(20):
         sampler.set_epoch(epoch)
-        draws = list(sampler)
-        batches = [draws[start : start + 3] for start in range(0, len(draws), 3)]
-        for stream in (batch_stream for g in range(streams) for batch_stream in zip(*batches[g::streams], strict=True)):
+        requests = list(sampler)
+        batches = [requests[start : start + 3] for start in range(0, len(requests), 3)]
+        for element in (column for s in range(streams) for column in zip(*batches[s::streams], strict=True)):
             last = None
-            for draw in stream:
-                assert len({SCENES[i] for i in draw.samples}) == 1 and list(draw.samples) == sorted(set(draw.samples))
-                if draw.previous >= 0:  # the same scene, seen in the same way
-                    assert last.samples[-1] == draw.previous < draw.samples[0] and last.seed == draw.seed
-                    assert SCENES[draw.previous] == SCENES[draw.samples[0]]
-                    skipped += draw.samples[0] - draw.previous > 1
-                elif last is not None:  # the scene before is through: what is left of it fills no window
-                    assert last.seed != draw.seed
+            for clip in element:
+                assert len({SCENES[i] for i in clip.samples}) == 1 and list(clip.samples) == sorted(set(clip.samples))
+                if clip.previous >= 0:  # the same scene with the same augmentation
+                    assert last.samples[-1] == clip.previous < clip.samples[0] and last.seed == clip.seed
+                    assert SCENES[clip.previous] == SCENES[clip.samples[0]]
+                    skipped += clip.samples[0] - clip.previous > 1
+                elif last is not None:  # the previous scene has ended: its remaining samples do not fill a clip
+                    assert last.seed != clip.seed
                     if drop == 0:
                         end = max(i for i, scene in enumerate(SCENES) if scene == SCENES[last.samples[0]])
                         assert end - last.samples[-1] < 2
-                met.update(draw.samples)
-                last = draw
-    if streams == 1:  # else an epoch of so few samples ends before a scene does
+                met.update(clip.samples)
+                last = clip
+    if streams == 1:  # with two streams, an epoch of so few samples ends before its scenes do
         assert met == set(range(26 + 1)) - {13}  # all but the scene of one sample
     assert (skipped > 0) == (drop > 0)
 
 
-def test_ranks_have_scenes_of_their_own_and_equally_many_batches():
+def test_ranks_have_different_scenes_and_equal_numbers_of_batches():
     whole = list(TrainSampler(list(range(12)) * 3, batch_size=4, streams=2, frames_per_clip=1, drop=0.0, seed=1))
     ranks = [list(TrainSampler(list(range(12)) * 3, 2, 2, 1, 0.0, seed=1, rank=rank, world_size=2)) for rank in (0, 1)]
     assert [len(rank) for rank in ranks] == [18, 18] and sorted(ranks[0] + ranks[1]) == sorted(whole)
 
 
-def test_windows_that_no_scene_fills_are_refused():
+def test_clips_longer_than_all_scenes_are_refused():
     with pytest.raises(ConfigError, match=r"train\.frames_per_clip is 9.*use at most 8"):
         TrainSampler(SCENES, batch_size=1, streams=1, frames_per_clip=9, drop=0.0, seed=0)
 
@@ -154,7 +154,7 @@ def test_streams_follow_scenes():
     assert shares == [[0, 1, 7], [2, 3, 4], [5, 6]]
 
 
-def test_augmentation_depends_on_the_draw_only_not_on_workers(dataset):
+def test_augmentation_depends_on_the_request_not_on_workers(dataset):
     data = dataset(augment=Augment(extrinsics_noise_deg=1.0, drop_camera=0.5, corrupt=0.5))
     sampler = TrainSampler(data.scene_of_sample, batch_size=2, streams=1, frames_per_clip=1, drop=0.0, seed=5)
     sampler.set_epoch(1)

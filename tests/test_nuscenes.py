@@ -1,4 +1,4 @@
-"""The dataset against a small root hand_root by hand, and against the official devkit's own view of a generated one."""
+"""The dataset against a small root written by hand, and against the official devkit on a generated one."""
 
 import json
 import shutil
@@ -59,13 +59,13 @@ def test_streaming_frames(hand_root, tmp_path):
         assert frame.images.shape == (1, 2, 3, 90, 160) and frame.images.dtype == torch.uint8
         assert clip.sample_index.tolist() == [i]
         moved = 0.0 if i % 3 == 0 else SPEED * STEP
-        # Driving ahead, what was at the origin is now behind.
+        # The car drives ahead: the previous origin is now behind it.
         assert np.allclose(frame.ego_from_prev[0], rigid_from_yaw(0.0, (-moved, 0, 0)), atol=1e-5)
         assert float(frame.seconds_since_prev) == pytest.approx(0.0 if i % 3 == 0 else STEP)
         assert abs(frame.images.float().mean().item() - (20 * (i % 3) + 60)) < 1.5
 
 
-def test_a_draw_may_leave_keyframes_out(hand_root, tmp_path):
+def test_a_clip_request_may_leave_keyframes_out(hand_root, tmp_path):
     data = read(hand_root, tmp_path)
     clip = data[ClipRequest((1, 2), -1, (0,))]
     assert clip.sample_index.tolist() == [1, 2]
@@ -81,8 +81,8 @@ def test_a_draw_may_leave_keyframes_out(hand_root, tmp_path):
         data[6]
 
 
-def test_cameras_are_carried_to_the_reference_time(hand_root, tmp_path):
-    """CAM_FRONT exposes 20 ms late at 6 m/s: it sits 0.12 m farther ahead than mounted."""
+def test_camera_poses_are_at_the_reference_time(hand_root, tmp_path):
+    """CAM_FRONT exposes 20 ms late at 6 m/s: its pose is 0.12 m farther ahead than its mount."""
     rig = read(hand_root, tmp_path)[0].frames.rig
     front = torch.tensor([[0.0, 0, 1, 1.7 + 0.12], [-1, 0, 0, 0.1], [0, -1, 0, 1.5], [0, 0, 0, 1]])
     back = torch.tensor([[0.0, 0, -1, 0], [1, 0, 0, 0], [0, -1, 0, 1.5], [0, 0, 0, 1]])
@@ -100,7 +100,7 @@ def test_boxes(hand_root, tmp_path):
     assert torch.allclose(boxes.velocity[0], torch.tensor([[4.0, 0.0], [0.0, 0.0]]), atol=1e-4)
     assert [BOX_CLASSES[k] for k in boxes.label[0]] == ["car", "pedestrian"]
     assert ATTRIBUTES[boxes.attribute[0, 0]] == "vehicle.moving" and boxes.attribute[0, 1] == -1
-    assert boxes.valid.tolist() == [[True, False]]  # no point has hit the pedestrian
+    assert boxes.valid.tolist() == [[True, False]]  # the pedestrian has no LiDAR point
 
 
 def test_unknown_velocity_is_nan(root, tmp_path):
@@ -121,7 +121,7 @@ def test_lines(hand_root, tmp_path):
 
 
 def test_images_are_scaled_to_cover_and_cropped_at_the_top(hand_root, tmp_path):
-    """160 x 90 -> 80 x 32: scale 0.5 gives 80 x 45, so 13 rows go at the top."""
+    """160 x 90 -> 80 x 32: scale 0.5 gives 80 x 45, so 13 rows are cropped at the top."""
     frame = read(hand_root, tmp_path, image_size=(32, 80))[0].frames
     want = torch.tensor([[40.0, 0, 40], [0, 40, 22.5 - 13], [0, 0, 1]])
     assert frame.images.shape[-2:] == (32, 80) and torch.allclose(frame.rig.img_from_cam[0, 0], want)
@@ -190,7 +190,7 @@ def set_intrinsic(value):
     ("damage", "message"),
     [
         (lambda r: shutil.rmtree(r), r"root is not a folder"),
-        (lambda r: (r / VERSION).rename(r / "v9"), r"version 'v1.0-hand' is not there, versions found: \['v9'\]"),
+        (lambda r: (r / VERSION).rename(r / "v9"), r"version 'v1.0-hand' is missing; give one of .*: \['v9'\]"),
         (lambda r: (r / VERSION / "ego_pose.json").unlink(), r"ego_pose\.json is missing"),
         (lambda r: (r / VERSION / "sample.json").write_text("[{"), r"sample\.json is not valid JSON"),
         (
@@ -216,7 +216,7 @@ def set_intrinsic(value):
         ),
         (
             lambda r: Image.new("RGB", (80, 45)).save(r / "samples/CAM_BACK/s0-0.jpg"),
-            r"s0-0\.jpg is 80 x 45 pixels, but the tables say 160 x 90",
+            r"s0-0\.jpg is 80 x 45 pixels, but the tables give 160 x 90",
         ),
     ],
 )
@@ -227,7 +227,7 @@ def test_bad_data_is_named(root, tmp_path, damage, message):
     assert "\n" not in str(caught.value)
 
 
-# The generated town: the official devkit is the independent truth.
+# The generated town: the official devkit is the independent reference.
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +243,7 @@ def town(town_root, tmp_path_factory):
 
 
 def test_town_boxes_and_projection_agree_with_devkit(town):
-    """The devkit carries annotations through the camera's own exposure pose; so does our rig."""
+    """The devkit transforms annotations with the pose at the camera's exposure, and so does our rig."""
     from nuscenes.utils.geometry_utils import BoxVisibility, view_points
 
     data, nusc = town
@@ -299,7 +299,7 @@ def test_town_fields_agree_with_devkit(town):
 
 
 def test_town_static_boxes_stay_where_they_are(town):
-    """The world is static in global coordinates: carrying a parked thing by ego_from_prev lands on its next box."""
+    """Parked objects are static in global coordinates: `ego_from_prev` maps their box onto their next box."""
     data, _ = town
     moved = 0
     for i in range(1, len(data)):

@@ -141,10 +141,11 @@ def test_boxes_go_to_the_lidar_and_back():
     box = torch.cat(
         [10 * torch.randn(1, 5, 3), 1 + torch.rand(1, 5, 3), 6 * torch.rand(1, 5, 1), torch.randn(1, 5, 2)], -1
     )
-    ego_from_lidar = torch.tensor(BEVFormerConfig.tiny().ego_from_lidar)
+    config = BEVFormerConfig.tiny()
+    ego_from_lidar = torch.tensor(config.ego_from_lidar)
     logits = torch.full((1, 1, 5, 10), -9.0)
     logits[0, 0, range(5), range(5)] = torch.arange(5.0, 0.0, -1.0)
-    boxes = decode_boxes(logits, encode_lidar_boxes(box)[None], ego_from_lidar, 5)
+    boxes = decode_boxes(logits, encode_lidar_boxes(box)[None], ego_from_lidar, 5, config.post_center_range)
     back = lidar_boxes(boxes, ego_from_lidar)
     turns = (back[..., 6] - box[..., 6]) / (2 * math.pi)
     assert turns.round().sub(turns).abs().max() < 1e-5

@@ -1,3 +1,5 @@
+"""Split files, leakage against distances known by hand, and geographic splits against a slow check of all pairs."""
+
 import itertools
 import json
 import runpy
@@ -19,12 +21,12 @@ from perception.types import FrameObjects, Polylines
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "prepare_nuscenes.py"
 NORTH, PORT = "singapore-onenorth", "boston-seaport"
-# Places of keyframes by hand: scene -> location, xy of each keyframe.
+# Positions of keyframes by hand: scene -> location, xy of each keyframe.
 #   val-a against train-a: (3, 4) is 5 m from (0, 0); (100, 12) is 12 m and (100, 60) 60 m from (100, 0); (0, 61) is
-#   61 m from (0, 0). "Within" holds at equality, so 1, 2 and 3 of 4 keyframes lie within 5, 20 and 60 m.
-#   val-b against train-b: (1000, 1003) is 3 m from (1000, 1000). (0, 0) is a place of train-a, but on another map, and
-#   is 1,400 m from train-b. So 1 of 2 keyframes lies within each distance.
-PLACES = {
+#   61 m from (0, 0). "Within" includes equality, so 1, 2 and 3 of 4 keyframes lie within 5, 20 and 60 m.
+#   val-b against train-b: (1000, 1003) is 3 m from (1000, 1000). (0, 0) is a position of train-a, but on another map,
+#   and is 1,400 m from train-b. So 1 of 2 keyframes lies within each distance.
+POSITIONS = {
     "train-a": (NORTH, [(0, 0), (100, 0)]),
     "val-a": (NORTH, [(3, 4), (100, 12), (100, 60), (0, 61)]),
     "train-b": (PORT, [(1000, 1000)]),
@@ -32,8 +34,8 @@ PLACES = {
 }
 
 
-def write_tables(root: Path, places: dict, splits: dict) -> None:
-    """Tables of nuScenes with a LiDAR and one camera, which is moved 700 m away: its pose must not count."""
+def write_tables(root: Path, positions: dict, splits: dict) -> None:
+    """Writes nuScenes tables with a LiDAR and one camera 700 m away, whose pose must not count."""
     tables = {
         name: []
         for name in ("category", "attribute", "visibility", "instance", "sample_annotation", "ego_pose", "sample")
@@ -47,44 +49,44 @@ def write_tables(root: Path, places: dict, splits: dict) -> None:
     for sensor in ("LIDAR_TOP", "CAM_FRONT"):
         mount = {"token": sensor, "sensor_token": sensor, "translation": [0, 0, 0], "rotation": turn}
         tables["calibrated_sensor"].append(mount | {"camera_intrinsic": []})
-    (root / "v1.0-places").mkdir(parents=True)
+    (root / "v1.0-positions").mkdir(parents=True)
     (root / "maps").mkdir()
     Image.new("L", (8, 8)).save(root / "maps" / "mask.png")
-    for scene, (location, xy) in places.items():
+    for scene, (location, xy) in positions.items():
         tables["log"].append({"token": f"log-{scene}", "logfile": "", "location": location})
         row = {"token": f"t-{scene}", "name": scene, "log_token": f"log-{scene}"}
         tables["scene"].append(row | {"first_sample_token": f"{scene}-0"})
-        for k, place in enumerate(xy):
+        for k, (x, y) in enumerate(xy):
             token, ends = f"{scene}-{k}", {"prev": "", "next": ""}
             tables["sample"].append({"token": token, "timestamp": 10**6 * k, "scene_token": f"t-{scene}"} | ends)
             for sensor, away, height in (("LIDAR_TOP", 0, 30.0 * k), ("CAM_FRONT", 700, 0.0)):
                 pose = {"token": f"{token}-{sensor}", "rotation": turn, "timestamp": 0}
-                tables["ego_pose"].append(pose | {"translation": [place[0] + away, place[1], height]})
+                tables["ego_pose"].append(pose | {"translation": [x + away, y, height]})
                 data = {"token": f"{token}-{sensor}", "sample_token": token, "ego_pose_token": f"{token}-{sensor}"}
                 data |= {"calibrated_sensor_token": sensor, "filename": "", "is_key_frame": True} | ends
                 tables["sample_data"].append(data | {"timestamp": 0, "width": 0, "height": 0})
     logs = [row["token"] for row in tables["log"]]
     tables["map"] = [{"token": "map", "log_tokens": logs, "category": "", "filename": "maps/mask.png"}]
     for name, rows in tables.items():
-        (root / "v1.0-places" / f"{name}.json").write_text(json.dumps(rows))
-    (root / "v1.0-places" / "splits.json").write_text(json.dumps(splits))
+        (root / "v1.0-positions" / f"{name}.json").write_text(json.dumps(rows))
+    (root / "v1.0-positions" / "splits.json").write_text(json.dumps(splits))
 
 
 @pytest.fixture(scope="module")
-def places_root(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("places")
-    write_tables(root, PLACES, {"far_train": ["train-a", "train-b"], "far_val": ["val-a", "val-b"]})
+def positions_root(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("positions")
+    write_tables(root, POSITIONS, {"far_train": ["train-a", "train-b"], "far_val": ["val-a", "val-b"]})
     return root
 
 
 def line_of_scenes(xs, location=NORTH, start=0, length=1) -> Keyframes:
-    """FrameObjects of `length` keyframes each, 1 m apart along y, at the given x."""
+    """Makes scenes of `length` keyframes each, 1 m apart along y, at the given x."""
     xy = np.array([(x, y) for x in xs for y in range(length)], dtype=np.float64)
     names = tuple(f"s{start + k}" for k in range(len(xs)))
     return Keyframes(xy, np.repeat(np.arange(len(xs)), length), names, (location,) * len(xs))
 
 
-def together(*parts: Keyframes) -> Keyframes:
+def concatenated(*parts: Keyframes) -> Keyframes:
     starts = np.cumsum([0, *(len(part.scene_name) for part in parts)])
     return Keyframes(
         np.concatenate([part.xy for part in parts]),
@@ -95,14 +97,14 @@ def together(*parts: Keyframes) -> Keyframes:
 
 
 def shortest(keyframes: Keyframes, first, second) -> float:
-    """The slow way: the shortest distance between keyframes of two sets of scenes on the same map."""
-    places = {name: keyframes.xy[keyframes.scene == k] for k, name in enumerate(keyframes.scene_name)}
+    """Returns the shortest distance between keyframes of two sets of scenes on the same map, by all pairs."""
+    xy = {name: keyframes.xy[keyframes.scene == k] for k, name in enumerate(keyframes.scene_name)}
     location = dict(zip(keyframes.scene_name, keyframes.location, strict=True))
     pairs = [(a, b) for a, b in itertools.product(first, second) if location[a] == location[b]]
-    return min((np.linalg.norm(places[a][:, None] - places[b], axis=-1).min() for a, b in pairs), default=np.inf)
+    return min((np.linalg.norm(xy[a][:, None] - xy[b], axis=-1).min() for a, b in pairs), default=np.inf)
 
 
-def test_what_is_a_file():
+def test_is_split_file():
     files = [Path("val"), "val.txt", "scenes.json", "some/val", "/some/val"]
     names = ["val", "mini_val", "town_val", "v1.0-val"]
     assert [is_split_file(split) for split in files + names] == [True] * 5 + [False] * 4
@@ -120,12 +122,12 @@ def test_reading_and_writing_a_split_file(tmp_path):
 def test_bad_split_files(tmp_path):
     contents = {
         "gone.txt": (None, "gone.txt cannot be read"),
-        "empty.txt": (b"# nothing\n", "names no scene"),
+        "empty.txt": (b"# nothing\n", "lists no scene"),
         "binary.txt": (b"\xff\xfe\x00", "not UTF-8"),
         "broken.json": (b'["a",', "not valid JSON"),
         "dict.json": (b'{"train": ["a"]}', "not a JSON list"),
         "numbers.json": (b"[1, 2]", "not a JSON list"),
-        "strange.txt": (b"a\nb\nx\n", r"names 1 of 3 scenes that .*scene\.json lacks, x among them"),
+        "unknown.txt": (b"a\nb\nx\n", r"lists 1 of 3 scenes that .*scene\.json lacks, such as x"),
     }
     for name, (content, message) in contents.items():
         if content is not None:
@@ -138,7 +140,7 @@ def test_scenes_of_a_split_come_in_the_order_of_the_dataset(tmp_path):
     (tmp_path / "some.txt").write_text("c\na\n")
     (tmp_path / "splits.json").write_text('{"mine": ["c", "b", "elsewhere"]}')
     assert split_scenes(tmp_path / "some.txt", tmp_path, ["a", "b", "c"]) == ["a", "c"]
-    assert split_scenes("mine", tmp_path, ["a", "b", "c"]) == ["b", "c"]  # a name may list more than there is
+    assert split_scenes("mine", tmp_path, ["a", "b", "c"]) == ["b", "c"]  # a named split may list missing scenes
     assert split_scenes("mini_val", tmp_path, ["scene-0916", "scene-0001", "scene-0103"]) == [
         "scene-0916",
         "scene-0103",
@@ -157,9 +159,9 @@ def test_dataset_of_a_split_file(hand_root, tmp_path):
     assert tokens(tmp_path / "copy.json") == tokens(listed)
     assert len(list((tmp_path / "cache").iterdir())) == indices  # the same scenes share an index
     listed.write_text("hand-0\n")
-    assert tokens(listed) == ["s0-0", "s0-1", "s0-2"]  # a changed file is seen, though its name is the same
+    assert tokens(listed) == ["s0-0", "s0-1", "s0-2"]  # a changed file of the same name is read again
     listed.write_text("hand-0\nhand-7\n")
-    with pytest.raises(DataError, match="hand-7 among them"):
+    with pytest.raises(DataError, match="such as hand-7"):
         tokens(listed)
 
 
@@ -169,7 +171,7 @@ def test_official_detection_score_of_a_split_file(hand_root, tmp_path):
     scenes, poses = {}, {}
     for i, token in enumerate(data.tokens):
         boxes = data.gt_boxes(i)
-        if token == "s0-1":  # the first scene has a mistake, the second has none
+        if token == "s0-1":  # an error in the first scene, none in the second
             boxes = boxes._replace(center=boxes.center + 3.0)
         scenes[token], poses[token] = FrameObjects(boxes, nothing), data.ego_pose(i)
     before = {path: path.stat().st_mtime_ns for path in hand_root.rglob("*")}
@@ -192,8 +194,8 @@ def test_official_detection_score_of_a_split_file(hand_root, tmp_path):
     assert nusc.dataroot == str(hand_root)
 
 
-def test_leakage_known_by_hand(places_root):
-    keyframes = read_keyframes(load_tables(places_root, "v1.0-places"))
+def test_leakage_known_by_hand(positions_root):
+    keyframes = read_keyframes(load_tables(positions_root, "v1.0-positions"))
     result = measure_leakage(keyframes, ["train-a", "train-b"], ["val-a", "val-b"])
     assert result.nearest == pytest.approx([5, 12, 60, 61, np.hypot(1000, 1000), 3], abs=1e-9)
     record = json.loads(json.dumps(result.as_dict(), allow_nan=False))
@@ -209,28 +211,28 @@ def test_leakage_known_by_hand(places_root):
     assert len({len(line) for line in table.splitlines()}) == 1
 
 
-def test_leakage_of_a_split_with_itself_and_with_another_map(places_root):
-    keyframes = read_keyframes(load_tables(places_root, "v1.0-places"))
+def test_leakage_of_a_split_with_itself_and_with_another_map(positions_root):
+    keyframes = read_keyframes(load_tables(positions_root, "v1.0-positions"))
     same = measure_leakage(keyframes, ["val-a", "train-b"], ["val-a"])
     assert same.share(0.0) == 1.0 and same.shared_scenes == 1
-    apart = measure_leakage(keyframes, ["train-a"], ["train-b"], [1e9])
-    assert np.isinf(apart.nearest).all() and apart.share(1e9) == 0.0
-    assert apart.as_dict()["locations"][NORTH]["share_within_m"] == {"1e+09": None}  # no validation there
+    other = measure_leakage(keyframes, ["train-a"], ["train-b"], [1e9])
+    assert np.isinf(other.nearest).all() and other.share(1e9) == 0.0
+    assert other.as_dict()["locations"][NORTH]["share_within_m"] == {"1e+09": None}  # no validation on this map
 
 
-def test_a_sample_without_a_place_is_told(places_root):
-    nusc = load_tables(places_root, "v1.0-places")
+def test_a_sample_without_a_position_is_an_error(positions_root):
+    nusc = load_tables(positions_root, "v1.0-positions")
     nusc.ego_pose[0]["translation"] = [float("nan"), 0, 0]
     with pytest.raises(DataError, match="sample train-a-0 has no LIDAR_TOP keyframe with an ego_pose"):
         read_keyframes(nusc)
-    nusc = load_tables(places_root, "v1.0-places")
+    nusc = load_tables(positions_root, "v1.0-positions")
     nusc.sample.pop()
     nusc.sample.pop()
     with pytest.raises(DataError, match="no sample of scene val-b"):
         read_keyframes(nusc)
 
 
-def test_scenes_within_a_distance_as_by_the_slow_way():
+def test_scenes_within_a_distance_match_all_pairs():
     rng = np.random.default_rng(3)
     scene = np.repeat(np.arange(30), 8)
     starts = rng.uniform(0, 600, (30, 2))
@@ -240,12 +242,12 @@ def test_scenes_within_a_distance_as_by_the_slow_way():
     expected = [[a == b or shortest(keyframes, [a], [b]) <= 40 for a in names] for b in names]
     near = scenes_within(keyframes, 40)
     assert (near == np.array(expected)).all() and 30 < near.sum() < 600
-    # 60 m apart is within 60 m, as leakage counts it.
+    # "Within" includes equality, as in leakage.
     assert scenes_within(line_of_scenes([0, 60, 121]), 60).sum() == 3 + 2
 
 
-def test_geographic_split_never_divides_what_hangs_together():
-    # At 60 m: {0, 50, 100} by way of 50, {300, 350}, {600}, {900}, {1000}: five groups.
+def test_geographic_split_never_divides_a_connected_group():
+    # At 60 m: {0, 50, 100} are connected through 50, {300, 350}, {600}, {900}, {1000}: five groups.
     keyframes = line_of_scenes([0, 50, 100, 300, 350, 600, 900, 1000], length=2)
     found = set()
     for seed in range(20):
@@ -253,49 +255,49 @@ def test_geographic_split_never_divides_what_hangs_together():
         assert made == geographic_split(keyframes, min_distance=60, seed=seed, val_share=0.25)
         assert sorted(made.train + made.val) == sorted(keyframes.scene_name) and made.left_out == []
         assert made.groups == 5
-        assert len(made.val) == 2  # 4 of 16 keyframes, which a pair or two single scenes give
+        assert len(made.val) == 2  # 4 of 16 keyframes: one pair or two single scenes
         assert shortest(keyframes, made.train, made.val) > 60
         assert measure_leakage(keyframes, made.train, made.val).share(60) == 0.0
         found.add(tuple(made.val))
-    # The possible ones are s3 + s4, and two of s5, s6, s7.
+    # Possible validation sets: s3 + s4, or two of s5, s6, s7.
     assert found <= {("s3", "s4"), ("s5", "s6"), ("s5", "s7"), ("s6", "s7")} and len(found) > 1
 
 
-def test_each_location_gives_its_share_and_others_what_one_cannot():
-    spread = together(
+def test_each_location_contributes_its_share_and_others_make_up_for_missing_ones():
+    sparse = concatenated(
         line_of_scenes(range(0, 2000, 100), NORTH), line_of_scenes(range(0, 1000, 100), PORT, start=20)
-    )  # 20 and 10 scenes that stand alone: a fifth of each is 4 and 2
-    made = geographic_split(spread, min_distance=60, seed=0, val_share=0.2)
+    )  # 20 and 10 unconnected scenes: a fifth of each is 4 and 2
+    made = geographic_split(sparse, min_distance=60, seed=0, val_share=0.2)
     assert sum(int(name[1:]) < 20 for name in made.val) == 4 and len(made.val) == 6
-    # Four scenes that hang together cannot give their one, so the eight others give three instead of two.
-    dense = together(line_of_scenes([0, 10, 20, 30], NORTH), line_of_scenes(range(0, 800, 100), PORT, start=4))
+    # Four connected scenes cannot contribute one of them, so the eight others contribute three instead of two.
+    dense = concatenated(line_of_scenes([0, 10, 20, 30], NORTH), line_of_scenes(range(0, 800, 100), PORT, start=4))
     made = geographic_split(dense, min_distance=60, seed=0, val_share=0.25)
     assert len(made.val) == 3 and all(int(name[1:]) >= 4 for name in made.val)
-    # Groups of two and three scenes: 0.15 x 5 scenes is nearer to none than to two, but none is no validation.
+    # Groups of two and three scenes: 0.15 x 5 scenes is nearer to none than to two, but validation must not be empty.
     two = line_of_scenes([0, 10, 500, 510, 520])
     assert geographic_split(two, min_distance=60, seed=0).val == ["s0", "s1"]
     assert geographic_split(two, min_distance=60, seed=0, val_share=0.85).train == ["s0", "s1"]
-    # Locations that cannot be divided are taken whole; the seed says which one.
-    whole = together(*(line_of_scenes([0, 10], place, start=2 * k) for k, place in enumerate("abcd")))
+    # A location that cannot be divided is taken whole; the seed selects which one.
+    whole = concatenated(*(line_of_scenes([0, 10], location, start=2 * k) for k, location in enumerate("abcd")))
     made = {tuple(geographic_split(whole, min_distance=60, seed=seed, val_share=0.25).val) for seed in range(20)}
     assert len(made) > 1 and all(len(val) == 2 and int(val[0][1:]) % 2 == 0 for val in made)
 
 
-def test_leaving_scenes_out_where_everything_hangs_together():
-    chain = line_of_scenes(range(0, 500, 50))  # ten scenes, each near to the next only
-    with pytest.raises(DataError, match="the 10 scenes hang together at 60 m"):
+def test_scenes_are_left_out_where_all_scenes_are_connected():
+    chain = line_of_scenes(range(0, 500, 50))  # ten scenes, each connected to its neighbours only
+    with pytest.raises(DataError, match="all 10 scenes are connected at 60 m"):
         geographic_split(chain, min_distance=60, seed=0, val_share=0.2)
-    # An end of the chain needs one scene left out, a middle needs two.
+    # Validation at an end of the chain needs one scene left out, in the middle two.
     made = geographic_split(chain, min_distance=60, seed=0, val_share=0.2, max_left_out=0.1)
     assert (made.val, made.left_out) in ((["s0", "s1"], ["s2"]), (["s8", "s9"], ["s7"]))
     assert len(made.train) == 7 and shortest(chain, made.train, made.val) > 60
-    with pytest.raises(DataError, match="hang together"):  # less than one scene is none
+    with pytest.raises(DataError, match="are connected"):  # less than one scene is none
         geographic_split(chain, min_distance=60, seed=0, val_share=0.2, max_left_out=0.09)
-    # On a ring of ten scenes 50 m apart every arc needs two: 50 m is the chord of a tenth, 95 m that of a fifth.
+    # On a ring of ten scenes 50 m apart every arc needs two: the chord of a tenth is 50 m, that of a fifth 95 m.
     turn = 2 * np.pi * np.arange(10) / 10
     xy = 25 / np.sin(np.pi / 10) * np.stack([np.cos(turn), np.sin(turn)], axis=1)
     ring = chain._replace(xy=xy)
-    with pytest.raises(DataError, match="hang together"):
+    with pytest.raises(DataError, match="are connected"):
         geographic_split(ring, min_distance=60, seed=0, val_share=0.2, max_left_out=0.1)
     made = geographic_split(ring, min_distance=60, seed=0, val_share=0.2, max_left_out=0.2)
     assert [len(part) for part in made[:3]] == [6, 2, 2] and shortest(ring, made.train, made.val) > 60
@@ -327,7 +329,7 @@ def test_numbers_out_of_range(wrong, message):
         geographic_split(line_of_scenes([0, 100]), **({"min_distance": 60, "seed": 0} | wrong))
 
 
-def test_the_picture_marks_what_leaks(tmp_path):
+def test_the_picture_marks_leaking_keyframes(tmp_path):
     keyframes = line_of_scenes([0, 3, 900, 2000])
 
     def count(val, colour):
@@ -348,9 +350,9 @@ def call(monkeypatch, *arguments) -> int:
     return end.value.code
 
 
-def test_the_script_measures(places_root, tmp_path, monkeypatch, capsys):
+def test_the_script_measures(positions_root, tmp_path, monkeypatch, capsys):
     (tmp_path / "val.json").write_text('["val-a", "val-b"]')
-    common = ["leakage", "--dataroot", places_root, "--version", "v1.0-places", "--train", "far_train"]
+    common = ["leakage", "--dataroot", positions_root, "--version", "v1.0-positions", "--train", "far_train"]
     outputs = ["--json", tmp_path / "out" / "a.json", "--out", tmp_path / "out" / "a.png"]
     assert call(monkeypatch, *common, "--val", tmp_path / "val.json", *outputs) == 0
     printed = capsys.readouterr().out
@@ -368,17 +370,17 @@ def test_the_script_measures(places_root, tmp_path, monkeypatch, capsys):
 def test_the_script_divides(tmp_path, monkeypatch, capsys):
     xs = {f"scene-{k}": (NORTH, [(x, 0), (x, 5)]) for k, x in enumerate([0, 40, 200, 400, 600, 800])}
     write_tables(tmp_path / "root", xs, {"everything": list(xs)})
-    common = ["split", "--geographic", "--dataroot", tmp_path / "root", "--version", "v1.0-places", "--seed", 4]
+    common = ["split", "--geographic", "--dataroot", tmp_path / "root", "--version", "v1.0-positions", "--seed", 4]
     out = tmp_path / "far"
     out.mkdir()
     (out / "left_out.txt").write_text("of an earlier split\n")
     assert call(monkeypatch, *common, "--min-distance", 60, "--out", out, "--json", out / "made.json") == 0
     printed = capsys.readouterr().out
-    assert "5 groups of scenes hang together at 60 m" in printed
+    assert "5 connected groups of scenes at 60 m" in printed
     assert printed.splitlines()[-1].split() == ["all", "10", "2", "0.0%", "0.0%", "0.0%"]
     train, val = read_split_file(out / "train.txt"), read_split_file(out / "val.txt")
     assert len(val) == 1 and sorted(train + val) == sorted(xs) and not (out / "left_out.txt").exists()
     made = json.loads((out / "made.json").read_text())
     assert made["val"] == {"scenes": 1, "frames": 2} and made["leakage"]["all"]["share_within_m"]["60"] == 0.0
     assert call(monkeypatch, *common, "--min-distance", 500, "--out", tmp_path / "none") == 2
-    assert "hang together at 500 m" in capsys.readouterr().err and not (tmp_path / "none").exists()
+    assert "are connected at 500 m" in capsys.readouterr().err and not (tmp_path / "none").exists()

@@ -1,7 +1,7 @@
-"""Augmentation without special fields: a changed image is a new camera, a changed ground plane is a new ego frame.
+"""Augmentation of training clips: a changed image becomes a new camera, a changed ground plane a new ego frame.
 
-Everything is the same over the frames of a clip, so what stands still goes on standing still. What goes wrong with
-cameras (`perception.data.corruptions`) is drawn here too.
+No extra fields are needed. All frames of a clip get the same change, so static objects stay static. Camera faults
+(`perception.data.corruptions`) are drawn here too.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from perception.data.corruptions import (
     CORRUPTIONS,
     SEVERITIES,
     corrupt_camera,
-    missing_camera,
+    drop_camera,
+    droppable_cameras,
     perturb_extrinsics,
-    spare_cameras,
 )
 from perception.data.index import PATCH_SIZE, WIDE_PATCH_SIZE
 from perception.data.lane_map import cut_lines
@@ -32,20 +32,19 @@ from perception.types import Boxes, Clip, Frame, MapLine
 
 @dataclass(frozen=True)
 class Augment:
-    """Random changes of training clips; each number is how far a draw may go, 0 switches it off.
+    """Changes training clips at random. Each number is the largest change; 0 switches it off.
 
     Args:
         mirror: probability that left and right of the world are swapped.
-        yaw_deg: the ego frame is turned by up to this, either way.
-        shift: the ego frame is moved by up to this along x and along y, metres.
-        zoom: each camera's picture shows up to this fraction more or less, somewhere in the original one.
-        color: gain, contrast and gamma of each camera, and the balance of its channels, change by up to this fraction.
-        extrinsics_noise: probability that the calibration is wrong along a scene.
-        extrinsics_noise_deg: how far it is wrong then, for each camera: turned about the vertical by up to this. A
-            pitch that is not what it is said to be would move the road at 20 m by metres, and teach not to look
-            closely.
-        drop_camera: probability that one camera is missing in a clip; never the last one that there is.
-        corrupt: probability, for each camera, that its images of a clip are bad in a random way.
+        yaw_deg: largest rotation of the ego frame about the vertical, either way, degrees.
+        shift: largest translation of the ego frame along x and along y, metres.
+        zoom: largest change of the field of view of each camera, as a fraction; the crop lies anywhere in the image.
+        color: largest change of gain, contrast and gamma of each camera and of its colour balance, as a fraction.
+        extrinsics_noise: probability that a whole scene has wrong extrinsics.
+        extrinsics_noise_deg: largest yaw error of each camera in such a scene, degrees. Pitch is left alone: an error
+            of pitch would move the road at 20 m by metres, and the network would learn to ignore image detail.
+        drop_camera: probability that one camera is missing in a clip. The only camera of a frame is never dropped.
+        corrupt: probability, for each camera, that its images of a clip get a random corruption.
 
     Raises:
         ConfigError: a number is negative, a probability is more than 1, or the turned map patch would reach beyond the
@@ -84,17 +83,17 @@ class Augment:
         scene_rng: np.random.Generator,
         clip_rng: np.random.Generator,
     ) -> Clip:
-        """A changed copy of one clip.
+        """Returns an augmented copy of one clip.
 
         Args:
             clip: with leading [T].
-            wide_lines: T lists of exact lines in the ego frame, from a patch larger than the wanted one.
+            wide_lines: T lists of exact lines in the ego frame, from a patch larger than that of the ground truth.
             ego_from_patch: T transforms [4, 4]; where the ground truth's patch lies in the (old and new) ego frame.
-            scene_rng: for what has to stay the same all along a scene: the ego frame, pictures, colours, calibration.
-            clip_rng: for what comes and goes: missing cameras and bad images.
+            scene_rng: draws what stays the same along a scene: ego frame, crops, colours, calibration.
+            clip_rng: draws what changes from clip to clip: missing cameras and corrupted images.
 
         Returns:
-            The clip with new images, rig, motion and truth.
+            The clip with new images, rig, ego motion and ground truth.
         """
         rng = scene_rng
         moved_from_ego = rigid_from_yaw(
@@ -117,9 +116,9 @@ class Augment:
         return clip._replace(frames=self._disturb(frames, clip_rng), gt=gt)
 
     def _disturb(self, frames: Frame, rng: np.random.Generator) -> Frame:
-        """Frames [T] with cameras that are missing or show bad images, as drawn for this clip."""
-        if rng.random() < self.drop_camera and (spare := spare_cameras(frames.rig)):
-            frames = missing_camera(frames, int(rng.choice(spare)))
+        """Drops a camera and corrupts images of frames [T], as drawn for this clip."""
+        if rng.random() < self.drop_camera and (droppable := droppable_cameras(frames.rig)):
+            frames = drop_camera(frames, int(rng.choice(droppable)))
         for camera in range(frames.rig.present.shape[-1]):
             if rng.random() < self.corrupt:
                 frames = corrupt_camera(
@@ -129,10 +128,10 @@ class Augment:
 
 
 def move_frames(frames: Frame, moved_from_ego: np.ndarray) -> Frame:
-    """The frames of a clip seen from another ego frame.
+    """Expresses the frames of a clip in another ego frame.
 
-    A transform that mirrors (negative determinant) mirrors the images too: a camera whose x axis is turned round sees
-    the mirrored world in the mirrored image, and its pose stays a proper rotation.
+    A transform that mirrors (negative determinant) mirrors the images too: a camera with its x axis reversed sees the
+    mirrored world in the mirrored image, and its pose stays a proper rotation.
 
     Args:
         frames: with leading [T].
@@ -158,7 +157,7 @@ def move_frames(frames: Frame, moved_from_ego: np.ndarray) -> Frame:
 
 
 def move_boxes(boxes: Boxes, moved_from_ego: np.ndarray) -> Boxes:
-    """Boxes [T, M] in another ego frame, mirrored if the transform mirrors."""
+    """Expresses boxes [T, M] in another ego frame, mirrored if the transform mirrors."""
     moved = torch.from_numpy(moved_from_ego).float()
     turn = moved[:2, :2]
     heading = torch.stack([torch.cos(boxes.yaw), torch.sin(boxes.yaw)], -1) @ turn.T  # [T, M, 2]
@@ -170,7 +169,16 @@ def move_boxes(boxes: Boxes, moved_from_ego: np.ndarray) -> Boxes:
 
 
 def move_lines(lines: Sequence[MapLine], moved_from_ego: np.ndarray, ego_from_patch: np.ndarray) -> list[MapLine]:
-    """Lines of a large patch in another ego frame, cut anew by the patch of the ground truth, which moves along."""
+    """Expresses lines of a large patch in another ego frame and cuts them by the ground truth's patch, which moves too.
+
+    Args:
+        lines: of a patch larger than PATCH_SIZE, in the old ego frame.
+        moved_from_ego: [4, 4] rigid, or rigid times a mirroring.
+        ego_from_patch: [4, 4] the ground truth's patch in the old and in the new ego frame.
+
+    Returns:
+        Lines inside PATCH_SIZE, in the new ego frame.
+    """
     patch_from_ego = invert_rigid(ego_from_patch)
     patch_from_old = patch_from_ego @ moved_from_ego
     step = -1 if np.linalg.det(moved_from_ego[:3, :3]) < 0 else 1  # the road stays on the right of its boundary
@@ -185,7 +193,7 @@ def _transform_2d(dst_from_src: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 
 def zoom_cameras(frames: Frame, amount: float, rng: np.random.Generator) -> Frame:
-    """Cuts a random part out of each camera's image, or puts it into a black border, and scales it to the old size."""
+    """Crops each camera's image at random, or pads it with black, and resizes the result to the original size."""
     if amount == 0:
         return frames
     H, W = frames.images.shape[-2:]
@@ -205,7 +213,7 @@ def zoom_cameras(frames: Frame, amount: float, rng: np.random.Generator) -> Fram
 
 
 def change_colors(frames: Frame, amount: float, rng: np.random.Generator) -> Frame:
-    """Another exposure, contrast, gamma and white balance for each camera, by a table per channel."""
+    """Changes exposure, contrast, gamma and white balance of each camera, by one look-up table per channel."""
     if amount == 0:
         return frames
     N = frames.images.shape[1]

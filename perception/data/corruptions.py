@@ -1,13 +1,12 @@
-"""What goes wrong with cameras: one is missing, the calibration is off, the images are bad.
+"""Camera faults: a missing camera, wrong extrinsics, corrupted images.
 
-Pure functions on a Frame with any leading dimensions; the world, and so the ground truth, stays what it is. Training
-uses them (`perception.data.augment`), and so does the robustness card (`perception.evaluation.robustness`).
+These are pure functions on a Frame with any leading dimensions. They leave the world, and so the ground truth, alone.
+Training uses them (`perception.data.augment`), and so does the robustness card (`perception.evaluation.robustness`).
 
-The kinds of bad images are those that RoboBEV (Xie et al., https://arxiv.org/abs/2405.17426) applies to camera networks
-and that have a closed form without a picture of snow: bright, dark, fog, blur by motion, quantised colours; and noise
-of the sensor, from Hendrycks and Dietterich (https://arxiv.org/abs/1807.01697) and Dong et al.
-(https://arxiv.org/abs/2303.11040). Formulas and levels are our own and are told below, so numbers may not be compared
-with those papers.
+The kinds of image corruption are those of RoboBEV (Xie et al., https://arxiv.org/abs/2405.17426) that have a closed
+form and need no recorded pictures: bright, dark, fog, motion blur, colour quantisation. Sensor noise comes from
+Hendrycks and Dietterich (https://arxiv.org/abs/1807.01697) and Dong et al. (https://arxiv.org/abs/2303.11040).
+Formulas and levels are defined below and differ from those papers, so results are not comparable with theirs.
 """
 
 from __future__ import annotations
@@ -24,26 +23,26 @@ from perception.types import CameraRig, Frame
 
 SEVERITIES = (1, 2, 3)
 
-# Per kind, what it means at the three severities.
+# Level of each kind at the three severities.
 CORRUPTIONS = {
-    "bright": (0.2, 0.35, 0.5),  # of full white, added to every pixel: bright parts drown in white
-    "dark": (0.7, 0.5, 0.3),  # brightness of white after x -> level * x^2; with the noise of few photons
-    "fog": (0.65, 0.45, 0.3),  # share of the light that comes through
-    "blur": (0.01, 0.02, 0.03),  # length of the way that a point smears over, in image widths
-    "noise": (0.08, 0.12, 0.18),  # standard deviation, of full white, in each pixel and channel
-    "quantize": (4, 3, 2),  # bits that are left of eight
+    "bright": (0.2, 0.35, 0.5),  # share of full white added to every pixel, saturating
+    "dark": (0.7, 0.5, 0.3),  # brightness of white after x -> level * x^2; photon noise is added
+    "fog": (0.65, 0.45, 0.3),  # share of the light that is transmitted
+    "blur": (0.01, 0.02, 0.03),  # length of the motion blur, in image widths
+    "noise": (0.08, 0.12, 0.18),  # standard deviation in each pixel and channel, as a share of full white
+    "quantize": (4, 3, 2),  # bits kept of eight
 }
-PHOTONS = 300.0  # that make a pixel white in a well lit image; their number fluctuates by its root
+PHOTONS = 300.0  # photons per white pixel of a well lit image; shot noise is the square root of the count
 FOG_COLOR = 225.0  # of 255
 FOG_PATCHES = (4, 7)  # patches of thinner and thicker fog over the height and the width of an image
 
 
-def missing_camera(frame: Frame, camera: int) -> Frame:
-    """The frame without one of its cameras: it is not present, and its image is black where anyone should look.
+def drop_camera(frame: Frame, camera: int) -> Frame:
+    """Marks one camera of a frame as not present and makes its image black.
 
     Args:
         frame: with leading [...].
-        camera: which of the N.
+        camera: index of the camera, 0 to N - 1.
     """
     images, present = frame.images.clone(), frame.rig.present.clone()
     images[..., camera, :, :, :] = 0
@@ -51,15 +50,15 @@ def missing_camera(frame: Frame, camera: int) -> Frame:
     return frame._replace(images=images, rig=frame.rig._replace(present=present))
 
 
-def spare_cameras(rig: CameraRig) -> list[int]:
-    """The cameras that are there and may go missing without any frame of [..., N] losing its last one."""
+def droppable_cameras(rig: CameraRig) -> list[int]:
+    """Lists the cameras that are present and can be dropped while every frame of [..., N] keeps at least one camera."""
     present = rig.present.flatten(0, -2)  # [frames, N]
-    lonely = present & (present.sum(-1, keepdim=True) == 1)
-    return torch.nonzero(present.any(0) & ~lonely.any(0))[:, 0].tolist()
+    only = present & (present.sum(-1, keepdim=True) == 1)
+    return torch.nonzero(present.any(0) & ~only.any(0))[:, 0].tolist()
 
 
-def turn_cameras(frame: Frame, rotations: np.ndarray) -> Frame:
-    """The frame with a wrong calibration: cameras are said to be turned about their own centres, but are not.
+def rotate_extrinsics(frame: Frame, rotations: np.ndarray) -> Frame:
+    """Adds a rotation error to the extrinsics: the poses turn about the camera centres, the images stay.
 
     Args:
         frame: with leading [...]; all its frames get the same error.
@@ -73,26 +72,26 @@ def turn_cameras(frame: Frame, rotations: np.ndarray) -> Frame:
 
 
 def _cross_matrix(vectors: Tensor) -> Tensor:
-    """[..., 3] -> [..., 3, 3] that multiplies like a cross product."""
+    """Builds the matrices [..., 3, 3] whose products with a vector are cross products with the given [..., 3]."""
     x, y, z = vectors.unbind(-1)
     zero = torch.zeros_like(x)
     return torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).unflatten(-1, (3, 3))
 
 
 def perturb_extrinsics(frame: Frame, max_deg: float, rng: np.random.Generator) -> Frame:
-    """Turns each camera's calibration by up to `max_deg` about the vertical, each by itself."""
+    """Adds to each camera's extrinsics an independent yaw error, uniform within plus and minus `max_deg`."""
     yaw = np.radians(rng.uniform(-max_deg, max_deg, frame.rig.present.shape[-1]))
-    return turn_cameras(frame, yaw[:, None] * np.array([0.0, 0.0, 1.0]))
+    return rotate_extrinsics(frame, yaw[:, None] * np.array([0.0, 0.0, 1.0]))
 
 
-def yaw_cameras(frame: Frame, degrees: float, rng: np.random.Generator) -> Frame:
-    """Turns each camera's calibration by exactly `degrees` about the vertical, to the left or right by chance."""
+def yaw_extrinsics(frame: Frame, degrees: float, rng: np.random.Generator) -> Frame:
+    """Adds to each camera's extrinsics a yaw error of exactly `degrees`, of random sign."""
     signs = rng.choice([-1.0, 1.0], frame.rig.present.shape[-1])
-    return turn_cameras(frame, np.radians(degrees) * signs[:, None] * np.array([0.0, 0.0, 1.0]))
+    return rotate_extrinsics(frame, np.radians(degrees) * signs[:, None] * np.array([0.0, 0.0, 1.0]))
 
 
-def forget(frame: Frame) -> Frame:
-    """The frame as the first one of a scene: there is no memory and no motion."""
+def as_first_frame(frame: Frame) -> Frame:
+    """Marks a frame as the first of a scene: the network ignores its memory, and there is no ego motion."""
     eye = torch.eye(4, dtype=frame.ego_from_prev.dtype).expand_as(frame.ego_from_prev)
     return frame._replace(
         ego_from_prev=eye.to(frame.ego_from_prev.device),
@@ -102,11 +101,11 @@ def forget(frame: Frame) -> Frame:
 
 
 def corrupt_camera(frame: Frame, camera: int, kind: str, severity: int, rng: np.random.Generator) -> Frame:
-    """The frame with bad images of one camera; those of frames where it is missing stay as they are.
+    """Corrupts the images of one camera; frames in which the camera is missing stay unchanged.
 
     Args:
-        frame: with leading [...] and uint8 images; fog and the direction of a blur are the same at all its frames.
-        camera: which of the N.
+        frame: with leading [...] and uint8 images; fog and blur direction are the same in all its frames.
+        camera: index of the camera, 0 to N - 1.
         kind, severity, rng: as in `corrupt_images`.
     """
     images = frame.images.clone()
@@ -117,16 +116,16 @@ def corrupt_camera(frame: Frame, camera: int, kind: str, severity: int, rng: np.
 
 
 def corrupt_images(images: Tensor, kind: str, severity: int, rng: np.random.Generator) -> Tensor:
-    """Images as a bad camera, bad light or bad weather would show them.
+    """Corrupts images as a faulty camera, bad light or bad weather would.
 
     Args:
         images: [..., 3, H, W] uint8.
         kind: a key of `CORRUPTIONS`.
         severity: 1, 2 or 3.
-        rng: all randomness comes from here.
+        rng: source of all randomness.
 
     Returns:
-        Alike.
+        Images [..., 3, H, W] uint8.
 
     Raises:
         ConfigError: the kind or the severity does not exist.
@@ -144,23 +143,23 @@ def corrupt_images(images: Tensor, kind: str, severity: int, rng: np.random.Gene
     if kind == "noise":
         return _to_bytes(images.float() + 255 * level * _normal(images.shape, rng))
     if kind == "quantize":
-        return images & (256 - 2 ** (8 - level))
+        return images & (256 - 2 ** (8 - int(level)))
     if kind == "fog":
         return _fog(images, level, rng)
     return _smear(images, images.shape[-1] * level, math.radians(rng.uniform(-45.0, 45.0)))
 
 
 def _fog(images: Tensor, through: float, rng: np.random.Generator) -> Tensor:
-    """Koschmieder's law, light * through + fog * (1 - through), with fog that is 0.5 to 1.5 times as thick by place."""
+    """Applies Koschmieder's law, light * through + fog * (1 - through), with thickness 0.5 to 1.5 over the image."""
     thickness = torch.from_numpy(rng.uniform(0.5, 1.5, (1, 1, *FOG_PATCHES)).astype(np.float32))
     thickness = F.interpolate(thickness, size=images.shape[-2:], mode="bilinear", align_corners=True)[0, 0]  # [H, W]
     return _to_bytes(torch.lerp(torch.tensor(FOG_COLOR), images.float(), through**thickness))
 
 
 def _smear(images: Tensor, length_px: float, angle: float) -> Tensor:
-    """The mean of the image at equal steps of about a pixel along a straight way, whose middle is where it was.
+    """Averages shifted copies of the image along a straight segment, centred at no shift, in steps of about a pixel.
 
-    Whole pixels are added up, which is many times faster than a convolution with a long kernel.
+    Shifts are whole pixels, which is many times faster than a convolution with a long kernel.
     """
     margin = max(1, round(length_px / 2))
     steps = 2 * margin + 1

@@ -1,8 +1,8 @@
-"""The flat index of nuScenes-format tables: everything a dataset needs, as a few numpy arrays.
+"""Builds the flat index of nuScenes-format tables: everything a dataset needs, as a few numpy arrays.
 
 The official devkit keeps millions of dicts, which take minutes to load and are copied into every worker. `load_index`
-reads the tables through the devkit once, keeps the numbers in arrays, and caches those in one `.npz` file whose name is
-a hash of the bytes of everything that went into it: the tables, the maps, and the code that read them.
+reads the tables through the devkit once, stores the numbers in arrays, and caches these in one `.npz` file. Its name is
+a hash of all inputs: the bytes of the tables and maps, and the code that read them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import zipfile
 from importlib.metadata import version as package_version
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -27,6 +27,9 @@ from perception.files import replacing
 from perception.geometry import invert_rigid, rigid_from_quaternion, rigid_from_yaw, yaw_from_rotation
 from perception.types import ATTRIBUTES, BOX_CLASSES, MapLine
 
+if TYPE_CHECKING:
+    from nuscenes.nuscenes import NuScenes
+
 TABLES = (
     "category", "attribute", "visibility", "instance", "sensor", "calibrated_sensor", "ego_pose",
     "log", "scene", "sample", "sample_data", "sample_annotation", "map",
@@ -38,7 +41,7 @@ WIDE_PATCH_SIZE = (84.0, 60.0)
 
 
 class Lines(NamedTuple):
-    """The vector lines of all samples, flat."""
+    """Vector lines of all samples in flat arrays."""
 
     sample_offset: np.ndarray  # [S+1] int64: sample i owns lines sample_offset[i] to sample_offset[i+1]
     label: np.ndarray  # [lines] int8 index into LINE_CLASSES
@@ -46,7 +49,7 @@ class Lines(NamedTuple):
     vertices: np.ndarray  # [vertices, 2] float32 metres, ego frame
 
     def of_sample(self, i: int) -> list[MapLine]:
-        """The lines of one sample, float64."""
+        """Returns the lines of sample i, with float64 points."""
         return [
             MapLine(
                 int(self.label[k]), self.vertices[self.vertex_offset[k] : self.vertex_offset[k + 1]].astype(np.float64)
@@ -56,10 +59,10 @@ class Lines(NamedTuple):
 
 
 class Index(NamedTuple):
-    """S samples in scene order, N cameras."""
+    """Poses, calibration, boxes and lines of S samples in scene order, with N cameras."""
 
     token: np.ndarray  # [S] bytes
-    timestamp_us: np.ndarray  # [S] int64, the LiDAR's: the reference time
+    timestamp_us: np.ndarray  # [S] int64 of LIDAR_TOP: the reference time
     global_from_ego: np.ndarray  # [S, 4, 4] float64 at the reference time
     ego_from_lidar: np.ndarray  # [S, 4, 4] float64
     scene: np.ndarray  # [S] int64 index into scene_name
@@ -67,7 +70,7 @@ class Index(NamedTuple):
     scene_name: np.ndarray  # [scenes] bytes
     scene_token: np.ndarray  # [scenes] bytes
     scene_map: np.ndarray  # [scenes] bytes, path of the map expansion file
-    image_path: np.ndarray  # [S, N] bytes, empty where the camera is missing
+    image_path: np.ndarray  # [S, N] bytes, empty if the camera is missing
     image_size: np.ndarray  # [S, N, 2] int32 height, width
     img_from_cam: np.ndarray  # [S, N, 3, 3] float64 pixels of the original image
     ego_from_cam: np.ndarray  # [S, N, 4, 4] float64, the exposure's pose carried to the reference time
@@ -86,18 +89,18 @@ class Index(NamedTuple):
 def load_index(
     dataroot: Path, version: str, split: str | Path, cameras: tuple[str, ...], cache_dir: Path | None
 ) -> Index:
-    """The index of one split of one nuScenes-format root, from the cache where it is there.
+    """Loads the index of one split of one nuScenes-format root, from the cache if it is there.
 
     Args:
         dataroot: folder with `<version>/*.json`, `samples/` and `maps/expansion/*.json`.
         version: name of the folder of tables, such as `v1.0-trainval`.
         split: an official split, one of `<version>/splits.json`, or a file of scene names (see
             `perception.data.splits`).
-        cameras: channels, in the order wanted.
-        cache_dir: where the index is kept; None: `$XDG_CACHE_HOME/perception` or `~/.cache/perception`.
+        cameras: camera channels; the index keeps this order.
+        cache_dir: folder of the cache; None: `$XDG_CACHE_HOME/perception` or `~/.cache/perception`.
 
     Raises:
-        DataError: something is missing or malformed.
+        DataError: a folder, table, map or field is missing or malformed, or the cache cannot be written.
     """
     tables = dataroot / version
     if not dataroot.is_dir():
@@ -105,7 +108,7 @@ def load_index(
     if not tables.is_dir():
         found = sorted(path.parent.name for path in dataroot.glob("*/sample.json"))
         raise DataError(
-            f"{tables} is not a folder: version '{version}' is not there, versions found: {found or 'none'}"
+            f"{tables} is not a folder: version '{version}' is missing; give one of those found: {found or 'none'}"
         )
     for table in TABLES:
         if not (tables / f"{table}.json").is_file():
@@ -118,14 +121,14 @@ def load_index(
         try:
             return _read(cache)
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-            pass  # damaged on disk: build it again
+            pass  # the cached file is damaged: build the index again
     index = _build(dataroot, version, split, cameras)
     _write(cache, index)
     return index
 
 
 def concatenate(indices: list[Index], roots: list[Path]) -> Index:
-    """One index out of those of several roots; paths of images and maps become absolute."""
+    """Joins the indices of several roots into one; paths of images and maps become absolute."""
     sample_start = np.cumsum([0, *(len(index.token) for index in indices)])
     scene_start = np.cumsum([0, *(len(index.scene_name) for index in indices)])
     moved = []
@@ -143,8 +146,8 @@ def concatenate(indices: list[Index], roots: list[Path]) -> Index:
     return _join(moved)
 
 
-def _join(parts: list):
-    """Concatenates NamedTuples of arrays field by field; fields named *_offset count on."""
+def _join(parts: list) -> Any:
+    """Concatenates NamedTuples of arrays field by field; offsets (fields named *_offset) are shifted."""
     joined = {}
     for name in parts[0]._fields:
         values = [getattr(part, name) for part in parts]
@@ -161,16 +164,16 @@ def _join(parts: list):
 
 
 def _content_hash(dataroot: Path, version: str, split: str | Path, cameras: tuple[str, ...]) -> str:
-    """A hash of everything the index depends on."""
+    """Returns a hash of everything the index depends on."""
     digest = hashlib.blake2b(digest_size=20)
-    # What a file says counts, not where it lies: files of the same scenes share an index.
+    # The content of a split file counts, not its path: files of the same scenes share an index.
     wanted = sorted(read_split_file(split)) if is_split_file(split) else split
     facts = [version, wanted, *cameras, package_version("nuscenes-devkit"), package_version("shapely")]
     digest.update(json.dumps(facts).encode())
     files = [dataroot / version / f"{table}.json" for table in TABLES]
     files += [path for path in [dataroot / version / "splits.json"] if path.is_file()]
     files += sorted((dataroot / "maps" / "expansion").glob("*.json"))
-    code = [Path(__file__), *(Path(module.__file__) for module in (lane_map, splits, geometry, types))]
+    code = [Path(__file__), *(Path(str(module.__file__)) for module in (lane_map, splits, geometry, types))]
     for path in files + code:
         digest.update(json.dumps([path.name, path.stat().st_size]).encode())
         with path.open("rb") as file:
@@ -184,7 +187,7 @@ def _write(path: Path, index: Index) -> None:
     for name in ("lines", "wide_lines"):
         arrays |= {f"{name}.{field}": value for field, value in getattr(index, name)._asdict().items()}
     try:
-        with replacing(path) as beside, beside.open("wb") as file:
+        with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)
     except OSError as error:
         raise DataError(
@@ -197,7 +200,8 @@ def _read(path: Path) -> Index:
         lines = {
             name: Lines(*(arrays[f"{name}.{field}"] for field in Lines._fields)) for name in ("lines", "wide_lines")
         }
-        return Index(*(lines[name] if name in lines else arrays[name] for name in Index._fields))
+        fields: dict[str, Any] = {name: arrays[name] for name in Index._fields if name not in lines} | lines
+        return Index(**fields)
 
 
 def _build(dataroot: Path, version: str, split: str | Path, cameras: tuple[str, ...]) -> Index:
@@ -206,7 +210,8 @@ def _build(dataroot: Path, version: str, split: str | Path, cameras: tuple[str, 
     wanted = set(split_scenes(split, tables, [scene["name"] for scene in nusc.scene]))
     scenes = [scene for scene in nusc.scene if scene["name"] in wanted]
     lane_maps: dict[str, LaneMap] = {}
-    samples, boxes, lines, wide_lines, maps = [], [], [], [], []
+    samples: list[dict[str, Any]] = []
+    boxes, lines, wide_lines, maps = [], [], [], []
     for scene_number, scene in enumerate(tqdm(scenes, desc=f"indexing {version} {split}", unit="scene", delay=2)):
         location = nusc.get("log", scene["log_token"])["location"]
         maps.append(f"maps/expansion/{location}.json".encode())
@@ -230,9 +235,9 @@ def _build(dataroot: Path, version: str, split: str | Path, cameras: tuple[str, 
     return Index(**flat, **names, box_offset=box_offset, **flat_boxes, lines=_flat(lines), wide_lines=_flat(wide_lines))
 
 
-def _open_tables(dataroot: Path, version: str):
-    """The devkit's view of the tables."""
-    from nuscenes.nuscenes import NuScenes  # slow to import, and not needed when the cache is warm
+def _open_tables(dataroot: Path, version: str) -> NuScenes:
+    """Opens the tables with the devkit."""
+    from nuscenes.nuscenes import NuScenes  # slow to import, and not needed if the index is cached
 
     try:
         return NuScenes(version, str(dataroot), verbose=False)
@@ -247,10 +252,13 @@ def _open_tables(dataroot: Path, version: str):
         raise DataError(f"{dataroot / version} cannot be read by the nuScenes devkit: {reason}") from error
 
 
-def _sample(nusc, tables: Path, record: dict, cameras: tuple[str, ...]) -> dict:
-    """Poses, calibration and file names of one sample."""
+def _sample(nusc: NuScenes, tables: Path, record: dict, cameras: tuple[str, ...]) -> dict[str, Any]:
+    """Reads poses, calibration and image paths of one sample."""
     if "LIDAR_TOP" not in record["data"]:
-        raise DataError(f"{tables / 'sample_data.json'} has no LIDAR_TOP keyframe for sample {record['token']}")
+        raise DataError(
+            f"{tables / 'sample_data.json'} has no LIDAR_TOP keyframe for sample {record['token']}: "
+            "unpack the metadata again"
+        )
     lidar = nusc.get("sample_data", record["data"]["LIDAR_TOP"])
     global_from_ego = _pose(tables, "ego_pose", nusc.get("ego_pose", lidar["ego_pose_token"]))
     calibration = nusc.get("calibrated_sensor", lidar["calibrated_sensor_token"])
@@ -285,7 +293,7 @@ def _sample(nusc, tables: Path, record: dict, cameras: tuple[str, ...]) -> dict:
 
 
 def _numbers(tables: Path, table: str, record: dict, field: str, shape: tuple[int, ...]) -> np.ndarray:
-    """One field of a record as finite float64 numbers of a given shape."""
+    """Reads one field of a record as finite float64 numbers of a given shape."""
     try:
         value = np.array(record[field], dtype=np.float64)
     except (TypeError, ValueError, KeyError):
@@ -300,6 +308,7 @@ def _numbers(tables: Path, table: str, record: dict, field: str, shape: tuple[in
 
 
 def _pose(tables: Path, table: str, record: dict) -> np.ndarray:
+    """Reads rotation and translation of a record as a rigid transform [4, 4]."""
     rotation = _numbers(tables, table, record, "rotation", (4,))
     if abs(np.linalg.norm(rotation) - 1) > 1e-2:
         raise DataError(
@@ -309,8 +318,8 @@ def _pose(tables: Path, table: str, record: dict) -> np.ndarray:
     return rigid_from_quaternion(rotation, _numbers(tables, table, record, "translation", (3,)))
 
 
-def _boxes(nusc, tables: Path, record: dict, global_from_ego: np.ndarray) -> dict[str, np.ndarray]:
-    """The boxes of the ten detection classes in the ego frame."""
+def _boxes(nusc: NuScenes, tables: Path, record: dict, global_from_ego: np.ndarray) -> dict[str, np.ndarray]:
+    """Reads the boxes of the ten detection classes of one sample, in the ego frame."""
     from nuscenes.eval.detection.utils import category_to_detection_name
 
     ego_from_global = invert_rigid(global_from_ego)
@@ -353,13 +362,13 @@ def _boxes(nusc, tables: Path, record: dict, global_from_ego: np.ndarray) -> dic
 
 
 def ego_from_patch(global_from_ego: np.ndarray, ego_from_lidar: np.ndarray) -> np.ndarray:
-    """Where the published map patch lies in the ego frame: [4, 4], x ahead, y left, centred at LIDAR_TOP.
+    """Returns the pose of MapTR's map patch in the ego frame: [4, 4], x ahead, y left, centred at LIDAR_TOP.
 
-    The patch takes LIDAR_TOP's position and yaw. A map has no heights, so both frames are taken as their position and
-    yaw in the global xy plane.
+    The patch takes LIDAR_TOP's position and yaw. A map has no heights, so both frames are projected to the global xy
+    plane: only position and yaw count.
     """
     global_from_lidar = global_from_ego @ ego_from_lidar
-    ahead = yaw_from_rotation(global_from_lidar) + np.pi / 2  # LiDAR y looks ahead
+    ahead = yaw_from_rotation(global_from_lidar) + np.pi / 2  # LiDAR y points ahead
     global_from_patch = rigid_from_yaw(ahead, (*global_from_lidar[:2, 3], 0.0))
     level_from_global = invert_rigid(rigid_from_yaw(yaw_from_rotation(global_from_ego), (*global_from_ego[:2, 3], 0.0)))
     return level_from_global @ global_from_patch
@@ -372,27 +381,33 @@ def lines_around(
     size: tuple[float, float],
     protocol: str = "maptr",
 ) -> list[MapLine]:
-    """Lines of the patch that a published protocol puts around a pose, in the ego frame.
+    """Cuts the lines around a pose by the patch of a published protocol.
 
     Args:
-        lanes: the map of the place.
+        lanes: the map of the location.
         global_from_ego, ego_from_lidar: [4, 4].
         size: extent ahead and across, metres.
-        protocol: "maptr", whose patch is centred at LIDAR_TOP and turned with it, or "streammapnet", whose patch is the
-            ego frame's own.
+        protocol: "maptr", whose patch has LIDAR_TOP's position and yaw, or "streammapnet", whose patch has those of
+            the ego frame.
+
+    Returns:
+        Lines in the ego frame.
 
     Raises:
-        ConfigError: the protocol is not known.
+        ConfigError: the protocol is unknown.
     """
     if protocol != "maptr":
-        return lanes.lines(*global_from_ego[:2, 3], yaw_from_rotation(global_from_ego), size, protocol)
+        x, y = global_from_ego[:2, 3]
+        return lanes.lines(x, y, yaw_from_rotation(global_from_ego), size, protocol)
     global_from_lidar = global_from_ego @ ego_from_lidar
     ego_from = ego_from_patch(global_from_ego, ego_from_lidar)
-    lines = lanes.lines(*global_from_lidar[:2, 3], yaw_from_rotation(global_from_lidar) + np.pi / 2, size)
+    x, y = global_from_lidar[:2, 3]
+    lines = lanes.lines(x, y, yaw_from_rotation(global_from_lidar) + np.pi / 2, size)
     return [line._replace(points=line.points @ ego_from[:2, :2].T + ego_from[:2, 3]) for line in lines]
 
 
 def _flat(lines_of_samples: list[list[MapLine]]) -> Lines:
+    """Packs the lines of all samples into flat arrays."""
     lines = [line for sample in lines_of_samples for line in sample]
     return Lines(
         sample_offset=np.cumsum([0, *map(len, lines_of_samples)]),

@@ -1,9 +1,10 @@
-"""Samples in the info format of mmdet3d v1.1 (as JSON), and vector maps beside them."""
+"""Reads samples in the info format of mmdet3d v1.1 (as JSON), and vector maps that belong to them."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,16 +29,16 @@ def load_info_clip(
     cameras: tuple[str, ...] = NUSCENES_CAMERAS,
     points_per_line: int = 20,
 ) -> Clip:
-    """One sample of an info file as a clip of one frame, T = 1.
+    """Loads one sample of an info file as a clip of one frame, T = 1.
 
-    Boxes come from the LiDAR frame (x y z length width height yaw, z at the geometric centre) into the ego frame. All
-    are kept in the file's order; valid are those that the file calls valid and that belong to one of BOX_CLASSES
-    (others have label -1). `lidar2cam` already holds the motion between the LiDAR's and the camera's exposure. There
-    are no lines.
+    Boxes are transformed from the LiDAR frame (x y z length width height yaw, z at the geometric centre) to the ego
+    frame. All boxes are kept in the file's order. A box is valid if the file marks it as valid and its class is one of
+    BOX_CLASSES; other classes get label -1. `lidar2cam` already holds the motion between the LiDAR's and the camera's
+    exposure. There are no lines.
 
     Args:
         json_path: `{"metainfo": ..., "data_list": [...]}`; image paths are relative to its folder.
-        index: which entry of `data_list`.
+        index: entry of `data_list`.
         image_size: height and width of the images, see `fit_image`.
         cameras: channels, in order; one that the entry lacks is marked as not present.
         points_per_line: P of the (empty) ground truth lines.
@@ -74,7 +75,7 @@ def load_info_clip(
 
 
 def load_info_poses(json_path: str | Path, index: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """global_from_ego and ego_from_lidar [4, 4] float64 of one sample of an info file."""
+    """Loads global_from_ego and ego_from_lidar, [4, 4] float64 each, of one sample of an info file."""
     path = Path(json_path)
     _, info = _entry(path, index)
     return _matrix(path, info, ("ego2global",), (4, 4)), _matrix(path, info, ("lidar_points", "lidar2ego"), (4, 4))
@@ -83,7 +84,7 @@ def load_info_poses(json_path: str | Path, index: int = 0) -> tuple[np.ndarray, 
 def load_map_vectors(
     json_path: str | Path, global_from_ego: np.ndarray, size: tuple[float, float] = PATCH_SIZE
 ) -> list[MapLine]:
-    """Lines of a file of global polylines, `{"features": [{"kind", "polyline"}]}`, around a pose.
+    """Loads the lines around a pose from a file of global polylines, `{"features": [{"kind", "polyline"}]}`.
 
     Args:
         json_path: the file; kinds other than dividers, crossings and the drivable boundary are left out.
@@ -92,6 +93,9 @@ def load_map_vectors(
 
     Returns:
         Lines in the ego frame.
+
+    Raises:
+        DataError: the file is missing or has no 'features'.
     """
     path = Path(json_path)
     yaw = yaw_from_rotation(global_from_ego)
@@ -104,28 +108,30 @@ def load_map_vectors(
     return cut_lines(lines, size)
 
 
-def _read(path: Path, field: str):
+def _read(path: Path, field: str) -> Any:
+    """Reads one field of a JSON object."""
     try:
         return json.loads(path.read_bytes())[field]
     except FileNotFoundError:
         raise DataError(f"{path} is missing: give the path of a JSON file with '{field}'") from None
     except (ValueError, KeyError, TypeError):
-        raise DataError(f"{path} is not a JSON object with '{field}'") from None
+        raise DataError(f"{path} is not a JSON object with '{field}': give another file or add the field") from None
 
 
-def _entry(path: Path, index: int) -> tuple[list[str | None], dict]:
-    """Names of the file's labels, and one entry of its list."""
+def _entry(path: Path, index: int) -> tuple[dict[int, str], dict]:
+    """Reads the class names of the file's labels, and one entry of its list."""
     entries, metainfo = _read(path, "data_list"), _read(path, "metainfo")
     if not 0 <= index < len(entries):
-        raise DataError(f"{path} has {len(entries)} entries in 'data_list': entry {index} does not exist")
+        raise DataError(f"{path} has {len(entries)} entries in 'data_list': entry {index} does not exist; give a lower")
     names = {label: name for name, label in metainfo["categories"].items()}
     for field in ("images", "lidar_points", "instances", "ego2global"):
         if field not in entries[index]:
-            raise DataError(f"{path}: entry {index} of 'data_list' has no '{field}'")
+            raise DataError(f"{path}: entry {index} of 'data_list' has no '{field}'; add it")
     return names, entries[index]
 
 
 def _matrix(path: Path, info: dict, keys: tuple[str, ...], shape: tuple[int, int]) -> np.ndarray:
+    """Reads a matrix of finite numbers from nested fields."""
     value = info
     try:
         for key in keys:
@@ -139,6 +145,7 @@ def _matrix(path: Path, info: dict, keys: tuple[str, ...], shape: tuple[int, int
 
 
 def _boxes(path: Path, info: dict, categories: dict[int, str], ego_from_lidar: np.ndarray) -> Boxes:
+    """Reads the boxes of one entry and transforms them to the ego frame."""
     instances = info["instances"]
     try:
         box = np.array([item["bbox_3d"] for item in instances], dtype=np.float64).reshape(-1, 7)

@@ -1,11 +1,11 @@
-"""Vector lines from a nuScenes map-expansion file.
+"""Extracts ground-truth lines from a nuScenes map-expansion file.
 
-`LaneMap` parses the JSON (format 1.3) once into shapely geometry with a spatial index per layer, then cuts out the
-lines around any pose, by the rules of one of the two published ground gts. In both, dividers are the pieces of every
-divider inside the patch, and boundaries are the outlines of the united road surface with the patch's own border taken
-away. They differ in the crossings: MapTR and VectorMapNet outline the union of all of them, StreamMapNet and MapTracker
-unite only crossings of one direction. (They also put the patch elsewhere, which is up to the caller: the former around
-LIDAR_TOP, the latter around the ego frame's origin.)
+`LaneMap` parses the JSON (format 1.3) once into shapely geometry with a spatial index per layer. It then extracts the
+lines around any pose, by the rules of one of the two published protocols. In both, dividers are the pieces of every
+divider inside the patch, and boundaries are the outlines of the union of all road surfaces, without the border of the
+patch. The protocols differ in crossings: MapTR and VectorMapNet outline the union of all crossings; StreamMapNet and
+MapTracker unite only crossings of the same direction. They also differ in the pose of the patch, which the caller
+chooses: MapTR's is centred at LIDAR_TOP, StreamMapNet's at the origin of the ego frame.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ DIVIDER_LAYERS = ("road_divider", "lane_divider")
 CROSSING_LAYERS = ("ped_crossing",)
 SURFACE_LAYERS = ("road_segment", "lane")
 
-# The published ground gts: MapTR and VectorMapNet, StreamMapNet and MapTracker.
+# The published protocols of lane ground truth: MapTR and VectorMapNet, StreamMapNet and MapTracker.
 LANE_PROTOCOLS = ("maptr", "streammapnet")
 
-# The published extractor cuts outlines by a slightly larger patch for crossings, so that their rings stay whole, and
-# by a slightly smaller one for boundaries, so that the border of the patch itself is no line.
+# Metres. The published extractor clips outlines of crossings by a slightly larger patch, so that their rings stay
+# closed, and boundaries by a slightly smaller one, so that the border of the patch is not a line.
 PATCH_MARGIN = 0.2
 
-# Crossings of the StreamMapNet protocol have one direction where 1 - |cos| of the angle between them is below this.
+# In the StreamMapNet protocol, crossings have the same direction if 1 - |cos| of the angle between them is below this.
 SAME_DIRECTION = 0.01
 
 _DIVIDER, _CROSSING, _BOUNDARY = (LINE_CLASSES.index(name) for name in ("divider", "ped_crossing", "boundary"))
 
 
 class _Layer:
-    """The valid geometry of one map layer, in the file's order, with a spatial index."""
+    """Valid geometry of one map layer, in the file's order, with a spatial index."""
 
     def __init__(self, geometries: list[BaseGeometry]) -> None:
         self.geometries = np.array(geometries, dtype=object)
         self.tree = shapely.STRtree(self.geometries)
 
     def cut(self, patch_global: BaseGeometry, center: np.ndarray, yaw: float) -> list[BaseGeometry]:
-        """The parts of the layer inside the patch, carried into the patch frame; polylines and polygons only."""
+        """Cuts the layer by the patch; returns polylines or polygons in the patch frame."""
         found = np.sort(self.tree.query(patch_global, predicate="intersects"))
         if len(found) == 0:
             return []
@@ -59,7 +59,7 @@ class _Layer:
 
 
 class LaneMap:
-    """The lines of one nuScenes map-expansion file.
+    """Lines of one nuScenes map-expansion file.
 
     Args:
         path: `maps/expansion/<location>.json` of a nuScenes-format root.
@@ -95,14 +95,14 @@ class LaneMap:
             raise DataError(
                 f"{self.path} has no {error}: it is not a map expansion of format 1.3; unpack the map expansion again"
             ) from None
-        # The lane graph stays as it was read until somebody asks for it: most users of lines never do.
+        # The lane graph is parsed on first use: most users of lines never need it.
         fields = ("lane", "lane_connector", "arcline_path_3", "connectivity")
         self._graph_content = {field: content[field] for field in fields if field in content}
 
     def lines(
         self, x: float, y: float, yaw: float, size: tuple[float, float] = (60.0, 30.0), protocol: str = "maptr"
     ) -> list[MapLine]:
-        """Lines inside a rectangle.
+        """Extracts the lines inside a rectangle, the patch.
 
         Args:
             x: global x of the patch centre, metres.
@@ -113,12 +113,12 @@ class LaneMap:
 
         Returns:
             Lines with exact vertices in the patch frame (origin at the centre); dividers first, then crossings, then
-            boundaries. Boundaries keep the road surface on their right. Outlines of crossings run clockwise in the
-            MapTR protocol and counter-clockwise in StreamMapNet's. An outline that lies wholly inside is closed (its
-            first point is repeated last); a crossing is closed always.
+            boundaries. Boundaries have the road surface on their right. Outlines of crossings run clockwise in the
+            MapTR protocol and counter-clockwise in StreamMapNet's. An outline that lies wholly inside is closed: its
+            first point is repeated last. A crossing is always closed.
 
         Raises:
-            ConfigError: the protocol is not known.
+            ConfigError: the protocol is unknown.
         """
         if protocol not in LANE_PROTOCOLS:
             raise ConfigError(f"protocol of lane lines is '{protocol}': give one of {', '.join(LANE_PROTOCOLS)}")
@@ -141,7 +141,7 @@ class LaneMap:
         return result
 
     def centerlines(self, x: float, y: float, yaw: float, size: tuple[float, float] = (60.0, 30.0)) -> Centerlines:
-        """Centre lines of lanes and lane connectors inside a rectangle, and which leads to which.
+        """Extracts the centre lines of lanes and lane connectors inside a rectangle, and their successor links.
 
         Args: as for `lines`.
 
@@ -161,14 +161,14 @@ def cut_lines(lines: Sequence[MapLine], size: tuple[float, float]) -> list[MapLi
     """Cuts the lines of a larger patch to a smaller one around the same origin.
 
     Args:
-        lines: what `LaneMap.lines` returned for a patch that holds the wanted one, possibly turned and moved since.
-        size: extent of the wanted patch along x and y, metres.
+        lines: lines from `LaneMap.lines` for a patch that contains the smaller one, possibly rotated and moved since.
+        size: extent of the smaller patch along x and y, metres.
 
     Returns:
-        The same lines that `LaneMap.lines` would have given for the smaller patch.
+        The lines that `LaneMap.lines` returns for the smaller patch.
     """
     window = _window(size, 0.0)
-    result = []
+    result: list[MapLine] = []
     for line in lines:
         if line.label == _DIVIDER:
             pieces = _parts(shapely.intersection(shapely.linestrings(line.points), window), 1)
@@ -176,7 +176,7 @@ def cut_lines(lines: Sequence[MapLine], size: tuple[float, float]) -> list[MapLi
     rings = [shapely.linearrings(line.points) for line in lines if line.label == _CROSSING]
     outer = shapely.union_all([shapely.polygons(ring) for ring in rings if not shapely.is_ccw(ring)])
     holes = shapely.union_all([shapely.polygons(ring) for ring in rings if shapely.is_ccw(ring)])
-    crossings = _parts(shapely.intersection(shapely.difference(outer, holes), window), 2)
+    crossings = list(_parts(shapely.intersection(shapely.difference(outer, holes), window), 2))
     result.extend(MapLine(_CROSSING, points) for points in _outlines(crossings, _window(size, PATCH_MARGIN)))
     for line in lines:
         if line.label == _BOUNDARY:
@@ -184,25 +184,25 @@ def cut_lines(lines: Sequence[MapLine], size: tuple[float, float]) -> list[MapLi
     return result
 
 
-def _parts(geometry, dimensions: int) -> np.ndarray:
-    """The lines (1) or polygons (2) of cut geometry; where a window only touches, points or edges are left over."""
+def _parts(geometry: BaseGeometry | np.ndarray, dimensions: int) -> np.ndarray:
+    """Keeps the lines (1) or polygons (2) of cut geometry; a window that only touches leaves points or edges."""
     parts = shapely.get_parts(geometry)
     return parts[(shapely.get_dimensions(parts) == dimensions) & ~shapely.is_empty(parts)]
 
 
 def _window(size: tuple[float, float], margin: float) -> BaseGeometry:
-    """The rectangle of a patch around the origin, enlarged by a margin on every side."""
+    """Makes the rectangle of a patch around the origin, enlarged by a margin on every side."""
     x, y = size[0] / 2 + margin, size[1] / 2 + margin
     return shapely.box(-x, -y, x, y)
 
 
 def _polyline(nodes: dict, node_tokens: list[str]) -> BaseGeometry | None:
-    """A divider as a LineString, None where the file holds fewer than two nodes."""
+    """Makes a LineString of a divider, None if it has fewer than two nodes."""
     return shapely.linestrings([nodes[token] for token in node_tokens]) if len(node_tokens) > 1 else None
 
 
 def _polygon(nodes: dict, record: dict) -> BaseGeometry | None:
-    """A surface as a Polygon, None where it is degenerate or crosses itself (the published extractors skip those)."""
+    """Makes a Polygon of a surface, None if it is degenerate or crosses itself, as the published extractors do."""
     exterior = [nodes[token] for token in record["exterior_node_tokens"]]
     holes = [[nodes[token] for token in hole["node_tokens"]] for hole in record["holes"] if hole["node_tokens"]]
     if len(exterior) < 3 or any(len(hole) < 3 for hole in holes):
@@ -212,8 +212,8 @@ def _polygon(nodes: dict, record: dict) -> BaseGeometry | None:
 
 
 def _outlines(polygons: list[BaseGeometry], window: BaseGeometry) -> list[np.ndarray]:
-    """Outlines of the union of polygons inside a window, each ring's pieces merged, the surface on their right."""
-    outlines = []
+    """Outlines the union of polygons inside a window: pieces of each ring are merged, the surface is on their right."""
+    outlines: list[np.ndarray] = []
     for polygon in shapely.get_parts(shapely.union_all(polygons)):
         for is_hole, ring in [(False, polygon.exterior), *((True, hole) for hole in polygon.interiors)]:
             points = shapely.get_coordinates(ring)
@@ -222,12 +222,12 @@ def _outlines(polygons: list[BaseGeometry], window: BaseGeometry) -> list[np.nda
 
 
 def _crossings_by_direction(polygons: list[BaseGeometry]) -> list[np.ndarray]:
-    """Outer rings, counter-clockwise, of crossings united with neighbours that run the same way.
+    """Unites crossings with neighbours of the same direction and returns their outer rings, counter-clockwise.
 
-    In the file's order, each crossing takes in those of its direction, not taken yet, whose upright bounding box meets
-    its own; the direction is that of the longest edge of the smallest rectangle around it. The published code then cuts
-    the ring once more by the border of the patch, where rounding decides which edges along the border survive, and
-    closes what is left. Here the ring is kept as it is, which is what that gives but for rounding.
+    In the file's order, each crossing is united with all free crossings of its direction whose axis-aligned bounding
+    box intersects its own. The direction is that of the longest edge of the minimum rotated rectangle. The published
+    code then cuts the ring again by the border of the patch, where rounding decides which edges along the border
+    survive, and closes the rest. This function keeps the ring, which gives the same result except for rounding.
     """
     if not polygons:
         return []
@@ -253,9 +253,9 @@ def _crossings_by_direction(polygons: list[BaseGeometry]) -> list[np.ndarray]:
 
 
 def _clip(points: np.ndarray, window: BaseGeometry) -> list[np.ndarray]:
-    """The pieces of a polyline [P, 2] inside a window."""
+    """Returns the pieces of a polyline [P, 2] inside a window."""
     pieces = _parts(shapely.intersection(shapely.linestrings(points), window), 1)
     if len(pieces) > 1:
-        # A ring is cut at its start vertex too: put those two pieces together again.
+        # A ring is also cut at its start vertex: merge those two pieces.
         pieces = shapely.get_parts(shapely.line_merge(shapely.multilinestrings(pieces), directed=True))
     return [shapely.get_coordinates(piece) for piece in pieces]

@@ -1,8 +1,8 @@
-"""Centre lines of lanes and how they follow each other, from the lane graph of a nuScenes map expansion.
+"""Extracts lane centre lines and their successor links from the lane graph of a nuScenes map expansion.
 
-The path of a lane (`arcline_path_3`) is a chain of arc-line paths. Each is a start pose and three pieces of given
-lengths: an arc, a straight or an arc, an arc. `shape` tells which way each piece turns (L, S, R); all arcs of a path
-have one radius. `connectivity` names the lanes that a lane leads to.
+The path of a lane (`arcline_path_3`) is a chain of arc-line paths. Each has a start pose and three segments of given
+lengths: an arc, a straight line or an arc, an arc. `shape` gives the turn of each segment (L left, S straight, R
+right). All arcs of a path have one radius. `connectivity` lists the successors of each lane.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from perception.errors import DataError
 SHAPES = ("LSL", "LSR", "RSL", "RSR", "LRL", "RLR")
 TURN = {"L": 1.0, "S": 0.0, "R": -1.0}
 
-CHORD_ERROR = 0.01  # metres between an arc and the chords drawn for it
-JOINT = 0.05  # metres: vertices of consecutive paths that are closer than this are one
+CHORD_ERROR = 0.01  # metres, largest distance between an arc and its chords
+JOINT = 0.05  # metres; closer vertices of consecutive paths are merged
 
 
 class Centerlines(NamedTuple):
-    """Directed centre lines inside a patch; one that leaves it and comes back is several lines.
+    """Directed centre lines inside a patch. A centre line that leaves the patch and comes back is several lines.
 
-    `token` is that of the lane or lane connector in the map file. `successor` holds only links whose meeting point is
-    inside: line `successor[e, 0]` ends where line `successor[e, 1]` starts.
+    `token` is that of the lane or lane connector in the map file. `successor` holds only links whose common point is
+    inside the patch: line `successor[e, 0]` ends where line `successor[e, 1]` starts.
     """
 
     points: list[np.ndarray]  # each [P, 2] float64 metres, in driving direction
@@ -37,11 +37,11 @@ class LaneGraph:
     """All centre lines of one map file, in global coordinates.
 
     Args:
-        path: the map file, for messages.
+        path: the map file, for error messages.
         content: its fields `lane`, `lane_connector`, `arcline_path_3` and `connectivity`.
 
     Raises:
-        DataError: one of them is missing, or a record is malformed.
+        DataError: one of these fields is missing, or a record is malformed.
     """
 
     def __init__(self, path: Path, content: dict) -> None:
@@ -49,10 +49,10 @@ class LaneGraph:
             records = [*content["lane"], *content["lane_connector"]]
             arclines, connectivity = content["arcline_path_3"], content["connectivity"]
         except KeyError as error:
-            raise DataError(f"{path} has no {error}: centre lines need a map expansion of format 1.3") from None
-        # A lane without a path has no centre line; the official maps hold a few.
+            raise DataError(f"{path} has no {error}: give a map expansion of format 1.3 for centre lines") from None
+        # A lane without a path has no centre line; the official maps contain a few.
         self.tokens = [record["token"] for record in records if arclines.get(record["token"])]
-        self._points = []  # each [P, 2] global
+        self._points: list[np.ndarray] = []  # each [P, 2] global
         for token in self.tokens:
             try:
                 self._points.append(lane_points(arclines[token]))
@@ -69,15 +69,17 @@ class LaneGraph:
         ]
 
     def centerlines(self, x: float, y: float, yaw: float, size: tuple[float, float]) -> Centerlines:
-        """The centre lines inside a rectangle, in its frame, see `LaneMap.centerlines`."""
+        """Cuts the centre lines by a rectangle and returns them in its frame, see `LaneMap.centerlines`."""
         half = np.asarray(size, dtype=np.float64) / 2
         center = np.array([x, y], dtype=np.float64)
         turn = np.array([[np.cos(yaw), -np.sin(yaw)], [np.sin(yaw), np.cos(yaw)]])  # global_from_patch
-        reach = np.abs(turn) @ half  # of the upright box around the patch
+        reach = np.abs(turn) @ half  # half extent of the axis-aligned box around the patch
         near = np.flatnonzero(((self._low <= center + reach) & (self._high >= center - reach)).all(axis=1))
 
-        points, lanes, starts, ends = [], [], {}, {}
-        for lane in near:
+        points: list[np.ndarray] = []
+        lanes: list[int] = []
+        starts, ends = {}, {}
+        for lane in near.tolist():
             whole = (self._points[lane] - center) @ turn
             for piece, has_start, has_end in clip_to_box(whole, half):
                 if has_start:
@@ -95,11 +97,14 @@ class LaneGraph:
 
 
 def lane_points(paths: list[dict]) -> np.ndarray:
-    """The centre line of one lane: [P, 2] global, arcs within CHORD_ERROR, straights without inner vertices.
+    """Discretizes the centre line of one lane: arcs within CHORD_ERROR, straight lines without inner vertices.
 
     Args:
-        paths: its arc-line paths in driving direction, each with `start_pose` (x, y, yaw), `shape`, `radius` and three
+        paths: arc-line paths in driving direction, each with `start_pose` (x, y, yaw), `shape`, `radius` and three
             `segment_length`.
+
+    Returns:
+        [P, 2] global, metres.
 
     Raises:
         KeyError, TypeError, ValueError: a field is missing or malformed.
@@ -133,14 +138,17 @@ def lane_points(paths: list[dict]) -> np.ndarray:
 
 
 def _arc(start: np.ndarray, yaw: float, curvature: float, length: float) -> tuple[np.ndarray, float]:
-    """Vertices after the start [n, 2] of a piece of constant curvature (1/m, left is positive), and the yaw at its end.
+    """Discretizes a segment of constant curvature (1/m, left is positive).
 
-    With heading `a` the position moves by (sin a, -cos a) / curvature, taken between the two headings.
+    The position moves by the difference of (sin a, -cos a) / curvature between the headings a at both ends.
+
+    Returns:
+        Vertices after the start [n, 2], and the yaw at the end.
     """
     if curvature == 0:
         return (start + length * np.array([np.cos(yaw), np.sin(yaw)]))[None], yaw
     angle = curvature * length
-    widest = 2 * np.arccos(max(1 - CHORD_ERROR * abs(curvature), 0.0))  # a chord of this angle has the allowed error
+    widest = 2 * np.arccos(max(1 - CHORD_ERROR * abs(curvature), 0.0))  # a chord of this angle has CHORD_ERROR
     n = int(np.ceil(abs(angle) / widest))
     headings = yaw + angle * np.arange(1, n + 1) / n  # [n]
     circle = np.stack([np.sin(headings) - np.sin(yaw), np.cos(yaw) - np.cos(headings)], axis=1)  # [n, 2]
@@ -148,27 +156,27 @@ def _arc(start: np.ndarray, yaw: float, curvature: float, length: float) -> tupl
 
 
 def clip_to_box(points: np.ndarray, half: np.ndarray) -> list[tuple[np.ndarray, bool, bool]]:
-    """The pieces of a polyline inside an upright box around the origin, in their order and direction.
+    """Cuts a polyline by an axis-aligned box around the origin; pieces keep their order and direction.
 
     Args:
-        points: [P, 2], no two consecutive ones equal.
+        points: [P, 2], consecutive points differ.
         half: [2] half the extent of the box.
 
     Returns:
-        For each piece its points [n, 2], whether it starts with the polyline's own start, and whether it ends with the
-        polyline's own end.
+        For each piece: its points [n, 2], whether it starts at the start of the polyline, and whether it ends at the
+        end of the polyline.
     """
     start, step = points[:-1], np.diff(points, axis=0)  # [P - 1, 2]
     with np.errstate(divide="ignore", invalid="ignore"):
         low, high = (-half - start) / step, (half - start) / step
     low, high = np.minimum(low, high), np.maximum(low, high)
-    # Along an axis on which a segment does not move it is inside everywhere or nowhere.
-    still, outside = step == 0, np.abs(start) > half
-    low = np.where(still, np.where(outside, np.inf, -np.inf), low)
-    high = np.where(still, np.inf, high)
+    # A segment that is constant along an axis is inside everywhere or nowhere on this axis.
+    constant, outside = step == 0, np.abs(start) > half
+    low = np.where(constant, np.where(outside, np.inf, -np.inf), low)
+    high = np.where(constant, np.inf, high)
     enter, leave = low.max(axis=1).clip(min=0.0), high.min(axis=1).clip(max=1.0)  # [P - 1] shares of the segment
     pieces: list[list[int]] = []  # runs of segments
-    for k in np.flatnonzero(leave > enter):
+    for k in np.flatnonzero(leave > enter).tolist():
         if pieces and pieces[-1][-1] == k - 1 and leave[k - 1] == 1 and enter[k] == 0:
             pieces[-1].append(k)
         else:

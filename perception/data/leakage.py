@@ -1,11 +1,15 @@
-"""How near the keyframes of validation lie to those of training."""
+"""Measures geographic leakage: how near the keyframes of validation lie to those of training.
+
+Roads repeat: two scenes on the same street show the same lanes, and a network that saw one of them in training can
+reproduce its map in the other. Distances are between keyframes, in the xy plane of the map that both lie on.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from scipy.spatial import cKDTree
@@ -13,44 +17,47 @@ from scipy.spatial import cKDTree
 from perception.errors import DataError
 from perception.files import replacing
 
-DISTANCES = (5.0, 20.0, 60.0)  # metres that leakage is reported for
+if TYPE_CHECKING:
+    from nuscenes import NuScenes
+
+DISTANCES = (5.0, 20.0, 60.0)  # metres; leakage is reported for each
 
 
 class Keyframes(NamedTuple):
-    """Where a dataset's F keyframes were taken, S scenes."""
+    """Positions of a dataset's F keyframes in S scenes."""
 
     xy: np.ndarray  # [F, 2] float64 metres, global: the ego pose of LIDAR_TOP
     scene: np.ndarray  # [F] int64 index into scene_name
     scene_name: tuple[str, ...]  # [S]
-    location: tuple[str, ...]  # [S] the map that each scene lies on
+    location: tuple[str, ...]  # [S] name of each scene's map
 
     def of(self, names: Collection[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The keyframes of some scenes: xy [f, 2], and location [f] as text."""
+        """Returns the keyframes of the named scenes: xy [f, 2], and location [f] as text."""
         wanted = set(names)
         rows = np.array([name in wanted for name in self.scene_name])[self.scene]
         return self.xy[rows], np.array(self.location)[self.scene[rows]]
 
 
-def read_keyframes(nusc) -> Keyframes:
-    """The keyframes of the devkit's tables (`nuscenes.NuScenes`).
+def read_keyframes(nusc: NuScenes) -> Keyframes:
+    """Reads the positions of all keyframes from the devkit's tables.
 
     Raises:
-        DataError: a scene has no sample, or a sample no LIDAR_TOP keyframe with a place.
+        DataError: a scene has no sample, or a sample has no LIDAR_TOP keyframe with a finite position.
     """
     number = {scene["token"]: k for k, scene in enumerate(nusc.scene)}
     xy, of_scene = [], []
     for sample in nusc.sample:
         try:
             lidar = nusc.get("sample_data", sample["data"]["LIDAR_TOP"])
-            place = [float(value) for value in nusc.get("ego_pose", lidar["ego_pose_token"])["translation"][:2]]
+            position = [float(value) for value in nusc.get("ego_pose", lidar["ego_pose_token"])["translation"][:2]]
         except (KeyError, TypeError, ValueError):
-            place = []
-        if len(place) != 2 or not np.isfinite(place).all():
+            position = []
+        if len(position) != 2 or not np.isfinite(position).all():
             raise DataError(
                 f"{nusc.table_root}: sample {sample['token']} has no LIDAR_TOP keyframe with an ego_pose of finite "
                 "translation; unpack the metadata again"
             )
-        xy.append(place)
+        xy.append(position)
         of_scene.append(number[sample["scene_token"]])
     counts = np.bincount(of_scene, minlength=len(nusc.scene))
     if not counts.all():
@@ -66,14 +73,14 @@ def read_keyframes(nusc) -> Keyframes:
 
 @dataclass(frozen=True)
 class Leakage:
-    """How near the V validation keyframes of a pair of splits lie to the T training keyframes.
+    """Distances of the V validation keyframes of a pair of splits to the T training keyframes.
 
     Args:
-        nearest: [V] metres to the nearest training keyframe on the same map, inf where the map has none.
+        nearest: [V] metres to the nearest training keyframe on the same map, inf if the map has none.
         val_xy, val_location: [V, 2] and [V] of the validation keyframes.
-        train_xy, train_location: [T, 2] and [T].
-        distances: metres that the shares are reported for.
-        shared_scenes: scenes that are in both splits.
+        train_xy, train_location: [T, 2] and [T] of the training keyframes.
+        distances: metres for which shares are reported.
+        shared_scenes: number of scenes that are in both splits.
     """
 
     nearest: np.ndarray
@@ -85,12 +92,15 @@ class Leakage:
     shared_scenes: int
 
     def share(self, distance: float, location: str | None = None) -> float:
-        """Share (0..1) of validation keyframes within `distance` metres of a training keyframe; NaN without any."""
+        """Returns the share (0..1) of validation keyframes within `distance` metres of a training keyframe.
+
+        The share is NaN if there is no validation keyframe (at the location, where one is given).
+        """
         nearest = self.nearest if location is None else self.nearest[self.val_location == location]
         return float(np.mean(nearest <= distance)) if len(nearest) else float("nan")
 
     def as_dict(self) -> dict:
-        """Counts and shares as plain JSON values; a share of no frames becomes None."""
+        """Returns counts and shares as plain JSON values; a share of no frames becomes None."""
 
         def row(location: str | None) -> dict:
             count = len(self.nearest) if location is None else int(np.sum(self.val_location == location))
@@ -106,11 +116,11 @@ class Leakage:
         }
 
     def locations(self) -> list[str]:
-        """The maps that either split has keyframes on, sorted."""
+        """Lists the maps on which either split has keyframes, sorted."""
         return sorted({*self.val_location.tolist(), *self.train_location.tolist()})
 
     def table(self) -> str:
-        """The shares as text for a terminal."""
+        """Formats the shares as text for a terminal."""
         record = self.as_dict()
         heads = "".join(f"{f'<= {distance:g} m':>10}" for distance in self.distances)
         lines = [f"{'location':<26}{'train':>8}{'val':>8}{heads}"]
@@ -124,7 +134,7 @@ class Leakage:
 def measure_leakage(
     keyframes: Keyframes, train: Collection[str], val: Collection[str], distances: Sequence[float] = DISTANCES
 ) -> Leakage:
-    """Compares the places of two splits, each a collection of scene names."""
+    """Measures how near the keyframes of `val` lie to those of `train`, each a collection of scene names."""
     train_xy, train_location = keyframes.of(train)
     val_xy, val_location = keyframes.of(val)
     nearest = np.full(len(val_xy), np.inf)  # [V]
@@ -136,13 +146,13 @@ def measure_leakage(
 
 
 def draw_leakage(leakage: Leakage, path: str | Path, title: str) -> None:
-    """Draws one map per location as a PNG: training keyframes, and validation keyframes by how near those are."""
+    """Draws one map per location as a PNG: training keyframes, and validation keyframes coloured by their distance."""
     from matplotlib.figure import Figure
 
     edges = [-np.inf, *leakage.distances, np.inf]
     names = [f"val, within {distance:g} m" for distance in leakage.distances] + ["val, farther away"]
     names[1:-1] = [f"{name} only" for name in names[1:-1]]
-    # From red to yellow, what leaks; blue, what does not. Red is drawn last, so that nothing hides it.
+    # Leaking keyframes are red to yellow, the others blue. Red is drawn last, so that nothing hides it.
     warm = [(0.80, 0.08 + 0.72 * t, 0.10) for t in np.linspace(0, 1, len(leakage.distances))]
     colours = [*warm, (0.12, 0.40, 0.85)]
     locations = leakage.locations()
@@ -169,15 +179,15 @@ def draw_leakage(leakage: Leakage, path: str | Path, title: str) -> None:
         panel.set_axis_off()
     figure.suptitle(title, fontsize=12)
     marks, labels = axes[0].get_legend_handles_labels()
-    order = [*range(1, len(labels)), 0]  # as they were drawn: from far to near, training last
+    order = [*range(1, len(labels)), 0]  # validation from far to near, as drawn; training last
     figure.legend(
         [marks[k] for k in order], [labels[k] for k in order],
         loc="outside lower center", ncols=len(labels), markerscale=2.5, fontsize=9,
     )  # fmt: skip
-    with replacing(path) as beside:
-        figure.savefig(beside, format="png", dpi=110)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
 
 
 def nearest_distances(points: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Per point [P, 2] the distance to the nearest other [O, 2], inf without any: [P]."""
+    """Returns the distance [P] from each point [P, 2] to the nearest of others [O, 2], inf if there is none."""
     return cKDTree(others).query(points)[0] if len(others) else np.full(len(points), np.inf)

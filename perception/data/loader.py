@@ -1,11 +1,11 @@
-"""From files to batches: image decoding, padding, collation, and the orders in which samples are drawn."""
+"""Data loading: decodes images, pads and collates samples, and orders them for training and streaming."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,72 +17,73 @@ from torch.utils.data import Sampler
 from perception.errors import ConfigError, DataError
 from perception.geometry import resample_polyline
 from perception.inference.fitting import fit_image
-from perception.types import Boxes, Clip, FrameObjects, MapLine, Polylines
+from perception.types import Boxes, Clip, FrameObjects, MapLine, Noun, Polylines
 
 
 def decode_image(
     path: str | Path, img_from_cam: np.ndarray, image_size: tuple[int, int], stored_size: tuple[int, int] | None = None
 ) -> tuple[Tensor, np.ndarray]:
-    """Reads an image at the network's size (see `fit_image`), and the calibration that belongs to it.
+    """Reads an image, fits it to the network's input size (see `fit_image`) and adapts its calibration.
 
     Args:
         path: an image file.
         img_from_cam: [3, 3] calibration in pixels of the stored image.
-        image_size: height and width wanted.
-        stored_size: height and width the calibration was made for; None takes those of the file.
+        image_size: height and width of the returned image.
+        stored_size: height and width that the calibration was made for; None takes those of the file.
 
     Returns:
         [3, H, W] uint8 RGB, and [3, 3] float64 calibration in its pixels.
 
     Raises:
-        DataError: the file is missing, truncated, not an image, or of another size than it should be.
+        DataError: the file is missing, truncated, not an image, or its size is not `stored_size`.
     """
     try:
         with Image.open(path) as image:
             stored_w, stored_h = image.size
             if stored_size is not None and tuple(stored_size) != (stored_h, stored_w):
                 raise DataError(
-                    f"{path} is {stored_w} x {stored_h} pixels, but the tables say {stored_size[1]} x {stored_size[0]}"
+                    f"{path} is {stored_w} x {stored_h} pixels, but the tables give {stored_size[1]} x {stored_size[0]}"
                     ": restore the original image or correct width and height in sample_data.json"
                 )
             return fit_image(image, img_from_cam, image_size)
     except FileNotFoundError:
         raise DataError(f"{path} is missing: copy the dataset's images again") from None
-    except OSError as error:  # PIL says so for truncated and for unknown files
+    except OSError as error:  # PIL raises it for truncated and for unknown files
         raise DataError(f"{path} cannot be read as an image ({error}): copy it again") from None
 
 
 def pad_boxes(boxes: Sequence[Boxes], count: int = 0) -> Boxes:
-    """Stacks the boxes of several frames, padded to the longest or to `count`: each [M_i, ...] -> [T, M, ...]."""
+    """Stacks the boxes of several frames, padded to the largest number or to `count`: [M_i, ...] -> [T, M, ...]."""
     return _stack_padded(boxes, max(count, *(len(part.label) for part in boxes)))
 
 
 def pad_lines(lines: Sequence[Sequence[MapLine]], points_per_line: int, count: int = 0) -> Polylines:
-    """Resamples the lines of several frames and stacks them, padded to the most or to `count`.
+    """Resamples the lines of several frames and stacks them, padded to the largest number or to `count`.
 
     Returns:
         Polylines with points [T, M, P, 2] float32.
     """
     stacked = []
-    for moment in lines:
-        points = np.zeros((len(moment), points_per_line, 2), dtype=np.float32)
-        for row, line in zip(points, moment, strict=True):
+    for frame_lines in lines:
+        count_in_frame = len(frame_lines)
+        points = np.zeros((count_in_frame, points_per_line, 2), dtype=np.float32)
+        for row, line in zip(points, frame_lines, strict=True):
             row[:] = resample_polyline(line.points, points_per_line)
-        closed = [len(line.points) > 2 and np.array_equal(line.points[0], line.points[-1]) for line in moment]
+        closed = [len(line.points) > 2 and np.array_equal(line.points[0], line.points[-1]) for line in frame_lines]
         stacked.append(
             Polylines(
                 points=torch.from_numpy(points),
                 closed=torch.tensor(closed, dtype=torch.bool),
-                label=torch.tensor([line.label for line in moment], dtype=torch.int64),
-                score=torch.tensor([line.score for line in moment], dtype=torch.float32),
-                valid=torch.ones(len(moment), dtype=torch.bool),
-                uncertainty=torch.zeros(len(moment), points_per_line, 2),
+                label=torch.tensor([line.label for line in frame_lines], dtype=torch.int64),
+                score=torch.tensor([line.score for line in frame_lines], dtype=torch.float32),
+                valid=torch.ones(count_in_frame, dtype=torch.bool),
+                uncertainty=torch.zeros(count_in_frame, points_per_line, 2),
             )
         )
-    return _stack_padded(stacked, max(count, *(len(moment) for moment in lines)))
+    return _stack_padded(stacked, max(count, *(len(frame_lines) for frame_lines in lines)))
 
 
-def _stack_padded(parts: Sequence, count: int):
+def _stack_padded(parts: Sequence[Noun], count: int) -> Noun:
     """Stacks nouns along a new first axis after padding their first axis with zeros (valid: False) to `count`."""
 
     def padded(tensor: Tensor) -> Tensor:
@@ -92,7 +93,7 @@ def _stack_padded(parts: Sequence, count: int):
 
 
 def collate(clips: list[Clip]) -> Clip:
-    """Clips [T, ...] into one batch [B, T, ...]; ground truth is padded to the longest of the batch."""
+    """Collates clips [T, ...] into one batch [B, T, ...]; ground truth is padded to the largest number in the batch."""
     gt = FrameObjects(
         *(
             type(parts[0])(*map(_stack_gt, zip(*parts, strict=True)))
@@ -103,50 +104,51 @@ def collate(clips: list[Clip]) -> Clip:
     return Clip(frames, gt, torch.stack([clip.sample_index for clip in clips]))
 
 
-def _stack(nouns: list):
+def _stack(nouns: list) -> Any:
+    """Stacks tensors, or the tensors of nouns field by field, along a new first axis."""
     if isinstance(nouns[0], Tensor):
         return torch.stack(nouns)
     return type(nouns[0])(*(_stack(list(field)) for field in zip(*nouns, strict=True)))
 
 
 def _stack_gt(tensors: Sequence[Tensor]) -> Tensor:
-    """[T, M_i, ...] each -> [B, T, M, ...]."""
+    """Stacks tensors [T, M_i, ...] after padding M_i with zeros: [B, T, M, ...]."""
     count = max(tensor.shape[1] for tensor in tensors)
     return torch.stack([F.pad(t, (0, 0) * (t.ndim - 2) + (0, count - t.shape[1])) for t in tensors])
 
 
 class ClipRequest(NamedTuple):
-    """What the training sampler yields: samples of one scene that follow each other, and how they are to be seen."""
+    """Request for a training clip: consecutive samples of one scene, and the seed of their augmentation."""
 
     samples: tuple[int, ...]
-    previous: int  # the sample that the memory is from, -1 where it starts empty
-    seed: tuple[int, ...]  # of the random numbers of the augmentation, the same all along a scene
+    previous: int  # sample of the memory's last frame, -1 if the memory is empty
+    seed: tuple[int, ...]  # seed of the augmentation, the same along a scene
 
 
-class TrainSampler(Sampler):
-    """Windows of scenes, for training with a memory that is handed on from batch to batch.
+class TrainSampler(Sampler[ClipRequest]):
+    """Draws clips for training with truncated backpropagation through time.
 
-    A batch holds one window of each of `batch_size` scenes. Batches take turns in `streams`: batch b + streams goes on
-    where batch b ended, element by element, with the next window of the same scene or the first one of another. In
-    between other scenes are seen, for steps that all see the same street unlearn the others. Scenes come in random
-    order.
+    A batch holds `batch_size` clips, each of another scene. Batches alternate between `streams` independent streams:
+    batch b + streams continues batch b. Each of its elements is the next clip of the same scene or, at the end of the
+    scene, the first clip of another one. Alternating matters: if consecutive steps all trained on the same street, the
+    network would forget the others. Scenes come in random order.
 
-    Order, dropped frames and augmentation depend on the seed and the epoch only, neither on the number of workers nor
-    on what was drawn before, so a resumed run goes on as if it had not been interrupted.
+    Order, dropped frames and augmentation depend only on the seed and the epoch. They depend neither on the number of
+    workers nor on earlier draws, so a resumed run continues as if it had not been interrupted.
 
     Args:
         scene_of_sample: [S] scene number of each sample, samples in time order within a scene.
         batch_size: that of the DataLoader, which must keep the order.
-        streams: batches that take turns.
-        frames_per_clip: T, samples per draw. Scenes that have fewer are left out; what does not fill a frames_per_clip
-            is skipped, now at the beginning of a scene and now at its end.
+        streams: number of independent streams.
+        frames_per_clip: T, samples per clip. Scenes with fewer samples are left out. Samples that do not fill a clip
+            are skipped, at random at the beginning or at the end of a scene.
         drop: probability that a sample is left out, so that the time between two frames varies.
         seed: of the whole run.
         rank: of this process.
-        world_size: number of processes; each has scenes of its own.
+        world_size: number of processes; they train on different scenes at any time.
 
     Raises:
-        ConfigError: no scene fills a window.
+        ConfigError: no scene has enough samples for a clip.
     """
 
     def __init__(
@@ -172,11 +174,11 @@ class TrainSampler(Sampler):
         self.drop, self.seed = drop, seed
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
-        windows = sum(len(samples) for samples in self.scenes) * (1 - drop) / frames_per_clip
-        self.batches = max(1, round(windows / (batch_size * world_size)))
+        clips = sum(len(samples) for samples in self.scenes) * (1 - drop) / frames_per_clip
+        self.batches = max(1, round(clips / (batch_size * world_size)))
 
     def set_epoch(self, epoch: int) -> None:
-        """To be called before each epoch."""
+        """Sets the epoch of the random numbers. Call it before each epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -185,17 +187,19 @@ class TrainSampler(Sampler):
     def __iter__(self) -> Iterator[ClipRequest]:
         rng = np.random.default_rng((self.seed, self.epoch))
         visits = self._visits(rng)
-        streams = [[[] for _ in range(self.batch_size * self.world_size)] for _ in range(self.streams)]
+        streams: list[list[list[ClipRequest]]] = [
+            [[] for _ in range(self.batch_size * self.world_size)] for _ in range(self.streams)
+        ]
         for batch in range(self.batches):
-            for number, stream in enumerate(streams[batch % self.streams]):
-                if not stream:
-                    stream.extend(next(visits))
-                draw = stream.pop(0)
+            for number, pending in enumerate(streams[batch % self.streams]):
+                if not pending:
+                    pending.extend(next(visits))
+                request = pending.pop(0)
                 if number % self.world_size == self.rank:
-                    yield draw
+                    yield request
 
     def _visits(self, rng: np.random.Generator) -> Iterator[list[ClipRequest]]:
-        """The windows of one scene after the other, without end."""
+        """Yields the clips of one scene after the other, without end."""
         for visit in itertools.count():
             if visit % len(self.scenes) == 0:
                 order = rng.permutation(len(self.scenes))
@@ -203,17 +207,17 @@ class TrainSampler(Sampler):
             kept = samples[rng.random(len(samples)) >= self.drop]
             samples = kept if len(kept) >= self.frames_per_clip else samples
             samples = samples[rng.integers(len(samples) % self.frames_per_clip + 1) :]
-            windows = samples[: len(samples) // self.frames_per_clip * self.frames_per_clip]
-            windows = windows.reshape(-1, self.frames_per_clip).tolist()
-            previous = [-1, *(window[-1] for window in windows)]
+            samples = samples[: len(samples) // self.frames_per_clip * self.frames_per_clip]
+            clips = samples.reshape(-1, self.frames_per_clip).tolist()
+            previous = [-1, *(clip[-1] for clip in clips)]
             yield [
-                ClipRequest(tuple(w), p, (self.seed, self.epoch, visit))
-                for w, p in zip(windows, previous, strict=False)
+                ClipRequest(tuple(clip), last, (self.seed, self.epoch, visit))
+                for clip, last in zip(clips, previous, strict=False)
             ]
 
 
-class SceneStreamSampler(Sampler):
-    """Samples in the order a car meets them, one scene after the other; processes share the scenes.
+class SceneStreamSampler(Sampler[int]):
+    """Draws samples in time order, one scene after the other; processes divide the scenes among themselves.
 
     Args:
         scene_of_sample: [S] scene number of each sample, samples in time order within a scene.

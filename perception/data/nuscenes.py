@@ -1,4 +1,4 @@
-"""nuScenes-format datasets, real or generated, as clips of frames with their truth."""
+"""Reads nuScenes-format datasets, real or generated, as clips of frames with their ground truth."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ NUSCENES_CAMERAS = (
 class NuScenesDataset(Dataset):
     """Keyframes of a nuScenes-format dataset as clips.
 
-    Every sample is an item, a clip of one frame, in scene order: made for streaming, so a frame carries the motion
-    since the previous keyframe and is first only at the start of a scene. Training asks with a `ClipRequest` for longer
-    clips, which may leave keyframes out.
+    Index it with a number to get one sample as a clip of one frame, for streaming inference in scene order. The frame
+    holds the ego motion since the previous keyframe and is first only at the start of a scene. Index it with a
+    `ClipRequest` to get a longer clip for training, which may leave keyframes out.
 
-    Lines of clips are those of the MapTR protocol: 60 m ahead and behind together, 30 m across, around LIDAR_TOP.
+    Lines of clips follow the MapTR protocol: a patch of 60 m along and 30 m across, centred at LIDAR_TOP.
 
     Args:
         dataroot: folder of the dataset, or several folders that are read as one dataset.
         version: name of the folder of tables, such as `v1.0-trainval`.
         split: an official split, one of `<version>/splits.json`, or a file of scene names: a Path, or text that ends in
-            `.json` or `.txt` or has a `/` in it (see `perception.data.splits`). Every root must hold a file's scenes.
-        image_size: height and width of the images; see `fit_image` for how others are fitted.
-        cameras: channels, in order. One that a sample lacks is marked as not present.
-        points_per_line: P of the ground truth lines.
-        cache_dir: where the index is kept, see `load_index`.
-        augment: changes the clips of a `ClipRequest`, which names their random numbers.
+            `.json` or `.txt` or contains a `/` (see `perception.data.splits`). Every root must have the file's scenes.
+        image_size: height and width of the images; images of other sizes are fitted, see `fit_image`.
+        cameras: channels, in order. A camera that a sample lacks is marked as not present.
+        points_per_line: P of the ground-truth lines.
+        cache_dir: folder of the index cache, see `load_index`.
+        augment: augmentation of the clips of a `ClipRequest`, seeded by the request.
 
     Raises:
-        DataError: anything is missing or malformed, here or when an item is read.
+        DataError: a file or field is missing or malformed, here or when an item is read.
     """
 
     classes = BOX_CLASSES
@@ -66,11 +66,11 @@ class NuScenesDataset(Dataset):
         indices = [load_index(root, version, split, tuple(cameras), cache) for root in roots]
         self._index = index = concatenate(indices, roots)
         self.roots, self.version, self.split = tuple(roots), version, split
-        self.image_size = tuple(image_size)
+        self.image_size = (image_size[0], image_size[1])
         self.points_per_line = points_per_line
         self.augment = augment
         self.cameras = tuple(cameras)
-        self._lane_maps: dict[bytes, LaneMap] = {}  # by file, read when first asked for
+        self._lane_maps: dict[bytes, LaneMap] = {}  # by file, read on first use
         self.max_boxes = int(np.diff(index.box_offset).max())
         self.max_lines = int(np.diff(index.lines.sample_offset).max())
 
@@ -79,7 +79,7 @@ class NuScenesDataset(Dataset):
 
     @property
     def tokens(self) -> list[str]:
-        """Sample tokens; `Clip.sample_index` points here."""
+        """Sample tokens, indexed by `Clip.sample_index`."""
         return [token.decode() for token in self._index.token]
 
     @property
@@ -89,56 +89,59 @@ class NuScenesDataset(Dataset):
 
     @property
     def scene_names(self) -> list[str]:
+        """Names of the scenes, indexed by `scene_of_sample`."""
         return [name.decode() for name in self._index.scene_name]
 
     @property
     def scene_tokens(self) -> list[str]:
+        """Tokens of the scenes, indexed by `scene_of_sample`."""
         return [token.decode() for token in self._index.scene_token]
 
     @property
     def timestamps(self) -> np.ndarray:
-        """[S] float64 seconds, the LiDAR's: the reference time of each sample."""
+        """[S] float64 seconds: the reference time of each sample, that of LIDAR_TOP."""
         return self._index.timestamp_us * 1e-6
 
     def ego_pose(self, i: int) -> np.ndarray:
-        """global_from_ego [4, 4] float64 of sample i at its reference time."""
+        """Returns global_from_ego [4, 4] float64 of sample i at its reference time."""
         return self._index.global_from_ego[i]
 
     def ego_from_lidar(self, i: int) -> np.ndarray:
-        """[4, 4] float64 of sample i."""
+        """Returns ego_from_lidar [4, 4] float64 of sample i."""
         return self._index.ego_from_lidar[i]
 
     def gt_lines(self, i: int, protocol: str = "maptr", size: tuple[float, float] = PATCH_SIZE) -> list[MapLine]:
-        """Lines of sample i with exact vertices, ego frame.
+        """Returns the ground-truth lines of sample i with exact vertices, in the ego frame.
 
-        The default is read from the index; other protocols and sizes are cut from the map.
+        Lines of the default protocol and size are read from the index; others are cut from the map.
 
         Args:
             i: the sample.
-            protocol: "maptr" (patch centred at LIDAR_TOP and turned with it) or "streammapnet" (centred at the ego
-                frame's origin, crossings united by direction).
+            protocol: "maptr" (patch with the position and yaw of LIDAR_TOP) or "streammapnet" (patch of the ego frame,
+                crossings united by direction).
             size: extent of the patch ahead and across, metres.
 
         Raises:
-            ConfigError: the protocol is not known.
-            DataError: the map file has gone or is malformed.
+            ConfigError: the protocol is unknown.
+            DataError: the map file is missing or malformed.
         """
         if protocol == "maptr" and tuple(size) == PATCH_SIZE:
             return self._index.lines.of_sample(i)
-        return lines_around(self._lane_map(i), self.ego_pose(i), self.ego_from_lidar(i), tuple(size), protocol)
+        return lines_around(self._lane_map(i), self.ego_pose(i), self.ego_from_lidar(i), size, protocol)
 
     def gt_centerlines(self, i: int, size: tuple[float, float] = PATCH_SIZE) -> Centerlines:
-        """Centre lines of lanes around sample i and which leads to which, ego frame, in a patch centred at its origin.
+        """Returns the lane centre lines around sample i and their successor links, in the ego frame.
 
         Args:
             i: the sample.
-            size: extent of the patch ahead and across, metres.
+            size: extent of the patch ahead and across, metres; its centre is the origin of the ego frame.
 
         Raises:
-            DataError: the map file has gone, or has no lane graph.
+            DataError: the map file is missing or has no lane graph.
         """
         pose = self.ego_pose(i)
-        return self._lane_map(i).centerlines(*pose[:2, 3], yaw_from_rotation(pose), tuple(size))
+        x, y = pose[:2, 3]
+        return self._lane_map(i).centerlines(x, y, yaw_from_rotation(pose), size)
 
     def _lane_map(self, i: int) -> LaneMap:
         path = self._index.scene_map[self._index.scene[i]]
@@ -147,7 +150,10 @@ class NuScenesDataset(Dataset):
         return self._lane_maps[path]
 
     def gt_boxes(self, i: int) -> Boxes:
-        """Boxes [M] of sample i, not padded; valid where LiDAR or radar points prove them, as the evaluation counts."""
+        """Returns the ground-truth boxes [M] of sample i, not padded.
+
+        A box is valid if it contains LiDAR or radar points, as in the nuScenes evaluation.
+        """
         index = self._index
         rows = slice(index.box_offset[i], index.box_offset[i + 1])
         return Boxes(
@@ -177,12 +183,13 @@ class NuScenesDataset(Dataset):
         if self.augment is None or not isinstance(item, ClipRequest):
             return clip
         scene_rng = np.random.default_rng(item.seed)
-        # Plus one, for numpy takes a seed with a zero at its end for the one without.
+        # Plus one, because numpy treats a seed that ends in zero like the same seed without the zero.
         clip_rng = np.random.default_rng((*item.seed, item.samples[0] + 1))
         patches = [ego_from_patch(self.ego_pose(i), self.ego_from_lidar(i)) for i in samples]
         return self.augment(clip, [self._index.wide_lines.of_sample(i) for i in samples], patches, scene_rng, clip_rng)
 
     def _frames(self, samples: np.ndarray, previous: np.ndarray) -> Frame:
+        """Builds the frames [T] of samples, with the ego motion since the samples in `previous` (-1: none)."""
         index = self._index
         is_first = previous < 0
         ego_from_prev = invert_rigid(index.global_from_ego[samples]) @ index.global_from_ego[previous]
@@ -203,13 +210,14 @@ class NuScenesDataset(Dataset):
         )
 
     def _images(self, i: int) -> tuple[torch.Tensor, np.ndarray]:
-        """All cameras of one sample: [N, 3, H, W] uint8 and [N, 3, 3]."""
+        """Decodes the images of all cameras of one sample: [N, 3, H, W] uint8, and img_from_cam [N, 3, 3]."""
         index = self._index
         images = torch.zeros(len(self.cameras), 3, *self.image_size, dtype=torch.uint8)
         img_from_cam = index.img_from_cam[i].copy()
         for camera, path in enumerate(index.image_path[i]):
             if path:
+                height, width = index.image_size[i, camera]
                 images[camera], img_from_cam[camera] = decode_image(
-                    os.fsdecode(path), img_from_cam[camera], self.image_size, tuple(index.image_size[i, camera])
+                    os.fsdecode(path), img_from_cam[camera], self.image_size, (height, width)
                 )
         return images, img_from_cam

@@ -1,10 +1,7 @@
-"""Which scenes belong to a split, how far validation leaks from training, and splits that do not leak.
+"""Reads splits: which scenes of a dataset belong to a named split or to a split file.
 
-A split is a name or a file. A file is a JSON list of scene names (`.json`), or holds one name a line, where empty lines
-and lines that start with `#` do not count. A name is one of `splits.json` beside the tables or one of the devkit's own.
-
-Roads repeat: two scenes that pass the same street show the same lanes, and a network that saw one in training can
-recite the map in the other. Distances here are between keyframes, in the xy plane of the map that both lie on.
+A split is a name or a file. A file is a JSON list of scene names (`.json`), or text with one name a line, where empty
+lines and lines that start with `#` are ignored. A name is one of `<version>/splits.json` or of the nuScenes devkit.
 """
 
 from __future__ import annotations
@@ -19,15 +16,15 @@ from perception.files import replacing
 
 
 def is_split_file(split: str | Path) -> bool:
-    """Whether a split is a file: a Path always, text if it ends in .json or .txt or has a folder in it.
+    """Returns whether a split is a file: a Path always is, text is if it ends in .json or .txt or contains a folder.
 
-    The text alone decides. What happens to lie in the working directory must not change the meaning of `val`.
+    The text alone decides, so that a file called `val` in the working directory does not change the meaning of `val`.
     """
     return isinstance(split, Path) or split.endswith((".json", ".txt")) or "/" in split or os.sep in split
 
 
 def read_split_file(path: str | Path) -> list[str]:
-    """The scene names of a split file, each once, in the file's order.
+    """Reads the scene names of a split file, each once, in the file's order.
 
     Raises:
         DataError: the file is missing, is not of the format, or names nothing.
@@ -49,36 +46,36 @@ def read_split_file(path: str | Path) -> list[str]:
         lines = [line.strip() for line in text.splitlines()]
         names = [line for line in lines if line and not line.startswith("#")]
     if not names:
-        raise DataError(f"split file {path} names no scene; write one name a line")
+        raise DataError(f"split file {path} lists no scene; write one name a line")
     return list(dict.fromkeys(names))
 
 
 def write_split_file(path: str | Path, names: Sequence[str], comment: str) -> None:
-    """Writes scene names one a line below a line that says where they come from."""
-    with replacing(path) as beside:
-        beside.write_text("".join(f"{line}\n" for line in (f"# {comment}", *names)), encoding="utf-8")
+    """Writes scene names, one a line, below a comment line that gives their origin."""
+    with replacing(path) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in (f"# {comment}", *names)), encoding="utf-8")
 
 
 def split_scenes(split: str | Path, tables: Path, known: Collection[str]) -> list[str]:
-    """The scenes of a split that a dataset has, in the dataset's order.
+    """Lists the scenes of a split that a dataset contains, in the dataset's order.
 
-    A named split may list scenes that the dataset lacks, as `val` does for the small version of nuScenes. A file may
-    not: it is written for one dataset, and a scene less would change the score without a word.
+    A named split may list scenes that the dataset lacks, as `val` does for nuScenes mini. A file may not: it is
+    written for one dataset, and a missing scene would change the score silently.
 
     Args:
         split: a file (see `is_split_file`), or a name.
-        tables: folder of the tables, for its `splits.json` and for errors.
+        tables: folder of the tables, for its `splits.json` and for error messages.
         known: names of all scenes of the tables.
 
     Raises:
-        DataError: the file is malformed or names a scene that is not there, or the split is unknown or empty.
+        DataError: the file is malformed or names an unknown scene, or the split is unknown or empty.
     """
     if is_split_file(split):
         names = read_split_file(split)
-        if strange := [name for name in names if name not in known]:
+        if unknown := [name for name in names if name not in known]:
             raise DataError(
-                f"split file {split} names {len(strange)} of {len(names)} scenes that {tables / 'scene.json'} lacks, "
-                f"{strange[0]} among them; remove them or give the version that they belong to"
+                f"split file {split} lists {len(unknown)} of {len(names)} scenes that {tables / 'scene.json'} lacks, "
+                f"such as {unknown[0]}; remove them or give the version that they belong to"
             )
     else:
         from nuscenes.utils.splits import create_splits_scenes  # the devkit is slow to import

@@ -14,7 +14,14 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from perception.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt_camera, forget, missing_camera, yaw_cameras
+from perception.data.corruptions import (
+    CORRUPTIONS,
+    SEVERITIES,
+    as_first_frame,
+    corrupt_camera,
+    drop_camera,
+    yaw_extrinsics,
+)
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError
 from perception.evaluation.dataset import all_gt_lines, ego_poses
@@ -37,7 +44,7 @@ class MissingCamera:
     camera: int
 
     def __call__(self, frames: Frame, scene: int, sample: int) -> Frame:
-        return missing_camera(frames, self.camera)
+        return drop_camera(frames, self.camera)
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class YawError:
     seed: int
 
     def __call__(self, frames: Frame, scene: int, sample: int) -> Frame:
-        return yaw_cameras(frames, self.degrees, np.random.default_rng((self.seed, scene)))
+        return yaw_extrinsics(frames, self.degrees, np.random.default_rng((self.seed, scene)))
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,7 @@ class NoMemory:
     """Every frame is the first one."""
 
     def __call__(self, frames: Frame, scene: int, sample: int) -> Frame:
-        return forget(frames)
+        return as_first_frame(frames)
 
 
 class Trial(NamedTuple):

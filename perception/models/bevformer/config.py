@@ -16,6 +16,8 @@ class BEVFormerConfig(PublishedConfig):
 
     queries: int = 900
     max_boxes: int = 300
+    # Boxes whose centre lies outside are dropped: least x, y, z, then largest.
+    post_center_range: tuple[float, float, float, float, float, float] = (-61.2, -61.2, -10.0, 61.2, 61.2, 10.0)
     line_points: ClassVar[int] = 20  # of the ground truth; the network predicts no lines
 
     @classmethod

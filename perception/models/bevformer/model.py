@@ -155,34 +155,39 @@ class BEVFormer(nn.Module):
 
     def decode(self, prediction: RawBoxes) -> FrameObjects:
         """The best boxes in the ego frame, best first; there are no lines."""
-        boxes = decode_boxes(*prediction, self.ego_from_lidar, self.config.max_boxes)
+        boxes = decode_boxes(*prediction, self.ego_from_lidar, self.config.max_boxes, self.config.post_center_range)
         return FrameObjects(boxes, empty_lines(len(boxes.score), boxes.score.device))
 
 
-def best_boxes(logits: Tensor, params: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def best_boxes(
+    logits: Tensor, params: Tensor, count: int, center_range: tuple[float, ...]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The published decoding of one layer [B, Q, ...]: scores, labels and boxes of the best (query, class) pairs.
 
     Returns:
         scores [B, count], labels [B, count], boxes [B, count, 9] as x, y, z (centre), width, length, height, yaw in the
-        convention of mmdet3d before 1.0, velocity; LiDAR's frame, metres.
+        convention of mmdet3d before 1.0, velocity; LiDAR's frame, metres. Then valid [B, count] bool: whether the
+        centre lies within `center_range` (least x, y, z, then largest); the published decoder drops the others.
     """
     score, row, label = topk_pairs(logits, count)
     row = row[..., None].expand(-1, -1, 10)
     x, y, log_w, log_l, z, log_h, sin, cos, vx, vy = params.gather(1, row).unbind(-1)
     boxes = torch.stack([x, y, z, log_w.exp(), log_l.exp(), log_h.exp(), torch.atan2(sin, cos), vx, vy], -1)
-    return score, label, boxes
+    low, high = (constants(x, boxes) for x in (center_range[:3], center_range[3:]))
+    valid = ((boxes[..., :3] >= low) & (boxes[..., :3] <= high)).all(-1)
+    return score, label, boxes, valid
 
 
-def decode_boxes(logits: Tensor, params: Tensor, ego_from_lidar: Tensor, count: int) -> Boxes:
-    """The best boxes of the last layer of raw ones [L, B, Q, ...], in the ego frame."""
-    score, label, boxes = best_boxes(logits[-1].float(), params[-1].float(), count)
+def decode_boxes(
+    logits: Tensor, params: Tensor, ego_from_lidar: Tensor, count: int, center_range: tuple[float, ...]
+) -> Boxes:
+    """The best boxes of the last layer of raw ones [L, B, Q, ...], in the ego frame; see `best_boxes`."""
+    score, label, boxes, valid = best_boxes(logits[-1].float(), params[-1].float(), count, center_range)
     turn = ego_from_lidar[:3, :3]
     center = boxes[..., :3] @ turn.T + ego_from_lidar[:3, 3]
     # mmdet3d before 1.0 measured yaw clockwise from -y; the length of a box lies along its heading.
     heading = -boxes[..., 6] - math.pi / 2
     axis = torch.stack([heading.cos(), heading.sin()], -1) @ turn[:2, :2].T
-    low, high = (constants(x, center) for x in ((-61.2, -61.2, -10.0), (61.2, 61.2, 10.0)))
-    valid = ((boxes[..., :3] >= low) & (boxes[..., :3] <= high)).all(-1)
     width, length, height = boxes[..., 3:6].unbind(-1)
     return Boxes(
         center=center,
