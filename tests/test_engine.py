@@ -13,7 +13,7 @@ import torch
 import torchvision
 from mmengine.runner import set_random_seed
 
-from perception.data.loader import Draw, TrainSampler, collate
+from perception.data.loader import ClipRequest, TrainSampler, collate
 from perception.engine.config import build_dataset, load_config
 from perception.engine.training import TrainingModel, train
 from perception.engine.weights import load_weights, make_core
@@ -221,7 +221,7 @@ def test_losses_are_the_mean_over_the_unrolled_frames(config_path):
     from perception.types import map_tensors
 
     config = load_config(config_path)
-    clip = collate([build_dataset(config.train_data, config.model)[Draw((0, 1), -1, (0,))]])
+    clip = collate([build_dataset(config.train_data, config.model)[ClipRequest((0, 1), -1, (0,))]])
     core = BEVTransformer(config.model).eval()
     first, second = (map_tensors(lambda tensor, t=t: tensor[:, t], clip) for t in (0, 1))
     prediction_0, state = core(first.frames, core.initial_state(1))
@@ -238,15 +238,15 @@ def test_memory_goes_on_from_batch_to_batch(config_path):
     config = load_config(config_path)
     data = build_dataset(config.train_data, config.model)
     model = TrainingModel(BEVTransformer(config.model)).eval()
-    whole, state = model(collate([data[Draw((0, 1), -1, (0,))]]), None)
-    first, memory = model(collate([data[Draw((0,), -1, (0,))]]), None)
-    second, end = model(collate([data[Draw((1,), 0, (0,))]]), memory)
+    whole, state = model(collate([data[ClipRequest((0, 1), -1, (0,))]]), None)
+    first, memory = model(collate([data[ClipRequest((0,), -1, (0,))]]), None)
+    second, end = model(collate([data[ClipRequest((1,), 0, (0,))]]), memory)
     torch.testing.assert_close(end.bev, state.bev, atol=1e-5, rtol=1e-5)
     for name, loss in whole.items():
         torch.testing.assert_close(loss, (first[name] + second[name]) / 2)
-    forgotten, _ = model(collate([data[Draw((1,), 0, (0,))]]), None)
+    forgotten, _ = model(collate([data[ClipRequest((1,), 0, (0,))]]), None)
     assert forgotten["heatmap"] != second["heatmap"]
-    images, same = model(collate([data[Draw((0, 1), -1, (0,))]]), memory, images_only=True)
+    images, same = model(collate([data[ClipRequest((0, 1), -1, (0,))]]), memory, images_only=True)
     assert same is memory and images.keys() == {"image_class", "image_depth", "image_heading"}
     for name, loss in images.items():  # over both frames at once: each pixel that shows a box counts the same
         assert min(first[name], second[name]) <= loss <= max(first[name], second[name])
