@@ -42,16 +42,40 @@ def _sentence(error: PerceptionError) -> str:
     return message
 
 
+# The extras of the distribution, and the packages that each brings.
+EXTRAS = {
+    "mmdet3d": ("mmcv", "mmdet", "mmdet3d"),
+    "export": ("ml_dtypes", "onnx", "onnxruntime", "onnxscript"),
+    "openvino": ("openvino",),
+    "tensorrt": ("tensorrt_rtx", "cuda"),
+    "viewer": ("matplotlib",),
+}
+
+
+def not_installed(error: ModuleNotFoundError) -> ConfigError | None:
+    """The error for a package that an extra brings and that is not installed; None for any other package."""
+    package = (error.name or "").partition(".")[0]
+    for extra, packages in EXTRAS.items():
+        if package in packages:
+            return ConfigError(f"{package} is not installed; install it, or the extra [{extra}] of driving-perception")
+    return None
+
+
 def run_script(main: Callable[[], int | None]) -> None:
     """Runs the main function of a script and exits.
 
     Exit code 0 (or what `main` returns), 2 with one line on stderr for a `PerceptionError` (also for one that was
-    raised in a worker process of a DataLoader), 130 when interrupted.
+    raised in a worker process of a DataLoader) and for a package of an extra that is absent, 130 when interrupted.
     """
     try:
         code = main()
     except PerceptionError as error:
         print(f"error: {_sentence(error)}", file=sys.stderr)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        if not (known := not_installed(error)):
+            raise
+        print(f"error: {known}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import importlib
 import re
 import subprocess
 import sys
@@ -10,12 +11,16 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT
 
+from perception.engine.mmdet_backbone import MMDetBackbone
+from perception.errors import EXTRAS as EXTRAS_BY_PACKAGE
+from perception.errors import ConfigError, run_script
+
 SETUP = configparser.ConfigParser()
 SETUP.read(PROJECT / "setup.cfg")
 # The distribution that an import comes from, where the names differ.
 DISTRIBUTION = {
     "PIL": "pillow", "cv2": "opencv-python-headless", "mmengine": "mmengine-lite", "nuscenes": "nuscenes-devkit",
-    "yaml": "pyyaml",
+    "yaml": "pyyaml", "mmcv": "mmcv-lite", "cuda": "cuda-bindings", "tensorrt_rtx": "tensorrt-rtx",
 }  # fmt: skip
 BROUGHT = {"triton"}  # by torch, where there is a GPU to use it on
 # Loaded by others: TensorBoard by MMEngine's visualizer.
@@ -79,6 +84,26 @@ def test_the_base_is_enough_to_load_every_module_but_those_of_exports():
 
 def test_all_is_all():
     assert EXTRAS["all"] == set().union(*(extra for name, extra in EXTRAS.items() if name != "all"))
+
+
+def test_a_package_of_an_extra_that_is_absent_is_named_with_the_extra(monkeypatch, capsys):
+    brought = {name: {DISTRIBUTION.get(p, p) for p in packages} for name, packages in EXTRAS_BY_PACKAGE.items()}
+    used = set().union(*(everything for _, everything in FILES.values())) - BASE
+    assert used <= set().union(*brought.values())
+    for extra, packages in brought.items():
+        assert packages <= EXTRAS[extra], extra
+
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(SystemExit) as stop:
+        run_script(lambda: importlib.import_module("onnx.checker"))
+    assert stop.value.code == 2
+    sentence = "error: onnx is not installed; install it, or the extra [export] of driving-perception\n"
+    assert capsys.readouterr().err == sentence
+    with pytest.raises(ModuleNotFoundError):
+        run_script(lambda: importlib.import_module("no_such_package"))
+    monkeypatch.setitem(sys.modules, "mmdet", None)
+    with pytest.raises(ConfigError, match=r"mmdet is not installed; .* the extra \[mmdet3d\]"):
+        MMDetBackbone("ResNeXt", 4, {})
 
 
 def test_versions_of_python():

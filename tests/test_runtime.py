@@ -102,6 +102,12 @@ print(len(scene.boxes.score))
     assert int(run.stdout) > 0
 
 
+def test_onnx_runtime_that_is_absent(fp32_export, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ConfigError, match=r"Runtime: onnxruntime is not installed .*; pip install onnxruntime"):
+        Runtime(fp32_export)
+
+
 def test_errors_that_can_be_acted_on(fp32_export, tmp_path):
     runtime = Runtime(fp32_export)
     rig = CameraRig(np.eye(3)[None].repeat(6, 0), np.eye(4)[None].repeat(6, 0), np.ones(6, dtype=bool))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from perception.engine.mmcv_ops import stand_in
-from perception.errors import CheckpointError, ConfigError
+from perception.errors import CheckpointError, ConfigError, not_installed
 
 
 class MMDetBackbone(nn.Module):
@@ -21,13 +21,16 @@ class MMDetBackbone(nn.Module):
         options: arguments of its constructor beside `out_indices`.
 
     Raises:
-        ConfigError: mmdet has no such backbone, it refuses the options, or its maps have other strides.
+        ConfigError: mmdet is absent, has no such backbone, or refuses the options, or the maps have other strides.
     """
 
     def __init__(self, name: str, count: int, options: dict) -> None:
         super().__init__()
-        stand_in()
-        import mmdet.models.backbones as backbones
+        try:
+            stand_in()
+            import mmdet.models.backbones as backbones
+        except ModuleNotFoundError as error:
+            raise (not_installed(error) or error) from None
 
         kind = getattr(backbones, name, None)
         if not inspect.isclass(kind):

@@ -74,8 +74,10 @@ class OnnxSession:
     """
 
     def __init__(self, folder: str | Path, contract: dict, providers: Sequence[str], threads: int) -> None:
-        import onnxruntime
-
+        try:
+            import onnxruntime
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"Runtime: onnxruntime is not installed ({error}); pip install onnxruntime") from None
         there = onnxruntime.get_available_providers()
         if not isinstance(providers, list | tuple) or not providers:
             raise ConfigError(f"Runtime: providers is {providers!r}; give a list of some of {', '.join(there)}")
