@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         def streets(split: str | None, seed: int) -> NuScenesDataset:
             """A split of the dataset that was given; without one, generated streets of that seed."""
-            if arguments.dataroot:
+            if arguments.dataroot and split:
                 return NuScenesDataset(arguments.dataroot, arguments.version, split, image_size=size)
             return generated(seed)
 

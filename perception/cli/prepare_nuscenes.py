@@ -5,12 +5,10 @@ A split is one of the devkit's names, one of the dataset's splits.json, or a fil
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from perception.cli import command_parser
-from perception.commands import as_called
 
 EXAMPLE = """examples:
   perception prepare-nuscenes leakage --dataroot data/nuscenes --version v1.0-trainval --train train --val val \\
@@ -86,11 +84,11 @@ def split(arguments, keyframes, tables: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = command_parser("prepare-nuscenes", __doc__, EXAMPLE)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    shared = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": as_called(EXAMPLE)}
-    measure = commands.add_parser("leakage", help="how near validation lies to training", **shared)
-    make = commands.add_parser("split", help="make a split that keeps a distance", **shared)
+    measure = commands.add_parser("leakage", help="how near validation lies to training")
+    make = commands.add_parser("split", help="make a split that keeps a distance")
     for command, function in ((measure, leakage), (make, split)):
         command.set_defaults(function=function)
+        command.formatter_class, command.epilog = parser.formatter_class, parser.epilog
         command.add_argument("--dataroot", type=Path, required=True, help="root of a nuScenes-format dataset")
         command.add_argument("--version", required=True, help="folder of its tables, such as v1.0-trainval")
         command.add_argument("--json", type=Path, help="file for the numbers")
