@@ -13,12 +13,11 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from nuscenes import NuScenes
 from nuscenes.eval.common.config import config_factory
 from nuscenes.eval.common.loaders import get_samples_of_scenes
@@ -31,7 +30,7 @@ from perception.data.splits import is_split_file, split_scenes
 from perception.errors import DataError
 from perception.evaluation.submission import CAMERA_ONLY
 from perception.files import check_dataset, write_json
-from perception.geometry import RIGID_TOLERANCE, invert_rigid, is_rigid, transform_points, yaw_from_rotation
+from perception.geometry import RIGID_TOLERANCE, is_rigid, transform_points
 from perception.types import ATTRIBUTES, BOX_CLASSES, Boxes, FrameObjects
 
 _CONFIG = "detection_cvpr_2019"
@@ -202,39 +201,6 @@ def submission_from_scenes(scenes: Mapping[str, FrameObjects], ego_poses: Mappin
     """
     results = {token: _records(token, scene.boxes, _pose(ego_poses, token)) for token, scene in scenes.items()}
     return {"meta": dict(CAMERA_ONLY), "results": results}
-
-
-def boxes_from_submission(records: Sequence[Mapping], global_from_ego: np.ndarray) -> Boxes:
-    """The way back: boxes of one sample of a submission in the ego frame.
-
-    Args:
-        records: the sample's list under "results".
-        global_from_ego: [4, 4] float64.
-
-    Returns:
-        Boxes [M, ...] in float32, all valid, in the order of the records.
-    """
-    ego_from_global = invert_rigid(np.asarray(global_from_ego, dtype=np.float64))
-    count = len(records)
-
-    def column(field: str, width: int) -> np.ndarray:
-        return np.array([r[field] for r in records], dtype=np.float64).reshape(count, width)
-
-    velocity = np.pad(column("velocity", 2), ((0, 0), (0, 1)))  # [M, 3]
-    rotations = [ego_from_global[:3, :3] @ Quaternion(r["rotation"]).rotation_matrix for r in records]
-    return Boxes(
-        center=torch.tensor(transform_points(ego_from_global, column("translation", 3)), dtype=torch.float32),
-        size=torch.tensor(column("size", 3)[:, [1, 0, 2]], dtype=torch.float32),
-        yaw=torch.tensor(yaw_from_rotation(np.array(rotations).reshape(count, 3, 3)), dtype=torch.float32),
-        velocity=torch.tensor((velocity @ ego_from_global[:3, :3].T)[:, :2], dtype=torch.float32),
-        label=torch.tensor([BOX_CLASSES.index(r["detection_name"]) for r in records], dtype=torch.int64),
-        attribute=torch.tensor(
-            [ATTRIBUTES.index(r["attribute_name"]) if r["attribute_name"] else -1 for r in records], dtype=torch.int64
-        ),
-        score=torch.tensor([r["detection_score"] for r in records], dtype=torch.float32),
-        valid=torch.ones(count, dtype=torch.bool),
-        uncertainty=torch.zeros(count, 9),
-    )
 
 
 def _records(token: str, boxes: Boxes, global_from_ego: np.ndarray) -> list[dict]:

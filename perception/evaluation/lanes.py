@@ -146,23 +146,19 @@ def match_lines(
     return _match(*packed, rules, thresholds)
 
 
-def chamfer_distances(points_a: np.ndarray, points_b: np.ndarray) -> np.ndarray:
-    """Mean of the two directed mean nearest-point distances of pairs of lines.
+def _chamfer(points_a: np.ndarray, points_b: np.ndarray, radius: float) -> tuple[np.ndarray, np.ndarray]:
+    """Chamfer distances of pairs of lines, and whether flat-cap buffers of a radius touch for certain.
+
+    The distance is the mean of the two directed mean nearest-point distances. Buffers touch for certain where the point
+    of `b` that is closest to some point of `a` is an inner one, and nearer than the radius: the foot of the
+    perpendicular then lies on `b` and not beyond its end, where the flat cap cuts the buffer off.
 
     Args:
         points_a, points_b: [pairs, P, 2] metres.
+        radius: metres.
 
     Returns:
-        [pairs] metres.
-    """
-    return _chamfer(points_a, points_b, 0.0)[0]
-
-
-def _chamfer(points_a: np.ndarray, points_b: np.ndarray, radius: float) -> tuple[np.ndarray, np.ndarray]:
-    """Distances [pairs], and whether flat-cap buffers of `radius` touch for certain [pairs] bool.
-
-    They do where the point of `b` that is closest to some point of `a` is an inner one, and nearer than the radius: the
-    foot of the perpendicular then lies on `b` and not beyond its end, where the flat cap cuts the buffer off.
+        Distances [pairs] in metres, and whether the buffers touch for certain [pairs] bool.
     """
     pairs, count = points_a.shape[:2]
     distance, touch = np.empty(pairs), np.empty(pairs, dtype=bool)
