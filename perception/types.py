@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,8 @@ from perception.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Array: TypeAlias = np.ndarray[Any, Any]  # shapes and dtypes stand in comments and docstrings
 
 # The ten classes of the nuScenes detection task, in the order of mmdet3d's nuScenes infos.
 BOX_CLASSES = (

@@ -14,7 +14,7 @@ from pyquaternion import Quaternion
 from perception.data.nuscenes import NuScenesDataset
 from perception.evaluation.detection import (
     evaluate_boxes,
-    submission_from_scenes,
+    submission_from_predictions,
 )
 from perception.geometry import rigid_from_quaternion
 from perception.types import ATTRIBUTES, BOX_CLASSES, Boxes, FrameObjects, Polylines, map_tensors
@@ -291,7 +291,7 @@ def test_boxes_of_the_submission_are_those_of_the_devkit():
         valid=torch.ones(6, dtype=torch.bool),
         uncertainty=torch.zeros(6, 9),
     )
-    found = submission_from_scenes({"t": FrameObjects(boxes, None)}, {"t": pose})["results"]["t"]
+    found = submission_from_predictions({"t": FrameObjects(boxes, None)}, {"t": pose})["results"]["t"]
     for k, (record, box) in enumerate(zip(found, devkit_boxes, strict=True)):
         box.rotate(turn)
         box.translate(pose[:3, 3])

@@ -254,7 +254,7 @@ def test_direction_of_lines_and_order_of_frames_do_not_matter(protocol):
     turned = evaluate_lanes(reversed_lines, gt, protocol=protocol)
     for name in LINE_CLASSES:
         assert turned.ap[name] == pytest.approx(base.ap[name], abs=1e-9)
-        assert turned.working[name].error == pytest.approx(base.working[name].error, abs=1e-9)
+        assert turned.operating_points[name].error == pytest.approx(base.operating_points[name].error, abs=1e-9)
     # Equal scores are the hard case for a shuffled split: give every prediction the same one.
     flat = {t: [l._replace(score=0.5) for l in lines] for t, lines in predictions.items()}
     shuffled = {t: flat[t] for t in rng.permutation(list(flat))}

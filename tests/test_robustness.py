@@ -13,7 +13,7 @@ from torch import nn
 from perception.data.loader import pad_lines
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError
-from perception.evaluation.dataset import evaluate_scenes
+from perception.evaluation.dataset import evaluate_predictions
 from perception.evaluation.robustness import (
     BadImages,
     MissingCamera,
@@ -116,7 +116,7 @@ class Witness(nn.Module):
 def test_a_witness_loses_what_it_is_not_shown(dataset):
     witness = Witness(dataset)
     stream = predict_stream(witness, dataset)
-    clean = evaluate_scenes(dataset, stream.scenes).metrics()
+    clean = evaluate_predictions(dataset, stream.scenes).metrics()
     assert clean["mAP"] > 0.4 and clean["lane_mAP"] > 0.5
     trials = plan_trials(
         dataset.cameras, drop_camera="CAM_FRONT", extrinsics_noise_deg=1.0, corrupt="noise:1", no_memory=True, seed=3
@@ -134,7 +134,7 @@ def test_a_witness_loses_what_it_is_not_shown(dataset):
         token: scene._replace(boxes=scene.boxes._replace(velocity=torch.zeros_like(scene.boxes.velocity)))
         for token, scene in stream.scenes.items()
     }
-    expected = evaluate_scenes(dataset, still).metrics()
+    expected = evaluate_predictions(dataset, still).metrics()
     assert alone.metrics == pytest.approx({name: expected[name] for name in alone.metrics})
     assert alone.metrics["mAP"] == pytest.approx(clean["mAP"]) and alone.metrics["mAVE"] > 1.2 * clean["mAVE"]
     assert card.memory_gain()["mAVE"] == pytest.approx(1 - clean["mAVE"] / expected["mAVE"])

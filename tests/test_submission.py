@@ -14,7 +14,7 @@ import torch
 from perception.data.loader import pad_boxes, pad_lines
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import DataError
-from perception.evaluation.dataset import evaluate_scenes, save_submissions
+from perception.evaluation.dataset import evaluate_predictions, save_submissions
 from perception.evaluation.lanes import evaluate_lanes
 from perception.evaluation.submission import check_samples, read_submission, write_lanes
 from perception.models.bev_transformer.config import BEVTransformerConfig
@@ -90,7 +90,7 @@ def test_lanes_written_by_hand_score_what_they_must(hand_root, tmp_path, capsys)
     assert numbers["lane_mAP"] == pytest.approx((1 + 2 / 3) / 3)
     # At 0.2, 0.5 and 1.0 m dividers are hits twice and boundaries once.
     assert numbers["lane_mAP_strict"] == pytest.approx((2 / 3 + 1 / 3) / 3)
-    working = numbers["lanes"]["working"]
+    working = numbers["lanes"]["operating_points"]
     assert working["divider"]["error"] == pytest.approx(0.3) and working["boundary"]["error"] == pytest.approx(0.7)
     assert working["divider"]["false_metres_per_frame"] == 0 and working["boundary"]["recall"] == 1
     said = capsys.readouterr().out
@@ -98,8 +98,8 @@ def test_lanes_written_by_hand_score_what_they_must(hand_root, tmp_path, capsys)
     # Working from 0.75 on leaves one of two boundaries; at 0.5 m it is false, 59.6 m long.
     assert evaluate(*arguments, "--score-threshold", 0.75) == 0
     numbers = json.loads((tmp_path / "numbers.json").read_text())
-    assert numbers["lanes"]["working"]["boundary"]["recall"] == pytest.approx(1 / 2)
-    assert numbers["strict_lanes"]["working"]["boundary"]["false_metres_per_frame"] == pytest.approx(59.6)
+    assert numbers["lanes"]["operating_points"]["boundary"]["recall"] == pytest.approx(1 / 2)
+    assert numbers["strict_lanes"]["operating_points"]["boundary"]["false_metres_per_frame"] == pytest.approx(59.6)
 
 
 def test_boxes_written_by_hand_score_what_they_must(hand_root, tmp_path, capsys):
@@ -153,7 +153,7 @@ def guesses(dataset) -> dict[str, FrameObjects]:
 @pytest.mark.parametrize("protocol", ["maptr", "streammapnet"])
 def test_what_we_write_scores_what_we_score(hand_root, dataset, tmp_path, protocol):
     scenes = guesses(dataset)
-    direct = evaluate_scenes(dataset, scenes, protocol=protocol)
+    direct = evaluate_predictions(dataset, scenes, protocol=protocol)
     save_submissions(tmp_path, dataset, scenes)
     options = [*dataset_of(hand_root), "--lanes-protocol", protocol, "--json", tmp_path / "numbers.json"]
     assert evaluate("--submission", tmp_path / "lanes.json", *options) == 0
@@ -183,7 +183,7 @@ def test_larger_range_and_other_protocol_change_truth_and_thresholds(hand_root, 
         lanes = json.loads((tmp_path / "numbers.json").read_text())["lanes"]
         assert (lanes["protocol"], lanes["lane_range"], lanes["thresholds_m"]) == (protocol, "100x50", thresholds)
         assert lanes["class_ap"] == pytest.approx({"divider": hits / 3, "ped_crossing": 0, "boundary": hits / 3})
-        assert lanes["working"]["divider"]["bins"][-1]["near"] == 50
+        assert lanes["operating_points"]["divider"]["bins"][-1]["near"] == 50
 
 
 def test_weights_leave_submissions_and_name_the_protocol(hand_root, tmp_path):
