@@ -38,7 +38,8 @@ def transform_points(dst_from_src: ArrayOrTensor, points: ArrayOrTensor) -> Arra
     """
     # Written as products and sums: autocast turns matrix products into half precision, which geometry does not survive.
     rotation = dst_from_src[..., None, :3, :3]
-    return (rotation * points[..., None, :]).sum(-1) + dst_from_src[..., None, :3, 3]
+    moved: ArrayOrTensor = (rotation * points[..., None, :]).sum(-1) + dst_from_src[..., None, :3, 3]
+    return moved
 
 
 def invert_rigid(dst_from_src: ArrayOrTensor) -> ArrayOrTensor:
@@ -47,7 +48,8 @@ def invert_rigid(dst_from_src: ArrayOrTensor) -> ArrayOrTensor:
     rotation = dst_from_src[..., :3, :3].swapaxes(-1, -2)
     translation = -(rotation @ dst_from_src[..., :3, 3:])
     top = lib.concatenate([rotation, translation], -1)
-    return lib.concatenate([top, dst_from_src[..., 3:, :]], -2)
+    inverse: ArrayOrTensor = lib.concatenate([top, dst_from_src[..., 3:, :]], -2)
+    return inverse
 
 
 RIGID_TOLERANCE = 1e-3  # of each number of rotation times its transpose; poses are often stored in single precision
@@ -69,7 +71,8 @@ def is_rigid(dst_from_src: Array) -> bool:
 def yaw_from_rotation(rotation: ArrayOrTensor) -> ArrayOrTensor:
     """Yaw of rotations [..., 3+, 3+]: the angle of the turned x axis in the xy plane, radians in (-pi, pi]."""
     lib = _library(rotation)
-    return lib.arctan2(rotation[..., 1, 0], rotation[..., 0, 0])
+    yaw: ArrayOrTensor = lib.arctan2(rotation[..., 1, 0], rotation[..., 0, 0])
+    return yaw
 
 
 def wrap_angle(angle: ArrayOrTensor) -> ArrayOrTensor:
@@ -134,7 +137,8 @@ def box_corners(center: ArrayOrTensor, size: ArrayOrTensor, yaw: ArrayOrTensor) 
             x, y = x_sign * half[..., 0], y_sign * half[..., 1]
             turned = [lib.cos(yaw) * x - lib.sin(yaw) * y, lib.sin(yaw) * x + lib.cos(yaw) * y, z_sign * half[..., 2]]
             corners.append(center + lib.stack(turned, -1))
-    return lib.stack(corners, -2)
+    stacked: ArrayOrTensor = lib.stack(corners, -2)
+    return stacked
 
 
 def polyline_length(points: Array) -> float:

@@ -125,7 +125,7 @@ class MapLine(NamedTuple):
     """One vector line with as many vertices as it needs: what map files and submissions hold."""
 
     label: int  # index into LINE_CLASSES
-    points: np.ndarray  # [P, 2] float64 metres; a closed line repeats its first point last
+    points: Array  # [P, 2] float64 metres; a closed line repeats its first point last
     score: float = 1.0
 
 
@@ -172,7 +172,7 @@ class Clip(NamedTuple):
     sample_index: Tensor  # [B, T] int64 index into the dataset's tokens
 
 
-Noun = TypeVar("Noun", bound=tuple)
+Noun = TypeVar("Noun", bound="tuple[Any, ...]")
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], noun: Noun) -> Noun:

@@ -276,7 +276,7 @@ def test_good_files_are_read(tmp_path):
             'field frame is null; give lines in the ego frame (x forward, y left, metres) and write "frame"',
         ),
         (["frame"], "lidar", 'field frame is "lidar"'),
-        (["results", "t1"], None, "results.t1 is null; it must be a list, empty where nothing was found"),
+        (["results", "t1"], None, "results.t1 is null; it must be a list, empty if nothing is predicted"),
         (["results", "t1", 0], [], "results.t1[0] is []; it must be an object"),
         (["results", "t1", 0, "class"], GONE, "results.t1[0].class is missing"),
         (["results", "t1", 0, "class"], "lane", 'class is "lane"; it must be one of divider, ped_crossing, boundary'),

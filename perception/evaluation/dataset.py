@@ -19,7 +19,8 @@ from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError
 from perception.evaluation.confidence import ConfidenceResult, evaluate_confidence
 from perception.evaluation.detection import DetectionResult, evaluate_boxes, submission_from_predictions
-from perception.evaluation.lanes import STRICT_THRESHOLDS, LaneResult, evaluate_lanes, lane_rules
+from perception.evaluation.lane_report import LaneResult
+from perception.evaluation.lanes import STRICT_THRESHOLDS, evaluate_lanes, lane_rules
 from perception.evaluation.stability import StabilityResult, evaluate_stability
 from perception.evaluation.submission import map_lines, write_lanes
 from perception.files import write_json

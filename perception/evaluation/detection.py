@@ -317,7 +317,8 @@ def split_tokens(nusc: NuScenes, split: str | Path) -> list[str]:
         DataError: the split does not exist, or does not fit the tables.
     """
     if is_split_file(split):
-        return get_samples_of_scenes(_scenes_of_file(nusc, split), nusc)
+        return list(get_samples_of_scenes(_scenes_of_file(nusc, split), nusc))
+    split = str(split)
     if is_predefined_split(split):
         wanted = "mini" if split.startswith("mini") else "test" if split == "test" else "trainval"
         if not nusc.version.endswith(wanted):
@@ -329,7 +330,7 @@ def split_tokens(nusc: NuScenes, split: str | Path) -> list[str]:
         names = get_scenes_of_split(split, nusc)
     except (ValueError, AssertionError) as error:  # a missing or malformed splits.json, an unknown split
         raise DataError(f"{nusc.table_root}/splits.json does not list the scenes of split {split} ({error})") from error
-    tokens = get_samples_of_scenes(names, nusc)
+    tokens: list[str] = get_samples_of_scenes(names, nusc)
     if not tokens:
         raise DataError(f"split {split} names no scene of {nusc.table_root}; choose another split or version")
     return tokens

@@ -82,7 +82,7 @@ def write_lanes(
         ]
         for token, found in lines.items()
     }
-    write_json(path, {"meta": dict(meta), "frame": FRAME, "results": results}, indent=None)
+    write_json(Path(path), {"meta": dict(meta), "frame": FRAME, "results": results}, indent=None)
 
 
 def read_submission(path: str | os.PathLike[str]) -> LaneSubmission | DetectionSubmission:
@@ -108,7 +108,7 @@ def read_submission(path: str | os.PathLike[str]) -> LaneSubmission | DetectionS
         for number, entry in enumerate(_typed(entries, list, where, "a list, empty if nothing is predicted")):
             _typed(entry, dict, f"{where}[{number}]", "an object")
     entries = (entry for found in content["results"].values() for entry in found)
-    first = next(entries, {})
+    first: dict[str, Any] = next(entries, {})
     if "frame" not in content and not {"class", "points"} & first.keys():
         return _checked_boxes(path, content)
     if content.get("frame") != FRAME:
