@@ -74,8 +74,8 @@ def test_reliability_by_hand():
     assert position.half == 0.75 and position.nine_tenths == 1.0
     point = result.uncertainties["line point m"]  # five points off by 0 along x and 0.9 along y
     assert point.count == 10 and point.mean_error == pytest.approx(0.45) and point.half == 0.5
-    told = json.loads(json.dumps(result.as_dict()))
-    assert told["boxes"]["precision"][1] is None and "ECE" in result.table()
+    record = json.loads(json.dumps(result.as_dict()))
+    assert record["boxes"]["precision"][1] is None and "ECE" in result.table()
 
 
 def test_true_probabilities_and_laplace_errors_are_calibrated():

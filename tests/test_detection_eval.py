@@ -150,7 +150,7 @@ def dataset(tmp_path_factory):
     return root, NuScenes(VERSION, str(root), verbose=False), poses
 
 
-def true_scenes():
+def perfect_predictions():
     """What a perfect network returns: in each sample's own ego frame, by plain trigonometry."""
     scenes = {}
     for k in range(3):
@@ -199,7 +199,7 @@ def score(dataset, scenes):
 
 def test_perfect_predictions_score_one(dataset, tmp_path, capfd):
     root, _, poses = dataset
-    result = evaluate_boxes(true_scenes(), poses, root, VERSION, SPLIT, out_dir=tmp_path / "out")
+    result = evaluate_boxes(perfect_predictions(), poses, root, VERSION, SPLIT, out_dir=tmp_path / "out")
     assert result.nds == pytest.approx(1.0, abs=1e-5)
     assert result.mean_ap == pytest.approx(1.0, abs=1e-9)
     assert result.errors == pytest.approx(dict.fromkeys(("mATE", "mASE", "mAOE", "mAVE", "mAAE"), 0.0), abs=1e-5)
@@ -211,7 +211,7 @@ def test_perfect_predictions_score_one(dataset, tmp_path, capfd):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["metrics.json", "submission.json"]
 
 
-def test_the_truth_of_a_generated_town_scores_one_in_every_class_that_occurs(town_root):
+def test_the_ground_truth_of_a_generated_town_scores_one_in_every_class_that_occurs(town_root):
     dataset = NuScenesDataset(town_root, "v1.0-synthetic", "town_val", image_size=(32, 56))
     scenes = {token: map_tensors(lambda t: t[0], dataset[i].gt) for i, token in enumerate(dataset.tokens)}
     poses = {token: dataset.ego_pose(i) for i, token in enumerate(dataset.tokens)}
@@ -224,7 +224,7 @@ def test_the_truth_of_a_generated_town_scores_one_in_every_class_that_occurs(tow
 
 
 def test_swapped_length_and_width_show_in_the_scale_error_alone(dataset):
-    result = score(dataset, changed(true_scenes(), size=lambda b: b.size[:, [1, 0, 2]]))
+    result = score(dataset, changed(perfect_predictions(), size=lambda b: b.size[:, [1, 0, 2]]))
     # Boxes of footprint l x w and w x l overlap in w x w: mean over classes of 1 - w / (2 l - w), where w < l.
     expected = np.mean([1 - min(i[6:8]) / (2 * max(i[6:8]) - min(i[6:8])) for i in OBJECTS])
     assert result.errors["mASE"] == pytest.approx(expected, abs=1e-5) and expected > 0.5
@@ -233,14 +233,14 @@ def test_swapped_length_and_width_show_in_the_scale_error_alone(dataset):
 
 
 def test_yaw_turned_by_90_degrees_shows_in_the_orientation_error_alone(dataset):
-    result = score(dataset, changed(true_scenes(), yaw=lambda b: b.yaw + math.pi / 2))
+    result = score(dataset, changed(perfect_predictions(), yaw=lambda b: b.yaw + math.pi / 2))
     assert result.errors["mAOE"] == pytest.approx(math.pi / 2, abs=1e-5)
     assert result.errors["mASE"] == pytest.approx(0.0, abs=1e-5)
     assert result.nds == pytest.approx(0.9, abs=1e-5)
 
 
 def test_velocity_in_wrong_axes_shows_in_the_velocity_error_alone(dataset):
-    turned = changed(true_scenes(), velocity=lambda b: torch.stack([-b.velocity[:, 1], b.velocity[:, 0]], 1))
+    turned = changed(perfect_predictions(), velocity=lambda b: torch.stack([-b.velocity[:, 1], b.velocity[:, 0]], 1))
     result = score(dataset, turned)
     # A vector turned by 90 degrees is off by sqrt(2) of its length; eight classes have a velocity error.
     expected = math.sqrt(2) * sum(i[10] for i in OBJECTS) / 8
@@ -249,21 +249,21 @@ def test_velocity_in_wrong_axes_shows_in_the_velocity_error_alone(dataset):
 
 
 def test_unknown_attributes_follow_class_and_speed(dataset):
-    result = score(dataset, changed(true_scenes(), attribute=lambda b: torch.full_like(b.attribute, -1)))
+    result = score(dataset, changed(perfect_predictions(), attribute=lambda b: torch.full_like(b.attribute, -1)))
     # Every object of the table behaves as the rule expects, except for the pedestrian who sits.
     assert result.errors["mAAE"] == pytest.approx(1 / 8, abs=1e-6)
     assert result.class_errors["pedestrian"]["mAAE"] == pytest.approx(1.0)
 
 
 def test_a_shifted_box_is_off_by_the_shift(dataset):
-    shifted = changed(true_scenes(), center=lambda b: b.center + torch.tensor([0.36, 0.48, 0.0]))
+    shifted = changed(perfect_predictions(), center=lambda b: b.center + torch.tensor([0.36, 0.48, 0.0]))
     result = score(dataset, shifted)
     assert result.errors["mATE"] == pytest.approx(0.6, abs=1e-5)
     assert result.mean_ap == pytest.approx(0.75)  # too far for the 0.5 m threshold, near enough for 1, 2 and 4 m
 
 
 def test_no_box_at_all_scores_zero(dataset):
-    result = score(dataset, changed(true_scenes(), valid=lambda b: torch.zeros_like(b.valid)))
+    result = score(dataset, changed(perfect_predictions(), valid=lambda b: torch.zeros_like(b.valid)))
     assert result.nds == 0.0 and result.mean_ap == 0.0
     assert result.errors["mATE"] == 1.0
 

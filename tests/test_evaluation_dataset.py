@@ -1,4 +1,4 @@
-"""Streaming evaluation: memory follows scenes, processes share them, and the ground truth scores 1."""
+"""Evaluation of datasets: memory follows scenes, processes share scenes, and the ground truth scores 1."""
 
 import json
 
@@ -36,7 +36,7 @@ def model() -> BEVTransformer:
     return BEVTransformer(SMALL).eval()
 
 
-def true_scenes(dataset, points_per_line=100) -> dict[str, FrameObjects]:
+def perfect_predictions(dataset, points_per_line=100) -> dict[str, FrameObjects]:
     scenes = {}
     for i, token in enumerate(dataset.tokens):
         gt = FrameObjects(pad_boxes([dataset.gt_boxes(i)]), pad_lines([dataset.gt_lines(i)], points_per_line))
@@ -44,8 +44,8 @@ def true_scenes(dataset, points_per_line=100) -> dict[str, FrameObjects]:
     return scenes
 
 
-def test_the_truth_scores_one(dataset):
-    evaluation = evaluate_predictions(dataset, true_scenes(dataset))
+def test_the_ground_truth_scores_one(dataset):
+    evaluation = evaluate_predictions(dataset, perfect_predictions(dataset))
     metrics = evaluation.metrics()
     present = [name for name, count in evaluation.detection.gt_count.items() if count]
     assert len(present) >= 5
@@ -95,7 +95,7 @@ def evaluate_stability_in(dataset, scenes, lane_range):
 
 
 def test_moved_lines_and_late_boxes_do_not_score_one(dataset):
-    scenes = true_scenes(dataset)
+    scenes = perfect_predictions(dataset)
     moved = {
         token: FrameObjects(
             scene.boxes._replace(center=scene.boxes.center + torch.tensor([3.0, 0, 0])),
@@ -166,7 +166,7 @@ def test_ties_of_the_simplification():
 
 
 def test_map_lines_leaves_padding_out(dataset):
-    scene = true_scenes(dataset)[dataset.tokens[0]]
+    scene = perfect_predictions(dataset)[dataset.tokens[0]]
     padded = scene.lines._replace(valid=torch.arange(len(scene.lines.valid)) % 2 == 0)
     lines = map_lines(padded)
     assert len(lines) == (len(scene.lines.valid) + 1) // 2
@@ -174,8 +174,8 @@ def test_map_lines_leaves_padding_out(dataset):
     assert lines[1].label == int(scene.lines.label[2])
 
 
-def test_what_cannot_be_compared_is_refused(dataset, town_root):
-    scenes = true_scenes(dataset)
+def test_incomplete_predictions_and_several_roots_are_refused(dataset, town_root):
+    scenes = perfect_predictions(dataset)
     scenes.pop(dataset.tokens[3])
     with pytest.raises(DataError, match=dataset.tokens[3]):
         evaluate_predictions(dataset, scenes)

@@ -37,7 +37,7 @@ def line(points, label="divider", score=1.0):
     return MapLine(LINE_CLASSES.index(label), np.array(points, dtype=np.float64), score)
 
 
-def told(protocol):
+def options_of(protocol):
     """Protocol, lane range and thresholds of a golden protocol; thresholds only where they are not its own."""
     protocol, _, rest = protocol.partition("_")
     if rest == "strict":
@@ -68,13 +68,13 @@ def golden_flavours(golden):
     cases = json.loads((golden / "map_eval" / "polylines.json").read_text())["cases"]
     for case, protocols in json.loads((golden / "map_eval" / "expected.json").read_text()).items():
         for protocol, expected in protocols.items():
-            yield f"{case} {protocol}", cases[case], expected, told(protocol)
+            yield f"{case} {protocol}", cases[case], expected, options_of(protocol)
 
 
 @pytest.mark.parametrize("protocol", ["maptr", "maptr_strict"])
 def test_published_numbers_of_the_hand_checked_case(protocol):
     data, predictions, gt = hand_case()
-    assert_equals_golden(evaluate_lanes(predictions, gt, **told(protocol)), data["expected"][protocol])
+    assert_equals_golden(evaluate_lanes(predictions, gt, **options_of(protocol)), data["expected"][protocol])
 
 
 def test_published_numbers(golden):

@@ -80,7 +80,7 @@ def box_file(root) -> dict:
     return {"meta": META, "results": results}
 
 
-def test_lanes_written_by_hand_score_what_they_must(hand_root, tmp_path, capsys):
+def test_lanes_written_by_hand(hand_root, tmp_path, capsys):
     path = write(tmp_path / "mine.json", lane_file(hand_root))
     arguments = ["--submission", path, *dataset_of(hand_root), "--json", tmp_path / "numbers.json"]
     assert evaluate(*arguments) == 0
@@ -102,7 +102,7 @@ def test_lanes_written_by_hand_score_what_they_must(hand_root, tmp_path, capsys)
     assert numbers["strict_lanes"]["operating_points"]["boundary"]["false_metres_per_frame"] == pytest.approx(59.6)
 
 
-def test_boxes_written_by_hand_score_what_they_must(hand_root, tmp_path, capsys):
+def test_boxes_written_by_hand(hand_root, tmp_path, capsys):
     path = write(tmp_path / "mine.json", box_file(hand_root))
     assert evaluate("--submission", path, *dataset_of(hand_root), "--json", tmp_path / "numbers.json") == 0
     numbers = json.loads((tmp_path / "numbers.json").read_text())
@@ -116,8 +116,8 @@ def test_boxes_written_by_hand_score_what_they_must(hand_root, tmp_path, capsys)
     part["results"] = {token: boxes for token, boxes in part["results"].items() if token.startswith("s1")}
     write(path, part)
     split = write(tmp_path / "second.json", names)
-    told = ["--dataroot", hand_root, "--version", VERSION, "--split", split]
-    assert evaluate("--submission", path, *told, "--json", tmp_path / "numbers.json") == 0
+    common = ["--dataroot", hand_root, "--version", VERSION, "--split", split]
+    assert evaluate("--submission", path, *common, "--json", tmp_path / "numbers.json") == 0
     assert json.loads((tmp_path / "numbers.json").read_text())["samples"] == 3
 
 
@@ -151,7 +151,7 @@ def guesses(dataset) -> dict[str, FrameObjects]:
 
 
 @pytest.mark.parametrize("protocol", ["maptr", "streammapnet"])
-def test_what_we_write_scores_what_we_score(hand_root, dataset, tmp_path, protocol):
+def test_written_submissions_have_the_metrics_of_the_predictions(hand_root, dataset, tmp_path, protocol):
     scenes = guesses(dataset)
     direct = evaluate_predictions(dataset, scenes, protocol=protocol)
     save_submissions(tmp_path, dataset, scenes)
@@ -167,7 +167,7 @@ def test_what_we_write_scores_what_we_score(hand_root, dataset, tmp_path, protoc
     assert 0 < numbers["nds"] < 0.2
 
 
-def test_larger_range_and_other_protocol_change_truth_and_thresholds(hand_root, tmp_path):
+def test_larger_range_and_other_protocol_change_ground_truth_and_thresholds(hand_root, tmp_path):
     # 100 x 50 m around the ego: the divider reaches from -50 to 50 m, boundaries 0.2 m less. They are 1.2 m off: hits
     # at 1.5 and 2 m.
     content = lane_file(hand_root)
@@ -177,9 +177,9 @@ def test_larger_range_and_other_protocol_change_truth_and_thresholds(hand_root, 
             end = {"divider": 50.0, "boundary": 49.8}[line["class"]]
             line["points"] = [[-end, side], [end, side]]
     path = write(tmp_path / "far.json", content)
-    told = [*dataset_of(hand_root), "--json", tmp_path / "numbers.json", "--range", "100x50"]
+    common = [*dataset_of(hand_root), "--json", tmp_path / "numbers.json", "--range", "100x50"]
     for protocol, thresholds, hits in (("streammapnet", [1.0, 1.5, 2.0], 2), ("maptr", [0.5, 1.0, 1.5], 1)):
-        assert evaluate("--submission", path, *told, "--lanes-protocol", protocol) == 0
+        assert evaluate("--submission", path, *common, "--lanes-protocol", protocol) == 0
         lanes = json.loads((tmp_path / "numbers.json").read_text())["lanes"]
         assert (lanes["protocol"], lanes["lane_range"], lanes["thresholds_m"]) == (protocol, "100x50", thresholds)
         assert lanes["class_ap"] == pytest.approx({"divider": hits / 3, "ped_crossing": 0, "boundary": hits / 3})
@@ -348,7 +348,7 @@ def test_samples_must_be_those_of_the_split(tmp_path):
             check_samples(submission, ["t1"])
 
 
-def test_the_script_says_what_is_missing(hand_root, tmp_path, capsys):
+def test_the_script_names_missing_options(hand_root, tmp_path, capsys):
     lanes = write(tmp_path / "lanes.json", GOOD_LANES)
     for arguments, said in (
         (["--submission", lanes], "--dataroot is missing: with --submission give --dataroot, --version and --split"),
