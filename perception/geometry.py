@@ -7,17 +7,26 @@ points take numpy arrays or torch tensors alike and keep their dtype; datasets w
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from perception.types import Array
 
-def _library(array):
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ArrayOrTensor = TypeVar("ArrayOrTensor", Array, "Tensor")
+
+
+def _library(array: Array | Tensor) -> Any:
     """numpy or torch, whichever the array is of; a vehicle has no torch."""
     # A tuple of types: `torch.compile` splits its graph at a union of types.
     return np if isinstance(array, (np.ndarray, np.generic)) else sys.modules["torch"]
 
 
-def transform_points(dst_from_src, points):
+def transform_points(dst_from_src: ArrayOrTensor, points: ArrayOrTensor) -> ArrayOrTensor:
     """Applies rigid (or any affine) transforms to points.
 
     Args:
@@ -29,22 +38,24 @@ def transform_points(dst_from_src, points):
     """
     # Written as products and sums: autocast turns matrix products into half precision, which geometry does not survive.
     rotation = dst_from_src[..., None, :3, :3]
-    return (rotation * points[..., None, :]).sum(-1) + dst_from_src[..., None, :3, 3]
+    moved: ArrayOrTensor = (rotation * points[..., None, :]).sum(-1) + dst_from_src[..., None, :3, 3]
+    return moved
 
 
-def invert_rigid(dst_from_src):
+def invert_rigid(dst_from_src: ArrayOrTensor) -> ArrayOrTensor:
     """The inverse of rigid transforms [..., 4, 4], exact for a rotation and a translation."""
     lib = _library(dst_from_src)
     rotation = dst_from_src[..., :3, :3].swapaxes(-1, -2)
     translation = -(rotation @ dst_from_src[..., :3, 3:])
     top = lib.concatenate([rotation, translation], -1)
-    return lib.concatenate([top, dst_from_src[..., 3:, :]], -2)
+    inverse: ArrayOrTensor = lib.concatenate([top, dst_from_src[..., 3:, :]], -2)
+    return inverse
 
 
 RIGID_TOLERANCE = 1e-3  # of each number of rotation times its transpose; poses are often stored in single precision
 
 
-def is_rigid(dst_from_src: np.ndarray) -> bool:
+def is_rigid(dst_from_src: Array) -> bool:
     """Whether a matrix [4, 4] is finite, a rotation (no mirror) with a translation, and 0 0 0 1 in the last row."""
     if dst_from_src.shape != (4, 4) or not np.isfinite(dst_from_src).all() or (dst_from_src[3] != (0, 0, 0, 1)).any():
         return False
@@ -57,18 +68,19 @@ def is_rigid(dst_from_src: np.ndarray) -> bool:
     )
 
 
-def yaw_from_rotation(rotation):
+def yaw_from_rotation(rotation: ArrayOrTensor) -> ArrayOrTensor:
     """Yaw of rotations [..., 3+, 3+]: the angle of the turned x axis in the xy plane, radians in (-pi, pi]."""
     lib = _library(rotation)
-    return lib.arctan2(rotation[..., 1, 0], rotation[..., 0, 0])
+    yaw: ArrayOrTensor = lib.arctan2(rotation[..., 1, 0], rotation[..., 0, 0])
+    return yaw
 
 
-def wrap_angle(angle):
+def wrap_angle(angle: ArrayOrTensor) -> ArrayOrTensor:
     """Angles wrapped to [-pi, pi), radians."""
     return (angle + np.pi) % (2 * np.pi) - np.pi
 
 
-def rigid_from_yaw(yaw: float, translation=(0.0, 0.0, 0.0)) -> np.ndarray:
+def rigid_from_yaw(yaw: float, translation: Sequence[float] | Array = (0.0, 0.0, 0.0)) -> Array:
     """A [4, 4] float64 transform that turns by `yaw` radians about z and then moves by `translation` metres."""
     transform = np.eye(4)
     transform[:2, :2] = [[np.cos(yaw), -np.sin(yaw)], [np.sin(yaw), np.cos(yaw)]]
@@ -76,7 +88,7 @@ def rigid_from_yaw(yaw: float, translation=(0.0, 0.0, 0.0)) -> np.ndarray:
     return transform
 
 
-def rigid_from_quaternion(quaternion_wxyz, translation) -> np.ndarray:
+def rigid_from_quaternion(quaternion_wxyz: Sequence[float] | Array, translation: Sequence[float] | Array) -> Array:
     """A [4, 4] float64 transform from nuScenes' rotation (w, x, y, z) and translation (metres)."""
     w, x, y, z = np.asarray(quaternion_wxyz, dtype=np.float64) / np.linalg.norm(quaternion_wxyz)
     transform = np.eye(4)
@@ -89,7 +101,9 @@ def rigid_from_quaternion(quaternion_wxyz, translation) -> np.ndarray:
     return transform
 
 
-def project_points(img_from_cam, points_cam, min_depth: float = 0.1):
+def project_points(
+    img_from_cam: ArrayOrTensor, points_cam: ArrayOrTensor, min_depth: float = 0.1
+) -> tuple[ArrayOrTensor, ArrayOrTensor]:
     """Projects camera points to pixels with the pinhole model.
 
     Args:
@@ -105,7 +119,7 @@ def project_points(img_from_cam, points_cam, min_depth: float = 0.1):
     return homogeneous[..., :2] / homogeneous[..., 2:].clip(min=min_depth), depth
 
 
-def box_corners(center, size, yaw):
+def box_corners(center: ArrayOrTensor, size: ArrayOrTensor, yaw: ArrayOrTensor) -> ArrayOrTensor:
     """Corners of boxes in the frame of their centres.
 
     Args:
@@ -123,15 +137,16 @@ def box_corners(center, size, yaw):
             x, y = x_sign * half[..., 0], y_sign * half[..., 1]
             turned = [lib.cos(yaw) * x - lib.sin(yaw) * y, lib.sin(yaw) * x + lib.cos(yaw) * y, z_sign * half[..., 2]]
             corners.append(center + lib.stack(turned, -1))
-    return lib.stack(corners, -2)
+    stacked: ArrayOrTensor = lib.stack(corners, -2)
+    return stacked
 
 
-def polyline_length(points: np.ndarray) -> float:
+def polyline_length(points: Array) -> float:
     """Length in metres of one polyline [P, 2 or 3]."""
     return float(np.linalg.norm(np.diff(points, axis=0), axis=1).sum())
 
 
-def resample_polyline(points: np.ndarray, count: int) -> np.ndarray:
+def resample_polyline(points: Array, count: int) -> Array:
     """`count` points equally spaced by arc length along one polyline, both ends included.
 
     Args:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,8 @@ from perception.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Array: TypeAlias = np.ndarray[Any, Any]  # shapes and dtypes stand in comments and docstrings
 
 # The ten classes of the nuScenes detection task, in the order of mmdet3d's nuScenes infos.
 BOX_CLASSES = (
@@ -123,7 +125,7 @@ class MapLine(NamedTuple):
     """One vector line with as many vertices as it needs: what map files and submissions hold."""
 
     label: int  # index into LINE_CLASSES
-    points: np.ndarray  # [P, 2] float64 metres; a closed line repeats its first point last
+    points: Array  # [P, 2] float64 metres; a closed line repeats its first point last
     score: float = 1.0
 
 
@@ -170,7 +172,7 @@ class Clip(NamedTuple):
     sample_index: Tensor  # [B, T] int64 index into the dataset's tokens
 
 
-Noun = TypeVar("Noun", bound=tuple)
+Noun = TypeVar("Noun", bound="tuple[Any, ...]")
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], noun: Noun) -> Noun:

@@ -6,7 +6,7 @@ import torch
 from pyquaternion import Quaternion
 
 from perception.errors import DataError
-from perception.evaluation.detection import submission_from_scenes
+from perception.evaluation.detection import submission_from_predictions
 from perception.geometry import (
     box_corners,
     invert_rigid,
@@ -99,7 +99,7 @@ def test_live_use_and_evaluation_take_the_same_poses(stretch, rigid):
     boxes = Boxes(*(torch.zeros(1, *field.shape[1:], dtype=field.dtype) for field in nothing.boxes))
     boxes = boxes._replace(size=torch.ones(1, 3), valid=torch.ones(1, dtype=torch.bool), attribute=boxes.label - 1)
     scenes = {"a": nothing._replace(boxes=boxes)}
-    for use in (lambda: checked_pose(pose), lambda: submission_from_scenes(scenes, {"a": pose})):
+    for use in (lambda: checked_pose(pose), lambda: submission_from_predictions(scenes, {"a": pose})):
         if rigid:
             use()
         else:

@@ -39,11 +39,17 @@ def five_steps(town):
 def test_step_is_what_the_predictor_says(small_network, fp32_export, small_town):
     predictor, runtime = Predictor(small_network), Runtime(fp32_export, min_score=0.02)
     predictor.min_score = 0.02
+    rings = 0
     for moment in five_steps(small_town):
         one, other = predictor.step(*moment), runtime.step(*moment)
+        closed = other.lines.closed
+        rings += closed.sum()
+        assert (other.lines.points[closed, 0] == other.lines.points[closed, -1]).all()
+        assert (other.lines.closed == one.lines.closed.numpy()).all()
         assert len(one.boxes.score) == len(other.boxes.score) > 0
         assert other.boxes.score == pytest.approx(one.boxes.score.numpy(), abs=1e-4)
         assert other.lines.points == pytest.approx(one.lines.points.numpy(), abs=1e-3)
+    assert rings > 0
     buffer = runtime.outputs["box_center"]
     runtime.run()
     assert runtime.outputs["box_center"] is buffer  # nothing is made anew

@@ -30,7 +30,7 @@ from perception.benchmark.frames import (
 )
 from perception.benchmark.stages import Recorder
 from perception.data.nuscenes import NuScenesDataset
-from perception.evaluation.dataset import evaluate_scenes
+from perception.evaluation.dataset import evaluate_predictions
 from perception.export.certificate import METRICS, Certificate, Replay
 from perception.export.contract import ImageInputs
 from perception.export.onnx import DeployedNetwork
@@ -125,7 +125,7 @@ def replay_all(runner: DeployedRunner, dataset: NuScenesDataset, frames: dict[st
     passes = [runner(inputs) for inputs in frames.values()]
     scenes = [scene_of(outputs) for outputs, _ in passes]
     found = {token: map_tensors(torch.from_numpy, scene) for token, scene in zip(frames, scenes, strict=True)}
-    metrics = evaluate_scenes(dataset, found).metrics()
+    metrics = evaluate_predictions(dataset, found).metrics()
     return Run([outputs for outputs, _ in passes], scenes, metrics, np.array([seconds for _, seconds in passes]))
 
 

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from perception.errors import TrainingError
-from perception.evaluation.dataset import evaluate_scenes
+from perception.evaluation.dataset import evaluate_predictions
 from perception.inference.sequence import predict_stream
 from perception.models import Network
 from perception.models.checkpoint import halve, save_checkpoint
@@ -118,7 +118,7 @@ class StreamValLoop(BaseLoop):
         core.load_state_dict(halve(core.state_dict()))  # judged as it is exported
         stream = predict_stream(core, dataset, rank=rank, world_size=world, workers=self.dataloader.num_workers)
         scenes = {token: scene for part in all_gather_object(stream.scenes) for token, scene in part.items()}
-        told = [evaluate_scenes(dataset, scenes).metrics() if rank == 0 else None]
+        told = [evaluate_predictions(dataset, scenes).metrics() if rank == 0 else None]
         broadcast_object_list(told)
         metrics = told[0] | {"fps": 1 / stream.seconds_per_frame}
         runner.call_hook("after_val_epoch", metrics=metrics)

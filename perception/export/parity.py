@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import DataError
-from perception.evaluation.dataset import evaluate_scenes
+from perception.evaluation.dataset import evaluate_predictions
 from perception.export.certificate import METRICS, Certificate, Replay
 from perception.export.contract import MODEL, ImageInputs
 from perception.export.headroom import RangeMonitor
@@ -152,7 +152,7 @@ def replay(
         originals[token], exports[token] = scene, map_tensors(lambda x: torch.from_numpy(x.copy()), said)
     off = np.concatenate(pixels)
     with stage("official metrics of both", progress):
-        one, other = (evaluate_scenes(dataset, scenes).metrics() for scenes in (originals, exports))
+        one, other = (evaluate_predictions(dataset, scenes).metrics() for scenes in (originals, exports))
     first = dataset[0].frames
     focal_lengths = first.rig.img_from_cam[0, :seats, 0, 0] / first.images.shape[-1]
     return Replay(

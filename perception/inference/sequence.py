@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from perception.data.loader import SceneStreamSampler, collate
 from perception.data.nuscenes import NuScenesDataset
-from perception.models.bev_transformer.model import BEVTransformer
+from perception.models import Network
 from perception.types import Clip, Frame, FrameObjects, map_tensors
 
 # What goes wrong in a stream: takes frames with leading [1, 1], the number of their scene and of their sample.
@@ -29,7 +29,7 @@ class Stream(NamedTuple):
 
 
 @torch.inference_mode()
-def run_sequence(model: BEVTransformer, clips: Iterable[Clip]) -> Iterator[tuple[Clip, FrameObjects, float]]:
+def run_sequence(model: Network, clips: Iterable[Clip]) -> Iterator[tuple[Clip, FrameObjects, float]]:
     """Runs a network over one frame after the other and hands its memory on; a first frame of a scene starts afresh.
 
     Args:
@@ -51,7 +51,7 @@ def run_sequence(model: BEVTransformer, clips: Iterable[Clip]) -> Iterator[tuple
 
 
 def predict_stream(
-    model: BEVTransformer,
+    model: Network,
     dataset: NuScenesDataset,
     *,
     disturb: Disturbance | None = None,
