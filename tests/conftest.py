@@ -147,8 +147,8 @@ def golden() -> Path:
 @pytest.fixture(scope="session")
 def official_keys(golden) -> Path:
     """The folder with keys and shapes of the published networks' weights."""
-    places = [golden / "keys", golden.parent / "keys", BUNDLED_GOLDEN / "keys"]
-    return next(path for path in places if path.is_dir())
+    folders = [golden / "keys", golden.parent / "keys", BUNDLED_GOLDEN / "keys"]
+    return next(path for path in folders if path.is_dir())
 
 
 @pytest.fixture(scope="session")

@@ -52,6 +52,7 @@ def weights(small_network, tmp_path_factory) -> str:
 def few_passes(monkeypatch):
     monkeypatch.setattr(frames, "SECONDS", 0.0)
     monkeypatch.setattr(frames, "LEAST_PASSES", 3)
+    monkeypatch.setattr(frames, "LIMIT", 200.0)  # a busy machine is slow
 
 
 # -------------------------------------------------------------------------------------------------------------- stages
@@ -121,7 +122,7 @@ def test_time_of_a_stage_is_shared_by_its_measurements():
 @pytest.mark.usefixtures("few_passes")
 def test_modes_are_compared_with_float32(weights):
     rows = []
-    measure_frames(Recorder(rows.append, 120.0), weights, "cpu", False)
+    measure_frames(Recorder(rows.append, 600.0), weights, "cpu", False)
     assert [row["name"] for row in rows] == [
         "eager fp32 untuned plain sampling", "eager fp32", "eager bf16 channels_last", "eager bf16", "with copies",
         "profile",

@@ -142,7 +142,7 @@ def _line(row: dict) -> str:
         for key, digits, unit in (
             ("p50_ms", 2, "ms"), ("step_ms", 1, "ms a step"), ("frames_per_s", 1, "frames/s"),
             ("kernel_ms", 2, "ms of kernels"), ("kernels", 0, "kernels"),
-            ("speedup", 2, "times as fast"), ("share", 3, "of both ports"),
+            ("speedup", 2, "x speedup"), ("share", 3, "of both ports"),
         )
         if key in row
     ]  # fmt: skip
@@ -180,30 +180,30 @@ def tables(content: dict) -> str:
             "p50 ms",
             "p90",
             "p99",
-            "times as fast",
+            "speedup",
             "peak MiB",
-            "memory off",
-            "boxes off",
-            "lines off",
+            "memory difference",
+            "box difference",
+            "line difference",
         ]
-        add(f"{model}: one frame of six cameras, batch 1, in turns with eager float32", heads, lines)
+        add(f"{model}: one frame of six cameras, batch 1, interleaved with eager float32", heads, lines)
     lines = [
         [row["name"], *(f"{row[name]['p50_ms']:.2f}" for name in (row["model"], *PORTS)), f"{row['share']:.3f}"]
         for row in good
         if row["stage"] == "ports" and "share" in row
     ]
-    add("p50 in ms, all in turns", ["one frame", "flagship", *PORTS, "flagship over both"], lines)
+    add("p50 in ms, all interleaved", ["one frame", "flagship", *PORTS, "flagship over both"], lines)
     lines = [
         [
             row["name"], f"{row['p50_ms']:.3f}", f"{row['plain_p50_ms']:.3f}", f"{row['speedup']:.2f}",
-            " ".join(f"{off:.1e}" for off in row["difference"]),
+            " ".join(f"{difference:.1e}" for difference in row["difference"]),
         ]
         for row in good
         if row["stage"] == "sampling"
     ]  # fmt: skip
     add(
-        "sampling, in turns with F.grid_sample",
-        ["function, sizes of", "p50 ms", "plain ms", "times as fast", "off"],
+        "sampling, interleaved with F.grid_sample",
+        ["function, sizes of", "p50 ms", "plain ms", "speedup", "difference"],
         lines,
     )
     parts_of_step = ("data", "forward", "losses", "matching", "backward", "optimizer")
@@ -222,8 +222,8 @@ def tables(content: dict) -> str:
     for model in dict.fromkeys(row["model"] for row in good if row["stage"] == "deployed"):
         lines = [_deployed_line(row) for row in good if row["stage"] == "deployed" and row["model"] == model]
         heads = [
-            "a frame, copies included", "p50 ms", "p99", "memory off", "boxes off", "lines off", "boxes off, m",
-            "lines off, m", "NDS", "lane mAP", "gate",
+            "a frame with copies", "p50 ms", "p99", "memory difference", "raw box difference", "raw line difference",
+            "box difference, m", "line difference, m", "NDS", "lane mAP", "gate",
         ]  # fmt: skip
         add(f"{model}: generated scenes with its own memory, against float32 on the CPU", heads, lines)
     failed = [f"- {_line(row)}" for row in rows if "error" in row]
@@ -253,7 +253,7 @@ def _number(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def _difference(off: dict, kind: str) -> str:
-    if kind not in off:
+def _difference(differences: dict, kind: str) -> str:
+    if kind not in differences:
         return ""
-    return "not finite" if off[kind] is None else "{:.1e} ({:.1e})".format(*off[kind])
+    return "not finite" if differences[kind] is None else "{:.1e} ({:.1e})".format(*differences[kind])
