@@ -76,7 +76,7 @@ def test_forms_that_every_parser_reads(model):
 
 ODD = [
     # mode `linear`, in the opset that has it and in one that has not
-    (sampling("linear", 20), r"GridSample sampled: .*opset 20 .* read a mode that they do not know as nearest"),
+    (sampling("linear", 20), r"GridSample sampled: .*opset 20 .* read unknown modes as nearest"),
     (sampling("linear"), r"GridSample sampled: mode is 'linear'"),
     (sampling("bicubic"), r"GridSample sampled: mode is 'bicubic'"),
     (sampling(padding_mode="reflection"), r"padding_mode is 'reflection'"),
@@ -122,7 +122,7 @@ ODD = [
     (graph_of("MaxPool", [(FLOAT, [1, 1, 8, 8])], kernel_shape=[3, 3], ceil_mode=1), "ceil_mode is 1"),
     (graph_of("Conv", [(FLOAT, [1, 2, 8, 8]), (FLOAT, [3, 2, 3, 3])]), "its weight is not constant"),
     (graph_of("Gemm", [(FLOAT, [2, 3]), (FLOAT, [3, 4])], alpha=0.5), "alpha is 0.5"),
-    (graph_of("MatMul", [(FLOAT, [3]), (FLOAT, [3, 4])]), "an input is no matrix"),
+    (graph_of("MatMul", [(FLOAT, [3]), (FLOAT, [3, 4])]), "an input is not a matrix"),
     (graph_of("Einsum", [(FLOAT, [3, 3])], equation="ii->i"), "has 1 inputs"),
     (graph_of("Einsum", [(FLOAT, [2, 3]), (FLOAT, [4, 3])], equation="...j,kj->...k"), "is not of two operands"),
     (graph_of("Where", [(BOOL, [2]), (FLOAT, [2]), (FLOAT, [2])], opset=16), "opset 16; write it in 17 or newer"),
@@ -132,7 +132,7 @@ ODD = [
         graph_of(
             "QuantizeLinear", [(FLOAT, [4])], constants=[np.float32(0.1), np.uint8(0)],
         ),
-        "it is quantised to UINT8",
+        "it is quantized to UINT8",
     ),
     (graph_of("QuantizeLinear", [(FLOAT, [4])], constants=[np.float32(0.1), np.int8(3)]), "not as many zeros"),
     (graph_of("DequantizeLinear", [], constants=[np.int8([1, 2]), np.float16(1), np.int8(0)]), "its scale is FLOAT16"),
@@ -143,7 +143,7 @@ ODD = [
     (graph_of("MaxPool", [(FLOAT, [1, 1, 8, 8])], outputs=2, kernel_shape=[3, 3]), "it has 2 outputs, more than 1"),
     (graph_of("ConstantOfShape", [], constants=[INTS], value=helper.make_tensor("v", INT64, [1], [3])), "with INT64"),
     # Parsers may read it well, but it is not listed.
-    (graph_of("Tile", [(FLOAT, [2])], constants=[INTS * 2]), "Tile sampled: no supported parser was read for this op"),
+    (graph_of("Tile", [(FLOAT, [2])], constants=[INTS * 2]), "Tile sampled: this operator was not checked for any"),
 ]  # fmt: skip
 
 

@@ -19,22 +19,22 @@ from perception.errors import ConfigError, DataError, run_script
 from perception.export import parity
 from perception.export.certificate import GATES, Gate
 from perception.export.contract import ImageInputs, read_contract
-from perception.export.half import WEIGHTED, halve_graph
+from perception.export.half import WEIGHTED, convert_to_half
 from perception.export.headroom import Saturation
 from perception.export.onnx import export_onnx
 from perception.export.parity import certify
 from perception.export.quantize import (
-    BAD_EVERY,
-    BUDGET,
-    JUDGED_ON,
+    BLINDED_EVERY,
+    CALIBRATION_FRAMES,
+    EVALUATION_FRAMES,
     KINDS,
-    RANGES_FROM,
+    MAX_CHANGE,
     Quantizer,
-    answers,
     changed,
-    record,
+    record_frames,
+    run_frames,
 )  # fmt: skip
-from perception.export.replay import camera_frame, frame_inputs, replay_frames, seated
+from perception.export.replay import camera_frame, frame_inputs, pad_cameras, replay_frames
 from perception.export.runtime import Runtime
 from perception.export.tensorrt import parse_graph
 from perception.models import build_network
@@ -164,7 +164,7 @@ def test_the_gate_sees_other_metrics(certificate):
     first, second = certificate.replays
     off = replace(second, metrics=second.metrics | {"lane_mAP": (0.5, 0.4989)})
     found = replace(certificate, replays=(first, off))
-    assert found.failures == ["replay 2: lane_mAP is 0.4989 instead of 0.5000, more than 0.0005 off"]
+    assert found.failures == ["replay 2: lane_mAP is 0.4989 instead of 0.5000, a difference of more than 0.0005"]
     assert replace(found, precision="fp16").failures == []
     assert replace(found, backend="openvino-bf16").failures == []
     assert replace(found, backend="openvino").failures == found.failures
@@ -173,7 +173,7 @@ def test_the_gate_sees_other_metrics(certificate):
         "memory differs by 2.00e-04 on average, more than 1e-04"
     ]
     assert replace(certificate, drift=(1e-3, 1e-2)).failures == [
-        "the memory drifts: off by 1.00e-03 early and by 1.00e-02 late"
+        "the memory drifts: it differs by 1.00e-03 at first and by 1.00e-02 at the end"
     ]
 
 
@@ -217,7 +217,7 @@ def test_halves_that_overflow_are_refused(small_network, small_graph, small_town
     network, graph = scaled(small_network, small_graph, 2.0**15)
     folder = export_onnx(network, tmp_path, raw_size=RAW, precision="fp16", graph=graph)
     found = certify(network, folder, small_town, other_rig=other_rig_town)
-    named = [text for text in found.failures if text.startswith("values reach more than 32752, half of what float16")]
+    named = [text for text in found.failures if text.startswith("values above 32752, half of the largest float16")]
     assert len(named) == 1 and "box_decoder.layers.0.to_box.0 (" in named[0]
     high = {name for name, peak in found.peaks.items() if peak > 32752}
     assert 1 <= len(high) <= 2  # the product, and the sum with its bias
@@ -227,9 +227,11 @@ def test_halves_that_overflow_are_refused(small_network, small_graph, small_town
 
 def test_a_weight_that_is_too_large_for_halves(small_network, small_graph, small_town, tmp_path):
     network, _ = scaled(small_network, small_graph, 2.0**22)
-    said = r"weight box_decoder.layers.0.to_box.0.weight holds \S+, but float16 ends at 65504; take precision fp32"
+    message = (
+        r"weight box_decoder.layers.0.to_box.0.weight holds \S+, but the largest float16 is 65504; use precision fp32"
+    )
     for precision in ("fp16", "int8", "fp8"):
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=message):
             export_onnx(network, tmp_path, raw_size=RAW, precision=precision, calibration=small_town)
     # One that only the trace makes large, by a batch norm: before anything is quantized, for which this is too short.
     graph = onnx.ModelProto.FromString(small_graph.SerializeToString())
@@ -250,12 +252,11 @@ def few(town):
 def test_the_gate_sees_what_types_cannot_hold(certificate):
     peaks = {"one (a)": 32752.0, "two (b)": 32753.0, "three (c)": float("nan"), "four (d)": 1e6, "five (e)": 1e6}
     assert replace(certificate, peaks=peaks).failures == [
-        "values reach more than 32752, half of what float16 holds: two (b) 32753, three (c) nan, four (d) 1000000 and "
-        "1 more"
+        "values above 32752, half of the largest float16: two (b) 32753, three (c) nan, four (d) 1000000 and 1 more"
     ]
     saturation = {"one (a)": Saturation(0.01, 1.0, 50.0), "two (b)": Saturation(0.011, 0.011, 1.5)}
     found = replace(certificate, saturation=saturation)
-    assert found.failures == ["more than 1 % of values are beyond their range: two (b) 1.10 %"]
+    assert found.failures == ["more than 1 % of values are outside their range: two (b) 1.10 %"]
     assert "| two (b) | 1.100 % | 1.100 % | 1.50 |" in found.markdown()
     assert json.loads(json.dumps(found.as_dict()))["saturation"]["one (a)"]["worst"] == 1.0
 
@@ -287,11 +288,11 @@ def test_blinded_cameras_of_a_drive(small_town, other_rig_town):
 
 
 def test_ranges_come_from_blinded_cameras_too(small_graph, small_town):
-    moments = record(small_graph, small_town, ImageInputs((RAW,) * 6))
-    assert len(moments) == RANGES_FROM + 2 * RANGES_FROM // BAD_EVERY + JUDGED_ON
+    moments = record_frames(small_graph, small_town, ImageInputs((RAW,) * 6))
+    assert len(moments) == CALIBRATION_FRAMES + 2 * CALIBRATION_FRAMES // BLINDED_EVERY + EVALUATION_FRAMES
     black, white = blinded(moments, 0), blinded(moments, 255)
-    assert len(black) == len(white) == RANGES_FROM // BAD_EVERY
-    assert max(*black, *white) < len(moments) - JUDGED_ON
+    assert len(black) == len(white) == CALIBRATION_FRAMES // BLINDED_EVERY
+    assert max(*black, *white) < len(moments) - EVALUATION_FRAMES
     for number in black:  # again a frame that is there as it was
         assert np.array_equal(moments[number]["memory"], moments[number - 1]["memory"])
         assert np.array_equal(moments[number]["ego_from_prev"], moments[number - 1]["ego_from_prev"])
@@ -301,7 +302,7 @@ def test_ranges_come_from_blinded_cameras_too(small_graph, small_town):
 @pytest.mark.slow
 @pytest.mark.parametrize("cameras", [5, 8])
 def test_other_numbers_of_cameras(small_network, small_town, other_rig_town, tmp_path, cameras):
-    """Exports of five and eight seats, certified with a rig that fills them and one that does not."""
+    """Exports with five and with eight camera inputs, certified with rigs of five and of six cameras."""
     town = other_rig_town
     if cameras == 8:
         simulate(tmp_path / "eight", scenes=2, seed=9, keyframes=20, split="eight", image_size=RAW, rig=EIGHT_CAMERAS)
@@ -340,7 +341,7 @@ def test_published_networks_are_exported(network, small_town, tmp_path):
     found = certify(model, folder, small_town)
     assert found.failures == []
     assert set(found.replays[0].raw) == ({"memory", "raw_box"} if network == "bevformer" else {"raw_line"})
-    scene = Runtime(folder).scene()
+    scene = Runtime(folder).objects()
     assert len(scene.boxes.score) == (10 if network == "bevformer" else 0)
     assert all(read_contract(folder)["checked"].values())  # every runtime reads it as ONNX defines it
     trt = pytest.importorskip("tensorrt_rtx")
@@ -372,7 +373,7 @@ def test_int8_where_it_changes_little(small_network, small_town, exports, tmp_pa
         export_onnx(small_network, tmp_path, raw_size=RAW, precision="int8")
     folder = exports("int8")
     told = read_contract(folder)["quantization"]
-    assert told["together"] <= BUDGET and set(told["groups"]) < set(told["sensitivities"])
+    assert told["together"] <= MAX_CHANGE and set(told["groups"]) < set(told["sensitivities"])
     assert sum(told["work"].values()) == pytest.approx(1)
     price = {name: told["sensitivities"][name] / told["work"][name] for name in told["work"]}  # of what it saves
     left_out = set(price) - set(told["groups"])
@@ -421,7 +422,7 @@ def test_eight_bits_of_the_trained_network(tmp_path):
 
     found = certify(network, broken(folder, tmp_path, change), judge)
     assert any(text.startswith("nds is") for text in found.failures)
-    assert any("are beyond their range: input of image_encoder" in text for text in found.failures)
+    assert any("are outside their range: input of image_encoder" in text for text in found.failures)
 
 
 def test_int8_for_cpus(small_network, small_town, exports, tmp_path):
@@ -443,8 +444,8 @@ def test_int8_for_cpus(small_network, small_town, exports, tmp_path):
 def test_fp8_keeps_three_bits_of_what_is_seen(small_graph, small_town):
     """Weights in FP8 are off by at most half of their last digit."""
     images = ImageInputs.of_rig(6, (40, 80), RAW)
-    quantizer = Quantizer(small_graph, record(small_graph, small_town, images)[:4], "fp8")
-    marked = halve_graph(quantizer.quantized(quantizer.groups)).graph
+    quantizer = Quantizer(small_graph, record_frames(small_graph, small_town, images)[:4], "fp8")
+    marked = convert_to_half(quantizer.quantized(quantizer.groups)).graph
     fp8 = {x.name: x for x in marked.initializer if x.data_type == onnx.TensorProto.FLOAT8E4M3FN and len(x.dims) > 1}
     original = {x.name: numpy_helper.to_array(x) for x in small_graph.graph.initializer}
     scales = {x.name: numpy_helper.to_array(x).astype(np.float64) for x in marked.initializer}
@@ -467,7 +468,7 @@ def test_a_relu_before_eight_bits_stays(small_graph, small_town):
     """What is optimised says the same as what is not, for every kind of eight bits."""
     import onnxruntime
 
-    moments = record(small_graph, small_town, ImageInputs((RAW,) * 6))
+    moments = record_frames(small_graph, small_town, ImageInputs((RAW,) * 6))
     for kind in KINDS:
         marked = Quantizer(small_graph, moments[:4], kind).quantized(
             ["image_encoder.backbone.stages.1", "line_decoder.layers.0"]
@@ -475,7 +476,7 @@ def test_a_relu_before_eight_bits_stays(small_graph, small_town):
         made_by = {name: node.op_type for node in marked.graph.node for name in node.output}
         from_marks = [n for n in marked.graph.node if made_by.get((*n.input, "", "")[1]) == "DequantizeLinear"]
         assert {"Conv", "MatMul"} <= {node.op_type for node in from_marks}
-        told = answers(marked, moments[-1:], kind)["new_memory"][0]
+        told = run_frames(marked, moments[-1:], kind)["new_memory"][0]
         plain = onnxruntime.SessionOptions()
         plain.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         session = onnxruntime.InferenceSession(marked.SerializeToString(), plain, providers=["CPUExecutionProvider"])
@@ -561,17 +562,17 @@ def test_the_command(small_network, small_town, tmp_path, monkeypatch, capsys):
     }  # fmt: skip
 
 
-def test_seats_without_a_camera_change_nothing(small_network, small_town):
+def test_unused_camera_inputs_change_nothing(small_network, small_town):
     """What a certificate of an export for more cameras than the dataset has is driven with."""
     _, frame = next(replay_frames(small_town, 6))
     frame = frame._replace(images=frame.images[..., : small_network.config.image_size[0], :80])
-    more = seated(frame, 8)
+    more = pad_cameras(frame, 8)
     assert more.images.shape[1] == 8 and more.rig.present.tolist() == [[True] * 6 + [False] * 2]
     with torch.inference_mode():
         (one, _), (other, _) = (small_network(x, small_network.initial_state(1)) for x in (frame, more))
     torch.testing.assert_close(other.box_params, one.box_params, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(other.line_points, one.line_points, rtol=1e-5, atol=1e-5)
-    fewer = seated(frame, 4)
+    fewer = pad_cameras(frame, 4)
     assert torch.equal(fewer.images, frame.images[:, :4])
     assert torch.equal(fewer.rig.ego_from_cam, frame.rig.ego_from_cam[:, :4])
 

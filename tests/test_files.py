@@ -5,7 +5,7 @@ import json
 import pytest
 
 from perception.errors import ConfigError
-from perception.files import check_place, replacing, write_json
+from perception.files import check_writable, replacing, write_json
 
 
 def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -28,9 +28,9 @@ def test_json_for_people_and_for_machines(tmp_path):
 def test_places_are_checked_without_writing(tmp_path):
     file = tmp_path / "file"
     file.write_text("here")
-    check_place("--json", file)
-    check_place("--json", tmp_path / "new" / "numbers.json")
-    check_place("--out", tmp_path / "new" / "folder", folder=True)
+    check_writable("--json", file)
+    check_writable("--json", tmp_path / "new" / "numbers.json")
+    check_writable("--out", tmp_path / "new" / "folder", folder=True)
     assert list(tmp_path.iterdir()) == [file]
     for path, folder, message in (
         (tmp_path, False, f"--out {tmp_path} is a folder; give a file"),
@@ -39,4 +39,4 @@ def test_places_are_checked_without_writing(tmp_path):
         ("/proc/numbers.json", False, r"--out /proc/numbers.json cannot be written \(.*; give another place"),
     ):
         with pytest.raises(ConfigError, match=message):
-            check_place("--out", path, folder=folder)
+            check_writable("--out", path, folder=folder)

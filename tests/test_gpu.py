@@ -40,8 +40,8 @@ def dataset(town_root, network) -> NuScenesDataset:
 
 
 def test_a_stream_is_the_same_as_on_the_cpu(network, dataset):
-    here = predict_stream(network, dataset).scenes
-    there = predict_stream(copy.deepcopy(network).cuda(), dataset).scenes
+    here = predict_stream(network, dataset).objects
+    there = predict_stream(copy.deepcopy(network).cuda(), dataset).objects
     for token in dataset.tokens:
         sure = here[token].boxes.score > 0.05
         assert sure.any()

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from perception.export.contract import ImageInputs
 from perception.export.headroom import RangeMonitor
-from perception.export.parity import fitted
+from perception.export.parity import fitted_frame
 from perception.export.replay import camera_frame, frame_inputs, replay_frames
 
 VALUES = np.linspace(-20, 20, 401, dtype=np.float32)[None]  # a step of 0.1
@@ -94,7 +94,7 @@ def test_magnitudes_are_those_of_the_network(small_network, exports, small_town)
     state, images = small_network.initial_state(1), ImageInputs((RAW,) * 6)
     for number, (_, frame) in enumerate(replay_frames(small_town, 6, bad_images=True)):
         given = camera_frame(frame, images)
-        _, state = small_network(fitted(given, images, small_network.config.image_size), state)
+        _, state = small_network(fitted_frame(given, images, small_network.config.image_size), state)
         monitor.run(frame_inputs(given))
         if number == 10:
             break

@@ -266,7 +266,7 @@ def poison(live) -> None:
 def test_a_memory_that_is_not_finite_is_dropped_with_a_warning(make, kind, frames, shown, monkeypatch):
     if not shown:  # as if no query looked at the broken cells
         module = "perception.inference.predictor" if kind == "predictor" else "perception.export.runtime"
-        monkeypatch.setattr(f"{module}.scene_is_finite", lambda whole, kept: True)
+        monkeypatch.setattr(f"{module}.objects_are_finite", lambda predicted, returned: True)
     live = make[kind]()
     live.step(*frames[0])
     poison(live)

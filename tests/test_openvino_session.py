@@ -149,7 +149,7 @@ def test_what_cannot_be_run(fp32_export, exports, tmp_path, monkeypatch):
     core = SimpleNamespace(get_property=lambda device, name: old[name])
     monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=lambda: core))
     with pytest.raises(
-        ConfigError, match=r"needs a CPU that computes in bfloat16 .*; Old CPU does not: use backend open"
+        ConfigError, match=r"needs a CPU with bfloat16 .*, which Old CPU does not have; use backend open"
     ):
         Runtime(fp32_export, backend=BFLOAT16)
     monkeypatch.setitem(sys.modules, "openvino", None)

@@ -85,13 +85,13 @@ def test_live_use_is_the_stream_of_the_dataset(town_root, drive, model):
     predictor = Predictor(model)
     for k, token in enumerate(drive.tokens):
         scene = predictor.step(*drive.moment(k))
-        assert_same(scene, stream.scenes[token])
+        assert_same(scene, stream.objects[token])
     # Poses matter: without their motion the memory is carried along wrongly.
     predictor.reset()
     for k in range(len(drive.tokens)):
         images, rig, _, time = drive.moment(k)
         scene = predictor.step(images, rig, np.eye(4), time)
-    assert differ(scene, stream.scenes[drive.tokens[-1]])
+    assert differ(scene, stream.objects[drive.tokens[-1]])
 
 
 def test_poses_far_from_the_origin_change_nothing(drive, model):

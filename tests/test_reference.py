@@ -291,21 +291,21 @@ def test_the_certificate_reads_the_export_a_second_time(small_network, fp32_expo
 
 
 def test_the_fault_of_opset_20_is_found(small_network, fp32_export, small_town, tmp_path):
-    """ONNX Runtime gives the answers of the network, and the certificate fails all the same."""
+    """ONNX Runtime computes the outputs of the network, and the certificate still fails."""
     folder = rewritten(fp32_export, tmp_path, to_opset_20, {"TensorRT 8.6": []})
     found = certify(small_network, folder, small_town)
     second = found.second_reading
     assert max(largest for largest, _ in found.replays[0].raw.values()) < LARGEST
     assert second.runtime == "TensorRT 10.0" and {name.split()[0] for name in second.read_otherwise} == {"GridSample"}
     assert len(second.read_otherwise) == 10 and min(second.by_reading, second.differences["memory"][0]) > 0.1
-    assert found.failures[0].startswith("the parser of TensorRT 10.0 does not read GridSample ")
-    assert "and 7 more as ONNX means it, and answers change by up to" in found.failures[0]
+    assert found.failures[0].startswith("the parser of TensorRT 10.0 misreads GridSample ")
+    assert "and 7 more, and outputs change by up to" in found.failures[0]
     assert any(text.startswith("memory of the second executor differs by") for text in found.failures)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "fp8"])
 def test_misread_nodes_are_found_in_every_precision(exports, precision, small_town, tmp_path):
-    """In eight bits, rounding hides one of them from a comparison with ONNX Runtime, not from one of two readings."""
+    """In eight bits, rounding hides one of them from a comparison with ONNX Runtime, but not from `by_reading`."""
     folder = exports(precision)
     good = read_again(folder, small_town)
     assert good.failures(precision) == [] and good.read_otherwise == ()
@@ -316,13 +316,13 @@ def test_misread_nodes_are_found_in_every_precision(exports, precision, small_to
             for node in [node for node in model.graph.node if node.op_type == "GridSample"][first:]:
                 next(attribute for attribute in node.attribute if attribute.name == "mode").s = b"linear"
 
-        # ONNX Runtime does not take that name at this opset: its answers are those to the graph as it was.
+        # ONNX Runtime rejects that name in this opset, so its outputs are those of the unchanged graph.
         return read_again(folder, small_town, 2, rewritten(folder, tmp_path / str(first), linear))
 
     one, every = misread(-1), misread(0)
     (node,) = one.read_otherwise
     assert one.failures(precision)[0].startswith(
-        f"the parser of {good.runtime} does not read {node} as ONNX means it, and answers change by up to"
+        f"the parser of {good.runtime} misreads {node}, and outputs change by up to"
     )
     assert len(every.read_otherwise) == 10 and len(every.failures(precision)) > 1
     if precision != "fp32":
@@ -330,10 +330,10 @@ def test_misread_nodes_are_found_in_every_precision(exports, precision, small_to
 
 
 def test_axes_as_an_input_are_found(fp32_export, small_town, tmp_path, monkeypatch):
-    """What the parser reads cannot be run, or gives other shapes; one length over all vectors gives other numbers."""
+    """Misread axes give a graph that cannot run, other shapes, or other numbers."""
     folder = rewritten(fp32_export, tmp_path, to_opset_20)
     reduce = READINGS["TensorRT 8.6"]["ReduceL2"]
-    with pytest.raises(ConfigError, match=r"does not read .*ReduceM.* as ONNX means it, .* cannot be run \(.*Reshape"):
+    with pytest.raises(ConfigError, match=r"misreads .*ReduceM.*, and the graph .* cannot be run \(.*Reshape"):
         read_again(folder, small_town)
     monkeypatch.setitem(READINGS, "TensorRT 8.6", {"ReduceL2": reduce})
     with pytest.raises(ConfigError, match=r"cannot be run \(line_closed has the shape \(\) instead of \(8,\)\)"):
@@ -345,7 +345,7 @@ def test_axes_as_an_input_are_found(fp32_export, small_town, tmp_path, monkeypat
     )
     found = read_again(folder, small_town)
     assert found.by_reading > 0.1 and found.read_otherwise == (f"ReduceL2 {one}",)
-    assert found.failures("fp32")[0].startswith(f"the parser of TensorRT 8.6 does not read ReduceL2 {one} as ONNX")
+    assert found.failures("fp32")[0].startswith(f"the parser of TensorRT 8.6 misreads ReduceL2 {one}, and")
 
 
 def test_exports_for_no_tensorrt_are_read_as_onnx_defines_them(exports, small_town):

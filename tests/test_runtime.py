@@ -102,7 +102,7 @@ def test_errors_that_can_be_acted_on(fp32_export, tmp_path):
         runtime.step(images[:5], rig, np.eye(4), 0.0)
     with pytest.raises(DataError, match=r"images\[0\] is uint8 \(60, 112, 3\); .* exported for rgb of 64 x 112 pixels"):
         runtime.step(images[:, :60], rig, np.eye(4), 0.0)
-    with pytest.raises(ConfigError, match="provider NoProvider is not there; ONNX Runtime has"):
+    with pytest.raises(ConfigError, match="provider NoProvider is not available; ONNX Runtime has"):
         Runtime(fp32_export, providers=["NoProvider"])
     with pytest.raises(CheckpointError, match=r"contract\.json is missing"):
         Runtime(tmp_path)
@@ -115,7 +115,7 @@ def test_errors_that_can_be_acted_on(fp32_export, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"threads": -5}, r"threads is -5; give a whole number of 0\.\.1024, 0 for as many as there are"),
+        ({"threads": -5}, r"threads is -5; give a whole number of 0\.\.1024, 0 for one per core"),
         ({"threads": 10**9}, "threads is 1000000000"),
         ({"threads": 2.0}, r"threads is 2\.0"),
         ({"threads": None}, "threads is None"),
@@ -123,7 +123,7 @@ def test_errors_that_can_be_acted_on(fp32_export, tmp_path):
         ({"providers": []}, r"providers is \[\]; give a list of some of .*CPUExecutionProvider"),
         ({"providers": "CPUExecutionProvider"}, "providers is 'CPUExecutionProvider'; give a list"),
         ({"providers": None}, "providers is None"),
-        ({"providers": [None]}, "provider None is not there"),
+        ({"providers": [None]}, "provider None is not available"),
         ({"backend": None}, "backend None is not known"),
     ],
 )
@@ -217,7 +217,7 @@ def test_an_engine_gets_every_buffer_where_it_belongs(engine_folder, small_town)
         assert ours.memory().any() and np.array_equal(ours.memory(), theirs.memory())
     assert buffers == {name: array.ctypes.data for name, array in (ours.inputs | ours.outputs).items()}
     assert made == {side: set(blocks) for side, blocks in cuda._memory.items()}  # nothing is made anew
-    last = ours.scene().lines.points
+    last = ours.objects().lines.points
     wanted = last.copy()
     del ours
     gc.collect()
@@ -258,10 +258,10 @@ def test_engines_that_do_not_fit_are_refused(engine_folder, fp32_export, monkeyp
     with pytest.raises(ConfigError, match="holds engines for sm120; the GPU of this machine is sm89: build one for it"):
         Runtime(engine_folder, backend="tensorrt")
     write_engine(engine_folder, content, package_version="1.6")
-    with pytest.raises(ConfigError, match=r"was built with tensorrt-rtx 1\.6, here is 1\.7; build it again"):
+    with pytest.raises(ConfigError, match=r"was built with tensorrt-rtx 1\.6, but 1\.7 is installed; build it again"):
         Runtime(engine_folder, backend="tensorrt")
     write_engine(engine_folder, b"rubbish")
-    with pytest.raises(ConfigError, match="does not take this engine here; build it again"):
+    with pytest.raises(ConfigError, match="cannot load this engine here; build it again"):
         Runtime(engine_folder, backend="tensorrt")
     graph = onnx.load(engine_folder / "model.onnx")
     next(x for x in graph.graph.output if x.name == "box_score").name = "score"

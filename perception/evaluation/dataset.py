@@ -213,7 +213,7 @@ def evaluate_dataset(
         protocol, lane_range: as in `evaluate_scenes`.
     """
     stream = predict_stream(model, dataset, workers=workers, progress=progress)
-    return evaluate_scenes(dataset, stream.scenes, protocol=protocol, lane_range=lane_range, workers=workers), stream
+    return evaluate_scenes(dataset, stream.objects, protocol=protocol, lane_range=lane_range, workers=workers), stream
 
 
 def _ground_truth(boxes: Boxes, lines: Sequence[MapLine], points_per_line: int) -> FrameObjects:
