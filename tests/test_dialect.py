@@ -147,9 +147,9 @@ ODD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("model", "said"), ODD, ids=[f"{m.graph.node[0].op_type}-{s[:24]}" for m, s in ODD])
-def test_other_forms_are_refused(model, said):
-    with pytest.raises(ConfigError, match=said) as refused:
+@pytest.mark.parametrize(("model", "message"), ODD, ids=[f"{m.graph.node[0].op_type}-{s[:24]}" for m, s in ODD])
+def test_other_forms_are_refused(model, message):
+    with pytest.raises(ConfigError, match=message) as refused:
         check_dialect(model)
     assert "TensorRT 8.6" in str(refused.value) and "\n" not in str(refused.value)
 
@@ -334,13 +334,13 @@ CHANGED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("meant", "read", "said"), CHANGED, ids=[said[:48] for _, _, said in CHANGED])
-def test_layers_that_are_not_the_graph_are_seen(parser, meant, read, said):
+@pytest.mark.parametrize(("meant", "read", "message"), CHANGED, ids=[message[:48] for _, _, message in CHANGED])
+def test_layers_that_are_not_the_graph_are_seen(parser, meant, read, message):
     """The parser gets a graph that differs in one thing from the graph that its layers are compared with."""
     import re
 
     trt, parse = parser
-    assert any(re.search(said, text) for text in compare_layers(trt, parse(read), meant))
+    assert any(re.search(message, text) for text in compare_layers(trt, parse(read), meant))
 
 
 def test_a_parser_that_misreads_is_refused(parser, tmp_path, monkeypatch):

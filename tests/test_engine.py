@@ -171,16 +171,20 @@ def test_a_dry_run_tells_what_a_training_costs(config_path, tmp_path):
     from perception.engine.dry_run import dry_run
 
     config = load_config(config_path)
-    told = dry_run(config)
+    estimate = dry_run(config)
     core = BEVTransformer(config.model)
-    assert sum(told.parameters.values()) == told.learned == sum(p.numel() for p in core.parameters())
-    assert told.steps == 5 * 4 and told.hours == pytest.approx(20 * told.seconds_per_step / 3600)
+    assert sum(estimate.parameters.values()) == estimate.learned == sum(p.numel() for p in core.parameters())
+    assert estimate.steps == 5 * 4 and estimate.hours == pytest.approx(20 * estimate.seconds_per_step / 3600)
     # The stem alone: 6 images, 7 x 7 x 3 products and sums for each of 64 channels on 32 x 48 pixels.
-    assert told.gflops > 6 * 2 * 147 * 64 * 32 * 48 / 1e9
-    assert 2**26 < told.peak_memory < 2**36
+    assert estimate.gflops > 6 * 2 * 147 * 64 * 32 * 48 / 1e9
+    assert 2**26 < estimate.peak_memory < 2**36
     frozen = load_config(config_path, {"train.frozen_stages": 1, "train_data.dataroot": str(tmp_path / "none")})
-    told = dry_run(frozen)
-    assert told.learned < sum(told.parameters.values()) and told.steps is None and "not known" in told.table()
+    estimate = dry_run(frozen)
+    assert (
+        estimate.learned < sum(estimate.parameters.values())
+        and estimate.steps is None
+        and "unknown" in estimate.table()
+    )
 
 
 def test_a_training_that_diverges_stops_and_names_the_samples(config_path, tmp_path):
@@ -319,9 +323,11 @@ def test_two_processes_train_one_network(config_path, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of processes without a GPU each")
-@pytest.mark.parametrize(("launcher", "said"), [("pytorch", "start them with: torchrun"), ("slurm", "needs a GPU")])
-def test_a_launcher_that_did_not_start_this(config_path, tmp_path, launcher, said):
-    with pytest.raises(ConfigError, match=f"--launcher {launcher} .*{said}"):
+@pytest.mark.parametrize(
+    ("launcher", "message"), [("pytorch", "start them with: torchrun"), ("slurm", "needs one GPU")]
+)
+def test_a_launcher_that_did_not_start_this(config_path, tmp_path, launcher, message):
+    with pytest.raises(ConfigError, match=f"--launcher {launcher} .*{message}"):
         train(load_config(config_path), tmp_path, launcher=launcher)
 
 
@@ -331,7 +337,7 @@ def run_command(name: str, *arguments) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=PROJECT)
 
 
-def told(run: subprocess.CompletedProcess) -> str:
+def error_of(run: subprocess.CompletedProcess) -> str:
     """The one sentence that a failed script leaves."""
     assert run.returncode == 2, run.stderr
     assert "Traceback" not in run.stderr
@@ -375,14 +381,14 @@ def test_a_calibration_that_is_not_finite_is_one_sentence(trained, config_path, 
     row["camera_intrinsic"][0][0] = float("nan")
     table.write_text(json.dumps(rows))
     run = run_command("evaluate", config_path, trained / "small.safetensors", "--dataroot", root, "--json", "e.json")
-    sentence = told(run)
+    sentence = error_of(run)
     assert "calibrated_sensor.json" in sentence and "camera_intrinsic" in sentence
 
 
 def test_train_script_without_its_dataset_tells_how_to_make_it(tmp_path):
     options = (f"train_data.dataroot={tmp_path / 'town'}",)
     run = run_command("train", "configs/synthetic/nano.py", "--work-dir", tmp_path / "w", "--cfg-options", *options)
-    assert "make it with: python scripts/simulate.py --out out/town_last" in told(run)
+    assert "make it with: python scripts/simulate.py --out out/town_last" in error_of(run)
 
 
 @pytest.mark.slow

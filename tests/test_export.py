@@ -107,7 +107,7 @@ def test_a_mixed_rig_is_certified(small_network, mixed_export, small_town):
 
 
 def broken(folder, tmp_path, change):
-    """A copy of an export with one of its weights changed, under a contract that says so."""
+    """A copy of an export with one of its weights changed, with a matching contract."""
     import hashlib
 
     shutil.copytree(folder, tmp_path / "broken")
@@ -261,9 +261,9 @@ def test_the_gate_sees_what_types_cannot_hold(certificate):
     assert json.loads(json.dumps(found.as_dict()))["saturation"]["one (a)"]["worst"] == 1.0
 
 
-def blinded(moments, grey):
+def blinded(frames, grey):
     """By frame, the cameras that are present and whose image is all of this grey."""
-    cameras = [[n for n in range(6) if m["present"][n] and (m[f"image_{n}"] == grey).all()] for m in moments]
+    cameras = [[n for n in range(6) if m["present"][n] and (m[f"image_{n}"] == grey).all()] for m in frames]
     return {number: found for number, found in enumerate(cameras) if found}
 
 
@@ -283,19 +283,19 @@ def test_blinded_cameras_of_a_drive(small_town, other_rig_town):
         gone = {f"image_{n}" for n in (black | white).get(number, [])}
         assert {name for name in one if not np.array_equal(one[name], other[name])} == gone
     five = driven(other_rig_town, True)
-    assert not any(moment["present"][5] for moment in five)
+    assert not any(inputs["present"][5] for inputs in five)
     assert len(blinded(five, 0)) == len(blinded(five, 255)) == 2
 
 
 def test_ranges_come_from_blinded_cameras_too(small_graph, small_town):
-    moments = record_frames(small_graph, small_town, ImageInputs((RAW,) * 6))
-    assert len(moments) == CALIBRATION_FRAMES + 2 * CALIBRATION_FRAMES // BLINDED_EVERY + EVALUATION_FRAMES
-    black, white = blinded(moments, 0), blinded(moments, 255)
+    frames = record_frames(small_graph, small_town, ImageInputs((RAW,) * 6))
+    assert len(frames) == CALIBRATION_FRAMES + 2 * CALIBRATION_FRAMES // BLINDED_EVERY + EVALUATION_FRAMES
+    black, white = blinded(frames, 0), blinded(frames, 255)
     assert len(black) == len(white) == CALIBRATION_FRAMES // BLINDED_EVERY
-    assert max(*black, *white) < len(moments) - EVALUATION_FRAMES
+    assert max(*black, *white) < len(frames) - EVALUATION_FRAMES
     for number in black:  # again a frame that is there as it was
-        assert np.array_equal(moments[number]["memory"], moments[number - 1]["memory"])
-        assert np.array_equal(moments[number]["ego_from_prev"], moments[number - 1]["ego_from_prev"])
+        assert np.array_equal(frames[number]["memory"], frames[number - 1]["memory"])
+        assert np.array_equal(frames[number]["ego_from_prev"], frames[number - 1]["ego_from_prev"])
     assert len({camera for found in (*black.values(), *white.values()) for camera in found}) > 2
 
 
@@ -368,16 +368,16 @@ def test_what_is_sure_decides_about_int8_and_order_does_not():
 
 
 def test_int8_where_it_changes_little(small_network, small_town, exports, tmp_path):
-    """Marks on real ranges, the most sensitive layers left out, halves around them, and the certificate tells of it."""
+    """Q/DQ nodes with real ranges except in the most sensitive layers, float16 around them, and the certificate."""
     with pytest.raises(ConfigError, match="int8 needs a dataset"):
         export_onnx(small_network, tmp_path, raw_size=RAW, precision="int8")
     folder = exports("int8")
-    told = read_contract(folder)["quantization"]
-    assert told["together"] <= MAX_CHANGE and set(told["groups"]) < set(told["sensitivities"])
-    assert sum(told["work"].values()) == pytest.approx(1)
-    price = {name: told["sensitivities"][name] / told["work"][name] for name in told["work"]}  # of what it saves
-    left_out = set(price) - set(told["groups"])
-    assert min(price[name] for name in left_out) >= max(price[name] for name in told["groups"])
+    report = read_contract(folder)["quantization"]
+    assert report["together"] <= MAX_CHANGE and set(report["groups"]) < set(report["sensitivities"])
+    assert sum(report["work"].values()) == pytest.approx(1)
+    price = {name: report["sensitivities"][name] / report["work"][name] for name in report["work"]}  # of what it saves
+    left_out = set(price) - set(report["groups"])
+    assert min(price[name] for name in left_out) >= max(price[name] for name in report["groups"])
     graph = onnx.load(folder / "model.onnx").graph
     int8 = onnx.TensorProto.INT8
     weights = {x.name: x for x in graph.initializer if x.data_type == int8 and len(x.dims) > 1}
@@ -393,7 +393,7 @@ def test_int8_where_it_changes_little(small_network, small_town, exports, tmp_pa
         assert list(scale.dims) == [weights[made_by[node.input[1]].input[0]].dims[channels]]
         assert scale.data_type == onnx.TensorProto.FLOAT
     found = certify(small_network, folder, small_town)
-    assert found.precision == "int8" and found.quantization == told and 1e-4 < found.replays[0].boxes[1] < 1
+    assert found.precision == "int8" and found.quantization == report and 1e-4 < found.replays[0].boxes[1] < 1
     assert "| all that are in eight bits together |" in found.markdown()
 
 
@@ -465,28 +465,28 @@ def test_fp8_keeps_three_bits_of_what_is_seen(small_graph, small_town):
 
 
 def test_a_relu_before_eight_bits_stays(small_graph, small_town):
-    """What is optimised says the same as what is not, for every kind of eight bits."""
+    """Graph optimisations of ONNX Runtime do not change the outputs, for every kind of quantization."""
     import onnxruntime
 
-    moments = record_frames(small_graph, small_town, ImageInputs((RAW,) * 6))
+    frames = record_frames(small_graph, small_town, ImageInputs((RAW,) * 6))
     for kind in KINDS:
-        marked = Quantizer(small_graph, moments[:4], kind).quantized(
+        marked = Quantizer(small_graph, frames[:4], kind).quantized(
             ["image_encoder.backbone.stages.1", "line_decoder.layers.0"]
         )
         made_by = {name: node.op_type for node in marked.graph.node for name in node.output}
         from_marks = [n for n in marked.graph.node if made_by.get((*n.input, "", "")[1]) == "DequantizeLinear"]
         assert {"Conv", "MatMul"} <= {node.op_type for node in from_marks}
-        told = run_frames(marked, moments[-1:], kind)["new_memory"][0]
+        found = run_frames(marked, frames[-1:], kind)["new_memory"][0]
         plain = onnxruntime.SessionOptions()
         plain.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         session = onnxruntime.InferenceSession(marked.SerializeToString(), plain, providers=["CPUExecutionProvider"])
-        wanted = session.run(["new_memory"], dict(moments[-1]))[0]
-        assert np.abs(told - wanted).mean() < 0.01 * wanted.std(), kind
+        expected = session.run(["new_memory"], dict(frames[-1]))[0]
+        assert np.abs(found - expected).mean() < 0.01 * expected.std(), kind
 
 
 def test_the_command(small_network, small_town, tmp_path, monkeypatch, capsys):
     """Export and certificate on a dataset, of a rig with other cameras than the dataset's; one that is not good enough
-    ends in exit code 2, and its folder says why."""
+    ends in exit code 2, and its certificate names the reason."""
     checkpoint, out = tmp_path / "small.safetensors", tmp_path / "export"
     save_checkpoint(checkpoint, small_network, {})
     sizes = tmp_path / "sizes.yaml"
@@ -499,7 +499,7 @@ def test_the_command(small_network, small_town, tmp_path, monkeypatch, capsys):
             return stop.code
         return 0
 
-    for arguments, said in (
+    for arguments, message in (
         (("--raw-size", "64"), "--raw-size: '64' is not HEIGHTxWIDTH"),
         (("--raw-size", "90x160"), "2 raw sizes were given for 6 cameras; give one for all, or one for each"),
         (
@@ -515,8 +515,8 @@ def test_the_command(small_network, small_town, tmp_path, monkeypatch, capsys):
         (("--out", checkpoint), f"--out {checkpoint} is a file; give a folder"),
         (("--also", "openvino-bf16", "--precision", "fp16"), "openvino"),
     ):
-        assert export(*arguments) == 2 and said in capsys.readouterr().err
-    for content, said in (
+        assert export(*arguments) == 2 and message in capsys.readouterr().err
+    for content, message in (
         (None, f"--raw-size {sizes} is missing"),
         ("front: [", f"--raw-size {sizes} cannot be read (while parsing a flow"),
         ("90x160", f"--raw-size {sizes} holds no sizes; write one HEIGHTxWIDTH per camera"),
@@ -526,7 +526,7 @@ def test_the_command(small_network, small_town, tmp_path, monkeypatch, capsys):
             sizes.write_text(content)
         with pytest.raises(ConfigError) as error:
             read_sizes([str(sizes)])
-        assert said in str(error.value) and "\n" not in str(error.value)
+        assert message in str(error.value) and "\n" not in str(error.value)
     for content in ("front: 90x160\nback: 64x112\n", "- 90X160\n- 64x112\n"):
         sizes.write_text(content)
         assert read_sizes([str(sizes)]) == [(90, 160), (64, 112)]
@@ -545,8 +545,8 @@ def test_the_command(small_network, small_town, tmp_path, monkeypatch, capsys):
     contract = read_contract(out)
     assert contract["raw_size"] == [list(RAW), [90, 160], [40, 80], list(RAW)]
     assert [x["shape"] for x in contract["inputs"][:3]] == [[3, *RAW], [3, 90, 160], [3, 40, 80]]
-    said = capsys.readouterr()
-    assert f"error: {out} must not be used: onnxruntime: " in said.err and "Gate: **failed**" in said.out
+    printed = capsys.readouterr()
+    assert f"error: {out} must not be used: onnxruntime: " in printed.err and "Gate: **failed**" in printed.out
     for text in (
         "tracing the network: ",
         f"export to {out}: ",
@@ -554,7 +554,7 @@ def test_the_command(small_network, small_town, tmp_path, monkeypatch, capsys):
         "certificate of onnxruntime: ",
         "metrics of both: ",
     ):
-        assert text in said.err
+        assert text in printed.err
     certificate = json.loads((out / "certificate.json").read_text())
     assert not certificate["passed"] and all("more than 1e-12" in failure for failure in certificate["failures"])
     assert {path.name for path in out.iterdir()} == {
@@ -586,7 +586,7 @@ def test_what_cannot_be_exported(small_network, small_graph, fp32_export, small_
     with pytest.raises(ConfigError, match="MapTRv2 is not exported"):
         export_onnx(MapTRv2(MapTRv2Config(**small)), tmp_path)
     short = few(small_town)
-    with pytest.raises(DataError, match="has 7 frames of 2 scenes; a certificate needs 40 of 2"):
+    with pytest.raises(DataError, match="has 7 frames of 2 scenes; give at least 40 frames of 2 scenes"):
         certify(small_network, fp32_export, short)
-    with pytest.raises(DataError, match="ranges of eight bits has 7 frames; it needs 22"):
+    with pytest.raises(DataError, match="the dataset for calibration has 7 frames; give at least 22"):
         export_onnx(small_network, tmp_path, raw_size=RAW, precision="int8", calibration=short, graph=small_graph)

@@ -154,7 +154,7 @@ def test_sizes_and_formats_that_cannot_be():
     assert ImageInputs.of_rig(2, SIZE).sizes == (SIZE, SIZE)
     assert ImageInputs.of_rig(2, SIZE, (64, 112)).sizes == ((64, 112),) * 2
     assert ImageInputs.of_rig(2, SIZE, [(64, 112), [90, 160]]).sizes == ((64, 112), (90, 160))
-    for raw_size, image_format, said in (
+    for raw_size, image_format, message in (
         (
             (64, 112, 3),
             "rgb",
@@ -169,7 +169,7 @@ def test_sizes_and_formats_that_cannot_be():
         ((65, 112), "nv12", "raw size of camera 0 is 65x112; nv12 needs even numbers"),
         (None, "yuy2", "image format 'yuy2' is not known; use one of rgb, bgr, rgb-chw, bgr-chw, nv12, "),
     ):
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=message):
             ImageInputs.of_rig(2, SIZE, raw_size, image_format)
     with pytest.raises(ConfigError, match="cameras is 0; give at least 1"):
         ImageInputs.of_rig(0, SIZE)

@@ -1,4 +1,4 @@
-"""`import perception` stays light: a vehicle has none of the training packages."""
+"""`import perception` is light: a vehicle has none of the training packages."""
 
 import json
 import subprocess
@@ -18,14 +18,14 @@ HEAVY = ("mmcv", "mmdet", "mmdet3d", "mmengine", "nuscenes", "matplotlib", "cv2"
 
 def test_import_is_light_and_fast():
     run = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
-    told = json.loads(run.stdout)
-    roots = {name.partition(".")[0] for name in told["modules"]}
+    report = json.loads(run.stdout)
+    roots = {name.partition(".")[0] for name in report["modules"]}
     assert "perception" in roots
     assert not roots & set(HEAVY)
-    assert told["seconds"] < 3.0
+    assert report["seconds"] < 3.0
 
 
 def test_scoring_lanes_needs_no_torch():
-    """Every process that scores would load it."""
+    """Evaluation runs in many processes, each of which would load it."""
     code = "import sys, perception.evaluation; assert 'torch' not in sys.modules; assert perception.BEVGrid"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -39,8 +39,8 @@ def five_steps(town):
 def test_step_is_what_the_predictor_says(small_network, fp32_export, small_town):
     predictor, runtime = Predictor(small_network), Runtime(fp32_export, min_score=0.02)
     predictor.min_score = 0.02
-    for moment in five_steps(small_town):
-        one, other = predictor.step(*moment), runtime.step(*moment)
+    for step in five_steps(small_town):
+        one, other = predictor.step(*step), runtime.step(*step)
         assert len(one.boxes.score) == len(other.boxes.score) > 0
         assert other.boxes.score == pytest.approx(one.boxes.score.numpy(), abs=1e-4)
         assert other.lines.points == pytest.approx(one.lines.points.numpy(), abs=1e-3)
@@ -85,9 +85,9 @@ from perception.types import CameraRig
 data = np.load({str(tmp_path / "frame.npz")!r})
 runtime = Runtime({str(fp32_export)!r})
 rig = CameraRig(*(data[name] for name in CameraRig._fields))
-scene = runtime.step(data["images"], rig, np.eye(4), 0.0)
-assert len(scene.boxes.score) and np.isfinite(scene.lines.points).all()
-print(len(scene.boxes.score))
+objects = runtime.step(data["images"], rig, np.eye(4), 0.0)
+assert len(objects.boxes.score) and np.isfinite(objects.lines.points).all()
+print(len(objects.boxes.score))
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
@@ -210,8 +210,8 @@ def test_an_engine_gets_every_buffer_where_it_belongs(engine_folder, small_town)
     assert not ours.memory().any()
     buffers = {name: array.ctypes.data for name, array in (ours.inputs | ours.outputs).items()}
     made = {side: set(blocks) for side, blocks in cuda._memory.items()}
-    for moment in five_steps(small_town):
-        one, other = (runtime.step(*moment) for runtime in (ours, theirs))
+    for step in five_steps(small_town):
+        one, other = (runtime.step(*step) for runtime in (ours, theirs))
         assert len(one.boxes.score) and np.array_equal(one.boxes.center, other.boxes.center)
         assert np.array_equal(one.lines.points, other.lines.points)
         assert ours.memory().any() and np.array_equal(ours.memory(), theirs.memory())
@@ -230,15 +230,15 @@ def test_an_engine_gets_every_buffer_where_it_belongs(engine_folder, small_town)
 
 def test_an_engine_whose_output_is_not_finite_starts_afresh(engine_folder, small_town):
     cuda = sys.modules["cuda.bindings.runtime"]
-    moments = list(five_steps(small_town))
+    steps = list(five_steps(small_town))
     runtime, fresh = Runtime(engine_folder, backend="tensorrt"), Runtime(engine_folder)
-    runtime.step(*moments[0])
+    runtime.step(*steps[0])
     for address in runtime._session._memories:
         cuda.cudaMemsetAsync(address, 0xFF, runtime.inputs["memory"].nbytes, None)  # NaN
     with pytest.warns(PerceptionWarning, match="memory is dropped, and the next step is a first one"):
-        scene = runtime.step(*moments[1])
-    assert len(scene.boxes.score) == len(scene.lines.score) == 0 and not runtime.memory().any()
-    one, other = runtime.step(*moments[2]), fresh.step(*moments[2])
+        objects = runtime.step(*steps[1])
+    assert len(objects.boxes.score) == len(objects.lines.score) == 0 and not runtime.memory().any()
+    one, other = runtime.step(*steps[2]), fresh.step(*steps[2])
     assert np.array_equal(one.boxes.center, other.boxes.center) and len(one.boxes.center)
     assert np.array_equal(runtime.memory(), fresh.memory())
 
