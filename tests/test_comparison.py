@@ -1,4 +1,4 @@
-"""Comparisons: means and spreads by hand, a gain only beyond the spread, finished runs are not repeated."""
+"""Comparisons: means and spreads by hand, gains above the spread, finished runs are not repeated."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""A contract that is damaged, or that names what it must not, is refused in one sentence."""
+"""A contract that is damaged, or names a file outside its folder, is rejected in one sentence."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ def folder(fp32_export, tmp_path) -> Path:
 
 
 def rewrite(folder: Path, change) -> None:
-    """Applies a change to the contract; what it returns is written in its place."""
+    """Replaces the contract by the result of a function."""
     contract = json.loads((folder / "contract.json").read_text())
     (folder / "contract.json").write_text(json.dumps(change(contract)))
 
@@ -100,9 +100,9 @@ DAMAGED = {
 }  # fmt: skip
 
 
-def test_damaged_contracts_are_refused(folder):
+def test_damaged_contracts_are_rejected(folder):
     good = (folder / "contract.json").read_text()
-    (folder.parent / "secret").write_bytes(b"")  # it is there, and its hash fits
+    (folder.parent / "secret").write_bytes(b"")  # exists, with a matching hash
     for case, (change, message) in DAMAGED.items():
         (folder / "contract.json").write_text(good)
         rewrite(folder, change)
@@ -114,13 +114,13 @@ def test_damaged_contracts_are_refused(folder):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000])
-def test_what_is_no_json_is_refused(folder, content):
+def test_invalid_json_is_rejected(folder, content):
     (folder / "contract.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"contract\.json is not valid JSON"):
         read_contract(folder)
 
 
-def test_what_is_no_folder_is_refused(folder):
+def test_other_paths_are_rejected(folder):
     with pytest.raises(CheckpointError, match=r"contract\.json is missing"):
         read_contract(folder / "model.onnx")
     with pytest.raises(CheckpointError, match="the folder of an export is NoneType; give its path"):

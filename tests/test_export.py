@@ -1,4 +1,4 @@
-"""Export: the graph is the network, the gate of the certificate can fail, and the runtime needs no torch."""
+"""Exports compute what the network computes, and the gates of the certificate detect faults."""
 
 import copy
 import json
@@ -30,8 +30,8 @@ from perception.export.quantize import (
     KINDS,
     MAX_CHANGE,
     Quantizer,
-    changed,
     record_frames,
+    relative_change,
     run_frames,
 )  # fmt: skip
 from perception.export.replay import camera_frame, frame_inputs, pad_cameras, replay_frames
@@ -54,8 +54,8 @@ def certificate(small_network, fp32_export, small_town, other_rig_town):
     return certify(small_network, fp32_export, small_town, other_rig=other_rig_town, drift_frames=60)
 
 
-def test_the_graph_is_the_network(fp32_export, certificate):
-    """The whole drive with its own memory; images are fitted in the graph as Pillow does it."""
+def test_the_graph_equals_the_network(fp32_export, certificate):
+    """The graph keeps its own memory over the dataset and resizes images as Pillow does."""
     assert certificate.failures == []
     for replay in certificate.replays:
         assert replay.frames == 40 and replay.scenes == 2
@@ -77,15 +77,15 @@ def test_standard_operators_and_a_contract(fp32_export):
     }
     assert modes == {b"bilinear"}
     reduced = {node.op_type for node in graph.graph.node if node.op_type.startswith("Reduce") and len(node.input) > 1}
-    assert reduced <= {"ReduceSum"}  # whose axes are an input since opset 13, and read as such
+    assert reduced <= {"ReduceSum"}  # its axes are an input since opset 13, which all parsers read
     operators = Counter(node.op_type for node in graph.graph.node)
-    # What TensorRT has no static form of.
+    # Operators without a static form in TensorRT.
     assert not operators.keys() & {"NonZero", "ScatterND", "ScatterElements", "Loop", "If", "Unique", "Compress"}
     assert all(d.dim_value for x in graph.graph.input for d in x.type.tensor_type.shape.dim)
     shapes = {v.name: v.type.tensor_type.shape.dim for v in onnx.shape_inference.infer_shapes(graph).graph.value_info}
     sampled = [len(shapes[node.input[0]]) for node in graph.graph.node if node.op_type == "GridSample"]
     assert sampled and set(sampled) == {4}
-    assert b"/perception/" not in (fp32_export / "model.onnx").read_bytes()  # no paths of the machine that exported
+    assert b"/perception/" not in (fp32_export / "model.onnx").read_bytes()  # no paths of the exporting machine
     contract = json.loads((fp32_export / "contract.json").read_text())
     assert [x["name"] for x in contract["inputs"]] == [x.name for x in graph.graph.input]
     assert [x["name"] for x in contract["outputs"]] == [x.name for x in graph.graph.output]
@@ -96,7 +96,7 @@ def test_standard_operators_and_a_contract(fp32_export):
 
 
 def test_a_mixed_rig_is_certified(small_network, mixed_export, small_town):
-    """Cameras of several sizes that give NV12; the original gets what the same bytes are in RGB, fitted by Pillow."""
+    """Cameras of several sizes in NV12; the original network gets the same images in RGB, resized by Pillow."""
     contract = read_contract(mixed_export)
     assert contract["raw_size"] == [list(size) for size in MIXED] and contract["image_format"] == "nv12"
     assert [x["shape"] for x in contract["inputs"][:6]] == [[H * 3 // 2, W] for H, W in MIXED]
@@ -132,7 +132,7 @@ def test_the_gate_sees_a_broken_weight(small_network, fp32_export, small_town, t
 
 
 def test_the_gate_sees_numbers_that_are_not_finite(small_network, fp32_export, small_town, tmp_path):
-    """An export that gives no numbers fails and is compared no further."""
+    """An export with NaN outputs fails, and its outputs are not compared."""
 
     def change(graph):
         weight = next(x for x in graph.initializer if "smooth" in x.name and len(x.dims) == 4)
@@ -177,8 +177,8 @@ def test_the_gate_sees_other_metrics(certificate):
     ]
 
 
-def test_halves(small_network, small_town, exports):
-    """Halves are in the graph, not where places are computed, and the answer stays close."""
+def test_fp16(small_network, small_town, exports):
+    """Layers with weights are in float16, sampling locations are not, and the outputs stay close."""
     folder = exports("fp16")
     graph = onnx.shape_inference.infer_shapes(onnx.load(folder / "model.onnx")).graph
     kinds = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
@@ -197,7 +197,7 @@ def test_halves(small_network, small_town, exports):
 
 
 def scaled(network, graph, factor):
-    """The network and its graph with one layer scaled up and the one behind its ReLU down: the same answers."""
+    """Returns network and graph with one layer scaled up and the next one, after a ReLU, scaled down: equal outputs."""
     network, graph = copy.deepcopy(network), onnx.ModelProto.FromString(graph.SerializeToString())
     names = {
         "box_decoder.layers.0.to_box.0.weight": factor, "box_decoder.layers.0.to_box.0.bias": factor,
@@ -212,8 +212,8 @@ def scaled(network, graph, factor):
     return network, graph
 
 
-def test_halves_that_overflow_are_refused(small_network, small_graph, small_town, other_rig_town, tmp_path):
-    """Weights that are halves without trouble, outputs that are not: the certificate names the layer."""
+def test_float16_overflow_fails_the_certificate(small_network, small_graph, small_town, other_rig_town, tmp_path):
+    """If weights fit in float16 and outputs do not, the certificate names the layer."""
     network, graph = scaled(small_network, small_graph, 2.0**15)
     folder = export_onnx(network, tmp_path, raw_size=RAW, precision="fp16", graph=graph)
     found = certify(network, folder, small_town, other_rig=other_rig_town)
@@ -225,7 +225,7 @@ def test_halves_that_overflow_are_refused(small_network, small_graph, small_town
     assert any(row.startswith("| box_decoder.layers.0.to_box.0 (") for row in rows)
 
 
-def test_a_weight_that_is_too_large_for_halves(small_network, small_graph, small_town, tmp_path):
+def test_a_weight_that_is_too_large_for_float16(small_network, small_graph, small_town, tmp_path):
     network, _ = scaled(small_network, small_graph, 2.0**22)
     message = (
         r"weight box_decoder.layers.0.to_box.0.weight holds \S+, but the largest float16 is 65504; use precision fp32"
@@ -233,7 +233,7 @@ def test_a_weight_that_is_too_large_for_halves(small_network, small_graph, small
     for precision in ("fp16", "int8", "fp8"):
         with pytest.raises(ConfigError, match=message):
             export_onnx(network, tmp_path, raw_size=RAW, precision=precision, calibration=small_town)
-    # One that only the trace makes large, by a batch norm: before anything is quantized, for which this is too short.
+    # A weight that a folded batch norm makes too large is found before quantization, which would fail on this dataset.
     graph = onnx.ModelProto.FromString(small_graph.SerializeToString())
     weight = next(x for x in graph.graph.initializer if x.name == "network.image_encoder.smooth.0.weight")
     weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * 1e6, weight.name))
@@ -243,13 +243,13 @@ def test_a_weight_that_is_too_large_for_halves(small_network, small_graph, small
 
 
 def few(town):
-    """The same dataset as if it had 7 frames."""
+    """Returns the same dataset with a length of 7 frames."""
     dataset = NuScenesDataset(town.roots[0], VERSION, "certificate", image_size=RAW)
     dataset.__class__ = type("Few", (NuScenesDataset,), {"__len__": lambda self: 7})
     return dataset
 
 
-def test_the_gate_sees_what_types_cannot_hold(certificate):
+def test_the_gate_sees_overflow_and_saturation(certificate):
     peaks = {"one (a)": 32752.0, "two (b)": 32753.0, "three (c)": float("nan"), "four (d)": 1e6, "five (e)": 1e6}
     assert replace(certificate, peaks=peaks).failures == [
         "values above 32752, half of the largest float16: two (b) 32753, three (c) nan, four (d) 1000000 and 1 more"
@@ -262,19 +262,19 @@ def test_the_gate_sees_what_types_cannot_hold(certificate):
 
 
 def blinded(frames, grey):
-    """By frame, the cameras that are present and whose image is all of this grey."""
+    """Returns by frame the present cameras whose image has one constant grey value."""
     cameras = [[n for n in range(6) if m["present"][n] and (m[f"image_{n}"] == grey).all()] for m in frames]
     return {number: found for number, found in enumerate(cameras) if found}
 
 
-def test_blinded_cameras_of_a_drive(small_town, other_rig_town):
-    """A black and a white image in each scene, where asked for; all else stays as it is."""
+def test_bad_images_of_a_replay(small_town, other_rig_town):
+    """With `bad_images`, each scene has one black and one white image, and nothing else changes."""
     images = ImageInputs((RAW,) * 6)
 
-    def driven(town, bad_images):
+    def replayed(town, bad_images):
         return [frame_inputs(camera_frame(x, images)) for _, x in replay_frames(town, 6, bad_images=bad_images)]
 
-    usual, bad = (driven(small_town, bad_images) for bad_images in (False, True))
+    usual, bad = (replayed(small_town, bad_images) for bad_images in (False, True))
     assert not blinded(usual, 0) and not blinded(usual, 255)
     black, white = blinded(bad, 0), blinded(bad, 255)
     assert list(black) == [4, 24] and list(white) == [8, 28]
@@ -282,18 +282,18 @@ def test_blinded_cameras_of_a_drive(small_town, other_rig_town):
     for number, (one, other) in enumerate(zip(usual, bad, strict=True)):
         gone = {f"image_{n}" for n in (black | white).get(number, [])}
         assert {name for name in one if not np.array_equal(one[name], other[name])} == gone
-    five = driven(other_rig_town, True)
+    five = replayed(other_rig_town, True)
     assert not any(inputs["present"][5] for inputs in five)
     assert len(blinded(five, 0)) == len(blinded(five, 255)) == 2
 
 
-def test_ranges_come_from_blinded_cameras_too(small_graph, small_town):
+def test_calibration_data_has_blinded_cameras(small_graph, small_town):
     frames = record_frames(small_graph, small_town, ImageInputs((RAW,) * 6))
     assert len(frames) == CALIBRATION_FRAMES + 2 * CALIBRATION_FRAMES // BLINDED_EVERY + EVALUATION_FRAMES
     black, white = blinded(frames, 0), blinded(frames, 255)
     assert len(black) == len(white) == CALIBRATION_FRAMES // BLINDED_EVERY
     assert max(*black, *white) < len(frames) - EVALUATION_FRAMES
-    for number in black:  # again a frame that is there as it was
+    for number in black:  # a repeated frame
         assert np.array_equal(frames[number]["memory"], frames[number - 1]["memory"])
         assert np.array_equal(frames[number]["ego_from_prev"], frames[number - 1]["ego_from_prev"])
     assert len({camera for found in (*black.values(), *white.values()) for camera in found}) > 2
@@ -319,7 +319,7 @@ def test_other_numbers_of_cameras(small_network, small_town, other_rig_town, tmp
 
 @pytest.mark.parametrize("network", ["bevformer", "maptr"])
 def test_published_networks_are_exported(network, small_town, tmp_path):
-    """Without cells that are sought out at run time, in single precision, with or without a memory."""
+    """They have static shapes, run in single precision, and have or do not have a memory."""
     torch.manual_seed(0)
     small = {
         "image_size": RAW, "backbone": FPNConfig(stages=2), "channels": 16, "feed_forward": 24, "heads": 2,
@@ -349,22 +349,22 @@ def test_published_networks_are_exported(network, small_town, tmp_path):
     parse_graph(trt, trt.Builder(logger), logger, folder / "model.onnx", "tensorrt-rtx")
 
 
-def test_what_is_sure_decides_about_int8_and_order_does_not():
+def test_relative_change_weights_queries_by_score_and_ignores_their_order():
     generator = np.random.default_rng(0)
     wanted = {
         "raw_box_logits": generator.normal(-6, 0.1, (2, 5, 3)),
         "raw_box_params": generator.normal(0, 10, (2, 5, 4)),
     }
-    wanted["raw_box_logits"][:, 0] = 4.0  # one sure box
+    wanted["raw_box_logits"][:, 0] = 4.0  # one box with a high score
     other_order = {name: values[:, ::-1] for name, values in wanted.items()}
-    assert changed(wanted, other_order) == pytest.approx(0)
+    assert relative_change(wanted, other_order) == pytest.approx(0)
     sure, unsure = ({name: values.copy() for name, values in wanted.items()} for _ in range(2))
     sure["raw_box_params"][:, 0] += 1.0
     unsure["raw_box_params"][:, 1] += 1.0
     spread = wanted["raw_box_params"].std()
     weights = 1 / (1 + np.exp(-wanted["raw_box_logits"].max(-1)))
-    assert changed(wanted, sure) == pytest.approx(weights[:, 0].sum() / weights.sum() / spread / 2)
-    assert changed(wanted, unsure) < 0.02 * changed(wanted, sure)
+    assert relative_change(wanted, sure) == pytest.approx(weights[:, 0].sum() / weights.sum() / spread / 2)
+    assert relative_change(wanted, unsure) < 0.02 * relative_change(wanted, sure)
 
 
 def test_int8_where_it_changes_little(small_network, small_town, exports, tmp_path):
@@ -375,7 +375,7 @@ def test_int8_where_it_changes_little(small_network, small_town, exports, tmp_pa
     report = read_contract(folder)["quantization"]
     assert report["together"] <= MAX_CHANGE and set(report["groups"]) < set(report["sensitivities"])
     assert sum(report["work"].values()) == pytest.approx(1)
-    price = {name: report["sensitivities"][name] / report["work"][name] for name in report["work"]}  # of what it saves
+    price = {name: report["sensitivities"][name] / report["work"][name] for name in report["work"]}
     left_out = set(price) - set(report["groups"])
     assert min(price[name] for name in left_out) >= max(price[name] for name in report["groups"])
     graph = onnx.load(folder / "model.onnx").graph
@@ -387,7 +387,7 @@ def test_int8_where_it_changes_little(small_network, small_town, exports, tmp_pa
     assert {made_by[node.input[1]].input[0] for node in quantized} == set(weights) and len(weights) > 3
     assert all(made_by[node.input[0]].op_type == "DequantizeLinear" for node in quantized)
     scales = {x.name: x for x in graph.initializer}
-    for node in quantized:  # a scale per channel, in float32: opset 17 has no other
+    for node in quantized:  # one float32 scale per channel, as opset 17 requires
         scale = scales[made_by[node.input[1]].input[1]]
         channels = 0 if node.op_type == "Conv" else 1
         assert list(scale.dims) == [weights[made_by[node.input[1]].input[0]].dims[channels]]
@@ -399,8 +399,7 @@ def test_int8_where_it_changes_little(small_network, small_town, exports, tmp_pa
 
 @pytest.mark.slow
 def test_eight_bits_of_the_trained_network(tmp_path):
-    """The shipped network in INT8 passes the gates of metrics on both rigs, blinded cameras among them; with one range
-    cut short it does not."""
+    """The shipped network in INT8 passes the gates on both rigs with blinded cameras; one narrowed range fails."""
     network = load_model("nano")
 
     def town(seed, rig):
@@ -426,7 +425,7 @@ def test_eight_bits_of_the_trained_network(tmp_path):
 
 
 def test_int8_for_cpus(small_network, small_town, exports, tmp_path):
-    """Bytes from zero up between layers, whole biases, float32 around: what CPUs have fast kernels for."""
+    """Activations in UINT8, biases in INT32 and float32 elsewhere, for the INT8 kernels of CPUs."""
     with pytest.raises(ConfigError, match="fp16 is slow on CPUs; take fp32 or int8"):
         export_onnx(small_network, tmp_path, raw_size=RAW, precision="fp16", for_cpu=True)
     folder = exports("int8", for_cpu=True)
@@ -441,8 +440,8 @@ def test_int8_for_cpus(small_network, small_town, exports, tmp_path):
     assert found.precision == "int8" and 1e-4 < found.replays[0].raw["memory"][1] < 0.05
 
 
-def test_fp8_keeps_three_bits_of_what_is_seen(small_graph, small_town):
-    """Weights in FP8 are off by at most half of their last digit."""
+def test_fp8_rounds_weights_to_three_bits(small_graph, small_town):
+    """Weights in FP8 have an error of at most half of their last bit."""
     images = ImageInputs.of_rig(6, (40, 80), RAW)
     quantizer = Quantizer(small_graph, record_frames(small_graph, small_town, images)[:4], "fp8")
     marked = convert_to_half(quantizer.quantized(quantizer.groups)).graph
@@ -457,14 +456,14 @@ def test_fp8_keeps_three_bits_of_what_is_seen(small_graph, small_town):
         wanted, axis = original[name], node.attribute[0].i
         scale = scales[node.input[1]].reshape([-1 if k == axis else 1 for k in range(wanted.ndim)])
         found = numpy_helper.to_array(fp8[node.input[0]]).astype(np.float64) * scale
-        # Half a unit of three bits, and of the smallest step; a scale in halves is off by up to 2^-11 too.
+        # Half a unit of three bits, half of the smallest step, and up to 2^-11 for a scale in float16.
         bound = np.abs(wanted) * (2**-4 + 2**-11) + scale * 2**-10
         assert (np.abs(found - wanted) <= bound).all()
         compared += 1
     assert compared > 3
 
 
-def test_a_relu_before_eight_bits_stays(small_graph, small_town):
+def test_graph_optimisations_keep_a_relu_before_a_quantized_layer(small_graph, small_town):
     """Graph optimisations of ONNX Runtime do not change the outputs, for every kind of quantization."""
     import onnxruntime
 
@@ -485,8 +484,7 @@ def test_a_relu_before_eight_bits_stays(small_graph, small_town):
 
 
 def test_the_command(small_network, small_town, tmp_path, monkeypatch, capsys):
-    """Export and certificate on a dataset, of a rig with other cameras than the dataset's; one that is not good enough
-    ends in exit code 2, and its certificate names the reason."""
+    """Exports and certifies with another rig than the dataset's; a failure gives exit code 2 and the reason."""
     checkpoint, out = tmp_path / "small.safetensors", tmp_path / "export"
     save_checkpoint(checkpoint, small_network, {})
     sizes = tmp_path / "sizes.yaml"
@@ -563,7 +561,7 @@ def test_the_command(small_network, small_town, tmp_path, monkeypatch, capsys):
 
 
 def test_unused_camera_inputs_change_nothing(small_network, small_town):
-    """What a certificate of an export for more cameras than the dataset has is driven with."""
+    """Frames for exports with more camera inputs than the dataset has cameras."""
     _, frame = next(replay_frames(small_town, 6))
     frame = frame._replace(images=frame.images[..., : small_network.config.image_size[0], :80])
     more = pad_cameras(frame, 8)

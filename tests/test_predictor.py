@@ -1,4 +1,4 @@
-"""Live use gives what streaming a dataset gives, and refuses what it cannot use."""
+"""The predictor gives the results of streaming a dataset, and rejects invalid inputs."""
 
 import json
 
@@ -30,7 +30,7 @@ def model() -> BEVTransformer:
 
 
 def intrinsics(root) -> dict:
-    """Calibration [3, 3] as the tables have it, per sample token and channel."""
+    """Returns the intrinsics [3, 3] of the tables by sample token and channel."""
 
     def rows(name):
         return {row["token"]: row for row in json.loads((root / VERSION / f"{name}.json").read_text())}
@@ -44,7 +44,7 @@ def intrinsics(root) -> dict:
 
 
 class Sequence:
-    """The town's first objects as a vehicle would meet it: images as stored, their calibration, poses, times."""
+    """The inputs of the first scene of the town: stored images, their calibration, poses, times."""
 
     def __init__(self, root):
         stored = NuScenesDataset(root, VERSION, "town_val", image_size=(128, 224))
@@ -79,14 +79,14 @@ def differ(first, second) -> bool:
     return not torch.allclose(first.boxes.center, second.boxes.center, atol=1e-3)
 
 
-def test_live_use_is_the_stream_of_the_dataset(town_root, sequence, model):
+def test_the_predictor_equals_the_stream_of_the_dataset(town_root, sequence, model):
     dataset = NuScenesDataset(town_root, VERSION, "town_val", image_size=SMALL.image_size)
     stream = predict_stream(model, dataset)
     predictor = Predictor(model)
     for k, token in enumerate(sequence.tokens):
         objects = predictor.step(*sequence.arguments(k))
         assert_same(objects, stream.objects[token])
-    # Poses matter: without their motion the memory is carried along wrongly.
+    # Poses matter: without their motion the memory is warped wrongly.
     predictor.reset()
     for k in range(len(sequence.tokens)):
         images, rig, _, time = sequence.arguments(k)
@@ -95,7 +95,7 @@ def test_live_use_is_the_stream_of_the_dataset(town_root, sequence, model):
 
 
 def test_poses_far_from_the_origin_change_nothing(sequence, model):
-    # In float32 a pose at 4000 km would be known to half a metre only.
+    # A pose at 4000 km has a resolution of half a metre in float32.
     near, far = Predictor(model), Predictor(model)
     moved = np.eye(4)
     moved[:2, 3] = 4e6, -4e6
@@ -119,7 +119,7 @@ def test_memory_ends_with_reset_and_with_a_gap(sequence, model):
         assert differ(predictor.step(*sequence.arguments(1)), fresh) is not forgets
 
 
-def test_images_of_any_shape_and_their_calibration_are_judged_by_their_own_size(sequence, model):
+def test_calibration_is_checked_against_the_size_of_its_image(sequence, model):
     images, rig, pose, time = sequence.arguments(0)
     tiny = [np.zeros((1, 1, 3), np.uint8), np.zeros((1, 4000, 3), np.uint8), *images[2:]]
     tiny_rig = rig._replace(img_from_cam=rig.img_from_cam.clone())
@@ -131,7 +131,7 @@ def test_images_of_any_shape_and_their_calibration_are_judged_by_their_own_size(
 
 
 def test_images_of_another_size_are_fitted(sequence, model):
-    # Every pixel four times, and the calibration of the larger image: the same picture, so nearly the same objects.
+    # Each pixel repeated 2 x 2 times, with the calibration of the larger image, gives nearly the same objects.
     images, rig, pose, time = sequence.arguments(0)
     larger = images.repeat(2, axis=1).repeat(2, axis=2)
     twice = rig._replace(img_from_cam=torch.diag(torch.tensor([2.0, 2.0, 1.0])).double() @ rig.img_from_cam)
@@ -149,7 +149,7 @@ def test_images_of_another_size_are_fitted(sequence, model):
     assert change(Predictor(model).step(mixed, mixed_rig, pose, time)) < 0.25 * wrong
 
 
-def test_a_missing_camera_is_ignored_whatever_stands_in_its_place(sequence, model):
+def test_the_image_of_a_missing_camera_is_ignored(sequence, model):
     images, rig, pose, time = sequence.arguments(0)
     everything = Predictor(model).step(images, rig, pose, time)
     gone = rig._replace(present=torch.tensor([True, False] + [True] * (len(images) - 2)))
@@ -158,13 +158,13 @@ def test_a_missing_camera_is_ignored_whatever_stands_in_its_place(sequence, mode
     broken = gone._replace(img_from_cam=rig.img_from_cam.clone(), ego_from_cam=rig.ego_from_cam.clone())
     broken.img_from_cam[1], broken.ego_from_cam[1] = torch.nan, torch.nan
     assert_same(Predictor(model).step([images[0], None, *images[2:]], broken, pose, time), without)
-    # The other cameras alone are the same thing: their number is free.
+    # A rig of the other cameras gives the same result.
     others = torch.arange(len(images)) != 1
     fewer = Predictor(model).step(images[others.numpy()], map_tensors(lambda t: t[others], rig), pose, time)
     assert_same(fewer, without, 1e-4)
 
 
-def test_min_score_leaves_out_the_rest(sequence, model):
+def test_min_score_is_the_score_threshold(sequence, model):
     everything = Predictor(model).step(*sequence.arguments(0))
     scores = everything.boxes.score.unique()
     threshold = float(scores[len(scores) // 2])
@@ -175,7 +175,7 @@ def test_min_score_leaves_out_the_rest(sequence, model):
     assert len(kept.lines.score) == len(kept.lines.points) == int((everything.lines.score >= threshold).sum())
 
 
-def test_a_checkpoint_file_will_do(tmp_path, sequence, model):
+def test_a_checkpoint_file_is_loaded(tmp_path, sequence, model):
     save_checkpoint(tmp_path / "some.safetensors", model, {})
     loaded = Predictor(tmp_path / "some.safetensors")
     assert_same(loaded.step(*sequence.arguments(0)), Predictor(model).step(*sequence.arguments(0)))

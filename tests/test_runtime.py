@@ -1,4 +1,4 @@
-"""Runtimes of an export: answers, errors, buffers of engines, latency; none of them needs torch."""
+"""Runtimes of an export: outputs, errors, buffers of engines. None of them needs torch."""
 
 import gc
 import hashlib
@@ -28,7 +28,7 @@ from perception.types import CameraRig, map_tensors
 
 
 def five_steps(town):
-    """What the first five frames of a drive hand to `step`; in one of them a camera is missing."""
+    """Yields the arguments of `step` for the first five frames; one frame has a missing camera."""
     for k, (_, frame) in zip(range(5), replay_frames(town, 6), strict=False):
         rig = CameraRig(*(tensor[0].numpy() for tensor in frame.rig))
         images = frame.images[0].permute(0, 2, 3, 1).numpy()
@@ -36,7 +36,7 @@ def five_steps(town):
         yield given, rig, town.ego_pose(k), k * 0.5
 
 
-def test_step_is_what_the_predictor_says(small_network, fp32_export, small_town):
+def test_step_equals_the_predictor(small_network, fp32_export, small_town):
     predictor, runtime = Predictor(small_network), Runtime(fp32_export, min_score=0.02)
     predictor.min_score = 0.02
     for step in five_steps(small_town):
@@ -46,11 +46,11 @@ def test_step_is_what_the_predictor_says(small_network, fp32_export, small_town)
         assert other.lines.points == pytest.approx(one.lines.points.numpy(), abs=1e-3)
     buffer = runtime.outputs["box_center"]
     runtime.run()
-    assert runtime.outputs["box_center"] is buffer  # nothing is made anew
+    assert runtime.outputs["box_center"] is buffer  # no new arrays
 
 
 def test_a_step_of_a_mixed_rig(small_network, mixed_export, small_town):
-    """NV12 of several sizes is to the runtime what OpenCV makes of the same bytes is to the predictor."""
+    """The runtime on NV12 of several sizes equals the predictor on the same images converted by OpenCV."""
     predictor, runtime = Predictor(small_network), Runtime(mixed_export)
     images = ImageInputs(MIXED, "nv12")
     for k, (_, frame) in zip(range(3), replay_frames(small_town, 6), strict=False):
@@ -94,7 +94,7 @@ print(len(objects.boxes.score))
     assert int(run.stdout) > 0
 
 
-def test_errors_that_can_be_acted_on(fp32_export, tmp_path):
+def test_errors_name_the_fix(fp32_export, tmp_path):
     runtime = Runtime(fp32_export)
     rig = CameraRig(np.eye(3)[None].repeat(6, 0), np.eye(4)[None].repeat(6, 0), np.ones(6, dtype=bool))
     images = np.zeros((6, *RAW, 3), np.uint8)
@@ -150,14 +150,14 @@ def test_engines_are_built_without_a_gpu(exports, precision, tmp_path):
         build_engines(folder, targets=["sm12"])
     engines = build_engines(folder, targets=["sm89"])
     assert engines["sm89"].stat().st_size > 100_000
-    contract = read_contract(folder)  # hashes and all
+    contract = read_contract(folder)  # checks the hashes
     assert contract["engines"]["sm89"]["package"] == "tensorrt-rtx" and "model.sm89.engine" in contract["sha256"]
     assert contract["layers"]["Conv"].keys() == ({"float", "float16"} if precision == "int8" else {"float16"})
     assert contract["layers"]["GridSample"].keys() == {"float"}
     assert contract["checked"][runtime_name("tensorrt-rtx", contract["engines"]["sm89"]["package_version"])][-1:] == [
         "parser run"
     ]
-    Runtime(folder).run()  # the graph beside it still runs
+    Runtime(folder).run()  # the graph in the same folder still runs
     engines["sm89"].write_bytes(b"other")
     with pytest.raises(CheckpointError, match=r"sm89\.engine is not the file"):
         read_contract(folder)
@@ -173,7 +173,7 @@ def test_engines_that_cannot_be_built(fp32_export, monkeypatch):
 
 @pytest.fixture
 def engine_folder(fp32_export, tmp_path, monkeypatch):
-    """An export with an engine, a graphics card that fits it and a TensorRT of its version, by way of stand-ins."""
+    """An export with an engine, and stubs of a matching GPU and TensorRT."""
     folder = Path(shutil.copytree(fp32_export, tmp_path / "engine"))
     write_engine(folder, (folder / "model.onnx").read_bytes())
     cuda = HostCuda((8, 9))
@@ -183,7 +183,7 @@ def engine_folder(fp32_export, tmp_path, monkeypatch):
 
 
 def test_an_engine_of_a_mixed_rig(engine_folder, mixed_export, small_town):
-    """Every camera's bytes reach the engine in a buffer of their own."""
+    """The image of every camera reaches the engine in its own buffer."""
     shutil.copytree(mixed_export, engine_folder, dirs_exist_ok=True)
     write_engine(engine_folder, (engine_folder / "model.onnx").read_bytes())
     ours, theirs = Runtime(engine_folder, backend="tensorrt"), Runtime(engine_folder)
@@ -216,19 +216,19 @@ def test_an_engine_gets_every_buffer_where_it_belongs(engine_folder, small_town)
         assert np.array_equal(one.lines.points, other.lines.points)
         assert ours.memory().any() and np.array_equal(ours.memory(), theirs.memory())
     assert buffers == {name: array.ctypes.data for name, array in (ours.inputs | ours.outputs).items()}
-    assert made == {side: set(blocks) for side, blocks in cuda._memory.items()}  # nothing is made anew
+    assert made == {side: set(blocks) for side, blocks in cuda._memory.items()}  # no new arrays
     last = ours.objects().lines.points
     wanted = last.copy()
     del ours
     gc.collect()
     assert not cuda._memory["device"]
-    assert np.array_equal(last, wanted) and cuda._memory["host"]  # still looked at
+    assert np.array_equal(last, wanted) and cuda._memory["host"]  # still in use
     del last, one
     gc.collect()
     assert not cuda._memory["host"]
 
 
-def test_an_engine_whose_output_is_not_finite_starts_afresh(engine_folder, small_town):
+def test_an_engine_whose_output_is_not_finite_drops_the_memory(engine_folder, small_town):
     cuda = sys.modules["cuda.bindings.runtime"]
     steps = list(five_steps(small_town))
     runtime, fresh = Runtime(engine_folder, backend="tensorrt"), Runtime(engine_folder)
@@ -283,7 +283,7 @@ def test_engines_that_do_not_fit_are_refused(engine_folder, fp32_export, monkeyp
         Runtime(engine_folder, backend="tensorrt")
 
 
-def test_stand_ins_take_only_what_the_real_ones_take():
+def test_stubs_have_the_signatures_of_the_real_functions():
     trt, cuda = pytest.importorskip("tensorrt_rtx"), pytest.importorskip("cuda.bindings.runtime")
     pairs = [
         (HostCuda, cuda),
@@ -298,7 +298,7 @@ def test_stand_ins_take_only_what_the_real_ones_take():
                 assert hasattr(real, name), (real, name)
                 if isinstance(value, SimpleNamespace):
                     assert all(hasattr(getattr(real, name), field) for field in vars(value))
-    for name, function in vars(HostCuda).items():  # the real ones say in their first line what they take
+    for name, function in vars(HostCuda).items():  # the first line of their docstrings holds the signature
         if name.startswith("cuda") and callable(function):
             taken = getattr(cuda, name).__doc__.splitlines()[0].split("(")[1].rstrip(")")
             count = len([argument for argument in taken.split(",") if argument.strip()])
