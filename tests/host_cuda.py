@@ -1,7 +1,7 @@
-"""Fakes of CUDA and TensorRT: device memory is host memory, an engine is an ONNX graph.
+"""Stubs of a GPU and TensorRT: device memory is host memory, and an engine is an ONNX graph.
 
-They execute the calls of `EngineSession` in its order on its addresses. So a wrong buffer, a missing copy or a memory
-that is not alternated changes the outputs. They cannot show that the real libraries accept the same calls.
+They execute the calls of `EngineSession` in its order and on its addresses, so that a wrong buffer, a missing copy or a
+memory buffer that is not swapped changes the outputs. They cannot show that the real libraries accept these calls.
 """
 
 import ctypes
@@ -25,13 +25,13 @@ class HostCuda:
     def __init__(self, capability):
         self._capability = dict(zip(("major", "minor"), capability, strict=True))
         self._memory = {"host": {}, "device": {}}
-        self._tape = None  # operations of the graph that is being captured
+        self._tape = None  # the CUDA graph that is being captured
 
     def _do(self, work):
         work() if self._tape is None else self._tape.append(work)
 
     def _make(self, side, size):
-        block = (ctypes.c_uint8 * size)(*[0xFF] * size)  # NaN, as unset memory may be
+        block = (ctypes.c_uint8 * size)(*[0xFF] * size)  # NaN, as uninitialised memory may be
         self._memory[side][ctypes.addressof(block)] = block
         return 0, ctypes.addressof(block)
 

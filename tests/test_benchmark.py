@@ -31,7 +31,7 @@ from perception.data.loader import collate
 from perception.errors import CheckpointError, ConfigError
 from perception.export.certificate import GATES, Gate
 from perception.export.contract import ImageInputs
-from perception.export.parity import fitted
+from perception.export.parity import fitted_frame
 from perception.export.replay import camera_frame, frame_inputs, replay_frames
 from perception.models import build_network, preset_config
 from perception.models.bev_transformer.config import BEVTransformerConfig
@@ -323,7 +323,7 @@ def test_a_deployed_network_continues_from_its_memory(small_network, small_town)
     state = small_network.initial_state(1)
     for token, frame in frames_of_cameras.items():
         with torch.inference_mode():
-            prediction, state = small_network(fitted(frame, images, small_network.config.image_size), state)
+            prediction, state = small_network(fitted_frame(frame, images, small_network.config.image_size), state)
         outputs, seconds = runner(inputs[token])
         assert outputs["new_memory"] == pytest.approx(state.bev.numpy(), abs=1e-4) and seconds > 0
         assert outputs["raw_line_logits"] == pytest.approx(prediction.line_logits[-1, 0].numpy(), abs=1e-4)

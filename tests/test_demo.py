@@ -76,7 +76,7 @@ def test_predict_fills_the_memory_up_to_the_sample(tmp_path, town_root, checkpoi
     assert Image.open(out).size[0] > 3 * 480
     told = json.loads(numbers.read_text())
     dataset = NuScenesDataset(town_root, VERSION, "town_val", image_size=SMALL.image_size)
-    expected = predict_stream(load_model(checkpoint), dataset).scenes[token]
+    expected = predict_stream(load_model(checkpoint), dataset).objects[token]
     assert told["sample"] == token and told["frame"] == "ego"
     assert len(told["boxes"]) == int((expected.boxes.score >= 0.001).sum()) > 0
     np.testing.assert_allclose([box["score"] for box in told["boxes"]], expected.boxes.score, rtol=1e-3)

@@ -109,7 +109,7 @@ def test_moved_lines_and_late_boxes_do_not_score_one(dataset):
 
 def test_memory_follows_the_scene_and_ends_with_it(dataset, model):
     whole = predict_stream(model, dataset)
-    assert set(whole.scenes) == set(dataset.tokens)
+    assert set(whole.objects) == set(dataset.tokens)
     assert whole.seconds_per_frame > 0
     # By hand: frame after frame with the memory handed on, afresh for the second scene.
     with torch.inference_mode():
@@ -119,18 +119,18 @@ def test_memory_follows_the_scene_and_ends_with_it(dataset, model):
                 prediction, state = model(dataset[int(i)].frames, state)
                 token = dataset.tokens[i]
                 expected = prediction.line_logits[-1].sigmoid().flatten().sort(descending=True).values
-                found = whole.scenes[token].lines.score
+                found = whole.objects[token].lines.score
                 torch.testing.assert_close(found, expected[: len(found)], rtol=1e-4, atol=1e-5)
 
 
 def test_processes_share_whole_scenes_and_change_nothing(dataset, model):
     whole = predict_stream(model, dataset)
     parts = [predict_stream(model, dataset, rank=rank, world_size=2) for rank in (0, 1)]
-    assert not set(parts[0].scenes) & set(parts[1].scenes)
-    merged = parts[0].scenes | parts[1].scenes
-    assert merged.keys() == whole.scenes.keys()
+    assert not set(parts[0].objects) & set(parts[1].objects)
+    merged = parts[0].objects | parts[1].objects
+    assert merged.keys() == whole.objects.keys()
     for token, scene in merged.items():
-        torch.testing.assert_close(scene.boxes.center, whole.scenes[token].boxes.center)
+        torch.testing.assert_close(scene.boxes.center, whole.objects[token].boxes.center)
 
 
 def test_ground_truth_has_the_vertices_of_the_published_evaluator(golden):

@@ -40,8 +40,8 @@ def dataset(town_root, network) -> NuScenesDataset:
 
 
 def test_a_stream_is_the_same_as_on_the_cpu(network, dataset):
-    on_cpu = predict_stream(network, dataset).scenes
-    on_gpu = predict_stream(copy.deepcopy(network).cuda(), dataset).scenes
+    on_cpu = predict_stream(network, dataset).objects
+    on_gpu = predict_stream(copy.deepcopy(network).cuda(), dataset).objects
     for token in dataset.tokens:
         confident = on_cpu[token].boxes.score > 0.05
         assert confident.any()

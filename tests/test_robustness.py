@@ -116,7 +116,7 @@ class Oracle(nn.Module):
 def test_an_oracle_loses_what_missing_cameras_show(dataset):
     oracle = Oracle(dataset)
     stream = predict_stream(oracle, dataset)
-    clean = evaluate_predictions(dataset, stream.scenes).metrics()
+    clean = evaluate_predictions(dataset, stream.objects).metrics()
     assert clean["mAP"] > 0.4 and clean["lane_mAP"] > 0.5
     trials = plan_trials(
         dataset.cameras, drop_camera="CAM_FRONT", extrinsics_noise_deg=1.0, corrupt="noise:1", no_memory=True, seed=3
@@ -132,7 +132,7 @@ def test_an_oracle_loses_what_missing_cameras_show(dataset):
     # Without memory its velocities are 0: as if all of the clean run were 0.
     still = {
         token: scene._replace(boxes=scene.boxes._replace(velocity=torch.zeros_like(scene.boxes.velocity)))
-        for token, scene in stream.scenes.items()
+        for token, scene in stream.objects.items()
     }
     expected = evaluate_predictions(dataset, still).metrics()
     assert alone.metrics == pytest.approx({name: expected[name] for name in alone.metrics})
@@ -165,8 +165,8 @@ def test_losses_are_shares_of_the_clean_run():
 
 
 def test_a_missing_camera_is_no_black_image(dataset, model):
-    found = predict_stream(model, dataset, disturb=MissingCamera(0)).scenes
-    clean = predict_stream(model, dataset).scenes
+    found = predict_stream(model, dataset, disturb=MissingCamera(0)).objects
+    clean = predict_stream(model, dataset).objects
     # By hand, with a picture that is anything but black: nobody looks at it.
     state, different = model.initial_state(1), []
     with torch.inference_mode():
@@ -183,7 +183,7 @@ def test_a_missing_camera_is_no_black_image(dataset, model):
 
 
 def test_without_memory_every_frame_stands_alone(dataset, model):
-    found = predict_stream(model, dataset, disturb=NoMemory()).scenes
+    found = predict_stream(model, dataset, disturb=NoMemory()).objects
     with torch.inference_mode():
         for i, token in enumerate(dataset.tokens):
             frame = dataset[i].frames
@@ -194,8 +194,8 @@ def test_without_memory_every_frame_stands_alone(dataset, model):
 
 def test_random_corruptions_depend_on_seed_and_sample_only(dataset, model):
     noise = BadImages("noise", 2, seed=4)
-    whole = predict_stream(model, dataset, disturb=noise).scenes
-    part = predict_stream(model, dataset, disturb=noise, rank=1, world_size=2, workers=1).scenes
+    whole = predict_stream(model, dataset, disturb=noise).objects
+    part = predict_stream(model, dataset, disturb=noise, rank=1, world_size=2, workers=1).objects
     for token, scene in part.items():
         assert torch.equal(scene.boxes.center, whole[token].boxes.center)
     frames = dataset[0].frames

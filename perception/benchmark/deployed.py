@@ -33,12 +33,12 @@ from perception.evaluation.dataset import evaluate_predictions
 from perception.export.certificate import METRICS, Certificate, Replay
 from perception.export.contract import ImageInputs
 from perception.export.onnx import DeployedNetwork
-from perception.export.parity import largest_and_mean, matched_distances, raw_differences, raw_queries
+from perception.export.parity import as_tensors, largest_and_mean, matched_distances, raw_differences, raw_queries
 from perception.export.replay import camera_frame, frame_inputs, replay_frames
-from perception.export.runtime import scene_of
+from perception.export.runtime import objects_of
 from perception.models import Network
 from perception.synthetic import VERSION, simulate
-from perception.types import FrameObjects, map_tensors
+from perception.types import NumpyFrameObjects
 
 SCENES, KEYFRAMES, SEED = 4, 10, 77  # of the generated dataset; a certificate needs as many frames
 LIMIT = 40.0  # seconds of one mode
@@ -114,7 +114,7 @@ class Run(NamedTuple):
     """Results of a mode over all frames."""
 
     outputs: list[dict[str, np.ndarray]]  # by name
-    scenes: list[FrameObjects]  # numpy
+    objects: list[NumpyFrameObjects]
     metrics: dict[str, float]
     seconds: np.ndarray
 
@@ -122,10 +122,10 @@ class Run(NamedTuple):
 def replay_all(runner: DeployedRunner, dataset: NuScenesDataset, frames: dict[str, list[np.ndarray]]) -> Run:
     """Runs all frames, given as inputs by sample token, in their order."""
     passes = [runner(inputs) for inputs in frames.values()]
-    scenes = [scene_of(outputs) for outputs, _ in passes]
-    found = {token: map_tensors(torch.from_numpy, scene) for token, scene in zip(frames, scenes, strict=True)}
-    metrics = evaluate_predictions(dataset, found).metrics()
-    return Run([outputs for outputs, _ in passes], scenes, metrics, np.array([seconds for _, seconds in passes]))
+    objects = [objects_of(outputs) for outputs, _ in passes]
+    predictions = {token: as_tensors(found) for token, found in zip(frames, objects, strict=True)}
+    metrics = evaluate_predictions(dataset, predictions).metrics()
+    return Run([outputs for outputs, _ in passes], objects, metrics, np.array([seconds for _, seconds in passes]))
 
 
 def compare(wanted: Run, found: Run, precision: str, focal_lengths: tuple[float, ...]) -> Certificate:
@@ -142,15 +142,15 @@ def compare(wanted: Run, found: Run, precision: str, focal_lengths: tuple[float,
         raw["memory"].append(raw_differences(expected["new_memory"].ravel(), outputs["new_memory"].ravel()))
         for kind in ("box", "line"):
             raw[f"raw_{kind}"].append(raw_differences(raw_queries(expected, kind), raw_queries(outputs, kind)))
-    for one, other in zip(wanted.scenes, found.scenes, strict=True):
+    for one, other in zip(wanted.objects, found.objects, strict=True):
         boxes.append(matched_distances(one.boxes.center, other.boxes.center, one.boxes, other.boxes))
         lines.append(matched_distances(one.lines.points, other.lines.points, one.lines, other.lines))
     judged = Replay(
         cameras=CAMERAS,
-        seats=CAMERAS,
+        slots=CAMERAS,
         focal_lengths=focal_lengths,
         bad_images=False,
-        frames=len(found.scenes),
+        frames=len(found.objects),
         scenes=SCENES,
         not_finite=0,
         raw={name: largest_and_mean(parts) for name, parts in raw.items()},

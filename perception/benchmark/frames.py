@@ -23,7 +23,7 @@ from perception.benchmark.stages import Recorder
 from perception.errors import CheckpointError
 from perception.export.contract import ImageInputs
 from perception.export.onnx import example_inputs, named_raw_outputs, raw_names
-from perception.export.replay import aligned
+from perception.export.replay import match_rows
 from perception.models import Network, build_network, preset_config
 from perception.models.checkpoint import load_model, shipped_weights
 from perception.ops.bilinear import preferred_implementation
@@ -401,7 +401,7 @@ def differences(
             result[name] = None
             continue
         if name != "memory":
-            other = other[aligned(one, other)]
+            other = other[match_rows(one, other)]
         off = np.abs(one - other) / np.maximum(1, np.abs(one))
         result[name] = [float(off.max()), float(off.mean())]
     return result

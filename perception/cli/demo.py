@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         clip = map_tensors(lambda tensor: tensor[0], dataset[i])
         picture = draw_frame(
             clip.frames,
-            stream.scenes[dataset.tokens[i]],
+            stream.objects[dataset.tokens[i]],
             clip.gt,
             cameras=dataset.cameras,
             caption=f"scene {number} of a town that was not trained on, after {arguments.keyframes} keyframes",

@@ -67,8 +67,8 @@ def evaluate_weights(arguments) -> tuple[str, dict, dict]:
     )
     stream = predict_stream(model, dataset, workers=arguments.workers, progress=True)
     if arguments.save_submission:
-        save_submissions(arguments.save_submission, dataset, stream.scenes)
-    evaluation = evaluate_predictions(dataset, stream.scenes, **lane_options(arguments))
+        save_submissions(arguments.save_submission, dataset, stream.objects)
+    evaluation = evaluate_predictions(dataset, stream.objects, **lane_options(arguments))
     metrics = evaluation.as_dict() | {"fps": 1 / stream.seconds_per_frame, "samples": len(dataset)}
     table = evaluation.table()
     if trials:

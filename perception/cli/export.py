@@ -80,11 +80,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
 
     from perception.errors import ConfigError
-    from perception.files import check_dataset, check_place
+    from perception.files import check_dataset, check_writable
 
     if arguments.drift < 0:
         raise ConfigError(f"--drift is {arguments.drift}; give a number of frames, or 0 for none")
-    check_place("--out", arguments.out, folder=True)
+    check_writable("--out", arguments.out, folder=True)
     if len({bool(arguments.dataroot), bool(arguments.version), bool(arguments.split)}) > 1:
         raise ConfigError("--dataroot, --version and --split go together; give all three or none")
     if arguments.dataroot:

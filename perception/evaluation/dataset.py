@@ -222,7 +222,7 @@ def evaluate_dataset(
     """
     stream = predict_stream(model, dataset, workers=workers, progress=progress)
     evaluation = evaluate_predictions(
-        dataset, stream.scenes, protocol=protocol, lane_range=lane_range, workers=workers, progress=progress
+        dataset, stream.objects, protocol=protocol, lane_range=lane_range, workers=workers, progress=progress
     )
     return evaluation, stream
 

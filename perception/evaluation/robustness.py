@@ -264,7 +264,7 @@ def evaluate_robustness(
     tables = load_tables(dataset.roots[0], dataset.version)
     gt = all_gt_lines(dataset, protocol=protocol, lane_range=lane_range, progress=progress)
     for name, group, disturb in tqdm(trials, desc="disturbances", unit="trial", disable=not progress):
-        scenes = predict_stream(model, dataset, disturb=disturb, workers=workers, progress=progress).scenes
+        scenes = predict_stream(model, dataset, disturb=disturb, workers=workers, progress=progress).objects
         boxes = evaluate_boxes(scenes, poses, dataset.roots[0], dataset.version, dataset.split, nusc=tables)
         lines = {token: map_lines(scene.lines) for token, scene in scenes.items()}
         lanes = evaluate_lanes(lines, gt, protocol=protocol, lane_range=lane_range, workers=workers, progress=progress)
