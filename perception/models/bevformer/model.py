@@ -18,12 +18,8 @@ from perception.models.bevformer.config import BEVFormerConfig
 from perception.models.bevformer.losses import BOX_LOSS_WEIGHTS, bevformer_losses, encode_lidar_boxes, lidar_boxes
 from perception.models.decoding import LOG_UNCERTAINTY_RANGE, empty_lines, topk_pairs
 from perception.models.published.backbone import padded_size
-from perception.models.published.encoder import (
-    BEVFormerTransformer,
-    LearnedPositionalEncoding,
-    class_branches,
-    regression_branches,
-)
+from perception.models.published.decoder import LearnedPositionalEncoding, class_branches, regression_branches
+from perception.models.published.encoder import BEVFormerTransformer
 from perception.models.published.geometry import PREFIXES, can_bus_vector, constants, lidar_projections
 from perception.models.published.losses import sum_layers
 from perception.ops.deformable import refined

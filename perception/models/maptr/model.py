@@ -16,12 +16,8 @@ from perception.models.decoding import LOG_UNCERTAINTY_RANGE, close_rings, empty
 from perception.models.maptr.config import MapTRConfig
 from perception.models.maptr.losses import LINE_LOSS_WEIGHTS, line_losses
 from perception.models.published.backbone import padded_size
-from perception.models.published.encoder import (
-    BEVFormerTransformer,
-    LearnedPositionalEncoding,
-    class_branches,
-    regression_branches,
-)
+from perception.models.published.decoder import LearnedPositionalEncoding, class_branches, regression_branches
+from perception.models.published.encoder import BEVFormerTransformer
 from perception.models.published.geometry import PREFIXES, can_bus_vector, constants, lidar_projections
 from perception.ops.deformable import refined
 from perception.types import LINE_CLASSES, Frame, FrameObjects, Polylines, State
