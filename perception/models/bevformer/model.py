@@ -9,7 +9,8 @@ Modules are named as in the published checkpoints, so their keys fit after a cha
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -92,12 +93,12 @@ class BEVFormer(nn.Module):
     `Frame.rig` must have the cameras that the network was trained with, in their order.
     """
 
-    finds = ("box",)
-    loss_weights = BOX_LOSS_WEIGHTS
+    finds: ClassVar[tuple[str, ...]] = ("box",)
+    loss_weights: ClassVar[Mapping[str, float]] = BOX_LOSS_WEIGHTS
     image_loss = None
-    raw_names = ("box_logits", "box_params")
-    no_export = ""
-    published_prefixes = PREFIXES
+    raw_names: ClassVar[tuple[str, ...]] = ("box_logits", "box_params")
+    no_export: ClassVar[str] = ""
+    published_prefixes: ClassVar[Mapping[str, str]] = PREFIXES
     ego_from_lidar: Tensor
 
     def __init__(self, config: BEVFormerConfig) -> None:

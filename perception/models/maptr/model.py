@@ -7,7 +7,8 @@ Modules are named as in the published checkpoints. Coordinate frames are describ
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -82,12 +83,12 @@ class MapTR(nn.Module):
     `Frame.rig` must have the cameras that the network was trained with, in their order.
     """
 
-    finds = ("line",)
-    loss_weights = LINE_LOSS_WEIGHTS
+    finds: ClassVar[tuple[str, ...]] = ("line",)
+    loss_weights: ClassVar[Mapping[str, float]] = LINE_LOSS_WEIGHTS
     image_loss = None
-    raw_names = ("line_logits", "line_points")
-    no_export = ""
-    published_prefixes = PREFIXES
+    raw_names: ClassVar[tuple[str, ...]] = ("line_logits", "line_points")
+    no_export: ClassVar[str] = ""
+    published_prefixes: ClassVar[Mapping[str, str]] = PREFIXES
     ego_from_lidar: Tensor
 
     def __init__(self, config: MapTRConfig) -> None:

@@ -10,7 +10,8 @@ Modules are named as in the published checkpoints. Coordinate frames are describ
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -176,12 +177,12 @@ class MapTRv2Head(nn.Module):
 class MapTRv2(nn.Module):
     """Predicts lines from calibrated images of any number of cameras."""
 
-    finds = ("line",)
-    loss_weights = MAPTRV2_LOSS_WEIGHTS
+    finds: ClassVar[tuple[str, ...]] = ("line",)
+    loss_weights: ClassVar[Mapping[str, float]] = MAPTRV2_LOSS_WEIGHTS
     image_loss = None
-    raw_names = ("line_logits", "line_points")
-    no_export = "it adds image features to BEV cells that depend on the calibration, which is a scatter at run time"
-    published_prefixes = PREFIXES
+    raw_names: ClassVar[tuple[str, ...]] = ("line_logits", "line_points")
+    no_export: ClassVar[str] = "it adds image features to BEV cells that depend on the calibration: a scatter"
+    published_prefixes: ClassVar[Mapping[str, str]] = PREFIXES
     ego_from_lidar: Tensor
 
     def __init__(self, config: MapTRv2Config) -> None:
