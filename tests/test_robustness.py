@@ -31,7 +31,7 @@ from perception.models.bev_transformer.decoder import decode
 from perception.models.bev_transformer.model import BEVTransformer
 from perception.models.checkpoint import save_checkpoint
 from perception.synthetic import VERSION
-from perception.types import ImagePrediction, Prediction, State
+from perception.types import ImagePrediction, LaneRange, Prediction, State
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "evaluate.py"
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
@@ -138,6 +138,17 @@ def test_an_oracle_loses_what_missing_cameras_show(dataset):
     assert alone.metrics == pytest.approx({name: expected[name] for name in alone.metrics})
     assert alone.metrics["mAP"] == pytest.approx(clean["mAP"]) and alone.metrics["mAVE"] > 1.2 * clean["mAVE"]
     assert card.memory_gain()["mAVE"] == pytest.approx(1 - clean["mAVE"] / expected["mAVE"])
+
+
+def test_disturbed_and_clean_lines_are_compared_by_the_same_protocol_and_range(dataset):
+    oracle, options = Oracle(dataset), {"protocol": "streammapnet", "lane_range": LaneRange(100.0, 50.0)}
+    predictions = predict_stream(oracle, dataset).scenes
+    clean = evaluate_predictions(dataset, predictions, **options).metrics()
+    assert clean["lane_mAP"] != evaluate_predictions(dataset, predictions).metrics()["lane_mAP"]
+    (alone,) = evaluate_robustness(
+        oracle, dataset, plan_trials(dataset.cameras, no_memory=True), clean, **options
+    ).trials
+    assert alone.metrics["lane_mAP"] == clean["lane_mAP"]  # its lines need no memory
 
 
 def test_losses_are_shares_of_the_clean_run():
