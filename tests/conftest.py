@@ -124,9 +124,9 @@ def own_cache(tmp_path_factory):
 BUNDLED_GOLDEN = PROJECT / "tests" / "golden"
 
 
-@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects tests
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Every test that reads golden numbers belongs to the parity suite, `pytest -m golden`."""
+    """Marks every test that reads golden numbers as part of the parity suite, `pytest -m golden`."""
     for item in items:
         if {"golden", "official_keys"} & set(item.fixturenames):
             item.add_marker("golden")
@@ -134,7 +134,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """The folder of golden numbers (what published code itself returns): PERCEPTION_GOLDEN, or the repository's own.
+    """The folder of golden numbers (outputs of the published code): PERCEPTION_GOLDEN, or the bundled one.
 
     Tests take sizes, seeds, positions and ranges from its files, so that they hold for other data of the same layout.
     """

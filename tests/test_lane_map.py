@@ -169,7 +169,7 @@ def test_errors_name_the_file(tmp_path):
 
 
 def golden_poses(golden):
-    """The map of the golden folder, and for each pose its global_from_ego and global_from_lidar."""
+    """Reads the map of the golden folder, and for each pose its global_from_ego and global_from_lidar."""
     folder = golden / "map_gt"
     content = json.loads((folder / "poses.json").read_text())
     lane_map = LaneMap(folder / "maps" / "expansion" / f"{content['location']}.json")
@@ -181,17 +181,16 @@ def golden_poses(golden):
 
 
 def distance_of_lines(points, others):
-    """The Hausdorff distance in metres; for open lines of one direction, so that the first points lie together too."""
+    """Returns the Hausdorff distance in metres; for open lines, also the distance of the first points counts."""
     distance = shapely.hausdorff_distance(*map(shapely.linestrings, (points, others)))
     return distance if is_ring(points) else max(distance, np.abs(points[0] - others[0]).max())
 
 
 def compare_crossings_at_border(want, remaining):
-    """Crossings that the published code has cut twice by the border of the patch, with what is left of ours.
+    """Compares crossings that the published code has cut twice by the border of the patch with our remaining ones.
 
-    There rounding decides which vertices stay, and with which others a piece unites: the smallest rectangles along each
-    side of a triangle are equally large, so that the direction of a corner that is cut off is undecided. The area that
-    all of them cover is decided.
+    Rounding decides which of their vertices are kept and which pieces are united: the minimum rectangles along all
+    sides of a triangle have the same area, so the direction of a cut-off corner is ambiguous. Their total area is not.
     """
     assert all(name == "ped_crossing" and is_ring(points) for name, points in remaining)
     assert all(shapely.is_ccw(shapely.linearrings(points)) for _, points in remaining)

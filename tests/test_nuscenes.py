@@ -22,7 +22,7 @@ from perception.geometry import (
     transform_points,
     yaw_from_rotation,
 )
-from perception.types import ATTRIBUTES, BOX_CLASSES, LINE_CLASSES
+from perception.types import ATTRIBUTES, BOX_CLASSES, DEFAULT_LANE_RANGE, LINE_CLASSES
 
 VERSION, SPLIT = "v1.0-hand", "hand_val"
 CAMERAS = ("CAM_FRONT", "CAM_BACK")
@@ -339,7 +339,7 @@ def test_town_index_is_quick_when_warm(town, town_root, tmp_path):
 
     data, nusc = town
     (split,) = [n for n, s in json.loads((town_root / nusc.version / "splits.json").read_text()).items() if s]
-    load_index(town_root, nusc.version, split, NUSCENES_CAMERAS, tmp_path)
+    load_index(town_root, nusc.version, split, NUSCENES_CAMERAS, DEFAULT_LANE_RANGE, tmp_path)
     start = time.perf_counter()
-    load_index(town_root, nusc.version, split, NUSCENES_CAMERAS, tmp_path)
+    load_index(town_root, nusc.version, split, NUSCENES_CAMERAS, DEFAULT_LANE_RANGE, tmp_path)
     assert time.perf_counter() - start < 1.0

@@ -69,10 +69,10 @@ class Augment:
                 raise ConfigError(f"Augment.{name} is {getattr(self, name)}; it is a probability, give at most 1")
 
     def check_reach(self, lane_range: LaneRange) -> None:
-        """Makes sure that a moved ego frame finds all its lines among those of the `wide_range`.
+        """Checks that the patch of a moved ego frame lies within the `wide_range` of the index.
 
         Raises:
-            ConfigError: yaw_deg and shift go farther.
+            ConfigError: yaw_deg and shift move it farther.
         """
         angle = np.radians(min(self.yaw_deg, 90.0))
         turn = np.array([[np.cos(angle), np.sin(angle)], [np.sin(angle), np.cos(angle)]])
@@ -96,7 +96,7 @@ class Augment:
             clip: with leading [T].
             wide_lines: T lists of exact lines in the ego frame, from a patch larger than that of the ground truth.
             ego_from_patch: T transforms [4, 4]; where the ground truth's patch lies in the (old and new) ego frame.
-            lane_range: of the lines in the new ego frame.
+            lane_range: extent of the ground-truth lines.
             scene_rng: draws what stays the same along a scene: ego frame, crops, colours, calibration.
             clip_rng: draws what changes from clip to clip: missing cameras and corrupted images.
 
@@ -186,7 +186,7 @@ def move_lines(
         lines: of a patch larger than `lane_range`, in the old ego frame.
         moved_from_ego: [4, 4] rigid, or rigid times a mirroring.
         ego_from_patch: [4, 4] the ground truth's patch in the old and in the new ego frame.
-        lane_range: of the ground truth.
+        lane_range: extent of the ground-truth lines.
 
     Returns:
         Lines inside `lane_range`, in the new ego frame.

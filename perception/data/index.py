@@ -35,11 +35,11 @@ TABLES = (
     "log", "scene", "sample", "sample_data", "sample_annotation", "map",
 )  # fmt: skip
 
-WIDE_MARGIN = LaneRange(24.0, 30.0)
+WIDE_MARGIN = LaneRange(24.0, 30.0)  # metres that the range of `wide_lines` is larger
 
 
 def wide_range(lane_range: LaneRange) -> LaneRange:
-    """The larger range whose lines are also kept: augmentation turns and moves the ego frame and cuts them anew."""
+    """Returns the larger range of the `wide_lines`, which augmentation cuts again after moving the ego frame."""
     return LaneRange(lane_range.x + WIDE_MARGIN.x, lane_range.y + WIDE_MARGIN.y)
 
 
@@ -104,7 +104,7 @@ def load_index(
         split: an official split, one of `<version>/splits.json`, or a file of scene names (see
             `perception.data.splits`).
         cameras: camera channels; the index keeps this order.
-        lane_range: of the lines, by the MapTR protocol.
+        lane_range: extent of the lines of the MapTR protocol.
         cache_dir: folder of the cache; None: `$XDG_CACHE_HOME/perception` or `~/.cache/perception`.
 
     Raises:

@@ -99,7 +99,7 @@ def load_map_vectors(
     Args:
         json_path: the file; kinds other than dividers, crossings and the drivable boundary are left out.
         global_from_ego: [4, 4]; its position and yaw are used, a map has no heights.
-        lane_range: what is kept, in the ego frame.
+        lane_range: extent of the lines to keep, along the ego frame's x and y.
 
     Returns:
         Lines in the ego frame.

@@ -50,12 +50,12 @@ class NuScenesDataset(Dataset):
         image_size: height and width of the images; images of other sizes are fitted, see `fit_image`.
         cameras: channels, in order. A camera that a sample lacks is marked as not present.
         points_per_line: P of the ground-truth lines.
-        lane_range: of the ground-truth lines.
+        lane_range: extent of the ground-truth lines.
         cache_dir: folder of the index cache, see `load_index`.
         augment: augmentation of the clips of a `ClipRequest`, seeded by the request.
 
     Raises:
-        ConfigError: the augmentation turns or moves the ego frame beyond the lines that the index keeps.
+        ConfigError: the augmentation moves the ego frame beyond the lines in the index.
         DataError: a file or field is missing or malformed, here or when an item is read.
     """
 
@@ -142,7 +142,7 @@ class NuScenesDataset(Dataset):
         return lines_around(self._lane_map(i), self.ego_pose(i), self.ego_from_lidar(i), lane_range, protocol)
 
     def gt_centerlines(self, i: int, lane_range: LaneRange | None = None) -> Centerlines:
-        """Centre lines of lanes around sample i and which leads to which, ego frame, in a patch centred at its origin.
+        """Returns the lane centre lines around sample i and their successor links, in the ego frame.
 
         Args:
             i: the sample.
@@ -152,7 +152,8 @@ class NuScenesDataset(Dataset):
             DataError: the map file is missing or has no lane graph.
         """
         pose = self.ego_pose(i)
-        return self._lane_map(i).centerlines(*pose[:2, 3], yaw_from_rotation(pose), lane_range or self.lane_range)
+        x, y = pose[:2, 3]
+        return self._lane_map(i).centerlines(x, y, yaw_from_rotation(pose), lane_range or self.lane_range)
 
     def _lane_map(self, i: int) -> LaneMap:
         path = self._index.scene_map[self._index.scene[i]]
