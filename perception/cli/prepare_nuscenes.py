@@ -70,7 +70,7 @@ def split(arguments, keyframes, tables: Path) -> None:
     print(f"{'part':<26}{'scenes':>8}{'frames':>8}{'share':>10}")
     for name, scenes in parts.items():
         print(f"{name:<26}{len(scenes):>8}{frames[name]:>8}{frames[name] / total:>10.1%}")
-    print(f"{made.groups} groups of scenes hang together at {arguments.min_distance:g} m; none is divided")
+    print(f"{made.groups} connected groups of scenes at {arguments.min_distance:g} m; none is divided")
     if abs(frames["val"] / total - arguments.val_share) > 0.1 * arguments.val_share:
         print(f"note: {arguments.val_share:.1%} was wanted in val; the groups do not come nearer without")
         print("leaving scenes out (--max-left-out), or with a smaller --min-distance")
