@@ -1,4 +1,4 @@
-"""Camera geometry: pixel rays, projection, visibility, and which cameras see a point."""
+"""Computes camera geometry: pixel rays, projection, visibility, and the cameras that see a point best."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from torch import Tensor
 from perception.geometry import invert_rigid, project_points, transform_points
 from perception.types import CameraRig
 
-MIN_DEPTH = 0.1  # metres; nearer points count as not seen
+MIN_DEPTH = 0.1  # metres; nearer points count as not visible
 
 
 class PixelRays(NamedTuple):
-    """Where the pixels of a feature map look: through the middle of each, 1 along the optical axis."""
+    """Viewing rays through the pixel centres of a feature map, with length 1 along the optical axis."""
 
-    cam: Tensor  # [B, N, h * w, 3] in the cameras' frames
+    cam: Tensor  # [B, N, h * w, 3] in the camera frames
     ego: Tensor  # [B, N, h * w, 3] the same directions in the ego frame
-    pixel_width: Tensor  # [B, N] metres that a pixel of the feature map is wide at a depth of one metre
+    pixel_width: Tensor  # [B, N] width in metres of one feature-map pixel at a depth of one metre
 
 
 def pixel_rays(rig: CameraRig, image_size: tuple[int, int], feature_size: tuple[int, int]) -> PixelRays:
-    """Where the pixels of a feature map look.
+    """Computes the viewing rays of a feature map.
 
     Args:
-        rig: leading [B, N].
+        rig: calibration with leading [B, N].
         image_size: height and width in pixels of the images that the rig is calibrated for.
         feature_size: height and width of the feature map.
     """
@@ -45,16 +45,16 @@ def pixel_rays(rig: CameraRig, image_size: tuple[int, int], feature_size: tuple[
 
 
 def see_points(rig: CameraRig, points_ego: Tensor, image_size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the cameras of a rig see points.
+    """Projects points into all cameras of a rig and checks which cameras see them.
 
     Args:
         rig: calibration with leading [B, N].
-        points_ego: [P, 3] metres, the same for all of the batch, or [B, P, 3].
+        points_ego: [P, 3] metres, shared by the batch, or [B, P, 3].
         image_size: height and width in pixels of the images that the rig is calibrated for.
 
     Returns:
-        uv [B, N, P, 2] with 0..1 over the image, depth [B, N, P] metres, seen [B, N, P] bool: the camera is present,
-        the point lies in front of it and inside its image.
+        uv [B, N, P, 2] with 0..1 over the image, depth [B, N, P] metres, and seen [B, N, P] bool: True if the camera is
+        present and the point lies in front of it and inside its image.
     """
     H, W = image_size
     cam_from_ego = invert_rigid(rig.ego_from_cam.float())
@@ -68,27 +68,28 @@ def see_points(rig: CameraRig, points_ego: Tensor, image_size: tuple[int, int]) 
 def choose_cameras(
     rig: CameraRig, points_ego: Tensor, image_size: tuple[int, int], count: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The cameras that see most of each group of points.
+    """Chooses for each group of points the cameras that see most of its points.
 
     Args:
         rig: calibration with leading [B, N].
-        points_ego: [Q, G, 3] metres, groups of G points, the same for all of the batch, or [B, Q, G, 3].
+        points_ego: [Q, G, 3] metres, groups of G points, shared by the batch, or [B, Q, G, 3].
         image_size: height and width in pixels of the images that the rig is calibrated for.
         count: how many cameras to choose; the fields of view of a usual rig overlap at most pairwise.
 
     Returns:
-        uv [B, Q, G, K, 2] with 0..1 over the image, depth [B, Q, G, K] metres, seen [B, Q, G, K] bool and the index of
-        the camera [B, Q, G, K]; K is `count`, or how many cameras the rig has.
+        uv [B, Q, G, K, 2] with 0..1 over the image, depth [B, Q, G, K] metres, seen [B, Q, G, K] bool and the camera
+        index [B, Q, G, K]; K is the smaller of `count` and the number of cameras.
     """
     Q, G, _ = points_ego.shape[-3:]
     K = min(count, rig.present.shape[1])
     uv, depth, seen = see_points(rig, points_ego.flatten(-3, -2), image_size)  # [B, N, Q * G, ...]
-    uv, depth, seen = (x.unflatten(2, (Q, G)) for x in (uv, depth, seen))
-    # Rank by how many points are seen; the distance from the image's middle settles draws, so that the choice does not
-    # depend on the order of the cameras.
+    uv, depth, seen = (torch.unflatten(x, 2, (Q, G)) for x in (uv, depth, seen))
+    # Rank by the number of visible points. Ties are broken by the distance from the image centre, so that the choice
+    # does not depend on the order of the cameras.
     eccentricity = (uv - 0.5).abs().amax(-1).clamp(max=1.0)  # [B, N, Q, G]
     camera = (seen * (2 - eccentricity)).sum(-1).topk(K, dim=1).indices  # [B, K, Q]
     camera = camera[..., None].expand(-1, -1, -1, G)
     depth, seen = depth.gather(1, camera), seen.gather(1, camera)  # [B, K, Q, G]
     uv = uv.gather(1, camera[..., None].expand(-1, -1, -1, -1, 2))  # [B, K, Q, G, 2]
-    return uv.permute(0, 2, 3, 1, 4), *(x.permute(0, 2, 3, 1) for x in (depth, seen, camera))
+    depth, seen, camera = (x.permute(0, 2, 3, 1) for x in (depth, seen, camera))
+    return uv.permute(0, 2, 3, 1, 4), depth, seen, camera

@@ -1,6 +1,6 @@
-"""The errors a user can act on.
+"""Errors that a user can act on.
 
-Every message names the file, the field and the fix. Scripts turn them into one line on stderr and exit code 2.
+Every message names the file, the field and the fix. Scripts print it as one line on stderr and exit with code 2.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 
 class PerceptionError(Exception):
-    """Base of all errors whose message is meant for the user rather than for a debugger."""
+    """Base class of all errors whose message is meant for the user, not for a debugger."""
 
 
 class DataError(PerceptionError):
@@ -18,7 +18,7 @@ class DataError(PerceptionError):
 
 
 class ConfigError(PerceptionError):
-    """A configuration names something that does not exist or holds an impossible value."""
+    """A configuration names something that does not exist or holds an invalid value."""
 
 
 class CheckpointError(PerceptionError):
@@ -26,32 +26,57 @@ class CheckpointError(PerceptionError):
 
 
 class TrainingError(PerceptionError):
-    """Training cannot go on: a loss or a gradient is no longer a finite number."""
+    """Training stopped because a loss or a gradient is not finite."""
 
 
 class PerceptionWarning(UserWarning):
-    """A result or the memory was dropped, or an input is hardly what was meant; the message says which, and the fix."""
+    """A result or the memory was dropped, or an input is probably wrong; the message names the cause and the fix."""
 
 
 def _sentence(error: PerceptionError) -> str:
-    # torch raises the error of a DataLoader worker anew, with the worker's whole traceback as its message; the last
-    # line of that is the name of the class and the sentence.
+    # torch re-raises the error of a DataLoader worker with the worker's traceback as its message. The last line of the
+    # traceback holds the name of the class and the sentence.
     message = str(error)
     if "Original Traceback" in message:
         message = message.strip().splitlines()[-1].partition(": ")[2]
     return message
 
 
+# The extras of the distribution, and the packages that each brings.
+EXTRAS = {
+    "mmdet3d": ("mmcv", "mmdet", "mmdet3d"),
+    "export": ("ml_dtypes", "onnx", "onnxruntime", "onnxscript"),
+    "openvino": ("openvino",),
+    "tensorrt": ("tensorrt_rtx", "cuda"),
+    "viewer": ("matplotlib",),
+}
+
+
+def not_installed(error: ModuleNotFoundError) -> ConfigError | None:
+    """The error for a package that an extra brings and that is not installed; None for any other package."""
+    package = (error.name or "").partition(".")[0]
+    for extra, packages in EXTRAS.items():
+        if package in packages:
+            return ConfigError(f"{package} is not installed; install it, or the extra [{extra}] of driving-perception")
+    return None
+
+
 def run_script(main: Callable[[], int | None]) -> None:
     """Runs the main function of a script and exits.
 
-    Exit code 0 (or what `main` returns), 2 with one line on stderr for a `PerceptionError` (also for one that was
-    raised in a worker process of a DataLoader), 130 when interrupted.
+    The exit code is the one that `main` returns (0 for None), 2 for a `PerceptionError`, also one from a worker process
+    of a DataLoader, and for a package of an extra that is not installed, and 130 after an interrupt. Errors are printed
+    as one line on stderr.
     """
     try:
         code = main()
     except PerceptionError as error:
         print(f"error: {_sentence(error)}", file=sys.stderr)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        if not (known := not_installed(error)):
+            raise
+        print(f"error: {known}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -1,4 +1,7 @@
-"""Files appear whole or not at all: they are written beside their place and renamed. Checks of places and datasets."""
+"""Writes files atomically and checks paths.
+
+Files are written to a temporary file in the same folder, which is then renamed.
+"""
 
 from __future__ import annotations
 
@@ -15,62 +18,64 @@ from perception.errors import ConfigError, DataError
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of `path` when the block ends well, and goes away when it does not.
+    """Yields a temporary path to write to, and renames it to `path` when the block succeeds.
 
-    Missing folders are made. Two processes that write the same file do not meet.
+    The temporary file is deleted when the block fails. Missing folders are created. Processes that write the same file
+    at the same time use different temporary files.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield beside
-        os.replace(beside, path)
+        yield temporary
+        os.replace(temporary, path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, content: object, indent: int | None = 1) -> None:
-    """Writes JSON, indented for people unless `indent` is None."""
+    """Writes a JSON file atomically, on one line if `indent` is None."""
     separators = (",", ":") if indent is None else None
-    with replacing(path) as beside:
-        beside.write_text(json.dumps(content, indent=indent, separators=separators) + "\n", encoding="utf-8")
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=indent, separators=separators) + "\n", encoding="utf-8")
 
 
-def check_place(option: str, path: str | Path, *, folder: bool = False) -> None:
-    """Checks that a file, or files in a folder, can be written, and leaves nothing behind; ask before long work.
+def check_writable(option: str, path: str | Path, *, folder: bool = False) -> None:
+    """Checks that an output file or folder can be written. Call it before long work; it leaves no files behind.
 
     Args:
-        option: what the place was given as, for messages.
-        path: of the file or folder, which need not exist.
-        folder: whether it is one.
+        option: name of the command-line option or argument that gave the path, for messages.
+        path: the file or folder; it does not have to exist.
+        folder: True if `path` is a folder.
 
     Raises:
-        ConfigError: there is a folder where a file is wanted or the other way round, or nothing can be written there.
+        ConfigError: `path` is a folder and a file is expected, or the reverse, or it cannot be written.
     """
     path = Path(path)
     if path.exists() and path.is_dir() != folder:
         found, wanted = ("a file", "a folder") if folder else ("a folder", "a file")
         raise ConfigError(f"{option} {path} is {found}; give {wanted}")
-    place = path if folder else path.parent
-    while not place.exists():
-        place = place.parent
+    existing = path if folder else path.parent
+    while not existing.exists():
+        existing = existing.parent
     try:
-        with tempfile.TemporaryFile(dir=place):  # permissions alone tell root nothing
+        # A trial write, because permission bits do not apply to root.
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise ConfigError(f"{option} {path} cannot be written ({error}); give another place") from None
+        raise ConfigError(f"{option} {path} cannot be written ({error}); give another path") from None
 
 
 def check_dataset(dataroot: str | Path | Sequence[str | Path], version: str, make_with: str = "") -> None:
     """Checks that the folders of tables of a dataset exist.
 
     Args:
-        dataroot: root of the dataset, or several.
+        dataroot: root of the dataset, or several roots.
         version: name of the folder of tables.
-        make_with: the command that makes the dataset, as `perception simulate ...`; may be empty.
+        make_with: command that creates the dataset, such as `perception simulate ...`; may be empty.
 
     Raises:
-        DataError: one does not exist; the message holds the command, as the user calls it.
+        DataError: a folder does not exist; the message holds the command as the user must call it.
     """
     fix = f"make it with: {as_called(make_with)}" if make_with else "give the root and the version folder of a dataset"
     for root in (dataroot,) if isinstance(dataroot, str | Path) else dataroot:

@@ -1,23 +1,33 @@
-"""Pure geometry: rigid transforms, yaw, projection, polylines.
+"""Computes rigid transforms, yaw angles, projections and polyline lengths.
 
-Transforms are named `dst_from_src` and cancel when read: `img_from_cam @ cam_from_ego`. The functions on transforms and
-points take numpy arrays or torch tensors alike and keep their dtype; datasets work in float64, the network in float32.
+Transforms are named `dst_from_src`, so that neighbouring names match in a product: `img_from_cam @ cam_from_ego`. The
+functions on transforms and points accept numpy arrays and torch tensors and keep their dtype: datasets use float64, the
+network uses float32.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from perception.types import Array
 
-def _library(array):
-    """numpy or torch, whichever the array is of; a vehicle has no torch."""
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ArrayOrTensor = TypeVar("ArrayOrTensor", Array, "Tensor")
+
+
+def _library(array: Array | Tensor) -> Any:
+    """Returns the module of an array, numpy or torch. It does not import torch, which a vehicle does not have."""
     # A tuple of types: `torch.compile` splits its graph at a union of types.
     return np if isinstance(array, (np.ndarray, np.generic)) else sys.modules["torch"]
 
 
-def transform_points(dst_from_src, points):
+def transform_points(dst_from_src: ArrayOrTensor, points: ArrayOrTensor) -> ArrayOrTensor:
     """Applies rigid (or any affine) transforms to points.
 
     Args:
@@ -27,29 +37,31 @@ def transform_points(dst_from_src, points):
     Returns:
         [..., P, 3] in the destination frame.
     """
-    # Written as products and sums: autocast turns matrix products into half precision, which geometry does not survive.
+    # Products and sums instead of a matrix product, which autocast would run in half precision: too coarse for metres.
     rotation = dst_from_src[..., None, :3, :3]
-    return (rotation * points[..., None, :]).sum(-1) + dst_from_src[..., None, :3, 3]
+    moved: ArrayOrTensor = (rotation * points[..., None, :]).sum(-1) + dst_from_src[..., None, :3, 3]
+    return moved
 
 
-def invert_rigid(dst_from_src):
-    """The inverse of rigid transforms [..., 4, 4], exact for a rotation and a translation."""
+def invert_rigid(dst_from_src: ArrayOrTensor) -> ArrayOrTensor:
+    """Inverts rigid transforms [..., 4, 4] by transposing the rotation."""
     lib = _library(dst_from_src)
     rotation = dst_from_src[..., :3, :3].swapaxes(-1, -2)
     translation = -(rotation @ dst_from_src[..., :3, 3:])
     top = lib.concatenate([rotation, translation], -1)
-    return lib.concatenate([top, dst_from_src[..., 3:, :]], -2)
+    inverse: ArrayOrTensor = lib.concatenate([top, dst_from_src[..., 3:, :]], -2)
+    return inverse
 
 
-RIGID_TOLERANCE = 1e-3  # of each number of rotation times its transpose; poses are often stored in single precision
+RIGID_TOLERANCE = 1e-3  # of the entries of rotation times its transpose; poses are often stored in single precision
 
 
-def is_rigid(dst_from_src: np.ndarray) -> bool:
-    """Whether a matrix [4, 4] is finite, a rotation (no mirror) with a translation, and 0 0 0 1 in the last row."""
+def is_rigid(dst_from_src: Array) -> bool:
+    """Returns True for a finite matrix [4, 4] with a rotation, no mirroring, and 0 0 0 1 in the last row."""
     if dst_from_src.shape != (4, 4) or not np.isfinite(dst_from_src).all() or (dst_from_src[3] != (0, 0, 0, 1)).any():
         return False
     rotation = dst_from_src[:3, :3]
-    # Large numbers first: their products would overflow.
+    # Large numbers are checked first, because their products would overflow.
     return bool(
         np.abs(rotation).max() <= 2
         and np.abs(rotation @ rotation.T - np.eye(3)).max() <= RIGID_TOLERANCE
@@ -57,27 +69,28 @@ def is_rigid(dst_from_src: np.ndarray) -> bool:
     )
 
 
-def yaw_from_rotation(rotation):
-    """Yaw of rotations [..., 3+, 3+]: the angle of the turned x axis in the xy plane, radians in (-pi, pi]."""
+def yaw_from_rotation(rotation: ArrayOrTensor) -> ArrayOrTensor:
+    """Returns the yaw of rotations [..., 3+, 3+]: the angle of the rotated x axis in the xy plane, in (-pi, pi]."""
     lib = _library(rotation)
-    return lib.arctan2(rotation[..., 1, 0], rotation[..., 0, 0])
+    yaw: ArrayOrTensor = lib.arctan2(rotation[..., 1, 0], rotation[..., 0, 0])
+    return yaw
 
 
-def wrap_angle(angle):
-    """Angles wrapped to [-pi, pi), radians."""
+def wrap_angle(angle: ArrayOrTensor) -> ArrayOrTensor:
+    """Wraps angles to [-pi, pi), radians."""
     return (angle + np.pi) % (2 * np.pi) - np.pi
 
 
-def rigid_from_yaw(yaw: float, translation=(0.0, 0.0, 0.0)) -> np.ndarray:
-    """A [4, 4] float64 transform that turns by `yaw` radians about z and then moves by `translation` metres."""
+def rigid_from_yaw(yaw: float, translation: Sequence[float] | Array = (0.0, 0.0, 0.0)) -> Array:
+    """Returns a [4, 4] float64 transform that rotates by `yaw` radians about z, then moves by `translation` metres."""
     transform = np.eye(4)
     transform[:2, :2] = [[np.cos(yaw), -np.sin(yaw)], [np.sin(yaw), np.cos(yaw)]]
     transform[:3, 3] = translation
     return transform
 
 
-def rigid_from_quaternion(quaternion_wxyz, translation) -> np.ndarray:
-    """A [4, 4] float64 transform from nuScenes' rotation (w, x, y, z) and translation (metres)."""
+def rigid_from_quaternion(quaternion_wxyz: Sequence[float] | Array, translation: Sequence[float] | Array) -> Array:
+    """Returns a [4, 4] float64 transform from nuScenes' rotation (w, x, y, z) and translation (metres)."""
     w, x, y, z = np.asarray(quaternion_wxyz, dtype=np.float64) / np.linalg.norm(quaternion_wxyz)
     transform = np.eye(4)
     transform[:3, :3] = [
@@ -89,13 +102,15 @@ def rigid_from_quaternion(quaternion_wxyz, translation) -> np.ndarray:
     return transform
 
 
-def project_points(img_from_cam, points_cam, min_depth: float = 0.1):
+def project_points(
+    img_from_cam: ArrayOrTensor, points_cam: ArrayOrTensor, min_depth: float = 0.1
+) -> tuple[ArrayOrTensor, ArrayOrTensor]:
     """Projects camera points to pixels with the pinhole model.
 
     Args:
         img_from_cam: [..., 3, 3].
         points_cam: [..., P, 3] metres.
-        min_depth: depth is clamped to this before the division, so that points behind the camera stay finite.
+        min_depth: depths below this are clamped to it before the division, so that pixels stay finite.
 
     Returns:
         uv_img [..., P, 2] pixels, depth [..., P] metres (not clamped; negative behind the camera).
@@ -105,14 +120,17 @@ def project_points(img_from_cam, points_cam, min_depth: float = 0.1):
     return homogeneous[..., :2] / homogeneous[..., 2:].clip(min=min_depth), depth
 
 
-def box_corners(center, size, yaw):
-    """Corners of boxes in the frame of their centres.
+def box_corners(center: ArrayOrTensor, size: ArrayOrTensor, yaw: ArrayOrTensor) -> ArrayOrTensor:
+    """Returns the corners of boxes in the frame of their centres.
 
     Args:
-        center: [..., 3]; size: [..., 3] length, width, height; yaw: [...].
+        center: [..., 3] metres.
+        size: [..., 3] length, width, height, metres.
+        yaw: [...] radians.
 
     Returns:
-        [..., 8, 3]: bottom face counter-clockwise seen from above, from front-left, then the top face alike.
+        [..., 8, 3]: the bottom face counter-clockwise seen from above, starting at the front left, then the top face in
+        the same order.
     """
     lib = _library(center)
     signs = [[1, 1], [-1, 1], [-1, -1], [1, -1]]
@@ -123,19 +141,20 @@ def box_corners(center, size, yaw):
             x, y = x_sign * half[..., 0], y_sign * half[..., 1]
             turned = [lib.cos(yaw) * x - lib.sin(yaw) * y, lib.sin(yaw) * x + lib.cos(yaw) * y, z_sign * half[..., 2]]
             corners.append(center + lib.stack(turned, -1))
-    return lib.stack(corners, -2)
+    stacked: ArrayOrTensor = lib.stack(corners, -2)
+    return stacked
 
 
-def polyline_length(points: np.ndarray) -> float:
-    """Length in metres of one polyline [P, 2 or 3]."""
+def polyline_length(points: Array) -> float:
+    """Returns the length in metres of one polyline [P, 2 or 3]."""
     return float(np.linalg.norm(np.diff(points, axis=0), axis=1).sum())
 
 
-def resample_polyline(points: np.ndarray, count: int) -> np.ndarray:
-    """`count` points equally spaced by arc length along one polyline, both ends included.
+def resample_polyline(points: Array, count: int) -> Array:
+    """Resamples one polyline to `count` points with equal spacing by arc length, both ends included.
 
     Args:
-        points: [P, D] with P >= 1; a zero-length line gives `count` copies of its first point.
+        points: [P, D] with P >= 1; a line of length zero gives `count` copies of its first point.
         count: at least 2.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The bird's-eye-view grid: `bev[b, c, i, j]` with i along ego +x and j along ego +y, no flips."""
+"""Defines the bird's-eye-view grid: `bev[b, c, i, j]` with i along ego +x and j along ego +y, no flips."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ class BEVGrid:
 
     @property
     def cell_size(self) -> tuple[float, float]:
-        """Extent of one cell along x and y, metres."""
+        """Size of one cell along x and y, metres."""
         return (
             (self.x_range[1] - self.x_range[0]) / self.shape[0],
             (self.y_range[1] - self.y_range[0]) / self.shape[1],
         )
 
-    def cell_centers(self, device=None) -> Tensor:
-        """Centres of all cells, [X, Y, 2] metres in the ego frame."""
+    def cell_centers(self, device: torch.device | str | None = None) -> Tensor:
+        """Returns the centres of all cells, [X, Y, 2] metres in the ego frame."""
         (cell_x, cell_y), (X, Y) = self.cell_size, self.shape
         x = self.x_range[0] + (torch.arange(X, device=device, dtype=torch.float32) + 0.5) * cell_x
         y = self.y_range[0] + (torch.arange(Y, device=device, dtype=torch.float32) + 0.5) * cell_y
         return torch.stack(torch.meshgrid(x, y, indexing="ij"), -1)  # [X, Y, 2]
 
     def normalize(self, points_ego: Tensor) -> Tensor:
-        """Metres to 0..1 over the grid's extent: [..., 2+] -> [..., 2], first along x."""
-        # With plain numbers, not with a tensor made of them: that would have to travel to a GPU every time.
+        """Converts metres to 0..1 over the grid: [..., 2+] -> [..., 2], first along x."""
+        # Plain numbers instead of a tensor, which would be copied to the GPU in every call.
         return torch.stack(
             [
                 (points_ego[..., axis] - low) / (high - low)
@@ -60,12 +60,12 @@ class BEVGrid:
         )
 
     def cells(self, points_ego: Tensor) -> Tensor:
-        """Metres to fractional cell coordinates: [..., 2+] -> [..., 2]; the centre of cell (i, j) is (i, j)."""
-        place = self.normalize(points_ego)
-        return torch.stack([place[..., axis] * count - 0.5 for axis, count in enumerate(self.shape)], -1)
+        """Converts metres to fractional cell coordinates: [..., 2+] -> [..., 2]; (i, j) is the centre of that cell."""
+        normalized = self.normalize(points_ego)
+        return torch.stack([normalized[..., axis] * count - 0.5 for axis, count in enumerate(self.shape)], -1)
 
     def sample(self, bev: Tensor, points_ego: Tensor) -> Tensor:
-        """Bilinear reading of a map at points, zero outside.
+        """Samples a BEV map at points with bilinear interpolation and zeros outside.
 
         Args:
             bev: [B, C, X, Y].
@@ -75,16 +75,16 @@ class BEVGrid:
             [B, C, Q, P].
         """
         xy = self.normalize(points_ego) * 2 - 1
-        # grid_sample wants (along the last axis, along the one before): that is (y, x) here.
-        # In the precision of the points: eight bits of bfloat16 would round them to decimetres.
+        # grid_sample takes (last axis, second last axis), which is (y, x) here. It runs in the precision of the points,
+        # because bfloat16 would round them to decimetres.
         return F.grid_sample(bev.to(xy.dtype), xy.flip(-1), align_corners=False)
 
     def warp(self, bev: Tensor, ego_from_prev: Tensor) -> Tensor:
-        """Carries a map from the previous ego frame into the current one, zero where nothing was known.
+        """Warps a BEV map from the previous ego frame into the current one, with zeros outside the previous map.
 
         Args:
             bev: [B, C, X, Y] in the previous ego frame.
-            ego_from_prev: [B, 4, 4]; only its motion in the xy plane is used.
+            ego_from_prev: [B, 4, 4]; only the motion in the xy plane is used.
 
         Returns:
             [B, C, X, Y] in the current ego frame.

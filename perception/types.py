@@ -1,26 +1,29 @@
-"""The nouns of the library.
+"""Defines the data types of the library.
 
-Everything that travels through collate, pin_memory, DDP or export is a NamedTuple of tensors; dicts are only for losses
-and metrics. Letters in shapes: B batch, T time, N cameras, H W image, X Y grid, Q queries, M targets (padded),
-P points per line, L decoder layers, K classes, C channels. Frames are explained in docs/conventions.md: `ego` is
-x forward, y left, z up in metres; `cam` is x right, y down, z forward; `img` is u right, v down in pixels of the image
-that is given, pixel centres at +0.5.
+All data that passes through collate, pin_memory, DDP or export is a NamedTuple of tensors; dicts hold only losses and
+metrics. Letters in shapes: B batch, T time, N cameras, H W image, X Y grid, Q queries, M targets (padded),
+P points per line, L decoder layers, K classes, C channels. docs/conventions.md explains the frames: `ego` is x forward,
+y left, z up in metres; `cam` is x right, y down, z forward; `img` is u right, v down in pixels of the given image, with
+pixel centres at +0.5.
 
-Nothing here needs PyTorch at run time: what is scored and what is deployed goes without it.
+This module does not import PyTorch, so that evaluation and the in-vehicle runtime work without it. The in-vehicle
+runtime uses the types with the prefix `Numpy`, which have the same fields as numpy arrays.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
-import numpy as np
+from numpy.typing import NDArray
 
 from perception.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Array: TypeAlias = NDArray[Any]  # shapes and dtypes stand in comments and docstrings
 
 # The ten classes of the nuScenes detection task, in the order of mmdet3d's nuScenes infos.
 BOX_CLASSES = (
@@ -31,7 +34,7 @@ BOX_CLASSES = (
 # The three classes of the published vector-map tasks, in MapTR's order.
 LINE_CLASSES = ("divider", "ped_crossing", "boundary")
 
-# nuScenes attributes; Boxes.attribute indexes this tuple, -1 where a box has none or it is not known.
+# nuScenes attributes; Boxes.attribute indexes this tuple, -1 for none or unknown.
 ATTRIBUTES = (
     "cycle.with_rider", "cycle.without_rider",
     "pedestrian.moving", "pedestrian.standing", "pedestrian.sitting_lying_down",
@@ -69,87 +72,128 @@ DEFAULT_LANE_RANGE = LaneRange(60.0, 30.0)  # of the published vector-map tasks
 
 
 class CameraRig(NamedTuple):
-    """Calibration of all cameras: an input of the network, never baked in.
+    """Calibration of all cameras: an input of the network, not a constant of its weights.
 
-    `ego_from_cam` already holds each camera's own exposure pose, carried to the frame's reference time.
+    `ego_from_cam` is the pose of each camera at its own exposure time, expressed in the ego frame at the reference time
+    of the frame.
     """
 
     img_from_cam: Tensor  # [..., N, 3, 3] pixels of the given images
     ego_from_cam: Tensor  # [..., N, 4, 4] metres
-    present: Tensor  # [..., N] bool, False for a camera that is missing; its image is ignored
+    present: Tensor  # [..., N] bool, False for a missing camera; its image is ignored
 
 
 class Frame(NamedTuple):
     """One frame: images of all cameras, their calibration, and the motion since the previous frame."""
 
-    images: Tensor  # [B, N, 3, H, W] RGB 0..255, uint8 or float; the network normalises
+    images: Tensor  # [B, N, 3, H, W] RGB 0..255, uint8 or float; the network normalises them
     rig: CameraRig
-    ego_from_prev: Tensor  # [B, 4, 4] takes points of the previous frame's ego frame to this one's; identity if first
+    ego_from_prev: Tensor  # [B, 4, 4] transforms points from the previous ego frame to this one; identity if first
     seconds_since_prev: Tensor  # [B] float32, 0 if first
-    is_first: Tensor  # [B] bool, the memory is ignored where True
+    is_first: Tensor  # [B] bool, True where the memory must be ignored
 
 
 class Boxes(NamedTuple):
-    """Padded 3D boxes in the ego frame; ground truth and prediction alike."""
+    """Padded 3D boxes in the ego frame, of the ground truth or of a prediction."""
 
     center: Tensor  # [..., M, 3] geometric centre, metres
     size: Tensor  # [..., M, 3] length (along x of the box), width, height, metres
     yaw: Tensor  # [..., M] radians from ego +x towards ego +y
-    velocity: Tensor  # [..., M, 2] m/s over ground, along ego x and y; NaN where the ground truth does not know it
+    velocity: Tensor  # [..., M, 2] m/s over ground, along ego x and y; NaN where the ground truth has none
     label: Tensor  # [..., M] int64 index into BOX_CLASSES
     attribute: Tensor  # [..., M] int64 index into ATTRIBUTES, -1 for none or unknown
     score: Tensor  # [..., M] 0..1, 1 for ground truth
     valid: Tensor  # [..., M] bool, False for padding
-    uncertainty: (
-        Tensor  # [..., M, 9] expected error of centre (m), log size, yaw (rad), velocity (m/s); 0 for ground truth
-    )
+    # [..., M, 9] expected absolute error of centre (m), log size, yaw (rad) and velocity (m/s); 0 for ground truth
+    uncertainty: Tensor
 
 
 class Polylines(NamedTuple):
-    """Padded vector lines in the ego frame; ground truth and prediction alike. A closed line repeats its first point
-    last."""
+    """Padded vector lines in the ego frame, of the ground truth or of a prediction.
+
+    The last point of a closed line is its first point again.
+    """
 
     points: Tensor  # [..., M, P, 2] metres
     closed: Tensor  # [..., M] bool
     label: Tensor  # [..., M] int64 index into LINE_CLASSES
     score: Tensor  # [..., M] 0..1, 1 for ground truth
     valid: Tensor  # [..., M] bool, False for padding
-    uncertainty: (
-        Tensor  # [..., M, P, 2] expected absolute error of each point along x and y, metres; 0 for ground truth
-    )
+    # [..., M, P, 2] expected absolute error of each point along x and y, metres; 0 for ground truth
+    uncertainty: Tensor
 
 
 class MapLine(NamedTuple):
-    """One vector line with as many vertices as it needs: what map files and submissions hold."""
+    """One vector line with any number of vertices, as in map files and submissions."""
 
     label: int  # index into LINE_CLASSES
-    points: np.ndarray  # [P, 2] float64 metres; a closed line repeats its first point last
+    points: Array  # [P, 2] float64 metres; the last point of a closed line is its first point again
     score: float = 1.0
 
 
 class FrameObjects(NamedTuple):
-    """What there is to see at one frame. Ground truth and prediction have the same type."""
+    """Boxes and lines of one frame. Ground truth and prediction have the same type."""
 
     boxes: Boxes
     lines: Polylines
 
 
+class NumpyCameraRig(NamedTuple):
+    """`CameraRig` as numpy arrays, the input of the in-vehicle runtime."""
+
+    img_from_cam: NDArray[Any]
+    ego_from_cam: NDArray[Any]
+    present: NDArray[Any]
+
+
+class NumpyBoxes(NamedTuple):
+    """`Boxes` as numpy arrays."""
+
+    center: NDArray[Any]
+    size: NDArray[Any]
+    yaw: NDArray[Any]
+    velocity: NDArray[Any]
+    label: NDArray[Any]
+    attribute: NDArray[Any]
+    score: NDArray[Any]
+    valid: NDArray[Any]
+    uncertainty: NDArray[Any]
+
+
+class NumpyPolylines(NamedTuple):
+    """`Polylines` as numpy arrays."""
+
+    points: NDArray[Any]
+    closed: NDArray[Any]
+    label: NDArray[Any]
+    score: NDArray[Any]
+    valid: NDArray[Any]
+    uncertainty: NDArray[Any]
+
+
+class NumpyFrameObjects(NamedTuple):
+    """`FrameObjects` as numpy arrays, the result of the in-vehicle runtime."""
+
+    boxes: NumpyBoxes
+    lines: NumpyPolylines
+
+
 class State(NamedTuple):
-    """Everything the network remembers: an argument and a result, never an attribute of a module."""
+    """The memory of a network: an argument and a result, never an attribute of a module."""
 
     bev: Tensor  # [B, C, X, Y]
 
 
 class ImagePrediction(NamedTuple):
-    """What each pixel of the image features shows, before there is a map."""
+    """Predictions for each pixel of the image features, without the BEV map."""
 
-    logits: Tensor  # [B, N, K, h, w] which box class, if any
-    depth_logits: Tensor  # [B, N, D, h, w] how far away the centre of that box is, see `bev_encoder.depth_bin`
-    heading: Tensor  # [B, N, 2, h, w] sin cos of its yaw, seen from the line of sight to its centre
+    logits: Tensor  # [B, N, K, h, w] box class
+    depth_logits: Tensor  # [B, N, D, h, w] depth of the box centre, see `models.bev_transformer.encoder`
+    heading: Tensor  # [B, N, 2, h, w] sin cos of the yaw relative to the viewing ray through the box centre
 
 
 class Prediction(NamedTuple):
-    """Raw outputs of every decoder layer, for the losses. `decode` turns the last layer into a FrameObjects."""
+    """Raw outputs of every decoder layer, for the losses. `decode` converts the last layer to `FrameObjects`."""
 
     box_logits: Tensor  # [L, B, Q, K]
     box_params: Tensor  # [L, B, Q, 10] centre x y z (m, ego), log length width height, sin cos yaw, velocity x y
@@ -163,21 +207,22 @@ class Prediction(NamedTuple):
 
 
 class Clip(NamedTuple):
-    """Consecutive frames of one scene (or of B scenes) with their truth."""
+    """Consecutive frames of B scenes with their ground truth."""
 
     frames: Frame  # every tensor with leading [B, T]
     gt: FrameObjects  # every tensor with leading [B, T]
     sample_index: Tensor  # [B, T] int64 index into the dataset's tokens
 
 
-Noun = TypeVar("Noun", bound=tuple)
+Data = TypeVar("Data")
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], noun: Noun) -> Noun:
-    """Applies a function to every tensor of a noun, also of the nouns inside it, and keeps the types.
+def map_tensors(function: Callable[[Any], Any], data: Data) -> Data:
+    """Applies a function to every tensor of a NamedTuple and of the NamedTuples in it, and keeps the types.
 
     `map_tensors(lambda tensor: tensor[:, t], clip.frames)` is the frame at time t.
     """
-    if isinstance(noun, tuple):
-        return type(noun)(*(map_tensors(function, part) for part in noun))
-    return function(noun)
+    if isinstance(data, tuple):
+        return type(data)(*(map_tensors(function, part) for part in data))
+    result: Data = function(data)
+    return result

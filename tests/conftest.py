@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-# Without a GPU its kernels run in Triton's interpreter, which has to be chosen before Triton is loaded.
+# Without a GPU, Triton kernels run in Triton's interpreter, which must be selected before Triton is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -24,7 +24,7 @@ def existing(path: Path, what: str) -> Path:
 
 
 def noisy(network, config):
-    """A fresh network whose answers depend on images, calibration and memory: its heads would start at zero."""
+    """Builds a network whose outputs depend on images, calibration and memory, by noise on the zeros of its heads."""
     torch.manual_seed(3)
     model = network(config)
     with torch.no_grad():
@@ -34,12 +34,12 @@ def noisy(network, config):
 
 
 RAW = (64, 112)  # pixels that the small export takes
-MIXED = ((128, 224), RAW, RAW, (40, 80), (90, 160), RAW)  # of the cameras of the small export of a mixed rig
+MIXED = ((128, 224), RAW, RAW, (40, 80), (90, 160), RAW)  # sizes of the cameras of the mixed export
 
 
 @pytest.fixture(scope="session")
 def small_network():
-    """The flagship, as small as it gets, with random weights."""
+    """The flagship at its smallest size, with random weights."""
     from perception.models.bev_transformer.config import BEVTransformerConfig
     from perception.models.bev_transformer.model import BEVTransformer
 
@@ -52,7 +52,7 @@ def small_network():
 
 @pytest.fixture(scope="session")
 def small_town(tmp_path_factory):
-    """What certificates are made on: 2 scenes of 20 keyframes."""
+    """The dataset of export certificates: 2 scenes of 20 keyframes."""
     from perception.data.nuscenes import NuScenesDataset
     from perception.synthetic import VERSION, simulate
 
@@ -63,7 +63,7 @@ def small_town(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def other_rig_town(tmp_path_factory):
-    """As many frames of a rig with five cameras of other focal lengths."""
+    """The same number of frames of a rig with five cameras of other focal lengths."""
     from perception.data.nuscenes import NuScenesDataset
     from perception.synthetic import VERSION, simulate
     from perception.synthetic.sensors import FIVE_CAMERAS
@@ -76,7 +76,7 @@ def other_rig_town(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def small_graph(small_network):
-    """The graph of the small network, traced once: that takes longer than all else."""
+    """The graph of the small network, traced once because tracing takes most of the time."""
     from perception.export.contract import ImageInputs
     from perception.export.onnx import DeployedNetwork, example_inputs, trace
 
@@ -86,7 +86,7 @@ def small_graph(small_network):
 
 @pytest.fixture(scope="session")
 def exports(small_network, small_graph, small_town, tmp_path_factory):
-    """Folders by precision and whether for CPUs, each made when it is first asked for."""
+    """Export folders by precision and target (CPU or not), each made on first use."""
     from perception.export.onnx import export_onnx
 
     @cache
@@ -101,13 +101,13 @@ def exports(small_network, small_graph, small_town, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def fp32_export(exports) -> Path:
-    """The small network's export in float32; tests that change it work on a copy."""
+    """The small network's export in float32; tests that modify it work on a copy."""
     return exports("fp32")
 
 
 @pytest.fixture(scope="session")
 def mixed_export(small_network, tmp_path_factory) -> Path:
-    """The small network's export for cameras of several sizes that give NV12."""
+    """The small network's export for NV12 cameras of several sizes."""
     from perception.export.onnx import export_onnx
 
     return export_onnx(small_network, tmp_path_factory.mktemp("mixed"), raw_size=MIXED, image_format="nv12")
@@ -115,7 +115,7 @@ def mixed_export(small_network, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """Tests leave the user's cache of dataset indices alone."""
+    """Redirects the cache of dataset indices, so that tests do not touch the user's."""
     with pytest.MonkeyPatch.context() as context:
         context.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("user_cache")))
         yield
@@ -147,8 +147,8 @@ def golden() -> Path:
 @pytest.fixture(scope="session")
 def official_keys(golden) -> Path:
     """The folder with keys and shapes of the published networks' weights."""
-    places = [golden / "keys", golden.parent / "keys", BUNDLED_GOLDEN / "keys"]
-    return next(path for path in places if path.is_dir())
+    folders = [golden / "keys", golden.parent / "keys", BUNDLED_GOLDEN / "keys"]
+    return next(path for path in folders if path.is_dir())
 
 
 @pytest.fixture(scope="session")
@@ -223,8 +223,8 @@ def hand_root(tmp_path_factory) -> Path:
                     (root / name).parent.mkdir(parents=True, exist_ok=True)
                     shade = np.full((90, 160, 3), 20 * k + 60, dtype=np.uint8)
                     Image.fromarray(shade).save(root / name, quality=95)
-            # A car 20 m ahead of the first pose and 3.5 m left of it drives along at 4 m/s; an unseen pedestrian
-            # stands 10 m ahead and 5 m right; an animal is no class of the task.
+            # A car starts 20 m ahead of the first pose and 3.5 m left of it and drives ahead at 4 m/s; a pedestrian
+            # without LiDAR points stands 10 m ahead and 5 m right; an animal is not a class of the task.
             left = np.array([-heading[1], heading[0]])
             car = np.array([500.0, 800.0]) + heading * (20 + 4 * HAND_STEP * k) + left * 3.5
             walker = np.array([500.0, 800.0]) + heading * 10 - left * 5
@@ -264,7 +264,7 @@ def annotate(tables, scene, k, count, category, translation, size, yaw, points, 
 
 
 def write_road(path, yaw):
-    """A straight road 8 m wide and 200 m long, a divider on its middle line."""
+    """Writes the map of a straight road, 8 m wide and 200 m long, with a divider on its centre line."""
     turn = np.array([[np.cos(yaw), -np.sin(yaw)], [np.sin(yaw), np.cos(yaw)]])
     corners = np.array([[-100, -4], [100, -4], [100, 4], [-100, 4], [-100, 0], [100, 0]]) @ turn.T + [500, 800]
     content = {name: [] for name in ("lane", "ped_crossing", "road_divider")}

@@ -1,7 +1,7 @@
-"""Stand-ins for a GPU and TensorRT: device memory is the host's, an engine is an ONNX graph.
+"""Stubs of a GPU and TensorRT: device memory is host memory, and an engine is an ONNX graph.
 
-They take the calls that `EngineSession` makes, in its order, on its addresses, so that a wrong buffer, a forgotten copy
-or a memory that does not take its turn changes the answers. They cannot show that the real ones accept the same.
+They execute the calls of `EngineSession` in its order and on its addresses, so that a wrong buffer, a missing copy or a
+memory buffer that is not swapped changes the outputs. They cannot show that the real libraries accept these calls.
 """
 
 import ctypes
@@ -25,13 +25,13 @@ class HostCuda:
     def __init__(self, capability):
         self._capability = dict(zip(("major", "minor"), capability, strict=True))
         self._memory = {"host": {}, "device": {}}
-        self._tape = None  # what is being captured
+        self._tape = None  # the CUDA graph that is being captured
 
     def _do(self, work):
         work() if self._tape is None else self._tape.append(work)
 
     def _make(self, side, size):
-        block = (ctypes.c_uint8 * size)(*[0xFF] * size)  # NaN, as unset memory may be
+        block = (ctypes.c_uint8 * size)(*[0xFF] * size)  # NaN, as uninitialised memory may be
         self._memory[side][ctypes.addressof(block)] = block
         return 0, ctypes.addressof(block)
 
@@ -153,19 +153,19 @@ class HostEngine:
 
 class HostContext:
     def __init__(self, cuda, engine, session):
-        self._cuda, self._engine, self._session, self._places = cuda, engine, session, {}
+        self._cuda, self._engine, self._session, self._addresses = cuda, engine, session, {}
 
     def set_tensor_address(self, name, address):
-        self._places[name] = address
+        self._addresses[name] = address
         return True
 
     def execute_async_v3(self, stream_handle):
-        places = {name: self._view(name, address) for name, address in self._places.items()}
+        buffers = {name: self._view(name, address) for name, address in self._addresses.items()}
 
         def work():
-            given = {x.name: places[x.name] for x in self._session.get_inputs()}
-            for output, array in zip(self._session.get_outputs(), self._session.run(None, given), strict=True):
-                places[output.name][...] = array
+            inputs = {x.name: buffers[x.name] for x in self._session.get_inputs()}
+            for output, array in zip(self._session.get_outputs(), self._session.run(None, inputs), strict=True):
+                buffers[output.name][...] = array
 
         self._cuda._do(work)
         return True

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torchvision
 
-from perception.engine.mmcv_ops import stand_in
+from perception.engine.mmcv_ops import install_stub
 from perception.errors import CheckpointError, ConfigError
 from perception.models.backbone import FPNEncoder, load_backbone, read_backbone_weights
 
@@ -55,7 +55,7 @@ def test_published_weights_give_the_published_network(name, suffix, tmp_path):
 
 @torch.no_grad()
 def test_mmdet_backbones_are_usable():
-    stand_in()
+    install_stub()
     from mmdet.models.backbones import ResNeXt
 
     encoder = FPNEncoder("mmdet:ResNeXt?depth=50&groups=32&base_width=4&style=pytorch", 4, 16, 32).eval()
@@ -72,7 +72,7 @@ def test_mmdet_backbones_are_usable():
 def test_the_backbone_of_a_checkpoint_is_loaded(name, tmp_path):
     from safetensors.torch import save_file
 
-    stand_in()
+    install_stub()
     network = FPNEncoder(name, 4, 8, 16).eval()
     path = tmp_path / "nano.safetensors"
     save_file({f"image_encoder.{key}": tensor for key, tensor in shaken(network).state_dict().items()}, path)
@@ -104,7 +104,7 @@ def test_frozen_stages_keep_their_weights():
         (("vgg16", 4, 16, 8), r"model\.backbone is 'vgg16'; use one of resnet18"),
         (("resnet18", 2, 16, 8), r"feature_stride 16 does not exist with backbone_stages 2; use one of \[4, 8\]"),
         (("mmdet:Nothing?depth=50", 4, 16, 8), r"mmdet has no backbone 'Nothing'; it has "),
-        (("mmdet:ResNet?depth=7", 4, 16, 8), r"mmdet's ResNet refuses \{'depth': 7\}"),
+        (("mmdet:ResNet?depth=7", 4, 16, 8), r"mmdet's ResNet rejects \{'depth': 7\}"),
         (("mmdet:ResNet?depth=50&strides=(1,2,2,1)", 4, 16, 8), r"do not have strides 4, 8, 16 and 32"),
     ],
 )

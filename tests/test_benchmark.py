@@ -1,4 +1,4 @@
-"""Measurements: rows come whatever goes wrong, modes are compared with float32, steps learn and their shares add up."""
+"""Benchmarks: failures become rows, modes are compared with float32, steps train and their shares add up."""
 
 import json
 import os
@@ -15,17 +15,26 @@ from torch.utils._pytree import tree_leaves
 
 from perception.benchmark import deployed, frames, gpu, stages, training
 from perception.benchmark.deployed import DeployedRunner, measure_deployed
-from perception.benchmark.frames import Mode, Runner, differences, frame_of, measure_frames, memory_of, network_of
-from perception.benchmark.sampling import measure_sampling, samplings_of
+from perception.benchmark.frames import (
+    Mode,
+    Runner,
+    differences,
+    example_frame,
+    load_network,
+    measure_frames,
+    warm_state,
+)
+from perception.benchmark.sampling import measure_sampling, network_samplings
 from perception.benchmark.stages import Recorder, Stage, run_stages
 from perception.benchmark.training import RandomClips, Step, measure_training
 from perception.data.loader import collate
 from perception.errors import CheckpointError, ConfigError
 from perception.export.certificate import GATES, Gate
 from perception.export.contract import ImageInputs
-from perception.export.parity import fitted
+from perception.export.parity import fitted_frame
 from perception.export.replay import camera_frame, frame_inputs, replay_frames
 from perception.models import build_network, preset_config
+from perception.models.bev_transformer.config import BEVTransformerConfig
 from perception.models.checkpoint import save_checkpoint
 from perception.types import map_tensors
 
@@ -43,6 +52,7 @@ def weights(small_network, tmp_path_factory) -> str:
 def few_passes(monkeypatch):
     monkeypatch.setattr(frames, "SECONDS", 0.0)
     monkeypatch.setattr(frames, "LEAST_PASSES", 3)
+    monkeypatch.setattr(frames, "LIMIT", 200.0)  # a busy machine is slow
 
 
 # -------------------------------------------------------------------------------------------------------------- stages
@@ -78,7 +88,7 @@ def hang(recorder: Recorder) -> None:
     recorder.attempt("never ends", 1.0, time.sleep, 60)
 
 
-def test_nothing_ends_a_run(monkeypatch):
+def test_failures_do_not_end_a_run(monkeypatch):
     monkeypatch.setattr(stages, "GRACE", 0.5)
     order = [Stage("a", "m", break_down, (), 60.0), Stage("b", "", hang, (), 3.0), Stage("c", "", hang, (), 2.0)]
     rows = list(run_stages(order, 120.0))
@@ -92,7 +102,7 @@ def test_nothing_ends_a_run(monkeypatch):
     ]
     assert rows[6:] == [
         {"stage": "b", "model": "", "name": "", "error": "the process was ended after 4 s"},
-        {"stage": "c", "model": "", "name": "", "error": "no time was left"},  # two seconds are not worth a start
+        {"stage": "c", "model": "", "name": "", "error": "no time was left"},  # two seconds are too short for a start
     ]
 
 
@@ -110,9 +120,9 @@ def test_time_of_a_stage_is_shared_by_its_measurements():
 
 
 @pytest.mark.usefixtures("few_passes")
-def test_modes_are_held_to_float32(weights):
+def test_modes_are_compared_with_float32(weights):
     rows = []
-    measure_frames(Recorder(rows.append, 120.0), weights, "cpu", False)
+    measure_frames(Recorder(rows.append, 600.0), weights, "cpu", False)
     assert [row["name"] for row in rows] == [
         "eager fp32 untuned plain sampling", "eager fp32", "eager bf16 channels_last", "eager bf16", "with copies",
         "profile",
@@ -125,14 +135,14 @@ def test_modes_are_held_to_float32(weights):
     assert rows[-1]["kernels"] > 100 and rows[-1]["top"][0]["ms"] <= rows[-1]["kernel_ms"]
 
 
-def test_a_runner_goes_on_from_its_memory(small_network):
-    frame = frame_of(small_network, CPU)
-    state = memory_of(small_network, frame)
+def test_a_runner_continues_from_its_memory(small_network):
+    frame = example_frame(small_network, CPU)
+    state = warm_state(small_network, frame)
     runner = Runner(small_network, frame, state, Mode())
     with torch.inference_mode():
         one, second = small_network(frame, state)
         two, third = small_network(frame, second)
-    for _ in range(2):  # the memory that was given is kept
+    for _ in range(2):  # the initial memory is unchanged
         prediction, _, after = runner.first_pass()
         torch.testing.assert_close(prediction.box_params, one.box_params)
         torch.testing.assert_close(after.bev, second.bev)
@@ -142,27 +152,27 @@ def test_a_runner_goes_on_from_its_memory(small_network):
     assert (third.bev - second.bev).abs().max() > 1e-3
 
 
-def test_differences_follow_boxes_that_changed_places(small_network):
-    frame = frame_of(small_network, CPU)
-    wanted = Runner(small_network, frame, memory_of(small_network, frame), Mode()).first_pass()
-    prediction, scene, state = wanted
-    turned = prediction._replace(
+def test_differences_match_reordered_boxes(small_network):
+    frame = example_frame(small_network, CPU)
+    expected = Runner(small_network, frame, warm_state(small_network, frame), Mode()).first_pass()
+    prediction, objects, state = expected
+    reordered = prediction._replace(
         box_logits=prediction.box_logits.flip(2), box_params=prediction.box_params.flip(2),
         line_points=prediction.line_points + 0.5,
     )  # fmt: skip
-    found = differences(small_network, wanted, (turned, scene, state))
+    found = differences(small_network, expected, (reordered, objects, state))
     assert found["box"] == [0, 0] and found["memory"] == [0, 0]
     assert 0 < found["line"][1] < found["line"][0] == pytest.approx(0.5, rel=1e-3)  # classes do not differ
     broken = state._replace(bev=state.bev.clone().index_fill_(1, torch.tensor(0), float("nan")))
-    assert differences(small_network, wanted, (prediction, scene, broken))["memory"] is None
+    assert differences(small_network, expected, (prediction, objects, broken))["memory"] is None
 
 
 def test_random_networks_depend_on_the_images(small_network, monkeypatch):
-    network = network_of("nano", CPU)
+    network = load_network("nano", CPU)
     assert network.config.image_size != (160, 288)  # the shipped weights, not the preset
-    monkeypatch.setattr(frames.BEVTransformerConfig, "tiny", lambda: small_network.config)
-    tiny = network_of("tiny", CPU)
-    frame = frame_of(tiny, CPU)
+    monkeypatch.setattr(BEVTransformerConfig, "tiny", lambda: small_network.config)
+    tiny = load_network("tiny", CPU)
+    frame = example_frame(tiny, CPU)
     other = frame._replace(images=255 - frame.images)
     with torch.inference_mode():
         one, two = (tiny(seen, tiny.initial_state(1))[0] for seen in (frame, other))
@@ -173,7 +183,7 @@ def test_random_networks_depend_on_the_images(small_network, monkeypatch):
 
 
 class HostTensors(TorchDispatchMode):
-    """Records the operators of a pass on a GPU that read or make a tensor in the host's memory."""
+    """Records the operators of a GPU pass that read or create a tensor in host memory."""
 
     def __init__(self):
         super().__init__()
@@ -188,7 +198,7 @@ class HostTensors(TorchDispatchMode):
 
 
 def host_tensors_of_a_pass(config) -> HostTensors:
-    """Runs a frame through a network on a GPU of shapes without numbers, which needs no GPU."""
+    """Runs a network on fake GPU tensors, which have shapes but no data and need no GPU."""
     with torch.device("meta"):
         network = build_network(config).eval()
 
@@ -199,16 +209,16 @@ def host_tensors_of_a_pass(config) -> HostTensors:
         for module in network.modules():
             for tensors in (module._parameters, module._buffers):
                 tensors.update({name: on_gpu(x) for name, x in tensors.items() if x is not None})
-        frame = map_tensors(on_gpu, frame_of(network, CPU))
+        frame = map_tensors(on_gpu, example_frame(network, CPU))
         record.found.clear()
         network.decode(network(frame, network.initial_state(1))[0])
     return record
 
 
 @pytest.mark.parametrize("name", ["flagship", *frames.PORTS, "maptr_tiny_r50_24e_gkt", "maptrv2_nusc_r50_24ep"])
-def test_a_pass_takes_nothing_from_the_host(name, small_network, monkeypatch):
-    """Else it could not be captured as a CUDA graph; operators whose shapes depend on data raise."""
-    if "maptrv2" in name:  # only when it is compiled do its shapes not depend on data
+def test_a_pass_uses_no_host_tensors(name, small_network, monkeypatch):
+    """A CUDA graph cannot capture host tensors; operators with data-dependent shapes raise here."""
+    if "maptrv2" in name:  # its shapes are independent of data only when compiled
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     record = host_tensors_of_a_pass(small_network.config if name == "flagship" else preset_config(name))
     assert record.found == [] and record.operators > 500
@@ -219,13 +229,13 @@ def test_a_pass_takes_nothing_from_the_host(name, small_network, monkeypatch):
 
 @pytest.mark.usefixtures("few_passes")
 def test_sampling_is_measured_at_the_sizes_of_a_network(weights, small_network):
-    cameras, bev = samplings_of(small_network, "bf16").values()
+    cameras, bev = network_samplings(small_network, "bf16").values()
     features, uv, weight = cameras.inputs
     assert features.shape == (1, 6, 16, 5, 10) and features.dtype == torch.bfloat16
     assert uv.shape == (1, 20 * 20 * 3, 1, 2) and weight.shape == uv.shape[:-1]
     assert (weight == 0).float().mean() == pytest.approx(0.41, abs=0.05)
     assert [tuple(x.shape) for x in bev.inputs] == [(1, 16, 20, 20), (1, 20, 4, 4, 2), (1, 20, 4, 4)]
-    assert bev.inputs[1].abs().max() > 40  # metres, all over the grid
+    assert bev.inputs[1].abs().max() > 40  # metres, over the whole grid
     rows = []
     measure_sampling(Recorder(rows.append, 60.0), (weights,), "cpu")
     assert [len(row["difference"]) for row in rows] == [1, 4] * 6
@@ -237,17 +247,17 @@ def test_sampling_is_measured_at_the_sizes_of_a_network(weights, small_network):
 
 def test_steps_learn(weights, monkeypatch):
     monkeypatch.setattr(training, "STORED_SIZE", (90, 160))
-    network = network_of(weights, CPU)
+    network = load_network(weights, CPU)
     step = Step(network)
     before = [parameter.clone() for parameter in network.parameters()]
     clips = RandomClips(network, 4)
     assert clips[1].frames.images.shape == (2, 6, 3, 40, 80)
     assert (clips[1].gt.boxes.center != clips[2].gt.boxes.center).any()
-    marks = {}
+    part_seconds = {}
     start = time.perf_counter()
-    step(collate([clips[0], clips[1]]), marks)
-    assert sum(marks.values()) <= time.perf_counter() - start and min(marks.values()) > 0
-    assert marks.keys() == {"forward", "losses", "backward", "optimizer"}
+    step(collate([clips[0], clips[1]]), part_seconds)
+    assert sum(part_seconds.values()) <= time.perf_counter() - start and min(part_seconds.values()) > 0
+    assert part_seconds.keys() == {"forward", "losses", "backward", "optimizer"}
     changed = [(a != b).any() for a, b in zip(before, network.parameters(), strict=True)]
     assert sum(changed) > 0.9 * len(changed)
 
@@ -256,16 +266,16 @@ def test_training_is_measured_until_batches_do_not_fit(weights, monkeypatch):
     rows = []
     step = Step.__call__
 
-    def step_on_a_small_gpu(self, clip, marks=None):
+    def step_on_a_small_gpu(self, clip, part_seconds=None):
         if len(clip.sample_index) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        step(self, clip, marks)
+        step(self, clip, part_seconds)
 
     monkeypatch.setattr(Step, "__call__", step_on_a_small_gpu)
     monkeypatch.setattr(training, "STEPS", 1)
     monkeypatch.setattr(training, "STORED_SIZE", (90, 160))
     monkeypatch.setattr(training, "LIMIT", 200.0)
-    monkeypatch.setattr(RandomClips, "__len__", lambda _: 8)  # or steps with data would fill their time
+    monkeypatch.setattr(RandomClips, "__len__", lambda _: 8)  # otherwise steps with a loader would use all their time
     measure_training(Recorder(rows.append, 400.0), weights, "cpu", (1, 2, 4, 8))
     best = max((1, 2), key=lambda batch: rows[batch - 1]["frames_per_s"])
     assert [(row["name"], row.get("error")) for row in rows] == [
@@ -287,7 +297,7 @@ def test_deployed_modes_are_judged_by_the_gates_of_certificates(weights, monkeyp
     monkeypatch.setattr(deployed, "LIMIT", 200.0)
     monkeypatch.setattr(deployed, "SCENES", 1)
     monkeypatch.setattr(deployed, "KEYFRAMES", 3)
-    monkeypatch.setitem(GATES, "fp16", Gate(1e-6, None, 1.0, 1.0))  # no bfloat16 is so close
+    monkeypatch.setitem(GATES, "fp16", Gate(1e-6, None, 1.0, 1.0))  # bfloat16 is less precise
     rows = []
     measure_deployed(Recorder(rows.append, 600.0), weights, "cpu")
     assert [row["name"] for row in rows] == ["reference", "eager fp32", "eager bf16 channels_last"]
@@ -304,16 +314,16 @@ def test_deployed_modes_are_judged_by_the_gates_of_certificates(weights, monkeyp
     assert text.count("\n| ") == 4 and text.count("fp32: passed") == text.count("fp16: failed") == 1
 
 
-def test_a_deployed_network_goes_on_from_its_memory(small_network, small_town):
+def test_a_deployed_network_continues_from_its_memory(small_network, small_town):
     images = ImageInputs.of_rig(6, RAW)
-    given = dict(islice(replay_frames(small_town, 6), 3))
-    frames_of_cameras = {token: camera_frame(frame, images) for token, frame in given.items()}
+    replayed = dict(islice(replay_frames(small_town, 6), 3))
+    frames_of_cameras = {token: camera_frame(frame, images) for token, frame in replayed.items()}
     inputs = {token: list(frame_inputs(frame).values()) for token, frame in frames_of_cameras.items()}
     runner = DeployedRunner(small_network, images, inputs[next(iter(inputs))], Mode(), CPU)
     state = small_network.initial_state(1)
     for token, frame in frames_of_cameras.items():
         with torch.inference_mode():
-            prediction, state = small_network(fitted(frame, images, small_network.config.image_size), state)
+            prediction, state = small_network(fitted_frame(frame, images, small_network.config.image_size), state)
         outputs, seconds = runner(inputs[token])
         assert outputs["new_memory"] == pytest.approx(state.bev.numpy(), abs=1e-4) and seconds > 0
         assert outputs["raw_line_logits"] == pytest.approx(prediction.line_logits[-1, 0].numpy(), abs=1e-4)
@@ -323,7 +333,7 @@ def test_a_deployed_network_goes_on_from_its_memory(small_network, small_town):
 
 
 @pytest.mark.usefixtures("few_passes")
-def test_one_call_writes_what_it_has(weights, tmp_path):
+def test_results_are_written_after_every_measurement(weights, tmp_path):
     path, seen = tmp_path / "gpu.json", []
 
     def progress(line: str) -> None:
@@ -331,7 +341,7 @@ def test_one_call_writes_what_it_has(weights, tmp_path):
 
     content = gpu.measure(path, models=[weights], stages=["sampling"], device="cpu", seconds=600.0, progress=progress)
     assert json.loads(path.read_text()) == content and content["machine"]["torch"] == torch.__version__
-    assert [count for _, count in seen] == list(range(1, 13))  # the file holds each row when it is told
+    assert [count for _, count in seen] == list(range(1, 13))  # the file has each row before it is reported
     text = gpu.tables(content)
     assert text.count("\n| ") == 13 and "Not measured" not in text
 
@@ -351,7 +361,7 @@ def test_the_first_model_comes_first():
         gpu.plan(["base"], ["frame"], "cuda", 360.0)
     with pytest.raises(ConfigError, match="--models"):
         gpu.plan([], ["frames"], "cuda", 360.0)
-    with pytest.raises(ConfigError, match="device 'tpu' is not here"):
+    with pytest.raises(ConfigError, match="device 'tpu' is not available"):
         gpu.measure("never.json", device="tpu")
     with pytest.raises(ConfigError, match="model preset is 'bse'"):
         gpu.measure("never.json", device="cpu", models=["nano", "bse"])
@@ -359,7 +369,7 @@ def test_the_first_model_comes_first():
         gpu.measure("never.json", device="cpu", models=["none.safetensors"])
 
 
-def test_tables_say_what_is_missing():
+def test_tables_list_failed_measurements():
     row = {"p50_ms": 2.0, "p90_ms": 3.0, "p99_ms": 4.0, "speedup": 5.25, "peak_mib": 512.4}
     row["difference"] = {"memory": [0.5, 0.25], "box": None}
     content = {

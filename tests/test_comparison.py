@@ -1,4 +1,4 @@
-"""Comparisons: means and spreads by hand, a gain only beyond the spread, finished runs are not repeated."""
+"""Comparisons: means and spreads by hand, gains above the spread, finished runs are not repeated."""
 
 import dataclasses
 
@@ -22,20 +22,20 @@ train = dict(image_epochs=0, epochs=1, batch_size=1, streams=1, frames_per_clip=
 
 
 def test_a_gain_is_more_than_the_spread():
-    told = Comparison(
+    result = Comparison(
         {
             "plain": [ZERO | {"nds": 0.30, "lane_mAP": 0.50}, ZERO | {"nds": 0.32, "lane_mAP": 0.52}],
             "more": [ZERO | {"nds": 0.34, "lane_mAP": 0.51}, ZERO | {"nds": 0.35, "lane_mAP": 0.544}],
         }
     )
-    assert told.mean("more", "nds") == pytest.approx(0.345) and told.spread("more", "nds") == pytest.approx(0.01)
-    assert told.gain("more", "nds") == pytest.approx(0.035)  # beyond the 0.02 of the first
-    assert told.gain("more", "lane_mAP") is None  # 0.017, within 0.034
-    row = told.table().splitlines()[3]
+    assert result.mean("more", "nds") == pytest.approx(0.345) and result.spread("more", "nds") == pytest.approx(0.01)
+    assert result.gain("more", "nds") == pytest.approx(0.035)  # beyond the 0.02 of the first
+    assert result.gain("more", "lane_mAP") is None  # 0.017, within 0.034
+    row = result.table().splitlines()[3]
     assert row.startswith("| more | 0.345 ± 0.005* |") and row.endswith("| 0.527 ± 0.017 |")
-    assert told.as_dict()["more"]["nds"]["gain"] == pytest.approx(0.035) and "cost" not in told.as_dict()["more"]
+    assert result.as_dict()["more"]["nds"]["gain"] == pytest.approx(0.035) and "cost" not in result.as_dict()["more"]
     costs = {"plain": Cost(1_500_000, 12.34, 0.1, 1.0), "more": Cost(2_000_000, 10.0, 0.05, 0.5)}
-    row = dataclasses.replace(told, costs=costs).table().splitlines()[3]
+    row = dataclasses.replace(result, costs=costs).table().splitlines()[3]
     assert row.startswith("| more | 0.345 ± 0.005* |") and row.endswith("| 2.00 | 10.0 | 50 | 0.50 |")
 
 
@@ -55,11 +55,11 @@ def test_variants_are_trained_once(tmp_path, town_root):
     path = tmp_path / "small.py"
     path.write_text(CONFIG.format(root=str(town_root), version=VERSION))
     variants = {"plain": load_config(path), "slow / still": load_config(path, {"train.lr": 1e-9})}
-    told = compare(variants, (0, 1), tmp_path / "out")
-    assert {name: len(runs) for name, runs in told.runs.items()} == {"plain": 2, "slow / still": 2}
+    result = compare(variants, (0, 1), tmp_path / "out")
+    assert {name: len(runs) for name, runs in result.runs.items()} == {"plain": 2, "slow / still": 2}
     before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("out/*/*.safetensors")}
     assert len(before) == 8
     again = compare(variants, (0, 1), tmp_path / "out")
-    assert again == told and before == {file: file.stat().st_mtime_ns for file in before}
+    assert again == result and before == {file: file.stat().st_mtime_ns for file in before}
     with pytest.raises(ConfigError, match="at least two different seeds"):
         compare(variants, (1, 1), tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Config files: the shipped ones are sound, and every mistake gets a sentence that names it."""
+"""Config files: the shipped ones are valid, and every mistake is named in one sentence."""
 
 import dataclasses
 from pathlib import Path
@@ -31,7 +31,7 @@ weight_decay=0.0,
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_configs_are_sound_and_documented(name):
+def test_shipped_configs_are_valid_and_documented(name):
     config = load_config(CONFIGS / name)
     assert config.val_data.augment is None
     text = (CONFIGS / name).read_text()
@@ -97,13 +97,13 @@ def test_bad_options_are_named(pair, sentence):
         load_config(NANO, parse_options([pair]))
 
 
-def test_options_for_a_section_that_is_not_there():
+def test_options_for_a_missing_section():
     path = CONFIGS / "nuscenes" / "bevformer_base.py"  # for evaluation only
     with pytest.raises(ConfigError, match=r"train\.lr: .* has no train; its sections: model, val_data"):
         load_config(path, {"train.lr": 1e-4})
 
 
-def test_a_missing_config_or_dataset_tells_what_to_do(tmp_path):
+def test_a_missing_config_or_dataset_names_the_fix(tmp_path):
     with pytest.raises(
         ConfigError, match=r"absent\.py is neither a file nor a config of the library; give .* nuscenes/b"
     ):

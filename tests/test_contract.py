@@ -1,4 +1,4 @@
-"""A contract that is damaged, or that names what it must not, is refused in one sentence."""
+"""A contract that is damaged, or names a file outside its folder, is rejected in one sentence."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ def folder(fp32_export, tmp_path) -> Path:
 
 
 def rewrite(folder: Path, change) -> None:
-    """Applies a change to the contract; what it returns is written in its place."""
+    """Replaces the contract by the result of a function."""
     contract = json.loads((folder / "contract.json").read_text())
     (folder / "contract.json").write_text(json.dumps(change(contract)))
 
@@ -62,24 +62,24 @@ DAMAGED = {
     "empty hashes": (with_value({}, "sha256"), r"sha256 has no entry for model\.onnx"),
     "hashes of others alone": (with_value({"certificate.json": SOME_HASH}, "sha256"), r"no entry for model\.onnx"),
     "list of hashes": (with_value(["model.onnx"], "sha256"), "sha256 is of type list, not dict"),
-    "empty hash": (with_value("", "sha256", "model.onnx"), r"sha256\['model\.onnx'\] is no SHA-256"),
-    "hash as number": (with_value(7, "sha256", "model.onnx"), r"sha256\['model\.onnx'\] is no SHA-256"),
+    "empty hash": (with_value("", "sha256", "model.onnx"), r"sha256\['model\.onnx'\] is not a SHA-256"),
+    "hash as number": (with_value(7, "sha256", "model.onnx"), r"sha256\['model\.onnx'\] is not a SHA-256"),
     "other hash": (with_value(SOME_HASH, "sha256", "model.onnx"), r"model\.onnx is not the file that .* written for"),
     "engine without hash": (with_value({"sm89": ENGINE}, "engines"), r"sha256 has no entry for model\.sm89\.engine"),
     "engine without file": (with_value({"sm89": {"gpu": "sm89"}}, "engines"), r"engines\['sm89'\] does not hold file"),
     "engine as text": (with_value({"sm89": "model.sm89.engine"}, "engines"), r"engines\['sm89'\] does not hold file"),
     "missing file": (with_file("calibration.bin"), r"calibration\.bin is missing"),
-    "folder above": (with_file("../secret"), r"sha256 names '\.\./secret', which is no file inside the folder"),
-    "folder above, later": (with_file("engines/../../secret"), "no file inside the folder"),
-    "absolute": (with_file("/etc/passwd"), "sha256 names '/etc/passwd', which is no file inside"),
-    "home of Windows": (with_file("C:\\secret"), "no file inside the folder"),
-    "drive of Windows": (with_file("C:secret"), "no file inside the folder"),
-    "folder above of Windows": (with_file("..\\secret"), "no file inside the folder"),
-    "share of Windows": (with_file("\\\\host\\secret"), "no file inside the folder"),
-    "empty name": (with_file(""), "sha256 names '', which is no file inside the folder"),
+    "folder above": (with_file("../secret"), r"sha256 names '\.\./secret', which is not a file inside the folder"),
+    "folder above, later": (with_file("engines/../../secret"), "not a file inside the folder"),
+    "absolute": (with_file("/etc/passwd"), "sha256 names '/etc/passwd', which is not a file inside"),
+    "home of Windows": (with_file("C:\\secret"), "not a file inside the folder"),
+    "drive of Windows": (with_file("C:secret"), "not a file inside the folder"),
+    "folder above of Windows": (with_file("..\\secret"), "not a file inside the folder"),
+    "share of Windows": (with_file("\\\\host\\secret"), "not a file inside the folder"),
+    "empty name": (with_file(""), "sha256 names '', which is not a file inside the folder"),
     "the folder": (with_file("."), "cannot be read"),
     "long name": (with_file("x" * 5000), "cannot be read"),
-    "zero byte": (with_file("model\0"), "no file inside the folder"),
+    "zero byte": (with_file("model\0"), "not a file inside the folder"),
     "no precision": (without("precision"), "precision is missing"),
     "precision as number": (with_value(16, "precision"), "precision is of type int, not str"),
     "no cameras": (without("cameras"), "cameras is missing"),
@@ -100,9 +100,9 @@ DAMAGED = {
 }  # fmt: skip
 
 
-def test_damaged_contracts_are_refused(folder):
+def test_damaged_contracts_are_rejected(folder):
     good = (folder / "contract.json").read_text()
-    (folder.parent / "secret").write_bytes(b"")  # it is there, and its hash fits
+    (folder.parent / "secret").write_bytes(b"")  # exists, with a matching hash
     for case, (change, message) in DAMAGED.items():
         (folder / "contract.json").write_text(good)
         rewrite(folder, change)
@@ -114,13 +114,13 @@ def test_damaged_contracts_are_refused(folder):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000])
-def test_what_is_no_json_is_refused(folder, content):
+def test_invalid_json_is_rejected(folder, content):
     (folder / "contract.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"contract\.json is not valid JSON"):
         read_contract(folder)
 
 
-def test_what_is_no_folder_is_refused(folder):
+def test_other_paths_are_rejected(folder):
     with pytest.raises(CheckpointError, match=r"contract\.json is missing"):
         read_contract(folder / "model.onnx")
     with pytest.raises(CheckpointError, match="the folder of an export is NoneType; give its path"):

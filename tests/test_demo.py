@@ -44,10 +44,10 @@ def test_demo_writes_pictures_and_numbers(tmp_path, checkpoint):
     arguments = ["--out", tmp_path, "--checkpoint", checkpoint, "--scenes", 2, "--keyframes", 2, "--seed", 4]
     first = run("demo.py", *arguments)
     assert first.returncode == 0, first.stderr
-    told = json.loads((tmp_path / "demo.json").read_text())
-    assert {"nds", "mAP", "lane_mAP", "fps"} <= set(told) and told["fps"] > 0
-    assert told["seed"] == 4 and told["scenes"] == 2 and told["checkpoint"] == "some.safetensors"
-    assert all(f"{told[key]:.3f}" in first.stdout for key in ("nds", "mAP", "lane_mAP", "fps"))
+    numbers = json.loads((tmp_path / "demo.json").read_text())
+    assert {"nds", "mAP", "lane_mAP", "fps"} <= set(numbers) and numbers["fps"] > 0
+    assert numbers["seed"] == 4 and numbers["scenes"] == 2 and numbers["checkpoint"] == "some.safetensors"
+    assert all(f"{numbers[key]:.3f}" in first.stdout for key in ("nds", "mAP", "lane_mAP", "fps"))
     pictures = [np.asarray(Image.open(tmp_path / f"demo{name}.png")) for name in ("", "_scene0", "_scene1")]
     # The main picture is one of the two, and holds six camera images beside the bird's-eye view.
     assert sum(np.array_equal(pictures[0], other) for other in pictures[1:]) == 1
@@ -59,7 +59,7 @@ def test_demo_writes_pictures_and_numbers(tmp_path, checkpoint):
     assert run("demo.py", *arguments).returncode == 0
     again = json.loads((tmp_path / "demo.json").read_text())
     assert (root / VERSION / "sample.json").stat().st_mtime_ns == written
-    assert {**again, "fps": 0} == {**told, "fps": 0}
+    assert {**again, "fps": 0} == {**numbers, "fps": 0}
 
 
 def test_predict_fills_the_memory_up_to_the_sample(tmp_path, town_root, checkpoint):
@@ -67,20 +67,20 @@ def test_predict_fills_the_memory_up_to_the_sample(tmp_path, town_root, checkpoi
     from perception.inference.sequence import predict_stream
 
     token = [row["token"] for row in table(town_root, "sample") if row["next"] == ""][-1]
-    out, numbers = tmp_path / "new" / "sample.png", tmp_path / "sample.json"
+    out, path = tmp_path / "new" / "sample.png", tmp_path / "sample.json"
     done = run(
         "predict.py", "--dataroot", town_root, "--version", VERSION, "--split", "town_val", "--sample", token,
-        "--checkpoint", checkpoint, "--out", out, "--json", numbers, "--min-score", 0.001,
+        "--checkpoint", checkpoint, "--out", out, "--json", path, "--min-score", 0.001,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert Image.open(out).size[0] > 3 * 480
-    told = json.loads(numbers.read_text())
+    numbers = json.loads(path.read_text())
     dataset = NuScenesDataset(town_root, VERSION, "town_val", image_size=SMALL.image_size)
-    expected = predict_stream(load_model(checkpoint), dataset).scenes[token]
-    assert told["sample"] == token and told["frame"] == "ego"
-    assert len(told["boxes"]) == int((expected.boxes.score >= 0.001).sum()) > 0
-    np.testing.assert_allclose([box["score"] for box in told["boxes"]], expected.boxes.score, rtol=1e-3)
-    np.testing.assert_allclose([line["points"] for line in told["lines"]], expected.lines.points, atol=1e-3)
+    expected = predict_stream(load_model(checkpoint), dataset).objects[token]
+    assert numbers["sample"] == token and numbers["frame"] == "ego"
+    assert len(numbers["boxes"]) == int((expected.boxes.score >= 0.001).sum()) > 0
+    np.testing.assert_allclose([box["score"] for box in numbers["boxes"]], expected.boxes.score, rtol=1e-3)
+    np.testing.assert_allclose([line["points"] for line in numbers["lines"]], expected.lines.points, atol=1e-3)
 
 
 def test_predict_draws_the_truth_of_an_info_file(tmp_path, real_keyframe, checkpoint):

@@ -1,4 +1,4 @@
-"""Forms of operators: what a parser reads otherwise is refused, by the table and by the layers that a parser makes."""
+"""Misread operator forms are rejected, by the table of forms and by the layers of the parsed network."""
 
 import json
 
@@ -17,7 +17,7 @@ FLOAT, HALF, INT64, BOOL = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.I
 
 
 def graph_of(operator, inputs, opset=17, constants=(), outputs=1, name="sampled", **attributes):
-    """A graph of one operator, every input with its type and shape; constants are given as arrays."""
+    """Creates a graph of one operator; inputs have a type and a shape, constants are arrays."""
     fed = [helper.make_tensor_value_info(f"x{k}", kind, shape) for k, (kind, shape) in enumerate(inputs)]
     kept = [numpy_helper.from_array(array, f"c{k}") for k, array in enumerate(constants) if array is not None]
     names = [value.name for value in fed] + [
@@ -75,8 +75,8 @@ def test_forms_that_every_parser_reads(model):
 
 
 ODD = [
-    # mode `linear`, in the opset that has it and in one that has not
-    (sampling("linear", 20), r"GridSample sampled: .*opset 20 .* read a mode that they do not know as nearest"),
+    # mode `linear`, in an opset with this mode and in one without it
+    (sampling("linear", 20), r"GridSample sampled: .*opset 20 .* read unknown modes as nearest"),
     (sampling("linear"), r"GridSample sampled: mode is 'linear'"),
     (sampling("bicubic"), r"GridSample sampled: mode is 'bicubic'"),
     (sampling(padding_mode="reflection"), r"padding_mode is 'reflection'"),
@@ -122,7 +122,7 @@ ODD = [
     (graph_of("MaxPool", [(FLOAT, [1, 1, 8, 8])], kernel_shape=[3, 3], ceil_mode=1), "ceil_mode is 1"),
     (graph_of("Conv", [(FLOAT, [1, 2, 8, 8]), (FLOAT, [3, 2, 3, 3])]), "its weight is not constant"),
     (graph_of("Gemm", [(FLOAT, [2, 3]), (FLOAT, [3, 4])], alpha=0.5), "alpha is 0.5"),
-    (graph_of("MatMul", [(FLOAT, [3]), (FLOAT, [3, 4])]), "an input is no matrix"),
+    (graph_of("MatMul", [(FLOAT, [3]), (FLOAT, [3, 4])]), "an input is not a matrix"),
     (graph_of("Einsum", [(FLOAT, [3, 3])], equation="ii->i"), "has 1 inputs"),
     (graph_of("Einsum", [(FLOAT, [2, 3]), (FLOAT, [4, 3])], equation="...j,kj->...k"), "is not of two operands"),
     (graph_of("Where", [(BOOL, [2]), (FLOAT, [2]), (FLOAT, [2])], opset=16), "opset 16; write it in 17 or newer"),
@@ -132,7 +132,7 @@ ODD = [
         graph_of(
             "QuantizeLinear", [(FLOAT, [4])], constants=[np.float32(0.1), np.uint8(0)],
         ),
-        "it is quantised to UINT8",
+        "it is quantized to UINT8",
     ),
     (graph_of("QuantizeLinear", [(FLOAT, [4])], constants=[np.float32(0.1), np.int8(3)]), "not as many zeros"),
     (graph_of("DequantizeLinear", [], constants=[np.int8([1, 2]), np.float16(1), np.int8(0)]), "its scale is FLOAT16"),
@@ -142,20 +142,20 @@ ODD = [
     ),
     (graph_of("MaxPool", [(FLOAT, [1, 1, 8, 8])], outputs=2, kernel_shape=[3, 3]), "it has 2 outputs, more than 1"),
     (graph_of("ConstantOfShape", [], constants=[INTS], value=helper.make_tensor("v", INT64, [1], [3])), "with INT64"),
-    # Parsers may read it well, but it is not listed.
-    (graph_of("Tile", [(FLOAT, [2])], constants=[INTS * 2]), "Tile sampled: no supported parser was read for this op"),
+    # Parsers may read it correctly, but it is not listed.
+    (graph_of("Tile", [(FLOAT, [2])], constants=[INTS * 2]), "Tile sampled: this operator was not checked for any"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("model", "said"), ODD, ids=[f"{m.graph.node[0].op_type}-{s[:24]}" for m, s in ODD])
-def test_other_forms_are_refused(model, said):
-    with pytest.raises(ConfigError, match=said) as refused:
+@pytest.mark.parametrize(("model", "message"), ODD, ids=[f"{m.graph.node[0].op_type}-{s[:24]}" for m, s in ODD])
+def test_other_forms_are_rejected(model, message):
+    with pytest.raises(ConfigError, match=message) as refused:
         check_dialect(model)
     assert "TensorRT 8.6" in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_a_refusal_names_the_runtimes_that_it_is_for():
-    """What some runtimes read as it is meant is refused for the others alone."""
+def test_an_error_names_the_runtimes():
+    """A form that some runtimes read correctly is rejected for the others only."""
     with pytest.raises(ConfigError) as refused:
         check_dialect(sampling("linear", 20))
     named = {name for name in RUNTIMES if name in str(refused.value)}
@@ -182,7 +182,7 @@ def test_an_error_lists_the_first_findings():
 
 
 def test_what_the_misread_forms_mean():
-    """ONNX' own reference tells the two readings of each form apart: what a parser gets wrong is not small."""
+    """In `onnx.reference` the correct and the wrong reading of each form differ by a lot."""
     generator = np.random.default_rng(0)
     image = generator.normal(size=(1, 1, 3, 4)).astype(np.float32)
     grid = np.float32([[[[-0.25, -1 / 3], [0.5, 0]], [[0.1, 0.3], [-0.6, 0.9]]]])
@@ -190,7 +190,7 @@ def test_what_the_misread_forms_mean():
     def run(model, *values):
         return ReferenceEvaluator(model).run(None, {f"x{k}": value for k, value in enumerate(values)})[0]
 
-    # The reference knows the newer word only, ONNX Runtime both; parsers up to TensorRT 11.1 read it as nearest.
+    # The reference has only the newer mode name, ONNX Runtime both; parsers up to TensorRT 11.1 read it as nearest.
     session = onnxruntime.InferenceSession(sampling().SerializeToString(), providers=["CPUExecutionProvider"])
     bilinear = session.run(None, {"x0": image, "x1": grid})[0]
     assert run(sampling("linear", 20), image, grid) == pytest.approx(bilinear, abs=1e-6)
@@ -209,7 +209,7 @@ def test_what_the_misread_forms_mean():
 @pytest.mark.parametrize(
     ("precision", "for_cpu"), [("fp32", False), ("fp16", False), ("int8", False), ("fp8", False), ("int8", True)]
 )
-def test_an_export_is_checked_for_the_runtimes_that_it_is_for(exports, precision, for_cpu):
+def test_an_export_is_checked_for_its_runtimes(exports, precision, for_cpu):
     folder = exports(precision, for_cpu)
     checked = json.loads((folder / "contract.json").read_text())["checked"]
     assert checked.keys() == RUNTIMES.keys()
@@ -227,8 +227,8 @@ def test_an_export_is_checked_for_the_runtimes_that_it_is_for(exports, precision
         assert network.num_layers > len(model.graph.node)
 
 
-def test_one_changed_node_of_an_export_is_refused(fp32_export):
-    """Mode, axes and opset, as an exporter with other settings would have written them."""
+def test_one_changed_node_of_an_export_is_rejected(fp32_export):
+    """Mode, axes and opset, as an exporter with other settings writes them."""
 
     def changed(change):
         model = onnx.load(fp32_export / "model.onnx")
@@ -254,7 +254,7 @@ def test_one_changed_node_of_an_export_is_refused(fp32_export):
         model.opset_import[0].version = 20
 
     error = changed(mode)
-    assert "GridSample the changed one: mode is 'linear', and parsers read a mode that they do not know as" in error
+    assert "GridSample the changed one: mode is 'linear', and parsers read unknown modes as" in error
     assert all(name in error for name in RUNTIMES)
     error = changed(axes)
     assert "ReduceMax the changed one: it has 2 inputs instead of 1, and TensorRT 8.6 ignores axes" in error
@@ -262,7 +262,7 @@ def test_one_changed_node_of_an_export_is_refused(fp32_export):
     assert "TensorRT 8.6" in error and "is not known to be read" in error and "more" in error
 
 
-def test_every_form_can_be_met():
+def test_every_form_is_possible():
     """Each has versions that ONNX defines for its operators, attributes that they have, and known runtimes."""
     for form in FORMS:
         assert set(form.runtimes) <= RUNTIMES.keys()
@@ -276,7 +276,7 @@ def test_every_form_can_be_met():
 
 @pytest.fixture(scope="module")
 def parser():
-    """Reads models with the parser of TensorRT-RTX: the network, everything that it needs kept alive."""
+    """Parses models with TensorRT-RTX and keeps alive what the networks need."""
     trt = pytest.importorskip("tensorrt_rtx")
     logger = trt.Logger(trt.Logger.ERROR)
     kept = []
@@ -334,17 +334,17 @@ CHANGED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("meant", "read", "said"), CHANGED, ids=[said[:48] for _, _, said in CHANGED])
-def test_layers_that_are_not_the_graph_are_seen(parser, meant, read, said):
-    """The parser gets a graph that differs in one thing from the graph that its layers are compared with."""
+@pytest.mark.parametrize(("meant", "read", "message"), CHANGED, ids=[message[:48] for _, _, message in CHANGED])
+def test_layers_that_differ_from_the_graph_are_found(parser, meant, read, message):
+    """The parsed graph differs in one property from the graph with which its layers are compared."""
     import re
 
     trt, parse = parser
-    assert any(re.search(said, text) for text in compare_layers(trt, parse(read), meant))
+    assert any(re.search(message, text) for text in compare_layers(trt, parse(read), meant))
 
 
-def test_a_parser_that_misreads_is_refused(parser, tmp_path, monkeypatch):
-    """A file with `linear`, read once as it is meant and once as the older parsers read it."""
+def test_a_misreading_parser_is_found(parser, tmp_path, monkeypatch):
+    """A file with `linear`, read once correctly and once as older parsers read it."""
     trt, _ = parser
     path, logger = tmp_path / "model.onnx", trt.Logger(trt.Logger.ERROR)
     path.write_bytes(b"rubbish")

@@ -1,4 +1,4 @@
-"""Training: losses fall, an interruption changes nothing, a NaN stops with names, mistakes exit with code 2."""
+"""Training: losses decrease, resuming is exact, a NaN stops with sample names, user errors exit with code 2."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def config_path(tmp_path_factory, town_root) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, config_path) -> Path:
-    """The work directory of five epochs in one go."""
+    """The work directory of five epochs without interruption."""
     work_dir = tmp_path_factory.mktemp("trained")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -54,7 +54,7 @@ def trained(tmp_path_factory, config_path) -> Path:
 
 
 def tensors_of(noun, path=""):
-    """All tensors and numbers in nested dicts and lists, by path."""
+    """Returns all tensors and numbers in nested dicts and lists, by path."""
     if isinstance(noun, dict):
         return {k: v for key, part in noun.items() for k, v in tensors_of(part, f"{path}/{key}").items()}
     if isinstance(noun, list | tuple):
@@ -67,7 +67,7 @@ def scalars(work_dir: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_loss_falls_and_everything_is_left_behind(trained):
+def test_loss_decreases_and_all_files_are_written(trained):
     lines = [line for line in scalars(trained) if "loss" in line]
     assert len(lines) == 20  # 2 scenes x 2 windows of 2 frames, five times
     assert sum(line["loss"] for line in lines[-4:]) < 0.9 * sum(line["loss"] for line in lines[4:8])
@@ -148,8 +148,8 @@ def test_training_starts_from_given_weights(trained, config_path, tmp_path):
         train(load_config(config_path, options | {"train.init_from": str(tmp_path / "none.pth")}), tmp_path / "off")
 
 
-def test_published_weights_of_the_trunk_and_frozen_stages(config_path, tmp_path):
-    """The stem and the first stage stay what they were given as, statistics included; the second one learns."""
+def test_published_weights_of_the_backbone_and_frozen_stages(config_path, tmp_path):
+    """The stem and the first stage keep their weights and statistics; the second stage is trained."""
     published = torchvision.models.resnet18(weights=None)
     torch.save(published.state_dict(), tmp_path / "resnet18.pth")
     options = {
@@ -166,21 +166,25 @@ def test_published_weights_of_the_trunk_and_frozen_stages(config_path, tmp_path)
         train(load_config(config_path, options | {"train.init_from": "x.pth"}), tmp_path / "both")
 
 
-def test_a_dry_run_tells_what_a_training_costs(config_path, tmp_path):
+def test_a_dry_run_estimates_the_cost_of_a_training(config_path, tmp_path):
     """Parameters and FLOPs against a count by hand of the network alone; the dataset of the config gives the steps."""
     from perception.engine.dry_run import dry_run
 
     config = load_config(config_path)
-    told = dry_run(config)
+    estimate = dry_run(config)
     core = BEVTransformer(config.model)
-    assert sum(told.parameters.values()) == told.learned == sum(p.numel() for p in core.parameters())
-    assert told.steps == 5 * 4 and told.hours == pytest.approx(20 * told.seconds_per_step / 3600)
+    assert sum(estimate.parameters.values()) == estimate.learned == sum(p.numel() for p in core.parameters())
+    assert estimate.steps == 5 * 4 and estimate.hours == pytest.approx(20 * estimate.seconds_per_step / 3600)
     # The stem alone: 6 images, 7 x 7 x 3 products and sums for each of 64 channels on 32 x 48 pixels.
-    assert told.gflops > 6 * 2 * 147 * 64 * 32 * 48 / 1e9
-    assert 2**26 < told.peak_memory < 2**36
+    assert estimate.gflops > 6 * 2 * 147 * 64 * 32 * 48 / 1e9
+    assert 2**26 < estimate.peak_memory < 2**36
     frozen = load_config(config_path, {"train.frozen_stages": 1, "train_data.dataroot": str(tmp_path / "none")})
-    told = dry_run(frozen)
-    assert told.learned < sum(told.parameters.values()) and told.steps is None and "not known" in told.table()
+    estimate = dry_run(frozen)
+    assert (
+        estimate.learned < sum(estimate.parameters.values())
+        and estimate.steps is None
+        and "unknown" in estimate.table()
+    )
 
 
 def test_a_training_that_diverges_stops_and_names_the_samples(config_path, tmp_path):
@@ -205,7 +209,7 @@ def test_a_loss_that_is_not_finite_is_named(config_path):
         model(clip._replace(gt=clip.gt._replace(boxes=fast)), None)
 
 
-def test_losses_that_are_left_out(config_path):
+def test_disabled_losses(config_path):
     config = load_config(config_path, {"train.disabled_losses": ("heatmap", "image_depth")})
     clip = collate([build_dataset(config.train_data, config.model)[0]])
     core = BEVTransformer(config.model)
@@ -216,7 +220,7 @@ def test_losses_that_are_left_out(config_path):
 
 
 def test_losses_are_the_mean_over_the_unrolled_frames(config_path):
-    """Frame 1 is judged with the memory of frame 0: two single frames by hand give the same losses."""
+    """Frame 1 uses the memory of frame 0: two single frames by hand give the same losses."""
     from perception.models.bev_transformer.losses import frame_losses
     from perception.types import map_tensors
 
@@ -233,8 +237,8 @@ def test_losses_are_the_mean_over_the_unrolled_frames(config_path):
     assert not state.bev.requires_grad
 
 
-def test_memory_goes_on_from_batch_to_batch(config_path):
-    """Two windows of one frame are one window of two, but for the gradient, which stays in its window."""
+def test_memory_is_passed_from_batch_to_batch(config_path):
+    """Two clips of one frame equal one clip of two, except for the gradient, which stays inside its clip."""
     config = load_config(config_path)
     data = build_dataset(config.train_data, config.model)
     model = TrainingModel(BEVTransformer(config.model)).eval()
@@ -252,7 +256,7 @@ def test_memory_goes_on_from_batch_to_batch(config_path):
         assert min(first[name], second[name]) <= loss <= max(first[name], second[name])
 
 
-def test_weights_of_another_architecture_are_refused(trained, config_path):
+def test_weights_of_another_architecture_are_rejected(trained, config_path):
     other = load_config(config_path, {"model.channels": 24}).model
     with pytest.raises(CheckpointError, match="has channels=16, the config's model has 24"):
         load_weights(trained / "small.safetensors", other)
@@ -264,7 +268,7 @@ def test_weights_of_another_architecture_are_refused(trained, config_path):
         load_weights(config_path, other)
 
 
-def test_too_short_a_training_is_refused(config_path, tmp_path):
+def test_a_training_that_is_too_short_is_rejected(config_path, tmp_path):
     with pytest.raises(ConfigError, match=r"train\.warmup_iters is 1; give at least 2"):
         train(load_config(config_path, {"train.warmup_iters": 1}), tmp_path)
     with pytest.raises(ConfigError, match=r"20 iterations, not more than train\.warmup_iters=20"):
@@ -285,7 +289,7 @@ torch.save(core.state_dict(), f"{sys.argv[2]}/rank{os.environ['RANK']}.pt")
 
 
 def test_two_processes_train_one_network(config_path, tmp_path):
-    """Each has scenes of its own, steps go along the mean of their gradients, and resuming is exact."""
+    """Each process has its own scenes, steps use the mean of the gradients, and resuming is exact."""
     script = tmp_path / "one_of_two.py"
     script.write_text(ONE_OF_TWO)
 
@@ -305,12 +309,12 @@ def test_two_processes_train_one_network(config_path, tmp_path):
     shutil.copy(whole / "epoch_1.pth", rest)
     (rest / "last_checkpoint").write_text(str(rest / "epoch_1.pth"))
     assert all(torch.equal(tensor, one[name]) for name, tensor in run(rest)[0].items())
-    assert [line["nds"] for line in scalars(whole) if "nds" in line]  # of all scenes, or the devkit refuses them
+    assert [line["nds"] for line in scalars(whole) if "nds" in line]  # of all scenes, which the devkit checks
 
     config = load_config(config_path)
     set_random_seed(5)
     model, dataset = TrainingModel(make_core(config)), build_dataset(config.train_data, config.model)
-    for rank in range(2):  # gradients of the first step of both add up in .grad
+    for rank in range(2):  # gradients of both processes in the first step
         draws = TrainSampler(dataset.scene_of_sample, 1, 1, 2, 0.0, 5, rank, 2)
         losses, _ = model(collate([dataset[next(iter(draws))]]), None)
         sum(losses.values()).backward()
@@ -319,9 +323,11 @@ def test_two_processes_train_one_network(config_path, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of processes without a GPU each")
-@pytest.mark.parametrize(("launcher", "said"), [("pytorch", "start them with: torchrun"), ("slurm", "needs a GPU")])
-def test_a_launcher_that_did_not_start_this(config_path, tmp_path, launcher, said):
-    with pytest.raises(ConfigError, match=f"--launcher {launcher} .*{said}"):
+@pytest.mark.parametrize(
+    ("launcher", "message"), [("pytorch", "start them with: torchrun"), ("slurm", "needs one GPU")]
+)
+def test_a_launcher_that_did_not_start_this_process(config_path, tmp_path, launcher, message):
+    with pytest.raises(ConfigError, match=f"--launcher {launcher} .*{message}"):
         train(load_config(config_path), tmp_path, launcher=launcher)
 
 
@@ -331,8 +337,8 @@ def run_command(name: str, *arguments) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=PROJECT)
 
 
-def told(run: subprocess.CompletedProcess) -> str:
-    """The one sentence that a failed script leaves."""
+def error_of(run: subprocess.CompletedProcess) -> str:
+    """Returns the error message of a failed command, which is one sentence."""
     assert run.returncode == 2, run.stderr
     assert "Traceback" not in run.stderr
     lines = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
@@ -375,19 +381,19 @@ def test_a_calibration_that_is_not_finite_is_one_sentence(trained, config_path, 
     row["camera_intrinsic"][0][0] = float("nan")
     table.write_text(json.dumps(rows))
     run = run_command("evaluate", config_path, trained / "small.safetensors", "--dataroot", root, "--json", "e.json")
-    sentence = told(run)
+    sentence = error_of(run)
     assert "calibrated_sensor.json" in sentence and "camera_intrinsic" in sentence
 
 
-def test_train_script_without_its_dataset_tells_how_to_make_it(tmp_path):
+def test_train_without_its_dataset_names_the_command_that_makes_it(tmp_path):
     options = (f"train_data.dataroot={tmp_path / 'town'}",)
     run = run_command("train", "configs/synthetic/nano.py", "--work-dir", tmp_path / "w", "--cfg-options", *options)
-    assert "make it with: python scripts/simulate.py --out out/town_last" in told(run)
+    assert "make it with: python scripts/simulate.py --out out/town_last" in error_of(run)
 
 
 @pytest.mark.slow
-def test_one_scene_is_learned_by_heart(tmp_path):
-    """Network, losses, decoding and evaluation fit together: a scene seen often enough is reproduced."""
+def test_one_scene_is_memorised(tmp_path):
+    """Network, losses, decoding and evaluation agree: after long training on one scene it is reproduced."""
     root = tmp_path / "town"
     simulate(root, scenes=1, seed=36, keyframes=4, image_size=(128, 224), split="town_one", workers=1)
     options = {"train_data.dataroot": str(root), "val_data.dataroot": str(root)}

@@ -1,4 +1,4 @@
-"""Closed forms worked by hand."""
+"""Geometry compared with closed forms by hand."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from pyquaternion import Quaternion
 
 from perception.errors import DataError
-from perception.evaluation.detection import submission_from_scenes
+from perception.evaluation.detection import submission_from_predictions
 from perception.geometry import (
     box_corners,
     invert_rigid,
@@ -25,13 +25,13 @@ from perception.models.decoding import empty_boxes, empty_lines
 from perception.types import Boxes, FrameObjects, map_tensors
 
 
-def test_quarter_turn_takes_x_to_y_and_then_moves():
+def test_quarter_turn_rotates_x_to_y_and_then_moves():
     transform = rigid_from_yaw(np.pi / 2, (10, 20, 30))
     np.testing.assert_allclose(transform_points(transform, np.array([[1.0, 0, 0]])), [[10, 21, 30]], atol=1e-12)
     np.testing.assert_allclose(yaw_from_rotation(transform), np.pi / 2)
 
 
-def test_inverse_undoes_for_numpy_and_torch_batches():
+def test_inverse_of_numpy_and_torch_batches():
     rng = np.random.default_rng(0)
     transforms = np.stack([rigid_from_quaternion(rng.normal(size=4), rng.normal(size=3)) for _ in range(5)])
     np.testing.assert_allclose(invert_rigid(transforms) @ transforms, np.broadcast_to(np.eye(4), (5, 4, 4)), atol=1e-12)
@@ -58,9 +58,9 @@ def test_projection_of_a_point_by_hand():
     assert np.isfinite(uv).all()
 
 
-def test_box_corners_of_a_turned_box():
+def test_box_corners_of_a_rotated_box():
     corners = box_corners(np.array([1.0, 2, 3]), np.array([4.0, 2, 6]), np.array(np.pi / 2))
-    # turned by 90 degrees, front-left (2, 1) comes to (-1, 2)
+    # rotated by 90 degrees, front-left (2, 1) becomes (-1, 2)
     np.testing.assert_allclose(corners[0], [1 - 1, 2 + 2, 3 - 3], atol=1e-12)
     np.testing.assert_allclose(corners[4], [0, 4, 6], atol=1e-12)
     np.testing.assert_allclose(corners.mean(0), [1, 2, 3], atol=1e-12)
@@ -75,7 +75,7 @@ def test_resampling_is_by_arc_length():
     corner = np.array([[0.0, 0], [3, 0], [3, 1]])
     assert polyline_length(corner) == pytest.approx(4)
     np.testing.assert_allclose(resample_polyline(corner, 5), [[0, 0], [1, 0], [2, 0], [3, 0], [3, 1]])
-    # repeated vertices and a line without length do no harm
+    # repeated vertices and a line of length zero
     np.testing.assert_allclose(resample_polyline(corner[[0, 0, 1, 1, 2]], 5), resample_polyline(corner, 5))
     np.testing.assert_allclose(resample_polyline(np.array([[1.0, 2], [1, 2]]), 3), [[1, 2]] * 3)
 
@@ -91,7 +91,7 @@ def test_rigid():
 
 
 @pytest.mark.parametrize(("stretch", "rigid"), [(1 + 4e-4, True), (1 + 6e-4, False)])
-def test_live_use_and_evaluation_take_the_same_poses(stretch, rigid):
+def test_live_use_and_evaluation_accept_the_same_poses(stretch, rigid):
     """A rotation that is stored with few digits: its product with its transpose is off by twice the stretch."""
     pose = rigid_from_yaw(0.3, (10.0, -5.0, 2.0))
     pose[:3, :3] *= stretch
@@ -99,7 +99,7 @@ def test_live_use_and_evaluation_take_the_same_poses(stretch, rigid):
     boxes = Boxes(*(torch.zeros(1, *field.shape[1:], dtype=field.dtype) for field in nothing.boxes))
     boxes = boxes._replace(size=torch.ones(1, 3), valid=torch.ones(1, dtype=torch.bool), attribute=boxes.label - 1)
     scenes = {"a": nothing._replace(boxes=boxes)}
-    for use in (lambda: checked_pose(pose), lambda: submission_from_scenes(scenes, {"a": pose})):
+    for use in (lambda: checked_pose(pose), lambda: submission_from_predictions(scenes, {"a": pose})):
         if rigid:
             use()
         else:

@@ -1,4 +1,4 @@
-"""What needs a GPU: the same answers as on the CPU, training in bfloat16, memory that does not grow, engines."""
+"""Tests that need a GPU: the same results as on the CPU, training in bfloat16, constant memory use, engines."""
 
 import copy
 import shutil
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 
 @pytest.fixture(autouse=True)
 def exact_float32(monkeypatch):
-    """Convolutions in float32, as the CPU has them, not in TF32."""
+    """Runs convolutions in float32, as on the CPU, not in TF32."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
@@ -40,23 +40,23 @@ def dataset(town_root, network) -> NuScenesDataset:
 
 
 def test_a_stream_is_the_same_as_on_the_cpu(network, dataset):
-    here = predict_stream(network, dataset).scenes
-    there = predict_stream(copy.deepcopy(network).cuda(), dataset).scenes
+    on_cpu = predict_stream(network, dataset).objects
+    on_gpu = predict_stream(copy.deepcopy(network).cuda(), dataset).objects
     for token in dataset.tokens:
-        sure = here[token].boxes.score > 0.05
-        assert sure.any()
+        confident = on_cpu[token].boxes.score > 0.05
+        assert confident.any()
         for name in ("center", "size", "velocity", "score"):
-            ours, theirs = (getattr(scenes[token].boxes, name)[sure] for scenes in (here, there))
+            ours, theirs = (getattr(scenes[token].boxes, name)[confident] for scenes in (on_cpu, on_gpu))
             torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-2)
-        sure = here[token].lines.score > 0.05
+        confident = on_cpu[token].lines.score > 0.05
         torch.testing.assert_close(
-            there[token].lines.points[sure], here[token].lines.points[sure], rtol=1e-3, atol=1e-2
+            on_gpu[token].lines.points[confident], on_cpu[token].lines.points[confident], rtol=1e-3, atol=1e-2
         )
 
 
 def test_losses_and_gradients_are_those_of_the_cpu(network, dataset):
-    draws = iter(TrainSampler(dataset.scene_of_sample, 2, 1, 2, 0.0, 0))
-    clip = collate([dataset[next(draws)] for _ in range(2)])
+    requests = iter(TrainSampler(dataset.scene_of_sample, 2, 1, 2, 0.0, 0))
+    clip = collate([dataset[next(requests)] for _ in range(2)])
     results = []
     for device in ("cpu", "cuda"):
         model = TrainingModel(copy.deepcopy(network)).to(device).eval()
@@ -65,7 +65,7 @@ def test_losses_and_gradients_are_those_of_the_cpu(network, dataset):
         gradient = torch.cat([p.grad.flatten().cpu() for p in model.parameters() if p.grad is not None])
         results.append(({name: loss.item() for name, loss in losses.items()}, gradient))
     (ours, our_gradient), (theirs, their_gradient) = results
-    # What is learned of uncertainties divides by them: two ways of summing on one CPU are 5e-4 apart in
+    # The uncertainty losses divide by the uncertainty: two orders of summation on one CPU differ by 5e-4 in
     # `box_uncertainty`.
     for name, loss in ours.items():
         assert theirs[name] == pytest.approx(loss, rel=3e-3 if name == "box_uncertainty" else 1e-3), name
@@ -73,17 +73,17 @@ def test_losses_and_gradients_are_those_of_the_cpu(network, dataset):
 
 
 @pytest.mark.parametrize("amp", [False, True])
-def test_training_learns_on_a_gpu(tmp_path, town_root, amp):
+def test_training_on_a_gpu_reduces_the_loss(tmp_path, town_root, amp):
     path = tmp_path / "small.py"
     path.write_text(CONFIG.format(root=str(town_root), version=VERSION))
     core = train(load_config(path, {"train.workers": 2}), tmp_path / "work", seed=5, amp=amp)
     assert next(core.parameters()).is_cuda
-    told = [line["loss"] for line in scalars(tmp_path / "work") if "loss" in line]
-    assert len(told) == 20
-    assert sum(told[-4:]) < 0.9 * sum(told[4:8])
+    losses = [line["loss"] for line in scalars(tmp_path / "work") if "loss" in line]
+    assert len(losses) == 20
+    assert sum(losses[-4:]) < 0.9 * sum(losses[4:8])
 
 
-def test_memory_of_the_gpu_is_flat(network, dataset):
+def test_gpu_memory_does_not_grow(network, dataset):
     model = copy.deepcopy(network).cuda()
     frame = map_tensors(lambda tensor: tensor[None, 0].cuda(), dataset[1].frames)
     used = []
@@ -92,37 +92,39 @@ def test_memory_of_the_gpu_is_flat(network, dataset):
         for _ in range(1000):
             _, state = model(frame, state)
             used.append(torch.cuda.memory_allocated())
-    # Blocks that are handed out again may be larger than asked for, so single frames differ; nothing piles up.
+    # Reused blocks may be larger than requested, so single frames differ, but the memory must not grow.
     assert max(used[500:]) <= max(used[10:500])
     assert not state.bev.requires_grad
 
 
-def test_a_moment_is_captured_as_a_graph(network, dataset):
+def test_a_frame_is_captured_as_a_cuda_graph(network, dataset):
     model = copy.deepcopy(network).cuda()
     first, second = (map_tensors(lambda tensor: tensor[None, 0].cuda(), dataset[i].frames) for i in (0, 1))
     with torch.inference_mode():
         frame, state = map_tensors(torch.clone, first), model.initial_state(1)
         _, after_first = model(first, state)
         expected = model.decode(model(second, after_first)[0])
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+        warm_up = torch.cuda.Stream()
+        warm_up.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(warm_up):
             for _ in range(3):
                 model.decode(model(frame, state)[0])
-        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.current_stream().wait_stream(warm_up)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             prediction, after = model(frame, state)
-            scene = model.decode(prediction)
+            objects = model.decode(prediction)
         graph.replay()
         state.bev.copy_(after.bev)
         for static, new in zip((*frame.rig, *frame[2:]), (*second.rig, *second[2:]), strict=True):
             static.copy_(new)
         frame.images.copy_(second.images)
         graph.replay()
-        sure = expected.boxes.score > 0.05
-        torch.testing.assert_close(scene.boxes.center[sure], expected.boxes.center[sure], rtol=1e-3, atol=1e-2)
-        torch.testing.assert_close(scene.boxes.score, expected.boxes.score, rtol=1e-3, atol=1e-3)
+        confident = expected.boxes.score > 0.05
+        torch.testing.assert_close(
+            objects.boxes.center[confident], expected.boxes.center[confident], rtol=1e-3, atol=1e-2
+        )
+        torch.testing.assert_close(objects.boxes.score, expected.boxes.score, rtol=1e-3, atol=1e-3)
 
 
 def test_an_engine_passes_the_gate_of_the_graph(exports, small_network, small_town, tmp_path):

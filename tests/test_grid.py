@@ -1,4 +1,4 @@
-"""Where cells lie, and what warping by ego motion does to a map."""
+"""Cell centres, sampling and warping of the BEV grid."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def test_sampling_at_centers_reads_the_cells_and_zero_outside():
 
 def test_warp_forward_motion_moves_the_world_backwards():
     bev = torch.zeros(1, 1, 16, 8)
-    bev[0, 0, 12, 3] = 1.0  # a thing 4.5 m ahead
+    bev[0, 0, 12, 3] = 1.0  # an object 4.5 m ahead
     ego_from_prev = torch.eye(4)[None].clone()
     ego_from_prev[0, 0, 3] = -3.0  # the ego drove 3 m
     warped = GRID.warp(bev, ego_from_prev)
@@ -36,17 +36,17 @@ def test_warp_forward_motion_moves_the_world_backwards():
     assert warped.sum() == pytest.approx(1.0)
 
 
-def test_warp_left_turn_moves_what_was_ahead_to_the_right():
+def test_warp_left_turn_moves_objects_ahead_to_the_right():
     grid = BEVGrid((-8.0, 8.0), (-8.0, 8.0), (16, 16))
     bev = torch.zeros(1, 1, 16, 16)
     bev[0, 0, 12, 7] = 1.0  # at x = 4.5, y = -0.5
     ego_from_prev = torch.from_numpy(rigid_from_yaw(-np.pi / 2)).float()[None]  # the ego turned left by 90 degrees
     warped = grid.warp(bev, ego_from_prev)
-    # (4.5, -0.5) turned by -90 degrees is (-0.5, -4.5)
+    # (4.5, -0.5) rotated by -90 degrees is (-0.5, -4.5)
     assert warped[0, 0, 7, 3] == pytest.approx(1.0, abs=1e-5)
 
 
-def test_impossible_grids_are_refused():
+def test_invalid_grids_are_rejected():
     with pytest.raises(ConfigError, match="x_range"):
         BEVGrid((1.0, 1.0), (0.0, 1.0), (1, 1))
     with pytest.raises(ConfigError, match="shape"):

@@ -1,4 +1,4 @@
-"""What float16 and eight bits cannot hold is measured on the float32 values, against closed forms and PyTorch."""
+"""Measured ranges of float32 values, compared with closed forms and PyTorch."""
 
 import ml_dtypes
 import numpy as np
@@ -10,14 +10,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 from perception.export.contract import ImageInputs
 from perception.export.headroom import RangeMonitor
-from perception.export.parity import fitted
+from perception.export.parity import fitted_frame
 from perception.export.replay import camera_frame, frame_inputs, replay_frames
 
 VALUES = np.linspace(-20, 20, 401, dtype=np.float32)[None]  # a step of 0.1
 
 
 def quantized_product(zero: np.ndarray, scale: float, steps: int = 1):
-    """One layer `network.layer` with eight bits at its input and in its weight, per channel: [1, 401] -> [1, 2]."""
+    """Creates one layer `network.layer` with quantized input and per-channel weight: [1, 401] -> [1, 2]."""
     generator = np.random.default_rng(0)
     weight = generator.integers(-100, 100, (401, 2)).astype(np.int8)
     constants = {
@@ -43,12 +43,12 @@ def quantized_product(zero: np.ndarray, scale: float, steps: int = 1):
 @pytest.mark.parametrize(
     ("zero", "scale", "low", "high"),
     [
-        (np.int8(0), 0.1, -12.85, 12.75),  # -128..127 steps, and half a step that still rounds to the last
+        (np.int8(0), 0.1, -12.85, 12.75),  # -128..127 steps and half a step that rounds to the last one
         (np.uint8(10), 0.1, -1.05, 24.55),
-        (ml_dtypes.float8_e4m3fn(0), 1 / 64, -7.25, 7.25),  # 448, and half of the 32 to the next number
+        (ml_dtypes.float8_e4m3fn(0), 1 / 64, -7.25, 7.25),  # 448 and half of the step of 32
     ],
 )
-def test_what_lies_beyond_a_range_of_eight_bits(zero, scale, low, high):
+def test_values_outside_a_quantization_range(zero, scale, low, high):
     model, _ = quantized_product(np.asarray(zero), scale)
     monitor = RangeMonitor(model)
     monitor.run({"x": VALUES})
@@ -60,8 +60,8 @@ def test_what_lies_beyond_a_range_of_eight_bits(zero, scale, low, high):
     assert found.reach == pytest.approx(20 / max(-low, high))
 
 
-def test_weights_in_eight_bits_count_as_they_are():
-    """Behind a layer in eight bits, float16 is measured with its quantized weight and its input unclipped."""
+def test_quantized_weights_keep_their_values():
+    """Float16 outputs of a quantized layer are measured with the quantized weight and without clipping the input."""
     model, weight = quantized_product(np.int8(0), 0.01)
     graph = model.graph
     graph.node[3].output[0] = "whole"
@@ -72,13 +72,13 @@ def test_weights_in_eight_bits_count_as_they_are():
     for scale in (1, 1000, 10):
         monitor.run({"x": VALUES * np.float32(scale)})
     largest = np.abs(1000 * VALUES.astype(float) @ weight).max()
-    assert largest > 65504  # what would be infinite in the export
+    assert largest > 65504  # infinite in the export
     assert monitor.peaks() == pytest.approx({"Cast (half)": largest, "Add (twice)": 2 * largest}, rel=1e-5)
 
 
 @torch.inference_mode()
-def test_magnitudes_are_those_of_the_network(small_network, exports, small_town):
-    """The outputs of its layers, over frames with a black and a white image, and with its memory."""
+def test_peaks_equal_those_of_the_network(small_network, exports, small_town):
+    """Outputs of layers over consecutive frames with a black and a white image."""
     monitor = RangeMonitor(onnx.load(exports("fp16") / "model.onnx"))
     layers = ("image_encoder.laterals.0", "box_decoder.layers.1.to_box.0", "memory.candidate")
     largest = dict.fromkeys(layers, 0.0)
@@ -94,7 +94,7 @@ def test_magnitudes_are_those_of_the_network(small_network, exports, small_town)
     state, images = small_network.initial_state(1), ImageInputs((RAW,) * 6)
     for number, (_, frame) in enumerate(replay_frames(small_town, 6, bad_images=True)):
         given = camera_frame(frame, images)
-        _, state = small_network(fitted(given, images, small_network.config.image_size), state)
+        _, state = small_network(fitted_frame(given, images, small_network.config.image_size), state)
         monitor.run(frame_inputs(given))
         if number == 10:
             break

@@ -1,4 +1,4 @@
-"""Images on their way into the network: sizes, formats and colours, in the graph and on the host."""
+"""Image preprocessing: sizes, formats and colours, in the graph and on the host."""
 
 from functools import cache
 
@@ -26,7 +26,7 @@ SIZES = ((64, 112), (64, 112), SIZE, (90, 160))  # of the cameras
 
 
 class Pixels(nn.Module):
-    """The part of an exported graph that reads the images."""
+    """The image preprocessing of an exported graph."""
 
     def __init__(self, images):
         super().__init__()
@@ -39,7 +39,7 @@ class Pixels(nn.Module):
 
 @pytest.fixture(scope="module")
 def graphs():
-    """The graph that reads images of SIZES, by format."""
+    """Graphs for images of SIZES, by format."""
 
     @cache
     def make(image_format):
@@ -51,7 +51,7 @@ def graphs():
 
 
 def closed_form(image, red, blue, full_range):
-    """NV12 to RGB by the definition of Y, Cb and Cr, in float64; red and blue are their shares of the luma."""
+    """Converts NV12 to RGB by the definition of Y, Cb and Cr in float64; red and blue are their weights in the luma."""
     H = len(image) * 2 // 3
     chroma = np.repeat(np.repeat(image[H:].reshape(H // 2, -1, 2), 2, 0), 2, 1).astype(float)
     luma = np.maximum(image[:H].astype(float) - (0 if full_range else 16), 0) / (255 if full_range else 219)
@@ -83,7 +83,7 @@ def test_images_are_fitted_as_in_training():
 
 @pytest.mark.parametrize("image_format", ["rgb", "bgr", "rgb-chw", "nv12", "nv12-709-er"])
 def test_a_graph_reads_cameras_of_several_sizes(graphs, image_format):
-    """Bit for bit: colours as numpy or OpenCV turn them, then what Pillow makes of each image on its own."""
+    """Bit-identical to colour conversion by numpy or OpenCV and resizing by Pillow."""
     generator = np.random.default_rng(1)
     images = ImageInputs(SIZES, image_format)
     buffers = [generator.integers(0, 256, images.shape(n), dtype=np.uint8) for n in range(len(SIZES))]
@@ -101,7 +101,7 @@ def test_a_graph_reads_cameras_of_several_sizes(graphs, image_format):
         assert np.array_equal(found[n], wanted.float().numpy()), n
 
 
-def test_one_picture_in_every_format_is_the_same_to_the_network():
+def test_all_formats_give_the_same_network_image():
     generator = np.random.default_rng(2)
     pictures = [generator.integers(0, 256, (*size, 3), dtype=np.uint8) for size in SIZES]
     wanted = Pixels(ImageInputs(SIZES))([torch.from_numpy(picture) for picture in pictures])
@@ -109,7 +109,7 @@ def test_one_picture_in_every_format_is_the_same_to_the_network():
         images = ImageInputs(SIZES, image_format)
         given = [from_rgb(picture, image_format) for picture in pictures]
         assert [image.shape for image in given] == [images.shape(n) for n in range(len(SIZES))]
-        if images.is_nv12:  # keeps less than there is
+        if images.is_nv12:  # loses colour resolution
             seen = [torch.from_numpy(to_rgb(image, image_format)) for image in given]
             wanted_here = Pixels(ImageInputs(SIZES))(seen)
         else:
@@ -119,7 +119,7 @@ def test_one_picture_in_every_format_is_the_same_to_the_network():
 
 
 def test_colors_of_nv12():
-    """OpenCV's bit for bit where it has them, ITU-R BT.601 and BT.709 to a grey value; what is written comes back."""
+    """Bit-identical to OpenCV for its format, within one grey value of BT.601 and BT.709, and reversible."""
     image = np.random.default_rng(3).integers(0, 256, (96, 640), dtype=np.uint8)
     assert np.array_equal(to_rgb(image, "nv12"), cv2.cvtColor(image, cv2.COLOR_YUV2RGB_NV12))
     shares = {"nv12": (0.299, 0.114), "nv12-709": (0.2126, 0.0722)}
@@ -150,11 +150,11 @@ def test_tensorrt_takes_every_format(graphs, image_format, tmp_path):
     assert builder.build_serialized_network(network, config) is not None
 
 
-def test_sizes_and_formats_that_cannot_be():
+def test_invalid_sizes_and_formats_are_named():
     assert ImageInputs.of_rig(2, SIZE).sizes == (SIZE, SIZE)
     assert ImageInputs.of_rig(2, SIZE, (64, 112)).sizes == ((64, 112),) * 2
     assert ImageInputs.of_rig(2, SIZE, [(64, 112), [90, 160]]).sizes == ((64, 112), (90, 160))
-    for raw_size, image_format, said in (
+    for raw_size, image_format, message in (
         (
             (64, 112, 3),
             "rgb",
@@ -169,7 +169,7 @@ def test_sizes_and_formats_that_cannot_be():
         ((65, 112), "nv12", "raw size of camera 0 is 65x112; nv12 needs even numbers"),
         (None, "yuy2", "image format 'yuy2' is not known; use one of rgb, bgr, rgb-chw, bgr-chw, nv12, "),
     ):
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=message):
             ImageInputs.of_rig(2, SIZE, raw_size, image_format)
     with pytest.raises(ConfigError, match="cameras is 0; give at least 1"):
         ImageInputs.of_rig(0, SIZE)

@@ -242,9 +242,9 @@ def test_streammapnet_matches_published_extractor(golden):
 
 
 def test_lines_simplify_to_those_the_streammapnet_evaluator_scores(golden):
-    """It simplifies the ground truth by Douglas-Peucker, 0.2 m; of exact vertices that gives the published ones.
+    """The evaluator simplifies lines by Douglas-Peucker, 0.2 m: exact vertices give the published lines.
 
-    Where two vertices are equally far from a chord, rounding decides which one stays, and both are right.
+    If two vertices are equally far from a chord, rounding decides which one is kept, and both results are right.
     """
     lane_map, poses, _ = golden_poses(golden)
     compared = 0
@@ -253,7 +253,7 @@ def test_lines_simplify_to_those_the_streammapnet_evaluator_scores(golden):
             x, y = global_from_ego[:2, 3]
             lines = lane_map.lines(x, y, yaw_from_rotation(global_from_ego), size, "streammapnet")
             for line in want["lines"]:
-                if line["closed"]:  # a ring is simplified from its start, which is free
+                if line["closed"]:  # the result for a ring depends on its start, which is arbitrary
                     continue
                 compared += 1
                 label, points, wanted = (

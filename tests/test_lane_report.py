@@ -30,7 +30,7 @@ def test_working_point_by_hand():
     # At 1 m (the middle threshold) the flags by falling score are 1 0 1, and there are 2 ground-truth lines.
     # F1 = 2 tp / (used + true): 2/3 from 0.9 on, 2/4 from 0.5 on, 4/5 from 0.3 on, which is the best.
     result = evaluate_lanes(*operating_case())
-    point = result.working["divider"]
+    point = result.operating_points["divider"]
     assert result.operating_threshold == 1.0
     assert point.score == 0.3
     assert (point.precision, point.recall, point.f1) == pytest.approx((2 / 3, 1.0, 4 / 5))
@@ -48,14 +48,16 @@ def test_working_point_by_hand():
 def test_working_point_at_a_given_score():
     # From 0.5 on: one of two is right, one of two is found, all found metres are 0.4 m off.
     result = evaluate_lanes(*operating_case(), score_threshold=0.5)
-    point = result.working["divider"]
+    point = result.operating_points["divider"]
     assert (point.score, point.precision, point.recall, point.f1) == pytest.approx((0.5, 1 / 2, 1 / 2, 1 / 2))
     assert (point.error, point.median_error) == pytest.approx((0.4, 0.4))
     assert [b.recall for b in point.bins] == [pytest.approx(1), pytest.approx(1 / 2), 0, None]
     assert [b.error for b in point.bins] == [pytest.approx(0.4), pytest.approx(0.4), None, None]
     assert result.ap == evaluate_lanes(*operating_case()).ap
     # One score for each class; from above all of them on nothing is used.
-    none = evaluate_lanes(*operating_case(), score_threshold=dict.fromkeys(LINE_CLASSES, 0.95)).working["divider"]
+    none = evaluate_lanes(*operating_case(), score_threshold=dict.fromkeys(LINE_CLASSES, 0.95)).operating_points[
+        "divider"
+    ]
     assert (none.precision, none.recall, none.error, none.false_metres_per_frame) == (None, 0, None, 0)
 
 
@@ -64,7 +66,7 @@ def test_position_error_is_measured_to_the_line_and_not_to_its_vertices():
     # median x are 5.
     result = evaluate_lanes({"a": [line([[0, 0], [10, 1]])]}, {"a": [line([[0, 0], [10, 0]])]})
     expected = 5 * np.sin(np.arctan(0.1))
-    point = result.working["divider"]
+    point = result.operating_points["divider"]
     assert (point.error, point.median_error, point.bins[0].error) == pytest.approx((expected,) * 3)
 
 
@@ -75,9 +77,9 @@ def test_equal_scores_are_used_together():
     same = [line([[0, y], [10, y]], score=0.5) for y in (9, -5, -9, -13)]
     for order in (1, -1):
         found = [line([[0, 0], [10, 0]], score=0.9), *same[::order]]
-        point = evaluate_lanes({"a": found}, gt).working["divider"]
+        point = evaluate_lanes({"a": found}, gt).operating_points["divider"]
         assert (point.score, point.precision, point.f1) == pytest.approx((0.9, 1, 2 / 3))
-        point = evaluate_lanes({"a": found}, gt, score_threshold=0.5).working["divider"]
+        point = evaluate_lanes({"a": found}, gt, score_threshold=0.5).operating_points["divider"]
         assert (point.precision, point.recall, point.f1) == pytest.approx((2 / 5, 1, 4 / 7))
 
 
@@ -85,7 +87,7 @@ def test_a_class_without_hits_keeps_all_its_predictions():
     gt = {"a": [line([[0, 0], [10, 0]])]}
     far = [line([[0, 9], [10, 9]], score=s) for s in (0.7, 0.2)]
     other = [line([[0, 3], [5, 3]], "boundary", 0.6)]  # of a class without ground truth
-    working = evaluate_lanes({"a": far + other}, gt).working
+    working = evaluate_lanes({"a": far + other}, gt).operating_points
     point = working["divider"]
     assert (point.score, point.precision, point.recall, point.f1, point.error) == (0.2, 0, 0, 0, None)
     assert point.false_metres_per_frame == pytest.approx(20)
@@ -99,7 +101,7 @@ def test_a_class_without_hits_keeps_all_its_predictions():
 def test_distance_bins_cover_the_lane_range():
     gt = {"a": [line([[0, 0], [50, 0]])]}
     for lane_range, last in ((LaneRange(60.0, 30.0), 30), (LaneRange(100.0, 50.0), 50)):
-        bins = evaluate_lanes(gt, gt, lane_range=lane_range).working["divider"].bins
+        bins = evaluate_lanes(gt, gt, lane_range=lane_range).operating_points["divider"].bins
         assert [b.near for b in bins] == list(range(0, last + 1, 10)) and bins[-1].far is None
         assert bins[-1].near < np.hypot(lane_range.x, lane_range.y) / 2 <= bins[-1].near + 10
         assert sum(b.metres_per_frame for b in bins) == pytest.approx(50)
@@ -111,8 +113,10 @@ def test_result_as_json_and_as_table():
     # Precision 1 up to the first of two ground-truth lines, 2/3 up to the second.
     assert record["ap"]["divider"]["1.0"] == pytest.approx((1 + 2 / 3) / 2)
     assert record["protocol"] == "maptr" and record["lane_range"] == "60x30" and record["frames"] == 2
-    assert record["working"]["divider"]["f1"] == pytest.approx(4 / 5) and record["operating_threshold_m"] == 1.0
-    assert record["working"]["divider"]["bins"][3] == {
+    assert (
+        record["operating_points"]["divider"]["f1"] == pytest.approx(4 / 5) and record["operating_threshold_m"] == 1.0
+    )
+    assert record["operating_points"]["divider"]["bins"][3] == {
         "near": 30.0, "far": None, "metres_per_frame": 0.0, "recall": None, "error": None, "median_error": None,
     }  # fmt: skip
     blocks = result.table().split("\n\n")

@@ -1,4 +1,4 @@
-"""Latency of runtimes that take turns: what is refused before, what bounds it, and what an interruption leaves."""
+"""Latency of runtimes that take turns: rejected arguments, time limit, and interruption."""
 
 import importlib.util
 import json
@@ -25,15 +25,15 @@ def test_runtimes_take_turns(small_network, fp32_export, capsys):
     threads = torch.get_num_threads()
     measured = measure(small_network, fp32_export, ["pytorch", "ort"], passes=3, threads=threads + 1, progress=True)
     assert torch.get_num_threads() == threads
-    assert [len(told.passes) for told in measured.values()] == [3, 3]
+    assert [len(result.passes) for result in measured.values()] == [3, 3]
     rows = latency.table(measured).splitlines()
     assert rows[2].startswith(f"| pytorch | {threads + 1} CPU threads |") and rows[2].endswith("| 1.00 | 0.0e+00 | 0 |")
     assert rows[3].startswith("| ort | CPU |")
-    told = latency.as_dict(measured)["ort"]
-    assert told["p50"] == np.percentile(told["passes"], 50) > told["filling"] > 0
-    assert 0 < told["largest"] < 1e-3 and 0 < told["changed"] < 1e-4
+    ort = latency.as_dict(measured)["ort"]
+    assert ort["p50"] == np.percentile(ort["passes"], 50) > ort["filling"] > 0
+    assert 0 < ort["largest"] < 1e-3 and 0 < ort["changed"] < 1e-4
     shown = capsys.readouterr().err
-    assert "making ort ready" in shown and "passes of all runtimes: 100%" in shown
+    assert "preparing ort" in shown and "passes of all runtimes: 100%" in shown
 
 
 @needs_openvino
@@ -42,7 +42,7 @@ def test_openvino_takes_its_turn(small_network, fp32_export):
     assert measured["openvino"].device == "CPU" and 0 < measured["openvino"].largest < 1e-3
 
 
-def test_differences_count_whatever_the_order():
+def test_differences_do_not_depend_on_the_order():
     generator = np.random.default_rng(0)
     wanted = {"raw_box_logits": generator.normal(size=(5, 3)), "raw_box_params": 100 * generator.normal(size=(5, 4))}
     found = {name: values[::-1].copy() for name, values in wanted.items()}
@@ -52,7 +52,7 @@ def test_differences_count_whatever_the_order():
     assert largest_difference({"new_memory": np.zeros(3)}, {"new_memory": np.full(3, 0.5)}) == 0.5
 
 
-def test_time_is_bounded_and_ctrl_c_keeps_what_was_measured(small_network, fp32_export, monkeypatch):
+def test_time_is_bounded_and_ctrl_c_keeps_the_measurements(small_network, fp32_export, monkeypatch):
     measured = measure(small_network, fp32_export, ["ort"], passes=10**6, max_seconds=1e-6)
     assert len(measured["ort"].passes) == 1
     timed, calls = latency._timed, []
@@ -66,7 +66,7 @@ def test_time_is_bounded_and_ctrl_c_keeps_what_was_measured(small_network, fp32_
     monkeypatch.setattr(latency, "_timed", interrupted)
     with pytest.raises(Interrupted) as stop:
         measure(small_network, fp32_export, ["pytorch", "ort"], passes=10)
-    assert [len(told.passes) for told in stop.value.measured.values()] == [2, 2]  # the third turn was not complete
+    assert [len(result.passes) for result in stop.value.measured.values()] == [2, 2]  # the third turn was not complete
     calls[:] = [None] * 5
     with pytest.raises(KeyboardInterrupt) as stop:
         measure(small_network, fp32_export, ["pytorch", "ort"], passes=10)
@@ -86,12 +86,12 @@ def test_time_is_bounded_and_ctrl_c_keeps_what_was_measured(small_network, fp32_
         (["tensorrt"], {}, "holds no engine; build one with"),
     ],
 )
-def test_requests_that_cannot_be_met(small_network, fp32_export, backends, changes, message):
+def test_invalid_arguments_are_named(small_network, fp32_export, backends, changes, message):
     with pytest.raises(ConfigError, match=message):
         check_request(small_network, fp32_export, backends, **(BOUNDS | changes))
 
 
-def test_runtimes_that_are_not_here(small_network, fp32_export, exports, monkeypatch):
+def test_missing_runtimes_are_named(small_network, fp32_export, exports, monkeypatch):
     with pytest.raises(ConfigError, match="tensorrt runs an engine; give the folder of an export that holds one"):
         check_request(small_network, None, ["tensorrt"], **BOUNDS)
     other = BEVTransformer(replace(small_network.config, image_size=(48, 80)))
@@ -117,7 +117,7 @@ def test_the_command(small_network, fp32_export, tmp_path, monkeypatch, capsys):
         return stop.value.code
 
     with monkeypatch.context() as before:
-        before.setattr("perception.export.onnx.trace", None)  # refused before any work
+        before.setattr("perception.export.onnx.trace", None)  # rejected before any work
         before.setattr("perception.export.latency.measure", None)
         for arguments, message in (
             (("--backends", "abacus"), "backend 'abacus' is not known"),
@@ -144,15 +144,15 @@ def test_the_command(small_network, fp32_export, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(latency, "_timed", interrupted)
     assert run("--json", out) == 130
-    said = capsys.readouterr()
-    assert said.out.splitlines()[2].startswith("| ort |") and said.err.endswith("interrupted\n")
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[2].startswith("| ort |") and printed.err.endswith("interrupted\n")
     assert not out.exists()
 
 
 @pytest.mark.slow
-def test_compilers_are_tried_before(small_network, monkeypatch):
+def test_compilers_are_checked_first(small_network, monkeypatch):
     check_request(small_network, None, ["compile"], **BOUNDS)
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", lambda function: lambda x: shutil.copy("/nowhere", "/nowhere"))
-    with pytest.raises(ConfigError, match=r"backend compile finds no compiler that works: .*nowhere"):
+    with pytest.raises(ConfigError, match=r"backend compile finds no working compiler: .*nowhere"):
         check_request(small_network, None, ["compile"], **BOUNDS)

@@ -1,4 +1,4 @@
-"""Graphs in an older opset: the same answers in forms that old parsers read right, or a refusal."""
+"""Graphs in an older opset: equal outputs in forms that old parsers read correctly, or an error."""
 
 import numpy as np
 import onnx
@@ -11,7 +11,7 @@ from perception.export.lowering import OPSET, OPSET_FP8, TRACED, lower_graph
 
 
 def graph_of(nodes, constants=(), opset=TRACED):
-    """A model x [2, 4, 6] -> y of these nodes."""
+    """Creates a model x [2, 4, 6] -> y of nodes."""
     graph = helper.make_graph(
         nodes, "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 4, 6])],
         [onnx.ValueInfoProto(name="y")],
@@ -39,12 +39,12 @@ def test_axes_become_attributes(kind, keep):
 
 
 def test_sums_keep_their_axes_as_an_input():
-    """Since opset 13 ReduceSum has no other form, and the oldest parser reads it."""
+    """Since opset 13 ReduceSum has only this form, and the oldest parser reads it."""
     model = graph_of([helper.make_node("ReduceSum", ["x", "axes"], ["y"], name="r")], [("axes", np.array([1]))])
     assert list(lower_graph(model, OPSET).graph.node[0].input) == ["x", "axes"]
 
 
-def test_equal_parts_get_their_sizes():
+def test_split_into_equal_parts_gets_sizes():
     nodes = [
         helper.make_node("Split", ["x"], ["a", "b"], name="s", axis=2, num_outputs=2),
         helper.make_node("Sub", ["a", "b"], ["y"], name="m"),
@@ -57,7 +57,7 @@ def test_equal_parts_get_their_sizes():
 
 
 def test_a_constant_in_equal_parts():
-    """Its shape stands with its values alone, not among those of the graph's other tensors."""
+    """The shape of a constant is not among those of the graph's other tensors."""
     nodes = [
         helper.make_node("Split", ["w"], ["a", "b"], name="s", axis=0, num_outputs=2),
         helper.make_node("Sub", ["x", "b"], ["y"], name="m"),
@@ -66,14 +66,14 @@ def test_a_constant_in_equal_parts():
     assert ReferenceEvaluator(lower_graph(model, OPSET)).run(None, {"x": X})[0] == pytest.approx(X - 2)
 
 
-def test_graphs_with_8_bit_floats_are_of_their_opset_before():
+def test_graphs_with_8_bit_floats_keep_their_opset():
     model = graph_of([helper.make_node("Relu", ["x"], ["y"], name="r")], opset=OPSET_FP8)
     assert lower_graph(model, OPSET_FP8).opset_import[0].version == OPSET_FP8
     with pytest.raises(ConfigError, match="the graph is of opset 19; give one of opset 18"):
         lower_graph(model, OPSET)
 
 
-def test_what_has_no_older_form_is_refused():
+def test_operators_without_an_older_form_are_rejected():
     axes_from_data = [
         helper.make_node("Shape", ["x"], ["axes"], name="shape"),
         helper.make_node("ReduceMax", ["x", "axes"], ["y"], name="r"),

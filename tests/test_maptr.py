@@ -82,7 +82,7 @@ def test_imported_networks_are_evaluated(network, tmp_path, town_root):
     data = NuScenesDataset(town_root, VERSION, "town_val", image_size=(60, 90))
     evaluation, stream = evaluate_dataset(model.eval(), data)
     assert 0 <= evaluation.detection.nds < 0.2 and 0 <= evaluation.lanes.mean_ap < 0.2
-    assert len(stream.scenes) == len(data) and evaluation.table()
+    assert len(stream.objects) == len(data) and evaluation.table()
     path = tmp_path / f"{network}.py"
     preset = "bevformer_tiny" if network == "bevformer" else "maptr_tiny_r50_24e_bevformer"
     path.write_text(f"""

@@ -11,8 +11,9 @@ import torch
 from perception.geometry import invert_rigid, project_points, transform_points
 from perception.models.checkpoint import load_model, save_checkpoint
 from perception.models.maptrv2.config import MapTRv2Config
+from perception.models.maptrv2.encoder import camera_parameters, lifted_points
 from perception.models.maptrv2.losses import draw_lines_in_images
-from perception.models.maptrv2.model import MapTRv2, camera_parameters, lifted_points
+from perception.models.maptrv2.model import MapTRv2
 from perception.models.published.backbone import FPNConfig
 from perception.models.published.encoder import GeometryKernelAttention
 from perception.models.published.geometry import NUSCENES_EGO_FROM_LIDAR

@@ -229,12 +229,12 @@ def test_a_cell_knows_how_much_farther_an_object_is():
     attention.value = torch.nn.Conv2d(3, 8, 1)
     query = torch.zeros(1, 256, 10)
     attention.offset = torch.nn.Linear(10, 2)
-    told = attention(query, torch.zeros(1, 1, 3, 6, 10), distance, make_rig(1, (48, 80)), (48, 80))
-    told = told.reshape(16, 16, 10)[:, 8, 8:]  # along x, 1 m left of the axis; the camera looks along x
-    assert (told[:8] == 0).all()
-    assert told[12].tolist() == pytest.approx([0.25, 0.0], abs=1e-5)  # the cell at 9 m
-    assert told[11, 1].item() == pytest.approx(10 * math.log(9 / 7) / math.log(80), abs=1e-5)
-    assert told[15, 1].item() == -1.0  # limited: 15 m is more than half as far again
+    geometry = attention(query, torch.zeros(1, 1, 3, 6, 10), distance, make_rig(1, (48, 80)), (48, 80))
+    geometry = geometry.reshape(16, 16, 10)[:, 8, 8:]  # along x, 1 m left of the axis; the camera looks along x
+    assert (geometry[:8] == 0).all()
+    assert geometry[12].tolist() == pytest.approx([0.25, 0.0], abs=1e-5)  # the cell at 9 m
+    assert geometry[11, 1].item() == pytest.approx(10 * math.log(9 / 7) / math.log(80), abs=1e-5)
+    assert geometry[15, 1].item() == -1.0  # limited: 15 m is more than half as far again
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""OpenVINO runs an export as ONNX Runtime does, in float32 and partly in bfloat16, and keeps to itself."""
+"""OpenVINO gives the outputs of ONNX Runtime in float32 and in bfloat16, without telemetry."""
 
 import gc
 import importlib.util
@@ -19,11 +19,11 @@ from perception.errors import CheckpointError, ConfigError
 from perception.export.latency import largest_difference
 from perception.export.openvino_session import BFLOAT16, FLOAT32, openvino_core
 from perception.export.parity import certify
-from perception.export.quantize import changed
+from perception.export.quantize import relative_change
 from perception.export.replay import camera_frame, frame_inputs, replay_frames
 from perception.export.runtime import Runtime
 
-# Asking for the module itself would import it with its telemetry.
+# find_spec does not import openvino, which would start its telemetry.
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is not installed")
 
 
@@ -36,7 +36,7 @@ def with_bfloat16():
 
 
 def answers(runtime, town, count=8):
-    """Raw outputs and memory over the first frames of a drive; at one a camera is missing, at one all are turned."""
+    """Returns raw outputs and memory of the first frames; one has a missing camera, one has rotated cameras."""
     rows = []
     for _, (_, frame) in zip(range(count), replay_frames(town, 6), strict=False):
         for name, array in frame_inputs(camera_frame(frame, runtime.images)).items():
@@ -51,7 +51,7 @@ def stacked(rows):
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def test_float32_answers_are_those_of_onnx_runtime(fp32_export, small_town):
+def test_float32_outputs_equal_onnx_runtime(fp32_export, small_town):
     ours, theirs = Runtime(fp32_export, backend=FLOAT32, threads=1), Runtime(fp32_export)
     buffers = {name: array.ctypes.data for name, array in (ours.inputs | ours.outputs).items()}
     for one, other in zip(answers(theirs, small_town), answers(ours, small_town), strict=True):
@@ -69,14 +69,14 @@ def test_float32_answers_are_those_of_onnx_runtime(fp32_export, small_town):
     [("fp16", False, 0.002), ("int8", False, 0.02), ("int8", True, 0.02), ("fp8", False, 0.02)],
 )
 def test_graphs_of_other_precisions(exports, small_town, precision, for_cpu, most):
-    """Both runtimes round at other places, so answers are as close as those of the graph are to float32."""
+    """The runtimes round differently, so their difference is about that between the graph and float32."""
     folder = exports(precision, for_cpu)
     wanted, found = (stacked(answers(Runtime(folder, backend=name), small_town)) for name in ("onnxruntime", FLOAT32))
-    assert changed(wanted, found) < most
+    assert relative_change(wanted, found) < most
 
 
 def test_types_are_those_of_the_graph(with_bfloat16, fp32_export, small_town):
-    """By default OpenVINO would compute all of it in bfloat16 on this CPU, projection and sampling too."""
+    """By default OpenVINO would compute everything in bfloat16 on this CPU, also projection and sampling."""
     for backend, of_weights in ((FLOAT32, "f32"), (BFLOAT16, "bf16")):
         runtime = Runtime(fp32_export, backend=backend)
         types = {}
@@ -87,7 +87,7 @@ def test_types_are_those_of_the_graph(with_bfloat16, fp32_export, small_town):
         assert types["Convolution"] == {of_weights} and of_weights in types["FullyConnected"]
         assert types["GridSample"] == types["MVN"] == types["Softmax"] == {"f32"}
     wanted, found = (stacked(answers(x, small_town)) for x in (Runtime(fp32_export), runtime))
-    assert 1e-3 < changed(wanted, found) < 0.03
+    assert 1e-3 < relative_change(wanted, found) < 0.03
 
 
 def test_certificates_of_openvino(with_bfloat16, small_network, fp32_export, small_town, tmp_path):
@@ -97,7 +97,7 @@ def test_certificates_of_openvino(with_bfloat16, small_network, fp32_export, sma
         assert f"run by {backend}." in found.markdown()
         if backend == FLOAT32:
             assert found.failures == []
-        else:  # held to metrics alone, as float16 is
+        else:  # only metrics have gates, as for float16
             assert all(failure.split()[0] in ("nds", "lane_mAP") for failure in found.failures)
         found.save(folder)
         assert json.loads((folder / f"certificate.{backend}.json").read_text())["backend"] == backend
@@ -113,7 +113,7 @@ def test_the_gate_sees_a_broken_weight_in_openvino(small_network, fp32_export, s
 
 
 def altered(folder, tmp_path, change):
-    """A copy of an export with another graph, under a contract that holds its hash."""
+    """Copies an export with another graph and its hash in the contract."""
     import hashlib
 
     copy = Path(shutil.copytree(folder, tmp_path / "altered"))
@@ -127,7 +127,7 @@ def altered(folder, tmp_path, change):
     return copy
 
 
-def test_what_cannot_be_run(fp32_export, exports, tmp_path, monkeypatch):
+def test_errors_name_the_cause(fp32_export, exports, tmp_path, monkeypatch):
     def unknown(graph):
         next(node for node in graph.node if node.op_type == "Relu").op_type = "Abacus"
 
@@ -149,7 +149,7 @@ def test_what_cannot_be_run(fp32_export, exports, tmp_path, monkeypatch):
     core = SimpleNamespace(get_property=lambda device, name: old[name])
     monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=lambda: core))
     with pytest.raises(
-        ConfigError, match=r"needs a CPU that computes in bfloat16 .*; Old CPU does not: use backend open"
+        ConfigError, match=r"needs a CPU with bfloat16 .*, which Old CPU does not have; use backend open"
     ):
         Runtime(fp32_export, backend=BFLOAT16)
     monkeypatch.setitem(sys.modules, "openvino", None)
@@ -158,7 +158,7 @@ def test_what_cannot_be_run(fp32_export, exports, tmp_path, monkeypatch):
 
 
 def test_no_telemetry_and_no_torch(fp32_export, tmp_path):
-    """In a vehicle: what openvino's own import writes into the home directory does not appear."""
+    """OpenVINO writes nothing into the home directory, as its own import would do."""
     code = f"""
 import sys
 sys.modules["torch"] = None

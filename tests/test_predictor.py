@@ -1,4 +1,4 @@
-"""Live use gives what streaming a dataset gives, and refuses what it cannot use."""
+"""The predictor gives the results of streaming a dataset, and rejects invalid inputs."""
 
 import json
 
@@ -30,7 +30,7 @@ def model() -> BEVTransformer:
 
 
 def intrinsics(root) -> dict:
-    """Calibration [3, 3] as the tables have it, per sample token and channel."""
+    """Returns the intrinsics [3, 3] of the tables by sample token and channel."""
 
     def rows(name):
         return {row["token"]: row for row in json.loads((root / VERSION / f"{name}.json").read_text())}
@@ -43,8 +43,8 @@ def intrinsics(root) -> dict:
     return found
 
 
-class Drive:
-    """The town's first scene as a vehicle would meet it: images as stored, their calibration, poses, times."""
+class Sequence:
+    """The inputs of the first scene of the town: stored images, their calibration, poses, times."""
 
     def __init__(self, root):
         stored = NuScenesDataset(root, VERSION, "town_val", image_size=(128, 224))
@@ -62,13 +62,13 @@ class Drive:
         self.poses = [stored.ego_pose(i) for i in self.samples]
         self.times = [float(stored.timestamps[i]) for i in self.samples]
 
-    def moment(self, k: int) -> list:
+    def arguments(self, k: int) -> list:
         return [self.images[k], self.rigs[k], self.poses[k], self.times[k]]
 
 
 @pytest.fixture(scope="module")
-def drive(town_root) -> Drive:
-    return Drive(town_root)
+def sequence(town_root) -> Sequence:
+    return Sequence(town_root)
 
 
 def assert_same(found, expected, tolerance=1e-5):
@@ -79,48 +79,48 @@ def differ(first, second) -> bool:
     return not torch.allclose(first.boxes.center, second.boxes.center, atol=1e-3)
 
 
-def test_live_use_is_the_stream_of_the_dataset(town_root, drive, model):
+def test_the_predictor_equals_the_stream_of_the_dataset(town_root, sequence, model):
     dataset = NuScenesDataset(town_root, VERSION, "town_val", image_size=SMALL.image_size)
     stream = predict_stream(model, dataset)
     predictor = Predictor(model)
-    for k, token in enumerate(drive.tokens):
-        scene = predictor.step(*drive.moment(k))
-        assert_same(scene, stream.scenes[token])
-    # Poses matter: without their motion the memory is carried along wrongly.
+    for k, token in enumerate(sequence.tokens):
+        objects = predictor.step(*sequence.arguments(k))
+        assert_same(objects, stream.objects[token])
+    # Poses matter: without their motion the memory is warped wrongly.
     predictor.reset()
-    for k in range(len(drive.tokens)):
-        images, rig, _, time = drive.moment(k)
-        scene = predictor.step(images, rig, np.eye(4), time)
-    assert differ(scene, stream.scenes[drive.tokens[-1]])
+    for k in range(len(sequence.tokens)):
+        images, rig, _, time = sequence.arguments(k)
+        objects = predictor.step(images, rig, np.eye(4), time)
+    assert differ(objects, stream.objects[sequence.tokens[-1]])
 
 
-def test_poses_far_from_the_origin_change_nothing(drive, model):
-    # In float32 a pose at 4000 km would be known to half a metre only.
+def test_poses_far_from_the_origin_change_nothing(sequence, model):
+    # A pose at 4000 km has a resolution of half a metre in float32.
     near, far = Predictor(model), Predictor(model)
     moved = np.eye(4)
     moved[:2, 3] = 4e6, -4e6
     for k in range(3):
-        images, rig, pose, time = drive.moment(k)
+        images, rig, pose, time = sequence.arguments(k)
         assert_same(far.step(images, rig, moved @ pose, time), near.step(images, rig, pose, time), 1e-4)
 
 
-def test_memory_ends_with_reset_and_with_a_gap(drive, model):
-    fresh = Predictor(model).step(*drive.moment(1))
+def test_memory_ends_with_reset_and_with_a_gap(sequence, model):
+    fresh = Predictor(model).step(*sequence.arguments(1))
     predictor = Predictor(model)
-    predictor.step(*drive.moment(0))
-    remembering = predictor.step(*drive.moment(1))
+    predictor.step(*sequence.arguments(0))
+    remembering = predictor.step(*sequence.arguments(1))
     assert differ(remembering, fresh)
     predictor.reset()
-    assert_same(predictor.step(*drive.moment(1)), fresh)
+    assert_same(predictor.step(*sequence.arguments(1)), fresh)
     for seconds, forgets in ((1.9, False), (2.1, True)):
         predictor.reset()
-        images, rig, pose, _ = drive.moment(0)
-        predictor.step(images, rig, pose, drive.times[1] - seconds)
-        assert differ(predictor.step(*drive.moment(1)), fresh) is not forgets
+        images, rig, pose, _ = sequence.arguments(0)
+        predictor.step(images, rig, pose, sequence.times[1] - seconds)
+        assert differ(predictor.step(*sequence.arguments(1)), fresh) is not forgets
 
 
-def test_images_of_any_shape_and_their_calibration_are_judged_by_their_own_size(drive, model):
-    images, rig, pose, time = drive.moment(0)
+def test_calibration_is_checked_against_the_size_of_its_image(sequence, model):
+    images, rig, pose, time = sequence.arguments(0)
     tiny = [np.zeros((1, 1, 3), np.uint8), np.zeros((1, 4000, 3), np.uint8), *images[2:]]
     tiny_rig = rig._replace(img_from_cam=rig.img_from_cam.clone())
     for camera, width in ((0, 1.0), (1, 4000.0)):
@@ -130,15 +130,15 @@ def test_images_of_any_shape_and_their_calibration_are_judged_by_their_own_size(
         Predictor(model).step(tiny, rig, pose, time)
 
 
-def test_images_of_another_size_are_fitted(drive, model):
-    # Every pixel four times, and the calibration of the larger image: the same picture, so nearly the same scene.
-    images, rig, pose, time = drive.moment(0)
+def test_images_of_another_size_are_fitted(sequence, model):
+    # Each pixel repeated 2 x 2 times, with the calibration of the larger image, gives nearly the same objects.
+    images, rig, pose, time = sequence.arguments(0)
     larger = images.repeat(2, axis=1).repeat(2, axis=2)
     twice = rig._replace(img_from_cam=torch.diag(torch.tensor([2.0, 2.0, 1.0])).double() @ rig.img_from_cam)
     expected = Predictor(model).step(images, rig, pose, time)
 
-    def change(scene) -> float:
-        return float((scene.lines.points - expected.lines.points).abs().median())
+    def change(objects) -> float:
+        return float((objects.lines.points - expected.lines.points).abs().median())
 
     fitted = change(Predictor(model).step(larger, twice, pose, time))
     wrong = change(Predictor(model).step(larger, rig, pose, time))
@@ -149,8 +149,8 @@ def test_images_of_another_size_are_fitted(drive, model):
     assert change(Predictor(model).step(mixed, mixed_rig, pose, time)) < 0.25 * wrong
 
 
-def test_a_missing_camera_is_ignored_whatever_stands_in_its_place(drive, model):
-    images, rig, pose, time = drive.moment(0)
+def test_the_image_of_a_missing_camera_is_ignored(sequence, model):
+    images, rig, pose, time = sequence.arguments(0)
     everything = Predictor(model).step(images, rig, pose, time)
     gone = rig._replace(present=torch.tensor([True, False] + [True] * (len(images) - 2)))
     without = Predictor(model).step(images, gone, pose, time)
@@ -158,27 +158,27 @@ def test_a_missing_camera_is_ignored_whatever_stands_in_its_place(drive, model):
     broken = gone._replace(img_from_cam=rig.img_from_cam.clone(), ego_from_cam=rig.ego_from_cam.clone())
     broken.img_from_cam[1], broken.ego_from_cam[1] = torch.nan, torch.nan
     assert_same(Predictor(model).step([images[0], None, *images[2:]], broken, pose, time), without)
-    # The other cameras alone are the same thing: their number is free.
+    # A rig of the other cameras gives the same result.
     others = torch.arange(len(images)) != 1
     fewer = Predictor(model).step(images[others.numpy()], map_tensors(lambda t: t[others], rig), pose, time)
     assert_same(fewer, without, 1e-4)
 
 
-def test_min_score_leaves_out_the_rest(drive, model):
-    everything = Predictor(model).step(*drive.moment(0))
+def test_min_score_is_the_score_threshold(sequence, model):
+    everything = Predictor(model).step(*sequence.arguments(0))
     scores = everything.boxes.score.unique()
     threshold = float(scores[len(scores) // 2])
-    kept = Predictor(model, min_score=threshold).step(*drive.moment(0))
+    kept = Predictor(model, min_score=threshold).step(*sequence.arguments(0))
     count = int((everything.boxes.score >= threshold).sum())
     assert 0 < count < len(everything.boxes.score)
     assert_same(kept.boxes, map_tensors(lambda tensor: tensor[:count], everything.boxes))
     assert len(kept.lines.score) == len(kept.lines.points) == int((everything.lines.score >= threshold).sum())
 
 
-def test_a_checkpoint_file_will_do(tmp_path, drive, model):
+def test_a_checkpoint_file_is_loaded(tmp_path, sequence, model):
     save_checkpoint(tmp_path / "some.safetensors", model, {})
     loaded = Predictor(tmp_path / "some.safetensors")
-    assert_same(loaded.step(*drive.moment(0)), Predictor(model).step(*drive.moment(0)))
+    assert_same(loaded.step(*sequence.arguments(0)), Predictor(model).step(*sequence.arguments(0)))
     with pytest.raises(CheckpointError, match=r"unheard_of: no weights of this name were shipped \(there are: nano\)"):
         weights_file("unheard_of")
     with pytest.raises(CheckpointError, match=r"import-checkpoint some\.pth --out"):
@@ -186,12 +186,12 @@ def test_a_checkpoint_file_will_do(tmp_path, drive, model):
     assert weights_file("nano") == shipped_weights() == weights_file(shipped_weights())
 
 
-def test_shipped_weights_have_a_name(drive):
+def test_shipped_weights_have_a_name(sequence):
     by_name, by_path = Predictor.from_pretrained("nano", min_score=0.2), Predictor(shipped_weights(), min_score=0.2)
     assert by_name.min_score == 0.2 and not by_name.model.training
     for one, other in zip(by_name.model.parameters(), by_path.model.parameters(), strict=True):
         assert torch.equal(one, other)
-    assert_same(by_name.step(*drive.moment(0)), by_path.step(*drive.moment(0)))
+    assert_same(by_name.step(*sequence.arguments(0)), by_path.step(*sequence.arguments(0)))
     # The numbers of the evaluation that the weights were chosen by; docs and README print the same.
     assert {name: round(value, 3) for name, value in read_metrics("nano").items() if name in ("nds", "lane_mAP")} == {
         "nds": 0.552,
@@ -200,14 +200,14 @@ def test_shipped_weights_have_a_name(drive):
 
 
 @pytest.mark.parametrize("seconds", [0.0, -0.1])
-def test_time_must_go_forward_and_errors_change_nothing(drive, model, seconds):
+def test_time_must_go_forward_and_errors_change_nothing(sequence, model, seconds):
     predictor, undisturbed = Predictor(model), Predictor(model)
     for each in (predictor, undisturbed):
-        each.step(*drive.moment(0))
-    images, rig, pose, time = drive.moment(0)
+        each.step(*sequence.arguments(0))
+    images, rig, pose, time = sequence.arguments(0)
     with pytest.raises(DataError, match=r"time_s is .*last step was at .*reset\(\)"):
         predictor.step(images, rig, pose, time + seconds)
-    assert_same(predictor.step(*drive.moment(1)), undisturbed.step(*drive.moment(1)))
+    assert_same(predictor.step(*sequence.arguments(1)), undisturbed.step(*sequence.arguments(1)))
 
 
 def spoilt(tensor, value, *where):
@@ -254,10 +254,10 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_malformed_input_is_named(drive, model, case):
+def test_malformed_input_is_named(sequence, model, case):
     change, message = WRONG[case]
     with pytest.raises(DataError, match=message):
-        Predictor(model).step(*change(*drive.moment(0)))
+        Predictor(model).step(*change(*sequence.arguments(0)))
 
 
 def test_impossible_settings_are_named(model):

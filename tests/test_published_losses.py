@@ -236,7 +236,7 @@ train = dict(
     model = TrainingModel(trained)
     groups = build_optimizer(model, config.train).param_groups
     assert {group["lr"] for group in groups} == {1e-3, 5e-4}
-    with pytest.raises(ConfigError, match="no losses in the images"):
+    with pytest.raises(ConfigError, match="no image losses"):
         train(load_config(path, {"train.image_epochs": 1}), tmp_path / "other")
     with pytest.raises(ConfigError, match="names 'heatmap'; the losses are"):
         TrainingModel(trained, ("heatmap",))

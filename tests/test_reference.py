@@ -1,4 +1,4 @@
-"""The executor of exports that is not ONNX Runtime, and certificates that read a graph as an old parser does."""
+"""The second executor of exports, and certificates that run a graph as an old parser reads it."""
 
 import json
 from dataclasses import replace
@@ -24,7 +24,7 @@ X = GENERATOR.normal(size=(2, 4, 6)).astype(np.float32)
 
 
 def model_of(nodes, inputs, outputs, constants=(), opset=17):
-    """A model of these nodes; inputs and outputs by name with type and shape."""
+    """Creates a model of nodes; inputs and outputs by name with type and shape."""
     infos = [[helper.make_tensor_value_info(name, *kind) for name, kind in side.items()] for side in (inputs, outputs)]
     tensors = [numpy_helper.from_array(value, name) for name, value in dict(constants).items()]
     graph = helper.make_graph(nodes, "g", *infos, tensors)
@@ -32,7 +32,7 @@ def model_of(nodes, inputs, outputs, constants=(), opset=17):
 
 
 def single(kind, constants=(), opset=17, outputs=1, inputs=("x",), **attributes):
-    """A model x [2, 4, 6] -> y, ... of one node."""
+    """Creates a model x [2, 4, 6] -> y, ... of one node."""
     names = ["y", *(f"y{k}" for k in range(1, outputs))]
     node = helper.make_node(kind, [*inputs, *dict(constants)], names, name="n", **attributes)
     unknown = {name: (TensorProto.FLOAT, None) for name in names}
@@ -47,7 +47,7 @@ def by_runtime(model, inputs):
 
 
 def points():
-    """Places to sample at: anywhere, far outside, on the borders, and on the centres of pixels and between them."""
+    """Returns sampling locations: random, far outside, on borders, on pixel centres and between them."""
     anywhere = GENERATOR.uniform(-1.4, 1.4, (2, 9, 11, 2))
     anywhere[0, 0] = GENERATOR.uniform(-1e4, 1e4, (11, 2))
     special = np.array([-1, 1, -1 - 1e-6, 1 + 1e-6, 0, -1 + 1 / 7, 1 - 1 / 5, -1 - 1 / 7, 1 + 1 / 5, 1e4, -1e4])
@@ -59,7 +59,7 @@ def points():
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize("padding", ["zeros", "border"])
 @pytest.mark.parametrize("mode", ["bilinear", "nearest"])
-def test_sampling_is_that_of_torch_and_of_onnx_runtime(mode, padding, align_corners):
+def test_sampling_equals_torch_and_onnx_runtime(mode, padding, align_corners):
     x, grid = GENERATOR.normal(size=(2, 3, 5, 7)).astype(np.float32), points()
     found = grid_sample(x, grid, mode.replace("bi", ""), padding, align_corners)
     wanted = torch.nn.functional.grid_sample(
@@ -76,7 +76,7 @@ def test_sampling_is_that_of_torch_and_of_onnx_runtime(mode, padding, align_corn
     assert np.array_equal(through_session, found)
 
 
-def test_sampling_that_no_export_holds_is_refused():
+def test_unsupported_sampling_is_rejected():
     node = helper.make_node("GridSample", ["x", "grid"], ["y"], name="s", padding_mode="reflection")
     kinds = {"x": (TensorProto.FLOAT, [1, 1, 2, 2]), "grid": (TensorProto.FLOAT, [1, 1, 1, 2])}
     model = model_of([node], kinds, {"y": (TensorProto.FLOAT, None)})
@@ -86,7 +86,7 @@ def test_sampling_that_no_export_holds_is_refused():
         )
 
 
-def test_resizing_is_that_of_torch():
+def test_resizing_equals_torch():
     x = GENERATOR.normal(size=(2, 3, 5, 7)).astype(np.float32)
     for size in ((10, 14), (3, 20), (5, 4)):
         scales = (1.0, 1.0, size[0] / 5, size[1] / 7)
@@ -94,8 +94,8 @@ def test_resizing_is_that_of_torch():
         assert resize_linear(x, (2, 3, *size), scales) == pytest.approx(wanted.numpy(), abs=1e-5)
 
 
-def test_other_operators_are_those_of_onnx_runtime():
-    """Those that are not left to the library, in the forms that it would run slowly or not at all."""
+def test_other_operators_equal_onnx_runtime():
+    """The reimplemented operators, in the forms that `onnx.reference` runs slowly or not at all."""
     image = {"x": (TensorProto.FLOAT, [2, 4, 9, 11])}
     x = GENERATOR.normal(size=(2, 4, 9, 11)).astype(np.float32)
     weight, bias = GENERATOR.normal(size=(6, 2, 3, 3)).astype(np.float32), np.arange(6, dtype=np.float32)
@@ -131,8 +131,8 @@ def test_other_operators_are_those_of_onnx_runtime():
         assert found[name] == pytest.approx(wanted[name], abs=1e-5), name
 
 
-def test_halves_are_rounded_once():
-    """A softmax of halves is that of real numbers, rounded at the end; with every step in halves it is not."""
+def test_float16_operators_round_once():
+    """A float16 softmax is computed in float32 and rounded at the end, not after every step."""
     nodes = [
         helper.make_node("Cast", ["x"], ["half"], to=TensorProto.FLOAT16),
         helper.make_node("Softmax", ["half"], ["y"], axis=-1),
@@ -145,7 +145,7 @@ def test_halves_are_rounded_once():
     assert np.array_equal(found["y"], (powers / powers.sum(-1, keepdims=True)).astype(np.float16))
 
 
-def test_what_cannot_be_run_is_one_sentence(tmp_path):
+def test_errors_are_one_sentence(tmp_path):
     with pytest.raises(ConfigError, match=r"onnx\.reference cannot run the graph"):
         ReferenceSession(single("NoSuchOperator"))
     path = tmp_path / "model.onnx"
@@ -154,7 +154,7 @@ def test_what_cannot_be_run_is_one_sentence(tmp_path):
         ReferenceSession(path).run({"x": X})
 
 
-# What the parser of TensorRT 8.6 reads, by hand: node, its operator set, and the answer.
+# Readings of the TensorRT 8.6 parser, compared with results by hand.
 
 
 def test_all_axes_are_reduced_where_they_are_an_input():
@@ -168,7 +168,7 @@ def test_all_axes_are_reduced_where_they_are_an_input():
         assert other == [] and ReferenceSession(same).run({"x": X})["y"].shape == (2, 1, 6)
     attribute = single("ReduceMax", axes=[1])
     total = single("ReduceSum", {"axes": np.array([1])})
-    for model in (attribute, total):  # the forms that it reads
+    for model in (attribute, total):  # forms that the parser reads correctly
         parsed, other = as_parsed(model, "TensorRT 8.6")
         assert other == [] and ReferenceSession(parsed).run({"x": X})["y"].shape == (2, 1, 6)
     as_it_is = single("ReduceSum", opset=18, noop_with_empty_axes=1)
@@ -195,7 +195,7 @@ def test_unknown_modes_are_nearest():
             assert np.array_equal(found, grid_sample(x, grid, wanted, "zeros", False))
 
 
-def test_other_forms_that_are_read_otherwise():
+def test_other_misread_forms():
     parts = single("Split", opset=18, outputs=4, axis=2, num_outputs=4)  # ONNX: 2, 2, 2, 0
     parsed, other = as_parsed(parts, "TensorRT 8.6")
     assert other == ["Split n"]
@@ -218,7 +218,7 @@ def test_other_forms_that_are_read_otherwise():
     parsed, other = as_parsed(cut, "TensorRT 8.6")
     assert other == ["constant bound"] and ReferenceSession(parsed).run({})["y"] == 2**31 - 1
     ends = {"starts": np.array([1]), "ends": np.array([2**63 - 1]), "axes": np.array([2])}
-    assert as_parsed(single("Slice", ends), "TensorRT 8.6")[1] == []  # any end behind the last element is the same
+    assert as_parsed(single("Slice", ends), "TensorRT 8.6")[1] == []  # all ends after the last element are equal
 
     whole, scales = np.ones((3, 3), np.int8), np.array([1, 2, 3], np.float32)
     node = helper.make_node("DequantizeLinear", ["whole", "scales", "zeros"], ["y"], name="d")
@@ -240,7 +240,7 @@ def test_other_forms_that_are_read_otherwise():
 
 
 def rewritten(folder, tmp_path, change, checked=None):
-    """A copy of an export with a changed graph under a contract that says so."""
+    """Copies an export and changes its graph and contract."""
     import hashlib
     import shutil
 
@@ -257,7 +257,7 @@ def rewritten(folder, tmp_path, change, checked=None):
 
 
 def read_again(folder, dataset, frames=2, other=None):
-    """The second reading of the first frames of a drive; where there is another folder, of the graph in that."""
+    """Runs the first frames in the second executor, with the graph of another folder if one is given."""
     runtime = Runtime(folder)
     second = SecondExecutor(other or folder, read_contract(other or folder), 40)
     for number, (_, frame) in enumerate(replay_frames(dataset, 6)):
@@ -271,11 +271,11 @@ def read_again(folder, dataset, frames=2, other=None):
 
 
 def to_opset_20(model):
-    """As the exports once were: other names for the modes of GridSample, axes as an input."""
+    """Converts a graph to opset 20: other mode names of GridSample, axes as an input."""
     return convert_version(model, 20)
 
 
-def test_the_certificate_reads_the_export_a_second_time(small_network, fp32_export, small_town):
+def test_the_certificate_uses_the_second_executor(small_network, fp32_export, small_town):
     found = certify(small_network, fp32_export, small_town)
     second = found.second_reading
     assert found.failures == [] and second.runtime == "TensorRT 8.6" and second.frames == 3
@@ -290,22 +290,22 @@ def test_the_certificate_reads_the_export_a_second_time(small_network, fp32_expo
     ]
 
 
-def test_the_fault_of_opset_20_is_found(small_network, fp32_export, small_town, tmp_path):
-    """ONNX Runtime gives the answers of the network, and the certificate fails all the same."""
+def test_misread_modes_of_opset_20_are_found(small_network, fp32_export, small_town, tmp_path):
+    """ONNX Runtime computes the outputs of the network, and the certificate still fails."""
     folder = rewritten(fp32_export, tmp_path, to_opset_20, {"TensorRT 8.6": []})
     found = certify(small_network, folder, small_town)
     second = found.second_reading
     assert max(largest for largest, _ in found.replays[0].raw.values()) < LARGEST
     assert second.runtime == "TensorRT 10.0" and {name.split()[0] for name in second.read_otherwise} == {"GridSample"}
     assert len(second.read_otherwise) == 10 and min(second.by_reading, second.differences["memory"][0]) > 0.1
-    assert found.failures[0].startswith("the parser of TensorRT 10.0 does not read GridSample ")
-    assert "and 7 more as ONNX means it, and answers change by up to" in found.failures[0]
+    assert found.failures[0].startswith("the parser of TensorRT 10.0 misreads GridSample ")
+    assert "and 7 more, and outputs change by up to" in found.failures[0]
     assert any(text.startswith("memory of the second executor differs by") for text in found.failures)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "fp8"])
 def test_misread_nodes_are_found_in_every_precision(exports, precision, small_town, tmp_path):
-    """In eight bits, rounding hides one of them from a comparison with ONNX Runtime, not from one of two readings."""
+    """In eight bits, rounding hides one of them from a comparison with ONNX Runtime, but not from `by_reading`."""
     folder = exports(precision)
     good = read_again(folder, small_town)
     assert good.failures(precision) == [] and good.read_otherwise == ()
@@ -316,13 +316,13 @@ def test_misread_nodes_are_found_in_every_precision(exports, precision, small_to
             for node in [node for node in model.graph.node if node.op_type == "GridSample"][first:]:
                 next(attribute for attribute in node.attribute if attribute.name == "mode").s = b"linear"
 
-        # ONNX Runtime does not take that name at this opset: its answers are those to the graph as it was.
+        # ONNX Runtime rejects that name in this opset, so its outputs are those of the unchanged graph.
         return read_again(folder, small_town, 2, rewritten(folder, tmp_path / str(first), linear))
 
     one, every = misread(-1), misread(0)
     (node,) = one.read_otherwise
     assert one.failures(precision)[0].startswith(
-        f"the parser of {good.runtime} does not read {node} as ONNX means it, and answers change by up to"
+        f"the parser of {good.runtime} misreads {node}, and outputs change by up to"
     )
     assert len(every.read_otherwise) == 10 and len(every.failures(precision)) > 1
     if precision != "fp32":
@@ -330,10 +330,10 @@ def test_misread_nodes_are_found_in_every_precision(exports, precision, small_to
 
 
 def test_axes_as_an_input_are_found(fp32_export, small_town, tmp_path, monkeypatch):
-    """What the parser reads cannot be run, or gives other shapes; one length over all vectors gives other numbers."""
+    """Misread axes give a graph that cannot run, other shapes, or other numbers."""
     folder = rewritten(fp32_export, tmp_path, to_opset_20)
     reduce = READINGS["TensorRT 8.6"]["ReduceL2"]
-    with pytest.raises(ConfigError, match=r"does not read .*ReduceM.* as ONNX means it, .* cannot be run \(.*Reshape"):
+    with pytest.raises(ConfigError, match=r"misreads .*ReduceM.*, and the graph .* cannot be run \(.*Reshape"):
         read_again(folder, small_town)
     monkeypatch.setitem(READINGS, "TensorRT 8.6", {"ReduceL2": reduce})
     with pytest.raises(ConfigError, match=r"cannot be run \(line_closed has the shape \(\) instead of \(8,\)\)"):
@@ -345,7 +345,7 @@ def test_axes_as_an_input_are_found(fp32_export, small_town, tmp_path, monkeypat
     )
     found = read_again(folder, small_town)
     assert found.by_reading > 0.1 and found.read_otherwise == (f"ReduceL2 {one}",)
-    assert found.failures("fp32")[0].startswith(f"the parser of TensorRT 8.6 does not read ReduceL2 {one} as ONNX")
+    assert found.failures("fp32")[0].startswith(f"the parser of TensorRT 8.6 misreads ReduceL2 {one}, and")
 
 
 def test_exports_for_no_tensorrt_are_read_as_onnx_defines_them(exports, small_town):

@@ -13,7 +13,7 @@ from torch import nn
 from perception.data.loader import pad_lines
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError
-from perception.evaluation.dataset import evaluate_scenes
+from perception.evaluation.dataset import evaluate_predictions
 from perception.evaluation.robustness import (
     BadImages,
     MissingCamera,
@@ -31,7 +31,7 @@ from perception.models.bev_transformer.decoder import decode
 from perception.models.bev_transformer.model import BEVTransformer
 from perception.models.checkpoint import save_checkpoint
 from perception.synthetic import VERSION
-from perception.types import ImagePrediction, Prediction, State
+from perception.types import ImagePrediction, LaneRange, Prediction, State
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "evaluate.py"
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
@@ -60,10 +60,10 @@ def model() -> BEVTransformer:
     return BEVTransformer(SMALL).eval()
 
 
-class Witness(nn.Module):
-    """Knows the ground truth of every picture it has seen before, to the pixel, and says what is in it.
+class Oracle(nn.Module):
+    """Predicts the ground truth of images that are pixel by pixel those of the dataset.
 
-    A box or a line is told where its middle lies in the picture of a present camera; velocities only with a memory.
+    A box or a line is predicted if its middle lies in the image of a present camera; velocities only with a memory.
     """
 
     def __init__(self, dataset: NuScenesDataset) -> None:
@@ -91,11 +91,11 @@ class Witness(nn.Module):
             motion = torch.zeros_like(boxes.velocity) if frame.is_first[0] else boxes.velocity.nan_to_num()
             angle = torch.stack([boxes.yaw.sin(), boxes.yaw.cos()], -1)
             params = torch.cat([boxes_at, boxes.size.log(), angle, motion], -1)
-            told = self.shown(i, known, boxes_at) & boxes.valid
-            params, labels = params[told], boxes.label[told]
+            shown = self.shown(i, known, boxes_at) & boxes.valid
+            params, labels = params[shown], boxes.label[shown]
             points, kinds = lines.points[0], lines.label[0]
-            told = self.shown(i, known, nn.functional.pad(points[:, 10], (0, 1)))
-            points, kinds = points[told], kinds[told]
+            shown = self.shown(i, known, nn.functional.pad(points[:, 10], (0, 1)))
+            points, kinds = points[shown], kinds[shown]
         nobody = nn.functional.one_hot(labels, 10), nn.functional.one_hot(kinds, 3)
         box_logits, line_logits = (20.0 * sure[None, None] - 10 for sure in nobody)
         images = ImagePrediction(*(torch.zeros(1) for _ in range(3)))
@@ -113,31 +113,42 @@ class Witness(nn.Module):
         return ((uv > 0) & (uv < torch.tensor([W, H]))).all(-1).logical_and(depth > 0).any(0)
 
 
-def test_a_witness_loses_what_it_is_not_shown(dataset):
-    witness = Witness(dataset)
-    stream = predict_stream(witness, dataset)
-    clean = evaluate_scenes(dataset, stream.scenes).metrics()
+def test_an_oracle_loses_what_missing_cameras_show(dataset):
+    oracle = Oracle(dataset)
+    stream = predict_stream(oracle, dataset)
+    clean = evaluate_predictions(dataset, stream.objects).metrics()
     assert clean["mAP"] > 0.4 and clean["lane_mAP"] > 0.5
     trials = plan_trials(
         dataset.cameras, drop_camera="CAM_FRONT", extrinsics_noise_deg=1.0, corrupt="noise:1", no_memory=True, seed=3
     )
-    card = evaluate_robustness(witness, dataset, trials, clean)
+    card = evaluate_robustness(oracle, dataset, trials, clean)
     front, yaw, noise, alone = card.trials
-    # It cannot say what only the front camera shows, and that is something but not all.
+    # It misses the objects that only the front camera shows, which are some but not all.
     assert 0.05 < card.loss(front, "mAP") < 0.9 and 0 < card.loss(front, "lane_mAP") < 0.9
-    # It does not look at the calibration.
+    # It does not use the calibration.
     assert yaw.metrics == pytest.approx(card.clean)
-    # It does not recognise a single noisy picture.
+    # It recognises no noisy image.
     assert noise.metrics["mAP"] == noise.metrics["lane_mAP"] == 0 and card.loss(noise, "lane_mAP") == 1
-    # By itself it knows no velocity: as if all of the clean run were 0.
+    # Without memory its velocities are 0: as if all of the clean run were 0.
     still = {
         token: scene._replace(boxes=scene.boxes._replace(velocity=torch.zeros_like(scene.boxes.velocity)))
-        for token, scene in stream.scenes.items()
+        for token, scene in stream.objects.items()
     }
-    expected = evaluate_scenes(dataset, still).metrics()
+    expected = evaluate_predictions(dataset, still).metrics()
     assert alone.metrics == pytest.approx({name: expected[name] for name in alone.metrics})
     assert alone.metrics["mAP"] == pytest.approx(clean["mAP"]) and alone.metrics["mAVE"] > 1.2 * clean["mAVE"]
     assert card.memory_gain()["mAVE"] == pytest.approx(1 - clean["mAVE"] / expected["mAVE"])
+
+
+def test_disturbed_and_clean_lines_are_compared_by_the_same_protocol_and_range(dataset):
+    oracle, options = Oracle(dataset), {"protocol": "streammapnet", "lane_range": LaneRange(100.0, 50.0)}
+    predictions = predict_stream(oracle, dataset).scenes
+    clean = evaluate_predictions(dataset, predictions, **options).metrics()
+    assert clean["lane_mAP"] != evaluate_predictions(dataset, predictions).metrics()["lane_mAP"]
+    (alone,) = evaluate_robustness(
+        oracle, dataset, plan_trials(dataset.cameras, no_memory=True), clean, **options
+    ).trials
+    assert alone.metrics["lane_mAP"] == clean["lane_mAP"]  # its lines need no memory
 
 
 def test_losses_are_shares_of_the_clean_run():
@@ -165,8 +176,8 @@ def test_losses_are_shares_of_the_clean_run():
 
 
 def test_a_missing_camera_is_no_black_image(dataset, model):
-    found = predict_stream(model, dataset, disturb=MissingCamera(0)).scenes
-    clean = predict_stream(model, dataset).scenes
+    found = predict_stream(model, dataset, disturb=MissingCamera(0)).objects
+    clean = predict_stream(model, dataset).objects
     # By hand, with a picture that is anything but black: nobody looks at it.
     state, different = model.initial_state(1), []
     with torch.inference_mode():
@@ -183,7 +194,7 @@ def test_a_missing_camera_is_no_black_image(dataset, model):
 
 
 def test_without_memory_every_frame_stands_alone(dataset, model):
-    found = predict_stream(model, dataset, disturb=NoMemory()).scenes
+    found = predict_stream(model, dataset, disturb=NoMemory()).objects
     with torch.inference_mode():
         for i, token in enumerate(dataset.tokens):
             frame = dataset[i].frames
@@ -192,10 +203,10 @@ def test_without_memory_every_frame_stands_alone(dataset, model):
             torch.testing.assert_close(found[token].boxes.center, expected.boxes.center[0], rtol=1e-4, atol=1e-4)
 
 
-def test_what_is_random_depends_on_seed_and_sample_only(dataset, model):
+def test_random_corruptions_depend_on_seed_and_sample_only(dataset, model):
     noise = BadImages("noise", 2, seed=4)
-    whole = predict_stream(model, dataset, disturb=noise).scenes
-    part = predict_stream(model, dataset, disturb=noise, rank=1, world_size=2, workers=1).scenes
+    whole = predict_stream(model, dataset, disturb=noise).objects
+    part = predict_stream(model, dataset, disturb=noise, rank=1, world_size=2, workers=1).objects
     for token, scene in part.items():
         assert torch.equal(scene.boxes.center, whole[token].boxes.center)
     frames = dataset[0].frames

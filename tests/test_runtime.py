@@ -1,4 +1,4 @@
-"""Runtimes of an export: answers, errors, buffers of engines, latency; none of them needs torch."""
+"""Runtimes of an export: outputs, errors, buffers of engines. None of them needs torch."""
 
 import gc
 import hashlib
@@ -28,7 +28,7 @@ from perception.types import CameraRig, map_tensors
 
 
 def five_steps(town):
-    """What the first five frames of a drive hand to `step`; in one of them a camera is missing."""
+    """Yields the arguments of `step` for the first five frames; one frame has a missing camera."""
     for k, (_, frame) in zip(range(5), replay_frames(town, 6), strict=False):
         rig = CameraRig(*(tensor[0].numpy() for tensor in frame.rig))
         images = frame.images[0].permute(0, 2, 3, 1).numpy()
@@ -36,21 +36,27 @@ def five_steps(town):
         yield given, rig, town.ego_pose(k), k * 0.5
 
 
-def test_step_is_what_the_predictor_says(small_network, fp32_export, small_town):
+def test_step_equals_the_predictor(small_network, fp32_export, small_town):
     predictor, runtime = Predictor(small_network), Runtime(fp32_export, min_score=0.02)
     predictor.min_score = 0.02
-    for moment in five_steps(small_town):
-        one, other = predictor.step(*moment), runtime.step(*moment)
+    rings = 0
+    for step in five_steps(small_town):
+        one, other = predictor.step(*step), runtime.step(*step)
+        closed = other.lines.closed
+        rings += closed.sum()
+        assert (other.lines.points[closed, 0] == other.lines.points[closed, -1]).all()
+        assert (other.lines.closed == one.lines.closed.numpy()).all()
         assert len(one.boxes.score) == len(other.boxes.score) > 0
         assert other.boxes.score == pytest.approx(one.boxes.score.numpy(), abs=1e-4)
         assert other.lines.points == pytest.approx(one.lines.points.numpy(), abs=1e-3)
+    assert rings > 0
     buffer = runtime.outputs["box_center"]
     runtime.run()
-    assert runtime.outputs["box_center"] is buffer  # nothing is made anew
+    assert runtime.outputs["box_center"] is buffer  # no new arrays
 
 
 def test_a_step_of_a_mixed_rig(small_network, mixed_export, small_town):
-    """NV12 of several sizes is to the runtime what OpenCV makes of the same bytes is to the predictor."""
+    """The runtime on NV12 of several sizes equals the predictor on the same images converted by OpenCV."""
     predictor, runtime = Predictor(small_network), Runtime(mixed_export)
     images = ImageInputs(MIXED, "nv12")
     for k, (_, frame) in zip(range(3), replay_frames(small_town, 6), strict=False):
@@ -71,30 +77,44 @@ def test_a_step_of_a_mixed_rig(small_network, mixed_export, small_town):
     assert measured["ort"].filling > 0
 
 
-def test_the_runtime_runs_where_torch_cannot_be_imported(fp32_export, small_town, tmp_path):
+# What the library requires and a vehicle does not have.
+ABSENT = (
+    "torch", "torchvision", "scipy", "shapely", "PIL", "cv2", "safetensors", "tqdm", "yaml", "packaging",
+    "pyquaternion", "nuscenes", "mmengine", "mmcv", "mmdet", "mmdet3d", "embreex", "tensorboard", "matplotlib", "onnx",
+    "ml_dtypes",
+)  # fmt: skip
+
+
+def test_the_runtime_needs_numpy_and_onnx_runtime_alone(fp32_export, small_town, tmp_path):
     frame = map_tensors(lambda tensor: tensor[:1], small_town[0].frames)
     rig = {name: getattr(frame.rig, name)[0].numpy() for name in frame.rig._fields}
     np.savez(tmp_path / "frame.npz", images=frame.images[0].permute(0, 2, 3, 1).numpy(), **rig)
     code = f"""
 import sys
-sys.modules["torch"] = None
+for name in {ABSENT!r}:
+    sys.modules[name] = None  # importing it is an ImportError
 import numpy as np
 import perception.export.engine_session
-from perception.export.runtime import Runtime
-from perception.types import CameraRig
+from perception import CameraRig, Runtime
 data = np.load({str(tmp_path / "frame.npz")!r})
 runtime = Runtime({str(fp32_export)!r})
 rig = CameraRig(*(data[name] for name in CameraRig._fields))
-scene = runtime.step(data["images"], rig, np.eye(4), 0.0)
-assert len(scene.boxes.score) and np.isfinite(scene.lines.points).all()
-print(len(scene.boxes.score))
+objects = runtime.step(data["images"], rig, np.eye(4), 0.0)
+assert len(objects.boxes.score) and np.isfinite(objects.lines.points).all()
+print(len(objects.boxes.score))
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) > 0
 
 
-def test_errors_that_can_be_acted_on(fp32_export, tmp_path):
+def test_onnx_runtime_that_is_absent(fp32_export, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ConfigError, match=r"Runtime: onnxruntime is not installed .*; pip install onnxruntime"):
+        Runtime(fp32_export)
+
+
+def test_errors_name_the_fix(fp32_export, tmp_path):
     runtime = Runtime(fp32_export)
     rig = CameraRig(np.eye(3)[None].repeat(6, 0), np.eye(4)[None].repeat(6, 0), np.ones(6, dtype=bool))
     images = np.zeros((6, *RAW, 3), np.uint8)
@@ -102,7 +122,7 @@ def test_errors_that_can_be_acted_on(fp32_export, tmp_path):
         runtime.step(images[:5], rig, np.eye(4), 0.0)
     with pytest.raises(DataError, match=r"images\[0\] is uint8 \(60, 112, 3\); .* exported for rgb of 64 x 112 pixels"):
         runtime.step(images[:, :60], rig, np.eye(4), 0.0)
-    with pytest.raises(ConfigError, match="provider NoProvider is not there; ONNX Runtime has"):
+    with pytest.raises(ConfigError, match="provider NoProvider is not available; ONNX Runtime has"):
         Runtime(fp32_export, providers=["NoProvider"])
     with pytest.raises(CheckpointError, match=r"contract\.json is missing"):
         Runtime(tmp_path)
@@ -115,7 +135,7 @@ def test_errors_that_can_be_acted_on(fp32_export, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"threads": -5}, r"threads is -5; give a whole number of 0\.\.1024, 0 for as many as there are"),
+        ({"threads": -5}, r"threads is -5; give a whole number of 0\.\.1024, 0 for one per core"),
         ({"threads": 10**9}, "threads is 1000000000"),
         ({"threads": 2.0}, r"threads is 2\.0"),
         ({"threads": None}, "threads is None"),
@@ -123,7 +143,7 @@ def test_errors_that_can_be_acted_on(fp32_export, tmp_path):
         ({"providers": []}, r"providers is \[\]; give a list of some of .*CPUExecutionProvider"),
         ({"providers": "CPUExecutionProvider"}, "providers is 'CPUExecutionProvider'; give a list"),
         ({"providers": None}, "providers is None"),
-        ({"providers": [None]}, "provider None is not there"),
+        ({"providers": [None]}, "provider None is not available"),
         ({"backend": None}, "backend None is not known"),
     ],
 )
@@ -150,14 +170,14 @@ def test_engines_are_built_without_a_gpu(exports, precision, tmp_path):
         build_engines(folder, targets=["sm12"])
     engines = build_engines(folder, targets=["sm89"])
     assert engines["sm89"].stat().st_size > 100_000
-    contract = read_contract(folder)  # hashes and all
+    contract = read_contract(folder)  # checks the hashes
     assert contract["engines"]["sm89"]["package"] == "tensorrt-rtx" and "model.sm89.engine" in contract["sha256"]
     assert contract["layers"]["Conv"].keys() == ({"float", "float16"} if precision == "int8" else {"float16"})
     assert contract["layers"]["GridSample"].keys() == {"float"}
     assert contract["checked"][runtime_name("tensorrt-rtx", contract["engines"]["sm89"]["package_version"])][-1:] == [
         "parser run"
     ]
-    Runtime(folder).run()  # the graph beside it still runs
+    Runtime(folder).run()  # the graph in the same folder still runs
     engines["sm89"].write_bytes(b"other")
     with pytest.raises(CheckpointError, match=r"sm89\.engine is not the file"):
         read_contract(folder)
@@ -173,7 +193,7 @@ def test_engines_that_cannot_be_built(fp32_export, monkeypatch):
 
 @pytest.fixture
 def engine_folder(fp32_export, tmp_path, monkeypatch):
-    """An export with an engine, a graphics card that fits it and a TensorRT of its version, by way of stand-ins."""
+    """An export with an engine, and stubs of a matching GPU and TensorRT."""
     folder = Path(shutil.copytree(fp32_export, tmp_path / "engine"))
     write_engine(folder, (folder / "model.onnx").read_bytes())
     cuda = HostCuda((8, 9))
@@ -183,7 +203,7 @@ def engine_folder(fp32_export, tmp_path, monkeypatch):
 
 
 def test_an_engine_of_a_mixed_rig(engine_folder, mixed_export, small_town):
-    """Every camera's bytes reach the engine in a buffer of their own."""
+    """The image of every camera reaches the engine in its own buffer."""
     shutil.copytree(mixed_export, engine_folder, dirs_exist_ok=True)
     write_engine(engine_folder, (engine_folder / "model.onnx").read_bytes())
     ours, theirs = Runtime(engine_folder, backend="tensorrt"), Runtime(engine_folder)
@@ -210,35 +230,35 @@ def test_an_engine_gets_every_buffer_where_it_belongs(engine_folder, small_town)
     assert not ours.memory().any()
     buffers = {name: array.ctypes.data for name, array in (ours.inputs | ours.outputs).items()}
     made = {side: set(blocks) for side, blocks in cuda._memory.items()}
-    for moment in five_steps(small_town):
-        one, other = (runtime.step(*moment) for runtime in (ours, theirs))
+    for step in five_steps(small_town):
+        one, other = (runtime.step(*step) for runtime in (ours, theirs))
         assert len(one.boxes.score) and np.array_equal(one.boxes.center, other.boxes.center)
         assert np.array_equal(one.lines.points, other.lines.points)
         assert ours.memory().any() and np.array_equal(ours.memory(), theirs.memory())
     assert buffers == {name: array.ctypes.data for name, array in (ours.inputs | ours.outputs).items()}
-    assert made == {side: set(blocks) for side, blocks in cuda._memory.items()}  # nothing is made anew
-    last = ours.scene().lines.points
+    assert made == {side: set(blocks) for side, blocks in cuda._memory.items()}  # no new arrays
+    last = ours.objects().lines.points
     wanted = last.copy()
     del ours
     gc.collect()
     assert not cuda._memory["device"]
-    assert np.array_equal(last, wanted) and cuda._memory["host"]  # still looked at
+    assert np.array_equal(last, wanted) and cuda._memory["host"]  # still in use
     del last, one
     gc.collect()
     assert not cuda._memory["host"]
 
 
-def test_an_engine_whose_output_is_not_finite_starts_afresh(engine_folder, small_town):
+def test_an_engine_whose_output_is_not_finite_drops_the_memory(engine_folder, small_town):
     cuda = sys.modules["cuda.bindings.runtime"]
-    moments = list(five_steps(small_town))
+    steps = list(five_steps(small_town))
     runtime, fresh = Runtime(engine_folder, backend="tensorrt"), Runtime(engine_folder)
-    runtime.step(*moments[0])
+    runtime.step(*steps[0])
     for address in runtime._session._memories:
         cuda.cudaMemsetAsync(address, 0xFF, runtime.inputs["memory"].nbytes, None)  # NaN
     with pytest.warns(PerceptionWarning, match="memory is dropped, and the next step is a first one"):
-        scene = runtime.step(*moments[1])
-    assert len(scene.boxes.score) == len(scene.lines.score) == 0 and not runtime.memory().any()
-    one, other = runtime.step(*moments[2]), fresh.step(*moments[2])
+        objects = runtime.step(*steps[1])
+    assert len(objects.boxes.score) == len(objects.lines.score) == 0 and not runtime.memory().any()
+    one, other = runtime.step(*steps[2]), fresh.step(*steps[2])
     assert np.array_equal(one.boxes.center, other.boxes.center) and len(one.boxes.center)
     assert np.array_equal(runtime.memory(), fresh.memory())
 
@@ -258,10 +278,10 @@ def test_engines_that_do_not_fit_are_refused(engine_folder, fp32_export, monkeyp
     with pytest.raises(ConfigError, match="holds engines for sm120; the GPU of this machine is sm89: build one for it"):
         Runtime(engine_folder, backend="tensorrt")
     write_engine(engine_folder, content, package_version="1.6")
-    with pytest.raises(ConfigError, match=r"was built with tensorrt-rtx 1\.6, here is 1\.7; build it again"):
+    with pytest.raises(ConfigError, match=r"was built with tensorrt-rtx 1\.6, but 1\.7 is installed; build it again"):
         Runtime(engine_folder, backend="tensorrt")
     write_engine(engine_folder, b"rubbish")
-    with pytest.raises(ConfigError, match="does not take this engine here; build it again"):
+    with pytest.raises(ConfigError, match="cannot load this engine here; build it again"):
         Runtime(engine_folder, backend="tensorrt")
     graph = onnx.load(engine_folder / "model.onnx")
     next(x for x in graph.graph.output if x.name == "box_score").name = "score"
@@ -283,7 +303,7 @@ def test_engines_that_do_not_fit_are_refused(engine_folder, fp32_export, monkeyp
         Runtime(engine_folder, backend="tensorrt")
 
 
-def test_stand_ins_take_only_what_the_real_ones_take():
+def test_stubs_have_the_signatures_of_the_real_functions():
     trt, cuda = pytest.importorskip("tensorrt_rtx"), pytest.importorskip("cuda.bindings.runtime")
     pairs = [
         (HostCuda, cuda),
@@ -298,7 +318,7 @@ def test_stand_ins_take_only_what_the_real_ones_take():
                 assert hasattr(real, name), (real, name)
                 if isinstance(value, SimpleNamespace):
                     assert all(hasattr(getattr(real, name), field) for field in vars(value))
-    for name, function in vars(HostCuda).items():  # the real ones say in their first line what they take
+    for name, function in vars(HostCuda).items():  # the first line of their docstrings holds the signature
         if name.startswith("cuda") and callable(function):
             taken = getattr(cuda, name).__doc__.splitlines()[0].split("(")[1].rstrip(")")
             count = len([argument for argument in taken.split(",") if argument.strip()])

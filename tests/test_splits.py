@@ -370,7 +370,7 @@ def test_the_script_measures(positions_root, tmp_path, monkeypatch, capsys):
 def test_the_script_divides(tmp_path, monkeypatch, capsys):
     xs = {f"scene-{k}": (NORTH, [(x, 0), (x, 5)]) for k, x in enumerate([0, 40, 200, 400, 600, 800])}
     write_tables(tmp_path / "root", xs, {"everything": list(xs)})
-    common = ["split", "--geographic", "--dataroot", tmp_path / "root", "--version", "v1.0-positions", "--seed", 4]
+    common = ["split", "--dataroot", tmp_path / "root", "--version", "v1.0-positions", "--seed", 4]
     out = tmp_path / "far"
     out.mkdir()
     (out / "left_out.txt").write_text("of an earlier split\n")

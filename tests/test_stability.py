@@ -82,7 +82,7 @@ def test_a_moving_box_is_followed_by_its_own_velocity():
     assert result.all_boxes.displacement == pytest.approx(math.hypot(1.5, 0.5), abs=1e-4)
 
 
-def test_what_flickers_is_not_found_again():
+def test_flickering_boxes_are_not_found_again():
     steady, low = (0, 110.0, 52.0, STILL, 0.9), (0, 114.0, 52.0, STILL, 0.2)
     far = (0, 110.0, 52.0 + BOX_GATE + 0.1, STILL, 0.9)
     other = (1, 110.0, 52.0, STILL, 0.9)
@@ -146,9 +146,9 @@ def test_scenes_do_not_mix_and_missing_samples_are_named():
 
 def test_result_as_json_and_as_table():
     result = stability({"boxes": [(0, 110.0, 52.0, STILL, 0.9)]}, {"boxes": [(0, 110.0, 52.5, STILL, 0.9)]})
-    told = result.as_dict()
-    assert told["boxes"]["car"]["displacement"] == pytest.approx(0.5, abs=1e-4)
-    assert told["all_lines"] == {"displacement": None, "found_again": None, "pairs": 0}
-    assert set(told["boxes"]) == set(BOX_CLASSES)
+    record = result.as_dict()
+    assert record["boxes"]["car"]["displacement"] == pytest.approx(0.5, abs=1e-4)
+    assert record["all_lines"] == {"displacement": None, "found_again": None, "pairs": 0}
+    assert set(record["boxes"]) == set(BOX_CLASSES)
     lines = result.table().splitlines()
     assert lines[1].split() == ["car", "0.500", "m", "1.000", "1"]

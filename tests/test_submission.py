@@ -14,7 +14,7 @@ import torch
 from perception.data.loader import pad_boxes, pad_lines
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import DataError
-from perception.evaluation.dataset import evaluate_scenes, save_submissions
+from perception.evaluation.dataset import evaluate_predictions, save_submissions
 from perception.evaluation.lanes import evaluate_lanes
 from perception.evaluation.submission import check_samples, read_submission, write_lanes
 from perception.models.bev_transformer.config import BEVTransformerConfig
@@ -80,7 +80,7 @@ def box_file(root) -> dict:
     return {"meta": META, "results": results}
 
 
-def test_lanes_written_by_hand_score_what_they_must(hand_root, tmp_path, capsys):
+def test_lanes_written_by_hand(hand_root, tmp_path, capsys):
     path = write(tmp_path / "mine.json", lane_file(hand_root))
     arguments = ["--submission", path, *dataset_of(hand_root), "--json", tmp_path / "numbers.json"]
     assert evaluate(*arguments) == 0
@@ -90,7 +90,7 @@ def test_lanes_written_by_hand_score_what_they_must(hand_root, tmp_path, capsys)
     assert numbers["lane_mAP"] == pytest.approx((1 + 2 / 3) / 3)
     # At 0.2, 0.5 and 1.0 m dividers are hits twice and boundaries once.
     assert numbers["lane_mAP_strict"] == pytest.approx((2 / 3 + 1 / 3) / 3)
-    working = numbers["lanes"]["working"]
+    working = numbers["lanes"]["operating_points"]
     assert working["divider"]["error"] == pytest.approx(0.3) and working["boundary"]["error"] == pytest.approx(0.7)
     assert working["divider"]["false_metres_per_frame"] == 0 and working["boundary"]["recall"] == 1
     said = capsys.readouterr().out
@@ -98,11 +98,11 @@ def test_lanes_written_by_hand_score_what_they_must(hand_root, tmp_path, capsys)
     # Working from 0.75 on leaves one of two boundaries; at 0.5 m it is false, 59.6 m long.
     assert evaluate(*arguments, "--score-threshold", 0.75) == 0
     numbers = json.loads((tmp_path / "numbers.json").read_text())
-    assert numbers["lanes"]["working"]["boundary"]["recall"] == pytest.approx(1 / 2)
-    assert numbers["strict_lanes"]["working"]["boundary"]["false_metres_per_frame"] == pytest.approx(59.6)
+    assert numbers["lanes"]["operating_points"]["boundary"]["recall"] == pytest.approx(1 / 2)
+    assert numbers["strict_lanes"]["operating_points"]["boundary"]["false_metres_per_frame"] == pytest.approx(59.6)
 
 
-def test_boxes_written_by_hand_score_what_they_must(hand_root, tmp_path, capsys):
+def test_boxes_written_by_hand(hand_root, tmp_path, capsys):
     path = write(tmp_path / "mine.json", box_file(hand_root))
     assert evaluate("--submission", path, *dataset_of(hand_root), "--json", tmp_path / "numbers.json") == 0
     numbers = json.loads((tmp_path / "numbers.json").read_text())
@@ -116,8 +116,8 @@ def test_boxes_written_by_hand_score_what_they_must(hand_root, tmp_path, capsys)
     part["results"] = {token: boxes for token, boxes in part["results"].items() if token.startswith("s1")}
     write(path, part)
     split = write(tmp_path / "second.json", names)
-    told = ["--dataroot", hand_root, "--version", VERSION, "--split", split]
-    assert evaluate("--submission", path, *told, "--json", tmp_path / "numbers.json") == 0
+    common = ["--dataroot", hand_root, "--version", VERSION, "--split", split]
+    assert evaluate("--submission", path, *common, "--json", tmp_path / "numbers.json") == 0
     assert json.loads((tmp_path / "numbers.json").read_text())["samples"] == 3
 
 
@@ -151,9 +151,9 @@ def guesses(dataset) -> dict[str, FrameObjects]:
 
 
 @pytest.mark.parametrize("protocol", ["maptr", "streammapnet"])
-def test_what_we_write_scores_what_we_score(hand_root, dataset, tmp_path, protocol):
+def test_written_submissions_have_the_metrics_of_the_predictions(hand_root, dataset, tmp_path, protocol):
     scenes = guesses(dataset)
-    direct = evaluate_scenes(dataset, scenes, protocol=protocol)
+    direct = evaluate_predictions(dataset, scenes, protocol=protocol)
     save_submissions(tmp_path, dataset, scenes)
     options = [*dataset_of(hand_root), "--lanes-protocol", protocol, "--json", tmp_path / "numbers.json"]
     assert evaluate("--submission", tmp_path / "lanes.json", *options) == 0
@@ -167,7 +167,7 @@ def test_what_we_write_scores_what_we_score(hand_root, dataset, tmp_path, protoc
     assert 0 < numbers["nds"] < 0.2
 
 
-def test_larger_range_and_other_protocol_change_truth_and_thresholds(hand_root, tmp_path):
+def test_larger_range_and_other_protocol_change_ground_truth_and_thresholds(hand_root, tmp_path):
     # 100 x 50 m around the ego: the divider reaches from -50 to 50 m, boundaries 0.2 m less. They are 1.2 m off: hits
     # at 1.5 and 2 m.
     content = lane_file(hand_root)
@@ -177,13 +177,13 @@ def test_larger_range_and_other_protocol_change_truth_and_thresholds(hand_root, 
             end = {"divider": 50.0, "boundary": 49.8}[line["class"]]
             line["points"] = [[-end, side], [end, side]]
     path = write(tmp_path / "far.json", content)
-    told = [*dataset_of(hand_root), "--json", tmp_path / "numbers.json", "--range", "100x50"]
+    common = [*dataset_of(hand_root), "--json", tmp_path / "numbers.json", "--range", "100x50"]
     for protocol, thresholds, hits in (("streammapnet", [1.0, 1.5, 2.0], 2), ("maptr", [0.5, 1.0, 1.5], 1)):
-        assert evaluate("--submission", path, *told, "--lanes-protocol", protocol) == 0
+        assert evaluate("--submission", path, *common, "--lanes-protocol", protocol) == 0
         lanes = json.loads((tmp_path / "numbers.json").read_text())["lanes"]
         assert (lanes["protocol"], lanes["lane_range"], lanes["thresholds_m"]) == (protocol, "100x50", thresholds)
         assert lanes["class_ap"] == pytest.approx({"divider": hits / 3, "ped_crossing": 0, "boundary": hits / 3})
-        assert lanes["working"]["divider"]["bins"][-1]["near"] == 50
+        assert lanes["operating_points"]["divider"]["bins"][-1]["near"] == 50
 
 
 def test_weights_leave_submissions_and_name_the_protocol(hand_root, tmp_path):
@@ -276,7 +276,7 @@ def test_good_files_are_read(tmp_path):
             'field frame is null; give lines in the ego frame (x forward, y left, metres) and write "frame"',
         ),
         (["frame"], "lidar", 'field frame is "lidar"'),
-        (["results", "t1"], None, "results.t1 is null; it must be a list, empty where nothing was found"),
+        (["results", "t1"], None, "results.t1 is null; it must be a list, empty if nothing is predicted"),
         (["results", "t1", 0], [], "results.t1[0] is []; it must be an object"),
         (["results", "t1", 0, "class"], GONE, "results.t1[0].class is missing"),
         (["results", "t1", 0, "class"], "lane", 'class is "lane"; it must be one of divider, ped_crossing, boundary'),
@@ -348,7 +348,7 @@ def test_samples_must_be_those_of_the_split(tmp_path):
             check_samples(submission, ["t1"])
 
 
-def test_the_script_says_what_is_missing(hand_root, tmp_path, capsys):
+def test_the_script_names_missing_options(hand_root, tmp_path, capsys):
     lanes = write(tmp_path / "lanes.json", GOOD_LANES)
     for arguments, said in (
         (["--submission", lanes], "--dataroot is missing: with --submission give --dataroot, --version and --split"),

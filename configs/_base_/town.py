@@ -1,11 +1,11 @@
-"""The synthetic town: scenes to train on, as streets are, with more of what is rare in them and at 5 Hz, and scenes to
-validate on, all made from different seeds."""
+"""The synthetic town: training scenes with usual class frequencies, with more rare classes and at 5 Hz, and validation
+scenes, all from different seeds."""
 
 train_data = dict(
     dataroot=("out/town_train", "out/town_train_rare", "out/town_train_5hz"),
     version="v1.0-synthetic",
     split="town_train",
-    # No mirroring: the town drives on the right, and what is seen of a street tells which way cars head.
+    # No mirroring: the town drives on the right, so the side of the road shows the heading of cars.
     augment=dict(mirror=0.0, drop_camera=0.3, extrinsics_noise=0.3),
     make_with="perception simulate --out out/town_train --scenes 60 --seed 1000 --split town_train && "
     "perception simulate --out out/town_train_rare --scenes 160 --seed 3000 --rare 0.7 --split town_train && "

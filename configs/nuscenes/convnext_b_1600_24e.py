@@ -6,8 +6,8 @@ r"""ConvNeXt-B on 640 x 1600 images of nuScenes, 24 epochs: the size class of V2
     perception evaluate configs/nuscenes/convnext_b_1600_24e.py \
         out/convnext_b/convnext_b_1600_24e.safetensors --json out/convnext_b/evaluation.json
 
-The backbone starts from torchvision's weights of ImageNet: docs/training.md says where they are from, and what two
-steps cost. Result: not measured.
+The backbone starts from torchvision's ImageNet weights; docs/training.md names the file and the cost of two steps.
+Result: not measured.
 """
 
 _base_ = ["../_base_/nuscenes.py", "../_base_/nuscenes_schedule.py"]

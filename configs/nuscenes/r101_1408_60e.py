@@ -6,8 +6,8 @@ r"""ResNet-101 on 512 x 1408 images of nuScenes, 60 epochs.
     perception evaluate configs/nuscenes/r101_1408_60e.py \
         out/r101_1408_60e/r101_1408_60e.safetensors --json out/r101_1408_60e/evaluation.json
 
-The backbone starts from torchvision's weights of ImageNet: docs/training.md says where they are from, and what two
-steps cost. Result: not measured.
+The backbone starts from torchvision's ImageNet weights; docs/training.md names the file and the cost of two steps.
+Result: not measured.
 """
 
 _base_ = ["../_base_/nuscenes.py", "../_base_/nuscenes_schedule.py"]

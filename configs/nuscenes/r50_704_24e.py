@@ -6,8 +6,8 @@ r"""ResNet-50 on 256 x 704 images of nuScenes, 24 epochs.
     perception evaluate configs/nuscenes/r50_704_24e.py \
         out/r50_704_24e/r50_704_24e.safetensors --json out/r50_704_24e/evaluation.json
 
-The backbone starts from torchvision's weights of ImageNet: docs/training.md says where they are from, and what two
-steps cost. Result: not measured.
+The backbone starts from torchvision's ImageNet weights; docs/training.md names the file and the cost of two steps.
+Result: not measured.
 """
 
 _base_ = ["../_base_/nuscenes.py", "../_base_/nuscenes_schedule.py"]

@@ -1,4 +1,4 @@
-r"""The nano network on all streets of the stage before and on new ones: the last stage of the shipped weights.
+r"""The nano network on all towns of the stage before and on new ones: the last stage of the shipped weights.
 
     perception simulate --out out/town_last --scenes 60 --seed 11000 --split town_train
     perception simulate --out out/town_last_rare --scenes 100 --seed 10000 --rare 0.7 --split town_train
@@ -11,14 +11,14 @@ Goes on from `nano_more.py`, meant for a GPU: a batch sixteen times as large; th
 
 Cost: 9 min for 1,920 steps of 64 frames on one H200 with 16 CPU cores, which load and match: 240 frames/s, the GPU busy
 for 59 % of the time. The time on the GPU ended there, after 12 of the 16 epochs, with the learning rate at 16 % of its
-peak; the shipped weights are the average of that frame. Their images were stored as WebP of quality 62 on the way to
-the GPU. Result on town_val: NDS 0.552, mAP 0.507, lane mAP 0.880. The end of the schedule: not measured.
+peak; the shipped weights are the moving average at that point. Their images were stored as WebP of quality 62 on the
+way to the GPU. Result on town_val: NDS 0.552, mAP 0.507, lane mAP 0.880. The end of the schedule: not measured.
 """
 
 _base_ = ["nano_more.py"]
 
 train_data = dict(
-    # One epoch goes three times over all streets: loaders start afresh less often.
+    # One epoch goes three times over all scenes, so that data loaders restart less often.
     dataroot=3 * ("out/town_more", "out/town_more_rare", "out/town_more_5hz", "out/town_last", "out/town_last_rare"),
     make_with="perception simulate --out out/town_last --scenes 60 --seed 11000 --split town_train && "
     "perception simulate --out out/town_last_rare --scenes 100 --seed 10000 --rare 0.7 --split town_train",

@@ -8,11 +8,12 @@ r"""The nano network on larger images: second stage of the shipped weights, betw
     perception evaluate configs/synthetic/nano_large.py out/nano_large/nano_large.safetensors \
         --json out/nano_large/evaluation.json
 
-How far away a thing is shows in pixels, so this stage has larger ones: 176 x 448 of 256 x 448, without the sky. What is
-rare in streets counts as much in NDS as cars do, so most of its scenes have more of it.
+Depth needs resolution, so this stage has larger images: 176 x 448 of 256 x 448, without the sky. Rare classes count as
+much in NDS as cars, so most of its scenes have more of them.
 
-Cost: 50 min for 1,686 steps on two CPU cores, other work beside it. It reached NDS 0.348, mAP 0.288 and lane mAP 0.700,
-with the code before this config, which told velocities along the axes of the ego frame. It has not been repeated.
+Cost: 50 min for 1,686 steps on two CPU cores, with other work on the machine. It reached NDS 0.348, mAP 0.288 and lane
+mAP 0.700, with the code before this config, which predicted velocities along the axes of the ego frame. It has not been
+repeated.
 """
 
 _base_ = ["../_base_/town.py", "../_base_/schedule.py"]

@@ -1,4 +1,4 @@
-r"""The nano network on streets that it has not seen yet: the third stage of the shipped weights. `nano.py` goes on.
+r"""The nano network on new towns: the third stage of the shipped weights. `nano.py` goes on.
 
     perception simulate --out out/town_more --scenes 40 --seed 8000 --split town_train
     perception simulate --out out/town_more_rare --scenes 160 --seed 7000 --rare 0.7 --split town_train
@@ -10,9 +10,9 @@ r"""The nano network on streets that it has not seen yet: the third stage of the
 
 Goes on from `nano_large.py`.
 
-Cost: 1 h 57 min for 3,465 steps on two CPU cores, other work beside it. Result on town_val: NDS 0.410, mAP 0.344, lane
-mAP 0.757. In that training each decoder layer told its speeds anew; that layers add them up, as they do now, came after
-it (docs/training.md).
+Cost: 1 h 57 min for 3,465 steps on two CPU cores, with other work on the machine. Result on town_val: NDS 0.410, mAP
+0.344, lane mAP 0.757. In that training each decoder layer predicted velocities from scratch. Now each layer refines
+those of the layer before (docs/training.md).
 """
 
 _base_ = ["nano_large.py"]

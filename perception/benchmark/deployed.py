@@ -1,8 +1,7 @@
-"""What a mode costs in accuracy: the network as the vehicle calls it, over generated scenes, against float32 on a CPU.
+"""Measures the accuracy of execution modes: the deployed network over generated scenes, against float32 on a CPU.
 
-Every mode runs `DeployedNetwork` over the same frames with its own memory, from bytes of the cameras to boxes and lines
-on the host. It is judged by the gates that certificates of exports have: float32 by those of fp32, all others by those
-of fp16.
+Every mode runs `DeployedNetwork` recurrently over the same frames, from camera bytes to boxes and lines on the host.
+The tolerances are those of export certificates: fp32 for float32, fp16 for all other modes.
 """
 
 from __future__ import annotations
@@ -22,26 +21,26 @@ from perception.benchmark.frames import (
     COMPILE_LIMIT,
     WARM_UP,
     Mode,
-    captured,
+    capture_graph,
+    load_network,
     mode_settings,
-    network_of,
     runs_on,
     timings,
 )
 from perception.benchmark.stages import Recorder
 from perception.data.nuscenes import NuScenesDataset
-from perception.evaluation.dataset import evaluate_scenes
+from perception.evaluation.dataset import evaluate_predictions
 from perception.export.certificate import METRICS, Certificate, Replay
 from perception.export.contract import ImageInputs
 from perception.export.onnx import DeployedNetwork
-from perception.export.parity import largest_and_mean, matched_distances, raw_differences, raw_queries
+from perception.export.parity import as_tensors, largest_and_mean, matched_distances, raw_differences, raw_queries
 from perception.export.replay import camera_frame, frame_inputs, replay_frames
-from perception.export.runtime import scene_of
+from perception.export.runtime import objects_of
 from perception.models import Network
 from perception.synthetic import VERSION, simulate
-from perception.types import FrameObjects, map_tensors
+from perception.types import NumpyFrameObjects
 
-SCENES, KEYFRAMES, SEED = 4, 10, 77  # generated; as many frames as a certificate needs
+SCENES, KEYFRAMES, SEED = 4, 10, 77  # of the generated dataset; a certificate needs as many frames
 LIMIT = 40.0  # seconds of one mode
 MODES = (
     Mode(), Mode(graph=True), Mode("tf32", graph=True), Mode("fp16", True, graph=True), Mode("bf16", True, graph=True),
@@ -50,14 +49,14 @@ MODES = (
 
 
 class DeployedRunner:
-    """A network by one mode, with buffers for its inputs and its memory on the device.
+    """Runs a deployed network in one mode, with buffers for its inputs and its memory on the device.
 
     Args:
         network: in evaluation mode, on any device; copied.
-        images: how the images are given.
-        inputs: of one frame, all but the memory, in the order of `DeployedNetwork.input_names`.
-        mode: how to run.
-        device: where to.
+        images: sizes and format of the camera images.
+        inputs: of one frame, without the memory, in the order of `DeployedNetwork.input_names`.
+        mode: execution mode.
+        device: on which the network runs.
     """
 
     def __init__(
@@ -72,10 +71,10 @@ class DeployedRunner:
         self._inputs = [torch.from_numpy(array.copy()).to(device) for array in inputs]
         self._memory = model.network.initial_state(1).bev
         self._results: tuple[torch.Tensor, ...] = ()
-        self._graph = None
+        self._graph: torch.cuda.CUDAGraph | None = None
         with torch.inference_mode():
             if mode.graph:
-                self._graph = captured(self._pass)
+                self._graph = capture_graph(self._pass)
             else:
                 for _ in range(WARM_UP):
                     self._pass()
@@ -92,8 +91,8 @@ class DeployedRunner:
         """Runs the next frame.
 
         Returns:
-            The outputs by name, and the seconds from inputs to outputs on the host; the memory, which can stay on the
-            device, is copied after that.
+            The outputs by name, and the seconds from inputs to outputs on the host. The memory, which can stay on the
+            device, is copied after the timing.
         """
         start = time.perf_counter()
         for buffer, array in zip(self._inputs, inputs, strict=True):
@@ -112,50 +111,50 @@ def _on_host(tensor: torch.Tensor) -> np.ndarray:
 
 
 class Run(NamedTuple):
-    """What a mode found in all frames."""
+    """Results of a mode over all frames."""
 
     outputs: list[dict[str, np.ndarray]]  # by name
-    scenes: list[FrameObjects]  # numpy
+    objects: list[NumpyFrameObjects]
     metrics: dict[str, float]
     seconds: np.ndarray
 
 
 def replay_all(runner: DeployedRunner, dataset: NuScenesDataset, frames: dict[str, list[np.ndarray]]) -> Run:
-    """Runs all frames, inputs by sample token, in their order."""
+    """Runs all frames, given as inputs by sample token, in their order."""
     passes = [runner(inputs) for inputs in frames.values()]
-    scenes = [scene_of(outputs) for outputs, _ in passes]
-    found = {token: map_tensors(torch.from_numpy, scene) for token, scene in zip(frames, scenes, strict=True)}
-    metrics = evaluate_scenes(dataset, found).metrics()
-    return Run([outputs for outputs, _ in passes], scenes, metrics, np.array([seconds for _, seconds in passes]))
+    objects = [objects_of(outputs) for outputs, _ in passes]
+    predictions = {token: as_tensors(found) for token, found in zip(frames, objects, strict=True)}
+    metrics = evaluate_predictions(dataset, predictions).metrics()
+    return Run([outputs for outputs, _ in passes], objects, metrics, np.array([seconds for _, seconds in passes]))
 
 
 def compare(wanted: Run, found: Run, precision: str, focal_lengths: tuple[float, ...]) -> Certificate:
     """Compares two replays of the same frames as `certify` does.
 
     Args:
-        wanted, found: the reference, and what is judged.
-        precision: whose gates count, "fp32" or "fp16".
+        wanted, found: the reference, and the run to judge.
+        precision: "fp32" or "fp16", selects the tolerances.
         focal_lengths: of the cameras, in image widths.
     """
     raw: dict[str, list[np.ndarray]] = {"memory": [], "raw_box": [], "raw_line": []}
     boxes, lines = [], []
-    for one, other in zip(wanted.outputs, found.outputs, strict=True):
-        raw["memory"].append(raw_differences(one["new_memory"].ravel(), other["new_memory"].ravel()))
+    for expected, outputs in zip(wanted.outputs, found.outputs, strict=True):
+        raw["memory"].append(raw_differences(expected["new_memory"].ravel(), outputs["new_memory"].ravel()))
         for kind in ("box", "line"):
-            raw[f"raw_{kind}"].append(raw_differences(raw_queries(one, kind), raw_queries(other, kind)))
-    for one, other in zip(wanted.scenes, found.scenes, strict=True):
+            raw[f"raw_{kind}"].append(raw_differences(raw_queries(expected, kind), raw_queries(outputs, kind)))
+    for one, other in zip(wanted.objects, found.objects, strict=True):
         boxes.append(matched_distances(one.boxes.center, other.boxes.center, one.boxes, other.boxes))
         lines.append(matched_distances(one.lines.points, other.lines.points, one.lines, other.lines))
     judged = Replay(
         cameras=CAMERAS,
-        seats=CAMERAS,
+        slots=CAMERAS,
         focal_lengths=focal_lengths,
         bad_images=False,
-        frames=len(found.scenes),
+        frames=len(found.objects),
         scenes=SCENES,
         not_finite=0,
         raw={name: largest_and_mean(parts) for name, parts in raw.items()},
-        pixels=(0.0, 0.0),  # both were given the same bytes
+        pixels=(0.0, 0.0),  # both runs got the same bytes
         boxes=largest_and_mean(boxes),
         lines=largest_and_mean(lines),
         metrics={name: (wanted.metrics[name], found.metrics[name]) for name in METRICS},
@@ -164,21 +163,22 @@ def compare(wanted: Run, found: Run, precision: str, focal_lengths: tuple[float,
 
 
 def measure_deployed(recorder: Recorder, model: str, device_name: str) -> None:
-    """Sends rows of one network: the reference, which is eager float32 on the CPU, then modes on the device.
+    """Records rows of one network: the reference, which is eager float32 on the CPU, then modes on the device.
 
     Args:
-        recorder: takes the rows.
-        model: for `network_of`, a flagship with trained weights.
+        recorder: receives the rows.
+        model: a flagship with trained weights, see `load_network`.
         device_name: "cuda" or "cpu".
     """
     device, cpu = torch.device(device_name), torch.device("cpu")
-    network = network_of(model, cpu)
+    network = load_network(model, cpu)
     size = network.config.image_size
     images = ImageInputs.of_rig(CAMERAS, size)
-    dataset, frames, wanted = None, {}, None
+    frames: dict[str, list[np.ndarray]] = {}
+    reference: list[tuple[NuScenesDataset, Run]] = []
 
     def measure_reference(folder: Path) -> dict:
-        nonlocal dataset, frames, wanted
+        """Generates the dataset and measures the reference on it."""
         start = time.perf_counter()
         simulate(folder / "town", scenes=SCENES, seed=SEED, keyframes=KEYFRAMES, split="benchmark", image_size=size)
         dataset = NuScenesDataset(folder / "town", VERSION, "benchmark", image_size=size, cache_dir=folder / "cache")
@@ -186,11 +186,14 @@ def measure_deployed(recorder: Recorder, model: str, device_name: str) -> None:
             frames[token] = list(frame_inputs(camera_frame(frame, images)).values())
         runner = DeployedRunner(network, images, next(iter(frames.values())), Mode(), cpu)
         prepared = time.perf_counter() - start
-        wanted = replay_all(runner, dataset, frames)
-        metrics = {name: wanted.metrics[name] for name in METRICS}
-        return {"prepared_s": prepared, **timings(wanted.seconds), "frames": len(frames), "metrics": metrics}
+        run = replay_all(runner, dataset, frames)
+        reference.append((dataset, run))
+        metrics = {name: run.metrics[name] for name in METRICS}
+        return {"prepared_s": prepared, **timings(run.seconds), "frames": len(frames), "metrics": metrics}
 
     def measure_mode(mode: Mode) -> dict:
+        """Measures a mode against the reference."""
+        ((dataset, wanted),) = reference
         start = time.perf_counter()
         runner = DeployedRunner(network, images, next(iter(frames.values())), mode, device)
         prepared = time.perf_counter() - start
@@ -204,7 +207,7 @@ def measure_deployed(recorder: Recorder, model: str, device_name: str) -> None:
 
     with tempfile.TemporaryDirectory(prefix="perception-benchmark-") as folder:
         recorder.attempt("reference", recorder.left, measure_reference, Path(folder))
-        if wanted is None:
+        if not reference:
             return
         for mode in MODES:
             if runs_on(mode, device):

@@ -1,8 +1,8 @@
-"""All measurements on a GPU in one call, most important first; results are written as they come.
+"""Runs all measurements on a GPU in one call, most important first; results are written as they come.
 
-What matters most is the flagship at its full size: `models[0]`. Limits of the stages are shares of the whole time, more
-than one together, since most need less; what is left goes to those at the end, compilers among them, which may take
-minutes and end with nothing.
+The flagship at full size, `models[0]`, matters most. Time limits of the stages are shares of the total time. Their sum
+is larger than one, since most stages need less; the remaining time goes to the last stages. The compiler is last,
+because it may take minutes and fail.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 def plan(models: Sequence[str], stages: Sequence[str], device: str, seconds: float) -> list[Stage]:
-    """The stages in order, most important first.
+    """Plans the stages in order, most important first.
 
     Args:
-        models: shipped weights, presets or `.safetensors` files of flagships; the first is what matters most. The first
-            with trained weights is the one of the stage "deployed".
+        models: shipped weights, presets or `.safetensors` files of flagships, most important first. Stage "deployed"
+            measures the first one with trained weights.
         stages: of `STAGES`.
         device: "cuda" or "cpu".
-        seconds: of all together.
+        seconds: total time limit.
 
     Raises:
-        ConfigError: a stage is not known, or there is nothing to measure.
+        ConfigError: a stage is unknown, or there is nothing to measure.
     """
-    if strange := [name for name in stages if name not in STAGES]:
-        raise ConfigError(f"--stages: {strange[0]!r} is not known; use some of {', '.join(STAGES)}")
+    if unknown := [name for name in stages if name not in STAGES]:
+        raise ConfigError(f"--stages: {unknown[0]!r} is not known; use some of {', '.join(STAGES)}")
     if not models or not stages:
         raise ConfigError("nothing to measure; give at least one of --models and of --stages")
     first, *others = models
@@ -75,7 +75,7 @@ def plan(models: Sequence[str], stages: Sequence[str], device: str, seconds: flo
         *(compiled(model, 0.36) for model in models),
     ]
     chosen = [stage for stage in order if stage.name in stages]
-    stretch = max(1.0, seconds / sum(stage.seconds for stage in chosen))  # few stages share the whole time
+    stretch = max(1.0, seconds / sum(stage.seconds for stage in chosen))  # few stages share the total time
     return [replace(stage, seconds=stretch * stage.seconds) for stage in chosen]
 
 
@@ -88,29 +88,30 @@ def measure(
     seconds: float = SECONDS,
     progress: Callable[[str], None] = print,
 ) -> dict:
-    """Runs all stages and writes what they found, anew after every measurement.
+    """Runs all stages and rewrites the results after every measurement.
 
     Args:
         path: of the JSON file.
         models, stages, device, seconds: as in `plan`.
-        progress: takes a line for every measurement.
+        progress: receives a line for every measurement.
 
     Returns:
-        What is in the file: the machine, and `rows` with `stage`, `model`, `name` and values, or an `error`.
+        The content of the file: the machine, and `rows` with `stage`, `model`, `name` and values, or an `error`.
 
     Raises:
         CheckpointError: a model's file is missing.
-        ConfigError: there is no such device here or no such model, or as in `plan`.
+        ConfigError: the device is not available, the model is unknown, or as in `plan`.
     """
     order = plan(models, stages, device, seconds)
     if device not in ("cuda", "cpu") or (device == "cuda" and not torch.cuda.is_available()):
-        raise ConfigError(f"device {device!r} is not here; use one of {', '.join(_devices())}")
+        raise ConfigError(f"device {device!r} is not available; use one of {', '.join(_devices())}")
     for model in models:
         check_model(model)
-    content = {"machine": _machine(device), "seconds": seconds, "rows": []}
+    rows: list[dict] = []
+    content = {"machine": _machine(device), "seconds": seconds, "rows": rows}
     write_json(path, content)
     for row in run_stages(order, seconds):
-        content["rows"].append(row)
+        rows.append(row)
         write_json(path, content)
         progress(_line(row))
     return content
@@ -121,7 +122,7 @@ def _devices() -> list[str]:
 
 
 def _machine(device: str) -> dict:
-    """What numbers depend on."""
+    """Describes the machine and the software versions."""
     threads = f"{torch.get_num_threads()} CPU threads"
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else threads,
@@ -132,7 +133,7 @@ def _machine(device: str) -> dict:
 
 
 def _line(row: dict) -> str:
-    """A row for the terminal."""
+    """Formats a row for the terminal."""
     head = " ".join(part for part in (row["stage"], row["model"], row["name"]) if part)
     if "error" in row:
         return f"{head}: {row['error']}"
@@ -141,7 +142,7 @@ def _line(row: dict) -> str:
         for key, digits, unit in (
             ("p50_ms", 2, "ms"), ("step_ms", 1, "ms a step"), ("frames_per_s", 1, "frames/s"),
             ("kernel_ms", 2, "ms of kernels"), ("kernels", 0, "kernels"),
-            ("speedup", 2, "times as fast"), ("share", 3, "of both ports"),
+            ("speedup", 2, "x speedup"), ("share", 3, "of both ports"),
         )
         if key in row
     ]  # fmt: skip
@@ -154,7 +155,7 @@ def _line(row: dict) -> str:
 
 
 def tables(content: dict) -> str:
-    """What `measure` returned as Markdown."""
+    """Formats the result of `measure` as Markdown."""
     rows = content["rows"]
     parts = ["{device}, torch {torch}, CUDA {cuda}".format(**content["machine"])]
 
@@ -179,30 +180,30 @@ def tables(content: dict) -> str:
             "p50 ms",
             "p90",
             "p99",
-            "times as fast",
+            "speedup",
             "peak MiB",
-            "memory off",
-            "boxes off",
-            "lines off",
+            "memory difference",
+            "box difference",
+            "line difference",
         ]
-        add(f"{model}: one frame of six cameras, batch 1, in turns with eager float32", heads, lines)
+        add(f"{model}: one frame of six cameras, batch 1, interleaved with eager float32", heads, lines)
     lines = [
         [row["name"], *(f"{row[name]['p50_ms']:.2f}" for name in (row["model"], *PORTS)), f"{row['share']:.3f}"]
         for row in good
         if row["stage"] == "ports" and "share" in row
     ]
-    add("p50 in ms, all in turns", ["one frame", "flagship", *PORTS, "flagship over both"], lines)
+    add("p50 in ms, all interleaved", ["one frame", "flagship", *PORTS, "flagship over both"], lines)
     lines = [
         [
             row["name"], f"{row['p50_ms']:.3f}", f"{row['plain_p50_ms']:.3f}", f"{row['speedup']:.2f}",
-            " ".join(f"{off:.1e}" for off in row["difference"]),
+            " ".join(f"{difference:.1e}" for difference in row["difference"]),
         ]
         for row in good
         if row["stage"] == "sampling"
     ]  # fmt: skip
     add(
-        "sampling, in turns with F.grid_sample",
-        ["function, sizes of", "p50 ms", "plain ms", "times as fast", "off"],
+        "sampling, interleaved with F.grid_sample",
+        ["function, sizes of", "p50 ms", "plain ms", "speedup", "difference"],
         lines,
     )
     parts_of_step = ("data", "forward", "losses", "matching", "backward", "optimizer")
@@ -221,8 +222,8 @@ def tables(content: dict) -> str:
     for model in dict.fromkeys(row["model"] for row in good if row["stage"] == "deployed"):
         lines = [_deployed_line(row) for row in good if row["stage"] == "deployed" and row["model"] == model]
         heads = [
-            "a frame, copies included", "p50 ms", "p99", "memory off", "boxes off", "lines off", "boxes off, m",
-            "lines off, m", "NDS", "lane mAP", "gate",
+            "a frame with copies", "p50 ms", "p99", "memory difference", "raw box difference", "raw line difference",
+            "box difference, m", "line difference, m", "NDS", "lane mAP", "gate",
         ]  # fmt: skip
         add(f"{model}: generated scenes with its own memory, against float32 on the CPU", heads, lines)
     failed = [f"- {_line(row)}" for row in rows if "error" in row]
@@ -230,7 +231,7 @@ def tables(content: dict) -> str:
 
 
 def _deployed_line(row: dict) -> list[str]:
-    """A line of the table of accuracy; the reference has metrics, all others how far theirs are off."""
+    """Formats a line of the accuracy table: metrics of the reference, differences of metrics for other modes."""
     head = [row["name"], f"{row['p50_ms']:.2f}", f"{row['p99_ms']:.2f}"]
     metrics = [row["metrics"][name] for name in ("nds", "lane_mAP")]
     if "gate" not in row:
@@ -252,7 +253,7 @@ def _number(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def _difference(off: dict, kind: str) -> str:
-    if kind not in off:
+def _difference(differences: dict, kind: str) -> str:
+    if kind not in differences:
         return ""
-    return "not finite" if off[kind] is None else "{:.1e} ({:.1e})".format(*off[kind])
+    return "not finite" if differences[kind] is None else "{:.1e} ({:.1e})".format(*differences[kind])

@@ -1,43 +1,45 @@
-"""The fast ways of sampling cameras and maps against the plain ones, forward and backward, at the sizes of networks."""
+"""Compares the fast implementations of deformable sampling with the plain one, at the tensor sizes of networks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from perception.benchmark.frames import CAMERAS, DTYPES, captured, network_of, take_turns, timings
+from perception.benchmark.frames import CAMERAS, DTYPES, capture_graph, load_network, time_interleaved, timings
 from perception.benchmark.stages import Recorder
-from perception.models.bev_transformer.model import BEVTransformer
 from perception.ops import sample_bev, sample_cameras
 
-LIMIT = 20.0  # seconds of one measurement, compiling a kernel included
+LIMIT = 20.0  # seconds of one measurement, with compilation of the kernel
 PRECISIONS = {"fp32": torch.float32} | DTYPES
-UNSEEN = 0.41  # share of samples that no camera of a usual rig sees
+UNSEEN = 0.41  # share of samples that are outside all cameras of a usual rig
 
 
 class Sampling(NamedTuple):
-    """A function of `perception.ops` and its inputs at the sizes of a network, everything else bound."""
+    """A function of `perception.ops` and random inputs of the sizes in a network; other arguments are bound."""
 
     function: Callable[..., Tensor]
-    inputs: tuple[Tensor, ...]  # that gradients are asked for
+    inputs: tuple[Tensor, ...]  # inputs that have gradients
 
 
-def samplings_of(network: BEVTransformer, precision: str, seed: int = 0) -> dict[str, Sampling]:
-    """What a network samples, by the name of the function; values, locations, cameras and weights at random.
+def network_samplings(network: Any, precision: str, seed: int = 0) -> dict[str, Sampling]:
+    """Makes the sampling operations of a network, by the name of the function.
 
-    Maps are in the precision, locations and weights in float32.
+    Args:
+        network: a `BEVTransformer`.
+        precision: of the feature maps; locations and weights are in float32.
+        seed: of feature maps, locations, cameras and weights.
     """
     device = network.cell_position.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     config, attention = network.config, network.spatial_cross_attention
     h, w = (side // network.image_encoder.stride for side in config.image_size)
     Q, S = attention.points_ego.shape[0] * attention.points_ego.shape[1], attention.cameras * attention.samples
-    reading = network.box_decoder.layers[0]["bev_attention"]
+    bev_attention = network.box_decoder.layers[0]["bev_attention"]
     dtype = PRECISIONS[precision]
 
     def drawn(*shape: int) -> Tensor:
@@ -47,7 +49,7 @@ def samplings_of(network: BEVTransformer, precision: str, seed: int = 0) -> dict
     weight = drawn(1, Q, S) * (drawn(1, Q, S) > UNSEEN)
     features = drawn(1, CAMERAS, config.channels, h, w).to(dtype)
     low, high = (torch.tensor(edge, device=device) for edge in zip(config.x_range, config.y_range, strict=True))
-    locations = low + (high - low) * drawn(1, config.box_queries, reading.heads, reading.samples, 2)
+    locations = low + (high - low) * drawn(1, config.box_queries, bev_attention.heads, bev_attention.samples, 2)
     return {
         "sample_cameras": Sampling(
             lambda features, uv, weight, **options: sample_cameras(features, uv, camera, weight, **options),
@@ -61,44 +63,45 @@ def samplings_of(network: BEVTransformer, precision: str, seed: int = 0) -> dict
 
 
 def measure_sampling(recorder: Recorder, models: tuple[str, ...], device_name: str) -> None:
-    """Rows of each function, in turns with the plain implementation; on a GPU both are captured graphs.
+    """Records rows of each function, interleaved with the plain implementation; on a GPU both run as CUDA graphs.
 
     Args:
-        recorder: takes the rows.
-        models: for `network_of`, flagships.
+        recorder: receives the rows.
+        models: flagships, see `load_network`.
         device_name: "cuda" or "cpu".
     """
     device = torch.device(device_name)
     for model in models:
-        network = network_of(model, device)
+        network = load_network(model, device)
         for precision in PRECISIONS:
-            for function, sampling in samplings_of(network, precision).items():
+            for function, sampling in network_samplings(network, precision).items():
                 for backward in (False, True):
                     name = f"{function} {model} {precision} {'forward and backward' if backward else 'forward'}"
                     recorder.attempt(name, LIMIT, _measure, sampling, backward, device)
 
 
 def _measure(sampling: Sampling, backward: bool, device: torch.device) -> dict:
+    """Times a pass and compares its results with the plain implementation."""
     fast = _passes(sampling, backward)
     plain = _passes(sampling, backward, implementation="plain")
-    found, wanted = fast(), plain()
-    runs = {"plain": plain, "fast": fast}
+    found, expected = fast(), plain()
+    runs: dict[str, Callable[[], object]] = {"plain": plain, "fast": fast}
     if device.type == "cuda":
-        runs = {name: captured(run).replay for name, run in runs.items()}
-    seconds = take_turns(runs, device)
+        runs = {name: capture_graph(run).replay for name, run in runs.items()}
+    seconds = time_interleaved(runs, device)
     return timings(seconds["fast"]) | {
         "plain_p50_ms": timings(seconds["plain"])["p50_ms"],
         "speedup": float(np.median(seconds["plain"] / seconds["fast"])),
-        # Of the result and of the gradients, by their norms.
+        # Relative differences of the result and of the gradients, by norm.
         "difference": [
             float((one.float() - other.float()).norm() / other.float().norm())
-            for one, other in zip(found, wanted, strict=True)
+            for one, other in zip(found, expected, strict=True)
         ],
     }
 
 
-def _passes(sampling: Sampling, backward: bool, **options) -> Callable[[], tuple[Tensor, ...]]:
-    """A function that makes one pass and returns the result, with `backward` also the gradients of all inputs."""
+def _passes(sampling: Sampling, backward: bool, **options: str) -> Callable[[], tuple[Tensor, ...]]:
+    """Makes a function that runs one pass and returns the result, with `backward` also the gradients of all inputs."""
     leaves = [x.detach().clone().requires_grad_(backward) for x in sampling.inputs]
     function = partial(sampling.function, **options)
 

@@ -1,7 +1,7 @@
-"""Measurements in stages: each stage is a process with a time limit, each of its measurements has one too.
+"""Runs measurements in stages. Each stage is a process with a time limit; each measurement has a limit too.
 
-A process of its own is what survives everything: after an illegal memory access no call of CUDA works any more, and a
-compiler that hangs can only be killed. Results are handed over one by one, so that nothing measured is lost.
+A separate process isolates failures: after an illegal memory access no CUDA call of a process works, and a compiler
+that hangs can only be killed. Results are sent one by one, so that no measurement is lost.
 """
 
 from __future__ import annotations
@@ -14,27 +14,29 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from types import FrameType
+from typing import Any
 
 import torch
 
-SHORTEST = 3.0  # seconds; with less time left a stage is not started
-GRACE = 5.0  # seconds that a stage may take beyond its limit before its process is killed
-AGAIN = 0.5  # seconds; an exception may have met code that ignores exceptions, such as the callback of a weak reference
+SHORTEST = 3.0  # seconds; a stage is not started with less time left
+GRACE = 5.0  # seconds beyond the limit of a stage after which its process is killed
+REPEAT = 0.5  # seconds; the exception is raised again, because callbacks of weak references, for example, ignore it
 
 
 class OutOfTime(BaseException):
-    """A measurement has used up its time; no `Exception`, so that no library takes it for a failure of its own."""
+    """A measurement exceeded its time limit. It is not an `Exception`, so that libraries do not handle it."""
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises `OutOfTime` in the block after so many seconds, and again until it ends; only in the main thread."""
+    """Raises `OutOfTime` in the block after a time, repeatedly until the block ends; only in the main thread."""
 
-    def stop(_signal, _frame) -> None:
+    def stop(_signal: int, _frame: FrameType | None) -> None:
         raise OutOfTime
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3), AGAIN)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3), REPEAT)
     try:
         yield
     finally:
@@ -43,11 +45,11 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 class Recorder:
-    """Runs measurements, and hands over a row for each, whatever goes wrong in it.
+    """Runs measurements and sends a row for each, also for those that fail.
 
     Args:
-        send: takes a row, a dict of plain JSON values.
-        seconds: of all measurements together.
+        send: receives a row, a dict of plain JSON values.
+        seconds: time limit of all measurements together.
     """
 
     def __init__(self, send: Callable[[dict], None], seconds: float) -> None:
@@ -55,20 +57,20 @@ class Recorder:
 
     @property
     def left(self) -> float:
-        """Seconds until the time of the stage is used up."""
+        """Seconds until the time limit of the stage."""
         return self._deadline - time.monotonic()
 
-    def attempt(self, name: str, limit: float, measure: Callable[..., dict], *arguments) -> dict:
-        """One measurement.
+    def attempt(self, name: str, limit: float, measure: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+        """Runs one measurement.
 
         Args:
             name: of its row.
-            limit: seconds; what is left to the stage counts where that is less.
-            measure: returns the values of the row.
+            limit: seconds; at most the time left of the stage.
+            measure: returns the values of the row as a dict.
             arguments: of `measure`.
 
         Returns:
-            The row; it has an `error`, a sentence, where the measurement failed.
+            The row; it has an `error`, a sentence, if the measurement failed.
         """
         limit = min(limit, self.left)
         try:
@@ -80,7 +82,7 @@ class Recorder:
             row = {"error": f"stopped after {max(limit, 0):.0f} s"}
         except torch.OutOfMemoryError:
             row = {"error": "out of memory"}
-        except Exception as error:  # whatever compilers, drivers and kernels may raise
+        except Exception as error:  # compilers, drivers and kernels raise all kinds
             row = {"error": _sentence(error)}
         if "error" in row:
             _free_memory()
@@ -98,7 +100,7 @@ def _free_memory() -> None:
     if torch.cuda.is_available():
         try:
             torch.cuda.empty_cache()
-        except RuntimeError:  # no call of CUDA works any more; the measurements that follow have it in their rows
+        except RuntimeError:  # CUDA has failed; the rows of all further measurements have the error
             return
 
 
@@ -109,9 +111,9 @@ class Stage:
     Args:
         name: of its rows.
         model: of its rows.
-        measure: called in the process with a `Recorder` and `arguments`; a function that can be imported by name.
+        measure: called in the process with a `Recorder` and `arguments`; must be importable by name.
         arguments: plain values.
-        seconds: of the whole stage.
+        seconds: time limit of the stage.
     """
 
     name: str
@@ -122,13 +124,13 @@ class Stage:
 
 
 def run_stages(stages: Sequence[Stage], seconds: float) -> Iterator[dict]:
-    """The rows of all stages, as they come.
+    """Yields the rows of all stages as they come.
 
-    While one stage runs, the process of the next one already imports its libraries.
+    While one stage runs, the process of the next one imports its libraries.
 
     Args:
         stages: in order.
-        seconds: of all stages together; those for which no time is left have one row, with an `error`.
+        seconds: time limit of all stages together; a stage without time left has one row with an `error`.
     """
     deadline = time.monotonic() + seconds
     waiting = [_Process(stages[0])] if stages else []
@@ -148,17 +150,17 @@ def run_stages(stages: Sequence[Stage], seconds: float) -> Iterator[dict]:
 
 
 class _Process:
-    """A stage in a process that has been started and waits for its turn."""
+    """A stage in a process that is started and waits until it may run."""
 
     def __init__(self, stage: Stage) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork would share what CUDA knows of its parent
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, stage.measure, stage.arguments))
+        context = multiprocessing.get_context("spawn")  # a fork would share the CUDA state of its parent
+        self._connection, remote = context.Pipe()
+        self._process = context.Process(target=_serve, args=(remote, stage.measure, stage.arguments))
         self._process.start()
-        theirs.close()
+        remote.close()
 
     def run(self, seconds: float) -> Iterator[dict]:
-        """Rows until the stage ends, by itself or by force; its time counts from when its libraries are there."""
+        """Yields rows until the stage ends or is stopped; its time counts from the end of its imports."""
         limit = seconds + GRACE
         deadline = time.monotonic() + limit
         ready = False
@@ -180,20 +182,21 @@ class _Process:
         yield {"name": "", "error": f"the process was ended after {limit:.0f} s"}
 
     def end(self) -> None:
+        """Kills the process."""
         self._process.kill()
         self._process.join()
         self._connection.close()
 
 
 def _serve(connection: Connection, measure: Callable[..., None], arguments: tuple) -> None:
-    """What the process of a stage does; None says that it is ready, and again that it is done."""
+    """Runs a stage in its process; sends None when it is ready, and again when it is done."""
     try:
         connection.send(None)
         seconds = connection.recv()
-    except (EOFError, OSError):  # whoever started this process has gone
+    except (EOFError, OSError):  # the parent process has ended
         return
     try:
         measure(Recorder(connection.send, seconds), *arguments)
-    except Exception as error:  # what a stage prepares for its measurements may fail too
+    except Exception as error:  # the preparation of a stage may fail too
         connection.send({"name": "", "error": _sentence(error)})
     connection.send(None)

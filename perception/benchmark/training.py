@@ -1,7 +1,7 @@
-"""Training steps: where their time goes, how many frames a second, what memory a batch takes, how busy the GPU is.
+"""Measures training steps: time of their parts, frames per second, memory per batch, GPU utilization.
 
-The data are made here, so no dataset is needed: pictures of clouds with boxes and lines at random, in JPEG files of
-nuScenes' size that worker processes decode and fit as in training.
+No dataset is needed: the data are random boxes and lines, and images of smooth random colours. The images are JPEG
+files of nuScenes' size, which worker processes decode and fit as in training.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -20,12 +21,11 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Dataset
 
-from perception.benchmark.frames import CAMERAS, frame_of, network_of, wait
+from perception.benchmark.frames import CAMERAS, example_frame, load_network, wait
 from perception.benchmark.stages import Recorder
 from perception.data.loader import collate, pad_boxes, pad_lines
 from perception.inference.fitting import fit_image
-from perception.models.bev_transformer.losses import frame_losses
-from perception.models.bev_transformer.model import BEVTransformer
+from perception.models import Network
 from perception.types import (
     ATTRIBUTES,
     BOX_CLASSES,
@@ -34,31 +34,30 @@ from perception.types import (
     Clip,
     FrameObjects,
     MapLine,
-    State,
     map_tensors,
 )
 
 STORED_SIZE = (900, 1600)  # height and width of nuScenes' images
-WINDOW = 2  # frames of a clip, as the configurations have it
-BOXES, LINES = 30, 15  # of a frame
-STEPS = 3  # timed of each batch size
+FRAMES_PER_CLIP = 2  # as in the shipped configs
+BOXES, LINES = 30, 15  # per frame
+STEPS = 3  # timed steps per batch size
 LIMIT = 20.0  # seconds of one measurement
-KEPT_SHARE = 0.5  # of a stage's time, for the parts of a step and for steps with data from workers
-LOADED_BATCH = 8  # the largest with data from workers
-BUSY_EVERY = 0.1  # seconds
+KEPT_SHARE = 0.5  # of a stage's time, reserved for the parts of a step and for steps with a data loader
+LOADED_BATCH = 8  # largest batch with a data loader
+UTILIZATION_EVERY = 0.1  # seconds
 
 
 class RandomClips(Dataset):
-    """Clips [T, ...] with boxes and lines at random; their images come from JPEG files held in memory.
+    """Clips [T, ...] with random boxes and lines; their images come from JPEG files in memory.
 
     Args:
-        network: decides the size of the images.
-        length: how many there are.
-        seed: of everything.
+        network: determines the size of the images and the points per line.
+        length: number of clips.
+        seed: of all random numbers.
     """
 
-    def __init__(self, network: BEVTransformer, length: int, seed: int = 0) -> None:
-        self._frame = map_tensors(lambda x: x[0], frame_of(network, torch.device("cpu"), seed))
+    def __init__(self, network: Network, length: int, seed: int = 0) -> None:
+        self._frame = map_tensors(lambda x: x[0], example_frame(network, torch.device("cpu"), seed))
         self._size, self._length, self._seed = network.config.image_size, length, seed
         self._points = network.config.line_points
         rng = np.random.default_rng(seed)
@@ -74,13 +73,14 @@ class RandomClips(Dataset):
 
     def __getitem__(self, item: int) -> Clip:
         rng = np.random.default_rng((self._seed, item))
-        images = torch.stack([torch.stack([self._decoded(file) for file in self._files]) for _ in range(WINDOW)])
-        frames = map_tensors(lambda x: x.expand(WINDOW, *x.shape).clone(), self._frame._replace(images=torch.zeros(0)))
+        T = FRAMES_PER_CLIP
+        images = torch.stack([torch.stack([self._decoded(file) for file in self._files]) for _ in range(T)])
+        frames = map_tensors(lambda x: x.expand(T, *x.shape).clone(), self._frame._replace(images=torch.zeros(0)))
         gt = FrameObjects(
-            pad_boxes([_random_boxes(rng) for _ in range(WINDOW)]),
-            pad_lines([_random_lines(rng) for _ in range(WINDOW)], self._points),
+            pad_boxes([_random_boxes(rng) for _ in range(T)]),
+            pad_lines([_random_lines(rng) for _ in range(T)], self._points),
         )
-        return Clip(frames._replace(images=images), gt, torch.arange(WINDOW))
+        return Clip(frames._replace(images=images), gt, torch.arange(T))
 
     def _decoded(self, file: bytes) -> Tensor:
         return fit_image(Image.open(io.BytesIO(file)), np.eye(3), self._size)[0]
@@ -112,66 +112,67 @@ def _random_lines(rng: np.random.Generator) -> list[MapLine]:
 
 
 class Step:
-    """Training steps of the flagship in bfloat16, as `perception.engine` makes them.
+    """Runs training steps of a network in bfloat16, as `perception.engine` does.
 
     Args:
-        network: its weights change.
+        network: its weights are trained in place.
     """
 
-    def __init__(self, network: BEVTransformer) -> None:
+    def __init__(self, network: Network) -> None:
         self.network = network.to(memory_format=torch.channels_last).train()
-        self.device = network.cell_position.weight.device
+        self.device = next(network.parameters()).device
         self._optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5, weight_decay=0.01)
 
-    def __call__(self, clip: Clip, marks: dict[str, float] | None = None) -> None:
-        """One step on clips [B, T, ...] on the device.
+    def __call__(self, clip: Clip, part_seconds: dict[str, float] | None = None) -> None:
+        """Runs one step on clips [B, T, ...] on the device.
 
         Args:
-            clip: images, calibration and truth.
-            marks: seconds of each part are added to it, which waits for the device after every part; None for no waits.
+            clip: images, calibration and ground truth.
+            part_seconds: seconds of each part are added to it, with a synchronization of the device after every part;
+                None for no synchronization.
         """
         B, T = clip.sample_index.shape
-        state: State = self.network.initial_state(B)
-        total = 0.0
+        state = self.network.initial_state(B)
+        total = torch.zeros((), device=self.device)
         for t in range(T):
-            now = map_tensors(lambda x, t=t: x[:, t], clip)
-            with self._timed("forward", marks), torch.autocast(self.device.type, torch.bfloat16):
+            now = map_tensors(itemgetter((slice(None), t)), clip)
+            with self._timed("forward", part_seconds), torch.autocast(self.device.type, torch.bfloat16):
                 prediction, state = self.network(now.frames, state)
-            with self._timed("losses", marks):
+            with self._timed("losses", part_seconds):
                 prediction = map_tensors(Tensor.float, prediction)
-                losses = frame_losses(prediction, now.gt, now.frames, self.network.grid)
+                losses = self.network.loss(prediction, now.gt, now.frames)
                 total = total + sum(losses.values()) / T
-        with self._timed("backward", marks):
+        with self._timed("backward", part_seconds):
             total.backward()
-        with self._timed("optimizer", marks):
+        with self._timed("optimizer", part_seconds):
             nn.utils.clip_grad_norm_(self.network.parameters(), 35.0)
             self._optimizer.step()
             self._optimizer.zero_grad()
 
     @contextmanager
-    def _timed(self, part: str, marks: dict[str, float] | None) -> Iterator[None]:
-        if marks is None:
+    def _timed(self, part: str, part_seconds: dict[str, float] | None) -> Iterator[None]:
+        if part_seconds is None:
             yield
             return
         start = time.perf_counter()
         yield
         wait(self.device)
-        marks[part] = marks.get(part, 0.0) + time.perf_counter() - start
+        part_seconds[part] = part_seconds.get(part, 0.0) + time.perf_counter() - start
 
 
 def measure_training(recorder: Recorder, model: str, device_name: str, batches: tuple[int, ...]) -> None:
-    """Sends rows of one network: growing batches, the parts of a step of the fastest, steps with data from workers.
+    """Records rows of one network: growing batches, the parts of a step of the fastest, steps with a data loader.
 
-    Batches grow until one fails or half of the time is used up; the fastest is the one with the most frames a second.
+    Batches grow until one fails or half of the time is used; the fastest is the one with the most frames per second.
 
     Args:
-        recorder: takes the rows.
-        model: for `network_of`, a flagship.
+        recorder: receives the rows.
+        model: see `load_network`.
         device_name: "cuda" or "cpu".
-        batches: clips of a step, smallest first.
+        batches: clips per step, smallest first.
     """
     device = torch.device(device_name)
-    step = Step(network_of(model, device))
+    step = Step(load_network(model, device))
     clips = RandomClips(step.network, 1024)
     one, kept = clips[0], KEPT_SHARE * recorder.left
     rates: dict[int, float] = {}
@@ -184,7 +185,7 @@ def measure_training(recorder: Recorder, model: str, device_name: str, batches: 
             break
         rates[batch] = row["frames_per_s"]
     if rates:
-        best = max(rates, key=rates.get)
+        best = max(rates, key=lambda batch: rates[batch])
         recorder.attempt(f"batch {best} in parts", recorder.left / 2, _measure_parts, step, one, best)
         workers = max(1, min(14, (os.cpu_count() or 2) - 2))
         batch = min(best, LOADED_BATCH)
@@ -209,33 +210,33 @@ def _measure_batch(step: Step, clip: Clip, batch: int) -> dict:
         step(clips)
     wait(device)
     seconds = (time.perf_counter() - start) / STEPS
-    return row | {"step_ms": 1e3 * seconds, "frames_per_s": batch * WINDOW / seconds}
+    return row | {"step_ms": 1e3 * seconds, "frames_per_s": batch * FRAMES_PER_CLIP / seconds}
 
 
 def _measure_parts(step: Step, clip: Clip, batch: int) -> dict:
-    """Shares of the parts of a step, each of which is waited for."""
+    """Measures the shares of the parts of a step, with a synchronization after each part."""
     clips = _repeated(clip, batch, step.device)
     step(clips)
     wait(step.device)
-    marks: dict[str, float] = {}
+    part_seconds: dict[str, float] = {}
     for _ in range(STEPS):
-        step(clips, marks)
-    whole = sum(marks.values())
+        step(clips, part_seconds)
+    whole = sum(part_seconds.values())
     with profile(activities=[ProfilerActivity.CPU]) as record:
         step(clips)
     matching = sum(event.cpu_time_total for event in record.key_averages() if event.key == "matching") / 1e6
-    shares = {part: value / whole for part, value in marks.items()}
+    shares = {part: value / whole for part, value in part_seconds.items()}
     shares["matching"] = matching / (whole / STEPS)  # a part of the losses
     return {"batch": batch, "step_ms": 1e3 * whole / STEPS, "shares": shares}
 
 
 def _measure_loaded(step: Step, clips: RandomClips, batch: int, workers: int, seconds: float) -> dict:
-    """Steps as in a training: workers decode, the copy to the device overlaps, nothing is waited for."""
+    """Measures steps as in training: workers decode, copies to the device overlap, nothing is synchronized."""
     device = step.device
     cuda = device.type == "cuda"
     loader = DataLoader(
         clips, batch, num_workers=workers, collate_fn=collate, pin_memory=cuda, prefetch_factor=4,
-        multiprocessing_context="fork",  # a stage was spawned, and spawned workers would import all libraries again
+        multiprocessing_context="fork",  # spawned workers would import all libraries again
     )  # fmt: skip
     batches = iter(loader)
 
@@ -246,7 +247,7 @@ def _measure_loaded(step: Step, clips: RandomClips, batch: int, workers: int, se
         step(load())
     wait(device)
     steps, waited, begin = 0, 0.0, time.perf_counter()
-    with busy(device) as shares:
+    with gpu_utilization(device) as shares:
         while time.perf_counter() - begin < seconds and steps < len(loader) - 3:
             start = time.perf_counter()
             clip = load()
@@ -257,22 +258,22 @@ def _measure_loaded(step: Step, clips: RandomClips, batch: int, workers: int, se
     took = time.perf_counter() - begin
     row = {
         "batch": batch, "workers": workers, "step_ms": 1e3 * took / steps,
-        "frames_per_s": steps * batch * WINDOW / took, "shares": {"data": waited / took},
+        "frames_per_s": steps * batch * FRAMES_PER_CLIP / took, "shares": {"data": waited / took},
     }  # fmt: skip
     return row | ({"gpu_busy": float(np.mean(shares))} if shares else {})
 
 
 @contextmanager
-def busy(device: torch.device) -> Iterator[list[float]]:
-    """Shares of the time in which a GPU had something to do, read from NVML again and again; none without NVML."""
+def gpu_utilization(device: torch.device) -> Iterator[list[float]]:
+    """Collects the utilization (0..1) of a GPU during the block, polled from NVML; the list is empty without NVML."""
     shares: list[float] = []
     over = threading.Event()
 
     def read() -> None:
-        while not over.wait(BUSY_EVERY):
+        while not over.wait(UTILIZATION_EVERY):
             try:
                 shares.append(torch.cuda.utilization(device) / 100)
-            except Exception:  # NVML may be missing, old or forbidden, and each says so by another exception
+            except Exception:  # a missing, old or forbidden NVML raises different exceptions
                 return
 
     thread = threading.Thread(target=read, daemon=True)

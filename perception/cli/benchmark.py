@@ -104,11 +104,11 @@ def _latency(arguments) -> None:
 
     from perception.export.latency import Interrupted, as_dict, check_request, measure, table
     from perception.export.onnx import export_onnx
-    from perception.files import check_place, write_json
+    from perception.files import check_writable, write_json
     from perception.models.checkpoint import load_model
 
     if arguments.json:
-        check_place("--json", arguments.json)
+        check_writable("--json", arguments.json)
     network = load_model(arguments.checkpoint)
     bounds = {name: getattr(arguments, name) for name in ("passes", "threads", "max_seconds")}
     check_request(network, arguments.export, arguments.backends, **bounds)

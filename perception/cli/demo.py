@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     model = load_model(arguments.checkpoint)
     height, width = model.config.image_size
-    # The folder's name says what is in it and it appears when it is complete, so it can be used again.
+    # The folder is named after its content and appears when it is complete, so it can be used again.
     name = f"town_{arguments.seed}_{arguments.scenes}x{arguments.keyframes}_{height}x{width}"
     root = arguments.out / name
     if not (root / VERSION).is_dir():
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         clip = map_tensors(lambda tensor: tensor[0], dataset[i])
         picture = draw_frame(
             clip.frames,
-            stream.scenes[dataset.tokens[i]],
+            stream.objects[dataset.tokens[i]],
             clip.gt,
             cameras=dataset.cameras,
             caption=f"scene {number} of a town that was not trained on, after {arguments.keyframes} keyframes",

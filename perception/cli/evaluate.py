@@ -48,7 +48,7 @@ def evaluate_weights(arguments) -> tuple[str, dict, dict]:
     from perception.engine.config import build_dataset, load_config
     from perception.engine.weights import load_weights
     from perception.errors import ConfigError
-    from perception.evaluation.dataset import evaluate_scenes, save_submissions
+    from perception.evaluation.dataset import evaluate_predictions, save_submissions
     from perception.evaluation.robustness import evaluate_robustness, plan_trials
     from perception.inference.sequence import predict_stream
 
@@ -67,8 +67,8 @@ def evaluate_weights(arguments) -> tuple[str, dict, dict]:
     )
     stream = predict_stream(model, dataset, workers=arguments.workers, progress=True)
     if arguments.save_submission:
-        save_submissions(arguments.save_submission, dataset, stream.scenes)
-    evaluation = evaluate_scenes(dataset, stream.scenes, **lane_options(arguments))
+        save_submissions(arguments.save_submission, dataset, stream.objects)
+    evaluation = evaluate_predictions(dataset, stream.objects, **lane_options(arguments))
     metrics = evaluation.as_dict() | {"fps": 1 / stream.seconds_per_frame, "samples": len(dataset)}
     table = evaluation.table()
     if trials:

@@ -1,4 +1,4 @@
-"""Exports a network for the vehicle and certifies it: the export drives the same streets as the original."""
+"""Exports a network for the vehicle and certifies it: both run on the same scenes."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ Formats of images, one buffer of bytes per camera:
 
 {formats}
 
-Without --dataroot the streets are generated; those of a second rig, with other cameras, always are. The folder holds
+Without --dataroot the scenes are generated; those of a second rig, with other cameras, always are. The folder holds
 model.onnx, contract.json, certificate.json and certificate.md; of each runtime in --also, such as openvino,
 certificate.openvino.json and .md too; and where a GPU is here that an engine was built for, certificate.tensorrt.json
 and .md of that engine. Progress goes to stderr.
-Exit code 2 if the export is not good enough; the folder says why.
+Exit code 2 if the export is not good enough; see certificate.md there.
 """
 DRAWN_WIDTH = 1600  # pixels
 
@@ -76,15 +76,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--split", help="of the dataset")
     parser.add_argument("--calibration-split", help="of the dataset, for int8 and fp8; another than --split")
     parser.add_argument("--drift", type=int, default=0, help="frames of a further drive without a reset (default: 0)")
-    parser.add_argument("--seed", type=int, default=0, help="of generated streets (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of generated scenes (default: %(default)s)")
     arguments = parser.parse_args(argv)
 
     from perception.errors import ConfigError
-    from perception.files import check_dataset, check_place
+    from perception.files import check_dataset, check_writable
 
     if arguments.drift < 0:
         raise ConfigError(f"--drift is {arguments.drift}; give a number of frames, or 0 for none")
-    check_place("--out", arguments.out, folder=True)
+    check_writable("--out", arguments.out, folder=True)
     if len({bool(arguments.dataroot), bool(arguments.version), bool(arguments.split)}) > 1:
         raise ConfigError("--dataroot, --version and --split go together; give all three or none")
     if arguments.dataroot:
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         openvino_core(backend, arguments.precision)
     targets = arguments.target.split(",")
     if arguments.format != "onnx":
-        gpus_of(arguments.format, targets)  # what is missing is told before the long work
+        gpus_of(arguments.format, targets)  # names missing packages before the long work
     size = max(images.sizes, key=lambda pair: pair[0] * pair[1])  # others are made from it
     with tempfile.TemporaryDirectory(prefix="perception-export-") as folder:
 
@@ -134,20 +134,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
             return NuScenesDataset(root, VERSION, "export", image_size=drawn, cameras=names)
 
-        def streets(split: str | None, seed: int) -> NuScenesDataset:
-            """A split of the dataset that was given; without one, generated streets of that seed."""
-            if arguments.dataroot:
+        def scenes(split: str | None, seed: int) -> NuScenesDataset:
+            """A split of the dataset that was given; without one, generated scenes of that seed."""
+            if arguments.dataroot and split:
                 return NuScenesDataset(arguments.dataroot, arguments.version, split, image_size=size)
             return generated(seed)
 
         with stage("drive for the certificate", progress=True):
-            judge = streets(arguments.split, arguments.seed)
+            judge = scenes(arguments.split, arguments.seed)
         with stage("drive of another rig for the certificate", progress=True):
             other_rig = generated(arguments.seed + 2, EIGHT_CAMERAS if arguments.cameras >= 8 else FIVE_CAMERAS)
         calibration = None
         if eight_bits:
             with stage("drive for the ranges of eight bits", progress=True):
-                calibration = streets(arguments.calibration_split, arguments.seed + 1)
+                calibration = scenes(arguments.calibration_split, arguments.seed + 1)
         with stage(f"export to {arguments.out}", progress=True):
             export_onnx(
                 network, arguments.out, cameras=arguments.cameras, raw_size=images.sizes,
@@ -209,7 +209,7 @@ def read_sizes(given: list[str]) -> list[tuple[int, int]]:
 
 
 def drawn_size(size: tuple[int, int]) -> tuple[int, int]:
-    """The size at which generated streets are drawn: that of the cameras, but at most DRAWN_WIDTH wide, for it takes
+    """The size at which generated scenes are rendered: that of the cameras, but at most DRAWN_WIDTH wide, for it takes
     long."""
     scale = min(1.0, DRAWN_WIDTH / size[1])
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))

@@ -5,17 +5,15 @@ A split is one of the devkit's names, one of the dataset's splits.json, or a fil
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from perception.cli import command_parser
-from perception.commands import as_called
 
 EXAMPLE = """examples:
   perception prepare-nuscenes leakage --dataroot data/nuscenes --version v1.0-trainval --train train --val val \\
       --json out/leakage.json --out out/leakage.png
-  perception prepare-nuscenes split --dataroot data/nuscenes --version v1.0-trainval --geographic \\
+  perception prepare-nuscenes split --dataroot data/nuscenes --version v1.0-trainval \\
       --min-distance 60 --seed 0 --out out/far_apart
   perception prepare-nuscenes leakage --dataroot data/nuscenes --version v1.0-trainval \\
       --train out/far_apart/train.txt --val out/far_apart/val.txt
@@ -58,7 +56,7 @@ def split(arguments, keyframes, tables: Path) -> None:
     if leaking := int((result.nearest <= arguments.min_distance).sum()):
         raise RuntimeError(f"{leaking} validation keyframes of the split that was made are too near to training")
     parts = {"train": made.train, "val": made.val, "left_out": made.left_out}
-    command = f"--geographic --min-distance {arguments.min_distance:g} --seed {arguments.seed}"
+    command = f"--min-distance {arguments.min_distance:g} --seed {arguments.seed}"
     command += f" --val-share {arguments.val_share:g} --max-left-out {arguments.max_left_out:g}"
     for name, scenes in parts.items():
         path = arguments.out / f"{name}.txt"
@@ -86,18 +84,17 @@ def split(arguments, keyframes, tables: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = command_parser("prepare-nuscenes", __doc__, EXAMPLE)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    shared = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": as_called(EXAMPLE)}
-    measure = commands.add_parser("leakage", help="how near validation lies to training", **shared)
-    make = commands.add_parser("split", help="make a split that keeps a distance", **shared)
+    measure = commands.add_parser("leakage", help="how near validation lies to training")
+    make = commands.add_parser("split", help="make a split that keeps a distance")
     for command, function in ((measure, leakage), (make, split)):
         command.set_defaults(function=function)
+        command.formatter_class, command.epilog = parser.formatter_class, parser.epilog
         command.add_argument("--dataroot", type=Path, required=True, help="root of a nuScenes-format dataset")
         command.add_argument("--version", required=True, help="folder of its tables, such as v1.0-trainval")
         command.add_argument("--json", type=Path, help="file for the numbers")
     measure.add_argument("--train", required=True, help="name of the training split, or a file of scene names")
     measure.add_argument("--val", required=True, help="name of the validation split, or a file of scene names")
     measure.add_argument("--out", type=Path, help="picture to write, .png: the keyframes on their maps")
-    make.add_argument("--geographic", action="store_true", required=True, help="divide by place")
     make.add_argument("--min-distance", type=float, required=True, help="metres between a val and a train keyframe")
     make.add_argument("--seed", type=int, required=True, help="which of the possible splits")
     make.add_argument("--val-share", type=float, default=0.15, help="keyframes wanted in val (default: %(default)s)")

@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         type=float,
         default=0.0,
         metavar="0..1",
-        help="more of what streets seldom have: trucks, buses, trailers, cycles, work sites (default: 0)",
+        help="more of the rare classes: trucks, buses, trailers, cycles, work sites (default: 0)",
     )
     parser.add_argument("--json", type=Path, default=None, help="write the summary to this file as well")
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Trains a network as a config says."""
+"""Trains a network by a config."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="run two steps on generated streets and print what the training would cost",
+        help="run two steps on generated scenes and print what the training would cost",
     )
     parser.add_argument("--json", type=Path, help="file for the numbers of --dry-run")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the work directory")
@@ -52,10 +52,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         from perception.engine.dry_run import dry_run
         from perception.files import write_json
 
-        told = dry_run(config, seed=arguments.seed, amp=arguments.amp)
-        print(told.table())
+        result = dry_run(config, seed=arguments.seed, amp=arguments.amp)
+        print(result.table())
         if arguments.json:
-            write_json(arguments.json, told.as_dict())
+            write_json(arguments.json, result.as_dict())
         return
 
     from perception.engine.training import train

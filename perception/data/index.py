@@ -71,7 +71,6 @@ class Index(NamedTuple):
     scene: np.ndarray  # [S] int64 index into scene_name
     previous: np.ndarray  # [S] int64 index of the previous keyframe of the scene, -1 at its start
     scene_name: np.ndarray  # [scenes] bytes
-    scene_token: np.ndarray  # [scenes] bytes
     scene_map: np.ndarray  # [scenes] bytes, path of the map expansion file
     image_path: np.ndarray  # [S, N] bytes, empty if the camera is missing
     image_size: np.ndarray  # [S, N, 2] int32 height, width
@@ -239,8 +238,7 @@ def _build(dataroot: Path, version: str, split: str | Path, cameras: tuple[str, 
             lines.append(lines_around(lane_maps[location], *poses, lane_range))
             wide_lines.append(lines_around(lane_maps[location], *poses, wide_range(lane_range)))
     flat = {name: np.array([sample[name] for sample in samples]) for name in samples[0]}
-    names = {f"scene_{field}": np.array([scene[field].encode() for scene in scenes]) for field in ("name", "token")}
-    names["scene_map"] = np.array(maps)
+    names = {"scene_name": np.array([scene["name"].encode() for scene in scenes]), "scene_map": np.array(maps)}
     box_offset = np.cumsum([0, *(len(sample["box_label"]) for sample in boxes)])
     flat_boxes = {name: np.concatenate([sample[name] for sample in boxes]) for name in boxes[0]}
     return Index(**flat, **names, box_offset=box_offset, **flat_boxes, lines=_flat(lines), wide_lines=_flat(wide_lines))

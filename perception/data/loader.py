@@ -17,7 +17,7 @@ from torch.utils.data import Sampler
 from perception.errors import ConfigError, DataError
 from perception.geometry import resample_polyline
 from perception.inference.fitting import fit_image
-from perception.types import Boxes, Clip, FrameObjects, MapLine, Noun, Polylines
+from perception.types import Boxes, Clip, Data, FrameObjects, MapLine, Polylines
 
 
 def decode_image(
@@ -83,7 +83,7 @@ def pad_lines(lines: Sequence[Sequence[MapLine]], points_per_line: int, count: i
     return _stack_padded(stacked, max(count, *(len(frame_lines) for frame_lines in lines)))
 
 
-def _stack_padded(parts: Sequence[Noun], count: int) -> Noun:
+def _stack_padded(parts: Sequence[Data], count: int) -> Data:
     """Stacks nouns along a new first axis after padding their first axis with zeros (valid: False) to `count`."""
 
     def padded(tensor: Tensor) -> Tensor:

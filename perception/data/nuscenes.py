@@ -100,18 +100,13 @@ class NuScenesDataset(Dataset):
 
     @property
     def scene_of_sample(self) -> np.ndarray:
-        """[S] index into `scene_names` and `scene_tokens`."""
+        """[S] index into `scene_names`."""
         return self._index.scene
 
     @property
     def scene_names(self) -> list[str]:
         """Names of the scenes, indexed by `scene_of_sample`."""
         return [name.decode() for name in self._index.scene_name]
-
-    @property
-    def scene_tokens(self) -> list[str]:
-        """Tokens of the scenes, indexed by `scene_of_sample`."""
-        return [token.decode() for token in self._index.scene_token]
 
     @property
     def timestamps(self) -> np.ndarray:

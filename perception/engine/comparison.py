@@ -1,4 +1,4 @@
-"""Trainings that differ in one thing, each with several seeds: what helps, and whether more than chance."""
+"""Compares variants of a training over several seeds, and measures the cost of their networks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from perception.data.loader import collate
-from perception.engine.config import TrainConfig, build_dataset
+from perception.engine.config import TrainConfig, build_dataset, check_trainable
 from perception.engine.dry_run import forward_gflops
 from perception.engine.training import train
 from perception.errors import ConfigError
@@ -24,13 +24,13 @@ HEADLINE = ("nds", "mAP", "mATE", "mAOE", "mAVE", "lane_mAP")
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What one frame of the validation data costs a network.
+    """The cost of a network for one frame of the validation data.
 
     Args:
-        parameters: of the whole network.
-        gflops: forward; products and sums counted apart.
-        seconds: network and decoding, the median of passes that took turns with those of the others.
-        share: of what the first network took in the same turn, the median.
+        parameters: number of parameters of the whole network.
+        gflops: floating-point operations of the forward pass, products and sums counted separately.
+        seconds: median latency of network and decoding.
+        share: median ratio of the latency to that of the first network in the same turn.
     """
 
     parameters: int
@@ -41,28 +41,28 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Metrics after the last epoch, by variant, one dict per seed; the first variant is what the others are held to."""
+    """Metrics after the last epoch by variant, one dict per seed. The other variants are compared with the first."""
 
     runs: dict[str, list[dict[str, float]]]
     costs: dict[str, Cost] = dataclasses.field(default_factory=dict)
 
     def mean(self, variant: str, metric: str) -> float:
-        """Over the seeds."""
+        """Returns the mean over the seeds."""
         return statistics.fmean(run[metric] for run in self.runs[variant])
 
     def spread(self, variant: str, metric: str) -> float:
-        """The largest of the seeds less the smallest."""
+        """Returns the range over the seeds, largest minus smallest."""
         values = [run[metric] for run in self.runs[variant]]
         return max(values) - min(values)
 
     def gain(self, variant: str, metric: str) -> float | None:
-        """How much more than the first variant, None where that is within the larger of the two spreads."""
+        """Returns the difference from the first variant, None if it is not above the larger of the two spreads."""
         first = next(iter(self.runs))
         gain = self.mean(variant, metric) - self.mean(first, metric)
         return gain if abs(gain) > max(self.spread(variant, metric), self.spread(first, metric)) else None
 
     def as_dict(self) -> dict:
-        """Plain JSON values."""
+        """Returns plain JSON values."""
         return {
             name: {
                 "seeds": runs,
@@ -80,7 +80,7 @@ class Comparison:
         }
 
     def table(self) -> str:
-        """Means and spreads as Markdown; * marks what differs from the first row by more than chance."""
+        """Returns means and half spreads in Markdown; * marks differences from the first row above the spreads."""
         costs = ["M parameters", "GFLOP", "ms a frame", "of the first"] if self.costs else []
         heads = ["variant", *HEADLINE, *costs]
         lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
@@ -100,16 +100,16 @@ class Comparison:
 def compare(
     variants: Mapping[str, TrainConfig], seeds: Sequence[int], out: str | Path, *, amp: bool = False
 ) -> Comparison:
-    """Trains every variant with every seed. What is finished is not done again, what was interrupted goes on.
+    """Trains every variant with every seed. Finished runs are skipped and interrupted runs are resumed.
 
     Args:
-        variants: configs by name; the first is what the others are held to.
-        seeds: at least two, or chance cannot be told from a gain.
-        out: a folder per run is made there.
-        amp: in bfloat16.
+        variants: configs by name; the others are compared with the first.
+        seeds: at least two, to separate gains from chance.
+        out: folder for one subfolder per run.
+        amp: train in bfloat16.
 
     Raises:
-        ConfigError: there are fewer than two seeds.
+        ConfigError: there are fewer than two seeds, or a config is for evaluation only.
     """
     if len(set(seeds)) < 2:
         raise ConfigError("a comparison needs at least two different seeds; give e.g. --seeds 0 1")
@@ -118,7 +118,8 @@ def compare(
         for seed in dict.fromkeys(seeds):
             folder = Path(out, f"{name.replace(' ', '_').replace('/', '_')}-{seed}")
             last = folder / f"{config.name}-last.safetensors"
-            epochs = config.train.image_epochs + config.train.epochs
+            section, _ = check_trainable(config)
+            epochs = section.image_epochs + section.epochs
             if not last.is_file() or read_metrics(last)["epoch"] != epochs:
                 train(config, folder, seed=seed, resume=True, amp=amp)
             runs.setdefault(name, []).append(read_metrics(last))
@@ -127,18 +128,19 @@ def compare(
 
 @torch.inference_mode()
 def measure_costs(configs: Mapping[str, TrainConfig], passes: int = 60) -> dict[str, Cost]:
-    """What one frame costs each network, on the GPU where there is one.
+    """Measures the cost of one frame for each network, on the GPU if there is one.
 
     Args:
         configs: by name.
-        passes: timed for each network, after two that are not; the networks take turns, so that whatever else the
-            machine does falls on all of them.
+        passes: number of timed passes per network, after two passes of warm-up. The networks take turns, so that other
+            load on the machine affects all of them.
 
     Raises:
         DataError: the validation data of a config are missing.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    networks, frames, seconds = {}, {}, {name: [] for name in configs}
+    networks, frames = {}, {}
+    seconds: dict[str, list[float]] = {name: [] for name in configs}
     for name, config in configs.items():
         clip = collate([build_dataset(config.val_data, config.model)[0]])
         frames[name] = map_tensors(lambda tensor: tensor[:, 0].to(device), clip.frames)

@@ -1,8 +1,8 @@
-"""Reading and checking the config files of training and evaluation.
+"""Reads and checks the config files of training and evaluation.
 
 A config is a plain MMEngine Python config (`_base_` inheritance and `--cfg-options` work as usual) with four sections:
-`model`, `train_data`, `val_data` and `train`. Each section is parsed into a frozen dataclass here, so a key that
-nothing reads, a missing key or a value of the wrong type is an error before anything runs.
+`model`, `train_data`, `val_data` and `train`. Each section is parsed into a frozen dataclass. An unknown key, a missing
+key or a value of the wrong type is an error before anything runs.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
 
@@ -21,63 +22,57 @@ from perception.data.nuscenes import NuScenesDataset
 from perception.engine.config_file import read_config
 from perception.errors import ConfigError
 from perception.files import check_dataset
-from perception.models import NetworkConfig, preset_config
+from perception.models import NetworkConfig, network_class, preset_config
 from perception.models.base import dataclass_for
 from perception.types import LaneRange
 
 
 @dataclass(frozen=True)
 class DataSection:
-    """Where the samples come from: `train_data` and `val_data` of a config."""
+    """A dataset: `train_data` or `val_data` of a config."""
 
-    dataroot: str | tuple[str, ...]  # root of a nuScenes-format dataset, or several that are read as one
-    version: str  # folder of its tables, e.g. v1.0-trainval
-    split: str  # an official split or one of the dataset's own splits.json
-    augment: Augment | None = None  # in a config: dict(), with those fields of Augment that differ from its defaults
-    make_with: str = ""  # the command that makes it, `perception simulate ...`, named where it is missing
+    dataroot: str | tuple[str, ...]  # root of a nuScenes-format dataset, or several roots that are read as one dataset
+    version: str  # folder of the tables, e.g. v1.0-trainval
+    split: str  # an official split, or one from splits.json of the dataset
+    augment: Augment | None = None  # in a config: dict() with the fields of Augment that differ from the defaults
+    make_with: str = ""  # command that creates the dataset, for the error message if the dataset is missing
 
 
 @dataclass(frozen=True)
 class TrainSection:
-    """How to train: `train` of a config. Iterations are counted over the whole training."""
+    """The training schedule: `train` of a config. Iterations are counted over the whole training."""
 
-    epochs: int  # of streaming training, after those of images alone
+    epochs: int  # of streaming training, after `image_epochs`
     batch_size: int  # clips per process
-    streams: (
-        int  # batches that take turns: batch b + streams follows the scenes of batch b, those in between other ones
-    )
-    frames_per_clip: int  # frames per step: as far back as gradients go, while the memory goes on along the scene
-    drop_frames: float  # share of frames that are left out at random, for times between frames that vary
-    image_epochs: int  # epochs at the start that train what the images show, before there is a map
+    streams: int  # number of batches that alternate: batch b + streams continues the scenes of batch b
+    frames_per_clip: int  # BPTT window: frames per step; the memory is kept between the clips of a scene
+    drop_frames: float  # share of frames that are dropped at random, to vary the time between frames
+    image_epochs: int  # epochs at the start that train only the image encoder and its image losses
     lr: float  # peak learning rate of AdamW
     weight_decay: float
-    warmup_iters: int  # linear warm-up, then a cosine down to 1 % of the peak
+    warmup_iters: int  # iterations of linear warm-up, followed by cosine decay to 1 % of the peak
     grad_clip: float  # largest norm of the gradient
     ema_momentum: float  # weight of the newest weights in the exponential moving average; 0 for none
     val_every: int  # epochs between two validations; the last epoch is always validated
     log_every: int  # iterations between two lines of the log
     workers: int  # processes that load clips; 0 loads them in the training process
-    disabled_losses: tuple[
-        str, ...
-    ] = ()  # losses that are left out, by their names in perception.models.bev_transformer.losses.LOSS_WEIGHTS
-    backbone_lr_mult: float = 1.0  # of lr that the backbone of the image encoder learns with
-    frozen_stages: int = -1  # of the image encoder: 0 holds the stem as it is, n the first n stages too, -1 nothing
-    backbone_weights: str = (
-        ""  # that the image encoder's backbone starts from: published ones, or a network of the library
-    )
-    init_from: str = ""  # weights to start from, .safetensors or .pth of the same network, images of any size
+    disabled_losses: tuple[str, ...] = ()  # names of losses in the network's `loss_weights` that are not used
+    backbone_lr_mult: float = 1.0  # factor of lr for the backbone of the image encoder
+    frozen_stages: int = -1  # of the backbone: 0 freezes the stem, n also the first n stages, -1 nothing
+    backbone_weights: str = ""  # initial weights of the backbone: published ones, or a network of the library
+    init_from: str = ""  # initial weights, .safetensors or .pth of the same network for images of any size
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A whole config, parsed."""
+    """A parsed config."""
 
-    name: str  # of the file, without .py; names the exported weights
+    name: str  # of the file without .py, also of the exported weights
     model: NetworkConfig
-    train_data: DataSection | None  # this and `train` may be left out of a config that is only evaluated
+    train_data: DataSection | None  # None, as `train`, for a config that is for evaluation only
     val_data: DataSection
     train: TrainSection | None
-    source: Config  # as read, for the copy in the work directory
+    source: Config  # unparsed, for the copy in the work directory
 
 
 def load_config(name_or_path: str | Path, options: dict | None = None) -> TrainConfig:
@@ -85,16 +80,21 @@ def load_config(name_or_path: str | Path, options: dict | None = None) -> TrainC
 
     Args:
         name_or_path: a Python file, or the name of a config that came with the library, such as `synthetic/nano`.
-        options: overrides with dotted keys, e.g. `{"train.lr": 1e-3}`.
+        options: overrides by dotted key, e.g. `{"train.lr": 1e-3}`.
 
     Raises:
         ConfigError: the file is missing or broken, a key is unknown or missing, or a value has the wrong type.
     """
     path, source = read_config(name_or_path, options)
-    sections = {"model": None, "train_data": DataSection, "val_data": DataSection, "train": TrainSection}
+    sections: dict[str, Any] = {
+        "model": None,
+        "train_data": DataSection,
+        "val_data": DataSection,
+        "train": TrainSection,
+    }
     source_dict = source.to_dict()
     _check_keys(path, "", source_dict, set(sections), {"model", "val_data"})
-    parsed = {
+    parsed: dict[str, Any] = {
         name: _parse(path, name, source_dict[name], kind) if name in source_dict else None
         for name, kind in sections.items()
         if kind
@@ -104,12 +104,11 @@ def load_config(name_or_path: str | Path, options: dict | None = None) -> TrainC
 
 
 def model_config(section: dict, where: str) -> NetworkConfig:
-    """The config of a network from a preset and overrides.
+    """Creates the config of a network from a preset and overrides.
 
     Args:
-        section: `preset`, of the flagship ("nano", "tiny" or "base") or another network of `perception.models`, such
-            as "bevformer_tiny", and any fields of its config.
-        where: the file that holds the section, for errors.
+        section: `preset`, the name of a preset such as "nano" or "bevformer_tiny", and any fields of its config.
+        where: name of the config file, for messages.
 
     Raises:
         ConfigError: the preset or a field does not exist, or a value has the wrong type.
@@ -128,7 +127,7 @@ def model_config(section: dict, where: str) -> NetworkConfig:
 
 
 def build_dataset(section: DataSection, model: NetworkConfig) -> NuScenesDataset:
-    """The dataset of a section, with images of the size and lines of the range that the model is made for.
+    """Opens the dataset of a section, with the image size, the points per line and the lane range of a network.
 
     Raises:
         DataError: the root or one of its files is missing or malformed.
@@ -146,6 +145,21 @@ def build_dataset(section: DataSection, model: NetworkConfig) -> NuScenesDataset
     )
 
 
+def check_trainable(config: TrainConfig) -> tuple[TrainSection, DataSection]:
+    """Checks that a config is for training, and returns its sections `train` and `train_data`.
+
+    Raises:
+        ConfigError: a section is missing, or `image_epochs` is set for a network without image losses.
+    """
+    section, data = config.train, config.train_data
+    if section is None or data is None:
+        name = "train" if section is None else "train_data"
+        raise ConfigError(f"config {config.name} has no section {name}: it is for evaluation; choose another one")
+    if section.image_epochs and network_class(config.model).image_loss is None:
+        raise ConfigError(f"config {config.name}: train.image_epochs must be 0, its network has no image losses")
+    return section, data
+
+
 def _check_keys(path: str | Path, where: str, section: object, allowed: set[str], required: set[str]) -> None:
     dot = f"{where}." if where else ""
     if not isinstance(section, dict):
@@ -159,7 +173,7 @@ def _check_keys(path: str | Path, where: str, section: object, allowed: set[str]
         raise ConfigError(f"{path}: {dot}{key} is missing; add it")
 
 
-def _parse(path: Path, where: str, section: dict, kind: type):
+def _parse(path: str | Path, where: str, section: dict, kind: type[Any]) -> Any:
     fields = dataclasses.fields(kind)
     required = {field.name for field in fields if field.default is dataclasses.MISSING}
     _check_keys(path, where, section, {field.name for field in fields}, required)
@@ -168,7 +182,7 @@ def _parse(path: Path, where: str, section: dict, kind: type):
 
 
 def _lane_range(where: str, value: object) -> LaneRange:
-    """A lane range from "60x30" or (60, 30)."""
+    """Converts "60x30" or (60, 30) to a lane range."""
     text = "x".join(map(str, value)) if isinstance(value, list | tuple) and len(value) == 2 else value
     try:
         return LaneRange.parse(str(text))
@@ -176,12 +190,13 @@ def _lane_range(where: str, value: object) -> LaneRange:
         raise ConfigError(f'{where} is {value!r}; write metres along x and along y, e.g. "60x30" or (60, 30)') from None
 
 
-def _typed(where: str, value, kind):
-    """`value` as `kind` (an int becomes a float, a list a tuple, a dict a dataclass), or a ConfigError."""
+def _typed(where: str, value: Any, kind: Any) -> Any:
+    """Converts a value to a type: int to float, list to tuple, dict to dataclass. Raises a ConfigError otherwise."""
     if kind == Augment | None:
         path, _, key = where.partition(": ")
         return None if value is None else _parse(path, key, value, Augment)
-    if isinstance(value, dict) and (kinds := [k for k in typing.get_args(kind) if dataclasses.is_dataclass(k)]):
+    kinds: list[Any] = [k for k in typing.get_args(kind) if dataclasses.is_dataclass(k)]
+    if isinstance(value, dict) and kinds:
         path, _, key = where.partition(": ")
         return _parse(path, key, value, dataclass_for(value, kinds))
     origin = typing.get_origin(kind)

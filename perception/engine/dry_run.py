@@ -1,4 +1,4 @@
-"""What a training would cost: everything is built, and two real steps run at full size on generated streets."""
+"""Estimates the cost of a training: builds everything and runs two real steps at full size on generated scenes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from perception.data.loader import TrainSampler, collate
-from perception.engine.config import DataSection, TrainConfig, build_dataset
-from perception.engine.training import TrainingModel, build_optimizer, check_trainable
+from perception.engine.config import DataSection, TrainConfig, build_dataset, check_trainable
+from perception.engine.training import TrainingModel, build_optimizer
 from perception.models import Network, build_network
 from perception.synthetic import VERSION, simulate
 from perception.types import Frame, map_tensors
@@ -27,16 +27,16 @@ STEPS = 2
 
 @dataclasses.dataclass(frozen=True)
 class DryRun:
-    """What two steps of a training took.
+    """The cost of two training steps.
 
     Args:
-        parameters: of each part of the network.
-        learned: how many of them are not frozen.
-        gflops: of one frame of all cameras, forward; products and sums counted apart.
-        peak_memory: bytes; of the GPU, or of the whole process where there is none.
+        parameters: number of parameters of each part of the network.
+        learned: number of parameters that are not frozen.
+        gflops: floating-point operations of the forward pass of one frame, products and sums counted separately.
+        peak_memory: bytes, of the GPU or of the whole process without a GPU.
         seconds_per_step: of the second step, without loading.
-        steps: of the whole training on its own dataset, None where that is not here and its size is not known.
-        device: what the steps ran on.
+        steps: of the whole training on its own dataset, None if the dataset is missing and its size unknown.
+        device: on which the steps ran.
     """
 
     parameters: dict[str, int]
@@ -49,15 +49,15 @@ class DryRun:
 
     @property
     def hours(self) -> float | None:
-        """Of the whole training at this pace, without validation."""
+        """Hours of the whole training at this speed, without validation."""
         return None if self.steps is None else self.steps * self.seconds_per_step / 3600
 
     def as_dict(self) -> dict:
-        """Plain JSON values."""
+        """Returns plain JSON values."""
         return dataclasses.asdict(self) | {"hours": self.hours}
 
     def table(self) -> str:
-        """All of it as text for a terminal."""
+        """Returns the results as text for a terminal."""
         rows = [(f"parameters of {part}", f"{count / 1e6:.2f} M") for part, count in self.parameters.items()]
         rows += [
             ("parameters", f"{sum(self.parameters.values()) / 1e6:.2f} M"),
@@ -65,29 +65,28 @@ class DryRun:
             ("forward, one frame", f"{self.gflops:.1f} GFLOP"),
             ("peak memory", f"{self.peak_memory / 2**30:.2f} GiB"),
             ("one step", f"{self.seconds_per_step:.2f} s"),
-            ("steps", "not known, the dataset is not here" if self.steps is None else f"{self.steps}"),
-            ("whole training", "not known" if self.hours is None else f"{self.hours:.1f} h"),
+            ("steps", "unknown, the dataset is missing" if self.steps is None else f"{self.steps}"),
+            ("whole training", "unknown" if self.hours is None else f"{self.hours:.1f} h"),
             ("measured on", self.device),
         ]
         return "\n".join(f"{name:34s}{value:>36s}" for name, value in rows)
 
 
 def dry_run(config: TrainConfig, *, seed: int = 0, amp: bool = False) -> DryRun:
-    """Builds network, losses, loader and optimizer of a config and runs two steps on generated streets.
+    """Builds network, losses, loader and optimizer of a config and runs two steps on generated scenes.
 
     Args:
-        config: from `load_config`; its datasets need not be here.
-        seed: of weights and streets.
-        amp: runs the network in bfloat16.
+        config: from `load_config`; its datasets may be missing.
+        seed: of weights and scenes.
+        amp: run the network in bfloat16.
 
     Raises:
-        ConfigError: the network or the training cannot be.
+        ConfigError: the config is invalid or for evaluation only.
     """
-    check_trainable(config)
+    section, train_data = check_trainable(config)
     set_random_seed(seed)
-    section = config.train
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    core = build_network(config.model)  # what it starts from does not change what it costs
+    core = build_network(config.model)  # random weights: initial weights do not change the cost
     core.image_encoder.backbone.freeze(section.frozen_stages)
     model = TrainingModel(core, section.disabled_losses).to(device, memory_format=torch.channels_last).train()
     optimizer = build_optimizer(model, section)
@@ -97,9 +96,11 @@ def dry_run(config: TrainConfig, *, seed: int = 0, amp: bool = False) -> DryRun:
             root, scenes=section.batch_size, seed=seed, keyframes=STEPS * section.frames_per_clip, split="dry",
             image_size=config.model.image_size,
         )  # fmt: skip
-        data = DataSection(str(root), VERSION, "dry", config.train_data.augment)
+        data = DataSection(str(root), VERSION, "dry", train_data.augment)
         dataset = build_dataset(data, config.model)
-        sampler = TrainSampler(dataset.scene_of_sample, section.batch_size, 1, section.frames_per_clip, 0.0, seed)
+        sampler = TrainSampler(
+            dataset.scene_of_sample.tolist(), section.batch_size, 1, section.frames_per_clip, 0.0, seed
+        )
         state = None
         for clip in DataLoader(dataset, section.batch_size, sampler=sampler, collate_fn=collate):
             clip = map_tensors(lambda tensor: tensor.to(device), clip)
@@ -124,8 +125,8 @@ def dry_run(config: TrainConfig, *, seed: int = 0, amp: bool = False) -> DryRun:
 
 
 def forward_gflops(core: Network, frame: Frame) -> float:
-    """Floating-point operations of one pass over a frame [1, ...], products and sums counted apart."""
-    # The counter follows every module input that asks for a gradient, and finds no graph to follow it in.
+    """Counts the operations (10^9) of one forward pass over a frame [1, ...], products and sums separately."""
+    # FlopCounterMode fails on inputs that require gradients in inference mode.
     core = copy.deepcopy(core).requires_grad_(False)
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         core(frame, core.initial_state(1))
@@ -133,8 +134,8 @@ def forward_gflops(core: Network, frame: Frame) -> float:
 
 
 def _steps(config: TrainConfig) -> int | None:
-    """Of the whole training in one process."""
-    data, section = config.train_data, config.train
+    """Returns the number of steps of the whole training in one process, None if unknown."""
+    section, data = check_trainable(config)
     roots = (data.dataroot,) if isinstance(data.dataroot, str) else data.dataroot
     if all(Path(root, data.version).is_dir() for root in roots):
         samples = len(build_dataset(data, config.model))
@@ -153,6 +154,6 @@ def _now(device: torch.device) -> float:
 
 
 def _highest_resident() -> int:
-    """Bytes. What getrusage() tells is at least what the process that started this one had needed until then."""
+    """Returns the peak memory of the process in bytes. getrusage() would include the peak of the parent process."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024

@@ -1,42 +1,46 @@
-"""Backbones of mmdet as backbones of the library's image encoder."""
+"""Adapts backbones of mmdet to the library's image encoder."""
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from perception.engine.mmcv_ops import stand_in
-from perception.errors import CheckpointError, ConfigError
+from perception.engine.mmcv_ops import install_stub
+from perception.errors import CheckpointError, ConfigError, not_installed
 
 
 class MMDetBackbone(nn.Module):
-    """A backbone of mmdet that gives maps at strides 4, 8, 16 and 32.
+    """Wraps a backbone of mmdet with feature maps at strides 4, 8, 16 and 32.
 
     Args:
-        name: of its class, such as "ResNeXt", "Res2Net" or "SwinTransformer".
-        count: how many of its maps to use, from the first.
-        options: arguments of its constructor beside `out_indices`.
+        name: of the class, such as "ResNeXt", "Res2Net" or "SwinTransformer".
+        count: number of feature maps to use, from the first.
+        options: arguments of the constructor, without `out_indices`.
 
     Raises:
-        ConfigError: mmdet has no such backbone, it refuses the options, or its maps have other strides.
+        ConfigError: mmdet is absent or has no such backbone, its constructor rejects the options, or the maps have
+            other strides.
     """
 
     def __init__(self, name: str, count: int, options: dict) -> None:
         super().__init__()
-        stand_in()
-        import mmdet.models.backbones as backbones
+        try:
+            install_stub()
+            import mmdet.models.backbones as backbones
+        except ModuleNotFoundError as error:
+            raise (not_installed(error) or error) from None
 
-        kind = getattr(backbones, name, None)
-        if not inspect.isclass(kind):
+        kind: Any = getattr(backbones, name, None)
+        if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
             raise ConfigError(f"model.backbone: mmdet has no backbone {name!r}; it has {', '.join(backbones.__all__)}")
         try:
             self.network = kind(**options, out_indices=tuple(range(count)))
-        except Exception as error:  # whatever a constructor thinks of its arguments
-            raise ConfigError(f"model.backbone: mmdet's {name} refuses {options} ({error}); change them") from error
-        self.network.eval()  # some return nothing here
+        except Exception as error:  # constructors raise many types
+            raise ConfigError(f"model.backbone: mmdet's {name} rejects {options} ({error}); change them") from error
+        self.network.eval()  # not chained, because eval() of some backbones returns None
         with torch.no_grad():
             maps = self.network(torch.zeros(1, 3, 64, 64))
         self.network.train()
@@ -45,7 +49,7 @@ class MMDetBackbone(nn.Module):
         self.channels = [x.shape[1] for x in maps]
 
     def freeze(self, stages: int) -> None:
-        """Backbones of mmdet freeze themselves.
+        """Does nothing, because backbones of mmdet have their own option `frozen_stages`.
 
         Raises:
             ConfigError: `stages` is not -1.
@@ -56,17 +60,22 @@ class MMDetBackbone(nn.Module):
             )
 
     def load_published(self, weights: dict[str, Tensor], path: Path) -> None:
-        """Takes the weights of a whole detector or classifier; what is not the backbone's is left out.
+        """Loads the backbone from the weights of a whole detector or classifier.
+
+        Args:
+            weights: by name; those of other parts are ignored.
+            path: of their file, for messages.
 
         Raises:
-            CheckpointError: one that is needed is missing or has another shape.
+            CheckpointError: a weight of the backbone is missing or has another shape.
         """
         weights = {name.removeprefix("backbone."): tensor for name, tensor in weights.items()}
-        wanted = self.network.state_dict()
-        for name, tensor in wanted.items():
+        expected = self.network.state_dict()
+        for name, tensor in expected.items():
             if name not in weights or weights[name].shape != tensor.shape:
                 raise CheckpointError(f"{path}: {name} is missing or has another shape; it belongs to another backbone")
-        self.network.load_state_dict({name: weights[name] for name in wanted})
+        self.network.load_state_dict({name: weights[name] for name in expected})
 
     def forward(self, images: Tensor) -> list[Tensor]:
+        """Computes the feature maps of images [B, 3, H, W]."""
         return list(self.network(images))

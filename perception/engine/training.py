@@ -1,13 +1,15 @@
-"""Training with MMEngine's Runner: the adapter between the core library and the engine.
+"""Trains a network with MMEngine's Runner.
 
-The core knows nothing of the engine. What the engine needs is here, a model that unrolls a clip and returns losses, and
-in `perception.engine.loops`, which are handed to the Runner as classes; nothing is registered by name.
+This module holds the model that unrolls a clip and returns losses, and builds the Runner. The loops and hooks are in
+`perception.engine.loops`; they are passed to the Runner as classes and not registered by name.
 """
 
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.device import get_device
@@ -18,7 +20,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from perception.data.loader import TrainSampler, collate
-from perception.engine.config import TrainConfig, TrainSection, build_dataset
+from perception.data.nuscenes import NuScenesDataset
+from perception.engine.config import TrainConfig, TrainSection, build_dataset, check_trainable
 from perception.engine.loops import (
     CheckedOptimWrapper,
     ExportHook,
@@ -30,19 +33,19 @@ from perception.engine.loops import (
 )
 from perception.engine.weights import make_core
 from perception.errors import ConfigError
-from perception.models import Network, network_class
+from perception.models import Network
 from perception.types import Clip, State, map_tensors
 
 
 class TrainingModel(BaseModel):
-    """A network and its losses.
+    """Unrolls a network over clips and computes its losses.
 
     Args:
         core: the network.
-        disabled_losses: names of losses to leave out.
+        disabled_losses: names of losses that are not used.
 
     Raises:
-        ConfigError: there is no loss of such a name, or none is left.
+        ConfigError: a name is unknown, or all losses are disabled.
     """
 
     def __init__(self, core: Network, disabled_losses: tuple[str, ...] = ()) -> None:
@@ -61,29 +64,30 @@ class TrainingModel(BaseModel):
 
         Args:
             clip: leading [B, T], on the device of the weights.
-            state: the memory that the clip before ended with, None for an empty one.
-            images_only: leave map and memory alone; only what the images show has losses.
+            state: memory at the end of the previous clip, None for an empty memory.
+            images_only: compute only the image losses, without BEV map and memory.
 
         Returns:
-            The losses, and the memory at the end of the clip, cut off from the graph: gradients reach back to the
-            beginning of the clip and no farther (truncated back-propagation through time).
+            The losses, and the detached memory at the end of the clip: gradients flow back to the beginning of the clip
+            (truncated back-propagation through time).
 
         Raises:
-            FloatingPointError: a loss or the cost of a match is NaN or infinite.
+            FloatingPointError: a loss or a matching cost is NaN or infinite.
         """
         B, T = clip.sample_index.shape
         if images_only:
+            assert self.core.image_loss is not None  # see `check_trainable`
             flat = map_tensors(lambda tensor: tensor.flatten(0, 1), clip)
             return self._checked(self.core.image_loss(flat.frames, flat.gt)), state
         state = self.core.initial_state(B) if state is None else state
         losses: dict[str, Tensor] = {}
         for t in range(T):
-            now = map_tensors(lambda tensor, t=t: tensor[:, t], clip)
-            prediction, state = self.core(now.frames, state)
-            # Matching and losses stay in float32 whatever the network runs in.
+            step = map_tensors(partial(torch.select, dim=1, index=t), clip)
+            prediction, state = self.core(step.frames, state)
+            # Matching and losses always run in float32.
             with torch.autocast(clip.sample_index.device.type, enabled=False):
                 prediction = map_tensors(Tensor.float, prediction)
-                for name, loss in self.core.loss(prediction, now.gt, now.frames).items():
+                for name, loss in self.core.loss(prediction, step.gt, step.frames).items():
                     losses[name] = losses[name] + loss / T if name in losses else loss / T
         return self._checked(losses), map_tensors(Tensor.detach, state)
 
@@ -104,31 +108,32 @@ def train(
     amp: bool = False,
     launcher: str = "none",
 ) -> Network:
-    """Trains a network as a config says.
+    """Trains a network.
 
-    Leaves in the work directory: checkpoints of the last two epochs, `<name>.safetensors` (best by the mean of NDS and
-    lane mAP) and `<name>-last.safetensors`, TensorBoard scalars, the log and a copy of the config.
+    Writes to the work directory: checkpoints of the last two epochs, `<name>.safetensors` (best by the mean of NDS and
+    lane mAP), `<name>-last.safetensors`, TensorBoard scalars, the log and a copy of the config.
 
     Args:
         config: from `load_config`.
-        work_dir: made where it does not exist.
+        work_dir: is created if it is missing.
         seed: of the initial weights, the order of samples and all augmentation. The same seed gives the same weights,
-            also when training was interrupted and resumed (bit for bit on CPU with the same number of threads).
-        resume: goes on from the newest checkpoint in the work directory, from the start where there is none.
-        amp: runs the network in bfloat16; losses and weights stay in float32.
-        launcher: "none", or what started the processes: "pytorch" (torchrun), "slurm" or "mpi", one per GPU. Without
-            GPUs those of torchrun share the CPU.
+            also for a training that was interrupted and resumed (bit-identical on a CPU with the same thread count).
+        resume: continue from the newest checkpoint in the work directory, or start if there is none.
+        amp: run the network in bfloat16; losses and weights stay in float32.
+        launcher: "none", or the launcher of the processes: "pytorch" (torchrun), "slurm" or "mpi", one process per GPU.
+            Processes of torchrun share the CPU if there is no GPU.
 
     Returns:
-        The network after the last epoch (raw weights, not their average).
+        The network after the last epoch, with raw weights instead of averaged ones.
 
     Raises:
-        CheckpointError: the weights to start from are missing or belong to another network.
-        ConfigError: the work directory holds another training, the config cannot be, or the launcher is another one.
+        CheckpointError: the initial weights are missing or belong to another network.
+        ConfigError: the work directory holds another training, the config is invalid, or the processes were started by
+            another launcher.
         DataError: the dataset is missing or malformed.
         TrainingError: a loss or a gradient is not finite.
     """
-    check_trainable(config)
+    section, train_data = check_trainable(config)
     work_dir = Path(work_dir)
     if not resume and find_latest_checkpoint(str(work_dir)):
         raise ConfigError(
@@ -136,19 +141,19 @@ def train(
         )
     join_processes(launcher)
     set_random_seed(seed)
-    train_set, val_set = build_dataset(config.train_data, config.model), build_dataset(config.val_data, config.model)
-    # Channels last is what convolutions are fastest with, on CPU and GPU.
-    model = TrainingModel(make_core(config), config.train.disabled_losses).to(memory_format=torch.channels_last)
-    runner = _build_runner(config, work_dir, model, train_set, val_set, seed, resume, amp, launcher)
+    train_set, val_set = build_dataset(train_data, config.model), build_dataset(config.val_data, config.model)
+    # Convolutions are fastest in channels-last, on CPU and GPU.
+    model = TrainingModel(make_core(config), section.disabled_losses).to(memory_format=torch.channels_last)
+    runner = _build_runner(config, section, work_dir, model, train_set, val_set, seed, resume, amp, launcher)
     runner.train()
     return model.core
 
 
 def join_processes(launcher: str) -> None:
-    """Makes this process one of those that train together; the sampler asks how many they are.
+    """Initialises distributed training in this process.
 
     Raises:
-        ConfigError: the launcher did not start this process, or needs GPUs and there is none.
+        ConfigError: the launcher did not start this process, or it needs GPUs and there is none.
     """
     if launcher == "none" or is_distributed():
         return
@@ -162,37 +167,32 @@ def join_processes(launcher: str) -> None:
     elif launcher == "pytorch":
         torch.distributed.init_process_group("gloo")
     else:
-        raise ConfigError(f"--launcher {launcher} needs a GPU per process and finds none; torchrun can do without")
+        raise ConfigError(f"--launcher {launcher} needs one GPU per process and finds none; use torchrun for CPUs")
 
 
-def check_trainable(config: TrainConfig) -> None:
-    """Refuses a config that is for evaluation only.
-
-    Raises:
-        ConfigError: it has no `train` or `train_data`, or asks for what its network cannot.
-    """
-    for name in ("train", "train_data"):
-        if getattr(config, name) is None:
-            raise ConfigError(f"config {config.name} has no section {name}: it is for evaluation; choose another one")
-    if config.train.image_epochs and network_class(config.model).image_loss is None:
-        raise ConfigError(
-            f"config {config.name}: train.image_epochs must be 0, its network has no losses in the images"
-        )
-
-
-def _build_runner(config, work_dir, model, train_set, val_set, seed, resume, amp, launcher) -> Runner:
-    section: TrainSection = config.train
+def _build_runner(
+    config: TrainConfig,
+    section: TrainSection,
+    work_dir: Path,
+    model: TrainingModel,
+    train_set: NuScenesDataset,
+    val_set: NuScenesDataset,
+    seed: int,
+    resume: bool,
+    amp: bool,
+    launcher: str,
+) -> Runner:
     cuda = torch.cuda.is_available()
     if section.streams < 1:
         raise ConfigError(f"train.streams is {section.streams}; give at least 1")
     if not 0 <= section.drop_frames < 1:
         raise ConfigError(f"train.drop_frames is {section.drop_frames}; give a share of at least 0 and less than 1")
-    loading = {"collate_fn": collate, "num_workers": section.workers}
+    loading: dict[str, Any] = {"collate_fn": collate, "num_workers": section.workers}
     train_loader = DataLoader(
         train_set,
         batch_size=section.batch_size,
         sampler=TrainSampler(
-            train_set.scene_of_sample,
+            train_set.scene_of_sample.tolist(),
             section.batch_size,
             section.streams,
             section.frames_per_clip,
@@ -216,18 +216,18 @@ def _build_runner(config, work_dir, model, train_set, val_set, seed, resume, amp
     optimizer = build_optimizer(model, section)
     hooks = [{"type": FrameRateHook}, {"type": PlainCheckpointHook}, {"type": ExportHook, "name": config.name}]
     if launcher != "none":
-        model = MMDistributedDataParallel(
+        distributed = MMDistributedDataParallel(
             model.to(get_device()),
             device_ids=[torch.cuda.current_device()] if cuda else None,
             broadcast_buffers=False,
-            # Epochs of images alone leave the rest of the network out, and so do losses that are left out.
+            # Image epochs and disabled losses leave parameters without gradients.
             find_unused_parameters=bool(section.image_epochs or section.disabled_losses),
         )
         hooks.append({"type": SharedStatisticsHook})
     if section.ema_momentum > 0:
         hooks.append({"type": "EMAHook", "momentum": section.ema_momentum, "strict_load": True})
     return Runner(
-        model=model,
+        model=model if launcher == "none" else distributed,
         work_dir=str(work_dir),
         train_dataloader=train_loader,
         train_cfg={
@@ -276,18 +276,18 @@ def _build_runner(config, work_dir, model, train_set, val_set, seed, resume, amp
         },
         log_processor={"window_size": section.log_every},
         randomness={"seed": seed},
-        # All batches have the same shapes, so the fastest convolutions are sought once.
+        # All batches have the same shapes, so cuDNN searches the fastest convolutions once.
         env_cfg={"cudnn_benchmark": cuda, "dist_cfg": {"backend": "nccl"}},
         launcher=launcher,
         resume=resume,
-        # MMEngine finds logs and hubs again by this name, so two trainings in one process must not share it.
+        # MMEngine looks up logs and message hubs by this name; two trainings in one process must have different names.
         experiment_name=f"{config.name} {work_dir.resolve()}",
         cfg=config.source,
     )
 
 
 def build_optimizer(model: TrainingModel, section: TrainSection) -> torch.optim.AdamW:
-    """AdamW that leaves biases and the scales of norms alone with its decay, slower in the backbone where asked to."""
+    """Creates AdamW without weight decay for biases and norms, and with `backbone_lr_mult` for the backbone."""
     backbone = set(model.core.image_encoder.backbone.parameters())
     groups = []
     for inside in (False, True):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from perception.commands import command
-from perception.engine.config import TrainConfig
+from perception.engine.config import TrainConfig, check_trainable
 from perception.errors import CheckpointError, ConfigError
 from perception.models import Network, NetworkConfig, build_network
 from perception.models.backbone import load_backbone
@@ -16,13 +16,14 @@ from perception.models.checkpoint import load_model, mismatched_keys
 
 
 def make_core(config: TrainConfig) -> Network:
-    """The network that a training starts with.
+    """Builds the network of a training with its initial weights and frozen stages.
 
     Raises:
-        CheckpointError: the weights to start from are missing or belong to another network.
-        ConfigError: weights are given twice, or not so many stages can be frozen.
+        CheckpointError: the initial weights are missing or belong to another network.
+        ConfigError: the config is for evaluation only, weights are given twice, or the backbone has fewer stages than
+            are to be frozen.
     """
-    section = config.train
+    section, _ = check_trainable(config)
     if section.init_from and section.backbone_weights:
         raise ConfigError(
             "train.init_from and train.backbone_weights are both given; the first holds a backbone already"
@@ -38,12 +39,12 @@ def make_core(config: TrainConfig) -> Network:
 
 
 def load_weights(path: str | Path, model_config: NetworkConfig, *, any_size: bool = False) -> Network:
-    """A network in evaluation mode with the weights of a file.
+    """Loads a network in evaluation mode with the weights of a file.
 
     Args:
         path: weights exported by training (`.safetensors`) or a training checkpoint (`.pth`).
-        model_config: the network that is wanted.
-        any_size: the file may be of a network for images of another size; no weight depends on it.
+        model_config: config of the network.
+        any_size: accept weights of a network with another image size; no weight depends on it.
 
     Raises:
         CheckpointError: the file is missing, unreadable, or belongs to another architecture.
@@ -53,13 +54,13 @@ def load_weights(path: str | Path, model_config: NetworkConfig, *, any_size: boo
         core = load_model(path)
         if type(core.config) is not type(model_config):
             raise CheckpointError(
-                f"{path}: holds a {type(core).__name__}, the config wants another network; use the config it belongs to"
+                f"{path}: holds a {type(core).__name__}, the config is for another network; use its own config"
             )
         for field in fields(model_config):
-            has, wants = getattr(core.config, field.name), getattr(model_config, field.name)
-            if has != wants and not (any_size and field.name == "image_size"):
+            found, expected = getattr(core.config, field.name), getattr(model_config, field.name)
+            if found != expected and not (any_size and field.name == "image_size"):
                 raise CheckpointError(
-                    f"{path}: its network has {field.name}={has}, the config's model has {wants}; use the config "
+                    f"{path}: its network has {field.name}={found}, the config's model has {expected}; use the config "
                     "it was trained with"
                 )
         return core
@@ -68,12 +69,12 @@ def load_weights(path: str | Path, model_config: NetworkConfig, *, any_size: boo
     model = build_network(model_config)
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    except Exception as error:  # whatever unpickling foreign bytes may raise
+    except Exception as error:  # unpickling a broken file may raise anything
         raise CheckpointError(
             f"{path}: not a readable training checkpoint ({type(error).__name__}); give a file that training wrote, "
             f"or import one of the published code with: {command('import-checkpoint')} {path} --out FILE.safetensors"
         ) from None
-    weights = {name.removeprefix("core."): tensor for name, tensor in weights.items()}  # as `TrainingModel` has it
+    weights = {name.removeprefix("core."): tensor for name, tensor in weights.items()}  # the prefix of `TrainingModel`
     for name in mismatched_keys(model, weights):
         raise CheckpointError(
             f"{path}: its {name} does not fit the config's model; evaluate with the config it was trained with"

@@ -1,6 +1,7 @@
-"""Scores of predictions: boxes by the official nuScenes devkit, lanes by both published protocols, and steadiness.
+"""Evaluation: boxes by the official nuScenes devkit, lanes by both published protocols, and further reports.
 
-What is named here needs no devkit. Boxes are in `detection`, whole datasets in `streaming`, steadiness in `stability`.
+The names below need no devkit. Boxes are in `detection`, whole datasets in `dataset`; `stability`, `confidence` and
+`robustness` hold the further reports.
 """
 
 from perception.evaluation.lane_report import LaneResult

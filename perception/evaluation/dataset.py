@@ -1,6 +1,6 @@
-"""Predicting and evaluating a dataset the way a vehicle sees it: frame after frame, with memory.
+"""Evaluates a network on a dataset: inference frame after frame with memory, then all metrics.
 
-Needs neither the training engine nor a config: a network and a dataset.
+Needs a network and a dataset, and neither the training engine nor a config.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import shapely
@@ -16,62 +17,67 @@ from tqdm import tqdm
 from perception.data.loader import pad_boxes, pad_lines
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError
-from perception.evaluation.confidence import CalibrationResult, evaluate_calibration
-from perception.evaluation.detection import DetectionResult, evaluate_boxes, submission_from_scenes
-from perception.evaluation.lanes import STRICT_THRESHOLDS, LaneResult, evaluate_lanes, lane_rules
+from perception.evaluation.confidence import ConfidenceResult, evaluate_confidence
+from perception.evaluation.detection import DetectionResult, evaluate_boxes, submission_from_predictions
+from perception.evaluation.lane_report import LaneResult
+from perception.evaluation.lanes import STRICT_THRESHOLDS, evaluate_lanes, lane_rules
 from perception.evaluation.stability import StabilityResult, evaluate_stability
 from perception.evaluation.submission import map_lines, write_lanes
 from perception.files import write_json
 from perception.inference.sequence import Stream, predict_stream
 from perception.models import Network
-from perception.types import Boxes, FrameObjects, LaneRange, MapLine, map_tensors
+from perception.types import Array, Boxes, FrameObjects, LaneRange, MapLine, map_tensors
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Boxes and lines of one split against the ground truth.
+    """All metrics of one split.
 
     Args:
-        detection: by the official devkit.
-        lanes: at the thresholds that the protocol publishes.
-        strict_lanes: by the same protocol at 0.2, 0.5 and 1.0 m.
-        stability: displacement of the same boxes and lines from frame to frame; needs no truth.
-        calibration: scores against precision, uncertainties against errors.
+        detection: boxes by the official devkit.
+        lanes: lines at the published thresholds of the protocol.
+        strict_lanes: lines by the same protocol at 0.2, 0.5 and 1.0 m.
+        stability: displacement of the same boxes and lines from frame to frame.
+        confidence: calibration of scores and uncertainties.
     """
 
     detection: DetectionResult
     lanes: LaneResult
     strict_lanes: LaneResult
     stability: StabilityResult
-    calibration: CalibrationResult
+    confidence: ConfidenceResult
 
     def metrics(self) -> dict[str, float]:
-        """The headline numbers by name; `score` is the mean of NDS and lane mAP."""
-        nds, lane_map = self.detection.nds, self.lanes.mean_ap
+        """Returns the headline numbers by name; `score` is the mean of NDS and lane mAP."""
+        nds, lane_ap = self.detection.nds, self.lanes.mean_ap
         return {
             "nds": nds,
             "mAP": self.detection.mean_ap,
             **{name: float(error) for name, error in self.detection.errors.items()},
-            "lane_mAP": lane_map,
+            "lane_mAP": lane_ap,
             "lane_mAP_strict": self.strict_lanes.mean_ap,
-            "score": (nds + lane_map) / 2,
+            "score": (nds + lane_ap) / 2,
         }
 
-    def as_dict(self) -> dict:
-        """Headline numbers and all details as plain JSON values."""
+    def as_dict(self) -> dict[str, Any]:
+        """Returns headline numbers and all details as plain JSON values."""
         details = {field.name: getattr(self, field.name).as_dict() for field in fields(self)}
         return self.metrics() | details
 
     def table(self) -> str:
-        """All of it as text for a terminal."""
+        """Returns all results as text for a terminal."""
         return "\n\n".join(getattr(self, field.name).table() for field in fields(self))
 
 
 def published_gt(lines: Sequence[MapLine], protocol: str) -> list[MapLine]:
-    """True lines in the form that a published evaluator compares with.
+    """Returns ground-truth lines as the published evaluator of a protocol takes them.
 
-    MapTR's takes the exact vertices. StreamMapNet's takes lines simplified by Douglas and Peucker's method to 0.2 m, so
-    even a perfect prediction of a curve is a little off there.
+    MapTR's evaluator takes the exact vertices. StreamMapNet's takes lines simplified by Douglas-Peucker to 0.2 m, so an
+    exact prediction of a curve has a small error there.
+
+    Args:
+        lines: of `NuScenesDataset.gt_lines`.
+        protocol: `maptr` or `streammapnet`.
     """
     if protocol != "streammapnet":
         return list(lines)
@@ -82,11 +88,11 @@ def published_gt(lines: Sequence[MapLine], protocol: str) -> list[MapLine]:
 def all_gt_lines(
     dataset: NuScenesDataset, *, protocol: str = "maptr", lane_range: LaneRange | None = None, progress: bool = False
 ) -> dict[str, list[MapLine]]:
-    """Per sample token of a dataset the lines that the published evaluator of a protocol compares with.
+    """Returns per sample token the ground truth of a protocol and range; the dataset's own range by default.
 
     Raises:
         ConfigError: the protocol does not exist or has no such range.
-        DataError: a map file has gone or is malformed.
+        DataError: a map file is missing or malformed.
     """
     lane_range = lane_range or dataset.lane_range
     lane_rules(protocol, lane_range)
@@ -104,12 +110,13 @@ def evaluate_lines(
     workers: int = 0,
     progress: bool = False,
 ) -> tuple[LaneResult, LaneResult]:
-    """Compares lines with the dataset's true ones, as the published evaluator of the protocol has them.
+    """Evaluates lines against the dataset's ground truth of a protocol and range.
 
     Args:
-        dataset: of whose samples the lines are.
-        lines: per sample token, ego frame.
-        protocol, lane_range, score_threshold, workers, progress: as in `evaluate_lanes`.
+        dataset: with the ground truth.
+        lines: predictions per sample token, ego frame.
+        lane_range: the dataset's by default.
+        protocol, score_threshold, workers, progress: as in `evaluate_lanes`.
 
     Returns:
         The result at the protocol's own thresholds, and at 0.2, 0.5 and 1.0 m.
@@ -131,7 +138,7 @@ def _both_thresholds(
     workers: int,
     progress: bool,
 ) -> tuple[LaneResult, LaneResult]:
-    """The results at the protocol's own thresholds and at the strict ones."""
+    """Evaluates at the protocol's own thresholds and at the strict ones."""
     published, strict = (
         evaluate_lanes(
             lines,
@@ -148,9 +155,9 @@ def _both_thresholds(
     return published, strict
 
 
-def evaluate_scenes(
+def evaluate_predictions(
     dataset: NuScenesDataset,
-    scenes: dict[str, FrameObjects],
+    predictions: Mapping[str, FrameObjects],
     *,
     protocol: str = "maptr",
     lane_range: LaneRange | None = None,
@@ -158,37 +165,38 @@ def evaluate_scenes(
     workers: int = 0,
     progress: bool = False,
 ) -> Evaluation:
-    """Compares a FrameObjects per sample token of a dataset with its truth.
+    """Evaluates predictions of a dataset.
 
     Args:
         dataset: of one root.
-        scenes: per sample token, without batch dimension.
-        protocol, lane_range, score_threshold, workers, progress: of the lanes, as in `evaluate_lanes`.
+        predictions: per sample token, on the CPU, without batch dimension.
+        lane_range: of the lines; the dataset's by default.
+        protocol, score_threshold, workers, progress: of the lines, as in `evaluate_lanes`.
 
     Raises:
-        ConfigError: the dataset was made from several roots; the official evaluation knows one.
-        DataError: scenes are missing, or hold numbers that are not finite.
+        ConfigError: the dataset has several roots, the official evaluation takes one; or as in `evaluate_lanes`.
+        DataError: predictions are missing, or hold numbers that are not finite.
     """
     if len(dataset.roots) != 1:
         raise ConfigError(f"the dataset has {len(dataset.roots)} roots; evaluate one root at a time")
     lane_range = lane_range or dataset.lane_range
     gt_lines = all_gt_lines(dataset, protocol=protocol, lane_range=lane_range, progress=progress)
-    lines = {token: map_lines(scene.lines) for token, scene in scenes.items()}
+    lines = {token: map_lines(objects.lines) for token, objects in predictions.items()}
     poses, tokens, scene_of_sample = ego_poses(dataset), dataset.tokens, dataset.scene_of_sample
     return Evaluation(
-        evaluate_boxes(scenes, poses, dataset.roots[0], dataset.version, dataset.split),
+        evaluate_boxes(predictions, poses, dataset.roots[0], dataset.version, dataset.split),
         *_both_thresholds(lines, gt_lines, protocol, lane_range, score_threshold, workers, progress),
         evaluate_stability(
-            scenes,
+            predictions,
             [[tokens[i] for i in np.flatnonzero(scene_of_sample == scene)] for scene in np.unique(scene_of_sample)],
             poses,
             dict(zip(tokens, dataset.timestamps.tolist(), strict=True)),
             lane_range=lane_range,
         ),
-        evaluate_calibration(
-            scenes,
+        evaluate_confidence(
+            predictions,
             {
-                token: _ground_truth(dataset.gt_boxes(i), gt_lines[token], scenes[token].lines.points.shape[-2])
+                token: _ground_truth(dataset.gt_boxes(i), gt_lines[token], predictions[token].lines.points.shape[-2])
                 for i, token in enumerate(tokens)
             },
             protocol=protocol,
@@ -206,14 +214,17 @@ def evaluate_dataset(
     workers: int = 0,
     progress: bool = False,
 ) -> tuple[Evaluation, Stream]:
-    """Runs a network on a dataset and evaluates what it predicts.
+    """Runs a network on a dataset and evaluates its predictions.
 
     Args:
         model, dataset, workers, progress: as in `predict_stream`.
-        protocol, lane_range: as in `evaluate_scenes`.
+        protocol, lane_range: as in `evaluate_predictions`.
     """
     stream = predict_stream(model, dataset, workers=workers, progress=progress)
-    return evaluate_scenes(dataset, stream.scenes, protocol=protocol, lane_range=lane_range, workers=workers), stream
+    evaluation = evaluate_predictions(
+        dataset, stream.objects, protocol=protocol, lane_range=lane_range, workers=workers, progress=progress
+    )
+    return evaluation, stream
 
 
 def _ground_truth(boxes: Boxes, lines: Sequence[MapLine], points_per_line: int) -> FrameObjects:
@@ -221,22 +232,26 @@ def _ground_truth(boxes: Boxes, lines: Sequence[MapLine], points_per_line: int) 
     return map_tensors(lambda tensor: tensor[0], gt)
 
 
-def save_submissions(directory: str | Path, dataset: NuScenesDataset, scenes: dict[str, FrameObjects]) -> None:
-    """Writes `detection.json` and `lanes.json`, which score what the scenes score (see `evaluation.submission`).
+def save_submissions(directory: str | Path, dataset: NuScenesDataset, predictions: Mapping[str, FrameObjects]) -> None:
+    """Writes predictions as `detection.json` and `lanes.json` (see `perception.evaluation.submission`).
+
+    Evaluating the files gives the same numbers as evaluating the predictions.
 
     Args:
-        directory: is made where it is missing.
-        dataset: of whose samples the scenes are.
-        scenes: per sample token, without batch dimension.
+        directory: made if it is missing.
+        dataset: with the ego poses.
+        predictions: per sample token, without batch dimension.
 
     Raises:
         DataError: a box holds a number that is not finite.
     """
-    boxes = submission_from_scenes(scenes, ego_poses(dataset))
+    boxes = submission_from_predictions(predictions, ego_poses(dataset))
     write_json(Path(directory) / "detection.json", boxes, indent=None)
-    write_lanes(Path(directory) / "lanes.json", {token: map_lines(scene.lines) for token, scene in scenes.items()})
+    write_lanes(
+        Path(directory) / "lanes.json", {token: map_lines(objects.lines) for token, objects in predictions.items()}
+    )
 
 
-def ego_poses(dataset: NuScenesDataset) -> dict[str, np.ndarray]:
-    """global_from_ego [4, 4] per sample token."""
+def ego_poses(dataset: NuScenesDataset) -> dict[str, Array]:
+    """Returns global_from_ego [4, 4] float64 per sample token."""
     return {token: dataset.ego_pose(i) for i, token in enumerate(dataset.tokens)}

@@ -1,7 +1,7 @@
 """The official nuScenes detection score, computed by the devkit's own code (config `detection_cvpr_2019`).
 
-This file only carries boxes across the border: from FrameObjects (ego frame, length-width-height, yaw) to the devkit's
-submission (global frame, width-length-height, quaternion, one attribute per box) and back.
+Converts boxes of `FrameObjects` (ego frame, length-width-height, yaw) to the devkit's submission (global frame,
+width-length-height, quaternion, one attribute per box), and runs the devkit on it.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 from nuscenes import NuScenes
 from nuscenes.eval.common.config import config_factory
 from nuscenes.eval.common.loaders import get_samples_of_scenes
@@ -31,12 +31,12 @@ from perception.data.splits import is_split_file, split_scenes
 from perception.errors import DataError
 from perception.evaluation.submission import CAMERA_ONLY
 from perception.files import check_dataset, write_json
-from perception.geometry import RIGID_TOLERANCE, invert_rigid, is_rigid, transform_points, yaw_from_rotation
-from perception.types import ATTRIBUTES, BOX_CLASSES, Boxes, FrameObjects
+from perception.geometry import RIGID_TOLERANCE, is_rigid, transform_points
+from perception.types import ATTRIBUTES, BOX_CLASSES, Array, Boxes, FrameObjects
 
 _CONFIG = "detection_cvpr_2019"
 _MAX_BOXES = 500
-# The devkit's names of the true-positive errors and the ones that papers print.
+# The devkit's names of the true-positive errors, and those in papers.
 _ERRORS = {"trans_err": "mATE", "scale_err": "mASE", "orient_err": "mAOE", "vel_err": "mAVE", "attr_err": "mAAE"}
 _MOVING_SPEED = 0.2  # m/s
 
@@ -51,9 +51,9 @@ class DetectionResult:
         errors: mATE (m), mASE (1 - IoU), mAOE (rad), mAVE (m/s), mAAE (1 - accuracy).
         class_ap: AP per class name, mean over the four distances.
         class_errors: the five errors per class name, NaN where one is not defined for a class.
-        gt_count: ground-truth boxes per class name that are counted: in range, and with LiDAR or radar points. The
-            devkit scores a class without any as AP 0 and errors 1, so a split that lacks a class cannot reach NDS 1.
-        samples: number of samples that were compared.
+        gt_count: ground-truth boxes per class name in range and with LiDAR or radar points. The devkit scores a class
+            without any as AP 0 and errors 1, so a split that lacks a class cannot reach NDS 1.
+        samples: number of samples.
     """
 
     nds: float
@@ -64,8 +64,8 @@ class DetectionResult:
     gt_count: dict[str, int]
     samples: int
 
-    def as_dict(self) -> dict:
-        """The result as plain JSON values; undefined errors become None."""
+    def as_dict(self) -> dict[str, Any]:
+        """Returns plain JSON values; undefined errors become None."""
         return {
             "protocol": _CONFIG,
             "nds": self.nds,
@@ -81,7 +81,7 @@ class DetectionResult:
         }
 
     def table(self) -> str:
-        """The result as text for a terminal."""
+        """Returns the result as text for a terminal."""
         heads = "".join(f"{key[1:]:>8}" for key in self.errors)
         rows = [f"{'boxes (nuScenes)':<22}{'AP':>8}{heads}{'gt':>8}"]
         for name, ap in self.class_ap.items():
@@ -95,13 +95,13 @@ class DetectionResult:
 
 def evaluate_boxes(
     predictions: Mapping[str, FrameObjects],
-    ego_poses: Mapping[str, np.ndarray],
-    dataroot: str | os.PathLike,
+    ego_poses: Mapping[str, Array],
+    dataroot: str | os.PathLike[str],
     version: str,
     split: str | Path,
     *,
     nusc: NuScenes | None = None,
-    out_dir: str | os.PathLike | None = None,
+    out_dir: str | os.PathLike[str] | None = None,
 ) -> DetectionResult:
     """Runs the official nuScenes detection evaluation on predictions of a network.
 
@@ -112,15 +112,15 @@ def evaluate_boxes(
         version: folder of its tables, e.g. "v1.0-trainval".
         split: an official split, one listed in `splits.json` beside the tables, or a file of scene names (see
             `perception.data.splits`).
-        nusc: the loaded tables, if they are at hand; loading them takes most of the time.
-        out_dir: where to leave `submission.json` and `metrics.json`; nothing is kept without it.
+        nusc: the tables, see `load_tables`; loaded here by default, which takes most of the time.
+        out_dir: folder for `submission.json` and `metrics.json`; by default nothing is written.
 
     Raises:
         DataError: the dataset or the split does not exist, has no boxes, or the predictions are not those of the split.
     """
     nusc = nusc or load_tables(dataroot, version)
     _check_tokens(predictions, split_tokens(nusc, split), split)
-    submission = submission_from_scenes(predictions, ego_poses)
+    submission = submission_from_predictions(predictions, ego_poses)
     result = evaluate_submission(nusc, split, submission)
     if out_dir is not None:
         write_json(Path(out_dir) / "submission.json", submission)
@@ -128,7 +128,7 @@ def evaluate_boxes(
     return result
 
 
-def evaluate_submission(nusc: NuScenes, split: str | Path, submission: Mapping) -> DetectionResult:
+def evaluate_submission(nusc: NuScenes, split: str | Path, submission: Mapping[str, Any]) -> DetectionResult:
     """Runs the official nuScenes detection evaluation on a submission.
 
     Args:
@@ -151,7 +151,7 @@ def evaluate_submission(nusc: NuScenes, split: str | Path, submission: Mapping) 
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "submission.json"
         path.write_text(json.dumps(_never_empty(submission)))
-        # The devkit shows a progress bar on stderr whatever `verbose` says.
+        # The devkit shows a progress bar on stderr even without `verbose`.
         with contextlib.redirect_stderr(io.StringIO()):
             tables, name = _named_split(nusc, split, Path(scratch)) if is_split_file(split) else (nusc, split)
             evaluation = DetectionEval(tables, config_factory(_CONFIG), str(path), name, scratch, verbose=False)
@@ -172,8 +172,8 @@ def evaluate_submission(nusc: NuScenes, split: str | Path, submission: Mapping) 
     )
 
 
-def load_tables(dataroot: str | os.PathLike, version: str) -> NuScenes:
-    """The devkit's tables of a nuScenes-format dataset, loaded quietly.
+def load_tables(dataroot: str | os.PathLike[str], version: str) -> NuScenes:
+    """Loads the devkit's tables of a nuScenes-format dataset, without output.
 
     Raises:
         DataError: a table is missing or malformed.
@@ -187,99 +187,69 @@ def load_tables(dataroot: str | os.PathLike, version: str) -> NuScenes:
         raise DataError(f"the nuScenes tables in {folder} cannot be read ({reason}); restore the dataset") from error
 
 
-def submission_from_scenes(scenes: Mapping[str, FrameObjects], ego_poses: Mapping[str, np.ndarray]) -> dict:
-    """The nuScenes detection submission of scenes: global frame, at most the 500 best boxes of each sample.
+def submission_from_predictions(
+    predictions: Mapping[str, FrameObjects], ego_poses: Mapping[str, Array]
+) -> dict[str, Any]:
+    """Makes a nuScenes detection submission: global frame, at most the 500 best boxes of each sample.
 
-    A box whose attribute is -1 gets the one that its class and speed make likely. A velocity that is not known (NaN)
-    becomes 0, because the devkit would leave such a box out of the velocity error.
+    A box whose attribute is -1 gets the likely attribute of its class and speed. An unknown velocity (NaN) becomes 0,
+    because the devkit would leave such a box out of the velocity error.
 
     Args:
-        scenes: per sample token a FrameObjects without batch dimension; only valid boxes are used.
+        predictions: per sample token, without batch dimension; only valid boxes are used.
         ego_poses: per sample token global_from_ego [4, 4] float64.
 
     Raises:
         DataError: a pose is missing or not rigid, or a box holds a number that is not finite or a size not above 0.
     """
-    results = {token: _records(token, scene.boxes, _pose(ego_poses, token)) for token, scene in scenes.items()}
+    results = {token: _records(token, objects.boxes, _pose(ego_poses, token)) for token, objects in predictions.items()}
     return {"meta": dict(CAMERA_ONLY), "results": results}
 
 
-def boxes_from_submission(records: Sequence[Mapping], global_from_ego: np.ndarray) -> Boxes:
-    """The way back: boxes of one sample of a submission in the ego frame.
-
-    Args:
-        records: the sample's list under "results".
-        global_from_ego: [4, 4] float64.
-
-    Returns:
-        Boxes [M, ...] in float32, all valid, in the order of the records.
-    """
-    ego_from_global = invert_rigid(np.asarray(global_from_ego, dtype=np.float64))
-    count = len(records)
-
-    def column(field: str, width: int) -> np.ndarray:
-        return np.array([r[field] for r in records], dtype=np.float64).reshape(count, width)
-
-    velocity = np.pad(column("velocity", 2), ((0, 0), (0, 1)))  # [M, 3]
-    rotations = [ego_from_global[:3, :3] @ Quaternion(r["rotation"]).rotation_matrix for r in records]
-    return Boxes(
-        center=torch.tensor(transform_points(ego_from_global, column("translation", 3)), dtype=torch.float32),
-        size=torch.tensor(column("size", 3)[:, [1, 0, 2]], dtype=torch.float32),
-        yaw=torch.tensor(yaw_from_rotation(np.array(rotations).reshape(count, 3, 3)), dtype=torch.float32),
-        velocity=torch.tensor((velocity @ ego_from_global[:3, :3].T)[:, :2], dtype=torch.float32),
-        label=torch.tensor([BOX_CLASSES.index(r["detection_name"]) for r in records], dtype=torch.int64),
-        attribute=torch.tensor(
-            [ATTRIBUTES.index(r["attribute_name"]) if r["attribute_name"] else -1 for r in records], dtype=torch.int64
-        ),
-        score=torch.tensor([r["detection_score"] for r in records], dtype=torch.float32),
-        valid=torch.ones(count, dtype=torch.bool),
-        uncertainty=torch.zeros(count, 9),
-    )
-
-
-def _records(token: str, boxes: Boxes, global_from_ego: np.ndarray) -> list[dict]:
-    """The submission entries of one sample, best score first."""
+def _records(token: str, boxes: Boxes, global_from_ego: Array) -> list[dict[str, Any]]:
+    """Makes the submission entries of one sample, best score first."""
     if boxes.valid.ndim != 1:
         raise DataError(
-            f"the scene of sample {token} has boxes of shape {tuple(boxes.valid.shape)}; "
+            f"the prediction of sample {token} has boxes of shape {tuple(boxes.valid.shape)}; "
             "pass one FrameObjects per sample, without batch dimensions"
         )
     valid = boxes.valid.cpu()
-    boxes = Boxes(*(field.detach().cpu()[valid].double().numpy() for field in boxes))
-    numbers = np.concatenate([boxes.center, boxes.size, boxes.yaw[:, None], boxes.score[:, None]], 1)  # [M, 8]
-    bad = np.nonzero(~np.isfinite(numbers).all(1) | (boxes.size <= 0).any(1) | np.isinf(boxes.velocity).any(1))[0]
+    fields = (boxes.center, boxes.size, boxes.yaw, boxes.velocity, boxes.label, boxes.attribute, boxes.score)
+    center, size, yaw, velocity, label, attribute, score = (
+        field.detach().cpu()[valid].double().numpy() for field in fields
+    )
+    numbers = np.concatenate([center, size, yaw[:, None], score[:, None]], 1)  # [M, 8]
+    bad = np.nonzero(~np.isfinite(numbers).all(1) | (size <= 0).any(1) | np.isinf(velocity).any(1))[0]
     if len(bad):
         raise DataError(
             f"box {bad[0]} of sample {token} has a number that is not finite or a size that is not positive; "
             "check the network's output for NaN"
         )
-    order = np.argsort(-boxes.score, kind="stable")[:_MAX_BOXES]
-    boxes = Boxes(*(field[order] for field in boxes))
-    centers = transform_points(global_from_ego, boxes.center)  # [M, 3]
-    velocities_ego = np.pad(np.nan_to_num(boxes.velocity), ((0, 0), (0, 1)))  # [M, 3]
-    velocities = velocities_ego @ global_from_ego[:3, :3].T  # [M, 3]
+    center_global = transform_points(global_from_ego, center)  # [M, 3]
+    velocity = np.nan_to_num(velocity)  # [M, 2]
+    velocity_global = np.pad(velocity, ((0, 0), (0, 1))) @ global_from_ego[:3, :3].T  # [M, 3]
     turn = Quaternion(matrix=global_from_ego[:3, :3], rtol=0, atol=2 * RIGID_TOLERANCE)  # the determinant too
     return [
         {
             "sample_token": token,
-            "translation": centers[i].tolist(),
-            "size": boxes.size[i, [1, 0, 2]].tolist(),
-            "rotation": (turn * Quaternion(axis=(0, 0, 1), radians=boxes.yaw[i])).elements.tolist(),
-            "velocity": velocities[i, :2].tolist(),
-            "detection_name": BOX_CLASSES[int(boxes.label[i])],
-            "detection_score": float(boxes.score[i]),
-            "attribute_name": _attribute(boxes, i),
+            "translation": center_global[i].tolist(),
+            "size": size[i, [1, 0, 2]].tolist(),
+            "rotation": (turn * Quaternion(axis=(0, 0, 1), radians=yaw[i])).elements.tolist(),
+            "velocity": velocity_global[i, :2].tolist(),
+            "detection_name": BOX_CLASSES[int(label[i])],
+            "detection_score": float(score[i]),
+            "attribute_name": _attribute(int(attribute[i]), int(label[i]), velocity[i]),
         }
-        for i in range(len(order))
+        for i in np.argsort(-score, kind="stable")[:_MAX_BOXES]
     ]
 
 
-def _attribute(boxes: Boxes, i: int) -> str:
-    """The box's own attribute, else the commoner one of its class at its speed."""
-    if boxes.attribute[i] >= 0:
-        return ATTRIBUTES[int(boxes.attribute[i])]
-    name = BOX_CLASSES[int(boxes.label[i])]
-    moving = np.linalg.norm(np.nan_to_num(boxes.velocity[i])) > _MOVING_SPEED
+def _attribute(attribute: int, label: int, velocity: Array) -> str:
+    """Returns the box's attribute, or the likely one of its class at its velocity [2] in m/s."""
+    if attribute >= 0:
+        return ATTRIBUTES[attribute]
+    name = BOX_CLASSES[label]
+    moving = np.linalg.norm(velocity) > _MOVING_SPEED
     if name in ("barrier", "traffic_cone"):
         return ""
     if name == "pedestrian":
@@ -291,20 +261,20 @@ def _attribute(boxes: Boxes, i: int) -> str:
     return "vehicle.stopped" if name == "bus" else "vehicle.parked"  # a bus at rest mostly waits at its stop
 
 
-def _pose(ego_poses: Mapping[str, np.ndarray], token: str) -> np.ndarray:
+def _pose(ego_poses: Mapping[str, Array], token: str) -> Array:
     if token not in ego_poses:
-        raise DataError(f"there is no ego pose for sample {token}; give global_from_ego [4, 4] for every scene")
+        raise DataError(f"there is no ego pose for sample {token}; give global_from_ego [4, 4] for every sample")
     pose = np.asarray(ego_poses[token], dtype=np.float64)
     if not is_rigid(pose):
         raise DataError(f"the ego pose of sample {token} is not a rigid [4, 4] transform; check the ego_pose table")
     return pose
 
 
-def _never_empty(submission: Mapping) -> Mapping:
-    """The submission as the devkit can read it.
+def _never_empty(submission: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns a submission with at least one box.
 
-    The devkit fails on a submission without a single box, as an untrained network gives. One box a thousand kilometres
-    away lets it run, and its own range filter drops that box before anything is counted.
+    The devkit fails on a submission without any, as an untrained network gives. It drops a box a thousand kilometres
+    away by its range filter, before anything is counted.
     """
     results = submission["results"]
     if any(results.values()):
@@ -328,10 +298,10 @@ def _scenes_of_file(nusc: NuScenes, split: str | Path) -> list[str]:
 
 
 def _named_split(nusc: NuScenes, split: str | Path, folder: Path) -> tuple[NuScenes, str]:
-    """The same tables with the scenes of a split file under a name, and that name.
+    """Returns the same tables with the scenes of a split file under a name, and that name.
 
-    The devkit knows no split but its own and those of `splits.json` in the dataset, which is not ours to write to. It
-    looks there by the tables' `dataroot`, and the evaluation reads no other file by it.
+    The devkit takes its own splits and those of `splits.json` in the dataset, which must not be changed. It finds that
+    file by the tables' `dataroot`, and the evaluation reads no other file by it.
     """
     name = "split_file"
     write_json(folder / nusc.version / "splits.json", {name: _scenes_of_file(nusc, split)})
@@ -341,13 +311,14 @@ def _named_split(nusc: NuScenes, split: str | Path, folder: Path) -> tuple[NuSce
 
 
 def split_tokens(nusc: NuScenes, split: str | Path) -> list[str]:
-    """The split's sample tokens, those of a named split by the devkit's own rules.
+    """Returns the sample tokens of a split; a named split follows the devkit's rules.
 
     Raises:
         DataError: the split does not exist, or does not fit the tables.
     """
     if is_split_file(split):
-        return get_samples_of_scenes(_scenes_of_file(nusc, split), nusc)
+        return list(get_samples_of_scenes(_scenes_of_file(nusc, split), nusc))
+    split = str(split)
     if is_predefined_split(split):
         wanted = "mini" if split.startswith("mini") else "test" if split == "test" else "trainval"
         if not nusc.version.endswith(wanted):
@@ -359,18 +330,18 @@ def split_tokens(nusc: NuScenes, split: str | Path) -> list[str]:
         names = get_scenes_of_split(split, nusc)
     except (ValueError, AssertionError) as error:  # a missing or malformed splits.json, an unknown split
         raise DataError(f"{nusc.table_root}/splits.json does not list the scenes of split {split} ({error})") from error
-    tokens = get_samples_of_scenes(names, nusc)
+    tokens: list[str] = get_samples_of_scenes(names, nusc)
     if not tokens:
         raise DataError(f"split {split} names no scene of {nusc.table_root}; choose another split or version")
     return tokens
 
 
-def _check_tokens(scenes: Mapping[str, object], tokens: list[str], split: str | Path) -> None:
-    missing, extra = set(tokens) - scenes.keys(), scenes.keys() - set(tokens)
+def _check_tokens(results: Mapping[str, object], tokens: list[str], split: str | Path) -> None:
+    missing, extra = set(tokens) - results.keys(), results.keys() - set(tokens)
     if missing:
         raise DataError(
             f"{len(missing)} of the {len(tokens)} samples of split {split} have no prediction, {min(missing)} among "
-            "them; give every sample a FrameObjects, one without valid boxes where nothing was found"
+            "them; give every sample a FrameObjects, without valid boxes where nothing was found"
         )
     if extra:
         raise DataError(

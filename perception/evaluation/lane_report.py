@@ -1,29 +1,29 @@
-"""What an evaluation of lane maps reports: AP, and what a operating point means on the road.
+"""The results of a lane-map evaluation: AP, and position errors at an operating point.
 
-AP compares mappers over all scores at once. Whoever uses a map has to choose one score and wants to know what is then
-found, how exactly, how far away, and how much is drawn that is not there. `LaneResult` holds both.
+AP compares networks over all score thresholds. Live use takes one score threshold, and needs to know what is found at
+that threshold, how accurately, at which distance, and how many metres are false. `LaneResult` holds both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from perception.types import LINE_CLASSES, LaneRange
+from perception.types import LINE_CLASSES, Array, LaneRange
 
 
 @dataclass(frozen=True)
 class DistanceBin:
-    """True lines of one class whose pieces lie between two distances from the ego's origin.
+    """The ground truth of one class whose pieces lie between two distances from the ego origin.
 
     Args:
         near, far: metres; `far` is None for the last bin, which is open.
         metres_per_frame: length of ground-truth lines in the bin.
-        recall: share of that length that belongs to lines found at the operating point; None without any.
-        error, median_error: position error of the found length, metres; None where nothing was found.
+        recall: share of that length that belongs to matched lines at the operating point; None without ground truth.
+        error, median_error: position error of the matched length, metres; None without any.
     """
 
     near: float
@@ -36,20 +36,19 @@ class DistanceBin:
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """One class when only predictions from a certain score on are used.
+    """One class at a score threshold.
 
-    A prediction is right or wrong by the protocol's own matching at `LaneResult.operating_threshold`. The position
-    error
-    is measured along the true line: every true line that was found is cut into equal pieces of at most 0.5 m, and a
-    piece's error is the distance from its midpoint to the predicted line (to its segments, not to its vertices). Means
-    and medians weigh pieces by their length, and a piece belongs to the bin its own midpoint lies in, so that one line
-    is spread over several bins.
+    A prediction is right or wrong by the protocol's matching at `LaneResult.operating_threshold`. The position error is
+    measured along the ground truth: every matched ground-truth line is cut into equal pieces of at most 0.5 m, and the
+    error of a piece is the distance from its midpoint to the predicted line (to its segments, not to its vertices).
+    Means and medians weigh pieces by their length. A piece belongs to the distance bin of its midpoint, so one line may
+    count in several bins.
 
     Args:
-        score: the lowest score that is used; None where there is no prediction.
-        precision, recall, f1: of whole lines; None where there is no prediction, or no true line.
-        error, median_error: position error of found lines, metres; None where none was found.
-        false_metres_per_frame: length of the predictions that are wrong, metres per frame.
+        score: the score threshold; None without a prediction.
+        precision, recall, f1: of whole lines; None without a prediction, or without ground truth.
+        error, median_error: position error of matched lines, metres; None without any.
+        false_metres_per_frame: length of the wrong predictions, metres per frame.
         bins: from near to far.
     """
 
@@ -68,16 +67,16 @@ class LaneResult:
     """Lane-map scores of one split under one protocol.
 
     Args:
-        protocol: which published protocol the numbers follow.
-        lane_range: what was compared.
-        thresholds: distances in metres, as given.
+        protocol: the published protocol of the numbers.
+        lane_range: of ground truth and predictions.
+        thresholds: distances in metres.
         ap: AP per class name and threshold.
         class_ap: mean of `ap` over the thresholds, per class name.
         mean_ap: mean of `class_ap` over all line classes.
-        frames: number of frames that were compared.
+        frames: number of frames.
         gt_count, prediction_count: number of lines per class name.
-        operating_threshold: the distance in metres at which `working` calls a prediction right: the middle threshold.
-        working: the operating point per class name.
+        operating_threshold: metres at which `operating_points` count a prediction as right: the middle one.
+        operating_points: per class name.
     """
 
     protocol: str
@@ -90,10 +89,10 @@ class LaneResult:
     gt_count: dict[str, int]
     prediction_count: dict[str, int]
     operating_threshold: float
-    working: dict[str, OperatingPoint]
+    operating_points: dict[str, OperatingPoint]
 
-    def as_dict(self) -> dict:
-        """The result as plain JSON values; thresholds become strings, as JSON keys are."""
+    def as_dict(self) -> dict[str, Any]:
+        """Returns plain JSON values; thresholds are strings where they are keys."""
         return {
             "protocol": self.protocol,
             "lane_range": str(self.lane_range),
@@ -105,11 +104,11 @@ class LaneResult:
             "gt_count": dict(self.gt_count),
             "prediction_count": dict(self.prediction_count),
             "operating_threshold_m": self.operating_threshold,
-            "working": {name: asdict(point) for name, point in self.working.items()},
+            "operating_points": {name: asdict(point) for name, point in self.operating_points.items()},
         }
 
     def table(self) -> str:
-        """The result as text for a terminal."""
+        """Returns the result as text for a terminal."""
         return "\n\n".join([self._ap_table(), self._operating_table(), self._distance_table()])
 
     def _ap_table(self) -> str:
@@ -128,35 +127,35 @@ class LaneResult:
     def _operating_table(self) -> str:
         heads = ("score", "prec.", "recall", "F1", "error m", "median m", "false m/f")
         rows = [f"{f'operating point at {self.operating_threshold:g} m':<30}" + "".join(f"{h:>10}" for h in heads)]
-        for name, point in self.working.items():
+        for name, point in self.operating_points.items():
             fields = (point.score, point.precision, point.recall, point.f1, point.error, point.median_error)
             cells = "".join(f"{_cell(value):>10}" for value in fields)
             rows.append(f"{name:<30}{cells}{point.false_metres_per_frame:10.1f}")
         return "\n".join(rows)
 
     def _distance_table(self) -> str:
-        bins = next(iter(self.working.values())).bins
+        bins = next(iter(self.operating_points.values())).bins
         ranges = [f"{b.near:g}-{b.far:g} m" if b.far is not None else f"{b.near:g}+ m" for b in bins]
         rows = [f"{'by distance from the ego':<30}" + "".join(f"{r:>10}" for r in ranges)]
         for field, title in (("recall", "recall by metre"), ("error", "error m")):
-            for name, point in self.working.items():
+            for name, point in self.operating_points.items():
                 cells = "".join(f"{_cell(getattr(b, field)):>10}" for b in point.bins)
                 rows.append(f"{f'{name}, {title}':<30}{cells}")
         return "\n".join(rows)
 
 
 class ClassTally(NamedTuple):
-    """What all frames gave for one class: M predictions, S pieces of ground-truth lines that some prediction found."""
+    """The matches of one class over all frames: M predictions, S pieces of matched ground-truth lines."""
 
-    score: np.ndarray  # [M]
-    hit: np.ndarray  # [M, thresholds] bool
-    length: np.ndarray  # [M] metres
+    score: Array  # [M]
+    hit: Array  # [M, thresholds] bool
+    length: Array  # [M] metres
     gt_count: int
-    true_metres: np.ndarray  # [bins] metres of ground-truth lines
-    owner: np.ndarray  # [S] index of the prediction that found the piece at the working threshold
-    error: np.ndarray  # [S] metres
-    metres: np.ndarray  # [S] length of the piece
-    bin: np.ndarray  # [S] index of its distance bin
+    gt_metres: Array  # [bins] metres of ground-truth lines
+    owner: Array  # [S] index of the prediction that the piece is matched with
+    error: Array  # [S] metres
+    metres: Array  # [S] length of the piece
+    bin: Array  # [S] index of its distance bin
 
 
 def build_result(
@@ -170,13 +169,13 @@ def build_result(
     bin_edges: Sequence[float],
     frames: int,
 ) -> LaneResult:
-    """Scores from what the frames gave.
+    """Computes the result from the matches of all frames.
 
     Args:
         tallies: per class name, in the order of LINE_CLASSES.
         protocol, lane_range, thresholds, frames: as in `LaneResult`.
-        threshold_index: which threshold decides at the operating point.
-        score_threshold: per class name, the score to work at; None for the one of best F1.
+        threshold_index: of the threshold of the operating points.
+        score_threshold: per class name; None for the score of the best F1.
         bin_edges: metres; the last bin begins at the last edge and is open.
     """
     ap = {}
@@ -196,15 +195,15 @@ def build_result(
         gt_count={name: tally.gt_count for name, tally in tallies.items()},
         prediction_count={name: len(tally.score) for name, tally in tallies.items()},
         operating_threshold=thresholds[threshold_index],
-        working={
+        operating_points={
             name: _operating_point(tally, tally.hit[:, threshold_index], score_threshold[name], bin_edges, frames)
             for name, tally in tallies.items()
         },
     )
 
 
-def _average_precision(hits: np.ndarray, gt_count: int) -> float:
-    """Area under the monotone precision envelope for hits [predictions] in order of falling score."""
+def _average_precision(hits: Array, gt_count: int) -> float:
+    """Computes the area under the monotone precision envelope of hits [M] in order of falling score."""
     if gt_count == 0 or len(hits) == 0:
         return 0.0
     found = np.cumsum(hits)
@@ -213,10 +212,10 @@ def _average_precision(hits: np.ndarray, gt_count: int) -> float:
     return float(envelope[hits].sum() / gt_count)  # recall rises by 1 / gt_count at every hit
 
 
-def _best_score(score: np.ndarray, hit: np.ndarray, gt_count: int) -> float | None:
-    """The score from which on predictions have the best F1; the higher one of equals, the lowest of all without a hit.
+def _best_score(score: Array, hit: Array, gt_count: int) -> float | None:
+    """Finds the score threshold of the best F1; of equals the highest.
 
-    A class without a single hit has no best score. Keeping all its predictions shows the whole damage.
+    Without a hit it is the lowest score, so that all false predictions are counted. Without a prediction it is None.
     """
     if len(score) == 0:
         return None
@@ -225,12 +224,12 @@ def _best_score(score: np.ndarray, hit: np.ndarray, gt_count: int) -> float | No
     order = np.argsort(-score, kind="stable")
     score, used = score[order], np.arange(1, len(score) + 1)
     f1 = 2 * np.cumsum(hit[order]) / (used + gt_count)
-    f1[:-1][score[:-1] == score[1:]] = 0.0  # a score is used with all predictions that have it, or not at all
+    f1[:-1][score[:-1] == score[1:]] = 0.0  # a threshold keeps all predictions of its score
     return float(score[f1.argmax()])
 
 
 def _operating_point(
-    tally: ClassTally, hit: np.ndarray, score: float | None, edges: Sequence[float], frames: int
+    tally: ClassTally, hit: Array, score: float | None, edges: Sequence[float], frames: int
 ) -> OperatingPoint:
     if score is None:
         score = _best_score(tally.score, hit, tally.gt_count)
@@ -242,7 +241,7 @@ def _operating_point(
     rows = []
     for k, near in enumerate(edges):
         inside = bins == k
-        total = float(tally.true_metres[k])
+        total = float(tally.gt_metres[k])
         rows.append(
             DistanceBin(
                 float(near),
@@ -264,14 +263,14 @@ def _operating_point(
     )
 
 
-def _weighted(values: np.ndarray, weights: np.ndarray) -> tuple[float | None, float | None]:
-    """Weighted mean and median; None for both without any weight."""
+def _weighted(values: Array, weights: Array) -> tuple[float | None, float | None]:
+    """Computes the weighted mean and median; None for both without any weight."""
     total = weights.sum()
     if not total > 0:
         return None, None
     order = np.argsort(values, kind="stable")
     reached = np.cumsum(weights[order]) / total
-    # Where a value ends exactly at the half, the median lies between it and the next; rounding must not decide that.
+    # At exactly one half the median is the mean of two values; the margin keeps rounding from deciding.
     middle = np.searchsorted(reached, [0.5 - 1e-9, 0.5 + 1e-9])
     return float((values * weights).sum() / total), float(values[order[middle]].mean())
 

@@ -1,16 +1,16 @@
 """Average precision of vector lane maps, in both published protocols.
 
-Their numbers must not be compared (docs/evaluation.md), so a result says which protocol it is:
+Their numbers are not comparable (docs/evaluation.md), so a result names its protocol:
 
 - `maptr` (VectorMapNet, MapTR): every line is resampled to 100 points by arc length, and two lines are only compared
   where 2 m wide flat-cap buffers around them touch.
 - `streammapnet` (StreamMapNet, MapTracker): 200 points, all pairs are compared, thresholds depend on the lane range.
 
-The rest is common. The distance of two lines is the mean of their two directed mean nearest-point distances. Within a
-frame and class the predictions come in order of falling score; each may take its closest true line only, and is a hit
-when that line is near enough and still free. AP is the area under the monotone precision envelope over all predictions
-of the split; the mean is taken over thresholds, then over the three classes. A class without any true line counts as 0,
-as in the published code.
+The rest is common. The distance of two lines is the Chamfer distance: the mean of the two directed mean nearest-point
+distances. Within a frame and class the predictions are matched in order of falling score. A prediction is a hit if its
+closest ground-truth line is within the threshold and not yet matched. AP is the area under the monotone precision
+envelope over all predictions of the split; the mean is taken over thresholds, then over the three classes. A class
+without ground truth counts as 0, as in the published code.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from __future__ import annotations
 import multiprocessing
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import shapely
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from perception.errors import ConfigError, DataError
 from perception.evaluation.lane_report import ClassTally, LaneResult, build_result
-from perception.types import DEFAULT_LANE_RANGE, LINE_CLASSES, LaneRange, MapLine
+from perception.types import DEFAULT_LANE_RANGE, LINE_CLASSES, Array, LaneRange, MapLine
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ LANE_PROTOCOLS = {
     ),
 }
 
-_PIECE = 0.5  # metres of true line that share one position error
+_PIECE = 0.5  # metres of a ground-truth line that share one position error
 _BIN = 10.0  # metres
-_CHUNK = 50  # frames that a process gets at a time
-_BLOCK = 4  # pairs of lines whose distances fit into a core's cache together
+_CHUNK = 50  # frames of one task of a process
+_BLOCK = 4  # pairs of lines whose distances fit into a core's cache
 
 
 def evaluate_lanes(
@@ -74,10 +74,11 @@ def evaluate_lanes(
     workers: int = 0,
     progress: bool = False,
 ) -> LaneResult:
-    """Scores predicted lines against true ones. The result does not depend on the order of frames or on `workers`.
+    """Scores predicted lines against the ground truth.
 
-    Nothing is cropped: the lines are taken as they are. The ground truth has to be that of the protocol and the range,
-    see `NuScenesDataset.gt_lines`.
+    The result does not depend on the order of frames or on `workers`.
+
+    Lines are not cropped. Give the ground truth of the protocol and the range, see `NuScenesDataset.gt_lines`.
 
     Args:
         predictions: per frame token the predicted lines, points [P, 2] in ego metres.
@@ -86,10 +87,10 @@ def evaluate_lanes(
         lane_range: what ground truth and predictions cover. Chooses thresholds and distance bins; StreamMapNet has
             thresholds for 60x30 and 100x50.
         thresholds: metres, instead of the protocol's.
-        score_threshold: the lowest score that is used at the operating point, one for all classes or one per class
-            name; by default the one of best F1 at the middle threshold, for each class.
-        workers: processes that share the frames; 0 for none but this one. They are started afresh, so a script needs
-            the usual `if __name__ == "__main__"`.
+        score_threshold: the lowest score that is used at the operating point, for all classes or per class name; by
+            default the score of the best F1 at the middle threshold, for each class.
+        workers: processes that share the frames; 0 for this process only. They are spawned, so a script needs
+            `if __name__ == "__main__"`.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -101,7 +102,7 @@ def evaluate_lanes(
     _check_tokens(predictions, gt)
     edges = np.arange(0.0, np.hypot(lane_range.x, lane_range.y) / 2, _BIN)
     threshold_index = thresholds.index(sorted(thresholds)[len(thresholds) // 2])
-    # Sorted tokens: equal scores then have one order, whatever order the frames arrive in.
+    # Sorted tokens, so that equal scores are ordered alike whatever the order of the frames.
     tokens = sorted(gt)
     chunks = (
         ([(t, predictions[t], gt[t]) for t in tokens[i : i + _CHUNK]], rules, thresholds, threshold_index, edges)
@@ -125,48 +126,44 @@ def evaluate_lanes(
 
 
 class Matches(NamedTuple):
-    """What became of each prediction of one frame, in the order given."""
+    """How each prediction of one frame was matched, in the order given."""
 
-    hit: np.ndarray  # [M, thresholds] bool
-    closest: np.ndarray  # [M] index of the closest true line of the same class, -1 if none is within all thresholds
-    distance: np.ndarray  # [M] metres to it, infinite if none
+    hit: Array  # [M, thresholds] bool
+    closest: Array  # [M] index of the closest ground-truth line of the class, -1 if none is within the thresholds
+    distance: Array  # [M] metres to it, infinite if none
 
 
 def match_lines(
-    predicted: Sequence[MapLine],
-    true: Sequence[MapLine],
+    predictions: Sequence[MapLine],
+    gt: Sequence[MapLine],
     *,
     protocol: str = "maptr",
     lane_range: LaneRange = DEFAULT_LANE_RANGE,
     thresholds: Sequence[float] | None = None,
 ) -> Matches:
-    """Compares the lines of one frame; arguments and errors as in `evaluate_lanes`."""
+    """Matches the lines of one frame; arguments and errors as in `evaluate_lanes`."""
     rules, thresholds = lane_rules(protocol, lane_range, thresholds)
-    packed = (_pack(predicted, "predicted line", "the frame"), _pack(true, "true line", "the frame"))
+    packed = (_pack(predictions, "predicted line", "the frame"), _pack(gt, "ground-truth line", "the frame"))
     return _match(*packed, rules, thresholds)
 
 
-def chamfer_distances(points_a: np.ndarray, points_b: np.ndarray) -> np.ndarray:
-    """Mean of the two directed mean nearest-point distances of pairs of lines.
+def _chamfer(points_a: Array, points_b: Array, radius: float) -> tuple[Array, Array]:
+    """Chamfer distances of pairs of lines, and whether flat-cap buffers of a radius touch for certain.
+
+    The distance is the mean of the two directed mean nearest-point distances. Buffers touch for certain where the point
+    of `b` that is closest to some point of `a` is an inner one, and nearer than the radius: the foot of the
+    perpendicular then lies on `b` and not beyond its end, where the flat cap cuts the buffer off.
 
     Args:
         points_a, points_b: [pairs, P, 2] metres.
+        radius: metres.
 
     Returns:
-        [pairs] metres.
-    """
-    return _chamfer(points_a, points_b, 0.0)[0]
-
-
-def _chamfer(points_a: np.ndarray, points_b: np.ndarray, radius: float) -> tuple[np.ndarray, np.ndarray]:
-    """Distances [pairs], and whether flat-cap buffers of `radius` touch for certain [pairs] bool.
-
-    They do where the point of `b` that is closest to some point of `a` is an inner one, and nearer than the radius: the
-    foot of the perpendicular then lies on `b` and not beyond its end, where the flat cap cuts the buffer off.
+        Distances [pairs] in metres, and whether the buffers touch for certain [pairs] bool.
     """
     pairs, count = points_a.shape[:2]
     distance, touch = np.empty(pairs), np.empty(pairs, dtype=bool)
-    squared, across = np.empty((2, min(_BLOCK, pairs), count, count))  # reused: fresh memory would cost half the time
+    squared, across = np.empty((2, min(_BLOCK, pairs), count, count))  # reused: allocation would take half the time
     for start in range(0, pairs, _BLOCK):
         rows = slice(start, start + _BLOCK)
         a, b = points_a[rows], points_b[rows]
@@ -185,35 +182,35 @@ def _chamfer(points_a: np.ndarray, points_b: np.ndarray, radius: float) -> tuple
 
 
 class _Packed(NamedTuple):
-    """The lines of one frame, end to end on one axis of arc length, so that all are resampled at once."""
+    """The lines of one frame, end to end on one axis of arc length, to resample all of them at once."""
 
-    label: np.ndarray  # [M]
-    score: np.ndarray  # [M]
-    vertices: np.ndarray  # [V, 2]
-    first: np.ndarray  # [M] index of each line's first vertex
-    arc: np.ndarray  # [V] metres, with a gap between lines
-    start: np.ndarray  # [M] metres on that axis
-    length: np.ndarray  # [M] metres
+    label: Array  # [M]
+    score: Array  # [M]
+    vertices: Array  # [V, 2]
+    first: Array  # [M] index of each line's first vertex
+    arc: Array  # [V] metres, with a gap between lines
+    start: Array  # [M] metres on that axis
+    length: Array  # [M] metres
 
-    def points_of(self, line: int) -> np.ndarray:
-        """[P, 2] the vertices of one line."""
+    def points_of(self, line: int) -> Array:
+        """Returns the vertices [P, 2] of one line."""
         end = self.first[line + 1] if line + 1 < len(self.first) else None
         return self.vertices[self.first[line] : end]
 
-    def at(self, line: np.ndarray, along: np.ndarray) -> np.ndarray:
-        """Points [..., 2] `along` metres from the start of each `line` (index)."""
+    def at(self, line: Array, along: Array) -> Array:
+        """Returns the points [..., 2] that lie `along` metres from the start of each `line` (index)."""
         arc = self.start[line] + along
         if len(self.arc) == 0:
             return np.zeros((*arc.shape, 2))
         return np.stack([np.interp(arc, self.arc, self.vertices[:, d]) for d in (0, 1)], -1)
 
-    def resample(self, count: int) -> np.ndarray:
-        """[M, count, 2] points equally spaced by arc length, both ends included."""
+    def resample(self, count: int) -> Array:
+        """Returns points [M, count, 2], equally spaced by arc length, both ends included."""
         return self.at(np.arange(len(self.label))[:, None], self.length[:, None] * np.linspace(0.0, 1.0, count))
 
 
 def _pack(lines: Sequence[MapLine], kind: str, where: str) -> _Packed:
-    """Checks lines and packs them; `kind` and `where` are for the message."""
+    """Checks lines and packs them; `kind` and `where` are for error messages."""
     for number, line in enumerate(lines):
         points = np.asarray(line.points)
         if points.ndim != 2 or points.shape[1] != 2 or len(points) < 2:
@@ -241,12 +238,12 @@ def _pack(lines: Sequence[MapLine], kind: str, where: str) -> _Packed:
     return _Packed(label, score, vertices, first, arc, start, arc[first + count - 1] - start)
 
 
-def _match(predicted: _Packed, true: _Packed, rules: LaneProtocol, thresholds: tuple[float, ...]) -> Matches:
+def _match(predicted: _Packed, gt: _Packed, rules: LaneProtocol, thresholds: tuple[float, ...]) -> Matches:
     hit = np.zeros((len(predicted.label), len(thresholds)), dtype=bool)
     closest, distance = np.full(len(predicted.label), -1), np.full(len(predicted.label), np.inf)
-    if len(predicted.label) == 0 or len(true.label) == 0:
+    if len(predicted.label) == 0 or len(gt.label) == 0:
         return Matches(hit, closest, distance)
-    distances = _distances(predicted, true, rules, max(thresholds))  # [predictions, gts]
+    distances = _distances(predicted, gt, rules, max(thresholds))  # [M, N]
     nearest = distances.argmin(1)
     distance = distances[np.arange(len(nearest)), nearest]
     closest[np.isfinite(distance)] = nearest[np.isfinite(distance)]
@@ -254,93 +251,93 @@ def _match(predicted: _Packed, true: _Packed, rules: LaneProtocol, thresholds: t
     order = order[closest[order] >= 0]
     for k, threshold in enumerate(thresholds):
         near = order[distance[order] <= threshold]
-        # The first, that is the surest, of those that want the same true line gets it.
+        # Of predictions with the same closest line, the first has the highest score and is the hit.
         hit[near[np.unique(closest[near], return_index=True)[1]], k] = True
     return Matches(hit, closest, distance)
 
 
-def _distances(predicted: _Packed, true: _Packed, rules: LaneProtocol, limit: float) -> np.ndarray:
+def _distances(predicted: _Packed, gt: _Packed, rules: LaneProtocol, limit: float) -> Array:
     """Distances [M, N]; infinite between classes, beyond `limit`, and where the protocol does not compare.
 
-    A pair beyond the largest threshold can never be a hit, and it can never be closer than one that is; so neither its
-    exact distance nor its buffers matter. That leaves few pairs for the costly steps.
+    A pair beyond the largest threshold is no hit, and it is never closer than a hit. So its exact distance and its
+    buffers do not matter, and few pairs are left for the costly steps.
     """
-    points_a, points_b = predicted.resample(rules.points), true.resample(rules.points)
+    points_a, points_b = predicted.resample(rules.points), gt.resample(rules.points)
     low_a, high_a, low_b, high_b = points_a.min(1), points_a.max(1), points_b.min(1), points_b.max(1)
     outside = np.maximum(np.maximum(low_b - high_a[:, None], low_a[:, None] - high_b), 0)  # [M, N, 2]
-    same = predicted.label[:, None] == true.label
+    same = predicted.label[:, None] == gt.label
     distances = np.full(same.shape, np.inf)
     a, b = np.nonzero(same & (np.hypot(outside[..., 0], outside[..., 1]) <= limit))
-    # A whisker more, so that rounding cannot drop a pair that lies exactly on the limit.
+    # With a margin, so that rounding does not drop a pair exactly at the limit.
     bound = (_to_box(points_a[a], low_b[b], high_b[b]) + _to_box(points_b[b], low_a[a], high_a[a])) / 2
     a, b = a[bound <= limit + 1e-9], b[bound <= limit + 1e-9]
-    # The buffer of shapely may fall short of its width by a hundredth, so certainty begins a little earlier.
+    # The buffer of shapely may be narrower than its width by a hundredth.
     distance, touch = _chamfer(points_a[a], points_b[b], 0.95 * (rules.buffer or 0.0))
     near = distance <= limit
     a, b, distance, touch = a[near], b[near], distance[near], touch[near]
     if rules.buffer is not None:
-        touch &= (predicted.length[a] > 0) & (true.length[b] > 0)  # a point has no buffer
-        ask = np.flatnonzero(~touch)
-        if len(ask):
-            areas = (_buffers(points_a[a[ask]], rules.buffer), _buffers(points_b[b[ask]], rules.buffer))
-            touch[ask] = shapely.intersects(*areas)
+        touch &= (predicted.length[a] > 0) & (gt.length[b] > 0)  # a point has no buffer
+        uncertain = np.flatnonzero(~touch)
+        if len(uncertain):
+            areas = (_buffers(points_a[a[uncertain]], rules.buffer), _buffers(points_b[b[uncertain]], rules.buffer))
+            touch[uncertain] = shapely.intersects(*areas)
         a, b, distance = a[touch], b[touch], distance[touch]
     distances[a, b] = distance
     return distances
 
 
-def _to_box(points: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Mean distance [pairs] of points [pairs, P, 2] to boxes [pairs, 2]: never above that to any line inside."""
+def _to_box(points: Array, low: Array, high: Array) -> Array:
+    """Mean distance [pairs] of points [pairs, P, 2] to boxes [pairs, 2]: a lower bound of that to any line inside."""
     outside = np.maximum(np.maximum(low[:, None] - points, points - high[:, None]), 0)  # [pairs, P, 2]
-    return np.hypot(outside[..., 0], outside[..., 1]).mean(1)
+    return np.asarray(np.hypot(outside[..., 0], outside[..., 1]).mean(1))
 
 
-def _buffers(points: np.ndarray, width: float) -> np.ndarray:
+def _buffers(points: Array, width: float) -> Array:
     """The buffers [lines] of lines [lines, P, 2] as the published code makes them; empty for a point."""
-    return shapely.buffer(shapely.linestrings(points), width, cap_style="flat", join_style="mitre")
+    return np.asarray(shapely.buffer(shapely.linestrings(points), width, cap_style="flat", join_style="mitre"))
 
 
 class _Part(NamedTuple):
-    """What a chunk of frames gave, all classes together; the fields are those of ClassTally."""
+    """The tally of a chunk of frames, all classes together; the fields are those of ClassTally."""
 
-    label: np.ndarray  # [M]
-    score: np.ndarray
-    hit: np.ndarray
-    length: np.ndarray
-    gt_count: np.ndarray  # [K]
-    true_metres: np.ndarray  # [K, bins]
-    owner: np.ndarray
-    error: np.ndarray
-    metres: np.ndarray
-    bin: np.ndarray
+    label: Array  # [M]
+    score: Array
+    hit: Array
+    length: Array
+    gt_count: Array  # [K]
+    gt_metres: Array  # [K, bins]
+    owner: Array
+    error: Array
+    metres: Array
+    bin: Array
 
 
 def _tally(
-    frames: list[tuple[str, Sequence[MapLine], Sequence[MapLine]]],
+    frames: Sequence[tuple[str, Sequence[MapLine], Sequence[MapLine]]],
     rules: LaneProtocol,
     thresholds: tuple[float, ...],
     threshold_index: int,
-    edges: np.ndarray,
+    edges: Array,
 ) -> _Part:
     rows, count = [], 0
-    gt_count, true_metres = np.zeros(len(LINE_CLASSES), dtype=np.int64), np.zeros((len(LINE_CLASSES), len(edges)))
-    for token, predicted, true in frames:
-        predicted = _pack(predicted, "predicted line", f"sample {token}")
-        true = _pack(true, "true line", f"sample {token}")
-        matches = _match(predicted, true, rules, thresholds)
+    gt_count, gt_metres = np.zeros(len(LINE_CLASSES), dtype=np.int64), np.zeros((len(LINE_CLASSES), len(edges)))
+    for token, predicted_lines, gt_lines in frames:
+        predicted = _pack(predicted_lines, "predicted line", f"sample {token}")
+        gt = _pack(gt_lines, "ground-truth line", f"sample {token}")
+        matches = _match(predicted, gt, rules, thresholds)
         # Equal pieces of the ground-truth lines, each standing for `metres` around its midpoint.
-        pieces = np.maximum(np.ceil(true.length / _PIECE), 1).astype(np.int64)  # [N]
+        pieces = np.maximum(np.ceil(gt.length / _PIECE), 1).astype(np.int64)  # [N]
         line = np.repeat(np.arange(len(pieces)), pieces)  # [S]
-        metres = true.length[line] / pieces[line]
-        middle = true.at(line, (np.arange(len(line)) - (np.cumsum(pieces) - pieces)[line] + 0.5) * metres)  # [S, 2]
+        metres = gt.length[line] / pieces[line]
+        middle = gt.at(line, (np.arange(len(line)) - (np.cumsum(pieces) - pieces)[line] + 0.5) * metres)  # [S, 2]
         bins = np.searchsorted(edges, np.hypot(middle[:, 0], middle[:, 1]), side="right") - 1
-        np.add.at(true_metres, (true.label[line], bins), metres)
-        gt_count += np.bincount(true.label, minlength=len(LINE_CLASSES))
-        finder = np.full(len(pieces), -1)  # [N] the prediction that found each true line
+        np.add.at(gt_metres, (gt.label[line], bins), metres)
+        gt_count += np.bincount(gt.label, minlength=len(LINE_CLASSES))
+        pred_idx = np.full(len(pieces), -1)  # [N] the prediction that found each ground-truth line
         hits = np.flatnonzero(matches.hit[:, threshold_index])
-        finder[matches.closest[hits]] = hits
-        found = np.flatnonzero(finder[line] >= 0)
-        owner = finder[line[found]]
+        pred_idx[matches.closest[hits]] = hits
+        found = np.flatnonzero(pred_idx[line] >= 0)
+        owner = pred_idx[line[found]]
         strings = np.full(len(predicted.label), None)  # [M]
         for m in hits:
             strings[m] = shapely.linestrings(predicted.points_of(m))
@@ -349,7 +346,7 @@ def _tally(
         rows.append((*of_predictions, owner + count, error, metres[found], bins[found].astype(np.int8)))
         count += len(predicted.label)
     label, score, hit, length, owner, error, metres, bins = map(np.concatenate, zip(*rows, strict=True))
-    return _Part(label, score, hit, length, gt_count, true_metres, owner, error, metres, bins)
+    return _Part(label, score, hit, length, gt_count, gt_metres, owner, error, metres, bins)
 
 
 def _of_class(parts: list[_Part], label: int) -> ClassTally:
@@ -365,21 +362,21 @@ def _of_class(parts: list[_Part], label: int) -> ClassTally:
         count += int(mine.sum())
     score, hit, length, owner, error, metres, bins = map(np.concatenate, zip(*fields, strict=True))
     gt_count = int(sum(part.gt_count[label] for part in parts))
-    true_metres = np.sum([part.true_metres[label] for part in parts], axis=0)
-    return ClassTally(score, hit, length, gt_count, true_metres, owner, error, metres, bins)
+    gt_metres = np.sum([part.gt_metres[label] for part in parts], axis=0)
+    return ClassTally(score, hit, length, gt_count, gt_metres, owner, error, metres, bins)
 
 
-def _run(chunks: Iterator[tuple], workers: int) -> Iterator[_Part]:
+def _run(chunks: Iterator[tuple[Any, ...]], workers: int) -> Iterator[_Part]:
     if workers == 0:
         yield from (_tally(*chunk) for chunk in chunks)
         return
-    # Fresh processes: a forked one may inherit a lock of some thread that it does not have.
+    # Spawned, because a forked process may inherit a lock of a thread that it does not have.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        waiting = deque()
+        waiting: deque[Future[_Part]] = deque()
         try:
             for chunk in chunks:
                 waiting.append(pool.submit(_tally, *chunk))
-                if len(waiting) > 2 * workers:  # enough to keep them busy, and few copies of the lines at a time
+                if len(waiting) > 2 * workers:  # keeps the processes busy with few copies of the lines
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
@@ -410,7 +407,8 @@ def lane_rules(
 
 
 def _score_thresholds(score: float | Mapping[str, float] | None) -> dict[str, float | None]:
-    scores = dict(score) if isinstance(score, Mapping) else dict.fromkeys(LINE_CLASSES, score)
+    scores: dict[str, float | None]
+    scores = dict(score) if isinstance(score, Mapping) else {name: score for name in LINE_CLASSES}
     if set(scores) != set(LINE_CLASSES):
         raise ConfigError(f"the score thresholds name {sorted(scores)}; give one for each of {LINE_CLASSES}")
     if not all(value is None or np.isfinite(value) for value in scores.values()):
@@ -427,8 +425,8 @@ def _check_tokens(predictions: Mapping[str, object], gt: Mapping[str, object]) -
         )
     if extra:
         raise DataError(
-            f"the predictions hold {len(extra)} samples that the ground truth does not know, {min(extra)} among them; "
+            f"the predictions hold {len(extra)} samples that the ground truth lacks, {min(extra)} among them; "
             "predict on the same split that is evaluated"
         )
     if not gt:
-        raise DataError("there is no sample to evaluate; the split is empty")
+        raise DataError("the split is empty; choose one with samples")

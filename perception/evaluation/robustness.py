@@ -1,15 +1,15 @@
-"""The robustness card: what a network loses when cameras fail, calibrations are off, images are bad or memory is gone.
+"""The robustness card: the loss of accuracy with missing cameras, wrong calibration, bad images or no memory.
 
-Every disturbance is an evaluation of its own over all scenes, with the ground truth left as it is: what only a missing
-camera could have seen counts as missed. The questions are those of RoboBEV (Xie et al., https://arxiv.org/abs/2405.17426),
-which speaks of the share that is left where this speaks of the share that is lost.
+Every disturbance is evaluated over all scenes with unchanged ground truth: objects that only a missing camera shows
+count as missed. The disturbances follow RoboBEV (Xie et al., https://arxiv.org/abs/2405.17426), which reports the share
+of accuracy that is left; this card reports the share that is lost.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -29,7 +29,7 @@ from perception.evaluation.detection import evaluate_boxes, load_tables
 from perception.evaluation.lanes import evaluate_lanes
 from perception.evaluation.submission import map_lines
 from perception.inference.sequence import Disturbance, predict_stream
-from perception.models.bev_transformer.model import BEVTransformer
+from perception.models import Network
 from perception.types import Frame, LaneRange
 
 DEFAULT_SEVERITY = 2
@@ -39,7 +39,7 @@ ERRORS = {"mAVE": "mAVE"}  # lower is better
 
 @dataclass(frozen=True)
 class MissingCamera:
-    """One camera is not there, all the time."""
+    """One camera is missing in all frames."""
 
     camera: int
 
@@ -49,7 +49,7 @@ class MissingCamera:
 
 @dataclass(frozen=True)
 class YawError:
-    """Each camera is mounted off by the same angle, to a side that is drawn anew for every scene and lasts along it."""
+    """The yaw of each camera is wrong by the same angle; its sign is random per scene and constant within it."""
 
     degrees: float
     seed: int
@@ -60,7 +60,7 @@ class YawError:
 
 @dataclass(frozen=True)
 class BadImages:
-    """All cameras show bad images; what is random in them is drawn anew for every frame and camera."""
+    """The images of all cameras are corrupted, at random for every frame and camera."""
 
     kind: str
     severity: int
@@ -75,14 +75,14 @@ class BadImages:
 
 @dataclass(frozen=True)
 class NoMemory:
-    """Every frame is the first one."""
+    """Every frame is a first frame."""
 
     def __call__(self, frames: Frame, scene: int, sample: int) -> Frame:
         return as_first_frame(frames)
 
 
 class Trial(NamedTuple):
-    """One line of the card that is still to be measured."""
+    """One disturbance to evaluate."""
 
     name: str
     group: str  # "camera", "calibration", "image" or "memory"
@@ -98,15 +98,15 @@ def plan_trials(
     no_memory: bool = False,
     seed: int = 0,
 ) -> list[Trial]:
-    """What to try, from the words of a command line.
+    """Makes the trials of the options of a command line.
 
     Args:
         cameras: names of the dataset's cameras, in order.
         drop_camera: one of them, or "each" for one trial after the other.
-        extrinsics_noise_deg: by how many degrees the yaw of each camera is off.
-        corrupt: "KIND" or "KIND:SEVERITY" with a key of `CORRUPTIONS` or "each" as kind; severity 2 where none is told.
-        no_memory: also look at each frame by itself.
-        seed: of the sides to which cameras are off, and of what is random in bad images.
+        extrinsics_noise_deg: degrees by which the yaw of each camera is wrong.
+        corrupt: "KIND" or "KIND:SEVERITY" with a key of `CORRUPTIONS` or "each" as kind; severity 2 by default.
+        no_memory: also evaluate each frame without memory.
+        seed: of the signs of yaw errors and of random corruptions.
 
     Raises:
         ConfigError: a name, a number or a severity is not possible.
@@ -147,7 +147,7 @@ def plan_trials(
 
 @dataclass(frozen=True)
 class TrialResult:
-    """One measured line of the card.
+    """The metrics of one trial.
 
     Args:
         name, group: of the trial.
@@ -161,38 +161,38 @@ class TrialResult:
 
 @dataclass(frozen=True)
 class RobustnessCard:
-    """A network as it is and under each disturbance.
+    """The metrics of a network without and with each disturbance.
 
     Args:
-        clean: the numbers of `SCORES` and `ERRORS` without any.
-        trials: with each, in order.
+        clean: the numbers of `SCORES` and `ERRORS` without a disturbance.
+        trials: with each disturbance, in order.
     """
 
     clean: dict[str, float]
     trials: tuple[TrialResult, ...]
 
     def loss(self, trial: TrialResult, metric: str) -> float:
-        """How much worse a trial is, as a share of the clean number: 0.25 for a quarter; NaN where that one is 0."""
+        """Returns the loss of a trial as a share of the clean number: 0.25 for a quarter; NaN where that is 0."""
         clean, disturbed = self.clean[metric], trial.metrics[metric]
         if not clean:
             return math.nan
         return disturbed / clean - 1 if metric in ERRORS else 1 - disturbed / clean
 
     def worst(self, group: str, metric: str) -> TrialResult | None:
-        """The trial of a group that loses most of a metric; None where there is none or nothing to lose."""
+        """Returns the trial of a group with the largest loss of a metric; None without a trial or a loss."""
         trials = [t for t in self.trials if t.group == group and not math.isnan(self.loss(t, metric))]
         return max(trials, key=lambda trial: self.loss(trial, metric), default=None)
 
     def memory_gain(self) -> dict[str, float] | None:
-        """By which share of the single-frame number the memory improves each metric; None if that was not tried."""
+        """Returns the gain of each metric by memory as a share of the single-frame number; None without that trial."""
         alone = next((trial.metrics for trial in self.trials if trial.group == "memory"), None)
         if alone is None:
             return None
         gain = {name: self.clean[name] / alone[name] - 1 if alone[name] else math.nan for name in SCORES}
         return gain | {name: 1 - self.clean[name] / alone[name] if alone[name] else math.nan for name in ERRORS}
 
-    def as_dict(self) -> dict:
-        """Everything as plain JSON values; a share of nothing becomes None."""
+    def as_dict(self) -> dict[str, Any]:
+        """Returns plain JSON values; NaN becomes None."""
         metrics = SCORES | ERRORS
         gain = self.memory_gain()
         return {
@@ -206,7 +206,7 @@ class RobustnessCard:
         }
 
     def table(self) -> str:
-        """The card as text for a terminal."""
+        """Returns the card as text for a terminal."""
         metrics = SCORES | ERRORS
         rows = [f"{'robustness':<28}" + "".join(f"{head:>9}{'loss':>8}" for head in metrics.values())]
         rows.append(f"{'clean':<28}" + "".join(f"{self.clean[m]:9.3f}{'':8}" for m in metrics))
@@ -234,7 +234,7 @@ def _percent(share: float) -> str:
 
 
 def evaluate_robustness(
-    model: BEVTransformer,
+    model: Network,
     dataset: NuScenesDataset,
     trials: list[Trial],
     clean: dict[str, float],
@@ -244,19 +244,19 @@ def evaluate_robustness(
     workers: int = 0,
     progress: bool = False,
 ) -> RobustnessCard:
-    """Streams a dataset through a network once per trial and compares with its clean evaluation.
+    """Runs a network on a dataset once per trial and compares with its clean evaluation.
 
     Args:
         model: in evaluation mode.
         dataset: of one root.
         trials: see `plan_trials`.
-        clean: `Evaluation.metrics()` of the same network, dataset, protocol and lane range.
-        protocol, lane_range: of the lanes, as in `evaluate_scenes`.
+        clean: `Evaluation.metrics()` of the same network, dataset, protocol and range.
+        protocol, lane_range: of the lanes, as in `evaluate_predictions`.
         workers: processes that load images and match lines.
         progress: show progress bars on stderr.
 
     Raises:
-        ConfigError, DataError: as `predict_stream` and `evaluate_scenes`.
+        ConfigError, DataError: as `predict_stream` and `evaluate_predictions`.
     """
     wanted = (*SCORES, *ERRORS)
     lane_range = lane_range or dataset.lane_range
@@ -264,7 +264,7 @@ def evaluate_robustness(
     tables = load_tables(dataset.roots[0], dataset.version)
     gt = all_gt_lines(dataset, protocol=protocol, lane_range=lane_range, progress=progress)
     for name, group, disturb in tqdm(trials, desc="disturbances", unit="trial", disable=not progress):
-        scenes = predict_stream(model, dataset, disturb=disturb, workers=workers, progress=progress).scenes
+        scenes = predict_stream(model, dataset, disturb=disturb, workers=workers, progress=progress).objects
         boxes = evaluate_boxes(scenes, poses, dataset.roots[0], dataset.version, dataset.split, nusc=tables)
         lines = {token: map_lines(scene.lines) for token, scene in scenes.items()}
         lanes = evaluate_lanes(lines, gt, protocol=protocol, lane_range=lane_range, workers=workers, progress=progress)

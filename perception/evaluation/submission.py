@@ -1,6 +1,6 @@
-"""Submissions: predictions of a split in one JSON file, made here or by anyone.
+"""Submissions: predictions of a split in one JSON file.
 
-Boxes are in nuScenes' own format (global frame), as its devkit reads it. Lanes have no official format; ours follows
+Boxes are in nuScenes' format (global frame), as its devkit reads it. Lanes have no official format; this one follows
 the same pattern, in the ego frame of each sample (x forward, y left, metres, at the time of its LIDAR_TOP):
 
     {
@@ -13,8 +13,8 @@ the same pattern, in the ego frame of each sample (x forward, y left, metres, at
       }
     }
 
-Every sample of the split is a key, with an empty list where nothing was found. A class is one of LINE_CLASSES. A line
-has two points or more; a closed one repeats its first point last. More keys are allowed and not read.
+Every sample of the split is a key, with an empty list if nothing is predicted. A class is one of LINE_CLASSES. A line
+has two points or more; a closed line repeats its first point last. Further keys are allowed and not read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import json
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,7 +34,7 @@ from perception.types import ATTRIBUTES, BOX_CLASSES, LINE_CLASSES, MapLine, Pol
 CAMERA_ONLY = {"use_camera": True, "use_lidar": False, "use_radar": False, "use_map": False, "use_external": False}
 FRAME = "ego"
 
-_FARTHEST = 1000.0  # metres; a line beyond was not given in the ego frame
+_FARTHEST = 1000.0  # metres; lines beyond are not in the ego frame
 _MAX_BOXES = 500  # of the nuScenes detection task
 _BOX_NUMBERS = {"translation": 3, "size": 3, "rotation": 4, "velocity": 2}
 
@@ -43,13 +43,13 @@ class LaneSubmission(NamedTuple):
     """Lines of a split.
 
     Args:
-        path: the file, for messages.
-        meta: what the predictions were made from.
+        path: the file, for error messages.
+        meta: the sensors that the predictions use.
         results: per sample token the lines in the order of the file, ego frame.
     """
 
     path: Path
-    meta: dict
+    meta: dict[str, Any]
     results: dict[str, list[MapLine]]
 
 
@@ -57,19 +57,19 @@ class DetectionSubmission(NamedTuple):
     """Boxes of a split; `meta` and `results` are as the nuScenes devkit reads them."""
 
     path: Path
-    meta: dict
-    results: dict[str, list[dict]]
+    meta: dict[str, Any]
+    results: dict[str, list[dict[str, Any]]]
 
 
 def write_lanes(
-    path: str | os.PathLike, lines: Mapping[str, Sequence[MapLine]], meta: Mapping[str, object] = CAMERA_ONLY
+    path: str | os.PathLike[str], lines: Mapping[str, Sequence[MapLine]], meta: Mapping[str, object] = CAMERA_ONLY
 ) -> None:
-    """Writes a lane submission. Numbers keep all their digits, so the file scores exactly what the lines score.
+    """Writes a lane submission. Numbers keep all their digits, so that the file has the metrics of the lines.
 
     Args:
         path: the JSON file.
         lines: per sample token the predicted lines, ego frame.
-        meta: what the predictions were made from.
+        meta: the sensors that the predictions use.
     """
     results = {
         token: [
@@ -82,11 +82,11 @@ def write_lanes(
         ]
         for token, found in lines.items()
     }
-    write_json(path, {"meta": dict(meta), "frame": FRAME, "results": results}, indent=None)
+    write_json(Path(path), {"meta": dict(meta), "frame": FRAME, "results": results}, indent=None)
 
 
-def read_submission(path: str | os.PathLike) -> LaneSubmission | DetectionSubmission:
-    """Reads and checks a submission; what lies in it tells lanes from boxes.
+def read_submission(path: str | os.PathLike[str]) -> LaneSubmission | DetectionSubmission:
+    """Reads and checks a submission of lanes or boxes.
 
     Raises:
         DataError: the file is missing, is not JSON, or a field is missing or malformed.
@@ -105,10 +105,10 @@ def read_submission(path: str | os.PathLike) -> LaneSubmission | DetectionSubmis
         _typed(content[field], dict, f"{path}: field {field}", "an object")
     for token, entries in content["results"].items():
         where = f"{path}: results.{token}"
-        for number, entry in enumerate(_typed(entries, list, where, "a list, empty where nothing was found")):
+        for number, entry in enumerate(_typed(entries, list, where, "a list, empty if nothing is predicted")):
             _typed(entry, dict, f"{where}[{number}]", "an object")
     entries = (entry for found in content["results"].values() for entry in found)
-    first = next(entries, {})
+    first: dict[str, Any] = next(entries, {})
     if "frame" not in content and not {"class", "points"} & first.keys():
         return _checked_boxes(path, content)
     if content.get("frame") != FRAME:
@@ -124,7 +124,7 @@ def read_submission(path: str | os.PathLike) -> LaneSubmission | DetectionSubmis
 
 
 def check_samples(submission: LaneSubmission | DetectionSubmission, tokens: Collection[str]) -> None:
-    """Makes sure that a submission is one of a split.
+    """Checks that a submission holds the samples of a split.
 
     Raises:
         DataError: it lacks samples of the split, or holds others.
@@ -133,7 +133,7 @@ def check_samples(submission: LaneSubmission | DetectionSubmission, tokens: Coll
     if missing := wanted - found:
         raise DataError(
             f"{submission.path}: field results lacks {len(missing)} of the {len(wanted)} samples of the split, "
-            f"{min(missing)} among them; give every sample a list, an empty one where nothing was found"
+            f"{min(missing)} among them; give every sample a list, an empty one if nothing is predicted"
         )
     if extra := found - wanted:
         raise DataError(
@@ -142,8 +142,8 @@ def check_samples(submission: LaneSubmission | DetectionSubmission, tokens: Coll
         )
 
 
-def _unique(pairs: list[tuple[str, object]]) -> dict:
-    """A JSON object; of two equal keys one would be lost without a word."""
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, Any]:
+    """Makes a JSON object; refuses equal keys, of which json would keep the last one only."""
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -151,13 +151,13 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
     return found
 
 
-def _typed(value: object, kind: type, where: str, wanted: str):
+def _typed(value: object, kind: type, where: str, wanted: str) -> Any:
     if not isinstance(value, kind):
         raise DataError(f"{where} is {_short(value)}; it must be {wanted}")
     return value
 
 
-def _field(entry: Mapping, field: str, where: str):
+def _field(entry: Mapping[str, Any], field: str, where: str) -> Any:
     if field not in entry:
         raise DataError(f"{where}.{field} is missing; add it (docs/evaluation.md shows the format)")
     return entry[field]
@@ -169,7 +169,7 @@ def _number(value: object, where: str) -> float:
     return float(value)
 
 
-def _line(entry: Mapping, where: str) -> MapLine:
+def _line(entry: Mapping[str, Any], where: str) -> MapLine:
     name = _field(entry, "class", where)
     if name not in LINE_CLASSES:
         raise DataError(f"{where}.class is {_short(name)}; it must be one of {', '.join(LINE_CLASSES)}")
@@ -192,7 +192,7 @@ def _line(entry: Mapping, where: str) -> MapLine:
     return MapLine(LINE_CLASSES.index(name), points, score)
 
 
-def _checked_boxes(path: Path, content: dict) -> DetectionSubmission:
+def _checked_boxes(path: Path, content: dict[str, Any]) -> DetectionSubmission:
     for token, boxes in content["results"].items():
         if len(boxes) > _MAX_BOXES:
             raise DataError(f"{path}: results.{token} has {len(boxes)} boxes; keep the {_MAX_BOXES} best of a sample")
@@ -206,7 +206,7 @@ def _checked_boxes(path: Path, content: dict) -> DetectionSubmission:
                     raise DataError(f"{where}.{field} is {_short(values)}; it must be a list of {count} numbers")
                 for value in values:
                     if field == "velocity" and value != value:
-                        continue  # NaN, not known: the devkit leaves the box out of the velocity error
+                        continue  # unknown: the devkit leaves the box out of the velocity error
                     _number(value, f"{where}.{field}")
             if min(box["size"]) <= 0:
                 raise DataError(f"{where}.size is {_short(box['size'])}; it must be above 0, as width, length, height")
@@ -221,12 +221,12 @@ def _checked_boxes(path: Path, content: dict) -> DetectionSubmission:
 
 
 def _short(value: object) -> str:
-    """A value for a message, on one line and not longer than that."""
+    """Formats a value for an error message, in one line of at most 60 characters."""
     text = " ".join(json.dumps(value).split())
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def map_lines(lines: Polylines) -> list[MapLine]:
-    """The valid lines of one frame (no leading dimension) as a list."""
+    """Returns the valid lines of one frame (no leading dimension) as a list."""
     label, score, points = (x[lines.valid].cpu().numpy() for x in (lines.label, lines.score, lines.points))
     return [MapLine(int(k), p.astype(np.float64), float(s)) for k, p, s in zip(label, points, score, strict=True)]

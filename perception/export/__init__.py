@@ -1,1 +1,1 @@
-"""From a trained network to files that a vehicle runs, with the proof that they say the same."""
+"""Exports a trained network to ONNX and TensorRT, certifies that the export gives the same outputs, and runs it."""

@@ -1,6 +1,7 @@
-"""What goes into an exported network and what comes out: written at export, read by whoever runs it, without torch.
+"""Describes the inputs and outputs of an export in a JSON file, the contract.
 
-Every camera has a buffer of its own (`image_0`, `image_1`, ...) in the size and format that `ImageInputs` names.
+The export writes the contract, and every runtime reads it, without torch. Each camera has one input (`image_0`,
+`image_1`, ...) in the size and format of `ImageInputs`.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from perception.inference.ego_motion import JUMP_MARGIN_M, JUMP_MARGIN_RAD, MAX_
 from perception.types import BOX_CLASSES, LINE_CLASSES
 
 CONTRACT, MODEL = "contract.json", "model.onnx"
-FORMAT = "perception-export-3"  # changes when old folders can no longer be read
+FORMAT = "perception-export-3"  # changes when this version cannot read older folders
 MAX_SIDE = 16384  # pixels
 DTYPES = ("bool", "uint8", "int32", "int64", "float16", "float32")
-# What readers of a contract rely on.
+# Required fields and their types.
 FIELDS = {
     "precision": (str,), "cameras": (int,), "inputs": (list,), "outputs": (list,), "sha256": (dict,),
     "engines": (dict,), "image_size": (list,), "raw_size": (list,), "image_format": (str,), "quantization": (dict,),
@@ -34,7 +35,7 @@ FIELDS = {
 GEOMETRY = {"img_from_cam", "ego_from_cam", "present", "ego_from_prev", "seconds_since_prev", "is_first"}
 ENGINE_FIELDS = ("file", "gpu", "package", "package_version")
 
-_NV12 = "NV12 [H * 3/2, W]: luma, then pairs of Cb and Cr, one for 2 x 2 pixels, rows without padding; "
+_NV12 = "NV12 [H * 3/2, W]: luma, then one pair of Cb and Cr per 2 x 2 pixels, rows without padding; "
 IMAGE_FORMATS = {
     "rgb": "RGB [H, W, 3], 0..255",
     "bgr": "BGR [H, W, 3], 0..255",
@@ -46,46 +47,46 @@ IMAGE_FORMATS = {
     "nv12-709-er": _NV12 + "BT.709, luma 0..255 (NVIDIA: NV12_709_ER, REC709_ER)",
 }
 MEANING = {
-    "img_from_cam": "pinhole calibration in pixels of the images given, pixel centres at +0.5",
-    "ego_from_cam": "pose of each camera at its own exposure, carried to the time of the frame, metres; camera axes x "
-    "right, y down, z ahead; ego axes x ahead, y left, z up, on the ground below the rear axle; identity if missing",
-    "present": "false for a camera that is missing",
-    "ego_from_prev": "takes points of the ego frame of the frame before to the present one; metres; identity if first",
-    "seconds_since_prev": "seconds since the frame before, 0 if first",
-    "is_first": "true where the memory must not count: at the first frame; if more than max_gap_s have passed since "
-    "the frame before; if the pose has jumped since, which is a distance above max_speed_m_s * seconds + jump_margin_m "
-    "or an angle about any axis above max_turn_rate_rad_s * seconds + jump_margin_rad; after an output that is not "
-    "finite",
-    "memory": "new_memory of the frame before; anything finite if first, so fill it with zeros after an output that "
-    "is not finite",
-    "box_center": "middle of the boxes, metres, ego frame",
+    "img_from_cam": "pinhole intrinsics in pixels of the given images, pixel centres at +0.5",
+    "ego_from_cam": "pose of each camera at its own exposure time, in the ego frame at the time of the frame, metres; "
+    "camera axes x right, y down, z forward; ego axes x forward, y left, z up, origin on the ground below the rear "
+    "axle; identity for a missing camera",
+    "present": "false for a missing camera",
+    "ego_from_prev": "transforms points from the previous ego frame to this one, metres; identity if first",
+    "seconds_since_prev": "seconds since the previous frame, 0 if first",
+    "is_first": "true if the memory must be ignored: in the first frame; if the previous frame was more than max_gap_s "
+    "ago; if the pose has jumped since then, which is a distance above max_speed_m_s * seconds + jump_margin_m or an "
+    "angle about any axis above max_turn_rate_rad_s * seconds + jump_margin_rad; after an output that is not finite",
+    "memory": "new_memory of the previous frame; any finite values if first, so fill it with zeros after an output "
+    "that is not finite",
+    "box_center": "centre of the boxes, metres, ego frame",
     "box_size": "length (along the heading), width, height, metres",
     "box_yaw": "heading from ego x towards ego y, radians",
     "box_velocity": "over ground, along ego x and y, m/s",
     "box_label": "index into box_classes",
-    "box_score": "0..1, best first",
-    "box_valid": "false for a box that is too close to a better one of its class; leave it out",
-    "box_uncertainty": "expected error of centre (m), logarithms of size, yaw (rad) and velocity (m/s)",
-    "line_points": "metres, ego frame; a closed line repeats its first point last",
-    "line_closed": "whether it is closed",
+    "box_score": "0..1, highest first",
+    "box_valid": "false for a box that circle NMS suppressed; ignore it",
+    "box_uncertainty": "expected absolute error of centre (m), log size, yaw (rad) and velocity (m/s)",
+    "line_points": "metres, ego frame; the last point of a closed line is its first point again",
+    "line_closed": "true for a closed line",
     "line_label": "index into line_classes",
-    "line_score": "0..1, best first",
-    "line_uncertainty": "expected error of each point along ego x and y, metres",
-    "new_memory": "hand it in as memory at the next frame",
+    "line_score": "0..1, highest first",
+    "line_uncertainty": "expected absolute error of each point along ego x and y, metres",
+    "new_memory": "the memory input of the next frame",
 }
-RAW_MEANING = "last decoder layer before decoding, for comparisons"  # of all outputs whose names start with raw_
+RAW_MEANING = "output of the last decoder layer before decoding, for comparisons"  # of outputs with the prefix raw_
 
 
 @dataclass(frozen=True)
 class ImageInputs:
-    """Sizes and format of the images that an export takes.
+    """Sizes and format of the camera images that an export takes.
 
     Args:
-        sizes: height and width in pixels of each camera's images.
-        image_format: of IMAGE_FORMATS, the same for all cameras.
+        sizes: height and width in pixels for each camera.
+        image_format: one of IMAGE_FORMATS, the same for all cameras.
 
     Raises:
-        ConfigError: the format is not known, or a size is none or not one of this format.
+        ConfigError: the format is unknown, or a size is out of range or impossible in this format.
     """
 
     sizes: tuple[tuple[int, int], ...]
@@ -101,8 +102,8 @@ class ImageInputs:
                 )
             if self.is_nv12 and (H % 2 or W % 2):
                 raise ConfigError(
-                    f"the raw size of camera {n} is {H}x{W}; {self.image_format} needs even numbers, for one pair of "
-                    "colours stands for 2 x 2 pixels"
+                    f"the raw size of camera {n} is {H}x{W}; {self.image_format} needs even numbers, because one "
+                    "pair of Cb and Cr belongs to 2 x 2 pixels"
                 )
 
     @classmethod
@@ -113,17 +114,18 @@ class ImageInputs:
         raw_size: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
         image_format: str = "rgb",
     ) -> ImageInputs:
-        """The images of a rig.
+        """Creates the description for a number of cameras.
 
         Args:
-            cameras: how many there are.
+            cameras: number of cameras.
             image_size: height and width of the network's images.
-            raw_size: height and width of the images that are given, for all cameras or one pair for each; None if they
+            raw_size: height and width of the camera images, one pair for all cameras or one pair for each; None if they
                 have the network's size.
-            image_format: as above.
+            image_format: one of IMAGE_FORMATS.
 
         Raises:
-            ConfigError: as above, there is no camera, or there is neither one size nor one for each camera.
+            ConfigError: the format or a size is invalid, there is no camera, or the number of sizes is neither one nor
+                the number of cameras.
         """
         if cameras < 1:
             raise ConfigError(f"cameras is {cameras}; give at least 1")
@@ -142,41 +144,46 @@ class ImageInputs:
 
     @classmethod
     def of_contract(cls, contract: dict) -> ImageInputs:
-        """Those that a contract names."""
+        """Creates the description from a contract."""
         return cls(tuple((H, W) for H, W in contract["raw_size"]), contract["image_format"])
 
     @property
     def is_nv12(self) -> bool:
+        """True for the NV12 formats."""
         return self.image_format.startswith("nv12")
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the inputs, by camera."""
+        """Names of the inputs, one per camera."""
         return tuple(f"image_{n}" for n in range(len(self.sizes)))
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """Of one image."""
+        """Names of the axes of one image."""
         if self.is_nv12:
             return ("H * 3/2", "W")
         return ("3", "H", "W") if self.image_format.endswith("chw") else ("H", "W", "3")
 
     def shape(self, n: int) -> tuple[int, ...]:
-        """Of the bytes of camera n."""
+        """Returns the shape of the image of camera n."""
         H, W = self.sizes[n]
         if self.is_nv12:
             return (H * 3 // 2, W)
         return (3, H, W) if self.image_format.endswith("chw") else (H, W, 3)
 
-    def checked(self, n: int, image) -> np.ndarray:
-        """The image of camera n, or a DataError that names it."""
-        wanted = self.shape(n)
-        if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape == wanted:
+    def checked(self, n: int, image: object) -> np.ndarray:
+        """Returns the image of camera n after checking it.
+
+        Raises:
+            DataError: it has another type or shape.
+        """
+        expected = self.shape(n)
+        if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape == expected:
             return image
         what = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
         raise DataError(
             f"images[{n}] is {what}; the network was exported for {self.image_format} of {self.sizes[n][0]} x "
-            f"{self.sizes[n][1]} pixels (height x width) there: give uint8 {wanted}"
+            f"{self.sizes[n][1]} pixels (height x width) there: give uint8 {expected}"
         )
 
 
@@ -200,13 +207,18 @@ def write_contract(
 
     Args:
         path: of the file.
-        inputs, outputs: by name; examples whose shapes and types count.
-        sha256: by file name.
-        network, image_size, images, precision, opset, version: what was exported, and how.
-        layers: how many operators of each kind run in which type.
-        quantization: what `perception.export.quantize` found out, empty for other precisions.
-        checked: by runtime, how it was checked that it reads the graph as ONNX defines it; from
-            `perception.export.dialect`, empty for a runtime that the graph is not for.
+        inputs, outputs: example arrays by name, for shapes and types.
+        sha256: hashes by file name.
+        network: name of the network class.
+        image_size: height and width of the network's images.
+        images: sizes and format of the camera images.
+        precision: of the export.
+        opset: of the graph.
+        layers: number of operators by kind and type, from `perception.export.onnx.layer_types`.
+        quantization: the report of `quantize_graph`, empty for an export that is not quantized.
+        checked: by runtime, the checks that it reads the graph as ONNX defines it, from `perception.export.dialect`;
+            empty for a runtime that the graph is not for.
+        version: of the library.
     """
 
     image = IMAGE_FORMATS[images.image_format] + ", rows from the top; ignored while the camera is missing"
@@ -253,8 +265,8 @@ def read_contract(folder: str | Path) -> dict:
     """Reads the contract of an exported folder and checks the hashes of its files.
 
     Raises:
-        CheckpointError: the folder is none of an export, is of another version, or a file has changed; the contract is
-            damaged, lacks the hash of a file that is run, or names a file outside the folder.
+        CheckpointError: the folder does not hold an export, or one of another version; a file has changed; the contract
+            is damaged, has no hash for a file that is run, or names a file outside the folder.
     """
     if not isinstance(folder, str | Path):
         raise CheckpointError(f"the folder of an export is {type(folder).__name__}; give its path")
@@ -287,7 +299,7 @@ def read_contract(folder: str | Path) -> dict:
 
 
 def _fault(contract: dict) -> str:
-    """What a runtime would stumble over in a contract, empty if nothing."""
+    """Returns the first error in a contract as text, empty for none."""
     for key, kinds in FIELDS.items():
         if key not in contract:
             return f"{key} is missing"
@@ -296,9 +308,9 @@ def _fault(contract: dict) -> str:
     if contract["cameras"] < 1:
         return f"cameras is {contract['cameras']}, not 1 or more"
     for side in ("inputs", "outputs"):
-        for place, entry in enumerate(contract[side]):
+        for number, entry in enumerate(contract[side]):
             if not _describes_array(entry):
-                return f"{side}[{place}] has no name, no shape of whole numbers above 0, or no dtype of {DTYPES}"
+                return f"{side}[{number}] has no name, no shape of whole numbers above 0, or no dtype of {DTYPES}"
     sizes = contract["raw_size"]
     if len(sizes) != contract["cameras"] or not all(
         isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)
@@ -316,18 +328,18 @@ def _fault(contract: dict) -> str:
     hashes = contract["sha256"]
     for name in (MODEL, *(engine["file"] for engine in contract["engines"].values())):
         if name not in hashes:
-            return f"sha256 has no entry for {name}, so that nothing shows whether it has changed"
+            return f"sha256 has no entry for {name}, so changes of this file cannot be detected"
     for name, value in hashes.items():
-        # Wherever the folder is read, also on Windows.
+        # Separators of Windows too, because the folder may be read there.
         parts = name.replace("\\", "/").split("/")
         if "" in parts or ".." in parts or ":" in name or "\0" in name:
-            return f"sha256 names {name!r}, which is no file inside the folder"
+            return f"sha256 names {name!r}, which is not a file inside the folder"
         if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
-            return f"sha256[{name!r}] is no SHA-256 in lower case"
+            return f"sha256[{name!r}] is not a SHA-256 in lower case"
     return ""
 
 
-def _describes_array(entry) -> bool:
+def _describes_array(entry: object) -> bool:
     return (
         isinstance(entry, dict)
         and isinstance(entry.get("name"), str)
@@ -344,15 +356,15 @@ def check_graph(
     inputs: Mapping[str, tuple[str, list[int]]],
     outputs: Mapping[str, tuple[str, list[int]]],
 ) -> None:
-    """Checks that a graph takes and gives what its contract describes.
+    """Checks that the inputs and outputs of a graph are those of its contract.
 
     Args:
         path: of the graph.
-        contract: of `read_contract`.
-        inputs, outputs: type, as numpy calls it, and shape of those of the graph by name.
+        contract: from `read_contract`.
+        inputs, outputs: numpy type name and shape of those of the graph, by name.
 
     Raises:
-        CheckpointError: a name, a type or a shape is another.
+        CheckpointError: a name, a type or a shape differs.
     """
     for side, found in (("inputs", inputs), ("outputs", outputs)):
         wanted = {x["name"]: (x["dtype"], x["shape"]) for x in contract[side]}

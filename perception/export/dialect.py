@@ -1,10 +1,10 @@
-"""Forms of ONNX operators that the parsers of every supported TensorRT read as ONNX defines them.
+"""Checks that a graph has only operator forms that the parsers of all supported TensorRT versions read correctly.
 
-A parser that meets a form which it does not know does not always refuse it. The parsers of TensorRT 8.5 to 11.1 and of
-TensorRT-RTX up to 1.5 take GridSample's mode `linear` (opset 20) for `nearest`, and that of TensorRT 8.6 reduces all
-axes where they are an input of ReduceMax (opset 18). No check in ONNX Runtime can see that. `FORMS` therefore lists,
-for every operator of our exports, the forms that are known to be read correctly, and `check_dialect` refuses a graph
-with any other form. `RUNTIMES` names what was read, or run, to know it.
+A parser does not always reject a form that it does not support. The parsers of TensorRT 8.5 to 11.1 and of TensorRT-RTX
+up to 1.5 read GridSample's mode `linear` (opset 20) as `nearest`, and the parser of TensorRT 8.6 reduces all axes if
+they are an input of ReduceMax (opset 18). Runs in ONNX Runtime cannot show this. `FORMS` therefore lists, for every
+operator of our exports, the forms that are known to be read as ONNX defines them, and `check_dialect` rejects a graph
+with any other form. `RUNTIMES` names the sources of this knowledge.
 """
 
 from __future__ import annotations
@@ -12,20 +12,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from perception.errors import ConfigError
 from perception.export.nodes import UNKNOWN, Node, nodes_of, opset_of
 
+if TYPE_CHECKING:
+    import onnx
+
 
 @dataclass(frozen=True)
 class Runtime:
-    """A parser that graphs are checked for.
+    """A runtime whose parser graphs are checked for.
 
     Args:
-        opset: the newest in which its reading of operators is known; operators of newer opsets are refused.
-        checked_by: how the reading of the forms is known.
+        opset: the newest opset for which the behaviour of the parser is known; operators of newer opsets are rejected.
+        checked_by: how the forms were checked.
         source: repository, branch and files; or what was read or run instead of the source.
     """
 
@@ -46,7 +50,7 @@ RUNTIMES = {
     "TensorRT 10.13": Runtime(
         19,
         "parser source read",
-        # The source of 10.13 itself was not read, but the versions before and after it, and the release notes between.
+        # The source of 10.13 was not read, but those of a version before and a version after it, and the release notes.
         "onnx/onnx-tensorrt, onnxOpImporters.cpp and importerUtils.cpp of 10.10 (gedoensmax/onnx-tensorrt, "
         "external-weight-10-10) and onnxOpImporters.cpp of commit dd0a3a9, which has operators of 10.14; release notes "
         "of 10.11 to 10.13; NVIDIA/TensorRT#4646",
@@ -65,26 +69,26 @@ OLDEST_OPSET = 17
 FLOORED = ("nearest", "asymmetric", "floor")  # of Resize
 LARGEST_RANK, LARGEST_K = 8, 3840
 MANY = 1 << 20  # inputs or outputs
-SHOWN = 3  # findings that an error names
+SHOWN = 3  # findings in an error message
 
 FLOATS = frozenset({"FLOAT", "FLOAT16"})
 NUMBERS = FLOATS | {"INT32", "INT64"}
-MOVED = NUMBERS | {"BOOL"}  # what operators take that only move elements
+MOVED = NUMBERS | {"BOOL"}  # types for operators that only move elements
 BOOL = frozenset({"BOOL"})
 FLAG = (0, 1)
 
 
 def any_value(value: object) -> bool:
-    """Accepts every value of an attribute: all parsers pass it on."""
+    """Accepts every value of an attribute, for attributes that all parsers pass on."""
     return True
 
 
-# Conditions that attributes alone do not express. Each returns what is wrong with a node, "" if nothing is.
+# Conditions on several attributes or inputs. Each returns an error as text, "" for none.
 
 
 def _four_dimensional(node: Node) -> str:
     ranks = [len(node.shape(k)) for k in range(len(node.inputs)) if len(node.shape(k)) > 1]
-    return "" if set(ranks) == {4} else f"inputs have ranks {ranks}, only 4 is read by all"
+    return "" if set(ranks) == {4} else f"inputs have ranks {ranks}, all parsers support only 4"
 
 
 def _convolution(node: Node) -> str:
@@ -97,11 +101,11 @@ def _two_dimensional(node: Node) -> str:
 
 
 def _matrices(node: Node) -> str:
-    return "" if min(len(node.shape(0)), len(node.shape(1))) >= 2 else "an input is no matrix"
+    return "" if min(len(node.shape(0)), len(node.shape(1))) >= 2 else "an input is not a matrix"
 
 
 def _float32(node: Node) -> str:
-    # TensorRT 10.10 and later compute it in the type of the input, whatever stash_type asks for.
+    # TensorRT 10.10 and later compute it in the type of the input and ignore stash_type.
     kinds = {node.kind(k) for k in range(3)}
     return "" if kinds == {"FLOAT"} else f"its inputs are {', '.join(sorted(kinds))}; it has to be in FLOAT"
 
@@ -131,7 +135,9 @@ def _split(node: Node) -> str:
 
 
 def _top(node: Node) -> str:
-    k = int(node.constant(1).reshape(-1)[0])
+    constant = node.constant(1)
+    assert constant is not None  # see `Form.constants`
+    k = int(constant.reshape(-1)[0])
     return "" if 0 < k <= LARGEST_K else f"k is {k}, larger than {LARGEST_K}"
 
 
@@ -162,51 +168,52 @@ def _einsum(node: Node) -> str:
 
 
 def _quantized(node: Node) -> str:
-    """Symmetric INT8 with float32 scales; from opset 19 on FLOAT8E4M3FN and half-precision scales too."""
-    into = node.operator == "QuantizeLinear"
-    number, real = node.kind(2), node.kind(0) if into else node.kind(1)
+    """Accepts symmetric INT8 with float32 scales; from opset 19 on also FLOAT8E4M3FN and float16 scales."""
+    quantizes = node.operator == "QuantizeLinear"
+    number, real = node.kind(2), node.kind(0) if quantizes else node.kind(1)
     if number not in ({"INT8"} if node.version < 19 else {"INT8", "FLOAT8E4M3FN"}):
-        return f"it is quantised to {number}; give INT8 or, from opset 19 on, FLOAT8E4M3FN"
+        return f"it is quantized to {number}; give INT8 or, from opset 19 on, FLOAT8E4M3FN"
     if node.kind(1) != real or real not in ({"FLOAT"} if node.version < 19 else FLOATS):
         return f"its scale is {node.kind(1)} and its values are {real}; give FLOAT, from opset 19 on FLOAT16 too"
-    if not into and node.kind(0) != number:
+    if not quantizes and node.kind(0) != number:
         return f"its values are {node.kind(0)} and its zero point is {number}"
     scale, zero = node.constant(1), node.constant(2)
+    assert scale is not None and zero is not None  # see `Form.constants`
     if not (scale.astype(np.float32) > 0).all():
         return "a scale is not above 0"
     if zero.shape != scale.shape or zero.astype(np.float32).any():
         return "its zero points are not as many zeros as scales"
     if scale.size > 1 and "axis" not in node.given:
         return "it has a scale per channel but no axis, and parsers take axis 0"  # ONNX: axis 1
-    if scale.size > 1 and (into or node.constant(0) is None):
+    if scale.size > 1 and (quantizes or node.constant(0) is None):
         return "it has a scale per channel for values that are not constant"
     return ""
 
 
 @dataclass(frozen=True)
 class Form:
-    """A form of one or more operators that is read as ONNX defines it.
+    """A form of one or more operators that parsers read as ONNX defines it.
 
     Args:
         operators: names, separated by spaces.
-        types: element types that the first input may have.
-        inputs: fewest and most inputs.
-        constants: inputs that have to be constants of the graph.
-        attributes: by name, the values that are read as meant, or a function that accepts them; a node with any other
-            attribute is refused.
-        outputs: the most that it may have.
-        versions: of the operator's definition, the oldest and the newest that have this form.
-        runtimes: that read it.
+        types: element types of the first input.
+        inputs: smallest and largest number of inputs.
+        constants: inputs that must be constants of the graph.
+        attributes: by name, the values that parsers read correctly, or a function that accepts them; a node with any
+            other attribute is rejected.
+        outputs: largest number of outputs.
+        versions: oldest and newest version of the operator with this form.
+        runtimes: that read this form correctly.
         functions: of the parser's source that read it, if they are not named after the operator.
-        otherwise: what a parser makes of other forms.
-        condition: what else has to hold; returns what is wrong, "" for nothing.
+        otherwise: how a parser misreads other forms, for messages.
+        condition: further condition; returns an error as text, "" for none.
     """
 
     operators: str
     types: frozenset[str]
     inputs: tuple[int, int]
     constants: tuple[int, ...] = ()
-    attributes: Mapping[str, tuple | Callable[[object], bool]] = field(default_factory=dict)
+    attributes: Mapping[str, tuple[Any, ...] | Callable[[object], bool]] = field(default_factory=dict)
     outputs: int = 1
     versions: tuple[int, int] = (1, 19)
     runtimes: tuple[str, ...] = EVERY
@@ -215,7 +222,7 @@ class Form:
     condition: Callable[[Node], str] | None = None
 
     def findings(self, node: Node) -> list[str]:
-        """What of a node is not of this form."""
+        """Returns the differences between a node and this form as texts."""
         least, most = self.inputs
         if not least <= len(node.inputs) <= most:
             counted = f"{least}" if least == most else f"{least} to {most}"
@@ -241,7 +248,7 @@ class Form:
 
 
 AXES_AS_INPUT = "TensorRT 8.6 ignores axes that are an input and reduces all; write them as an attribute (opset 17)"
-SPATIAL = {
+SPATIAL: dict[str, tuple[Any, ...] | Callable[[object], bool]] = {
     "auto_pad": ("NOTSET",), "dilations": any_value, "kernel_shape": any_value, "pads": any_value, "strides": any_value,
 }  # fmt: skip
 FORMS = (
@@ -330,13 +337,13 @@ FORMS = (
     Form(
         "GridSample", FLOATS, (2, 2), versions=(16, 19), condition=_four_dimensional,
         attributes={"mode": ("bilinear", "nearest"), "padding_mode": ("zeros", "border"), "align_corners": FLAG},
-        otherwise="parsers read a mode that they do not know as nearest; write bilinear (opset 17)",
+        otherwise="parsers read unknown modes as nearest; write bilinear (opset 17)",
     ),
     Form(
         "GridSample", FLOATS, (2, 2), versions=(20, 20), condition=_four_dimensional,
         attributes={"mode": ("linear", "nearest"), "padding_mode": ("zeros", "border"), "align_corners": FLAG},
         runtimes=("TensorRT-RTX 1.7",),
-        otherwise="parsers read a mode that they do not know as nearest; write bilinear (opset 17)",
+        otherwise="parsers read unknown modes as nearest; write bilinear (opset 17)",
     ),
     Form(
         "TopK", FLOATS, (2, 2), constants=(1,), outputs=2, condition=_top,
@@ -345,31 +352,31 @@ FORMS = (
     Form(
         "QuantizeLinear", FLOATS, (3, 3), constants=(1, 2), attributes={"axis": any_value, "saturate": (1,)},
         condition=_quantized, functions="QuantDequantLinearHelper",
-        otherwise="TensorRT 8.6 reads every scale as FLOAT and no 8-bit floats",
+        otherwise="the parser of TensorRT 8.6 checks every scale as if it were FLOAT, and supports no 8-bit floats",
     ),
     Form(
         "DequantizeLinear", frozenset({"INT8", "FLOAT8E4M3FN"}), (3, 3), constants=(1, 2),
         attributes={"axis": any_value}, condition=_quantized, functions="QuantDequantLinearHelper",
-        otherwise="TensorRT 8.6 reads every scale as FLOAT and no 8-bit floats",
+        otherwise="the parser of TensorRT 8.6 checks every scale as if it were FLOAT, and supports no 8-bit floats",
     ),
 )  # fmt: skip
 
 
-def check_dialect(model, runtimes: Sequence[str] | None = None) -> dict[str, list[str]]:
-    """Refuses a graph that the parser of a runtime may read otherwise than ONNX defines it.
+def check_dialect(model: onnx.ModelProto, runtimes: Sequence[str] | None = None) -> dict[str, list[str]]:
+    """Checks that the parsers of runtimes read a graph as ONNX defines it.
 
     Args:
-        model: an `onnx.ModelProto` without subgraphs.
-        runtimes: names from `RUNTIMES`; all of them if not given, but for a graph with 8-bit floats only those that
-            have them. An export for ONNX Runtime alone is checked for none.
+        model: without subgraphs.
+        runtimes: names from `RUNTIMES`. None means all of them, or those with 8-bit floats for a graph that has some.
+            Give an empty sequence for an export that is not for TensorRT.
 
     Returns:
-        By name of every runtime, by what the graph was checked for it: empty for a runtime that it is not for. Checks
-        that run the parser or an engine add themselves to it later.
+        The checks that were made, by name of every runtime; empty for a runtime that was not checked. `build_engines`
+        adds the check that runs the parser.
 
     Raises:
-        ConfigError: a node has a form that is not known to be read as ONNX defines it, or an operator that is not
-            listed; the error names node, form and runtimes.
+        ConfigError: a node has a form, or an operator, that is not known to be read correctly; the message names node,
+            form and runtimes.
     """
     import onnx
 
@@ -380,8 +387,8 @@ def check_dialect(model, runtimes: Sequence[str] | None = None) -> dict[str, lis
     opset = opset_of(model)
     if opset < OLDEST_OPSET:
         raise ConfigError(
-            f"the graph is of opset {opset}; write it in {OLDEST_OPSET} or newer: how operators of older ones are read "
-            f"is not known ({', '.join(runtimes)})"
+            f"the graph is of opset {opset}; write it in {OLDEST_OPSET} or newer: how parsers read older operators is "
+            f"not known ({', '.join(runtimes)})"
         )
     findings = []
     for node in nodes_of(model) if runtimes else ():
@@ -396,7 +403,7 @@ def check_dialect(model, runtimes: Sequence[str] | None = None) -> dict[str, lis
     if findings:
         more = f"; and {len(findings) - SHOWN} more" if len(findings) > SHOWN else ""
         raise ConfigError(
-            f"the graph has forms that a TensorRT parser may read otherwise: {'; '.join(findings[:SHOWN])}{more}"
+            f"the graph has forms that a TensorRT parser may misread: {'; '.join(findings[:SHOWN])}{more}"
         )
     return {name: [runtime.checked_by] if name in runtimes else [] for name, runtime in RUNTIMES.items()}
 
@@ -407,23 +414,23 @@ def _forms_of(operator: str) -> list[Form]:
 
 
 def _findings(node: Node, runtime: str) -> list[str]:
-    """What of a node a runtime may read otherwise."""
+    """Returns the reasons why a runtime may misread a node."""
     forms = _forms_of(node.operator)
     if not forms:
-        return ["no supported parser was read for this operator"]
+        return ["this operator was not checked for any parser"]
     form = next((form for form in forms if form.versions[0] <= node.version <= form.versions[1]), forms[0])
     oldest, newest = form.versions[0], min(form.versions[1], RUNTIMES[runtime].opset)
     if runtime in form.runtimes and oldest <= node.version <= newest:
         found = form.findings(node)
     else:
-        found = [f"its form of opset {node.version} is not known to be read"]
+        found = [f"its form of opset {node.version} is not known to be read correctly"]
     if found and form.otherwise:
         found[-1] += f", and {form.otherwise}"
     for name in node.outputs:
         if len(node.tensors.kinds.get(name, UNKNOWN)[1]) > LARGEST_RANK:
             found.append(f"output {name} has more than {LARGEST_RANK} axes")
-    if runtime == EVERY[0] and node.operator != "Slice":  # a slice may end anywhere behind the last element
+    if runtime == EVERY[0] and node.operator != "Slice":  # the end of a slice may be any number after the last element
         constants = [value for value in map(node.constant, range(len(node.inputs))) if value is not None]
         if any(value.dtype == np.int64 and np.abs(value).max(initial=0) >= 2**31 for value in constants):
-            found.append("a constant does not fit in 32 bits, to which INT64 is cut")
+            found.append("a constant does not fit in 32 bits, to which INT64 is clipped")
     return [f"{text} [{form.functions or node.operator}]" for text in found]

@@ -1,4 +1,4 @@
-"""A TensorRT engine on the GPU of this machine, with all its buffers: numpy, TensorRT and CUDA's runtime, no torch."""
+"""Runs a TensorRT engine on the GPU of this machine, with numpy, TensorRT and the CUDA runtime, without torch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib
 import weakref
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,11 +17,11 @@ from perception.errors import ConfigError
 PACKAGES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 
 
-def import_tensorrt(package: str):
-    """The module of a package.
+def import_tensorrt(package: str) -> Any:
+    """Imports the module of a TensorRT package.
 
     Raises:
-        ConfigError: there is no such package, or it is not installed.
+        ConfigError: the package is unknown, or not installed.
     """
     if package not in PACKAGES:
         raise ConfigError(f"package {package!r} is not known; use one of {', '.join(PACKAGES)}")
@@ -31,10 +32,10 @@ def import_tensorrt(package: str):
 
 
 class Cuda:
-    """CUDA's runtime whose errors are exceptions.
+    """Calls functions of the CUDA runtime and raises their errors.
 
     Raises:
-        ConfigError: cuda-bindings is not installed; from every call that fails, such as all of them without a GPU.
+        ConfigError: cuda-bindings is not installed, or a call fails, as all calls do without a GPU.
     """
 
     def __init__(self) -> None:
@@ -45,8 +46,8 @@ class Cuda:
                 f"engines need CUDA's runtime for Python ({error}); pip install cuda-bindings of the driver's version"
             ) from None
 
-    def __call__(self, function: str, *arguments):
-        """Calls `cuda<function>` and returns what it gives."""
+    def __call__(self, function: str, *arguments: Any) -> Any:
+        """Calls `cuda<function>` and returns its first result, None if it has none."""
         error, *results = getattr(self.api, f"cuda{function}")(*arguments)
         if error != self.api.cudaError_t.cudaSuccess:
             _, text = self.api.cudaGetErrorString(error)
@@ -54,7 +55,7 @@ class Cuda:
         return results[0] if results else None
 
     def target(self) -> str:
-        """The compute capability of the GPU in use, such as "sm89"."""
+        """Returns the compute capability of the current GPU, such as "sm89"."""
         attributes, device = self.api.cudaDeviceAttr, self("GetDevice")
         major, minor = (
             self("DeviceGetAttribute", getattr(attributes, f"cudaDevAttrComputeCapability{part}"), device)
@@ -64,14 +65,14 @@ class Cuda:
 
 
 def find_engine(folder: str | Path, contract: dict) -> dict:
-    """The entry in a contract of the engine that this machine can run.
+    """Returns the entry of a contract for the engine that this machine can run.
 
     Args:
         folder: of the export, for messages.
-        contract: of `read_contract`.
+        contract: from `read_contract`.
 
     Raises:
-        ConfigError: there is no GPU, no engine for it, or none of the version of TensorRT that is here.
+        ConfigError: there is no GPU, no engine for it, or none for the installed version of TensorRT.
     """
     engines = list(contract["engines"].values())
     if not engines:
@@ -86,24 +87,25 @@ def find_engine(folder: str | Path, contract: dict) -> dict:
         if engine["package_version"] == version:
             return engine
     raise ConfigError(
-        f"{Path(folder, engine['file'])} was built with {engine['package']} {engine['package_version']}, here is "
-        f"{version}; build it again, or install the version that it was built with"
+        f"{Path(folder, engine['file'])} was built with {engine['package']} {engine['package_version']}, but {version} "
+        "is installed; build it again, or install the version that it was built with"
     )
 
 
 class EngineSession:
-    """An engine, the buffers on both sides, and one captured CUDA graph for each turn of the memory.
+    """Runs an engine with buffers on host and GPU, and one captured CUDA graph for each of the two memory buffers.
 
-    A pass copies the inputs to the GPU, runs the engine and copies the outputs back, as one graph that is launched:
-    nothing is allocated or decided while driving. Host buffers are page-locked. The memory stays on the GPU, where two
-    buffers take turns as what is read and what is written.
+    A run launches one CUDA graph that copies the inputs to the GPU, runs the engine and copies the outputs back. A run
+    allocates nothing. Host buffers are page-locked. The memory stays on the GPU, in two buffers that alternate as input
+    and output.
 
     Args:
         folder: of the export.
-        contract: of `read_contract`.
+        contract: from `read_contract`.
 
     Raises:
-        ConfigError: as `find_engine`; TensorRT does not take the file, or it is not the network of the contract.
+        ConfigError: as in `find_engine`; TensorRT cannot load the file, or its inputs or outputs differ from those of
+            the contract.
     """
 
     def __init__(self, folder: str | Path, contract: dict) -> None:
@@ -113,32 +115,33 @@ class EngineSession:
         trt = import_tensorrt(described["package"])
         self._cuda = cuda = Cuda()
         self._allocated: list[tuple[str, object]] = []
-        # Whoever forgets the session gets the memory of the GPU back.
+        # Frees GPU memory when the session is garbage-collected.
         weakref.finalize(self, _release, cuda, self._allocated)
         self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))  # must outlive the engine
         self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:
-            raise ConfigError(f"{path}: {described['package']} does not take this engine here; build it again")
+            raise ConfigError(f"{path}: {described['package']} cannot load this engine here; build it again")
         self._check(trt, path, contract)
         self._stream = self._keep("StreamDestroy", cuda("StreamCreateWithFlags", cuda.api.cudaStreamNonBlocking))
         self.inputs = {x["name"]: self._host(x) for x in contract["inputs"]}
         self.outputs = {x["name"]: self._host(x) for x in contract["outputs"]}
         device = {name: self._device(x) for name, x in (self.inputs | self.outputs).items()}
         self._memories = [device[name] for name in ("memory", "new_memory") if name in device]
-        self._contexts, self._graphs = [], []
+        self._contexts: list[Any] = []
+        self._graphs: list[Any] = []
         for turn in range(2):
             if self._memories:
                 device |= {"memory": self._memories[turn], "new_memory": self._memories[1 - turn]}
             self._graphs.append(self._capture(path, device))
-        self.clear()  # passes over empty inputs may have left what is not finite
+        self.clear()  # the runs on empty inputs in `_capture` may have written values that are not finite
 
     def run(self, turn: int) -> None:
-        """One pass from `inputs` to `outputs` that reads the memory of this turn and writes the other."""
+        """Runs the engine from `inputs` to `outputs`; reads memory buffer `turn` and writes the other one."""
         self._cuda("GraphLaunch", self._graphs[turn], self._stream)
         self._cuda("StreamSynchronize", self._stream)
 
     def memory(self, turn: int) -> np.ndarray:
-        """A copy of the memory that a pass of this turn reads; empty where the network has none."""
+        """Returns a copy of memory buffer `turn`, empty for a network without a memory."""
         if not self._memories:
             return np.zeros(0, np.float32)
         copy = np.empty_like(self.inputs["memory"])
@@ -147,17 +150,17 @@ class EngineSession:
         return copy
 
     def memory_is_finite(self, turn: int) -> bool:
-        """Always true: the memory stays on the GPU, where looking at it would cost a copy of it in every pass."""
+        """Returns True without a check: it would need a copy of the memory from the GPU in every run."""
         return True
 
     def clear(self) -> None:
-        """Fills the memory with zeros."""
-        for address in self._memories:  # in the stream of the passes, which waits for no other
+        """Fills both memory buffers with zeros."""
+        for address in self._memories:  # in the stream of the runs, which does not synchronize with others
             self._cuda("MemsetAsync", address, 0, self.inputs["memory"].nbytes, self._stream)
         self._cuda("StreamSynchronize", self._stream)
 
-    def _check(self, trt, path: Path, contract: dict) -> None:
-        """Names, directions, types and shapes of the engine are those of the contract."""
+    def _check(self, trt: Any, path: Path, contract: dict) -> None:
+        """Checks that the inputs and outputs of the engine are those of the contract."""
         engine = self._engine
         for side, mode in (("inputs", trt.TensorIOMode.INPUT), ("outputs", trt.TensorIOMode.OUTPUT)):
             names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
@@ -174,18 +177,18 @@ class EngineSession:
                         "contract; export again"
                     )
 
-    def _keep(self, release: str, handle):
-        """Notes how a handle is given back."""
+    def _keep(self, release: str, handle: Any) -> Any:
+        """Records the function that releases a handle, and returns the handle."""
         self._allocated.append((release, handle))
         return handle
 
     def _host(self, described: dict) -> np.ndarray:
-        """A page-locked array, zeros."""
+        """Allocates a page-locked array of zeros."""
         dtype, shape = np.dtype(described["dtype"]), tuple(described["shape"])
         size = dtype.itemsize * prod(shape)
         address = self._cuda("HostAlloc", size, self._cuda.api.cudaHostAllocDefault)
         memory = (ctypes.c_uint8 * size).from_address(int(address))
-        # Given back when the last array that looks at it is gone, which may be later than the session.
+        # Freed with the last array that uses it, which may live longer than the session.
         weakref.finalize(memory, self._cuda, "FreeHost", address)
         array = np.frombuffer(memory, dtype).reshape(shape)
         array[...] = 0
@@ -194,27 +197,29 @@ class EngineSession:
     def _device(self, array: np.ndarray) -> int:
         return int(self._keep("Free", self._cuda("Malloc", array.nbytes)))
 
-    def _capture(self, path: Path, places: dict[str, int]):
-        """The graph of one pass with the engine's tensors at these addresses."""
+    def _capture(self, path: Path, addresses: dict[str, int]) -> Any:
+        """Captures the CUDA graph of one run with the engine's tensors at these addresses."""
         cuda, stream, kinds = self._cuda, self._stream, self._cuda.api.cudaMemcpyKind
         context = self._engine.create_execution_context()
         if context is None:
-            raise ConfigError(f"{path}: TensorRT makes no context of this engine; its messages say why")
-        self._contexts.append(context)  # a graph works in its context's scratch memory
-        for name, address in places.items():
+            raise ConfigError(f"{path}: TensorRT creates no context for this engine; see its messages above")
+        self._contexts.append(context)  # the graph uses scratch memory of its context
+        for name, address in addresses.items():
             context.set_tensor_address(name, address)
         sent = {name: array for name, array in self.inputs.items() if name != "memory"}
         fetched = {name: array for name, array in self.outputs.items() if name != "new_memory"}
 
         def enqueue() -> None:
             for name, array in sent.items():
-                cuda("MemcpyAsync", places[name], array.ctypes.data, array.nbytes, kinds.cudaMemcpyHostToDevice, stream)
+                to_device = kinds.cudaMemcpyHostToDevice
+                cuda("MemcpyAsync", addresses[name], array.ctypes.data, array.nbytes, to_device, stream)
             if not context.execute_async_v3(int(stream)):
-                raise ConfigError(f"{path}: TensorRT does not run this engine; its messages say why")
+                raise ConfigError(f"{path}: TensorRT does not run this engine; see its messages above")
             for name, array in fetched.items():
-                cuda("MemcpyAsync", array.ctypes.data, places[name], array.nbytes, kinds.cudaMemcpyDeviceToHost, stream)
+                to_host = kinds.cudaMemcpyDeviceToHost
+                cuda("MemcpyAsync", array.ctypes.data, addresses[name], array.nbytes, to_host, stream)
 
-        enqueue()  # what TensorRT puts off until the first pass must not be captured
+        enqueue()  # TensorRT's lazy initialisation happens in the first run and must not be captured
         cuda("StreamSynchronize", stream)
         cuda("StreamBeginCapture", stream, cuda.api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
         enqueue()

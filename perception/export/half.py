@@ -1,50 +1,58 @@
-"""Half precision written into an ONNX graph: what may be halves is, and what decides the geometry stays in float32.
+"""Converts an ONNX graph to mixed precision: layers with weights in float16, geometry in float32.
 
-Convolutions and products with weights run in halves, and so does what only moves or adds their results. Projection,
-sampling locations, softmax, normalisation, decoding and memory stay as they are, with casts in between. A runtime that
-takes types as they are written (TensorRT 10 and 11, TensorRT-RTX, ONNX Runtime) needs no further flag.
+Convolutions and products with weights run in half precision, as do operators that only move or add their results.
+Projection, sampling locations, softmax, normalisation, decoding and memory stay in float32, with casts in between. The
+types are part of the graph, so runtimes that keep them (TensorRT 10 and 11, TensorRT-RTX, ONNX Runtime) need no flag.
 
-Layers in INT8 keep float32 scales and float32 around them: opset 17 has no other, and the parser of TensorRT 8.6
-checks every scale as if it were float32 (onnx/onnx-tensorrt, release/8.6-GA, QuantDequantLinearHelper). Layers in FP8
-have halves around them.
+INT8 layers keep float32 scales and float32 inputs and outputs: opset 17 allows nothing else, and the parser of TensorRT
+8.6 checks every scale as if it were float32 (onnx/onnx-tensorrt, release/8.6-GA, QuantDequantLinearHelper). FP8 layers
+have float16 inputs and outputs.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from perception.errors import ConfigError
 
+if TYPE_CHECKING:
+    import onnx
+
 WEIGHTED = ("Conv", "Gemm", "MatMul")
-# What hands halves on: the inputs that have to be halves, None for all of them.
-PASSING = {
+# Operators that run in half precision if these inputs, or all inputs (None), are in half precision.
+PASSING: dict[str, tuple[int, ...] | None] = {
     "Relu": (0,), "MaxPool": (0,), "Resize": (0,), "Reshape": (0,), "Transpose": (0,), "Squeeze": (0,),
     "Unsqueeze": (0,), "Slice": (0,), "Split": (0,), "Expand": (0,), "Flatten": (0,), "Concat": None, "Add": None,
 }  # fmt: skip
-LARGEST = 65504.0  # of float16
+LARGEST = 65504.0  # the largest float16
 
 
 def check_weight(name: str, value: np.ndarray) -> None:
-    """Refuses a weight that float16 cannot hold.
+    """Checks that a weight fits in float16.
 
     Raises:
-        ConfigError: a value is larger than 65504, or not a number.
+        ConfigError: a value is larger than 65504, or NaN.
     """
     largest = np.abs(value).max(initial=0.0)
     if not largest <= LARGEST:
         raise ConfigError(
-            f"weight {name} holds {largest:.6g}, but float16 ends at {LARGEST:.0f}; take precision fp32, or scale this "
-            "layer down and the next one up"
+            f"weight {name} holds {largest:.6g}, but the largest float16 is {LARGEST:.0f}; use precision fp32, or "
+            "scale this layer down and the next one up"
         )
 
 
-def halve_graph(model, half: str = "float16"):
-    """A copy of a float32 ONNX model with weights and most activations in halves; inputs and outputs keep their types.
+def convert_to_half(model: onnx.ModelProto, half: str = "float16") -> onnx.ModelProto:
+    """Converts the weights and most activations of a float32 graph to half precision.
 
     Args:
-        model: an `onnx.ModelProto`, nodes in topological order, no subgraphs.
-        half: "float16", or "bfloat16" for OpenVINO alone, which takes it in any opset; a Conv in bfloat16 is ONNX from
+        model: without subgraphs, nodes in topological order.
+        half: "float16", or "bfloat16" for OpenVINO, which accepts it in any opset. ONNX defines Conv in bfloat16 from
             opset 22 on.
+
+    Returns:
+        A copy; its inputs and outputs keep their types.
 
     Raises:
         ConfigError: a weight is too large for float16.
@@ -57,12 +65,12 @@ def halve_graph(model, half: str = "float16"):
     half_type = TensorProto.DataType.Value(half.upper())
     constants = {tensor.name: tensor for tensor in graph.initializer}
     floats = {name for name, tensor in constants.items() if tensor.data_type == TensorProto.FLOAT}
-    halves: set[str] = set()  # names of tensors that are halves now
+    halves: set[str] = set()  # names of tensors that are in half precision
     casts: dict[tuple[str, int], str] = {}
     nodes = []
 
     def cast(name: str, kind: int) -> str:
-        """The name of a tensor in the wanted type; of a constant, a constant of that type."""
+        """Adds a cast of a tensor, or a converted constant, and returns its name."""
         if (name, kind) in casts:
             return casts[name, kind]
         suffix = "half" if kind == half_type else "float"
@@ -79,12 +87,15 @@ def halve_graph(model, half: str = "float16"):
         return wanted
 
     float8 = {name for name, tensor in constants.items() if tensor.data_type == TensorProto.FLOAT8E4M3FN}
-    marked = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in float8}
+    dequantized = {
+        node.output[0] for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in float8
+    }
     for node in list(graph.node):
         inputs = list(node.input)
-        weighted = node.op_type in WEIGHTED and len(inputs) > 1 and (inputs[1] in floats or inputs[1] in marked)
+        weighted = node.op_type in WEIGHTED and len(inputs) > 1 and (inputs[1] in floats or inputs[1] in dequantized)
         needed = PASSING.get(node.op_type, ())
-        needed = range(len(inputs)) if needed is None else needed
+        if needed is None:
+            needed = tuple(range(len(inputs)))
         passing = (
             node.op_type in PASSING
             and any(inputs[i] in halves for i in needed)
@@ -92,7 +103,7 @@ def halve_graph(model, half: str = "float16"):
         )
         of_float8 = node.op_type in ("QuantizeLinear", "DequantizeLinear") and inputs[2] in float8
         if of_float8 and (node.op_type == "DequantizeLinear" or inputs[0] in halves):
-            node.input[1] = cast(inputs[1], half_type)  # what is marked has the type of its scale
+            node.input[1] = cast(inputs[1], half_type)  # the output has the type of the scale
             if node.op_type == "DequantizeLinear":
                 halves.update(node.output)
         elif weighted or passing:
@@ -119,6 +130,6 @@ def halve_graph(model, half: str = "float16"):
     del graph.node[:], graph.initializer[:], graph.value_info[:]
     graph.node.extend(nodes)
     graph.initializer.extend(kept)
-    if half == "bfloat16":  # not what ONNX allows at this opset
+    if half == "bfloat16":  # ONNX does not define it in this opset, so its checker would fail
         return model
     return onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)

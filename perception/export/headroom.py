@@ -1,22 +1,26 @@
-"""Measures whether the types of an exported graph hold its values: float16 up to 65504, eight bits up to their range.
+"""Measures how close the values of an exported graph come to the limits of its types.
 
-An overflow in float16 gives infinity and spoils the memory for good; a value beyond the range of eight bits is clipped.
-The outputs of the export show neither before it has happened. So its graph is run a second time in float32 and without
-Q/DQ nodes, and every tensor that is float16 or quantized in the export is measured there.
+A value above 65504 overflows in float16 and makes the memory infinite for all later frames; a value outside its
+quantization range is clipped. The outputs of the export do not show how close its values come to these limits. The
+graph therefore runs a second time in float32 and without Q/DQ nodes, and every tensor that is float16 or quantized in
+the export is measured there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from perception.export.quantize import LARGEST_FP8
 from perception.export.runtime import session_options
 
-# Their outputs are no larger than their inputs, which are measured where they are computed.
+if TYPE_CHECKING:
+    import onnx
+
+# Operators whose outputs are not larger than their inputs, which are measured already.
 BOUNDED = (
     "Relu", "MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Expand", "Flatten", "Concat",
 )  # fmt: skip
@@ -24,12 +28,12 @@ BOUNDED = (
 
 @dataclass(frozen=True)
 class Saturation:
-    """How much of a quantized tensor lies beyond its range.
+    """The part of a quantized tensor that is outside its quantization range.
 
     Args:
-        share: of its values over all frames, 0..1.
-        worst: of its values in the worst frame, 0..1.
-        reach: the largest absolute value, in units of the range.
+        share: of the values over all frames, 0..1.
+        worst: share of the values in the worst frame, 0..1.
+        reach: largest absolute value, in units of the range.
     """
 
     share: float
@@ -38,13 +42,13 @@ class Saturation:
 
 
 class RangeMonitor:
-    """Runs the float32 graph of an export frame by frame, with a memory of its own, and keeps the extremes.
+    """Runs the float32 version of an exported graph on consecutive frames and records the largest values.
 
     Args:
-        model: the exported `onnx.ModelProto`, with tensors that are float16 or quantized.
+        model: the exported graph, with float16 or quantized tensors.
     """
 
-    def __init__(self, model) -> None:
+    def __init__(self, model: onnx.ModelProto) -> None:
         import onnxruntime
 
         measured = measured_graph(model)
@@ -54,27 +58,27 @@ class RangeMonitor:
         )
         inputs = {x.name: x.shape for x in self._session.get_inputs()}
         self._memory = {"memory": np.zeros(inputs["memory"], np.float32)} if "memory" in inputs else {}
-        self._wanted = [*measured.outputs, *(["new_memory"] if self._memory else [])]
+        self._names = [*measured.outputs, *(["new_memory"] if self._memory else [])]
         self._values: dict[str, list[float]] = {name: [] for name in measured.outputs}
 
     def run(self, frame: Mapping[str, np.ndarray]) -> None:
         """Measures one frame.
 
         Args:
-            frame: the inputs of the export by name; `memory` is not needed.
+            frame: inputs of the export by name; `memory` may be missing.
         """
-        found = dict(zip(self._wanted, self._session.run(self._wanted, {**frame, **self._memory}), strict=True))
+        found = dict(zip(self._names, self._session.run(self._names, {**frame, **self._memory}), strict=True))
         if self._memory:
             self._memory = {"memory": found["new_memory"]}
         for name, values in self._values.items():
             values.append(float(found[name]))
 
     def peaks(self) -> dict[str, float]:
-        """The largest absolute value of every tensor that is float16 in the export, in the order of the graph."""
+        """Returns the largest absolute value of every float16 tensor of the export, in the order of the graph."""
         return {label: self._largest(f"peak/{name}") for label, name in self._halves.items()}
 
     def saturation(self) -> dict[str, Saturation]:
-        """By quantized tensor, in the order of the graph."""
+        """Returns the saturation of every quantized tensor, in the order of the graph."""
         return {
             label: Saturation(
                 float(np.mean(self._values[f"beyond/{name}"])),
@@ -89,27 +93,27 @@ class RangeMonitor:
 
 
 class MeasuredGraph(NamedTuple):
-    """A float32 graph whose further outputs measure.
+    """A float32 graph with additional outputs that measure its tensors.
 
     Args:
-        model: the `onnx.ModelProto`.
+        model: the graph.
         halves: by label, the tensor that is float16 in the export.
         ranges: by label, the tensor that is quantized in the export, and the largest absolute value of its range.
-        outputs: names of the further outputs: "peak/<tensor>", the largest absolute value of a frame, and
-            "beyond/<tensor>", the share of values beyond the range.
+        outputs: names of the additional outputs: "peak/<tensor>", the largest absolute value in a frame, and
+            "beyond/<tensor>", the share of values outside the range.
     """
 
-    model: object
+    model: onnx.ModelProto
     halves: dict[str, str]
     ranges: dict[str, tuple[str, float]]
     outputs: list[str]
 
 
-def measured_graph(model) -> MeasuredGraph:
-    """The float32 graph of an export, without Q/DQ nodes, that measures what the export cannot hold.
+def measured_graph(model: onnx.ModelProto) -> MeasuredGraph:
+    """Converts an exported graph to float32 without Q/DQ nodes and adds outputs that measure its tensors.
 
     Args:
-        model: the exported `onnx.ModelProto`, of any precision; weights keep the digits that they have there.
+        model: exported in any precision; the weights keep their values.
     """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
@@ -132,7 +136,7 @@ def measured_graph(model) -> MeasuredGraph:
             renamed[out] = tensor = node.input[0]
             low, high = _range(constants[node.input[1]], constants[node.input[2]])
             bounds[tensor] = low, high
-            # What no layer takes in eight bits is the output of one.
+            # A quantized tensor that is not the input of a layer is the output of one.
             ranges[f"{layers.get(out) or layers.get(tensor, node.op_type)} ({tensor})"] = tensor, max(-low, high)
         elif node.op_type == "DequantizeLinear" and node.input[0] in constants:
             weights[out] = _dequantized(node, constants)
@@ -157,16 +161,18 @@ def measured_graph(model) -> MeasuredGraph:
 
 
 def _measuring(tensors: Iterable[str], bounds: Mapping[str, tuple[float, float]]) -> tuple[list, dict, list[str]]:
-    """Nodes that measure tensors, their constants, and the names of the scalars that they give."""
+    """Returns nodes that measure tensors, their constants, and the names of their scalar outputs."""
     from onnx import TensorProto, helper
 
-    nodes, constants, outputs = [], {}, []
+    nodes: list[onnx.NodeProto] = []
+    constants: dict[str, np.float32] = {}
+    outputs: list[str] = []
 
-    def add(operator: str, inputs: list[str], out: str, **attributes) -> str:
+    def add(operator: str, inputs: list[str], out: str, **attributes: Any) -> str:
         nodes.append(helper.make_node(operator, inputs, [out], name=out, **attributes))
         return out
 
-    # Without axes a reduction goes over all of them, in every version of the standard.
+    # Without axes a reduction covers all axes, in every opset.
     for name in tensors:
         outputs.append(add("ReduceMax", [add("Abs", [name], f"size/{name}")], f"peak/{name}", keepdims=0))
     for name, (low, high) in bounds.items():
@@ -179,18 +185,18 @@ def _measuring(tensors: Iterable[str], bounds: Mapping[str, tuple[float, float]]
     return nodes, constants, outputs
 
 
-def layer_names(model) -> dict[str, str]:
-    """By tensor, the layer of the network that computes it with a weight or bias, or that takes it in eight bits."""
+def layer_names(model: onnx.ModelProto) -> dict[str, str]:
+    """Returns by tensor the layer that computes it with a weight or a bias, or that takes it as quantized input."""
     constants = {tensor.name for tensor in model.graph.initializer}
     made_by = {name: node for node in model.graph.node for name in node.output}
 
-    def unmarked(name: str) -> str:
+    def before_dequantize(name: str) -> str:
         node = made_by.get(name)
         return node.input[0] if node is not None and node.op_type == "DequantizeLinear" else name
 
     names: dict[str, str] = {}
     for node in model.graph.node:
-        inputs = [unmarked(name) for name in node.input]
+        inputs = [before_dequantize(name) for name in node.input]
         weights = [name for name in inputs if name in constants and name.startswith("network.")]
         if not weights or node.op_type == "DequantizeLinear":
             continue
@@ -205,19 +211,19 @@ def layer_names(model) -> dict[str, str]:
 
 
 def _range(scale: np.ndarray, zero: np.ndarray) -> tuple[float, float]:
-    """The lowest and the highest value that an eight-bit type rounds to a number of its own."""
+    """Returns the smallest and the largest value that an eight-bit type rounds instead of clipping it."""
     import ml_dtypes
 
     if zero.dtype == ml_dtypes.float8_e4m3fn:
-        low, high, step = -LARGEST_FP8, LARGEST_FP8, 32.0  # E4M3 counts by 32 between 256 and 448
+        low, high, step = -LARGEST_FP8, LARGEST_FP8, 32.0  # the step of E4M3 between 256 and 448
     else:
         whole = np.iinfo(zero.dtype)
         low, high, step = whole.min - float(zero), whole.max - float(zero), 1.0
     return (low - step / 2) * float(scale), (high + step / 2) * float(scale)
 
 
-def _dequantized(node, constants: Mapping[str, np.ndarray]) -> np.ndarray:
-    """A constant in eight bits, or a bias in 32, as float32."""
+def _dequantized(node: onnx.NodeProto, constants: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Dequantizes a constant, which has eight bits, or 32 for a bias."""
     value, scale, zero = (constants[name].astype(np.float32) for name in node.input)
     axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
     shape = [-1 if scale.ndim and k == axis % value.ndim else 1 for k in range(value.ndim)]

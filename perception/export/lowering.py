@@ -1,33 +1,38 @@
-"""Writes a traced graph in an older operator set, in the forms that every supported TensorRT parser reads as ONNX does.
+"""Converts a traced graph to an older opset, in the forms that every supported TensorRT parser reads as ONNX defines.
 
-The exporter of torch writes opset 18 at the oldest. Two of its forms are read otherwise by parsers that vehicles run:
-from opset 18 on the axes of most Reduce operators are an input, which the parser of TensorRT 8.6 ignores (it reduces
-all axes; onnx/onnx-tensorrt, release/8.6-GA, builtin_op_importers.cpp); from opset 20 on GridSample's mode is called
-`linear`, which the parsers of TensorRT 8.5 to 11.1 take for `nearest` (NVIDIA/TensorRT#4646).
-`perception.export.dialect` refuses graphs that still hold such forms.
+The exporter of torch writes opset 18 or newer. Parsers in use misread two of its forms. From opset 18 on the axes of
+most Reduce operators are an input, which the parser of TensorRT 8.6 ignores: it reduces all axes (onnx/onnx-tensorrt,
+release/8.6-GA, builtin_op_importers.cpp). From opset 20 on a mode of GridSample is named `linear`, which the parsers of
+TensorRT 8.5 to 11.1 read as `nearest` (NVIDIA/TensorRT#4646). `perception.export.dialect` rejects graphs with such
+forms.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from perception.errors import ConfigError
 
-TRACED = 18  # the oldest opset that the exporter of torch writes by itself
-OPSET = 17  # the oldest with LayerNormalization and bilinear GridSample
-OPSET_FP8 = 19  # the first whose QuantizeLinear knows 8-bit floats
+if TYPE_CHECKING:
+    import onnx
+
+TRACED = 18  # the oldest opset that the exporter of torch writes
+OPSET = 17  # the oldest opset with LayerNormalization and bilinear GridSample
+OPSET_FP8 = 19  # the first opset whose QuantizeLinear supports 8-bit floats
 
 
-def lower_graph(model, opset: int):
-    """Writes a copy of a graph of opset 18 in another opset.
+def lower_graph(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+    """Converts a graph of opset 18 to another opset.
 
     Args:
-        model: an `onnx.ModelProto` of opset 18 without subgraphs; one with 8-bit floats may be of `OPSET_FP8`.
+        model: of opset 18, without subgraphs; a graph with 8-bit floats may be of `OPSET_FP8`.
         opset: `OPSET`, or `OPSET_FP8` for graphs with 8-bit floats.
 
     Returns:
-        The copy, with the oldest IR version that holds this opset.
+        A copy, with the oldest IR version that supports this opset.
 
     Raises:
-        ConfigError: an operator has no form in the wanted opset.
+        ConfigError: an operator has no form in the target opset.
     """
     import onnx
     from onnx import helper
@@ -45,8 +50,8 @@ def lower_graph(model, opset: int):
     return model
 
 
-def _lower(graph) -> None:
-    """Changes the nodes whose form is another one in opset 17, in place."""
+def _lower(graph: onnx.GraphProto) -> None:
+    """Converts the nodes whose form differs in opset 17, in place."""
     from onnx import defs, helper, numpy_helper
 
     constants = {tensor.name: tensor for tensor in graph.initializer}
@@ -65,14 +70,16 @@ def _lower(graph) -> None:
             if len(node.input) > 1:
                 axes = constants.get(node.input[1])
                 if axes is None or not len(numpy_helper.to_array(axes)):
-                    raise ConfigError(f"{kind} {node.name} has axes that are not constant; opset {OPSET} needs them so")
+                    raise ConfigError(
+                        f"{kind} {node.name} has axes that are not constant; opset {OPSET} needs constant axes"
+                    )
                 attributes["axes"] = numpy_helper.to_array(axes).tolist()
                 del node.input[1]
         elif kind == "Split":
             count = attributes.pop("num_outputs", None)
             if count is not None:
-                size = shapes.get(node.input[0], [])
-                size = size[attributes["axis"]] if size else 0
+                shape = shapes.get(node.input[0], [])
+                size = shape[attributes["axis"]] if shape else 0
                 if not size or size % count:
                     raise ConfigError(
                         f"Split {node.name} has unequal or unknown parts; opset {OPSET} needs their sizes"
@@ -81,7 +88,7 @@ def _lower(graph) -> None:
                 graph.initializer.append(helper.make_tensor(name, 7, [count], [size // count] * count))  # int64
                 node.input.append(name)
         elif kind == "Pad" and len(node.input) < 4:
-            pass  # without axes it is the same as before
+            pass  # without axes it has the same form in both opsets
         elif kind == "Resize" and not attributes.get("antialias") and "axes" not in attributes:
             for name in ("antialias", "keep_aspect_ratio_policy"):
                 attributes.pop(name, None)

@@ -1,14 +1,18 @@
-"""Operators of an ONNX graph with their attributes, the defaults of ONNX, and the types and shapes of their tensors."""
+"""Reads the operators of an ONNX graph with their attributes, ONNX defaults, and tensor types and shapes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-STANDARD = ("", "ai.onnx")  # names of the domain of ONNX' own operators
-UNKNOWN = ("unknown", ())
+if TYPE_CHECKING:
+    import onnx
+
+STANDARD = ("", "ai.onnx")  # names of the domain of standard ONNX operators
+UNKNOWN: tuple[str, tuple[int, ...]] = ("unknown", ())
 
 
 @dataclass(frozen=True)
@@ -17,7 +21,7 @@ class Tensors:
 
     Args:
         constants: values of the initializers.
-        kinds: element type, by its name in ONNX, and shape.
+        kinds: name of the ONNX element type, and shape.
         dequantized: outputs of DequantizeLinear whose input is a constant.
     """
 
@@ -31,12 +35,12 @@ class Node:
     """An operator of a graph.
 
     Args:
-        operator: its name, with the domain in front if that is not ONNX' own.
+        operator: name of the operator, with its domain unless that is the standard one.
         name: of the node.
-        version: opset in which the operator was last defined anew, seen from the graph's opset.
+        version: last opset, up to the graph's, that changed the operator.
         inputs, outputs: names of tensors.
-        given: attributes that the node has.
-        attributes: these, and the defaults of ONNX for the others.
+        given: attributes that are set in the node.
+        attributes: those and the ONNX defaults of the others.
         tensors: of the whole graph.
     """
 
@@ -45,34 +49,34 @@ class Node:
     version: int
     inputs: Sequence[str]
     outputs: Sequence[str]
-    given: Mapping[str, object]
-    attributes: Mapping[str, object]
+    given: Mapping[str, Any]
+    attributes: Mapping[str, Any]
     tensors: Tensors
 
     def has(self, k: int) -> bool:
-        """Whether input k is given."""
+        """Returns True if the node has input k."""
         return k < len(self.inputs) and self.inputs[k] != ""
 
     def constant(self, k: int) -> np.ndarray | None:
-        """The value of input k if it is a constant of the graph."""
+        """Returns the value of input k if it is a constant of the graph, else None."""
         return self.tensors.constants.get(self.inputs[k]) if self.has(k) else None
 
     def kind(self, k: int) -> str:
-        """The element type of input k."""
+        """Returns the element type of input k."""
         return self.tensors.kinds.get(self.inputs[k], UNKNOWN)[0]
 
     def shape(self, k: int) -> tuple[int, ...]:
-        """The shape of input k."""
+        """Returns the shape of input k."""
         return self.tensors.kinds.get(self.inputs[k], UNKNOWN)[1]
 
 
-def opset_of(model) -> int:
-    """The version of ONNX' own operators in an `onnx.ModelProto`, 0 if it names none."""
+def opset_of(model: onnx.ModelProto) -> int:
+    """Returns the version of the standard operators of a model, 0 if it has none."""
     return next((entry.version for entry in model.opset_import if entry.domain in STANDARD), 0)
 
 
-def nodes_of(model) -> list[Node]:
-    """The operators of an `onnx.ModelProto` without subgraphs; types and shapes are those that ONNX infers."""
+def nodes_of(model: onnx.ModelProto) -> list[Node]:
+    """Returns the operators of a model without subgraphs, with the types and shapes from ONNX shape inference."""
     import onnx
     from onnx import defs, helper, numpy_helper
 
@@ -110,7 +114,7 @@ def nodes_of(model) -> list[Node]:
     return nodes
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     if isinstance(value, bytes):
         return value.decode()
     return list(value) if isinstance(value, (list, tuple)) else value

@@ -1,9 +1,9 @@
-"""A network as one ONNX graph of standard operators, with a contract that says what goes in and comes out.
+"""Exports a network as one ONNX graph of standard operators, with a contract that describes its inputs and outputs.
 
-The graph is the whole way from the bytes of the cameras to boxes and lines: colours, resizing, normalisation, network,
-decoding. Calibration, motion and memory are inputs, the new memory is an output. There are no plugins and no
-shapes that depend on data. With half precision the graph itself says which numbers are halves
-(`perception.export.half`), so that one file means the same to every runtime.
+The graph includes all steps from camera images to boxes and lines: colour conversion, resizing, normalisation, network
+and post-processing. Calibration, motion and memory are inputs, and the new memory is an output. The graph has no
+plugins and no data-dependent shapes. Half precision is written into the graph (`perception.export.half`), so that one
+file gives the same types in every runtime.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,11 +25,11 @@ from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError
 from perception.export.contract import CONTRACT, MODEL, ImageInputs, write_contract
 from perception.export.dialect import check_dialect
-from perception.export.half import WEIGHTED, check_weight, halve_graph
+from perception.export.half import WEIGHTED, check_weight, convert_to_half
 from perception.export.images import ImagePreprocessing
 from perception.export.lowering import OPSET, OPSET_FP8, TRACED, lower_graph
 from perception.export.progress import stage
-from perception.export.quantize import KINDS, quantize_graph, quiet, record
+from perception.export.quantize import KINDS, quantize_graph, quiet, record_frames
 from perception.files import replacing
 from perception.models import Network
 from perception.types import CameraRig, Frame, State
@@ -50,11 +50,11 @@ OUTPUTS = {
 
 
 class DeployedNetwork(nn.Module):
-    """A network as the vehicle calls it: one frame, named arrays in, named arrays out, no batch dimension.
+    """Runs a network on one frame without batch dimension, with image preprocessing and decoding, as in an export.
 
     Args:
         network: in evaluation mode.
-        images: how the images are given.
+        images: sizes and format of the camera images.
     """
 
     def __init__(self, network: Network, images: ImageInputs) -> None:
@@ -78,8 +78,11 @@ class DeployedNetwork(nn.Module):
         is_first: Tensor,
         memory: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """Arguments in the order of `input_names`, the images of all cameras as the first; results in that of
-        `output_names`; shapes in `example_inputs`."""
+        """Predicts one frame.
+
+        Args are in the order of `input_names`, with the images of all cameras as one sequence; `example_inputs` shows
+        their shapes. Results are in the order of `output_names`.
+        """
         if self.preprocess.fitted:
             img_from_cam = self.preprocess.img_from_raw @ img_from_cam
         frame = Frame(
@@ -91,32 +94,33 @@ class DeployedNetwork(nn.Module):
         )
         state = self.network.initial_state(1) if memory is None else State(memory)
         prediction, state = self.network(frame, state)
-        scene = self.network.decode(prediction)
+        objects = self.network.decode(prediction)
         raw = named_raw_outputs(self.network, prediction)
         results = []
         for kind in self.network.finds:
-            noun = scene.boxes if kind == "box" else scene.lines
+            tensors = objects.boxes if kind == "box" else objects.lines
             for name in OUTPUTS[kind]:
-                result = getattr(noun, name.removeprefix(f"{kind}_"))[0]
+                result = getattr(tensors, name.removeprefix(f"{kind}_"))[0]
                 results.append(result.int() if name.endswith("label") else result)
             results += [raw[name][0] for name in raw_names(self.network, kind)]
         return (*results, state.bev) if self.remembers else tuple(results)
 
 
 def raw_names(network: Network, kind: str) -> tuple[str, ...]:
-    """Names of an export's outputs before decoding, of boxes ("box") or lines ("line"); logits are the first."""
+    """Returns the names of an export's raw outputs of boxes ("box") or lines ("line"); logits come first."""
     return tuple(f"raw_{name}" for name in network.raw_names if name.startswith(f"{kind}_"))
 
 
-def named_raw_outputs(network: Network, prediction) -> dict[str, Tensor]:
-    """`Network.raw_outputs` [B, Q, ...] under the names that they have in an export."""
+def named_raw_outputs(network: Network, prediction: Any) -> dict[str, Tensor]:
+    """Returns `Network.raw_outputs` [B, Q, ...] by their names in an export."""
     return {f"raw_{name}": x for name, x in zip(network.raw_names, network.raw_outputs(prediction), strict=True)}
 
 
-def example_inputs(network: Network, images: ImageInputs) -> tuple[tuple[Tensor, ...] | Tensor, ...]:
-    """Arguments of `DeployedNetwork.forward` for a first frame of cameras that look in all directions.
+def example_inputs(network: Network, images: ImageInputs) -> tuple[Any, ...]:
+    """Returns arguments of `DeployedNetwork.forward` for a first frame, with cameras in all directions.
 
-    The images of all cameras are the first, the memory is the last; a network without one has none.
+    The first argument holds the images of all cameras. The last one is the memory, which a network without a memory
+    does not have.
     """
     cameras = len(images.sizes)
     angle = torch.arange(cameras) * (2 * torch.pi / cameras)
@@ -138,14 +142,14 @@ def example_inputs(network: Network, images: ImageInputs) -> tuple[tuple[Tensor,
 
 
 def check_export(network: Network, *, cameras: int, precision: str, for_cpu: bool) -> None:
-    """Checks what `export_onnx` is asked for; ask before long work.
+    """Checks the arguments of `export_onnx`. Call it before long work.
 
     Args:
         network, cameras, precision, for_cpu: as for `export_onnx`.
 
     Raises:
-        ConfigError: the network is none that is exported, precision or cameras cannot be, or a weight is too large for
-            float16.
+        ConfigError: the network cannot be exported, the precision or the number of cameras is invalid, or a weight is
+            too large for float16.
     """
     if network.no_export:
         raise ConfigError(f"{type(network).__name__} is not exported: {network.no_export}")
@@ -157,9 +161,9 @@ def check_export(network: Network, *, cameras: int, precision: str, for_cpu: boo
     if precision not in PRECISIONS:
         raise ConfigError(f"precision {precision!r} is not known; use one of {', '.join(PRECISIONS)}")
     if for_cpu and precision not in ("fp32", "int8"):
-        raise ConfigError(f"precision {precision} is slow on CPUs; take fp32 or int8")
+        raise ConfigError(f"precision {precision} is slow on CPUs; use fp32 or int8")
     for module_name, module in network.named_modules() if precision != "fp32" and not for_cpu else ():
-        # A convolution without a bias has a batch norm behind it, which the trace folds into its weight.
+        # A convolution without a bias is followed by a batch norm, which the trace folds into its weight.
         if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
             for name, parameter in module.named_parameters(recurse=False):
                 check_weight(f"{module_name}.{name}", _array(parameter))
@@ -178,35 +182,33 @@ def export_onnx(
     graph: onnx.ModelProto | None = None,
     progress: bool = False,
 ) -> Path:
-    """Writes `model.onnx` and `contract.json`. Certificates in the folder, which are of another graph, are removed.
+    """Writes `model.onnx` and `contract.json`, and deletes certificates of an older graph in the folder.
 
     Args:
         network: in evaluation mode, on the CPU.
-        folder: is made where it is missing.
-        cameras: how many images are given at a time; a camera that is missing is told by `present`.
-        raw_size: height and width of the images that are given, for all cameras or one pair for each; None where they
-            come as the network takes them.
-        image_format: how they are given, of `perception.export.contract.IMAGE_FORMATS`.
-        precision: "fp32"; "fp16" for halves wherever geometry, normalisation and softmax allow; "int8" or "fp8" for
-            eight bits in the layers with weights that bear it, and halves in the others.
-        for_cpu: "int8" as CPUs want it, with bytes from zero up between the layers and float32 instead of halves.
-        calibration: streets for the ranges of eight bits, images as the export takes them.
-        graph: what `trace` made of the same network, cameras and sizes, which takes longest; made here where not given.
-        progress: show on stderr what is done and how long it took.
+        folder: is created if it is missing.
+        cameras: number of camera inputs; `present` is False for a missing camera.
+        raw_size: height and width of the camera images, one pair for all cameras or one pair for each; None if they
+            have the network's size.
+        image_format: of the camera images, one of `perception.export.contract.IMAGE_FORMATS`.
+        precision: "fp32"; "fp16" for float16 except in geometry, normalisation and softmax; "int8" or "fp8" for eight
+            bits in the layers with weights that are not too sensitive, and float16 as before in the others.
+        for_cpu: with "int8", unsigned activations for instructions of CPUs such as AVX-512 VNNI, and float32 instead of
+            float16.
+        calibration: dataset for the quantization ranges, with images of the export's size or larger.
+        graph: result of `trace` for the same network, cameras and sizes, which takes longest; traced here if None.
+        progress: show the steps and their duration on stderr.
 
     Returns:
         The folder.
 
     Raises:
-        ConfigError: the network is none that is exported, precision, cameras, sizes or format cannot be, a weight is
-            too large for float16, or the graph has a form that a TensorRT parser may read otherwise than ONNX defines
-            it.
+        ConfigError: the network cannot be exported; the precision, the cameras, the sizes or the format are invalid; a
+            weight is too large for float16; or the graph has a form that a TensorRT parser may misread.
     """
     check_export(network, cameras=cameras, precision=precision, for_cpu=for_cpu)
     if precision in KINDS and calibration is None:
-        raise ConfigError(
-            f"precision {precision} needs a dataset for the ranges of its numbers; give one as calibration"
-        )
+        raise ConfigError(f"precision {precision} needs a dataset for its quantization ranges; give one as calibration")
     images = ImageInputs.of_rig(cameras, network.config.image_size, raw_size, image_format)
     halved = precision != "fp32" and not for_cpu
     folder = Path(folder)
@@ -215,27 +217,27 @@ def export_onnx(
     if graph is None:
         with stage("tracing the network", progress):
             graph = trace(model, inputs)
-    quantization = {}
-    if precision in KINDS:
+    quantization: dict = {}
+    if calibration is not None and precision in KINDS:
         if halved:
-            halve_graph(graph)  # refuses a weight that the trace has folded before the long work
+            convert_to_half(graph)  # checks the weights that the trace has folded, before the long work
         kind = "uint8" if for_cpu else precision
-        moments = record(graph, calibration, images, progress=progress)
-        graph, quantization = quantize_graph(graph, moments, kind, progress=progress)
+        frames = record_frames(graph, calibration, images, progress=progress)
+        graph, quantization = quantize_graph(graph, frames, kind, progress=progress)
     if halved:
-        graph = halve_graph(graph)
-    strange = sorted({node.op_type for node in graph.graph.node if node.domain not in ("", "ai.onnx")})
-    if strange:
-        raise ConfigError(f"the graph holds operators that are no standard ones: {', '.join(strange)}")
+        graph = convert_to_half(graph)
+    custom = sorted({node.op_type for node in graph.graph.node if node.domain not in ("", "ai.onnx")})
+    if custom:
+        raise ConfigError(f"the graph holds operators that are not standard ONNX: {', '.join(custom)}")
     graph = lower_graph(graph, OPSET_FP8 if precision == "fp8" else OPSET)
-    checked = check_dialect(graph, () if for_cpu and precision in KINDS else None)  # bytes from zero up are for CPUs
+    checked = check_dialect(graph, () if for_cpu and precision in KINDS else None)  # unsigned Q/DQ: CPUs only
     content = graph.SerializeToString()
     with torch.inference_mode():
         outputs = dict(zip(model.output_names, model(*inputs), strict=True))
     for old in folder.glob("certificate*"):
         old.unlink()
-    with replacing(folder / MODEL) as beside:
-        beside.write_bytes(content)
+    with replacing(folder / MODEL) as temporary:
+        temporary.write_bytes(content)
     write_contract(
         folder / CONTRACT,
         inputs=dict(zip(model.input_names, map(_array, (*inputs[0], *inputs[1:])), strict=True)),
@@ -254,8 +256,8 @@ def export_onnx(
     return folder
 
 
-def layer_types(model) -> dict[str, dict[str, int]]:
-    """How many operators of each kind give which type: what a strongly typed runtime will run them in."""
+def layer_types(model: onnx.ModelProto) -> dict[str, dict[str, int]]:
+    """Counts the operators of each kind by output type, in which a strongly typed runtime runs them."""
     import onnx
 
     graph = onnx.shape_inference.infer_shapes(model).graph
@@ -272,7 +274,7 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 
 def trace(model: DeployedNetwork, inputs: tuple[tuple[Tensor, ...] | Tensor, ...]) -> onnx.ModelProto:
-    """The graph of a network in float32 and opset 18, weights under the names that they have in the network.
+    """Traces a network to a graph in float32 and opset 18. Weights keep their names of the network.
 
     Args:
         model: in evaluation mode.
@@ -284,9 +286,10 @@ def trace(model: DeployedNetwork, inputs: tuple[tuple[Tensor, ...] | Tensor, ...
             model, inputs, dynamo=True, opset_version=TRACED, verbose=False, optimize=True,
             input_names=list(model.input_names), output_names=list(model.output_names),
         )  # fmt: skip
+    assert program is not None  # None without dynamo
     graph = program.model_proto
     _name_weights(graph)
-    # Where in which file a node comes from is nobody's business in a vehicle.
+    # The metadata names source files and lines, which do not belong into a vehicle.
     for node in graph.graph.node:
         del node.metadata_props[:]
     for value in (*graph.graph.value_info, *graph.graph.input, *graph.graph.output, *graph.graph.initializer):
@@ -295,8 +298,8 @@ def trace(model: DeployedNetwork, inputs: tuple[tuple[Tensor, ...] | Tensor, ...
     return graph
 
 
-def _name_weights(graph) -> None:
-    """Gives weights that the exporter transposed, and numbered, the names of the layers that they belong to."""
+def _name_weights(graph: onnx.ModelProto) -> None:
+    """Renames weights that the exporter transposed and numbered after their layers."""
     constants = {tensor.name: tensor for tensor in graph.graph.initializer}
     names: dict[str, str] = {}
     for node in graph.graph.node:

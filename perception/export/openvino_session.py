@@ -1,10 +1,11 @@
-"""The graph of an export in OpenVINO on the CPU, with all its buffers: numpy and OpenVINO, no torch."""
+"""Runs the graph of an export in OpenVINO on the CPU, with numpy and OpenVINO, without torch."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,19 +16,19 @@ FLOAT32, BFLOAT16 = "openvino", "openvino-bf16"  # backends, by the type of conv
 TELEMETRY = "openvino_telemetry"
 
 
-def import_openvino():
+def import_openvino() -> Any:
     """Imports `openvino` without its telemetry.
 
-    By itself, `import openvino` writes an identifier into the home directory and sends a report over the network. Here
-    the package that does so stays unloaded; a program that imported `openvino` before has decided otherwise.
+    `import openvino` writes an identifier into the home directory and sends a report over the network. This function
+    prevents the import of the telemetry package, unless the program has imported `openvino` before.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: OpenVINO is not installed.
     """
     if sys.modules.get("openvino"):
         return sys.modules["openvino"]
     loaded = {TELEMETRY: sys.modules[TELEMETRY]} if TELEMETRY in sys.modules else {}
-    sys.modules[TELEMETRY] = None  # openvino takes a stand-in of its own where the package cannot be imported
+    sys.modules[TELEMETRY] = None  # type: ignore[assignment]  # the import fails, and openvino then uses a stub
     try:
         return importlib.import_module("openvino")
     except ImportError as error:
@@ -37,16 +38,16 @@ def import_openvino():
         sys.modules.update(loaded)
 
 
-def openvino_core(backend: str, precision: str):
-    """OpenVINO's `Core`, after checking that a backend can run here; ask before long work.
+def openvino_core(backend: str, precision: str) -> Any:
+    """Returns OpenVINO's `Core` after checking that a backend can run here. Call it before long work.
 
     Args:
         backend: `FLOAT32` or `BFLOAT16`.
         precision: of the export.
 
     Raises:
-        ConfigError: a package is not installed, this CPU has no bfloat16, or bfloat16 is asked of an export that is not
-            in fp32.
+        ConfigError: a package is not installed, this CPU has no bfloat16, or the backend is `BFLOAT16` for an export
+            that is not in fp32.
     """
     core = import_openvino().Core()
     if backend == BFLOAT16:
@@ -55,7 +56,7 @@ def openvino_core(backend: str, precision: str):
         if "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             name = core.get_property("CPU", "FULL_DEVICE_NAME")
             raise ConfigError(
-                f"backend {backend} needs a CPU that computes in bfloat16 (AVX512-BF16 or AMX); {name} does not: use "
+                f"backend {backend} needs a CPU with bfloat16 (AVX512-BF16 or AMX), which {name} does not have; use "
                 f"backend {FLOAT32}"
             )
         try:
@@ -66,24 +67,24 @@ def openvino_core(backend: str, precision: str):
 
 
 class OpenVINOSession:
-    """The graph of an export compiled by OpenVINO for the CPU, and its buffers.
+    """Runs the graph of an export, compiled by OpenVINO for the CPU.
 
-    OpenVINO reads and writes the arrays of `inputs` and `outputs` themselves. The memory has two arrays that take turns
-    as what is read and what is written.
+    OpenVINO reads and writes the arrays of `inputs` and `outputs` without copies. The memory has two arrays that
+    alternate as input and output.
 
-    With `BFLOAT16`, the layers that `perception.export.half` gives to float16 run in bfloat16, and geometry, sampling,
-    softmax and normalisation in float32. OpenVINO's own hint for bfloat16 would round the geometry too: pixels and
-    metres would be off by up to 0.2 %.
+    With `BFLOAT16`, the layers that `perception.export.half` converts run in bfloat16, and geometry, sampling, softmax
+    and normalisation in float32. OpenVINO's precision hint for bfloat16 would round the geometry too, with errors of up
+    to 0.2 % in pixels and metres.
 
     Args:
         folder: of the export.
-        contract: of `read_contract`.
+        contract: from `read_contract`.
         backend: `FLOAT32` or `BFLOAT16`.
-        threads: of the CPU; 0 for as many as OpenVINO chooses.
+        threads: number of CPU threads, 0 for the default of OpenVINO.
 
     Raises:
-        ConfigError: as `openvino_core`, or OpenVINO does not take the graph.
-        CheckpointError: the graph has other inputs or outputs than the contract.
+        ConfigError: as in `openvino_core`, or OpenVINO rejects the graph.
+        CheckpointError: the inputs or outputs of the graph differ from those of the contract.
     """
 
     def __init__(self, folder: str | Path, contract: dict, backend: str, threads: int) -> None:
@@ -94,13 +95,13 @@ class OpenVINOSession:
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
             "INFERENCE_NUM_THREADS": threads,
-            "INFERENCE_PRECISION_HINT": "f32",  # types are those of the graph; by default it rounds to bfloat16
+            "INFERENCE_PRECISION_HINT": "f32",  # keeps the types of the graph; the default may round to bfloat16
         }
         try:
             graph = core.read_model(path if backend == FLOAT32 else _in_bfloat16(path))
             compiled = core.compile_model(graph, "CPU", options)
         except RuntimeError as error:
-            reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), "it does not say why")
+            reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), "it gives no reason")
             raise ConfigError(f"{path}: OpenVINO {openvino.__version__} does not take this graph: {reason}") from None
         inputs, outputs = (
             {x.any_name: (x.element_type.to_dtype().name, list(x.partial_shape.to_shape())) for x in ports}
@@ -123,19 +124,19 @@ class OpenVINOSession:
             self._requests.append(request)
 
     def run(self, turn: int) -> None:
-        """One pass from `inputs` to `outputs` that reads the memory of this turn and writes the other."""
+        """Runs the network from `inputs` to `outputs`; reads memory buffer `turn` and writes the other one."""
         self._requests[turn].infer()
 
     def memory(self, turn: int) -> np.ndarray:
-        """A copy of the memory that a pass of this turn reads; empty where the network has none."""
+        """Returns a copy of memory buffer `turn`, empty for a network without a memory."""
         return self._memories[turn].copy()
 
     def memory_is_finite(self, turn: int) -> bool:
-        """Tells whether the memory that a pass of this turn reads is finite."""
+        """Returns True if memory buffer `turn` is finite."""
         return bool(np.isfinite(self._memories[turn]).all())
 
     def clear(self) -> None:
-        """Fills the memory with zeros."""
+        """Fills both memory buffers with zeros."""
         for memory in self._memories:
             memory[...] = 0
 
@@ -143,6 +144,6 @@ class OpenVINOSession:
 def _in_bfloat16(path: Path) -> bytes:
     import onnx
 
-    from perception.export.half import halve_graph
+    from perception.export.half import convert_to_half
 
-    return halve_graph(onnx.load(path), "bfloat16").SerializeToString()
+    return convert_to_half(onnx.load(path), "bfloat16").SerializeToString()

@@ -1,4 +1,4 @@
-"""Progress of long work on stderr."""
+"""Shows the progress of long work on stderr."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def stage(name: str, progress: bool) -> Iterator[None]:
-    """Prints what a block does when it begins, and how long it took when it ends well; nothing without `progress`."""
+    """Prints the name of a block when it starts and its duration when it succeeds, if `progress` is True."""
     if progress:
         print(f"{name} ...", file=sys.stderr, flush=True)
     start = time.perf_counter()

@@ -1,12 +1,13 @@
-"""Eight bits by post-training quantisation: ranges from real frames, and layers that suffer most left as they are.
+"""Quantizes an exported graph to eight bits after training, except for its most sensitive layers.
 
-Quantised tensors are marked in the graph (QuantizeLinear, DequantizeLinear), weights channel by channel, so the graph
-runs and is certified in ONNX Runtime, and TensorRT takes the same marks for its kernels. Calibration and marks are
-those of ONNX Runtime; which layers are marked is found out here: each group of layers is quantised alone, and what
-that changes in the network's answers over a short drive, its memory fed back, is its sensitivity.
+Q/DQ nodes (QuantizeLinear, DequantizeLinear) quantize the inputs and the weights of layers, weights per channel. The
+graph with Q/DQ nodes runs and is certified in ONNX Runtime, and TensorRT chooses its kernels from the same nodes. ONNX
+Runtime computes the quantization ranges from calibration data and inserts the Q/DQ nodes. This module chooses the
+layers: it quantizes each group of layers alone and measures how much the outputs of the network change over a few
+consecutive frames, with the memory fed back. This change is the sensitivity of the group.
 
-Three kinds of eight bits: whole numbers around zero ("int8", for TensorRT), whole numbers from zero up for what flows
-between the layers ("uint8", for which CPUs have instructions) and floats with four bits of exponent ("fp8", E4M3).
+There are three kinds of quantization: signed integers ("int8", for TensorRT), unsigned activations with signed weights
+("uint8", for instructions of CPUs such as AVX-512 VNNI), and floats with four exponent bits ("fp8", E4M3).
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import contextlib
 import io
 import logging
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
@@ -27,50 +29,53 @@ from perception.errors import DataError
 from perception.export.contract import ImageInputs
 from perception.export.half import WEIGHTED
 from perception.export.lowering import OPSET_FP8
-from perception.export.replay import aligned, camera_frame, filled, frame_inputs, replay_frames
+from perception.export.replay import camera_frame, fill_image, frame_inputs, match_rows, replay_frames
 from perception.export.runtime import session_options
 
-RANGES_FROM, JUDGED_ON = 16, 6  # frames: spread over a drive, and one after the other
-BAD_EVERY = 4  # of the former, one in so many comes again with a black image, and again with a white one
+if TYPE_CHECKING:
+    import onnx
+
+# Number of calibration frames, spread over the dataset, and of consecutive frames on which sensitivities are measured.
+CALIBRATION_FRAMES, EVALUATION_FRAMES = 16, 6
+BLINDED_EVERY = 4  # of the calibration frames, every fourth is repeated with a black and with a white image
 KINDS = ("int8", "uint8", "fp8")
 LARGEST_INT8, LARGEST_FP8 = 127.0, 448.0
-# By how much of its spread all layers in eight bits together may change an answer; for it the most sensitive are left
-# out.
-BUDGET = 0.015
-PERCENTILE = 99.99  # of absolute values that a range holds; what lies beyond is cut off
+# Largest mean change of the outputs by all quantized layers, in standard deviations. The most sensitive layers stay in
+# floating point until the change is below it.
+MAX_CHANGE = 0.015
+PERCENTILE = 99.99  # of absolute values that is inside a quantization range; larger values are clipped
+
+FrameInputs = Mapping[str, np.ndarray]  # inputs of a graph for one frame, by name
 
 
-def is_judged(name: str) -> bool:
-    """Tells whether an output counts when answers of two graphs are compared."""
+def is_compared(name: str) -> bool:
+    """Returns True for outputs that are compared between two graphs: raw outputs and the memory."""
     return name.startswith("raw_") or name == "new_memory"
-
-
-Moment = Mapping[str, np.ndarray]  # the inputs of one pass by name
 
 
 @dataclass
 class Quantizer:
-    """Quantises one graph in several ways with ranges that are found once.
+    """Quantizes different layers of one graph, with quantization ranges that are computed once.
 
     Args:
-        model: an `onnx.ModelProto` in float32, as `perception.export.onnx` traces it.
-        frames: inputs of real frames, memory included; the ranges come from them.
+        model: in float32, from `perception.export.onnx.trace`.
+        frames: calibration data, memory included.
         kind: one of KINDS.
     """
 
-    model: object
-    moments: Sequence[Moment]
+    model: onnx.ModelProto
+    frames: Sequence[FrameInputs]
     kind: str
     groups: dict[str, list[str]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.groups = layer_groups(self.model)
         self._folder = tempfile.TemporaryDirectory(prefix="perception-quantize-")
-        self._path = Path(self._folder.name, "float.onnx")  # the library changes models that it is given as objects
+        self._path = Path(self._folder.name, "float.onnx")  # a file, because ONNX Runtime changes the objects it gets
         self._path.write_bytes(self.model.SerializeToString())
 
-    def quantized(self, groups: Iterable[str]):
-        """The graph with the layers of these groups in eight bits."""
+    def quantized(self, groups: Iterable[str]) -> onnx.ModelProto:
+        """Returns the graph with the layers of some groups quantized."""
         import onnx
         from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
@@ -79,7 +84,7 @@ class Quantizer:
         options = {
             "ActivationSymmetric": self.kind != "uint8",
             "WeightSymmetric": True,
-            # Its scale would be too small for halves; CPUs add it in whole numbers.
+            # The scale of a bias would be too small for float16. CPUs add biases as 32-bit integers.
             "QuantizeBias": self.kind == "uint8",
             "CalibPercentile": PERCENTILE,
         }
@@ -87,7 +92,7 @@ class Quantizer:
             quantize_static(
                 self._path,
                 out,
-                _Reader(self.moments),
+                _Reader(self.frames),
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=list(WEIGHTED),
                 per_channel=True,
@@ -98,64 +103,82 @@ class Quantizer:
                 calibration_cache_path=Path(self._folder.name, "ranges.json"),
                 extra_options=options,
             )
-        return in_float8(onnx.load(out), self.model) if self.kind == "fp8" else onnx.load(out)
+        return to_float8(onnx.load(out), self.model) if self.kind == "fp8" else onnx.load(out)
 
     def sensitivities(
-        self, moments: Sequence[Moment], wanted: Mapping[str, np.ndarray], progress: bool = False
+        self, frames: Sequence[FrameInputs], reference: Mapping[str, np.ndarray], progress: bool = False
     ) -> dict[str, float]:
-        """By group, what its quantisation alone changes in the wanted answers (see `changed`), most sensitive first."""
+        """Measures how much the quantization of each group alone changes the outputs.
+
+        Args:
+            frames: consecutive frames.
+            reference: outputs of the float32 graph for these frames, from `run_frames`.
+            progress: show a progress bar on stderr.
+
+        Returns:
+            The change of the outputs (see `relative_change`) by group, largest first.
+        """
         groups = tqdm(self.groups, desc="sensitivities", unit="group", disable=not progress)
-        found = {group: changed(wanted, answers(self.quantized([group]), moments, self.kind)) for group in groups}
+        found = {
+            group: relative_change(reference, run_frames(self.quantized([group]), frames, self.kind))
+            for group in groups
+        }
         return dict(sorted(found.items(), key=lambda pair: -pair[1]))
 
 
-def quantize_graph(model, moments: Sequence[Moment], kind: str, *, progress: bool = False) -> tuple[object, dict]:
-    """A graph with marks of eight bits wherever that changes its answers little.
+def quantize_graph(
+    model: onnx.ModelProto, frames: Sequence[FrameInputs], kind: str, *, progress: bool = False
+) -> tuple[onnx.ModelProto, dict]:
+    """Quantizes all layers of a graph except for the most sensitive ones.
 
     Args:
-        model: an `onnx.ModelProto` in float32.
-        frames: inputs of real frames; the last few, one after the other, judge, the others give ranges.
+        model: in float32.
+        frames: from `record_frames`; sensitivities are measured on the last EVALUATION_FRAMES, the others are the
+            calibration data.
         kind: one of KINDS.
         progress: show progress bars on stderr.
 
     Returns:
-        The graph, and plain JSON values: the sensitivity of each group of layers, its share of all multiplications with
-        weights, the groups that are in eight bits, and what all of them together change.
+        The graph, and a report of plain JSON values: by group of layers the sensitivity ("sensitivities") and the share
+        of all multiplications with weights ("work"), the names of the quantized groups ("groups"), and the change of
+        the outputs by all of them ("together").
     """
-    judges = moments[-JUDGED_ON:]
-    quantizer = Quantizer(model, moments[:-JUDGED_ON], kind)
-    wanted = answers(model, judges)
-    sensitivities = quantizer.sensitivities(judges, wanted, progress)
+    evaluation = frames[-EVALUATION_FRAMES:]
+    quantizer = Quantizer(model, frames[:-EVALUATION_FRAMES], kind)
+    reference = run_frames(model, evaluation)
+    sensitivities = quantizer.sensitivities(evaluation, reference, progress)
     work = group_work(model, quantizer.groups)
-    # Left out first is what changes most for what it saves.
+    # Groups with the largest change per operation are excluded first.
     groups = sorted(sensitivities, key=lambda group: -sensitivities[group] / work[group])
-    left_out, enough = 0, len(groups) - 1  # one group is always in eight bits
-    with tqdm(total=enough.bit_length(), desc="search", unit="trial", disable=not progress) as bar:
-        while left_out < enough:  # more left out is closer to the original: the fewest that do are found by halving
-            middle = (left_out + enough) // 2
-            if changed(wanted, answers(quantizer.quantized(groups[middle:]), judges, kind)) <= BUDGET:
-                enough = middle
+    # A binary search for the smallest number of excluded groups; at least one group is quantized.
+    low, excluded = 0, len(groups) - 1
+    with tqdm(total=excluded.bit_length(), desc="search", unit="trial", disable=not progress) as bar:
+        while low < excluded:
+            middle = (low + excluded) // 2
+            found = run_frames(quantizer.quantized(groups[middle:]), evaluation, kind)
+            if relative_change(reference, found) <= MAX_CHANGE:
+                excluded = middle
             else:
-                left_out = middle + 1
+                low = middle + 1
             bar.update()
-    graph = quantizer.quantized(groups[enough:])
-    together = changed(wanted, answers(graph, judges, kind))
-    told = {"sensitivities": sensitivities, "work": work, "groups": groups[enough:], "together": together}
-    return graph, told
+    graph = quantizer.quantized(groups[excluded:])
+    together = relative_change(reference, run_frames(graph, evaluation, kind))
+    report = {"sensitivities": sensitivities, "work": work, "groups": groups[excluded:], "together": together}
+    return graph, report
 
 
-def in_float8(marked, model):
-    """A graph with marks of INT8 as one with the same ranges in FP8 (E4M3).
+def to_float8(quantized: onnx.ModelProto, model: onnx.ModelProto) -> onnx.ModelProto:
+    """Converts the Q/DQ nodes of a graph from INT8 to FP8 (E4M3) with the same ranges.
 
     Args:
-        marked: with signed marks around zero.
-        model: the graph in float32 that it was made from, where the weights still have all their digits.
+        quantized: with symmetric INT8 Q/DQ nodes.
+        model: the float32 graph that it was made from, with the weights in full precision.
     """
     import ml_dtypes
     import onnx
     from onnx import numpy_helper
 
-    graph = onnx.ModelProto.FromString(marked.SerializeToString())
+    graph = onnx.ModelProto.FromString(quantized.SerializeToString())
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.graph.initializer}
     replaced: dict[str, np.ndarray] = {}
@@ -173,66 +196,70 @@ def in_float8(marked, model):
     for tensor in graph.graph.initializer:
         if tensor.name in replaced:
             tensor.CopyFrom(numpy_helper.from_array(replaced[tensor.name], tensor.name))
-    del graph.graph.value_info[:]  # they tell the old types
+    del graph.graph.value_info[:]  # has the types of INT8
     for entry in graph.opset_import:
         if entry.domain == "":
-            entry.version = OPSET_FP8  # no older one takes 8-bit floats
+            entry.version = OPSET_FP8  # the first opset with 8-bit floats
     return graph
 
 
-def changed(wanted: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -> float:
-    """Mean over the outputs of the mean difference, as a share of the standard deviation of what is wanted.
+def relative_change(reference: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -> float:
+    """Compares outputs: the mean difference in standard deviations of the reference, averaged over the outputs.
 
-    Boxes and lines count as much as they are sure, whatever the order in which the queries give them.
-    """
-    shares = []
-    for kind in ("box", "line"):
-        names = [name for name in wanted if name.startswith(f"raw_{kind}_")]  # logits are the first
-        if not names:
-            continue
-        parts = [wanted[name].reshape(*wanted[name].shape[:2], -1) for name in names]  # [frames, Q, ...]
-        logits = parts[0]
-        sure = 1 / (1 + np.exp(-logits.max(-1)))  # [frames, Q]
-        others = [found[name].reshape(part.shape) for name, part in zip(names, parts, strict=True)]
-        rows, other_rows = np.concatenate(parts, -1), np.concatenate(others, -1)
-        off = np.abs(np.stack([b[aligned(a, b)] for a, b in zip(rows, other_rows, strict=True)]) - rows)
-        ends = np.cumsum([part.shape[-1] for part in parts])[:-1]
-        for part, values in zip(np.split(off, ends, -1), parts, strict=True):
-            shares.append(np.average(part.mean(-1), weights=sure) / max(values.std(), 1e-6))
-    if "new_memory" in wanted:
-        memory = wanted["new_memory"]
-        shares.append(np.abs(found["new_memory"] - memory).mean() / max(memory.std(), 1e-6))
-    return float(np.mean(shares))
-
-
-def record(model, dataset: NuScenesDataset, images: ImageInputs, *, progress: bool = False) -> list[Moment]:
-    """Inputs of a graph at frames of a drive, with the memory that the graph itself had then.
+    Queries are matched with `match_rows` and weighted with their score in the reference.
 
     Args:
-        model: the graph, an `onnx.ModelProto` in float32.
-        dataset: to drive through.
-        images: how the graph takes them.
+        reference, found: [frames, ...] by name of the raw outputs and the memory.
+    """
+    changes = []
+    for kind in ("box", "line"):
+        names = [name for name in reference if name.startswith(f"raw_{kind}_")]  # logits are the first
+        if not names:
+            continue
+        parts = [reference[name].reshape(*reference[name].shape[:2], -1) for name in names]  # [frames, Q, ...]
+        logits = parts[0]
+        scores = 1 / (1 + np.exp(-logits.max(-1)))  # [frames, Q]
+        others = [found[name].reshape(part.shape) for name, part in zip(names, parts, strict=True)]
+        rows, other_rows = np.concatenate(parts, -1), np.concatenate(others, -1)
+        difference = np.abs(np.stack([b[match_rows(a, b)] for a, b in zip(rows, other_rows, strict=True)]) - rows)
+        ends = np.cumsum([part.shape[-1] for part in parts])[:-1]
+        for part, values in zip(np.split(difference, ends, -1), parts, strict=True):
+            changes.append(np.average(part.mean(-1), weights=scores) / max(values.std(), 1e-6))
+    if "new_memory" in reference:
+        memory = reference["new_memory"]
+        changes.append(np.abs(found["new_memory"] - memory).mean() / max(memory.std(), 1e-6))
+    return float(np.mean(changes))
+
+
+def record_frames(
+    model: onnx.ModelProto, dataset: NuScenesDataset, images: ImageInputs, *, progress: bool = False
+) -> list[dict[str, np.ndarray]]:
+    """Runs a graph over a dataset and records the inputs of some frames, with the memory of the graph.
+
+    Args:
+        model: in float32.
+        dataset: with images of the size that the graph takes, or larger.
+        images: sizes and format that the graph takes.
         progress: show a progress bar on stderr.
 
     Returns:
-        RANGES_FROM frames spread evenly, in between some of them again with a black and with a white image, then
-        JUDGED_ON that follow one another: the last of the drive.
+        CALIBRATION_FRAMES frames at equal distances, some of them also with a black and with a white image, and then
+        EVALUATION_FRAMES consecutive frames, which are the last of the dataset.
 
     Raises:
-        DataError: the dataset is too short for that.
+        DataError: the dataset has too few frames.
     """
-    if len(dataset) < RANGES_FROM + JUDGED_ON:
-        raise DataError(
-            f"the dataset for the ranges of eight bits has {len(dataset)} frames; it needs {RANGES_FROM + JUDGED_ON}"
-        )
+    needed = CALIBRATION_FRAMES + EVALUATION_FRAMES
+    if len(dataset) < needed:
+        raise DataError(f"the dataset for calibration has {len(dataset)} frames; give at least {needed}")
     import onnxruntime
 
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     shapes = {x.name: x.shape for x in session.get_inputs()}
     memory = {"memory": np.zeros(shapes["memory"], np.float32)} if "memory" in shapes else {}
-    last = range(len(dataset) - JUDGED_ON, len(dataset))
-    spread = np.linspace(0, last[0] - 1, RANGES_FROM).round().astype(int).tolist()
-    moments = []
+    last = range(len(dataset) - EVALUATION_FRAMES, len(dataset))
+    spread = np.linspace(0, last[0] - 1, CALIBRATION_FRAMES).round().astype(int).tolist()
+    recorded: list[dict[str, np.ndarray]] = []
     frames = tqdm(
         replay_frames(dataset, len(images.sizes)),
         total=len(dataset),
@@ -241,33 +268,35 @@ def record(model, dataset: NuScenesDataset, images: ImageInputs, *, progress: bo
         disable=not progress,
     )
     for number, (_, frame) in enumerate(frames):
-        moment = frame_inputs(camera_frame(frame, images)) | memory
-        variants = [moment] if number in spread or number in last else []
-        if number in spread[::BAD_EVERY]:  # a blinded camera must not drive the layers out of their ranges
+        inputs = frame_inputs(camera_frame(frame, images)) | memory
+        variants = [inputs] if number in spread or number in last else []
+        if number in spread[::BLINDED_EVERY]:  # so that the ranges hold the activations of a blinded camera
             for camera, grey in ((number, 0), (number + 1, 255)):
-                variants.append(frame_inputs(camera_frame(filled(frame, camera, grey), images)) | memory)
-        moments += [{name: array.copy() for name, array in variant.items()} for variant in variants]
+                variants.append(frame_inputs(camera_frame(fill_image(frame, camera, grey), images)) | memory)
+        recorded += [{name: array.copy() for name, array in variant.items()} for variant in variants]
         if memory:
-            memory = {"memory": session.run(["new_memory"], moment)[0]}
-    return moments
+            memory = {"memory": session.run(["new_memory"], inputs)[0]}
+    return recorded
 
 
-def layer_groups(model) -> dict[str, list[str]]:
-    """Names of the nodes with weights by part of the network: two words of a weight's name, four in the image backbone,
-    three in the layers of the decoders."""
+def layer_groups(model: onnx.ModelProto) -> dict[str, list[str]]:
+    """Groups the nodes with weights by part of the network.
+
+    A group is named after the first two words of a weight's name, four in the image backbone, three in decoder layers.
+    """
     constants = {tensor.name for tensor in model.graph.initializer}
     groups: dict[str, list[str]] = {}
     for node in model.graph.node:
         if node.op_type in WEIGHTED and len(node.input) > 1 and node.input[1] in constants:
             words = node.input[1].removeprefix("network.").split(".")
-            if len(words) > 1:  # a weight under its own name; others were made by the exporter
+            if len(words) > 1:  # a weight of the network; the exporter names its own constants differently
                 count = 4 if "backbone" in words[:2] and "stages" in words else 3 if words[1] == "layers" else 2
                 groups.setdefault(".".join(words[:count]), []).append(node.name)
     return groups
 
 
-def group_work(model, groups: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """By group, its share of the multiplications with weights."""
+def group_work(model: onnx.ModelProto, groups: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    """Returns the share of each group in all multiplications with weights."""
     import onnx
 
     graph = onnx.shape_inference.infer_shapes(model).graph
@@ -286,38 +315,42 @@ def group_work(model, groups: Mapping[str, Sequence[str]]) -> dict[str, float]:
     return {group: amount / total for group, amount in work.items()}
 
 
-def answers(model, moments: Sequence[Moment], precision: str = "fp32") -> dict[str, np.ndarray]:
-    """What a graph says to frames that follow one another: [frames, ...] by name of the raw outputs.
+def run_frames(model: onnx.ModelProto, frames: Sequence[FrameInputs], precision: str = "fp32") -> dict[str, np.ndarray]:
+    """Runs a graph on consecutive frames, starting from the memory of the first frame.
 
-    It starts from the memory of the first frame and goes on with its own.
+    Returns:
+        The raw outputs and the memory [frames, ...] by name.
     """
     import onnxruntime
 
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), session_options(precision), providers=["CPUExecutionProvider"]
     )
-    names = [output.name for output in session.get_outputs() if is_judged(output.name)]
-    rows, memory = [], {}
-    for moment in moments:
-        rows.append(session.run(names, {**moment, **memory}))
+    names = [output.name for output in session.get_outputs() if is_compared(output.name)]
+    rows: list[list[np.ndarray]] = []
+    memory: dict[str, np.ndarray] = {}
+    for frame in frames:
+        rows.append(session.run(names, {**frame, **memory}))
         if "new_memory" in names:
             memory = {"memory": rows[-1][names.index("new_memory")]}
     return {name: np.stack([row[k] for row in rows]) for k, name in enumerate(names)}
 
 
 class _Reader:
-    def __init__(self, moments: Sequence[Moment]) -> None:
-        self._left = iter(moments)
+    """Reads calibration data for ONNX Runtime."""
 
-    def get_next(self) -> dict | None:
-        """The next frame, None after the last."""
-        return next((dict(moment) for moment in self._left), None)
+    def __init__(self, frames: Sequence[FrameInputs]) -> None:
+        self._frames = iter(frames)
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        """Returns the next frame, None after the last."""
+        return next((dict(frame) for frame in self._frames), None)
 
 
 @contextlib.contextmanager
-def quiet():
-    """Without what libraries report of their progress and of what they could not optimise; errors are still told."""
-    loggers = logging.root, logging.getLogger("torch.onnx")  # torch's loggers do not ask the root
+def quiet() -> Iterator[None]:
+    """Hides progress and warnings of the libraries in a block; errors are still shown."""
+    loggers = logging.root, logging.getLogger("torch.onnx")  # torch.onnx does not propagate to the root
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

@@ -1,17 +1,18 @@
-"""Runs an exported graph without ONNX Runtime, so that two executors can be compared.
+"""Runs an exported graph without ONNX Runtime, as the second executor of certificates.
 
-Operators are those of `onnx.reference`, the definition of ONNX in numpy, and where these are too slow for a network of
-real size, or refuse what it holds, the ones below: sampling, gathering and resizing in numpy, convolution and pooling
-in torch.
+It uses the operators of `onnx.reference`, the definition of ONNX in numpy. Operators that are too slow there for a
+network of real size, or not supported, are replaced below: sampling, gathering and resizing in numpy, convolution and
+pooling in torch.
 
-Halves are computed in float32 and rounded once per operator. ONNX leaves that to the runtime: ONNX Runtime on a CPU
-rounds more rarely, because it runs chains of operators in float32.
+Operators in float16 are computed in float32 and rounded once per operator. ONNX does not define the rounding: ONNX
+Runtime on a CPU rounds less often, because it runs chains of operators in float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -23,18 +24,21 @@ from torch.nn import functional
 
 from perception.errors import ConfigError
 
-NEWEST = 20  # the opset whose operators of `onnx.reference` stand in for forms that are not written below
-_Conv, _MaxPool, _Resize, _GatherND = (load_op("", kind, NEWEST) for kind in ("Conv", "MaxPool", "Resize", "GatherND"))
+NEWEST = 20  # opset of the operators of `onnx.reference` that run the forms which are not implemented below
+_Conv: Any = load_op("", "Conv", NEWEST)
+_MaxPool: Any = load_op("", "MaxPool", NEWEST)
+_Resize: Any = load_op("", "Resize", NEWEST)
+_GatherND: Any = load_op("", "GatherND", NEWEST)
 
 
 class ReferenceSession:
-    """Runs one graph as plain ONNX.
+    """Runs one graph as ONNX defines it.
 
     Args:
-        model: an `onnx.ModelProto` without subgraphs, or the path of one.
+        model: without subgraphs, or its path.
 
     Raises:
-        ConfigError: the graph holds an operator that `onnx.reference` does not know.
+        ConfigError: the graph holds an operator that `onnx.reference` does not support.
     """
 
     def __init__(self, model: onnx.ModelProto | str | Path) -> None:
@@ -45,22 +49,22 @@ class ReferenceSession:
             raise ConfigError(f"onnx.reference cannot run the graph: {error}") from None
         self.output_names = list(evaluator.output_names)
         self._constants, self._nodes = evaluator.rt_inits_, evaluator.rt_nodes_
-        # Values are dropped after their last use: all of them together would take gigabytes.
+        # Values are dropped after their last use, because all of them together need gigabytes.
         last_use = {name: k for k, node in enumerate(self._nodes) for name in (*node.input, *node.output)}
         self._dropped: list[list[str]] = [[] for _ in self._nodes]
         for name in last_use.keys() - {"", *self.output_names}:
             self._dropped[last_use[name]].append(name)
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Returns all outputs by name.
+        """Runs the graph and returns all outputs by name.
 
         Args:
             inputs: all inputs by name, in the types of the graph.
 
         Raises:
-            ConfigError: an operator cannot be run with what it is given.
+            ConfigError: an operator cannot run with its inputs.
         """
-        values = {"": None, **self._constants, **inputs}
+        values: dict[str, Any] = {"": None, **self._constants, **inputs}
         with np.errstate(all="ignore"):
             for node, dropped in zip(self._nodes, self._dropped, strict=True):
                 arguments = [values[name] for name in node.input]
@@ -73,7 +77,7 @@ class ReferenceSession:
                     raise ConfigError(f"{node.op_type} {node.onnx_node.name} cannot be run: {error}") from None
                 if halves:
                     results = [_in_type(x, np.float32, np.float16) for x in results]
-                values.update(zip(node.output, results, strict=False))  # what nobody asks for has no name
+                values.update(zip(node.output, results, strict=False))  # optional outputs may have no name
                 for name in dropped:
                     del values[name]
         return {name: values[name] for name in self.output_names}
@@ -84,29 +88,29 @@ def _in_type(array: np.ndarray | None, old: type, new: type) -> np.ndarray | Non
 
 
 def grid_sample(x: np.ndarray, grid: np.ndarray, mode: str, padding: str, align_corners: bool) -> np.ndarray:
-    """Samples images at given places, as ONNX defines GridSample.
+    """Samples images at given locations, as ONNX defines GridSample.
 
     Args:
         x: [N, C, H, W] float32.
         grid: [N, h, w, 2] float32, columns then rows; -1 and 1 are the outer edges of the image or, with
             `align_corners`, the centres of its outer pixels.
-        mode: "linear" or "nearest", where halves go to the even pixel.
-        padding: "zeros", or "border" for the nearest pixel of the image, of what lies outside.
+        mode: "linear", or "nearest", which rounds ties to the even pixel.
+        padding: values outside the image: "zeros", or "border" for the nearest pixel of the image.
 
     Returns:
         [N, C, h, w] float32.
     """
     N, C, H, W = x.shape
     _, h, w, _ = grid.shape
-    # A ring of one pixel around the image holds all that can be read outside of it.
-    beyond = "edge" if padding == "border" else "constant"
+    # Locations outside the image are clipped to a ring of one pixel around it.
+    beyond: Literal["edge", "constant"] = "edge" if padding == "border" else "constant"
     ring = np.pad(x.transpose(0, 2, 3, 1), ((0, 0), (1, 1), (1, 1), (0, 0)), beyond)
     ring = ring.reshape(N, (H + 2) * (W + 2), C)
     column, row = (
         np.clip((g + 1) / 2 * (size - 1) if align_corners else ((g + 1) * size - 1) / 2, -1, size)
         for g, size in ((grid[..., 0].reshape(N, h * w), W), (grid[..., 1].reshape(N, h * w), H))
     )  # [N, h * w], in pixels whose centres are whole numbers
-    column, row = np.nan_to_num(column, nan=-1), np.nan_to_num(row, nan=-1)  # ONNX does not say; here they are outside
+    column, row = np.nan_to_num(column, nan=-1), np.nan_to_num(row, nan=-1)  # outside; not defined by ONNX
     if mode == "nearest":
         corners = [(np.rint(row), np.rint(column), None)]
     else:
@@ -128,21 +132,21 @@ def grid_sample(x: np.ndarray, grid: np.ndarray, mode: str, padding: str, align_
 
 
 def resize_linear(x: np.ndarray, sizes: tuple[int, ...], scales: tuple[float, ...]) -> np.ndarray:
-    """Resizes an array axis by axis with linear interpolation, pixel centres at +0.5, edges continued."""
+    """Resizes an array axis by axis with linear interpolation, pixel centres at +0.5 and repeated edges."""
     for axis, (size, scale) in enumerate(zip(sizes, scales, strict=True)):
         given = x.shape[axis]
         if size == given:
             continue
-        place = (np.arange(size, dtype=np.float32) + np.float32(0.5)) / np.float32(scale) - np.float32(0.5)
-        low = np.floor(place)
-        share = (place - low).reshape([-1 if k == axis else 1 for k in range(x.ndim)])
+        position = (np.arange(size, dtype=np.float32) + np.float32(0.5)) / np.float32(scale) - np.float32(0.5)
+        low = np.floor(position)
+        share = (position - low).reshape([-1 if k == axis else 1 for k in range(x.ndim)])
         one, other = (np.take(x, np.clip(low + k, 0, given - 1).astype(np.int64), axis) for k in (0, 1))
         x = one * (1 - share) + other * share
     return x
 
 
 class GridSample(OpRun):
-    """As `grid_sample`; modes have one name up to opset 19 and another one from 20 on."""
+    """Runs `grid_sample`. The linear mode is named bilinear up to opset 19."""
 
     def _run(self, x, grid, align_corners=None, mode=None, padding_mode=None):
         mode = {"bilinear": "linear"}.get(mode, mode)
@@ -155,7 +159,7 @@ class GridSample(OpRun):
 
 
 class Resize(_Resize):
-    """As `resize_linear` where it is that; otherwise as the library does it, one number at a time."""
+    """Runs `resize_linear` if possible, otherwise the slow implementation of `onnx.reference`."""
 
     def _run(self, X, roi=None, scales=None, sizes=None, **attributes):
         stretched = (self.mode, self.coordinate_transformation_mode) == ("linear", "half_pixel")
@@ -170,7 +174,7 @@ class Resize(_Resize):
 
 
 class Conv(_Conv):
-    """Convolution of images by torch."""
+    """Runs convolutions of images in torch."""
 
     def _run(self, X, W, B=None, **attributes):
         if X.ndim != 4 or self.auto_pad != "NOTSET":
@@ -181,7 +185,7 @@ class Conv(_Conv):
 
 
 class MaxPool(_MaxPool):
-    """Pooling of images by torch."""
+    """Runs pooling of images in torch."""
 
     def _run(self, x, **attributes):
         if x.ndim != 4 or self.auto_pad != "NOTSET" or self.ceil_mode or len(self.onnx_node.output) > 1:
@@ -195,13 +199,13 @@ def _tensor(array: np.ndarray) -> torch.Tensor:
 
 
 def _outermost_last(pads: list[int] | None) -> list[int]:
-    """Padding [top, left, bottom, right] of ONNX as torch wants it: left, right, top, bottom."""
+    """Converts padding from ONNX' order [top, left, bottom, right] to torch's order [left, right, top, bottom]."""
     top, left, bottom, right = pads or (0, 0, 0, 0)
     return [left, right, top, bottom]
 
 
 class GatherElements(OpRun):
-    """Takes along an axis; of the other axes, what the indices do not reach is left out."""
+    """Gathers along one axis. The other axes are cut to the shape of the indices."""
 
     def _run(self, data, indices, axis=None):
         axis = axis % data.ndim
@@ -210,7 +214,7 @@ class GatherElements(OpRun):
 
 
 class DequantizeLinear(OpRun):
-    """Up to opset 19, whose older forms the library does not have: one scale, or one per index of an axis."""
+    """Dequantizes with one scale, or one per index of an axis. `onnx.reference` lacks the forms up to opset 19."""
 
     def _run(self, x, scale, zero=None, axis=None, block_size=None, output_dtype=None):
         shape = [-1 if k == axis % x.ndim else 1 for k in range(x.ndim)] if scale.size > 1 else ()
@@ -219,7 +223,7 @@ class DequantizeLinear(OpRun):
 
 
 class GatherND(_GatherND):
-    """Takes all at once instead of one by one."""
+    """Gathers all elements at once instead of one by one."""
 
     def _run(self, data, indices, batch_dims=None):
         if batch_dims:
@@ -227,4 +231,4 @@ class GatherND(_GatherND):
         return (data[tuple(np.moveaxis(indices, -1, 0))],)
 
 
-OPERATORS = [Conv, MaxPool, Resize, GridSample, DequantizeLinear, GatherElements, GatherND]
+OPERATORS: list[type[OpRun]] = [Conv, MaxPool, Resize, GridSample, DequantizeLinear, GatherElements, GatherND]

@@ -1,21 +1,24 @@
-"""Live use of an exported network: numpy and ONNX Runtime, OpenVINO or TensorRT, no torch.
+"""Runs an exported network on one frame after another: numpy and ONNX Runtime, OpenVINO or TensorRT, without torch.
 
     runtime = Runtime("out/nano_onnx")                            # ONNX Runtime, on the CPU
     runtime = Runtime("out/nano_onnx", backend="openvino")        # OpenVINO, on the CPU
-    runtime = Runtime("out/nano_rtx", backend="tensorrt")         # the engine that fits this GPU
-    for images, global_from_ego, time_s in drive:
-        scene = runtime.step(images, rig, global_from_ego, time_s)
+    runtime = Runtime("out/nano_rtx", backend="tensorrt")         # the engine for this GPU
+    for images, global_from_ego, time_s in sequence:
+        objects = runtime.step(images, rig, global_from_ego, time_s)
 
-All buffers are made once. The memory stays where the network runs: two buffers take turns as its input and output.
+All buffers are allocated once. The memory stays on the device of the network, in two buffers that alternate as input
+and output of a step.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from perception.errors import ConfigError, PerceptionWarning
 from perception.export.contract import MODEL, ImageInputs, check_graph, read_contract
@@ -25,63 +28,96 @@ from perception.inference.checks import (
     check_intrinsics,
     checked_rig,
     checked_setting,
-    scene_is_finite,
+    objects_are_finite,
 )
 from perception.inference.ego_motion import MAX_SPEED, MAX_TURN_RATE, EgoMotion
-from perception.types import Boxes, CameraRig, FrameObjects, Polylines, map_tensors
+from perception.types import CameraRig, NumpyBoxes, NumpyCameraRig, NumpyFrameObjects, NumpyPolylines, map_tensors
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 BACKENDS = ("onnxruntime", "openvino", "openvino-bf16", "tensorrt")
-_none, _no_label, _no_flag = np.zeros(0, np.float32), np.zeros(0, np.int32), np.zeros(0, bool)
-MAX_THREADS = 1024  # more than any vehicle has; ONNX Runtime starts as many as it is given
+MAX_THREADS = 1024  # more than any vehicle has; ONNX Runtime starts as many threads as it is given
 DTYPES = {
     "tensor(bool)": "bool", "tensor(uint8)": "uint8", "tensor(int32)": "int32", "tensor(int64)": "int64",
     "tensor(float16)": "float16", "tensor(float)": "float32",
 }  # fmt: skip
-NOTHING = {
-    "box_center": np.zeros((0, 3), np.float32), "box_size": np.zeros((0, 3), np.float32), "box_yaw": _none,
-    "box_velocity": np.zeros((0, 2), np.float32), "box_label": _no_label, "box_score": _none, "box_valid": _no_flag,
-    "box_uncertainty": np.zeros((0, 9), np.float32), "line_points": np.zeros((0, 2, 2), np.float32),
-    "line_closed": _no_flag, "line_label": _no_label, "line_score": _none,
-    "line_uncertainty": np.zeros((0, 2, 2), np.float32),
+_no_numbers, _no_labels, _no_flags = np.zeros(0, np.float32), np.zeros(0, np.int32), np.zeros(0, bool)
+# Outputs of a network that predicts only boxes or only lines.
+EMPTY = {
+    "box_center": np.zeros((0, 3), np.float32), "box_size": np.zeros((0, 3), np.float32), "box_yaw": _no_numbers,
+    "box_velocity": np.zeros((0, 2), np.float32), "box_label": _no_labels, "box_score": _no_numbers,
+    "box_valid": _no_flags, "box_uncertainty": np.zeros((0, 9), np.float32),
+    "line_points": np.zeros((0, 2, 2), np.float32), "line_closed": _no_flags, "line_label": _no_labels,
+    "line_score": _no_numbers, "line_uncertainty": np.zeros((0, 2, 2), np.float32),
 }  # fmt: skip
+Objects = TypeVar("Objects", NumpyBoxes, NumpyPolylines)
 
 
-def session_options(precision: str):
-    """Options of ONNX Runtime for a graph of this precision."""
+class Session(Protocol):
+    """An exported network in one runtime library, with its buffers."""
+
+    device: str
+    inputs: dict[str, NDArray[Any]]
+    outputs: dict[str, NDArray[Any]]
+
+    def run(self, turn: int) -> None:
+        """Runs the network from `inputs` to `outputs`; reads memory buffer `turn` and writes the other one."""
+        ...
+
+    def memory(self, turn: int) -> NDArray[Any]:
+        """Returns a copy of memory buffer `turn`."""
+        ...
+
+    def memory_is_finite(self, turn: int) -> bool:
+        """Returns True if memory buffer `turn` is finite, or is on a GPU, where it is not checked."""
+        ...
+
+    def clear(self) -> None:
+        """Fills both memory buffers with zeros."""
+        ...
+
+
+def session_options(precision: str) -> onnxruntime.SessionOptions:
+    """Returns options of ONNX Runtime for a graph of a precision."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors: it warns of every half that a CPU has no kernel for
+    options.log_severity_level = 3  # errors only: it warns of every float16 operator that has no CPU kernel
     if precision == "fp8":
-        # ONNX Runtime 1.32 treats marks of 8-bit floats as if they were bytes from zero up: the further optimisations
-        # take a ReLU before them away, and the basic ones change the answers where halves are around them.
+        # ONNX Runtime 1.32 treats FP8 Q/DQ nodes as if they were UINT8: its extended optimisations remove a ReLU before
+        # them, and its basic ones change the outputs where float16 tensors are next to them.
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return options
 
 
 class OnnxSession:
-    """The graph of an export in ONNX Runtime, with its buffers.
+    """Runs the graph of an export in ONNX Runtime.
 
     Args:
         folder: of the export.
-        contract: of `read_contract`.
-        providers: of ONNX Runtime, first choice first.
-        threads: of the CPU; 0 for as many as there are.
+        contract: from `read_contract`.
+        providers: execution providers of ONNX Runtime, in order of preference.
+        threads: number of CPU threads, 0 for one per core.
 
     Raises:
-        ConfigError: a provider is not there.
-        CheckpointError: the graph has other inputs or outputs than the contract.
+        ConfigError: an execution provider is not available.
+        CheckpointError: the inputs or outputs of the graph differ from those of the contract.
     """
 
     def __init__(self, folder: str | Path, contract: dict, providers: Sequence[str], threads: int) -> None:
-        import onnxruntime
-
-        there = onnxruntime.get_available_providers()
+        try:
+            import onnxruntime
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"Runtime: onnxruntime is not installed ({error}); pip install onnxruntime") from None
+        available = onnxruntime.get_available_providers()
         if not isinstance(providers, list | tuple) or not providers:
-            raise ConfigError(f"Runtime: providers is {providers!r}; give a list of some of {', '.join(there)}")
+            raise ConfigError(f"Runtime: providers is {providers!r}; give a list of some of {', '.join(available)}")
         for provider in providers:
-            if provider not in there:
-                raise ConfigError(f"Runtime: provider {provider} is not there; ONNX Runtime has {', '.join(there)}")
+            if provider not in available:
+                raise ConfigError(
+                    f"Runtime: execution provider {provider} is not available; ONNX Runtime has {', '.join(available)}"
+                )
         options = session_options(contract["precision"])
         options.intra_op_num_threads = threads
         self._session = onnxruntime.InferenceSession(str(Path(folder, MODEL)), options, providers=list(providers))
@@ -94,10 +130,10 @@ class OnnxSession:
         self.inputs, self.outputs = (
             {x["name"]: np.zeros(x["shape"], x["dtype"]) for x in contract[side]} for side in ("inputs", "outputs")
         )
-        # A network may have no memory at all.
-        self._no_memory = np.zeros_like(self.inputs.get("memory", np.zeros(0, np.float32)))
+        # Empty for a network without a memory.
+        self._zeros = np.zeros_like(self.inputs.get("memory", np.zeros(0, np.float32)))
         device = "cuda" if self.device == "CUDA" else "cpu"
-        self._memories = [onnxruntime.OrtValue.ortvalue_from_numpy(self._no_memory.copy(), device, 0) for _ in range(2)]
+        self._memories = [onnxruntime.OrtValue.ortvalue_from_numpy(self._zeros.copy(), device, 0) for _ in range(2)]
         self._bindings = []
         values = {n: onnxruntime.OrtValue.ortvalue_from_numpy(x) for n, x in (self.inputs | self.outputs).items()}
         for turn in range(2):
@@ -109,42 +145,42 @@ class OnnxSession:
             self._bindings.append(binding)
 
     def run(self, turn: int) -> None:
-        """One pass from `inputs` to `outputs` that reads the memory of this turn and writes the other."""
+        """Runs the network from `inputs` to `outputs`; reads memory buffer `turn` and writes the other one."""
         self._session.run_with_iobinding(self._bindings[turn])
 
-    def memory(self, turn: int) -> np.ndarray:
-        """A copy of the memory that a pass of this turn reads."""
+    def memory(self, turn: int) -> NDArray[Any]:
+        """Returns a copy of memory buffer `turn`."""
         return self._memories[turn].numpy().copy()
 
     def memory_is_finite(self, turn: int) -> bool:
-        """Tells whether the memory that a pass of this turn reads is finite; true on a GPU, where it is not read."""
+        """Returns True if memory buffer `turn` is finite, or is on a GPU, where it is not checked."""
         value = self._memories[turn]
         return value.device_name() != "cpu" or bool(np.isfinite(value.numpy()).all())  # no copy on the CPU
 
     def clear(self) -> None:
-        """Fills the memory with zeros."""
+        """Fills both memory buffers with zeros."""
         for value in self._memories:
-            value.update_inplace(self._no_memory)
+            value.update_inplace(self._zeros)
 
 
 class Runtime:
-    """An exported network, its memory, and the pose and time of the last step.
+    """Runs an exported network on one frame after another and keeps its memory.
 
     Args:
-        folder: that `perception export` wrote.
-        backend: one of `BACKENDS`. "onnxruntime" runs the graph; "openvino" runs it on the CPU, "openvino-bf16" with
-            convolutions and products with weights in bfloat16; "tensorrt" runs an engine of the folder on a GPU.
-        providers: of ONNX Runtime, first choice first, such as "CUDAExecutionProvider".
-        threads: of the CPU, for ONNX Runtime and OpenVINO; 0 for as many as there are.
-        min_score: boxes and lines below this are left out, 0..1.
-        max_speed: m/s above which the pose has jumped, so that the memory is dropped; inf for no limit.
-        max_turn_rate: rad/s, likewise.
+        folder: written by `perception export`.
+        backend: one of `BACKENDS`. "onnxruntime" runs the graph; "openvino" runs it on the CPU; "openvino-bf16" does so
+            with convolutions and products with weights in bfloat16; "tensorrt" runs an engine of the folder on a GPU.
+        providers: execution providers of ONNX Runtime in order of preference, such as "CUDAExecutionProvider".
+        threads: number of CPU threads for ONNX Runtime and OpenVINO, 0 for one per core.
+        min_score: score threshold 0..1; boxes and lines below it are not returned.
+        max_speed: m/s above which the pose has jumped and the memory is dropped; inf for no limit.
+        max_turn_rate: rad/s above which the pose has jumped and the memory is dropped; inf for no limit.
 
     Raises:
-        CheckpointError: the folder is none of an export, or a file in it has changed.
-        ConfigError: the backend is not known or cannot run here (not installed, no GPU, no engine that fits it, another
-            version of TensorRT, no bfloat16, no such provider), `min_score` is not in 0..1, `threads` is no number of
-            threads, or a limit is negative.
+        CheckpointError: the folder does not hold an export, or a file in it has changed.
+        ConfigError: the backend is unknown or cannot run here (not installed, no GPU, no engine for this GPU, another
+            version of TensorRT, no bfloat16, no such execution provider), `min_score` is not in 0..1, `threads` is out
+            of range, or a limit is negative.
     """
 
     def __init__(
@@ -159,14 +195,15 @@ class Runtime:
         max_turn_rate: float = MAX_TURN_RATE,
     ) -> None:
         self.min_score = checked_setting("Runtime: min_score", min_score, 0, 1, "a number from 0 to 1")
-        whole = isinstance(threads, int | np.integer) and not isinstance(threads, bool)
-        if not whole or not 0 <= threads <= MAX_THREADS:
+        is_integer = isinstance(threads, int | np.integer) and not isinstance(threads, bool)
+        if not is_integer or not 0 <= threads <= MAX_THREADS:
             raise ConfigError(
-                f"Runtime: threads is {threads!r}; give a whole number of 0..{MAX_THREADS}, 0 for as many as there are"
+                f"Runtime: threads is {threads!r}; give a whole number of 0..{MAX_THREADS}, 0 for one per core"
             )
-        self._odometer = EgoMotion(max_speed, max_turn_rate)
+        self._ego_motion = EgoMotion(max_speed, max_turn_rate)
         self.contract = read_contract(folder)
         self.images = ImageInputs.of_contract(self.contract)
+        self._session: Session
         if backend == "onnxruntime":
             self._session = OnnxSession(folder, self.contract, providers, int(threads))
         elif backend in ("openvino", "openvino-bf16"):
@@ -183,96 +220,92 @@ class Runtime:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets everything that was seen; the next step is a first one."""
-        self._odometer.reset()
+        """Clears the memory; the next step is a first frame."""
+        self._ego_motion.reset()
         self._session.clear()
         self._turn = 0
 
-    def memory(self) -> np.ndarray:
-        """A copy of the memory that the next step will start from."""
+    def memory(self) -> NDArray[Any]:
+        """Returns a copy of the memory that the next step reads."""
         return self._session.memory(self._turn)
 
     def run(self) -> None:
-        """One pass from `inputs` to `outputs`, which are the buffers themselves, and the memory's turn.
+        """Runs the network from the buffers `inputs` to the buffers `outputs`, and swaps the memory buffers.
 
-        Fill `inputs` in place before; all but `memory`, which is kept here. `outputs["new_memory"]` is not filled.
+        Fill `inputs` in place before the call, except `memory`. `outputs["new_memory"]` is not filled; see `memory()`.
         """
         self._session.run(self._turn)
         self._turn = 1 - self._turn
 
     def step(
         self,
-        images: Sequence[np.ndarray | None],
-        rig: CameraRig,
-        global_from_ego: np.ndarray,
+        images: NDArray[np.uint8] | Sequence[NDArray[np.uint8] | None],
+        rig: CameraRig | NumpyCameraRig,
+        global_from_ego: NDArray[Any],
         time_s: float,
-    ) -> FrameObjects:
-        """One frame, as `perception.inference.predictor.Predictor.step`.
+    ) -> NumpyFrameObjects:
+        """Predicts the boxes and lines of one frame, as `perception.inference.predictor.Predictor.step` does.
 
         Args:
-            images: N arrays uint8, each of the size and in the format that the contract names for its camera (RGB
-                [H, W, 3] unless the export was made for another). What stands for a camera that is not present is
-                ignored and may be None.
+            images: N arrays uint8, each with the size and the format that the contract names for its camera, which is
+                RGB [H, W, 3] by default. The image of a camera that is not present is ignored and may be None.
             rig: img_from_cam [N, 3, 3] in pixels of these images, ego_from_cam [N, 4, 4] metres, present [N] bool.
-            global_from_ego: [4, 4] pose at `time_s`, metres, in any frame that stays the same from step to step.
-            time_s: seconds, later than the last step's.
+            global_from_ego: [4, 4] pose at `time_s`, metres, in any frame that is the same in all steps.
+            time_s: seconds, later than in the last step.
 
         Returns:
-            What there is to see in the ego frame, numpy arrays, best score first.
+            Boxes [M] and lines [M] in the ego frame, highest score first, as numpy arrays.
 
         Raises:
-            DataError: an argument has the wrong shape or type, is not finite or beyond what a vehicle can have, or time
-                did not go forward.
+            DataError: an argument has the wrong shape or type, is not finite or out of range for a vehicle, or `time_s`
+                is not later than in the last step.
 
         Warns:
-            PerceptionWarning: as `Predictor.step`. On a GPU the memory stays where it is and is not looked at; there
-                the boxes and lines show that the network's output is not finite.
+            PerceptionWarning: as in `Predictor.step`. On a GPU the memory is not checked; there, outputs that are not
+                finite are detected from the boxes and lines.
         """
-        motion = self._odometer.since_last(global_from_ego, time_s)
+        motion = self._ego_motion.since_last(global_from_ego, time_s)
         N = len(self.images.sizes)
         check_images(images, N, self.images.axes)
-        rig = checked_rig(rig, N)
-        for n in np.flatnonzero(rig.present):
+        checked = checked_rig(rig, N)
+        for n in np.flatnonzero(checked.present):
             image = self.images.checked(n, images[n])
-            check_intrinsics(f"rig.img_from_cam[{n}]", rig.img_from_cam[n], self.images.sizes[n])
+            check_intrinsics(f"rig.img_from_cam[{n}]", checked.img_from_cam[n], self.images.sizes[n])
             self.inputs[f"image_{n}"][...] = image
-        self.fill(rig, motion.ego_from_prev, motion.seconds, motion.is_first)
+        self.fill(checked, motion.ego_from_prev, motion.seconds, motion.is_first)
         self.run()
-        whole = self.scene()
-        scene = FrameObjects(*(self._confident(noun) for noun in whole))
-        if not (self._session.memory_is_finite(self._turn) and scene_is_finite(whole, scene)):
+        predicted = self.objects()
+        objects = NumpyFrameObjects(self._above_threshold(predicted.boxes), self._above_threshold(predicted.lines))
+        if not (self._session.memory_is_finite(self._turn) and objects_are_finite(predicted, objects)):
             self.reset()
             warnings.warn(NOT_FINITE, PerceptionWarning, stacklevel=2)
-            return map_tensors(lambda array: array[:0], scene)
-        self._odometer.keep(motion)
-        return scene
+            return map_tensors(lambda array: array[:0], objects)
+        self._ego_motion.keep(motion)
+        return objects
 
-    def fill(self, rig: CameraRig, ego_from_prev: np.ndarray, seconds: float, is_first: bool) -> None:
-        """Writes all inputs but the images into their buffers."""
+    def fill(self, rig: NumpyCameraRig, ego_from_prev: NDArray[Any], seconds: float, is_first: bool) -> None:
+        """Writes all inputs except the images and the memory into their buffers."""
         for name in ("img_from_cam", "ego_from_cam", "present"):
             self.inputs[name][...] = getattr(rig, name)
         self.inputs["ego_from_prev"][...] = ego_from_prev
         self.inputs["seconds_since_prev"][...] = seconds
         self.inputs["is_first"][...] = is_first
 
-    def scene(self) -> FrameObjects:
-        """What the last pass said, all of it; the arrays are the buffers that the next pass writes into.
+    def objects(self) -> NumpyFrameObjects:
+        """Returns all predictions of the last `run`, in the output buffers that the next run overwrites."""
+        return objects_of(self.outputs)
 
-        What a network does not look for, boxes or lines, is empty.
-        """
-        return scene_of(self.outputs)
-
-    def _confident(self, noun):
-        keep = noun.valid & (noun.score >= self.min_score)
-        return type(noun)(*(array[keep] for array in noun))
+    def _above_threshold(self, objects: Objects) -> Objects:
+        keep = objects.valid & (objects.score >= self.min_score)
+        return map_tensors(lambda array: array[keep], objects)
 
 
-def scene_of(outputs: dict[str, np.ndarray]) -> FrameObjects:
-    """Collects outputs of an export, by name, in a FrameObjects; what a network does not look for is empty."""
-    outputs = NOTHING | outputs
-    boxes = {name: outputs[f"box_{name}"] for name in Boxes._fields if name != "attribute"}
-    lines = {name: outputs[f"line_{name}"] for name in Polylines._fields if name != "valid"}
-    return FrameObjects(
-        Boxes(attribute=np.full_like(boxes["label"], -1), **boxes),
-        Polylines(valid=np.ones_like(lines["closed"]), **lines),
+def objects_of(outputs: Mapping[str, NDArray[Any]]) -> NumpyFrameObjects:
+    """Collects the outputs of an export, by name. Boxes or lines that the network does not predict are empty."""
+    arrays = EMPTY | dict(outputs)
+    boxes = {name: arrays[f"box_{name}"] for name in NumpyBoxes._fields if name != "attribute"}
+    lines = {name: arrays[f"line_{name}"] for name in NumpyPolylines._fields if name != "valid"}
+    return NumpyFrameObjects(
+        NumpyBoxes(attribute=np.full_like(boxes["label"], -1), **boxes),
+        NumpyPolylines(valid=np.ones_like(lines["closed"]), **lines),
     )

@@ -1,12 +1,12 @@
-"""Runs frames of a drive again by a second executor, which reads the graph as the oldest TensorRT parser does.
+"""Runs an exported graph in a second executor, as the oldest TensorRT parser reads it, and compares the outputs.
 
-A parser that meets a form which it does not know may read something else instead of refusing it. ONNX Runtime cannot
-show that, for it reads every form as ONNX means it. `as_parsed` therefore writes down in ONNX what a parser reads, and
-`ReferenceSession` runs that: the answers have to be those of ONNX Runtime. `perception.export.dialect` refuses forms
-that are known to be misread before anything runs; this is the check by numbers, which needs no list of good forms.
+A parser may misread a form that it does not support instead of rejecting it. ONNX Runtime cannot show this, because it
+reads every form as ONNX defines it. `as_parsed` therefore rewrites a graph so that its meaning in ONNX is what a parser
+reads, and `ReferenceSession` runs the result: its outputs must equal those of ONNX Runtime. `perception.export.dialect`
+rejects misread forms before anything runs; this module checks the numbers and needs no list of supported forms.
 
-What parsers read is taken from their source (onnx/onnx-tensorrt, branches release/8.6-GA and release/10.0-GA). What is
-not listed here is read as ONNX means it, or refused by the parser.
+The behaviour of the parsers is taken from their source (onnx/onnx-tensorrt, branches release/8.6-GA and
+release/10.0-GA). Forms that are not listed here are read as ONNX defines them, or rejected by the parser.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -22,21 +23,22 @@ from onnx import helper, numpy_helper
 from perception.errors import ConfigError
 from perception.export.contract import MODEL
 from perception.export.nodes import opset_of
-from perception.export.quantize import changed, is_judged
+from perception.export.quantize import is_compared, relative_change
 from perception.export.reference import ReferenceSession
-from perception.export.replay import aligned
+from perception.export.replay import match_rows
 
-FIRST, LATER = 2, 0.75  # frames that are run again: so many from the start, and the one at this share of the drive
-LARGEST = 1e-3  # difference that passes in float32; what a reading alone may change in any precision
-# By how much of their spread answers may differ in a precision that two executors round differently. Good exports stay
-# below half of it, exports whose every GridSample is read as nearest are above twice of it (tests/test_reference.py).
+FIRST, LATER = 2, 0.75  # frames in the second executor: the first ones, and the one at this share of the dataset
+LARGEST = 1e-3  # largest difference that passes: in float32, and in any precision for the effect of misread forms
+# Largest change of the outputs in standard deviations, for precisions that two executors round differently. Correct
+# exports stay below half of it; exports whose every GridSample is read as nearest exceed twice of it
+# (tests/test_reference.py).
 SHARES = {"fp16": 0.01, "int8": 0.03, "fp8": 0.03}
-SHOWN = 3  # nodes that a failure names
+SHOWN = 3  # nodes in a message
 
 
 @dataclass
 class _Graph:
-    """What readings ask for: opset, constants by name, shapes by name."""
+    """The opset, the constants and the shapes of a graph."""
 
     opset: int
     constants: dict[str, np.ndarray]
@@ -44,15 +46,14 @@ class _Graph:
 
 
 def as_parsed(model: onnx.ModelProto, runtime: str) -> tuple[onnx.ModelProto, list[str]]:
-    """Writes a graph as the parser of a runtime reads it.
+    """Rewrites a graph so that its meaning in ONNX is what the parser of a runtime reads.
 
     Args:
         model: without subgraphs.
         runtime: one of `READINGS`.
 
     Returns:
-        A copy whose meaning in ONNX is what the parser makes of the graph, and the nodes and constants that are not
-        what they were.
+        A rewritten copy, and the names of the nodes and constants that changed.
     """
     model = onnx.ModelProto.FromString(model.SerializeToString())
     inferred = onnx.shape_inference.infer_shapes(model).graph
@@ -63,45 +64,45 @@ def as_parsed(model: onnx.ModelProto, runtime: str) -> tuple[onnx.ModelProto, li
         {value.name: [d.dim_value for d in value.type.tensor_type.shape.dim] for value in values},
     )
     graph.shapes |= {name: list(value.shape) for name, value in graph.constants.items()}
-    del model.graph.value_info[:]  # shapes may be others now
-    other = []
+    del model.graph.value_info[:]  # shapes may change
+    changed = []
     for node in model.graph.node:
         before = node.SerializeToString(deterministic=True)
         if node.op_type in READINGS[runtime]:
             READINGS[runtime][node.op_type](node, graph)
         if node.SerializeToString(deterministic=True) != before:
-            other.append(f"{node.op_type} {node.name}")
+            changed.append(f"{node.op_type} {node.name}")
     if runtime == "TensorRT 8.6":
-        other += _narrowed(model.graph)
-    # Sizes that a reading has written down.
+        changed += _narrowed(model.graph)
+    # Constants that a reading has added.
     known = {tensor.name for tensor in model.graph.initializer}
     model.graph.initializer.extend(
         numpy_helper.from_array(value, name) for name, value in graph.constants.items() if name not in known
     )
-    return model, other
+    return model, changed
 
 
 def _narrowed(graph: onnx.GraphProto) -> list[str]:
-    """Cuts INT64 constants to 32 bits [onnx2trt_utils.cpp, convertINT64]; returns which were cut."""
-    # A slice may end anywhere behind the last element.
+    """Clips INT64 constants to 32 bits [onnx2trt_utils.cpp, convertINT64]; returns the names of those that changed."""
+    # The end of a slice may be any number after the last element.
     bounds = {name for node in graph.node if node.op_type == "Slice" for name in node.input[1:3]}
-    limits, cut = np.iinfo(np.int32), []
+    limits, clipped = np.iinfo(np.int32), []
     for tensor in graph.initializer:
         if tensor.data_type == onnx.TensorProto.INT64 and tensor.name not in bounds:
             value = numpy_helper.to_array(tensor)
             narrow = value.clip(limits.min, limits.max)
             if (narrow != value).any():
                 tensor.CopyFrom(numpy_helper.from_array(narrow, tensor.name))
-                cut.append(f"constant {tensor.name}")
-    return cut
+                clipped.append(f"constant {tensor.name}")
+    return clipped
 
 
-# Readings by operator. In brackets the file and function that reads it; in release/10.0-GA builtin_op_importers.cpp is
-# called onnxOpImporters.cpp, and onnx2trt_utils.cpp importerUtils.cpp.
+# Readings by operator, with the file and the function of the parser in brackets. In release/10.0-GA,
+# builtin_op_importers.cpp has the name onnxOpImporters.cpp, and onnx2trt_utils.cpp the name importerUtils.cpp.
 
 
 def _grid_sample(node: onnx.NodeProto, graph: _Graph) -> None:
-    """Unknown modes are nearest, unknown paddings zeros [builtin_op_importers.cpp, GridSample]."""
+    """Unknown modes are read as nearest, unknown paddings as zeros [builtin_op_importers.cpp, GridSample]."""
     mode = _attribute(node, "mode", b"bilinear")
     if mode not in (b"nearest", b"bilinear", b"bicubic"):
         _set(node, "mode", "nearest")
@@ -110,9 +111,11 @@ def _grid_sample(node: onnx.NodeProto, graph: _Graph) -> None:
 
 
 def _reduce(node: onnx.NodeProto, graph: _Graph) -> None:
-    """Axes are read from the attribute, otherwise all are reduced [builtin_op_importers.cpp, Reduce...;
-    onnx2trt_utils.cpp, reduceTensor]. Only ReduceSum passes on its second input, from opset 13 on; nothing reads
-    noop_with_empty_axes."""
+    """Axes are read from the attribute; without it all axes are reduced.
+
+    Only ReduceSum reads its second input, from opset 13 on; noop_with_empty_axes is not read [builtin_op_importers.cpp,
+    Reduce...; onnx2trt_utils.cpp, reduceTensor].
+    """
     if not (node.op_type == "ReduceSum" and graph.opset >= 13):
         del node.input[1:]
     if len(node.input) < 2:
@@ -120,8 +123,10 @@ def _reduce(node: onnx.NodeProto, graph: _Graph) -> None:
 
 
 def _split(node: onnx.NodeProto, graph: _Graph) -> None:
-    """Without sizes, every part has the size divided by the number of outputs, rounded down; num_outputs is not read
-    [builtin_op_importers.cpp, Split]."""
+    """Without sizes, each part has the size divided by the number of outputs, rounded down; num_outputs is not read.
+
+    [builtin_op_importers.cpp, Split]
+    """
     size, parts = graph.shapes[node.input[0]][_attribute(node, "axis", 0)], len(node.output)
     if len(node.input) < 2 and size % parts:
         name = f"{node.name}/parsed_sizes"
@@ -137,14 +142,16 @@ def _resize(node: onnx.NodeProto, graph: _Graph) -> None:
 
 
 def _shape(node: onnx.NodeProto, graph: _Graph) -> None:
-    """The part that is wanted (opset 15) is not read [builtin_op_importers.cpp, Shape]."""
+    """The attributes start and end of opset 15 are not read [builtin_op_importers.cpp, Shape]."""
     _unread(node, "start", 0)
     _unread(node, "end", None)
 
 
 def _constant(node: onnx.NodeProto, graph: _Graph) -> None:
-    """Whole numbers are read from the fields of floats, which are empty [builtin_op_importers.cpp, Constant;
-    OnnxAttrs.cpp, get<float>]."""
+    """Integers are read from the float fields, which are empty.
+
+    [builtin_op_importers.cpp, Constant; OnnxAttrs.cpp, get<float>]
+    """
     for name, read in (("value_int", np.zeros((), np.int64)), ("value_ints", np.zeros(0, np.int64))):
         if _attribute(node, name, None) is not None:
             _set(node, name, None)
@@ -152,24 +159,24 @@ def _constant(node: onnx.NodeProto, graph: _Graph) -> None:
 
 
 def _quantize(node: onnx.NodeProto, graph: _Graph) -> None:
-    """Several scales without an axis belong to axis 0, not 1 [builtin_op_importers.cpp, QuantDequantLinearHelper]."""
+    """Per-channel scales without an axis use axis 0, not 1 [builtin_op_importers.cpp, QuantDequantLinearHelper]."""
     scale = graph.constants.get(node.input[1])
     if scale is not None and scale.size > 1 and _attribute(node, "axis", None) is None:
         _set(node, "axis", 0)
 
 
-def _attribute(node: onnx.NodeProto, name: str, default: object) -> object:
+def _attribute(node: onnx.NodeProto, name: str, default: object) -> Any:
     return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
 
 
 def _unread(node: onnx.NodeProto, name: str, default: object) -> None:
-    """Removes an attribute that has another value than its default."""
+    """Removes an attribute that differs from its default."""
     if _attribute(node, name, default) != default:
         _set(node, name, None)
 
 
 def _set(node: onnx.NodeProto, name: str, value: object) -> None:
-    """Gives an attribute another value, or removes it where that is None."""
+    """Sets an attribute, or removes it if the value is None."""
     kept = [attribute for attribute in node.attribute if attribute.name != name]
     if len(kept) < len(node.attribute) or value is not None:
         del node.attribute[:]
@@ -180,7 +187,7 @@ REDUCTIONS = ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "
 _FROM_10: dict[str, Callable[[onnx.NodeProto, _Graph], None]] = {
     "GridSample": _grid_sample, "QuantizeLinear": _quantize, "DequantizeLinear": _quantize,
 }  # fmt: skip
-# By runtime, oldest first: the operators of which its parser reads some forms otherwise than ONNX means them.
+# By runtime, oldest first: the operators with forms that its parser misreads.
 READINGS = {
     "TensorRT 8.6": {
         **_FROM_10,
@@ -193,15 +200,16 @@ READINGS = {
 
 @dataclass(frozen=True)
 class SecondReading:
-    """How far the second executor is from ONNX Runtime.
+    """The differences between the second executor and ONNX Runtime.
 
     Args:
-        runtime: whose parser's reading was run; empty for ONNX' own, where the export is for no TensorRT.
-        frames: that were run again, each from the memory that ONNX Runtime had.
-        differences: largest and mean by output, as in `Certificate.raw`; "box" and "line" are all decoded numbers.
-        share: how much of their spread the raw outputs and the memory change, see `quantize.changed`.
-        read_otherwise: nodes and constants that the parser reads otherwise than ONNX means them.
-        by_reading: the largest difference that these alone make, in one and the same executor.
+        runtime: with the parser whose reading was run; empty if the graph was run as ONNX defines it, because the
+            export is not for TensorRT.
+        frames: number of frames, each with the memory of ONNX Runtime.
+        differences: largest and mean by output, as in `Replay.raw`; "box" and "line" are all decoded values.
+        share: change of the raw outputs and the memory in standard deviations, see `quantize.relative_change`.
+        read_otherwise: names of the nodes and constants that the parser misreads.
+        by_reading: largest difference that these misread forms make, both sides run in the second executor.
     """
 
     runtime: str
@@ -212,12 +220,12 @@ class SecondReading:
     by_reading: float
 
     def failures(self, precision: str) -> list[str]:
-        """Why an export of this precision must not be used; empty if it may."""
+        """Returns the reasons why an export of this precision must not be used; empty if it passed."""
         found = []
         if not self.by_reading <= LARGEST:
             found.append(
-                f"the parser of {self.runtime} does not read {_named(self.read_otherwise)} as ONNX means it, and "
-                f"answers change by up to {self.by_reading:.2e}"
+                f"the parser of {self.runtime} misreads {_named(self.read_otherwise)}, and outputs change by up to "
+                f"{self.by_reading:.2e}"
             )
         if precision == "fp32":
             found += [
@@ -227,18 +235,18 @@ class SecondReading:
             ]
         elif not self.share <= SHARES[precision]:
             found.append(
-                f"answers of the second executor differ by {self.share:.4f} of their spread, more than "
+                f"outputs of the second executor differ by {self.share:.4f} standard deviations, more than "
                 f"{SHARES[precision]}"
             )
         return found
 
     def markdown(self) -> list[str]:
-        """Lines for people."""
+        """Returns the lines of the certificate in Markdown."""
         reading = f"as the parser of {self.runtime} reads the graph" if self.runtime else "as ONNX defines the graph"
         return [
-            f"{self.frames} frames again by another executor than ONNX Runtime, {reading}. Answers differ by "
-            f"{self.share:.1e} of their spread. Nodes that are read otherwise than ONNX means them: "
-            f"{len(self.read_otherwise)}; they change answers by up to {self.by_reading:.1e}.",
+            f"{self.frames} frames in a second executor, {reading}. Outputs differ by {self.share:.1e} standard "
+            f"deviations. Nodes that the parser misreads: {len(self.read_otherwise)}; they change outputs by up to "
+            f"{self.by_reading:.1e}.",
             "",
             "| output | largest difference | mean |",
             "|---|---|---|",
@@ -248,33 +256,33 @@ class SecondReading:
 
 
 class SecondExecutor:
-    """Runs frames of a certificate's drive again and compares.
+    """Runs some frames of a certificate in the second executor and compares the outputs.
 
     Args:
         folder: of the export.
-        contract: of `read_contract`; the reading is that of the oldest runtime that the export was checked for.
-        frames: of the drive.
+        contract: from `read_contract`; the graph is run as the oldest runtime that it was checked for reads it.
+        frames: number of frames of the dataset.
 
     Raises:
-        ConfigError: the graph holds an operator that the second executor does not know.
+        ConfigError: the graph holds an operator that the second executor does not support.
     """
 
     def __init__(self, folder: str | Path, contract: dict, frames: int) -> None:
-        self.frames = {*range(FIRST), int(LATER * frames)}  # numbers of those that are to be given to `add`
+        self.frames = {*range(FIRST), int(LATER * frames)}  # numbers of the frames for `add`
         model = onnx.load(Path(folder, MODEL))
         self._runtime = next((runtime for runtime in READINGS if contract["checked"].get(runtime)), "")
-        parsed, self._other = as_parsed(model, self._runtime) if self._runtime else (model, [])
+        parsed, self._misread = as_parsed(model, self._runtime) if self._runtime else (model, [])
         self._session = ReferenceSession(parsed)
-        self._plain = ReferenceSession(model) if self._other else None
+        self._plain = ReferenceSession(model) if self._misread else None
         self._pairs: list[tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]] = []
         self._by_reading = 0.0
 
     def add(self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:
-        """Runs a frame again.
+        """Runs a frame.
 
         Args:
             inputs: of the graph by name, memory included.
-            outputs: what ONNX Runtime made of them, new memory included.
+            outputs: of ONNX Runtime for these inputs, new memory included.
 
         Raises:
             ConfigError: the graph cannot be run as the parser reads it.
@@ -285,38 +293,38 @@ class SecondExecutor:
                 if values.shape != outputs[name].shape:
                     raise ConfigError(f"{name} has the shape {values.shape} instead of {outputs[name].shape}")
         except ConfigError as error:
-            if not self._other:
+            if not self._misread:
                 raise
             raise ConfigError(
-                f"the parser of {self._runtime} does not read {_named(self._other)} as ONNX means it, and what it "
-                f"reads cannot be run ({error})"
+                f"the parser of {self._runtime} misreads {_named(self._misread)}, and the graph that it reads cannot "
+                f"be run ({error})"
             ) from None
         if self._plain:
-            meant = self._plain.run(inputs)
-            self._by_reading = np.max([self._by_reading, *(_relative(meant[x], found[x]).max() for x in found)])
+            expected = self._plain.run(inputs)
+            self._by_reading = np.max([self._by_reading, *(_relative(expected[x], found[x]).max() for x in found)])
         self._pairs.append(({name: outputs[name].copy() for name in found}, found))
 
     def result(self) -> SecondReading:
-        """The comparison of all frames that were given."""
+        """Returns the comparison of all frames."""
         differences: dict[str, list[np.ndarray]] = {}
-        for wanted, found in self._pairs:
+        for expected, found in self._pairs:
             others = _tables(found)
-            for name, rows in _tables(wanted).items():
+            for name, rows in _tables(expected).items():
                 other = others[name]
                 if name != "memory" and np.isfinite(other).all():
-                    other = other[aligned(rows, other)]  # two equally good queries may come in either order
+                    other = other[match_rows(rows, other)]  # the order of queries is not defined
                 differences.setdefault(name, []).append(_relative(rows, other).ravel())
-        judged = [name for name in self._pairs[0][0] if is_judged(name)]
-        wanted, found = (
-            {name: np.stack([pair[side][name] for pair in self._pairs]) for name in judged} for side in (0, 1)
+        compared = [name for name in self._pairs[0][0] if is_compared(name)]
+        expected, found = (
+            {name: np.stack([pair[side][name] for pair in self._pairs]) for name in compared} for side in (0, 1)
         )
         finite = all(np.isfinite(values).all() for values in found.values())
         return SecondReading(
             runtime=self._runtime,
             frames=len(self._pairs),
             differences={name: (float(np.max(parts)), float(np.mean(parts))) for name, parts in differences.items()},
-            share=changed(wanted, found) if finite else np.inf,
-            read_otherwise=tuple(self._other),
+            share=relative_change(expected, found) if finite else np.inf,
+            read_otherwise=tuple(self._misread),
             by_reading=float(self._by_reading),
         )
 
@@ -326,14 +334,14 @@ def _named(nodes: Sequence[str]) -> str:
 
 
 def _tables(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Outputs as one row per query [Q, ...] by "raw_box", "box", "raw_line" and "line"; the memory as it is."""
+    """Joins outputs to one row per query [Q, ...], by "raw_box", "box", "raw_line" and "line"; keeps the memory."""
     tables = {"memory": outputs["new_memory"]} if "new_memory" in outputs else {}
     for prefix in ("raw_box", "box", "raw_line", "line"):
         columns = []
         for name, values in outputs.items():
             if name.startswith(f"{prefix}_"):
                 values = values.reshape(len(values), -1).astype(np.float64)
-                # One direction has many angles.
+                # Angles are periodic.
                 columns += [np.cos(values), np.sin(values)] if name == "box_yaw" else [values]
         if columns:
             tables[prefix] = np.concatenate(columns, 1)
@@ -341,6 +349,6 @@ def _tables(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _relative(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Differences; of numbers larger than one, in units of these."""
+    """Returns differences, relative for values above 1 and absolute for others."""
     one, other = one.astype(np.float64), other.astype(np.float64)
     return np.abs(one - other) / np.maximum(1, np.abs(one))

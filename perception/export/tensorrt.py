@@ -1,17 +1,18 @@
-"""TensorRT engines from an exported graph, for named targets and without a GPU where TensorRT-RTX is used.
+"""Builds TensorRT engines from an exported graph. TensorRT-RTX builds for named targets without a GPU.
 
-The network is strongly typed: the precision of every tensor is the one that the graph says. An engine belongs to one
-kind of GPU and to one version of TensorRT; both are written into the contract beside its hash. Before anything is
-built, the layers that the parser made of the graph are compared with the graph: a parser may read an operator
-otherwise than ONNX defines it, without a word.
+The network is strongly typed: every tensor has the type that it has in the graph. An engine runs on one GPU
+architecture and with one version of TensorRT; the contract holds both, with the hash of the engine. Before an engine is
+built, the layers of the parsed network are compared with the graph, because a parser may misread an operator without an
+error.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,11 +22,14 @@ from perception.export.engine_session import Cuda, import_tensorrt
 from perception.export.nodes import UNKNOWN, Node, nodes_of
 from perception.files import replacing, write_json
 
+if TYPE_CHECKING:
+    import onnx
+
 CURRENT = "current"  # the GPU of this machine
-PARSED = "parser run"  # the contract's word for a graph whose layers were compared
+PARSED = "parser run"  # entry in the contract for a graph whose layers were compared
 NAMES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
-SHOWN = 3  # differences that an error names
-# Kinds of layers that stand for one node each: the class with their settings, and the operators they are made of.
+SHOWN = 3  # differences in an error message
+# Kinds of layers that correspond to one node each: class with their settings, and operators.
 LAYERS = {
     "GRID_SAMPLE": ("IGridSampleLayer", ("GridSample",)),
     "REDUCE": ("IReduceLayer", ("ReduceMax", "ReduceMin", "ReduceMean", "ReduceSum", "ReduceL2")),
@@ -52,24 +56,22 @@ TYPES = {
 def build_engines(
     folder: str | Path, *, package: str = "tensorrt-rtx", targets: Sequence[str] = (CURRENT,)
 ) -> dict[str, Path]:
-    """Builds an engine of the graph in a folder for each target and enters them into its contract.
+    """Builds an engine of an export for each target and adds them to the contract.
 
-    With "tensorrt", timings of kernels are kept in `timing.cache`, so that a second build takes less time; it may be
-    deleted.
+    With "tensorrt", kernel timings are stored in `timing.cache`, which makes a second build faster and may be deleted.
 
     Args:
-        folder: that `export_onnx` wrote.
-        package: "tensorrt-rtx", which builds for any target that it knows, on any machine; or "tensorrt", which builds
-            for the GPU of this machine.
+        folder: written by `export_onnx`.
+        package: "tensorrt-rtx", which builds for all its targets on any machine; or "tensorrt", which builds for the
+            GPU of this machine.
         targets: compute capabilities such as "sm89", or "current".
 
     Returns:
         The engine of each target.
 
     Raises:
-        CheckpointError: the folder is none of an export.
-        ConfigError: the package is not installed, does not know a target, does not take the graph, or reads it
-            otherwise than ONNX defines it.
+        CheckpointError: the folder does not hold an export.
+        ConfigError: the package is not installed, does not support a target, rejects the graph, or misreads it.
     """
     folder = Path(folder)
     contract = read_contract(folder)
@@ -81,7 +83,7 @@ def build_engines(
         builder = trt.Builder(logger)
         network, _parser = parse_graph(trt, builder, logger, folder / MODEL, package)
         config = builder.create_builder_config()
-        config.clear_flag(trt.BuilderFlag.TF32)  # geometry in float32 means all of its digits
+        config.clear_flag(trt.BuilderFlag.TF32)  # geometry needs the full precision of float32
         if target != CURRENT:
             config.num_compute_capabilities = 1
             config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), 0)
@@ -91,14 +93,14 @@ def build_engines(
             config.set_timing_cache(timings, ignore_mismatch=False)
         engine = builder.build_serialized_network(network, config)
         if engine is None:
-            raise ConfigError(f"{package} builds no engine of {folder / MODEL} for {target}; its messages say why")
+            raise ConfigError(f"{package} builds no engine of {folder / MODEL} for {target}; see its messages above")
         name = f"model.{target}.engine"
         content = bytes(engine)
-        with replacing(folder / name) as beside:
-            beside.write_bytes(content)
+        with replacing(folder / name) as temporary:
+            temporary.write_bytes(content)
         if cache:
-            with replacing(cache) as beside:
-                beside.write_bytes(bytes(config.get_timing_cache().serialize()))
+            with replacing(cache) as temporary:
+                temporary.write_bytes(bytes(config.get_timing_cache().serialize()))
         contract["engines"][target] = {
             "file": name, "gpu": gpu, "package": package, "package_version": trt.__version__,
         }  # fmt: skip
@@ -112,13 +114,14 @@ def build_engines(
 
 
 def gpus_of(package: str, targets: Sequence[str]) -> dict[str, str]:
-    """The compute capability that each target means, such as "sm89"; asked before long work, it says what is missing.
+    """Returns the compute capability of each target, such as "sm89". Call it before long work to check the targets.
 
     Args:
         package, targets: as for `build_engines`.
 
     Raises:
-        ConfigError: the package is not installed or does not know a target, or there is no GPU to be the current one.
+        ConfigError: the package is not installed or does not support a target, or the target is "current" and there is
+            no GPU.
     """
     trt = import_tensorrt(package)
     gpus = {}
@@ -136,24 +139,24 @@ def gpus_of(package: str, targets: Sequence[str]) -> dict[str, str]:
 
 
 def runtime_name(package: str, version: str) -> str:
-    """The name of a runtime in contracts, such as "TensorRT-RTX 1.7"."""
+    """Returns the name of a runtime in contracts, such as "TensorRT-RTX 1.7"."""
     return f"{NAMES[package]} {'.'.join(version.split('.')[:2])}"
 
 
-def parse_graph(trt, builder, logger, path: str | Path, package: str):
-    """Reads a graph with the parser of TensorRT and compares what it made of it with the graph.
+def parse_graph(trt: Any, builder: Any, logger: Any, path: str | Path, package: str) -> tuple[Any, Any]:
+    """Parses a graph with TensorRT and compares the layers of the network with the graph.
 
     Args:
         trt: the module, from `import_tensorrt`.
         builder, logger: of that module.
         path: of the ONNX file.
-        package: name of the module's package, for errors.
+        package: name of the module's package, for messages.
 
     Returns:
-        The network, strongly typed, and the parser, which has to live as long as the network.
+        The network, strongly typed, and the parser, which must live as long as the network.
 
     Raises:
-        ConfigError: the parser does not take the graph, or reads it otherwise than ONNX defines it.
+        ConfigError: the parser rejects the graph, or misreads it.
     """
     import onnx
 
@@ -161,7 +164,7 @@ def parse_graph(trt, builder, logger, path: str | Path, package: str):
     parser = trt.OnnxParser(network, logger)
     content = Path(path).read_bytes()
     if not parser.parse(content):
-        reason = str(parser.get_error(0)).splitlines()[0] if parser.num_errors else "it does not say why"
+        reason = str(parser.get_error(0)).splitlines()[0] if parser.num_errors else "it gives no reason"
         raise ConfigError(f"{package} does not take {path}: {reason}")
     differences = compare_layers(trt, network, onnx.ModelProto.FromString(content))
     if differences:
@@ -173,17 +176,17 @@ def parse_graph(trt, builder, logger, path: str | Path, package: str):
     return network, parser
 
 
-def compare_layers(trt, network, model) -> list[str]:
-    """Compares the layers of a network that a parser made of a graph with the nodes of the graph.
+def compare_layers(trt: Any, network: Any, model: onnx.ModelProto) -> list[str]:
+    """Compares the layers of a parsed network with the nodes of its graph.
 
-    Compared are type and shape of every tensor that a node gives out, how many layers there are of the kinds in
-    `LAYERS`, and their settings: modes and padding of GridSample and Resize, axes of Reduce, Softmax,
-    LayerNormalization, TopK, Gather and Concat, strides, padding and groups of convolutions and poolings.
+    It compares the type and the shape of all node outputs, the number of layers of the kinds in `LAYERS`, and their
+    settings: modes and padding of GridSample and Resize, axes of Reduce, Softmax, LayerNormalization, TopK, Gather and
+    Concat, strides, padding and groups of convolutions and poolings.
 
     Args:
-        trt: the module that `network` is of.
+        trt: the module of `network`.
         network: an `INetworkDefinition`.
-        model: the `onnx.ModelProto` that it should be.
+        model: the graph.
 
     Returns:
         The differences, each with the name of its node.
@@ -207,34 +210,34 @@ def compare_layers(trt, network, model) -> list[str]:
         made_of.setdefault((layer.type.name, node_name), []).append(layer)
     counts = Counter(layer.type.name for layer in layers)
     for kind, (class_name, operators) in LAYERS.items():
-        meant = [node for node in nodes if node.operator in operators]
-        if counts[kind] != len(meant):
-            differences.append(f"{len(meant)} nodes {'/'.join(operators)} became {counts[kind]} layers {kind}")
-        for node in meant:
+        expected = [node for node in nodes if node.operator in operators]
+        if counts[kind] != len(expected):
+            differences.append(f"{len(expected)} nodes {'/'.join(operators)} became {counts[kind]} layers {kind}")
+        for node in expected:
             for layer in made_of.get((kind, node.name), ()):
-                layer.__class__ = getattr(trt, class_name)  # its settings are attributes of that class alone
+                layer.__class__ = getattr(trt, class_name)  # only that class has the settings as attributes
                 for name, wanted in _settings(trt, node).items():
                     found = getattr(layer, name)
                     found = tuple(found) if isinstance(wanted, tuple) else found
                     if found != wanted:
                         differences.append(
-                            f"{node.operator} {node.name} has the {name} {_said(found)} instead of {_said(wanted)}"
+                            f"{node.operator} {node.name} has the {name} {_text(found)} instead of {_text(wanted)}"
                         )
             if (kind, node.name) not in made_of:
                 differences.append(f"{node.operator} {node.name} has no layer {kind}")
     return differences
 
 
-def _said(value: object) -> str:
+def _text(value: object) -> str:
     return getattr(value, "name", str(value))
 
 
-def _settings(trt, node: Node) -> Mapping[str, object]:
-    """What a layer has to be set to, by the names of TensorRT's attributes, to be what a node is in ONNX."""
+def _settings(trt: Any, node: Node) -> Mapping[str, object]:
+    """Returns the settings of a layer that is equivalent to a node, by the names of TensorRT's attributes."""
     given = node.attributes
     rank = len(node.shape(0))
 
-    def mask(axes: Sequence[int]) -> int:
+    def mask(axes: Iterable[int]) -> int:
         return int(sum(1 << int(axis) % rank for axis in axes))
 
     def window(count: int) -> dict[str, object]:

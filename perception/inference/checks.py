@@ -1,24 +1,26 @@
-"""Checks the inputs of every live use and measures the motion between frames, with numpy alone.
+"""Checks the inputs and outputs of a network in live use, with numpy alone.
 
-A network with a memory never forgets a number that is not finite. So whatever no vehicle can have is refused here,
-before the network runs; a motion that no vehicle can make starts the memory afresh.
+A value that is not finite stays in the memory of a network for all later frames. These checks therefore reject inputs
+that are not finite or out of range for a vehicle before the network runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Real
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from perception.errors import ConfigError, DataError
 from perception.geometry import is_rigid
-from perception.types import CameraRig, FrameObjects
+from perception.types import CameraRig, FrameObjects, NumpyCameraRig, NumpyFrameObjects
 
 FARTHEST_POSE = 1e8  # metres; coordinates of UTM and ECEF stay below 1.1e7
 FARTHEST_CAMERA = 50.0  # metres from the ego origin
 FOCAL_RANGE = 0.05, 100.0  # times the larger side of the image: fields of view of 169 and 0.6 degrees
-FARTHEST_PRINCIPAL = 3.0  # larger sides of the image from its middle; crops move the point out of the image
+FARTHEST_PRINCIPAL = 3.0  # larger sides of the image from its centre; crops move the point out of the image
 MAX_SKEW = 0.1  # of the focal length
 EPOCH_UNITS = (("nanoseconds", 1e17, "1e9"), ("microseconds", 1e14, "1e6"), ("milliseconds", 1e11, "1e3"))
 
@@ -28,16 +30,30 @@ NOT_FINITE = (
 )
 
 
-def checked_setting(name: str, value, low: float, high: float, meaning: str) -> float:
-    """A number of low..high as float, or a ConfigError that names it."""
+def checked_setting(name: str, value: object, low: float, high: float, meaning: str) -> float:
+    """Converts a setting to float.
+
+    Args:
+        name: of the setting, for the message.
+        value: any real number.
+        low, high: smallest and largest number that is accepted.
+        meaning: which values are accepted, for the message.
+
+    Raises:
+        ConfigError: `value` is not a number, or out of range.
+    """
     number = _real(value)
     if number is None or not low <= number <= high:
         raise ConfigError(f"{name} is {value!r}; give {meaning}")
     return number
 
 
-def checked_time(time_s) -> float:
-    """A time in seconds as float, or a DataError that names the likely unit."""
+def checked_time(time_s: object) -> float:
+    """Converts a time in seconds to float.
+
+    Raises:
+        DataError: it is not a finite number, or so large that it has another unit, which the message names.
+    """
     seconds = _real(time_s)
     if seconds is None:
         raise DataError(
@@ -51,21 +67,33 @@ def checked_time(time_s) -> float:
     return seconds
 
 
-def checked_pose(global_from_ego) -> np.ndarray:
-    """A pose [4, 4] as float64, or a DataError that says what is wrong."""
-    pose = rigid("global_from_ego", global_from_ego)
+def checked_pose(global_from_ego: object) -> NDArray[np.float64]:
+    """Converts a pose [4, 4] to float64.
+
+    Raises:
+        DataError: it is not a rigid transform, or farther from its origin than any place on Earth.
+    """
+    pose = checked_rigid("global_from_ego", global_from_ego)
     farthest = np.abs(pose[:3, 3]).max()
     if farthest > FARTHEST_POSE:
         raise DataError(
             f"global_from_ego is {farthest:.4g} m from its origin, and no place on Earth needs more than "
-            f"{FARTHEST_POSE:.0e}; give metres (not millimetres), and look for numbers that were never set"
+            f"{FARTHEST_POSE:.0e}; give metres (not millimetres), and look for uninitialised numbers"
         )
     return pose
 
 
-def rigid(name: str, matrix) -> np.ndarray:
-    """A rigid transform [4, 4] as float64, or a DataError that names it."""
-    matrix = _floats(name, matrix, (4, 4), "give (4, 4)")
+def checked_rigid(name: str, transform: object) -> NDArray[np.float64]:
+    """Converts a rigid transform [4, 4] to float64.
+
+    Args:
+        name: of the transform, for the message.
+        transform: array, tensor or nested lists.
+
+    Raises:
+        DataError: it is not a rigid transform.
+    """
+    matrix = _floats(name, transform, (4, 4), "give (4, 4)")
     if not np.isfinite(matrix).all() or (matrix[3] != (0, 0, 0, 1)).any():
         raise DataError(f"{name} is not a rigid transform; give finite numbers and 0 0 0 1 in the last row")
     if not is_rigid(matrix):
@@ -73,20 +101,20 @@ def rigid(name: str, matrix) -> np.ndarray:
     return matrix
 
 
-def checked_rig(rig: CameraRig, cameras: int) -> CameraRig:
-    """A rig as numpy float64 and bool, with harmless numbers for cameras that are missing.
+def checked_rig(rig: CameraRig | NumpyCameraRig, cameras: int) -> NumpyCameraRig:
+    """Converts a rig to numpy float64 and bool.
 
-    Even NaN times weight 0 would be NaN.
+    Cameras that are not present get identity matrices, because NaN times weight 0 is NaN.
 
     Args:
         rig: img_from_cam [N, 3, 3], ego_from_cam [N, 4, 4], present [N]; arrays, tensors or nested lists.
-        cameras: how many images were given.
+        cameras: number of images.
 
     Raises:
-        DataError: the type or a shape does not fit, or the calibration of a camera that is present is none.
+        DataError: the type or a shape does not fit, or the calibration of a present camera is invalid.
     """
     N = cameras
-    if not isinstance(rig, CameraRig):
+    if not isinstance(rig, CameraRig | NumpyCameraRig):
         raise DataError(f"rig is {_described(rig)}; give a perception.CameraRig")
     present = _array("rig.present", rig.present)
     if present.shape != (N,) or present.dtype != bool:
@@ -106,26 +134,26 @@ def checked_rig(rig: CameraRig, cameras: int) -> CameraRig:
                 "and 0 0 1 in the last row"
             )
         img_from_cam[n] = given
-        ego_from_cam[n] = rigid(f"rig.ego_from_cam[{n}]", given_poses[n])
+        ego_from_cam[n] = checked_rigid(f"rig.ego_from_cam[{n}]", given_poses[n])
         farthest = np.abs(ego_from_cam[n, :3, 3]).max()
         if farthest > FARTHEST_CAMERA:
             raise DataError(
                 f"rig.ego_from_cam[{n}] is {farthest:.4g} m from the ego origin, and no vehicle is longer than "
                 f"{FARTHEST_CAMERA:g}; give metres (not millimetres) in the ego frame (not the global one)"
             )
-    return CameraRig(img_from_cam, ego_from_cam, present.copy())
+    return NumpyCameraRig(img_from_cam, ego_from_cam, present.copy())
 
 
-def check_intrinsics(name: str, img_from_cam: np.ndarray, image_size: tuple[int, int]) -> None:
-    """Refuses a pinhole calibration that cannot be of an image of this size.
+def check_intrinsics(name: str, img_from_cam: NDArray[np.float64], image_size: tuple[int, ...]) -> None:
+    """Checks that pinhole intrinsics fit the size of their image.
 
     Args:
         name: of the calibration, for the message.
-        img_from_cam: [3, 3] of `checked_rig`.
-        image_size: height and width in pixels of the image that it belongs to.
+        img_from_cam: [3, 3] from `checked_rig`.
+        image_size: height and width of the image in pixels.
 
     Raises:
-        DataError: focal length, principal point or skew are out of range.
+        DataError: the focal length, the principal point or the skew is out of range.
     """
     (H, W), larger = image_size, max(image_size)
     (focal_x, skew_x, u), (skew_y, focal_y, v), _ = img_from_cam
@@ -147,16 +175,16 @@ def check_intrinsics(name: str, img_from_cam: np.ndarray, image_size: tuple[int,
         )
 
 
-def check_images(images, cameras: int | None = None, axes: Sequence[str] = ("H", "W", "3")) -> None:
-    """Refuses what is not a list or an array of images, before any of them is looked at.
+def check_images(images: object, cameras: int | None = None, axes: Sequence[str] = ("H", "W", "3")) -> None:
+    """Checks that `images` is a list or an array with one image per camera. It does not check the images themselves.
 
     Args:
         images: one per camera.
-        cameras: how many the network takes, None for any number.
-        axes: of one image.
+        cameras: number of cameras of the network, None for any number.
+        axes: names of the axes of one image, for messages.
 
     Raises:
-        DataError: the type, or the number of images, does not fit.
+        DataError: the type or the number of images does not fit.
     """
     if isinstance(images, np.ndarray):
         if images.ndim != 1 + len(axes) and not (images.ndim == 1 and images.dtype == object):
@@ -167,52 +195,57 @@ def check_images(images, cameras: int | None = None, axes: Sequence[str] = ("H",
         raise DataError("images is empty; give one image per camera of the rig, at least one")
     if cameras is not None and len(images) != cameras:
         raise DataError(
-            f"images: {len(images)} images were given; the network was exported for {cameras} (absent ones are None)"
+            f"images: {len(images)} images were given; the network was exported for {cameras} (give None for a missing "
+            "camera)"
         )
 
 
-def checked_image(name: str, image) -> np.ndarray:
-    """An RGB image [H, W, 3] uint8, or a DataError that names it."""
+def checked_image(name: str, image: object) -> NDArray[np.uint8]:
+    """Returns an RGB image [H, W, 3] uint8 after checking it.
+
+    Raises:
+        DataError: it has another type or shape, or no pixels.
+    """
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise DataError(f"{name} is {_described(image)}; give RGB as a numpy array [H, W, 3] of uint8")
     if 0 in image.shape:
-        raise DataError(f"{name} is {_described(image)} and holds no pixel; mark a camera without image in rig.present")
+        raise DataError(f"{name} is {_described(image)} and has no pixels; set rig.present to False for this camera")
     return image
 
 
-def scene_is_finite(whole: FrameObjects, kept: FrameObjects) -> bool:
-    """Tells whether the scores of all predictions and all numbers of those that are handed out are finite.
+def objects_are_finite(predicted: FrameObjects | NumpyFrameObjects, returned: FrameObjects | NumpyFrameObjects) -> bool:
+    """Returns True if all predicted scores and all numbers of the returned objects are finite.
 
-    Only the scores count of what is left out: a box that nobody sees may have any size.
+    Of the predictions that are not returned only the scores are checked, because their other numbers have no effect.
 
     Args:
-        whole: all predictions, numpy or on the CPU.
-        kept: those that are handed out.
+        predicted: all predictions, as numpy arrays or tensors on the CPU.
+        returned: the predictions above the score threshold.
     """
-    arrays = [np.asarray(array) for array in (whole.boxes.score, whole.lines.score, *kept.boxes, *kept.lines)]
-    return all(np.isfinite(array).all() for array in arrays)
+    arrays = (predicted.boxes.score, predicted.lines.score, *returned.boxes, *returned.lines)
+    return all(bool(np.isfinite(np.asarray(array)).all()) for array in arrays)
 
 
-def _array(name: str, values) -> np.ndarray:
+def _array(name: str, values: object) -> NDArray[Any]:
     try:
         return np.asarray(values)
-    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; tensors on a GPU, or that want a gradient
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; tensors on a GPU or with a gradient
         raise DataError(f"{name} cannot be read as an array ({str(error).splitlines()[0]}); give numpy") from None
 
 
-def _floats(name: str, values, shape: tuple[int, ...], fix: str) -> np.ndarray:
-    """A copy as float64, or a DataError."""
+def _floats(name: str, values: object, shape: tuple[int, ...], fix: str) -> NDArray[np.float64]:
+    """Returns a copy as float64, or raises a DataError."""
     array = _array(name, values)
     if array.dtype.kind not in "fiu":
         raise DataError(f"{name} is {_described(values)}; {fix} as real numbers")
     if array.shape != shape:
         raise DataError(f"{name} has shape {array.shape}; {fix}")
-    with np.errstate(over="ignore"):  # numbers of more than 64 bits become infinite, which is refused
+    with np.errstate(over="ignore"):  # numbers of more than 64 bits become infinite, which callers reject
         return array.astype(np.float64)
 
 
-def _real(value) -> float | None:
-    """The float of a real scalar, None of anything else."""
+def _real(value: object) -> float | None:
+    """Returns a real scalar as float, None for anything else."""
     try:
         if isinstance(value, Real) and not isinstance(value, bool):
             return float(value)
@@ -224,5 +257,5 @@ def _real(value) -> float | None:
     return float(array) if array.shape == () and array.dtype.kind in "fiu" else None
 
 
-def _described(value) -> str:
+def _described(value: object) -> str:
     return f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__

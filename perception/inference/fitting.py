@@ -1,59 +1,66 @@
-"""Fits images of any size to the network's: one rule, for Pillow images and as constant matrices in a graph."""
+"""Resizes and crops images to the input size of a network.
+
+`fit_image` does it for Pillow images in training and live use. `fit_pixels` gives the same pixels from constant
+matrices, for the graph of an export.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-FIT_BITS = 22  # of the weights behind the point, as Pillow counts
+FIT_BITS = 22  # fractional bits of the weights, the same as in Pillow
 
 
 class Crop(NamedTuple):
-    """The part of an image that the network sees, and how much it is scaled."""
+    """The scale of an image and the part of it that the network sees."""
 
     scale: float
-    left: float  # pixels of the given image that are cut off at the left, and as many at the right
+    left: float  # pixels of the given image that are cut off at the left, and the same number at the right
     top: float  # pixels of the given image that are cut off at the top
 
     @property
-    def img_from_raw(self) -> np.ndarray:
-        """[3, 3] from pixels of the given image to those of the network's."""
+    def img_from_raw(self) -> NDArray[np.float64]:
+        """[3, 3], converts pixels of the given image to pixels of the network's image."""
         scale = self.scale
         return np.array([[scale, 0, -self.left * scale], [0, scale, -self.top * scale], [0, 0, 1]])
 
 
 def fitting_crop(raw_size: tuple[int, int], image_size: tuple[int, int]) -> Crop:
-    """Scales an image until it covers the network's, and crops it at the top and equally at both sides.
+    """Computes scale and crop of an image: scaled until it covers the network's image, cut at the top and both sides.
 
     Args:
         raw_size: height and width of the given image.
-        image_size: height and width of the network's.
+        image_size: height and width of the network's image.
     """
     (raw_h, raw_w), (H, W) = raw_size, image_size
     scale = max(W / raw_w, H / raw_h)
     return Crop(scale, (raw_w - W / scale) / 2, raw_h - H / scale)
 
 
-def fit_image(image: Image.Image, img_from_cam: np.ndarray, image_size: tuple[int, int]) -> tuple[Tensor, np.ndarray]:
-    """Fits an image to the network's size, see `fitting_crop`.
+def fit_image(
+    image: Image.Image, img_from_cam: NDArray[Any], image_size: tuple[int, int]
+) -> tuple[Tensor, NDArray[np.float64]]:
+    """Resizes and crops an image to the network's size, see `fitting_crop`.
 
     Args:
-        image: of any size; one that was opened but not read yet is decoded here, as small as will do.
-        img_from_cam: [3, 3] calibration in its pixels.
-        image_size: height and width wanted.
+        image: of any size. A JPEG that is not decoded yet is decoded here, at a reduced size if that is sufficient.
+        img_from_cam: [3, 3] calibration in pixels of `image`.
+        image_size: height and width of the result.
 
     Returns:
-        [3, H, W] uint8 RGB, and [3, 3] float64 calibration in its pixels.
+        [3, H, W] uint8 RGB, and the calibration [3, 3] float64 in its pixels.
     """
     H, W = image_size
     full_w, full_h = image.size
     crop = fitting_crop((full_h, full_w), image_size)
     scale, left, top = crop
-    # JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, several times faster.
+    # Decoding a JPEG at 1/2, 1/4 or 1/8 of its size is several times faster.
     image.draft("RGB", (int(np.ceil(full_w * scale)), int(np.ceil(full_h * scale))))
     shrink = 1
     while full_w > image.size[0] * shrink:
@@ -65,45 +72,48 @@ def fit_image(image: Image.Image, img_from_cam: np.ndarray, image_size: tuple[in
 
 
 def fit_pixels(pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Images [N, 3, raw H, raw W] at the network's size, with the matrices of `fitting_matrices`.
+    """Resizes and crops images [N, 3, raw H, raw W] with the matrices of `fitting_matrices`.
 
-    Bit for bit what Pillow makes of them: it counts in whole multiples of 2^-22 and rounds to whole grey values after
+    The result is bit-identical to `fit_image`: Pillow uses weights in multiples of 2^-22 and rounds to integers after
     each of the two directions.
     """
-    across = whole_values(pixels.transpose(2, 3), columns).transpose(2, 3)
-    return whole_values(across, rows)
+    across = round_products(pixels.transpose(2, 3), columns).transpose(2, 3)
+    return round_products(across, rows)
 
 
-def whole_values(values: Tensor, weights: Tensor) -> Tensor:
-    """`weights @ values` rounded to whole numbers 0..255, exactly.
+def round_products(values: Tensor, weights: Tensor) -> Tensor:
+    """Computes `weights @ values` exactly and rounds it to integers 0..255.
 
     Args:
-        values: [..., K, P] whole numbers.
-        weights: [2, M, K] from `split_weights`; they stand first, for what is multiplied by weights from the right is
-            halved in half precision.
+        values: [..., K, P] integers.
+        weights: [2, M, K] from `split_weights`. They are the left operand, because `perception.export.half` converts
+            products with constants on the right to half precision.
     """
     coarse, fine = weights[0] @ values + 0.5, weights[1] @ values
     whole = coarse.floor()
-    return (whole + (coarse - whole + fine).floor()).clamp(0, 255)
+    rounded: Tensor = (whole + (coarse - whole + fine).floor()).clamp(0, 255)
+    return rounded
 
 
 def split_weights(shares: Tensor, bits: int) -> Tensor:
-    """Whole multiples [M, K] of 2^-bits as [2, M, K] float32: multiples of 2^(11 - bits), and the rest."""
+    """Splits integers [M, K], in units of 2^-bits, into [2, M, K] float32: multiples of 2^(11 - bits) and the rest."""
     shares = shares.double()
     coarse = (shares / 2**11).floor() * 2**11
-    return (torch.stack([coarse, shares - coarse]) / 2**bits).float()
+    parts: Tensor = torch.stack([coarse, shares - coarse]) / 2**bits
+    return parts.float()
 
 
 def fitting_matrices(raw_size: tuple[int, int], image_size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """`fit_image` as products with constant matrices.
+    """Computes constant matrices that resize and crop as `fit_image` does.
 
-    Pillow's bilinear filter is a triangle as wide as the scale; every row of a matrix holds the weights of one pixel.
+    Pillow's bilinear filter is a triangle whose width is the scale. A row of a matrix holds the weights of one pixel.
 
     Args:
-        raw_size, image_size: height and width given and wanted.
+        raw_size: height and width of the given image.
+        image_size: height and width of the network's image.
 
     Returns:
-        rows [2, H, raw H], columns [2, W, raw W], the coarse and the fine part of each, and img_from_raw [3, 3] for the
+        rows [2, H, raw H] and columns [2, W, raw W], each as coarse and fine part, and img_from_raw [3, 3] for the
         calibration.
     """
     (H, W), (raw_h, raw_w) = image_size, raw_size
@@ -111,12 +121,12 @@ def fitting_matrices(raw_size: tuple[int, int], image_size: tuple[int, int]) -> 
     _, left, top = crop
 
     def weights(count: int, given: int, start: float, end: float) -> Tensor:
-        start, end = np.float32(start), np.float32(end)  # as Pillow keeps them
-        step = float(end - start) / count
-        middle = float(start) + (torch.arange(count, dtype=torch.float64)[:, None] + 0.5) * step
+        start32, end32 = np.float32(start), np.float32(end)  # Pillow stores them in single precision
+        step = float(end32 - start32) / count
+        middle = float(start32) + (torch.arange(count, dtype=torch.float64)[:, None] + 0.5) * step
         reach = max(step, 1.0)
         distance = (torch.arange(given, dtype=torch.float64) + 0.5 - middle) / reach
-        triangle = (1 - distance.abs()).clamp(min=0)
+        triangle: Tensor = (1 - distance.abs()).clamp(min=0)
         return split_weights((triangle / triangle.sum(1, keepdim=True) * 2**FIT_BITS + 0.5).floor(), FIT_BITS)
 
     img_from_raw = torch.from_numpy(crop.img_from_raw).float()

@@ -1,8 +1,8 @@
-"""Live use: images of one frame after the other go in, scenes come out, memory and motion are taken care of.
+"""Runs a PyTorch network on one frame after another, with its memory and the motion between frames.
 
 predictor = Predictor("nano")
-for images, global_from_ego, time_s in drive:
-    scene = predictor.step(images, rig, global_from_ego, time_s)
+for images, global_from_ego, time_s in sequence:
+    objects = predictor.step(images, rig, global_from_ego, time_s)
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -24,29 +26,31 @@ from perception.inference.checks import (
     checked_image,
     checked_rig,
     checked_setting,
-    scene_is_finite,
+    objects_are_finite,
 )
 from perception.inference.ego_motion import MAX_SPEED, MAX_TURN_RATE, EgoMotion
 from perception.inference.fitting import fit_image
 from perception.models import Network
 from perception.models.checkpoint import load_model, on_device
-from perception.types import CameraRig, Frame, FrameObjects, map_tensors
+from perception.types import Boxes, CameraRig, Frame, FrameObjects, NumpyCameraRig, Polylines, map_tensors
+
+Objects = TypeVar("Objects", Boxes, Polylines)
 
 
 class Predictor:
-    """A network, its memory, and the pose and time of the last step.
+    """Runs a network on one frame after another and keeps its memory.
 
     Args:
-        model: a network, or what `load_model` takes: the name of weights that came with the library, such as "nano",
-            or a `.safetensors` file. A network is moved to the device and set to evaluation mode.
-        device: where it runs, such as "cpu" or "cuda".
-        min_score: boxes and lines below this are left out, 0..1.
-        max_speed: m/s above which the pose has jumped, so that the memory is dropped; inf for no limit.
-        max_turn_rate: rad/s, likewise.
+        model: a network, or an argument of `load_model`: the name of weights that are part of the library, such as
+            "nano", or a `.safetensors` file. A network is moved to the device and set to evaluation mode.
+        device: on which it runs, such as "cpu" or "cuda".
+        min_score: score threshold 0..1; boxes and lines below it are not returned.
+        max_speed: m/s above which the pose has jumped and the memory is dropped; inf for no limit.
+        max_turn_rate: rad/s above which the pose has jumped and the memory is dropped; inf for no limit.
 
     Raises:
         CheckpointError: there are no weights of this name, or the file is missing or unreadable.
-        ConfigError: `min_score` is not in 0..1, a limit is negative, or torch has no such device here.
+        ConfigError: `min_score` is not in 0..1, a limit is negative, or torch cannot use the device.
     """
 
     def __init__(
@@ -59,7 +63,7 @@ class Predictor:
         max_turn_rate: float = MAX_TURN_RATE,
     ) -> None:
         self.min_score = checked_setting("Predictor: min_score", min_score, 0, 1, "a number from 0 to 1")
-        self._odometer = EgoMotion(max_speed, max_turn_rate)
+        self._ego_motion = EgoMotion(max_speed, max_turn_rate)
         self.model = on_device(load_model(model) if isinstance(model, str | Path) else model, device)
         self.device = torch.device(device)
         self.reset()
@@ -74,55 +78,55 @@ class Predictor:
         max_speed: float = MAX_SPEED,
         max_turn_rate: float = MAX_TURN_RATE,
     ) -> Predictor:
-        """A predictor with trained weights, the same as `Predictor(name_or_path)`.
+        """Creates a predictor with trained weights, as `Predictor(name_or_path)` does.
 
         Args:
-            name_or_path: the name of weights that came with the library, such as "nano", or a `.safetensors` file.
-            device, min_score, max_speed, max_turn_rate: as of `Predictor`.
+            name_or_path: the name of weights that are part of the library, such as "nano", or a `.safetensors` file.
+            device, min_score, max_speed, max_turn_rate: as for `Predictor`.
 
         Raises:
-            CheckpointError, ConfigError: as `Predictor`.
+            CheckpointError, ConfigError: as for `Predictor`.
         """
         return cls(name_or_path, device, min_score=min_score, max_speed=max_speed, max_turn_rate=max_turn_rate)
 
     def reset(self) -> None:
-        """Forgets everything that was seen; the next step is a first one."""
+        """Clears the memory; the next step is a first frame."""
         self._state = self.model.initial_state(1)
-        self._odometer.reset()
+        self._ego_motion.reset()
 
     def step(
         self,
-        images: np.ndarray | Sequence[np.ndarray | None],
-        rig: CameraRig,
-        global_from_ego: np.ndarray,
+        images: NDArray[np.uint8] | Sequence[NDArray[np.uint8] | None],
+        rig: CameraRig | NumpyCameraRig,
+        global_from_ego: NDArray[Any],
         time_s: float,
     ) -> FrameObjects:
-        """One frame.
+        """Predicts the boxes and lines of one frame.
 
-        The images may have any size; they are fitted to the network's as in training (see `fit_image`). The memory is
-        left out if more than `MAX_GAP` seconds have passed since the last step, or if the pose has jumped since. After
-        an error the predictor is as before the call.
+        The images may have any size; they are resized and cropped as in training (see `fit_image`). The memory is
+        ignored if the last step was more than `MAX_GAP` seconds ago or the pose has jumped since then. An error leaves
+        the predictor in the state before the call.
 
         Args:
-            images: [N, H, W, 3] uint8 RGB, or a sequence of N images [H, W, 3] of different sizes. What stands for a
+            images: [N, H, W, 3] uint8 RGB, or a sequence of N images [H, W, 3] of different sizes. The image of a
                 camera that is not present is ignored and may be None.
             rig: img_from_cam [N, 3, 3] in pixels of these images, ego_from_cam [N, 4, 4] metres, present [N] bool.
-            global_from_ego: [4, 4] pose at `time_s`, metres, in any frame that stays the same from step to step.
-            time_s: seconds, later than the last step's.
+            global_from_ego: [4, 4] pose at `time_s`, metres, in any frame that is the same in all steps.
+            time_s: seconds, later than in the last step.
 
         Returns:
-            What there is to see in the ego frame, boxes [M] and lines [M] without batch dimension, best score first, on
-            the CPU.
+            Boxes [M] and lines [M] in the ego frame, without batch dimension, highest score first, as tensors on the
+            CPU.
 
         Raises:
-            DataError: an argument has the wrong shape or type, is not finite or beyond what a vehicle can have, or time
-                did not go forward.
+            DataError: an argument has the wrong shape or type, is not finite or out of range for a vehicle, or `time_s`
+                is not later than in the last step.
 
         Warns:
-            PerceptionWarning: the pose has jumped; three steps in a row came after a gap; or the network's output is
-                not finite, so that no boxes and lines are returned and the memory is dropped.
+            PerceptionWarning: the pose has jumped; three steps in a row came after a gap; or the output of the network
+                is not finite, in which case no boxes and lines are returned and the memory is dropped.
         """
-        motion = self._odometer.since_last(global_from_ego, time_s)
+        motion = self._ego_motion.since_last(global_from_ego, time_s)
         pixels, fitted_rig = self._fit(images, rig)
         frame = Frame(
             images=pixels[None],  # [B, N, 3, H, W]
@@ -133,34 +137,36 @@ class Predictor:
         )
         with torch.inference_mode():
             prediction, state = self.model(map_tensors(lambda tensor: tensor.to(self.device), frame), self._state)
-            whole = map_tensors(lambda tensor: tensor[0].cpu(), self.model.decode(prediction))
-            scene = FrameObjects(*(self._confident(noun) for noun in whole))
-            finite = bool(state.bev.sum().isfinite()) and scene_is_finite(whole, scene)
+            predicted = map_tensors(lambda tensor: tensor[0].cpu(), self.model.decode(prediction))
+            objects = FrameObjects(self._above_threshold(predicted.boxes), self._above_threshold(predicted.lines))
+            finite = bool(state.bev.sum().isfinite()) and objects_are_finite(predicted, objects)
         if not finite:
             self.reset()
             warnings.warn(NOT_FINITE, PerceptionWarning, stacklevel=2)
-            return map_tensors(lambda tensor: tensor[:0], scene)
+            return map_tensors(lambda tensor: tensor[:0], objects)
         self._state = state
-        self._odometer.keep(motion)
-        return scene
+        self._ego_motion.keep(motion)
+        return objects
 
-    def _confident(self, noun):
-        keep = noun.valid & (noun.score >= self.min_score)
-        return map_tensors(lambda tensor: tensor[keep], noun)
+    def _above_threshold(self, objects: Objects) -> Objects:
+        keep = objects.valid & (objects.score >= self.min_score)
+        return map_tensors(lambda tensor: tensor[keep], objects)
 
-    def _fit(self, images, rig: CameraRig) -> tuple[Tensor, CameraRig]:
-        """Images [N, 3, H, W] uint8 of the network's size, and their calibration."""
+    def _fit(
+        self, images: NDArray[np.uint8] | Sequence[NDArray[np.uint8] | None], rig: CameraRig | NumpyCameraRig
+    ) -> tuple[Tensor, CameraRig]:
+        """Returns the images [N, 3, H, W] uint8 in the network's size, and their calibration."""
         check_images(images)
-        rig = checked_rig(rig, len(images))
+        checked = checked_rig(rig, len(images))
         pixels = torch.zeros(len(images), 3, *self.model.config.image_size, dtype=torch.uint8)
-        for n in np.flatnonzero(rig.present):
+        for n in np.flatnonzero(checked.present):
             image = checked_image(f"images[{n}]", images[n])
-            check_intrinsics(f"rig.img_from_cam[{n}]", rig.img_from_cam[n], image.shape[:2])
-            pixels[n], rig.img_from_cam[n] = fit_image(
-                Image.fromarray(image), rig.img_from_cam[n], self.model.config.image_size
+            check_intrinsics(f"rig.img_from_cam[{n}]", checked.img_from_cam[n], image.shape[:2])
+            pixels[n], checked.img_from_cam[n] = fit_image(
+                Image.fromarray(image), checked.img_from_cam[n], self.model.config.image_size
             )
         return pixels, CameraRig(
-            img_from_cam=torch.from_numpy(rig.img_from_cam).float(),
-            ego_from_cam=torch.from_numpy(rig.ego_from_cam).float(),
-            present=torch.from_numpy(rig.present),
+            img_from_cam=torch.from_numpy(checked.img_from_cam).float(),
+            ego_from_cam=torch.from_numpy(checked.ego_from_cam).float(),
+            present=torch.from_numpy(checked.present),
         )

@@ -1,4 +1,4 @@
-"""Runs a network over sequences of frames, with memory, as a vehicle does."""
+"""Runs a network over the frames of a dataset in time order, with its memory, as in a vehicle."""
 
 from __future__ import annotations
 
@@ -9,35 +9,36 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from perception.data.loader import SceneStreamSampler, collate
 from perception.data.nuscenes import NuScenesDataset
-from perception.models.bev_transformer.model import BEVTransformer
+from perception.models import Network
 from perception.types import Clip, Frame, FrameObjects, map_tensors
 
-# What goes wrong in a stream: takes frames with leading [1, 1], the number of their scene and of their sample.
+# Changes frames with leading [1, 1] before the network sees them, given the number of their scene and of their sample.
 Disturbance = Callable[[Frame, int, int], Frame]
 
 
 class Stream(NamedTuple):
-    """What a network made of a dataset."""
+    """The predictions of a network for all frames of a dataset."""
 
-    scenes: dict[str, FrameObjects]  # per sample token, on the CPU, without a batch dimension
-    seconds_per_frame: float  # network and decoding, without the loading of images; the first frame is left out
+    objects: dict[str, FrameObjects]  # by sample token, on the CPU, without batch dimension
+    seconds_per_frame: float  # mean latency of network and decoding without image loading; excludes the first frame
 
 
 @torch.inference_mode()
-def run_sequence(model: BEVTransformer, clips: Iterable[Clip]) -> Iterator[tuple[Clip, FrameObjects, float]]:
-    """Runs a network over one frame after the other and hands its memory on; a first frame of a scene starts afresh.
+def run_sequence(model: Network, clips: Iterable[Clip]) -> Iterator[tuple[Clip, FrameObjects, float]]:
+    """Runs a network on one frame after another and passes its memory on; the first frame of a scene ignores it.
 
     Args:
         model: in evaluation mode.
-        clips: [B=1, T=1] each, in time order.
+        clips: with leading [B=1, T=1], in time order.
 
     Yields:
-        Each clip, the FrameObjects without leading dimensions on the CPU, and the seconds for network and decoding.
+        Each clip, its predictions without leading dimensions on the CPU, and the seconds for network and decoding.
     """
     device = next(model.parameters()).device
     state = model.initial_state(1)
@@ -45,13 +46,13 @@ def run_sequence(model: BEVTransformer, clips: Iterable[Clip]) -> Iterator[tuple
         frame = map_tensors(lambda tensor: tensor[:, 0].to(device), clip.frames)
         start = _now(device)
         prediction, state = model(frame, state)
-        scene = model.decode(prediction)
+        objects = model.decode(prediction)
         seconds = _now(device) - start
-        yield clip, map_tensors(lambda tensor: tensor[0].cpu(), scene), seconds
+        yield clip, map_tensors(lambda tensor: tensor[0].cpu(), objects), seconds
 
 
 def predict_stream(
-    model: BEVTransformer,
+    model: Network,
     dataset: NuScenesDataset,
     *,
     disturb: Disturbance | None = None,
@@ -60,32 +61,32 @@ def predict_stream(
     workers: int = 0,
     progress: bool = False,
 ) -> Stream:
-    """Runs a network over a dataset scene by scene, one frame at a time, on the device of its weights.
+    """Runs a network over the scenes of a dataset, one frame at a time, on the device of its weights.
 
     Args:
         model: in evaluation mode.
-        dataset: whose scenes are streamed.
-        disturb: changes every frame before the network sees it, in the process that loads the images.
-        rank, world_size: where several processes share the work, each takes its share of whole scenes.
-        workers: processes that load images.
+        dataset: with the scenes to run over.
+        disturb: changes each frame before the network sees it; runs in the process that loads the images.
+        rank, world_size: index of this process and number of processes; each of them takes a share of the scenes.
+        workers: number of processes that load images.
         progress: show a progress bar on stderr.
 
     Raises:
         DataError: an image or a calibration is missing or malformed.
     """
-    sampler = SceneStreamSampler(dataset.scene_of_sample, rank, world_size)
-    together = collate if disturb is None else partial(_disturbed, disturb, dataset.scene_of_sample)
-    loader = DataLoader(dataset, batch_size=1, sampler=sampler, collate_fn=together, num_workers=workers)
+    sampler = SceneStreamSampler(dataset.scene_of_sample.tolist(), rank, world_size)
+    collate_fn = collate if disturb is None else partial(_collate_disturbed, disturb, dataset.scene_of_sample)
+    loader = DataLoader(dataset, batch_size=1, sampler=sampler, collate_fn=collate_fn, num_workers=workers)
     tokens = dataset.tokens
-    scenes, seconds = {}, []
+    predictions, seconds = {}, []
     clips = tqdm(loader, desc="frames", unit="frame", disable=not progress)
-    for clip, scene, spent in run_sequence(model, clips):
-        scenes[tokens[int(clip.sample_index)]] = scene
-        seconds.append(spent)
-    return Stream(scenes, float(np.mean(seconds[1:] or seconds or [np.nan])))
+    for clip, objects, latency in run_sequence(model, clips):
+        predictions[tokens[int(clip.sample_index)]] = objects
+        seconds.append(latency)
+    return Stream(predictions, float(np.mean(seconds[1:] or seconds or [np.nan])))
 
 
-def _disturbed(disturb: Disturbance, scene_of_sample: np.ndarray, clips: list[Clip]) -> Clip:
+def _collate_disturbed(disturb: Disturbance, scene_of_sample: NDArray[np.int64], clips: list[Clip]) -> Clip:
     clip = collate(clips)
     sample = int(clip.sample_index)
     return clip._replace(frames=disturb(clip.frames, int(scene_of_sample[sample]), sample))

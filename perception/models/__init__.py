@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 from perception.errors import ConfigError
 from perception.models.base import Network, NetworkConfig
@@ -19,7 +19,7 @@ from perception.models.maptr.model import MapTR
 from perception.models.maptrv2.config import MapTRv2Config
 from perception.models.maptrv2.model import MapTRv2
 
-NETWORKS: dict[str, tuple[type[NetworkConfig], Callable[[NetworkConfig], Network]]] = {
+NETWORKS: dict[str, tuple[type[Any], type[Any]]] = {
     "bev_transformer": (BEVTransformerConfig, BEVTransformer),
     "bevformer": (BEVFormerConfig, BEVFormer),
     "maptr": (MapTRConfig, MapTR),
@@ -43,14 +43,14 @@ def network_name(config: NetworkConfig) -> str:
     return next(name for name, (kind, _) in NETWORKS.items() if type(config) is kind)
 
 
-def network_class(config: NetworkConfig) -> Callable[[NetworkConfig], Network]:
+def network_class(config: NetworkConfig) -> type[Network]:
     """The class of the network that a config is for."""
     return NETWORKS[network_name(config)][1]
 
 
 def build_network(config: NetworkConfig) -> Network:
     """A network with random weights."""
-    return network_class(config)(config)
+    return NETWORKS[network_name(config)][1](config)
 
 
 def preset_config(name: str) -> NetworkConfig:

@@ -6,15 +6,16 @@ docs/add-a-network.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from torch import Tensor, nn
 
 from perception.types import Frame, FrameObjects, LaneRange, State
 
 OBJECTS = ("box", "line")  # what a network can find
+Self = TypeVar("Self", bound="Network")
 
 
 class NetworkConfig(Protocol):
@@ -56,7 +57,7 @@ class Network(Protocol):
     """
 
     config: Any  # a NetworkConfig
-    image_encoder: nn.Module
+    image_encoder: Any  # an nn.Module with a `backbone`
     # What it predicts, of OBJECTS. Boxes or lines that it does not predict are empty in what `decode` returns.
     finds: ClassVar[tuple[str, ...]]
     # The weights of the terms of `loss` by name. A training may leave terms out (`train.disabled_losses`).
@@ -69,6 +70,20 @@ class Network(Protocol):
     no_export: ClassVar[str]
     # Prefixes of the keys in published checkpoints and the library's own; empty if nobody has published weights.
     published_prefixes: ClassVar[Mapping[str, str]]
+
+    # Methods of nn.Module that training, live use and export call.
+    def __call__(self, frame: Frame, state: State) -> tuple[Any, State]: ...
+    def to(self: Self, *args: Any, **kwargs: Any) -> Self: ...
+    def eval(self: Self) -> Self: ...
+    def train(self: Self, mode: bool = True) -> Self: ...
+    def requires_grad_(self: Self, requires_grad: bool = True) -> Self: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+    def modules(self) -> Iterator[nn.Module]: ...
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]: ...
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any: ...
 
     def initial_state(self, batch_size: int) -> State:
         """The memory of a network that has seen nothing, on the device of the weights; empty without a memory."""

@@ -29,17 +29,18 @@ def topk_pairs(logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
 def close_rings(points: Tensor, uncertainty: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Makes closed lines repeat their first point.
 
-    A line is closed if its ends lie closer than `CLOSED_GAP`. Its last point, and the uncertainty of that point, are
-    then those of the first.
+    A line is closed if its first and last point are closer than `CLOSED_GAP`. Its last point and the uncertainty of it
+    point become those of the first.
 
     Args:
-        points: [..., P, 2] metres; uncertainty: [..., P, 2] metres.
+        points: [..., P, 2] metres.
+        uncertainty: [..., P, 2] metres.
 
     Returns:
-        points and uncertainty alike, and closed [...] bool.
+        Points and uncertainty of the same shapes, and closed [...] bool.
     """
     closed = (points[..., 0, :] - points[..., -1, :]).norm(dim=-1) < CLOSED_GAP
-    # A choice and a concatenation: writing in place would export as ScatterND.
+    # Not in place: that would be exported as ScatterND.
     points, uncertainty = (
         torch.cat([x[..., :-1, :], torch.where(closed[..., None, None], x[..., :1, :], x[..., -1:, :])], -2)
         for x in (points, uncertainty)

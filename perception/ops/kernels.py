@@ -21,8 +21,7 @@ FORWARD_CHANNELS, BACKWARD_CHANNELS = 256, 128
 
 @triton.jit
 def _along(location, size, BORDER: tl.constexpr):
-    """Along one axis: both pixels, the weight of the second, whether each is on the map, whether there is a
-    gradient."""
+    """Along one axis: both pixels, the weight of the second, whether each is on the map, whether a gradient exists."""
     at = location * size - 0.5
     last = size - 1.0
     free = at == at
@@ -179,8 +178,7 @@ def backward(
     _, Q, _, S, _ = locations.shape
     rows = B * Q * heads
     locations, weight, grad = (x.contiguous() for x in (locations, weight, grad))
-    # In float32 every thread reads the same four numbers that it adds to; in half precision threads would exchange
-    # them.
+    # In float32 every thread reads the four numbers that it adds to; in half precision threads would exchange them.
     dtype, maps = maps.dtype, maps.float().contiguous()
     maps_grad = torch.zeros_like(maps)
     locations_grad, weight_grad = torch.empty_like(locations), torch.empty_like(weight)

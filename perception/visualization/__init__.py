@@ -1,0 +1,1 @@
+"""Pictures of frames with boxes and lines."""

@@ -1,13 +1,13 @@
-"""FrameObjects drawn onto camera images and onto a bird's-eye view; the only place where axes are flipped.
+"""Draws boxes and lines onto camera images and a bird's-eye view. This is the only module that flips axes.
 
-Everything is drawn at twice the size and shrunk, which smooths the edges. Predictions are solid in the colour of their
-class, ground truth is thin, dashed and white. In the bird's-eye view the car looks up: ego x runs upwards, ego y to the
+Pictures are drawn at twice their size and reduced, which smooths the edges. Predictions are solid, in the colour of
+their class; ground truth is thin, dashed and white. In the bird's-eye view, ego x points up and ego y points to the
 left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +17,17 @@ from torch import Tensor
 
 from perception.errors import DataError
 from perception.geometry import box_corners, invert_rigid, transform_points
-from perception.types import BOX_CLASSES, LINE_CLASSES, Boxes, CameraRig, Frame, FrameObjects, Polylines
+from perception.types import (
+    BOX_CLASSES,
+    LINE_CLASSES,
+    Boxes,
+    CameraRig,
+    Frame,
+    FrameObjects,
+    NumpyBoxes,
+    NumpyPolylines,
+    Polylines,
+)
 
 BOX_COLORS = dict(
     zip(
@@ -31,20 +41,20 @@ BOX_COLORS = dict(
 )  # fmt: skip
 LINE_COLORS = dict(zip(LINE_CLASSES, ((253, 224, 110), (74, 222, 128), (248, 90, 90)), strict=True))
 
-_TRUTH = (236, 240, 246)
+_GT_COLOR = (236, 240, 246)
 _BACKGROUND, _PANEL, _GRID, _TEXT, _FAINT = (13, 17, 23), (22, 27, 34), (44, 53, 66), (223, 228, 236), (125, 138, 155)
 _SUPERSAMPLING = 2
-_NEAR = 0.1  # metres before the camera where lines are cut off
+_NEAR = 0.1  # metres; lines are clipped at this depth
 _GAP = 8  # pixels between the tiles of a composite
-_LINE_DASH, _BOX_DASH = (7.0, 5.0), (3.5, 2.5)  # pixels drawn and left out
+_LINE_DASH, _BOX_DASH = (7.0, 5.0), (3.5, 2.5)  # lengths of dashes and gaps in pixels
 
 # Edges of geometry.box_corners: the bottom and top rings and the four posts; corners 0, 3, 7, 4 are the front face.
 _EDGES = np.array([[i, (i + 1) % 4] for i in range(4)] + [[i + 4, (i + 1) % 4 + 4] for i in range(4)]
                   + [[i, i + 4] for i in range(4)])  # fmt: skip
 _FRONT = [0, 3, 7, 4]
 
-# Where the usual six cameras go in the composite: row, column.
-_PLACES = {
+# Row and column of nuScenes' six cameras in the composite.
+_TILES = {
     "CAM_FRONT_LEFT": (0, 0), "CAM_FRONT": (0, 1), "CAM_FRONT_RIGHT": (0, 2),
     "CAM_BACK_LEFT": (1, 0), "CAM_BACK": (1, 1), "CAM_BACK_RIGHT": (1, 2),
 }  # fmt: skip
@@ -52,7 +62,7 @@ _PLACES = {
 
 def draw_frame(
     frame: Frame,
-    scene: FrameObjects,
+    objects: FrameObjects,
     gt: FrameObjects | None = None,
     *,
     cameras: Sequence[str] = (),
@@ -62,41 +72,41 @@ def draw_frame(
     y_range: tuple[float, float] = (-51.2, 51.2),
     camera_width: int = 480,
 ) -> Image.Image:
-    """One picture of a frame: all cameras, the bird's-eye view beside them, a legend and a caption.
+    """Draws one picture of a frame: all camera images, the bird's-eye view on their right, a legend and a caption.
 
     Args:
-        frame: one frame without batch dimension: images [N, 3, H, W], rig [N, ...].
-        scene: what is drawn solid, without batch dimension.
-        gt: what is drawn dashed above it.
-        cameras: names of the cameras; nuScenes' six are laid out as they sit on the car.
+        frame: without batch dimension: images [N, 3, H, W], rig [N, ...].
+        objects: predictions, without batch dimension.
+        gt: ground truth, drawn dashed over the predictions; None for none.
+        cameras: names of the cameras; nuScenes' six are arranged as on the car.
         caption: one line of text for the top.
-        min_score: predictions below this are left out.
-        x_range, y_range: extent of the bird's-eye view in metres.
+        min_score: score threshold; predictions below it are not drawn.
+        x_range, y_range: range of the bird's-eye view in metres.
         camera_width: width of one camera's tile in pixels.
 
     Raises:
-        DataError: the frame or a scene has a batch dimension, or the names do not fit the cameras.
+        DataError: the frame or its objects have a batch dimension, or the number of names is not that of the cameras.
     """
-    tiles = draw_cameras(frame.images, frame.rig, scene, gt, min_score=min_score, width=camera_width)
+    tiles = draw_cameras(frame.images, frame.rig, objects, gt, min_score=min_score, width=camera_width)
     if cameras and len(cameras) != len(tiles):
         raise DataError(
             f"there are {len(tiles)} camera images but {len(cameras)} camera names; give one name per image"
         )
     names = list(cameras) or [f"camera {index}" for index in range(len(tiles))]
-    if set(_PLACES) == set(names):
-        places = [_PLACES[name] for name in names]
+    if set(_TILES) == set(names):
+        cells = [_TILES[name] for name in names]
     else:
-        places = [divmod(index, 3) for index in range(len(tiles))]
-    columns, rows = 1 + max(column for _, column in places), 1 + max(row for row, _ in places)
+        cells = [divmod(index, 3) for index in range(len(tiles))]
+    columns, rows = 1 + max(column for _, column in cells), 1 + max(row for row, _ in cells)
     tile_width, tile_height = tiles[0].size
     wall_width, wall_height = columns * (tile_width + _GAP) - _GAP, rows * (tile_height + _GAP) - _GAP
 
     legend = _legend(wall_width, gt is not None)
     height = max(wall_height + _GAP + legend.height, 360)
-    bev = draw_bev(scene, gt, x_range=x_range, y_range=y_range, height=height, min_score=min_score)
+    bev = draw_bev(objects, gt, x_range=x_range, y_range=y_range, height=height, min_score=min_score)
     top = 44
     picture = Image.new("RGB", (wall_width + bev.width + 3 * _GAP, top + height + _GAP), _BACKGROUND)
-    for tile, name, present, (row, column) in zip(tiles, names, frame.rig.present, places, strict=True):
+    for tile, name, present, (row, column) in zip(tiles, names, frame.rig.present, cells, strict=True):
         _tag(tile, name.removeprefix("CAM_").replace("_", " ").lower() + ("" if present else " (no image)"))
         picture.paste(tile, (_GAP + column * (tile_width + _GAP), top + row * (tile_height + _GAP)))
     picture.paste(legend, (_GAP, top + height - legend.height))
@@ -109,32 +119,32 @@ def draw_frame(
 def draw_cameras(
     images: Tensor,
     rig: CameraRig,
-    scene: FrameObjects,
+    objects: FrameObjects,
     gt: FrameObjects | None = None,
     *,
     min_score: float = 0.3,
     width: int = 480,
 ) -> list[Image.Image]:
-    """Boxes as wire frames with a tinted front, and lines on the ground plane z = 0, drawn into camera images.
+    """Draws boxes as wire frames with a tinted front, and lines on the ground plane z = 0, onto camera images.
 
     Args:
         images: [N, 3, H, W] RGB 0..255, uint8 or float.
         rig: calibration of these images, [N, ...]; a camera that is not present gives an empty tile.
-        scene: drawn solid, without batch dimension, in the ego frame of the rig.
-        gt: drawn dashed above it.
-        min_score: predictions below this are left out.
-        width: width of the pictures; the height keeps the aspect ratio.
+        objects: predictions, without batch dimension, in the ego frame of the rig.
+        gt: ground truth, drawn dashed over the predictions; None for none.
+        min_score: score threshold; predictions below it are not drawn.
+        width: of the pictures in pixels; the height keeps the aspect ratio.
 
     Returns:
         One RGB picture per camera.
 
     Raises:
-        DataError: the images or a scene have a batch dimension.
+        DataError: the images or the objects have a batch dimension.
     """
     if images.ndim != 4 or rig.img_from_cam.ndim != 3:
         raise DataError(f"the images have shape {tuple(images.shape)}; drawing takes one frame, [N, 3, H, W]")
     N, _, H, W = images.shape
-    layers = _layers(scene, gt, min_score)
+    layers = _layers(objects, gt, min_score)
     size = (width, round(width * H / W))
     pictures = []
     for camera in range(N):
@@ -153,7 +163,7 @@ def draw_cameras(
                 canvas.stroke(
                     _clip(chain, canvas_from_cam, canvas.image.size), color, layer.line_width, layer.line_dash
                 )
-            # The nearest box last: it lies above those that it hides.
+            # Boxes are drawn from far to near, so that near boxes cover far ones.
             by_depth = [(transform_points(cam_from_ego, corners), color) for color, corners, _ in layer.boxes]
             for corners_cam, color in sorted(by_depth, key=lambda item: -np.linalg.norm(item[0].mean(0))):
                 segments = _clip(corners_cam[_EDGES], canvas_from_cam, canvas.image.size)
@@ -166,7 +176,7 @@ def draw_cameras(
 
 
 def draw_bev(
-    scene: FrameObjects,
+    objects: FrameObjects,
     gt: FrameObjects | None = None,
     *,
     x_range: tuple[float, float] = (-51.2, 51.2),
@@ -174,31 +184,31 @@ def draw_bev(
     height: int = 640,
     min_score: float = 0.3,
 ) -> Image.Image:
-    """The scene from above, the car in the middle looking up; arrows show how far a box moves in one second.
+    """Draws a bird's-eye view with the car at the origin, heading up; arrows are the motion of a box in one second.
 
     Args:
-        scene: drawn solid, without batch dimension.
-        gt: drawn dashed above it.
-        x_range, y_range: extent in metres, along ego x (upwards) and ego y (to the left).
-        height: height of the picture in pixels; the width follows from the extent.
-        min_score: predictions below this are left out.
+        objects: predictions, without batch dimension.
+        gt: ground truth, drawn dashed over the predictions; None for none.
+        x_range, y_range: range in metres along ego x (up) and ego y (to the left).
+        height: of the picture in pixels; the width follows from the ranges.
+        min_score: score threshold; predictions below it are not drawn.
 
     Raises:
-        DataError: a scene has a batch dimension, or a range is empty.
+        DataError: the objects have a batch dimension, or a range is empty.
     """
     for name, (low, high) in (("x_range", x_range), ("y_range", y_range)):
         if not low < high:
-            raise DataError(f"{name} of the bird's-eye view is ({low}, {high}); the first number must be the smaller")
+            raise DataError(f"{name} of the bird's-eye view is ({low}, {high}); the first number must be smaller")
     scale = _SUPERSAMPLING * height / (x_range[1] - x_range[0])  # canvas pixels per metre
     width = max(round((y_range[1] - y_range[0]) * scale / _SUPERSAMPLING), 1)
     canvas = _Canvas(Image.new("RGB", (_SUPERSAMPLING * width, _SUPERSAMPLING * height), _PANEL))
 
     def flip(points_ego: np.ndarray) -> np.ndarray:
-        """Ego metres [..., 2+] to canvas pixels [..., 2]: x up, y left."""
+        """Converts ego metres [..., 2+] to canvas pixels [..., 2]: x up, y left."""
         return np.stack([y_range[1] - points_ego[..., 1], x_range[1] - points_ego[..., 0]], -1) * scale
 
     _rings(canvas, flip(np.zeros(2)), scale)
-    layers = _layers(scene, gt, min_score)
+    layers = _layers(objects, gt, min_score)
     for layer in layers:
         for color, points, _ in layer.lines:
             corners = flip(points)
@@ -219,7 +229,7 @@ def draw_bev(
 
 
 class _Layer(NamedTuple):
-    """What is drawn in one style: per box or line a colour, its geometry in ego metres and (boxes) its velocity."""
+    """Objects in one style: for each box or line its colour, its geometry in ego metres and (boxes) its velocity."""
 
     boxes: list[tuple[tuple, np.ndarray, np.ndarray]]  # corners [8, 3], velocity [2]
     lines: list[tuple[tuple, np.ndarray, None]]  # points [P, 2]
@@ -229,31 +239,33 @@ class _Layer(NamedTuple):
     line_dash: tuple[float, float] | None
 
 
-def _layers(scene: FrameObjects, gt: FrameObjects | None, min_score: float) -> list[_Layer]:
-    layers = [_Layer(list(_boxes(scene.boxes, min_score)), list(_lines(scene.lines, min_score)), 1.6, None, 2.2, None)]
+def _layers(objects: FrameObjects, gt: FrameObjects | None, min_score: float) -> list[_Layer]:
+    layers = [
+        _Layer(list(_boxes(objects.boxes, min_score)), list(_lines(objects.lines, min_score)), 1.6, None, 2.2, None)
+    ]
     if gt is not None:
-        boxes = [(_TRUTH, corners, velocity) for _, corners, velocity in _boxes(gt.boxes, 0.0)]
-        lines = [(_TRUTH, points, None) for _, points, _ in _lines(gt.lines, 0.0)]
+        boxes = [(_GT_COLOR, corners, velocity) for _, corners, velocity in _boxes(gt.boxes, 0.0)]
+        lines = [(_GT_COLOR, points, None) for _, points, _ in _lines(gt.lines, 0.0)]
         layers.append(_Layer(boxes, lines, 1.0, _BOX_DASH, 1.5, _LINE_DASH))
     return layers
 
 
 def _boxes(boxes: Boxes, min_score: float) -> Iterator[tuple[tuple, np.ndarray, np.ndarray]]:
     if boxes.valid.ndim != 1:
-        raise DataError(f"the boxes have shape {tuple(boxes.valid.shape)}; drawing takes one scene, boxes [M, ...]")
-    boxes = Boxes(*map(_numpy, boxes))
-    corners = box_corners(boxes.center, boxes.size, boxes.yaw)  # [M, 8, 3]
-    for index in np.nonzero(boxes.valid.astype(bool) & (boxes.score >= min_score))[0]:
-        color = BOX_COLORS[BOX_CLASSES[int(boxes.label[index])]]
-        yield color, corners[index], np.nan_to_num(boxes.velocity[index])
+        raise DataError(f"the boxes have shape {tuple(boxes.valid.shape)}; drawing takes one frame, boxes [M, ...]")
+    arrays = NumpyBoxes(*map(_numpy, boxes))
+    corners = box_corners(arrays.center, arrays.size, arrays.yaw)  # [M, 8, 3]
+    for index in np.nonzero(arrays.valid.astype(bool) & (arrays.score >= min_score))[0]:
+        color = BOX_COLORS[BOX_CLASSES[int(arrays.label[index])]]
+        yield color, corners[index], np.nan_to_num(arrays.velocity[index])
 
 
 def _lines(lines: Polylines, min_score: float) -> Iterator[tuple[tuple, np.ndarray, None]]:
     if lines.valid.ndim != 1:
-        raise DataError(f"the lines have shape {tuple(lines.valid.shape)}; drawing takes one scene, lines [M, ...]")
-    lines = Polylines(*map(_numpy, lines))
-    for index in np.nonzero(lines.valid.astype(bool) & (lines.score >= min_score))[0]:
-        yield LINE_COLORS[LINE_CLASSES[int(lines.label[index])]], lines.points[index], None
+        raise DataError(f"the lines have shape {tuple(lines.valid.shape)}; drawing takes one frame, lines [M, ...]")
+    arrays = NumpyPolylines(*map(_numpy, lines))
+    for index in np.nonzero(arrays.valid.astype(bool) & (arrays.score >= min_score))[0]:
+        yield LINE_COLORS[LINE_CLASSES[int(arrays.label[index])]], arrays.points[index], None
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:
@@ -261,10 +273,10 @@ def _numpy(tensor: Tensor) -> np.ndarray:
 
 
 def _clip(segments_cam: np.ndarray, img_from_cam: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The visible parts of segments, in pixels.
+    """Clips segments to the visible part and projects them to pixels.
 
-    The cut is made before the division by depth, against the near plane and the four planes through the image's border,
-    so that nothing behind the camera turns up and no coordinate is huge.
+    Segments are clipped in 3D, before the division by depth, at the near plane and the four planes through the image
+    borders, so that points behind the camera are not projected and coordinates stay small.
 
     Args:
         segments_cam: [S, 2, 3] metres.
@@ -272,9 +284,9 @@ def _clip(segments_cam: np.ndarray, img_from_cam: np.ndarray, size: tuple[int, i
         size: width and height of the image in pixels.
 
     Returns:
-        [S', 2, 2] pixels; segments that are out of sight are dropped.
+        [S', 2, 2] pixels, without the segments that are not visible.
     """
-    margin = 8.0  # pixels, so that a stroke's width is not cut at the border
+    margin = 8.0  # pixels, so that wide strokes are not cut at the border
     u, v, z = np.moveaxis(segments_cam @ img_from_cam.T, -1, 0)  # [S, 2] each, u and v times depth
     borders = [u + margin * z, (size[0] + margin) * z - u, v + margin * z, (size[1] + margin) * z - v]
     planes = np.stack([z - _NEAR, *borders])  # [5, S, 2], positive inside
@@ -291,14 +303,14 @@ def _clip(segments_cam: np.ndarray, img_from_cam: np.ndarray, size: tuple[int, i
 
 
 class _Canvas:
-    """An RGB image at `_SUPERSAMPLING` times its final size, with pens whose widths are in final pixels."""
+    """Draws on an RGB image of `_SUPERSAMPLING` times its final size; widths are in pixels of the final image."""
 
     def __init__(self, image: Image.Image) -> None:
         self.image = image
         self._pen = ImageDraw.Draw(image, "RGBA")
 
     def stroke(self, segments: np.ndarray, color: tuple, width: float, dash: tuple[float, float] | None) -> None:
-        """Segments [S, 2, 2] in canvas pixels; a dash pattern runs on from one segment into the next."""
+        """Draws segments [S, 2, 2] in canvas pixels; a dash pattern continues from one segment to the next."""
         width = max(round(width * _SUPERSAMPLING), 1)
         phase = 0.0
         for start, end in segments:
@@ -318,10 +330,11 @@ class _Canvas:
                 self._pen.circle(tuple(end), (width - 1) / 2, fill=color)
 
     def fill(self, corners: np.ndarray, color: tuple) -> None:
-        """A polygon [P, 2] in canvas pixels, blended if the colour has an alpha value."""
+        """Draws a filled polygon [P, 2] in canvas pixels, blended if the colour has an alpha value."""
         self._pen.polygon([tuple(corner) for corner in corners], fill=color)
 
     def arrow(self, start: np.ndarray, end: np.ndarray, color: tuple, width: float) -> None:
+        """Draws an arrow between two points in canvas pixels."""
         along = (end - start) / np.linalg.norm(end - start)
         across = np.array([-along[1], along[0]])
         head = 4.5 * _SUPERSAMPLING
@@ -329,18 +342,21 @@ class _Canvas:
         self.fill(np.array([end + along * head, end + across * head / 2, end - across * head / 2]), color)
 
     def circle(self, center: np.ndarray, radius: float, color: tuple) -> None:
+        """Draws a circle in canvas pixels."""
         self._pen.circle(tuple(center), radius, outline=color, width=_SUPERSAMPLING)
 
     def text(self, position: np.ndarray, text: str, color: tuple, size: int) -> None:
+        """Draws text centred at a position in canvas pixels; `size` is in pixels of the final image."""
         font = ImageFont.load_default(size * _SUPERSAMPLING)
         self._pen.text(tuple(position), text, fill=color, font=font, anchor="mm")
 
     def finished(self) -> Image.Image:
+        """Returns the image in its final size."""
         return self.image.reduce(_SUPERSAMPLING)
 
 
 def _rings(canvas: _Canvas, center: np.ndarray, scale: float) -> None:
-    """Circles of distance around the car, labelled in metres on the upper right."""
+    """Draws circles of equal distance around the car, labelled in metres at the upper right."""
     reach = max(canvas.image.size) / scale
     step = next(s for s in (5, 10, 20, 50, 100, 1000) if reach / s <= 8)
     slant = np.array([np.sin(np.pi / 4), -np.cos(np.pi / 4)])
@@ -349,13 +365,13 @@ def _rings(canvas: _Canvas, center: np.ndarray, scale: float) -> None:
         canvas.text(center + slant * radius * scale, f"{radius} m", _FAINT, 11)
 
 
-def _ego_marker(canvas: _Canvas, flip) -> None:
-    """The car itself: an arrow head of its usual size, its origin on the rear axle."""
+def _ego_marker(canvas: _Canvas, flip: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Draws an arrow head of the size of a car, with its origin on the rear axle."""
     canvas.fill(flip(np.array([[3.6, 0.0], [-1.0, 1.1], [-0.2, 0.0], [-1.0, -1.1]])), _TEXT)
 
 
 def _tag(tile: Image.Image, name: str) -> None:
-    """The camera's name on a dark plate in the upper left corner."""
+    """Draws the camera's name on a dark plate in the upper left corner."""
     pen = ImageDraw.Draw(tile, "RGBA")
     font = ImageFont.load_default(13)
     right = 8 + pen.textlength(name, font=font) + 14
@@ -364,19 +380,20 @@ def _tag(tile: Image.Image, name: str) -> None:
 
 
 def _legend(width: int, with_gt: bool) -> Image.Image:
-    """Colours of the box classes, then of the line classes and the two styles, in as many rows as the width needs."""
+    """Draws the colours of box classes, line classes and the two styles, in as many rows as the width needs."""
     font = ImageFont.load_default(13 * _SUPERSAMPLING)
     boxes = [(name, color, "box") for name, color in BOX_COLORS.items()]
     lines = [(name, color, "solid") for name, color in LINE_COLORS.items()]
-    lines += [("prediction", _TEXT, "solid"), ("truth", _TRUTH, "dashed")] if with_gt else []
-    placed, row = [], -1
+    lines += [("prediction", _TEXT, "solid"), ("ground truth", _GT_COLOR, "dashed")] if with_gt else []
+    placed: list[tuple[float, int, str, tuple, str]] = []
+    row = -1
     for group in (boxes, lines):
-        x, row = 14, row + 1
+        x, row = 14.0, row + 1
         for name, color, kind in group:
             text = name.replace("_", " ")
             advance = 30 + font.getlength(text) / _SUPERSAMPLING + 18
             if x + advance > width and x > 14:
-                x, row = 14, row + 1
+                x, row = 14.0, row + 1
             placed.append((x, row, text, color, kind))
             x += advance
     canvas = _Canvas(Image.new("RGB", (_SUPERSAMPLING * width, _SUPERSAMPLING * (16 + 24 * (row + 1))), _PANEL))

@@ -9,7 +9,8 @@ Modules are named as in the published checkpoints, so their keys fit after a cha
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +19,8 @@ from perception.models.bevformer.config import BEVFormerConfig
 from perception.models.bevformer.losses import BOX_LOSS_WEIGHTS, bevformer_losses, encode_lidar_boxes, lidar_boxes
 from perception.models.decoding import LOG_UNCERTAINTY_RANGE, empty_lines, topk_pairs
 from perception.models.published.backbone import padded_size
-from perception.models.published.encoder import (
-    BEVFormerTransformer,
-    LearnedPositionalEncoding,
-    class_branches,
-    regression_branches,
-)
+from perception.models.published.decoder import LearnedPositionalEncoding, class_branches, regression_branches
+from perception.models.published.encoder import BEVFormerTransformer
 from perception.models.published.geometry import PREFIXES, can_bus_vector, constants, lidar_projections
 from perception.models.published.losses import sum_layers
 from perception.ops.deformable import refined
@@ -96,12 +93,12 @@ class BEVFormer(nn.Module):
     `Frame.rig` must have the cameras that the network was trained with, in their order.
     """
 
-    finds = ("box",)
-    loss_weights = BOX_LOSS_WEIGHTS
+    finds: ClassVar[tuple[str, ...]] = ("box",)
+    loss_weights: ClassVar[Mapping[str, float]] = BOX_LOSS_WEIGHTS
     image_loss = None
-    raw_names = ("box_logits", "box_params")
-    no_export = ""
-    published_prefixes = PREFIXES
+    raw_names: ClassVar[tuple[str, ...]] = ("box_logits", "box_params")
+    no_export: ClassVar[str] = ""
+    published_prefixes: ClassVar[Mapping[str, str]] = PREFIXES
     ego_from_lidar: Tensor
 
     def __init__(self, config: BEVFormerConfig) -> None:

@@ -7,7 +7,8 @@ Modules are named as in the published checkpoints. Coordinate frames are describ
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +17,8 @@ from perception.models.decoding import LOG_UNCERTAINTY_RANGE, close_rings, empty
 from perception.models.maptr.config import MapTRConfig
 from perception.models.maptr.losses import LINE_LOSS_WEIGHTS, line_losses
 from perception.models.published.backbone import padded_size
-from perception.models.published.encoder import (
-    BEVFormerTransformer,
-    LearnedPositionalEncoding,
-    class_branches,
-    regression_branches,
-)
+from perception.models.published.decoder import LearnedPositionalEncoding, class_branches, regression_branches
+from perception.models.published.encoder import BEVFormerTransformer
 from perception.models.published.geometry import PREFIXES, can_bus_vector, constants, lidar_projections
 from perception.ops.deformable import refined
 from perception.types import LINE_CLASSES, Frame, FrameObjects, Polylines, State
@@ -86,12 +83,12 @@ class MapTR(nn.Module):
     `Frame.rig` must have the cameras that the network was trained with, in their order.
     """
 
-    finds = ("line",)
-    loss_weights = LINE_LOSS_WEIGHTS
+    finds: ClassVar[tuple[str, ...]] = ("line",)
+    loss_weights: ClassVar[Mapping[str, float]] = LINE_LOSS_WEIGHTS
     image_loss = None
-    raw_names = ("line_logits", "line_points")
-    no_export = ""
-    published_prefixes = PREFIXES
+    raw_names: ClassVar[tuple[str, ...]] = ("line_logits", "line_points")
+    no_export: ClassVar[str] = ""
+    published_prefixes: ClassVar[Mapping[str, str]] = PREFIXES
     ego_from_lidar: Tensor
 
     def __init__(self, config: MapTRConfig) -> None:

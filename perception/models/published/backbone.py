@@ -73,7 +73,7 @@ class FPNConfig:
     name: str = "resnet18"
     stages: int = 3
     stride: int = 8
-    levels: ClassVar[int] = 1
+    levels: ClassVar[int] = 1  # feature maps that the spatial cross-attention of the network samples
 
     def build(self, channels: int) -> SingleLevelEncoder:
         """Builds the image encoder of a network with this number of channels."""

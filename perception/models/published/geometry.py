@@ -61,7 +61,7 @@ class PublishedConfig:
 
     @property
     def lane_range(self) -> LaneRange:
-        """Of the lines; the LiDAR's y looks ahead."""
+        """The x and y extent of `point_cloud_range` along the car and across it; the LiDAR's y is ahead."""
         return LaneRange(self.high[1] - self.low[1], self.high[0] - self.low[0])
 
     @property

@@ -1,4 +1,4 @@
-"""Streaming evaluation: memory follows scenes, processes share them, and the ground truth scores 1."""
+"""Evaluation of datasets: memory follows scenes, processes share scenes, and the ground truth scores 1."""
 
 import json
 
@@ -10,7 +10,7 @@ from douglas_peucker import decided_by_rounding, possible_simplifications
 from perception.data.loader import pad_boxes, pad_lines
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError, DataError
-from perception.evaluation.dataset import evaluate_scenes, published_gt
+from perception.evaluation.dataset import evaluate_predictions, published_gt
 from perception.evaluation.stability import evaluate_stability
 from perception.evaluation.submission import map_lines
 from perception.inference.sequence import predict_stream
@@ -36,7 +36,7 @@ def model() -> BEVTransformer:
     return BEVTransformer(SMALL).eval()
 
 
-def true_scenes(dataset, points_per_line=100) -> dict[str, FrameObjects]:
+def perfect_predictions(dataset, points_per_line=100) -> dict[str, FrameObjects]:
     scenes = {}
     for i, token in enumerate(dataset.tokens):
         gt = FrameObjects(pad_boxes([dataset.gt_boxes(i)]), pad_lines([dataset.gt_lines(i)], points_per_line))
@@ -44,8 +44,8 @@ def true_scenes(dataset, points_per_line=100) -> dict[str, FrameObjects]:
     return scenes
 
 
-def test_the_truth_scores_one(dataset):
-    evaluation = evaluate_scenes(dataset, true_scenes(dataset))
+def test_the_ground_truth_scores_one(dataset):
+    evaluation = evaluate_predictions(dataset, perfect_predictions(dataset))
     metrics = evaluation.metrics()
     present = [name for name, count in evaluation.detection.gt_count.items() if count]
     assert len(present) >= 5
@@ -55,10 +55,10 @@ def test_the_truth_scores_one(dataset):
     lines = [name for name, count in evaluation.lanes.gt_count.items() if count]
     assert metrics["lane_mAP"] == pytest.approx(len(lines) / 3) == pytest.approx(metrics["lane_mAP_strict"])
     assert metrics["score"] == pytest.approx((metrics["nds"] + metrics["lane_mAP"]) / 2)
-    assert evaluation.calibration.boxes.error == evaluation.calibration.lines.error == 0  # scores of 1, all right
+    assert evaluation.confidence.boxes.error == evaluation.confidence.lines.error == 0  # scores of 1, all right
     assert all(
         uncertainty.mean_error == pytest.approx(0, abs=1e-6)
-        for uncertainty in evaluation.calibration.uncertainties.values()
+        for uncertainty in evaluation.confidence.uncertainties.values()
     )
 
 
@@ -72,12 +72,12 @@ def test_every_part_compares_with_the_ground_truth_that_was_asked_for(dataset, p
     for i, token in enumerate(dataset.tokens):
         lines = pad_lines([published_gt(dataset.gt_lines(i, protocol, lane_range), protocol)], 100)
         scenes[token] = map_tensors(lambda tensor: tensor[0], FrameObjects(pad_boxes([dataset.gt_boxes(i)]), lines))
-    evaluation = evaluate_scenes(dataset, scenes, protocol=protocol, lane_range=lane_range)
+    evaluation = evaluate_predictions(dataset, scenes, protocol=protocol, lane_range=lane_range)
     lines = [name for name, count in evaluation.lanes.gt_count.items() if count]
     assert evaluation.lanes.mean_ap == evaluation.strict_lanes.mean_ap == pytest.approx(len(lines) / 3)
     count = sum(int(scene.lines.valid.sum()) for scene in scenes.values())
-    assert evaluation.calibration.lines.count[-1] == count and evaluation.calibration.lines.precision[-1] == 1.0
-    assert evaluation.calibration.uncertainties["line point m"].mean_error == pytest.approx(0, abs=1e-6)
+    assert evaluation.confidence.lines.count[-1] == count and evaluation.confidence.lines.precision[-1] == 1.0
+    assert evaluation.confidence.uncertainties["line point m"].mean_error == pytest.approx(0, abs=1e-6)
     # Steadiness is measured where lines are predicted: the same lines in a smaller area are fewer.
     whole = evaluate_stability_in(dataset, scenes, lane_range)
     assert evaluation.stability.all_lines == whole != evaluate_stability_in(dataset, scenes, LaneRange(30.0, 15.0))
@@ -95,7 +95,7 @@ def evaluate_stability_in(dataset, scenes, lane_range):
 
 
 def test_moved_lines_and_late_boxes_do_not_score_one(dataset):
-    scenes = true_scenes(dataset)
+    scenes = perfect_predictions(dataset)
     moved = {
         token: FrameObjects(
             scene.boxes._replace(center=scene.boxes.center + torch.tensor([3.0, 0, 0])),
@@ -103,13 +103,13 @@ def test_moved_lines_and_late_boxes_do_not_score_one(dataset):
         )
         for token, scene in scenes.items()
     }
-    good, bad = (evaluate_scenes(dataset, s).metrics() for s in (scenes, moved))
+    good, bad = (evaluate_predictions(dataset, s).metrics() for s in (scenes, moved))
     assert bad["mAP"] < 0.7 * good["mAP"] and bad["lane_mAP"] < 0.7 * good["lane_mAP"]
 
 
 def test_memory_follows_the_scene_and_ends_with_it(dataset, model):
     whole = predict_stream(model, dataset)
-    assert set(whole.scenes) == set(dataset.tokens)
+    assert set(whole.objects) == set(dataset.tokens)
     assert whole.seconds_per_frame > 0
     # By hand: frame after frame with the memory handed on, afresh for the second scene.
     with torch.inference_mode():
@@ -119,18 +119,18 @@ def test_memory_follows_the_scene_and_ends_with_it(dataset, model):
                 prediction, state = model(dataset[int(i)].frames, state)
                 token = dataset.tokens[i]
                 expected = prediction.line_logits[-1].sigmoid().flatten().sort(descending=True).values
-                found = whole.scenes[token].lines.score
+                found = whole.objects[token].lines.score
                 torch.testing.assert_close(found, expected[: len(found)], rtol=1e-4, atol=1e-5)
 
 
 def test_processes_share_whole_scenes_and_change_nothing(dataset, model):
     whole = predict_stream(model, dataset)
     parts = [predict_stream(model, dataset, rank=rank, world_size=2) for rank in (0, 1)]
-    assert not set(parts[0].scenes) & set(parts[1].scenes)
-    merged = parts[0].scenes | parts[1].scenes
-    assert merged.keys() == whole.scenes.keys()
+    assert not set(parts[0].objects) & set(parts[1].objects)
+    merged = parts[0].objects | parts[1].objects
+    assert merged.keys() == whole.objects.keys()
     for token, scene in merged.items():
-        torch.testing.assert_close(scene.boxes.center, whole.scenes[token].boxes.center)
+        torch.testing.assert_close(scene.boxes.center, whole.objects[token].boxes.center)
 
 
 def test_ground_truth_has_the_vertices_of_the_published_evaluator(golden):
@@ -166,7 +166,7 @@ def test_ties_of_the_simplification():
 
 
 def test_map_lines_leaves_padding_out(dataset):
-    scene = true_scenes(dataset)[dataset.tokens[0]]
+    scene = perfect_predictions(dataset)[dataset.tokens[0]]
     padded = scene.lines._replace(valid=torch.arange(len(scene.lines.valid)) % 2 == 0)
     lines = map_lines(padded)
     assert len(lines) == (len(scene.lines.valid) + 1) // 2
@@ -174,11 +174,11 @@ def test_map_lines_leaves_padding_out(dataset):
     assert lines[1].label == int(scene.lines.label[2])
 
 
-def test_what_cannot_be_compared_is_refused(dataset, town_root):
-    scenes = true_scenes(dataset)
+def test_incomplete_predictions_and_several_roots_are_refused(dataset, town_root):
+    scenes = perfect_predictions(dataset)
     scenes.pop(dataset.tokens[3])
     with pytest.raises(DataError, match=dataset.tokens[3]):
-        evaluate_scenes(dataset, scenes)
+        evaluate_predictions(dataset, scenes)
     twice = NuScenesDataset([town_root, town_root], VERSION, "town_val", image_size=SMALL.image_size)
     with pytest.raises(ConfigError, match="2 roots; evaluate one root at a time"):
-        evaluate_scenes(twice, {})
+        evaluate_predictions(twice, {})

@@ -1,4 +1,4 @@
-"""Calibration by hand and on predictions whose distribution is known."""
+"""Confidence calibration by hand and on predictions whose distribution is known."""
 
 import json
 import math
@@ -9,7 +9,7 @@ import torch
 from nuscenes.eval.common.config import config_factory
 
 from perception.errors import DataError
-from perception.evaluation.confidence import BOX_RANGE, BOX_THRESHOLD, evaluate_calibration
+from perception.evaluation.confidence import BOX_RANGE, BOX_THRESHOLD, evaluate_confidence
 from perception.types import Boxes, FrameObjects, Polylines
 
 
@@ -61,7 +61,7 @@ def test_reliability_by_hand():
         ),
         lines([(0, 0.9, 0.65), (0, 0.0, 0.6), (1, 0.0, 0.3)]),
     )
-    result = evaluate_calibration({"a": found}, {"a": gt})
+    result = evaluate_confidence({"a": found}, {"a": gt})
     assert result.boxes.count == (1, 0, 0, 1, 0, 0, 0, 2, 1, 0)
     assert result.boxes.precision[7:9] == (0.5, 1.0) and math.isnan(result.boxes.precision[1])
     # |0.05 - 0| + |0.35 - 0| + 2 |0.765 - 0.5| + |0.85 - 1|, over five boxes
@@ -74,8 +74,8 @@ def test_reliability_by_hand():
     assert position.half == 0.75 and position.nine_tenths == 1.0
     point = result.uncertainties["line point m"]  # five points off by 0 along x and 0.9 along y
     assert point.count == 10 and point.mean_error == pytest.approx(0.45) and point.half == 0.5
-    told = json.loads(json.dumps(result.as_dict()))
-    assert told["boxes"]["precision"][1] is None and "ECE" in result.table()
+    record = json.loads(json.dumps(result.as_dict()))
+    assert record["boxes"]["precision"][1] is None and "ECE" in result.table()
 
 
 def test_true_probabilities_and_laplace_errors_are_calibrated():
@@ -95,7 +95,7 @@ def test_true_probabilities_and_laplace_errors_are_calibrated():
         rows = [(0, *p, s) for p, s in zip(off, score, strict=True)]
         scenes[token] = FrameObjects(boxes(rows, uncertainty), lines([]))
         wrong[token] = FrameObjects(boxes([(*row[:3], row[3] ** 3) for row in rows], uncertainty / 3), lines([]))
-    good, bad = evaluate_calibration(scenes, gt), evaluate_calibration(wrong, gt)
+    good, bad = evaluate_confidence(scenes, gt), evaluate_confidence(wrong, gt)
     assert good.boxes.error < 0.04 < 0.15 < bad.boxes.error
     position = good.uncertainties["position m"]
     assert position.mean_error == pytest.approx(position.mean_uncertainty, rel=0.05)
@@ -109,7 +109,7 @@ def test_a_line_walked_backwards_has_the_same_errors():
     found = lines([(2, 3.2, 0.9)])
     backwards = found._replace(points=found.points.flip(1))
     for predicted in (found, backwards):
-        uncertainty = evaluate_calibration({"a": FrameObjects(boxes([]), predicted)}, gt).uncertainties["line point m"]
+        uncertainty = evaluate_confidence({"a": FrameObjects(boxes([]), predicted)}, gt).uncertainties["line point m"]
         assert uncertainty.mean_error == pytest.approx(0.1, abs=1e-6)
 
 
@@ -121,4 +121,4 @@ def test_ranges_are_those_of_the_official_score():
 def test_other_tokens_are_refused():
     nothing = FrameObjects(boxes([]), lines([]))
     with pytest.raises(DataError, match="2 samples are in predictions or ground truth only"):
-        evaluate_calibration({"a": nothing}, {"b": nothing})
+        evaluate_confidence({"a": nothing}, {"b": nothing})

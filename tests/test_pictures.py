@@ -1,4 +1,4 @@
-"""Where things land in the pictures, against places computed by hand."""
+"""Pictures of boxes and lines, compared with pixels computed by hand."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from perception.types import BOX_CLASSES, LINE_CLASSES, Boxes, CameraRig, Frame,
 from perception.visualization.pictures import BOX_COLORS, LINE_COLORS, draw_bev, draw_cameras, draw_frame
 
 W, H, FOCAL = 480, 270, 200.0
-CX, CY, HEIGHT = 240.0, 135.0, 1.5  # the camera stands 1.5 m above the ego origin and looks along ego x
+CX, CY, HEIGHT = 240.0, 135.0, 1.5  # the camera is 1.5 m above the ego origin and looks along ego x
 EGO_FROM_CAM = torch.tensor(
     [[0.0, 0.0, 1.0, 0.0], [-1.0, 0.0, 0.0, 0.0], [0.0, -1.0, 0.0, HEIGHT], [0.0, 0.0, 0.0, 1.0]]
 )
@@ -23,7 +23,7 @@ def make_rig(count=1):
     )
 
 
-def make_scene(boxes=(), lines=()):
+def make_objects(boxes=(), lines=()):
     """boxes: (class, x, y, z, l, w, h, yaw, vx, vy); lines: (class, points). One padded NaN entry each."""
     M, P = len(boxes), max([len(points) for _, points in lines], default=2)
     numbers = torch.full((M + 1, 9), float("nan"))
@@ -61,20 +61,20 @@ def grey_images(count=1, height=H, width=W):
     return torch.full((count, 3, height, width), GREY, dtype=torch.uint8)
 
 
-def camera_picture(scene, gt=None, **options):
-    (picture,) = draw_cameras(grey_images(), make_rig(), scene, gt, **options)
+def camera_picture(objects, gt=None, **options):
+    (picture,) = draw_cameras(grey_images(), make_rig(), objects, gt, **options)
     return np.asarray(picture).astype(int)
 
 
 def drawn(picture):
-    """u, v centres of the pixels that are no longer background."""
+    """Returns the centres u, v of all pixels that differ from the background."""
     v, u = np.nonzero(np.abs(picture - GREY).max(-1) > 12)
     return u + 0.5, v + 0.5
 
 
-def test_a_line_on_the_ground_lies_where_the_pinhole_puts_it():
+def test_a_line_on_the_ground_follows_the_pinhole_model():
     # 10 m ahead the ground is at v = CY + 200 * 1.5 / 10 = 165; y from 1 to 3 m (left) is u = 220 down to 180.
-    picture = camera_picture(make_scene(lines=[("divider", [[10.0, 1.0], [10.0, 3.0]])]))
+    picture = camera_picture(make_objects(lines=[("divider", [[10.0, 1.0], [10.0, 3.0]])]))
     assert tuple(picture[165, 200]) == LINE_COLORS["divider"]
     u, v = drawn(picture)
     assert u.min() == pytest.approx(180, abs=2.1) and u.max() == pytest.approx(220, abs=2.1)
@@ -82,16 +82,16 @@ def test_a_line_on_the_ground_lies_where_the_pinhole_puts_it():
 
 
 def test_a_box_spans_the_pixels_of_its_nearest_face():
-    # A bus ahead on the right: its rear face is at x = 10, y from -4 to -2, z from 0.5 to 3.5; everything behind that
-    # face is nearer to the vanishing point (CX, CY).
-    picture = camera_picture(make_scene([("bus", 13.0, -3.0, 2.0, 6.0, 2.0, 3.0, 0.0, 0.0, 0.0)]))
+    # A bus ahead on the right: its rear face is at x = 10, y from -4 to -2, z from 0.5 to 3.5; all other
+    # points are projected closer to the vanishing point (CX, CY).
+    picture = camera_picture(make_objects([("bus", 13.0, -3.0, 2.0, 6.0, 2.0, 3.0, 0.0, 0.0, 0.0)]))
     u, v = drawn(picture)
     assert u.max() == pytest.approx(CX + FOCAL * 4 / 10, abs=2)
     assert v.max() == pytest.approx(CY + FOCAL * (HEIGHT - 0.5) / 10, abs=2)
     assert v.min() == pytest.approx(CY - FOCAL * (3.5 - HEIGHT) / 10, abs=2)
     assert u.min() == pytest.approx(CX + FOCAL * 2 / 16, abs=2)
     assert tuple(picture[130, 320]) == BOX_COLORS["bus"]  # on the outer post of the rear face
-    # The front face is the tinted one: at x = 16 it spans u 265..290, v 110..147.5. The rear's middle has no tint.
+    # The front face is tinted: at x = 16 it spans u 265..290, v 110..147.5. The rear's middle has no tint.
     assert tuple(picture[120, 275]) != (GREY,) * 3
     assert tuple(picture[143, 301]) == (GREY,) * 3
 
@@ -100,23 +100,23 @@ def test_a_picture_of_another_size_keeps_the_geometry():
     big = draw_cameras(
         grey_images(height=2 * H, width=2 * W),
         make_rig()._replace(img_from_cam=torch.tensor([[[400.0, 0, 480.0], [0, 400.0, 270.0], [0, 0, 1]]])),
-        make_scene(lines=[("divider", [[10.0, 1.0], [10.0, 3.0]])]),
+        make_objects(lines=[("divider", [[10.0, 1.0], [10.0, 3.0]])]),
     )[0]
     assert big.size == (W, H)
     assert big.getpixel((200, 165)) == LINE_COLORS["divider"]
 
 
-def test_what_is_behind_the_camera_draws_nothing():
-    scene = make_scene(
+def test_objects_behind_the_camera_are_not_drawn():
+    objects = make_objects(
         [("car", -8.0, 0.5, 1.0, 4.0, 2.0, 1.6, 0.0, 5.0, 0.0)], [("boundary", [[-1.0, -5.0], [-20.0, 8.0]])]
     )
-    assert len(drawn(camera_picture(scene, scene))[0]) == 0
+    assert len(drawn(camera_picture(objects, objects))[0]) == 0
 
 
 def test_a_line_through_the_camera_plane_stays_on_its_own_ray():
-    # Parallel to the car, 1 m to the left, from far behind to far ahead: it comes in at the lower border and runs
+    # Parallel to the car, 1 m to the left, from far behind to far ahead: it enters at the lower border and runs
     # towards the vanishing point on the line u - CX = -(1 / 1.5) (v - CY), always below the horizon.
-    picture = camera_picture(make_scene(lines=[("boundary", [[-30.0, 1.0], [60.0, 1.0]])]))
+    picture = camera_picture(make_objects(lines=[("boundary", [[-30.0, 1.0], [60.0, 1.0]])]))
     u, v = drawn(picture)
     assert len(u) > 100 and v.max() > H - 1
     assert v.min() > CY and u.max() < CX
@@ -124,48 +124,48 @@ def test_a_line_through_the_camera_plane_stays_on_its_own_ray():
 
 
 def test_a_box_around_the_camera_plane_stays_in_its_part_of_the_image():
-    # A long trailer beside the car on the right reaches from behind the camera to ahead of it.
-    picture = camera_picture(make_scene([("trailer", 2.0, -4.0, 1.5, 12.0, 2.0, 2.0, 0.0, 0.0, 0.0)]))
+    # A long trailer on the right of the car reaches from behind the camera to ahead of it.
+    picture = camera_picture(make_objects([("trailer", 2.0, -4.0, 1.5, 12.0, 2.0, 2.0, 0.0, 0.0, 0.0)]))
     u, v = drawn(picture)
     assert u.min() > CX + FOCAL * 3 / 8 - 3  # its front inner post, 8 m ahead
     assert len(v) > 50
 
 
-def test_nearer_boxes_lie_above_farther_ones():
+def test_near_boxes_cover_far_ones():
     near = ("car", 10.0, 0.0, 1.5, 2.0, 2.0, 2.0, 0.0, 0.0, 0.0)
     # Its front bottom edge is the ground line of the farther box: both cross column 240 at the same row 142.
     far = ("bus", 21.0, 0.0, 2.5, 2.0, 20.0, 4.0, 0.0, 0.0, 0.0)
     for order in ([near, far], [far, near]):
-        picture = camera_picture(make_scene(order))
+        picture = camera_picture(make_objects(order))
         post = picture[125, 217:220].tolist()  # the near car's rear post at u = 240 - 200 / 9
         assert list(BOX_COLORS["car"]) in post
 
 
-def test_truth_is_dashed_white_and_predictions_are_solid():
+def test_ground_truth_is_dashed_white_and_predictions_are_solid():
     line = [("ped_crossing", [[10.0, -8.0], [10.0, 8.0]])]
-    predicted = camera_picture(make_scene(lines=line))[165, 100:380]
+    predicted = camera_picture(make_objects(lines=line))[165, 100:380]
     assert (predicted == LINE_COLORS["ped_crossing"]).all()
-    true = camera_picture(make_scene(), make_scene(lines=line))[164:167, 100:380].max(0)
-    white = (true > 200).all(-1)
-    assert 0.3 < white.mean() < 0.8 and (true == GREY).all(-1).mean() > 0.2
+    gt = camera_picture(make_objects(), make_objects(lines=line))[164:167, 100:380].max(0)
+    white = (gt > 200).all(-1)
+    assert 0.3 < white.mean() < 0.8 and (gt == GREY).all(-1).mean() > 0.2
 
 
-def test_weak_predictions_are_left_out_but_never_truth():
-    scene = make_scene([("car", 10.0, 0.0, 1.0, 4.0, 2.0, 1.6, 0.0, 0.0, 0.0)])
-    weak = scene._replace(boxes=scene.boxes._replace(score=torch.full((2,), 0.2)))
+def test_the_score_threshold_applies_to_predictions_only():
+    objects = make_objects([("car", 10.0, 0.0, 1.0, 4.0, 2.0, 1.6, 0.0, 0.0, 0.0)])
+    weak = objects._replace(boxes=objects.boxes._replace(score=torch.full((2,), 0.2)))
     assert len(drawn(camera_picture(weak))[0]) == 0
     assert len(drawn(camera_picture(weak, min_score=0.1))[0]) > 0
-    assert len(drawn(camera_picture(make_scene(), weak))[0]) > 0
+    assert len(drawn(camera_picture(make_objects(), weak))[0]) > 0
 
 
-def bev(scene, gt=None):
-    picture = draw_bev(scene, gt, x_range=(-25.6, 25.6), y_range=(-12.8, 12.8), height=512)  # 10 pixels per metre
+def bev(objects, gt=None):
+    picture = draw_bev(objects, gt, x_range=(-25.6, 25.6), y_range=(-12.8, 12.8), height=512)  # 10 pixels per metre
     return np.asarray(picture).astype(int)
 
 
 def test_bev_has_x_up_and_y_left():
     box = ("car", 20.0, 8.0, 1.0, 4.0, 2.0, 1.6, 0.0, 0.0, 0.0)
-    picture, empty = bev(make_scene([box])), bev(make_scene())
+    picture, empty = bev(make_objects([box])), bev(make_objects())
     assert picture.shape == (512, 256, 3)
     v, u = np.nonzero((picture != empty).any(-1))
     # x 18..22 is v = 36..76, y 7..9 is u = 38..58.
@@ -178,16 +178,16 @@ def test_bev_has_x_up_and_y_left():
 
 def test_bev_turns_yaw_and_velocity_to_the_left():
     turned = ("truck", 0.0, 6.0, 1.0, 8.0, 2.0, 2.0, np.pi / 2, 0.0, 0.0)
-    v, u = np.nonzero((bev(make_scene([turned])) != bev(make_scene())).any(-1))
+    v, u = np.nonzero((bev(make_objects([turned])) != bev(make_objects())).any(-1))
     assert (u.min(), u.max() + 1) == pytest.approx((28, 108), abs=2)  # y 2..10
     assert (v.min(), v.max() + 1) == pytest.approx((246, 266), abs=2)  # x -1..1
     moving = (*turned[:-1], 2.0)  # 2 m/s to the left: the arrow starts at the nose, u = 28
-    v, u = np.nonzero((bev(make_scene([moving])) != bev(make_scene([turned]))).any(-1))
+    v, u = np.nonzero((bev(make_objects([moving])) != bev(make_objects([turned]))).any(-1))
     assert u.min() < 12 and u.max() < 32 and (v.min() + v.max()) / 2 == pytest.approx(256, abs=2)
 
 
 def test_bev_lines_and_ego_marker():
-    picture = bev(make_scene(lines=[("divider", [[5.0, -10.0], [15.0, -10.0]])]))
+    picture = bev(make_objects(lines=[("divider", [[5.0, -10.0], [15.0, -10.0]])]))
     assert tuple(picture[150, 228]) == LINE_COLORS["divider"]
     assert tuple(picture[240, 128]) != tuple(picture[240, 28])  # the car at the origin
 
@@ -199,9 +199,9 @@ def make_frame(names, rig=None):
     return Frame(images, rig or make_rig(len(names)), torch.eye(4), torch.tensor(0.0), torch.tensor(True))
 
 
-def test_composite_puts_the_six_cameras_where_they_sit_on_the_car():
+def test_composite_arranges_six_cameras_as_on_the_car():
     names = ["CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT"]
-    picture = draw_frame(make_frame(names), make_scene(), make_scene(), cameras=names, caption="town")
+    picture = draw_frame(make_frame(names), make_objects(), make_objects(), cameras=names, caption="town")
     grid = [["CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT"], ["CAM_BACK_LEFT", "CAM_BACK", "CAM_BACK_RIGHT"]]
     for row in range(2):
         for column in range(3):
@@ -213,35 +213,35 @@ def test_composite_puts_the_six_cameras_where_they_sit_on_the_car():
 @pytest.mark.parametrize("count", [1, 5, 11])
 def test_composite_of_any_number_of_cameras(count):
     names = [f"cam{index}" for index in range(count)]
-    picture = draw_frame(make_frame(names), make_scene(), camera_width=160)
+    picture = draw_frame(make_frame(names), make_objects(), camera_width=160)
     row, column = divmod(count - 1, 3)
     assert picture.getpixel((8 + column * 168 + 80, 44 + row * 98 + 70)) == (23 * (count - 1) + 20,) * 3
 
 
 def test_a_missing_camera_leaves_an_empty_tile():
     rig = make_rig(2)._replace(present=torch.tensor([True, False]))
-    scene = make_scene([("car", 10.0, 0.0, 1.0, 4.0, 2.0, 1.6, 0.0, 0.0, 0.0)])
-    seen, missing = draw_cameras(grey_images(2), rig, scene)
+    objects = make_objects([("car", 10.0, 0.0, 1.0, 4.0, 2.0, 1.6, 0.0, 0.0, 0.0)])
+    seen, missing = draw_cameras(grey_images(2), rig, objects)
     assert len(missing.getcolors()) == 1 and len(seen.getcolors(100000)) > 1
-    draw_frame(make_frame(["a", "b"], rig), scene)
+    draw_frame(make_frame(["a", "b"], rig), objects)
 
 
-def test_float_images_are_drawn_like_bytes():
+def test_float_images_are_drawn_as_uint8():
     images = grey_images().float() + 0.4
-    (picture,) = draw_cameras(images, make_rig(), make_scene())
+    (picture,) = draw_cameras(images, make_rig(), make_objects())
     assert picture.getpixel((3, 3)) == (GREY,) * 3
 
 
-def test_wrong_shapes_are_told_in_a_sentence():
-    scene, rig = make_scene([("car", 10.0, 0.0, 1.0, 4.0, 2.0, 1.6, 0.0, 0.0, 0.0)]), make_rig()
-    batched = FrameObjects(Boxes(*(f[None] for f in scene.boxes)), Polylines(*(f[None] for f in scene.lines)))
+def test_wrong_shapes_are_named():
+    objects, rig = make_objects([("car", 10.0, 0.0, 1.0, 4.0, 2.0, 1.6, 0.0, 0.0, 0.0)]), make_rig()
+    batched = FrameObjects(Boxes(*(f[None] for f in objects.boxes)), Polylines(*(f[None] for f in objects.lines)))
     with pytest.raises(DataError, match="one frame"):
-        draw_cameras(grey_images()[None], rig, scene)
-    with pytest.raises(DataError, match="one scene"):
+        draw_cameras(grey_images()[None], rig, objects)
+    with pytest.raises(DataError, match="one frame"):
         draw_bev(batched)
-    with pytest.raises(DataError, match="one scene"):
-        draw_bev(scene._replace(lines=batched.lines))
+    with pytest.raises(DataError, match="one frame"):
+        draw_bev(objects._replace(lines=batched.lines))
     with pytest.raises(DataError, match="1 camera images but 2 camera names"):
-        draw_frame(make_frame(["a"]), scene, cameras=["a", "b"])
+        draw_frame(make_frame(["a"]), objects, cameras=["a", "b"])
     with pytest.raises(DataError, match="x_range"):
-        draw_bev(scene, x_range=(5.0, -5.0))
+        draw_bev(objects, x_range=(5.0, -5.0))
