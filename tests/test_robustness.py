@@ -142,7 +142,7 @@ def test_an_oracle_loses_what_missing_cameras_show(dataset):
 
 def test_disturbed_and_clean_lines_are_compared_by_the_same_protocol_and_range(dataset):
     oracle, options = Oracle(dataset), {"protocol": "streammapnet", "lane_range": LaneRange(100.0, 50.0)}
-    predictions = predict_stream(oracle, dataset).scenes
+    predictions = predict_stream(oracle, dataset).objects
     clean = evaluate_predictions(dataset, predictions, **options).metrics()
     assert clean["lane_mAP"] != evaluate_predictions(dataset, predictions).metrics()["lane_mAP"]
     (alone,) = evaluate_robustness(

@@ -126,7 +126,7 @@ class ConfidenceResult:
 
 
 def evaluate_confidence(
-    scenes: Mapping[str, FrameObjects],
+    predictions: Mapping[str, FrameObjects],
     gt: Mapping[str, FrameObjects],
     *,
     protocol: str = "maptr",
@@ -137,7 +137,7 @@ def evaluate_confidence(
     """Compares scores with precision and uncertainties with errors.
 
     Args:
-        scenes: predictions per sample token, on the CPU, without leading dimensions.
+        predictions: per sample token, on the CPU, without leading dimensions.
         gt: ground truth of the same tokens, its lines of the protocol and range; lines have as many points as the
             predicted ones.
         protocol, lane_range: of the lanes, as in `evaluate_lanes`.
@@ -148,10 +148,9 @@ def evaluate_confidence(
         ConfigError: the protocol does not exist or has no such range.
         DataError: the tokens differ.
     """
-    if scenes.keys() != gt.keys():
-        raise DataError(
-            f"{len(scenes.keys() ^ gt.keys())} samples are in predictions or ground truth only; give both the same ones"
-        )
+    if predictions.keys() != gt.keys():
+        alone = len(predictions.keys() ^ gt.keys())
+        raise DataError(f"{alone} samples are in predictions or ground truth only; give both the same ones")
     _, thresholds = lane_rules(protocol, lane_range)
     middle = sorted(thresholds)[len(thresholds) // 2]
     scores: dict[str, list[Array]] = {"boxes": [], "lines": []}
@@ -159,16 +158,16 @@ def evaluate_confidence(
     # [n, 2] each: absolute error and uncertainty.
     errors: dict[str, list[Array]] = {name: [] for name in (*BOX_QUANTITIES, LINE_QUANTITY)}
     for token in sorted(gt):
-        predicted, truth = scenes[token], gt[token]
+        predicted, target = predictions[token], gt[token]
         score, hit, error, uncertainty = _compare_boxes(
-            _countable(predicted.boxes, min_score), _countable(truth.boxes, min_score)
+            _countable(predicted.boxes, min_score), _countable(target.boxes, min_score)
         )
         scores["boxes"].append(score)
         hits["boxes"].append(hit)
         for name, columns in BOX_QUANTITIES.items():
             pairs = np.stack([error[:, columns].ravel(), uncertainty[:, columns].ravel()], 1)
             errors[name].append(pairs[np.isfinite(pairs).all(1)])  # the ground truth may lack a velocity
-        score, hit, pairs = _compare_lines(predicted.lines, truth.lines, min_score, protocol, lane_range, middle)
+        score, hit, pairs = _compare_lines(predicted.lines, target.lines, min_score, protocol, lane_range, middle)
         scores["lines"].append(score)
         hits["lines"].append(hit)
         errors[LINE_QUANTITY].append(pairs)

@@ -264,9 +264,9 @@ def evaluate_robustness(
     tables = load_tables(dataset.roots[0], dataset.version)
     gt = all_gt_lines(dataset, protocol=protocol, lane_range=lane_range, progress=progress)
     for name, group, disturb in tqdm(trials, desc="disturbances", unit="trial", disable=not progress):
-        scenes = predict_stream(model, dataset, disturb=disturb, workers=workers, progress=progress).objects
-        boxes = evaluate_boxes(scenes, poses, dataset.roots[0], dataset.version, dataset.split, nusc=tables)
-        lines = {token: map_lines(scene.lines) for token, scene in scenes.items()}
+        predictions = predict_stream(model, dataset, disturb=disturb, workers=workers, progress=progress).objects
+        boxes = evaluate_boxes(predictions, poses, dataset.roots[0], dataset.version, dataset.split, nusc=tables)
+        lines = {token: map_lines(objects.lines) for token, objects in predictions.items()}
         lanes = evaluate_lanes(lines, gt, protocol=protocol, lane_range=lane_range, workers=workers, progress=progress)
         found = {"nds": boxes.nds, "mAP": boxes.mean_ap, "lane_mAP": lanes.mean_ap, **boxes.errors}
         results.append(TrialResult(name, group, {name: float(found[name]) for name in wanted}))

@@ -97,7 +97,7 @@ class StabilityResult:
 
 
 def evaluate_stability(
-    scenes: Mapping[str, FrameObjects],
+    predictions: Mapping[str, FrameObjects],
     sequences: Sequence[Sequence[str]],
     global_from_ego: Mapping[str, Array],
     seconds: Mapping[str, float],
@@ -109,7 +109,7 @@ def evaluate_stability(
     """Measures the displacement of the same instances between consecutive frames.
 
     Args:
-        scenes: predictions per sample token, on the CPU, without leading dimensions.
+        predictions: per sample token, on the CPU, without leading dimensions.
         sequences: the tokens of each scene in time order.
         global_from_ego: per token [4, 4] float64.
         seconds: per token, the time of the sample.
@@ -123,7 +123,7 @@ def evaluate_stability(
     tally = {name: _Tally() for name in BOX_CLASSES + LINE_CLASSES}
     frame_pairs = 0
     for tokens in sequences:
-        missing = [token for token in tokens if token not in scenes]
+        missing = [token for token in tokens if token not in predictions]
         if missing:
             raise DataError(f"the predictions lack the sample {missing[0]}; give every sample of the split an entry")
         for before, now in pairwise(tokens):
@@ -131,9 +131,11 @@ def evaluate_stability(
             now_from_before = invert_rigid(global_from_ego[now]) @ global_from_ego[before]
             passed = seconds[now] - seconds[before]
             _compare_boxes(
-                scenes[before].boxes, scenes[now].boxes, now_from_before, passed, min_score, box_range, tally
+                predictions[before].boxes, predictions[now].boxes, now_from_before, passed, min_score, box_range, tally
             )
-            _compare_lines(scenes[before].lines, scenes[now].lines, now_from_before, min_score, lane_range, tally)
+            _compare_lines(
+                predictions[before].lines, predictions[now].lines, now_from_before, min_score, lane_range, tally
+            )
     return StabilityResult(
         boxes={name: tally[name].result() for name in BOX_CLASSES},
         lines={name: tally[name].result() for name in LINE_CLASSES},
