@@ -153,5 +153,7 @@ def test_one_lane_range_decides_anchors_ground_truth_and_evaluation(town_root, t
 
 def test_a_published_network_trains_on_lines_of_its_own_range():
     assert preset_config("maptr_tiny_r50_24e_gkt").lane_range == LaneRange(60.0, 30.0)  # LiDAR's y looks ahead
-    wide = dataclasses.replace(preset_config("maptrv2_nusc_r50_24ep"), low=(-25.0, -50.0, -3.0), high=(25.0, 50.0, 3.0))
+    wide = dataclasses.replace(
+        preset_config("maptrv2_nusc_r50_24ep"), point_cloud_range=(-25.0, -50.0, -3.0, 25.0, 50.0, 3.0)
+    )
     assert wide.lane_range == LaneRange(100.0, 50.0)
