@@ -43,21 +43,21 @@ ATTRIBUTES = (
 
 
 class LaneRange(NamedTuple):
-    """The rectangle in which lines are predicted, trained and compared, centred at the frame's origin.
+    """The rectangle for prediction, training and evaluation of lines, centred at the origin of the frame.
 
-    One value decides the anchors of the line queries, the ground truth of training and what evaluation compares.
-    Written as "60x30" in configs, on command lines and in reports.
+    One value defines the anchors of the line queries, the ground truth of training and the range of evaluation. It is
+    written as "60x30" in configs, on command lines and in reports.
     """
 
-    x: float  # metres along ego x (ahead and behind together)
-    y: float  # metres along ego y (left and right together)
+    x: float  # length in metres along ego x
+    y: float  # length in metres along ego y
 
     @classmethod
     def parse(cls, text: str) -> LaneRange:
-        """The range that a text such as "60x30" names.
+        """Parses a text such as "60x30".
 
         Raises:
-            ConfigError: the text is not two positive numbers with an x between them.
+            ConfigError: the text is not of the form AxB with two positive numbers.
         """
         match = re.fullmatch(r"(\d+(?:\.\d+)?)x(\d+(?:\.\d+)?)", text)
         if match is None or not all(float(side) > 0 for side in match.groups()):

@@ -24,7 +24,17 @@ from perception.export.replay import camera_frame, replay_frames
 from perception.export.runtime import Runtime
 from perception.export.tensorrt import build_engines, runtime_name
 from perception.inference.predictor import Predictor
-from perception.types import CameraRig, map_tensors
+from perception.types import (
+    Boxes,
+    CameraRig,
+    FrameObjects,
+    NumpyBoxes,
+    NumpyCameraRig,
+    NumpyFrameObjects,
+    NumpyPolylines,
+    Polylines,
+    map_tensors,
+)
 
 
 def five_steps(town):
@@ -34,6 +44,12 @@ def five_steps(town):
         images = frame.images[0].permute(0, 2, 3, 1).numpy()
         given = [image if there else None for image, there in zip(images, rig.present, strict=True)]
         yield given, rig, town.ego_pose(k), k * 0.5
+
+
+def test_numpy_types_have_the_fields_of_the_tensor_types():
+    for tensors, arrays in ((CameraRig, NumpyCameraRig), (Boxes, NumpyBoxes), (Polylines, NumpyPolylines)):
+        assert arrays._fields == tensors._fields
+    assert NumpyFrameObjects._fields == FrameObjects._fields
 
 
 def test_step_equals_the_predictor(small_network, fp32_export, small_town):
@@ -46,6 +62,7 @@ def test_step_equals_the_predictor(small_network, fp32_export, small_town):
         rings += closed.sum()
         assert (other.lines.points[closed, 0] == other.lines.points[closed, -1]).all()
         assert (other.lines.closed == one.lines.closed.numpy()).all()
+        assert isinstance(one, FrameObjects) and isinstance(other, NumpyFrameObjects)
         assert len(one.boxes.score) == len(other.boxes.score) > 0
         assert other.boxes.score == pytest.approx(one.boxes.score.numpy(), abs=1e-4)
         assert other.lines.points == pytest.approx(one.lines.points.numpy(), abs=1e-3)

@@ -1,4 +1,4 @@
-"""Finds and reads config files, and names the datasets that are missing, before anything heavy is loaded."""
+"""Finds and reads config files and checks their datasets, without importing heavy modules."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
 
@@ -13,15 +14,15 @@ from perception.errors import ConfigError
 from perception.files import check_dataset
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-# In a wheel the configs lie in the package, in a checkout beside it.
+# In a wheel the configs are inside the package, in a checkout next to it.
 SHIPPED = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
 
 
 def find_config(name_or_path: str | Path) -> Path:
-    """The file of a config.
+    """Returns the path of a config file.
 
     Args:
-        name_or_path: a file, or the name of a config that came with the library, such as `synthetic/nano` or
+        name_or_path: a file, or the name of a config of the library, such as `synthetic/nano` or
             `configs/synthetic/nano.py`.
 
     Raises:
@@ -39,19 +40,19 @@ def find_config(name_or_path: str | Path) -> Path:
 
 
 def read_config(name_or_path: str | Path, options: dict | None = None) -> tuple[Path, Config]:
-    """The file of a config, and its content with overrides, not yet checked.
+    """Reads a config file with overrides, and returns its path and its content. `load_config` checks the content.
 
     Args:
-        name_or_path: as of `find_config`.
-        options: overrides with dotted keys, e.g. `{"train.lr": 1e-3}`.
+        name_or_path: as for `find_config`.
+        options: overrides by dotted key, e.g. `{"train.lr": 1e-3}`.
 
     Raises:
-        ConfigError: there is no such config, it is broken, or an override does not fit it.
+        ConfigError: there is no such config, it is broken, or an override does not fit.
     """
     path = find_config(name_or_path)
     try:
         source = Config.fromfile(path)
-    except Exception as error:  # the file is a program: anything can go wrong in it
+    except Exception as error:  # a config is a Python program and may raise anything
         raise ConfigError(
             f"{path}: {type(error).__name__}: {str(error).splitlines()[0]}; fix the config file"
         ) from None
@@ -68,12 +69,12 @@ def read_config(name_or_path: str | Path, options: dict | None = None) -> tuple[
 
 
 def parse_options(pairs: list[str]) -> dict:
-    """`--cfg-options` KEY=VALUE pairs as a dict for `load_config`; values are Python literals, anything else is text.
+    """Parses KEY=VALUE pairs of `--cfg-options` for `load_config`. Values that are not Python literals are strings.
 
     Raises:
         ConfigError: a pair has no `=`.
     """
-    options = {}
+    options: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not (key and equals):
@@ -86,15 +87,16 @@ def parse_options(pairs: list[str]) -> dict:
 
 
 def check_datasets(name_or_path: str | Path, options: dict | None, sections: Sequence[str]) -> None:
-    """Checks that the datasets of some sections of a config exist; loads nothing heavy, so commands begin with it.
+    """Checks that the datasets of a config exist. It imports nothing heavy; call it at the start of a command.
 
     Args:
-        name_or_path, options: as of `read_config`.
-        sections: of "train_data" and "val_data". What is not there or malformed is left to `load_config`.
+        name_or_path, options: as for `read_config`.
+        sections: some of "train_data" and "val_data". Missing and malformed sections are not reported here, but by
+            `load_config`.
 
     Raises:
-        ConfigError: as `read_config`.
-        DataError: as `check_dataset`.
+        ConfigError: as in `read_config`.
+        DataError: as in `check_dataset`.
     """
     _, source = read_config(name_or_path, options)
     for name in sections:
