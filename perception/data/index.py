@@ -377,10 +377,10 @@ def ego_from_patch(global_from_ego: np.ndarray, ego_from_lidar: np.ndarray) -> n
     plane: only position and yaw count.
     """
     global_from_lidar = global_from_ego @ ego_from_lidar
-    ahead = yaw_from_rotation(global_from_lidar) + np.pi / 2  # LiDAR y points ahead
+    ahead = float(yaw_from_rotation(global_from_lidar)) + np.pi / 2  # LiDAR y points ahead
     global_from_patch = rigid_from_yaw(ahead, (*global_from_lidar[:2, 3], 0.0))
-    level_from_global = invert_rigid(rigid_from_yaw(yaw_from_rotation(global_from_ego), (*global_from_ego[:2, 3], 0.0)))
-    return level_from_global @ global_from_patch
+    level = rigid_from_yaw(float(yaw_from_rotation(global_from_ego)), (*global_from_ego[:2, 3], 0.0))
+    return invert_rigid(level) @ global_from_patch
 
 
 def lines_around(
@@ -407,7 +407,7 @@ def lines_around(
     """
     if protocol != "maptr":
         x, y = global_from_ego[:2, 3]
-        return lanes.lines(x, y, yaw_from_rotation(global_from_ego), lane_range, protocol)
+        return lanes.lines(x, y, float(yaw_from_rotation(global_from_ego)), lane_range, protocol)
     global_from_lidar = global_from_ego @ ego_from_lidar
     ego_from = ego_from_patch(global_from_ego, ego_from_lidar)
     x, y = global_from_lidar[:2, 3]

@@ -153,7 +153,7 @@ class NuScenesDataset(Dataset):
         """
         pose = self.ego_pose(i)
         x, y = pose[:2, 3]
-        return self._lane_map(i).centerlines(x, y, yaw_from_rotation(pose), lane_range or self.lane_range)
+        return self._lane_map(i).centerlines(x, y, float(yaw_from_rotation(pose)), lane_range or self.lane_range)
 
     def _lane_map(self, i: int) -> LaneMap:
         path = self._index.scene_map[self._index.scene[i]]

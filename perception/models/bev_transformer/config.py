@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from perception.errors import ConfigError
 from perception.types import DEFAULT_LANE_RANGE, LaneRange
@@ -62,8 +62,8 @@ class BEVTransformerConfig:
         return {"nano": cls.nano, "tiny": cls.tiny, "base": cls.base}
 
     @classmethod
-    def preset(cls, name: str, **changes) -> BEVTransformerConfig:
-        """A preset by name with some fields changed.
+    def preset(cls, name: str, **changes: Any) -> BEVTransformerConfig:
+        """Returns a preset with some fields changed.
 
         Raises:
             ConfigError: for an unknown preset or field.
@@ -75,4 +75,5 @@ class BEVTransformerConfig:
         for key in changes:
             if key not in known:
                 raise ConfigError(f"model.{key} does not exist; BEVTransformerConfig has {', '.join(sorted(known))}")
-        return replace(presets[name](), **{k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()})
+        values: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in changes.items()}
+        return replace(presets[name](), **values)

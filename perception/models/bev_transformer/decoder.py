@@ -8,6 +8,8 @@ refinement per layer. Box queries start at the peaks of the dense centre heat ma
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,8 +38,18 @@ USUAL_SIZES = (
 )  # fmt: skip
 
 
-def _mlp(channels_in: int, channels: int, channels_out: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(channels_in, channels), nn.ReLU(inplace=True), nn.Linear(channels, channels_out))
+def _mlp(channels_in: int, channels: int, channels_out: int, bias: float | None = None) -> nn.Sequential:
+    first, last = nn.Linear(channels_in, channels), nn.Linear(channels, channels_out)
+    if bias is not None:
+        nn.init.constant_(last.bias, bias)
+    return nn.Sequential(first, nn.ReLU(inplace=True), last)
+
+
+def _dense_head(channels: int, classes: int) -> nn.Sequential:
+    first, last = nn.Conv2d(channels, channels, 3, padding=1), nn.Conv2d(channels, classes, 1)
+    assert last.bias is not None
+    nn.init.constant_(last.bias, PRIOR_LOGIT)
+    return nn.Sequential(first, nn.ReLU(inplace=True), last)
 
 
 def encode_position(position: Tensor, channels: int) -> Tensor:
@@ -107,6 +119,7 @@ class ImageSampling(nn.Module):
         channels: of the image features and of the result.
     """
 
+    offsets: Tensor  # [G, 3]
     OFFSETS = ((0, 0, 0), (1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1))  # in half sizes
 
     def __init__(self, channels: int) -> None:
@@ -149,6 +162,24 @@ class SelfAttention(nn.Module):
         return self.output((attention.to(v.dtype) @ v).transpose(1, 2).flatten(2))
 
 
+class BoxDecoderLayer(nn.Module):
+    """The parts of one decoder layer of boxes: attention, and heads for class, box and uncertainty."""
+
+    def __init__(self, grid: BEVGrid, channels: int, heads: int, classes: int) -> None:
+        super().__init__()
+        self.reading = ImageSampling(channels)
+        self.self_attention = SelfAttention(channels, heads)
+        self.norm = nn.LayerNorm(channels)
+        self.bev_attention = BEVAttention(grid, channels, heads, samples=4, reach=3.0)
+        self.feed_forward = nn.Sequential(nn.LayerNorm(channels), _mlp(channels, 2 * channels, channels))
+        self.to_class = _mlp(channels, channels, classes)
+        self.to_box = _mlp(channels, channels, 12)
+        self.to_uncertainty = _mlp(channels, channels, 9)
+        for head in (self.to_box, self.to_class):
+            for parameter in head[-1].parameters():
+                nn.init.zeros_(parameter)
+
+
 class BoxDecoder(nn.Module):
     """Predicts boxes: queries start at the peaks of a centre heat map and are refined layer by layer.
 
@@ -165,33 +196,12 @@ class BoxDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.grid, self.queries = grid, queries
-        self.heatmap = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(channels, classes, 1)
-        )
-        nn.init.constant_(self.heatmap[-1].bias, PRIOR_LOGIT)
+        self.heatmap = _dense_head(channels, classes)
         self.content = nn.Linear(channels + classes, channels)
         self.position = _mlp(channels, channels, channels)
         self.value = nn.Conv2d(channels, channels, 1)
         self.image_value = nn.Conv2d(channels_in, channels, 1)
-        self.layers = nn.ModuleList()
-        for _ in range(layers):
-            layer = nn.ModuleDict(
-                {
-                    "reading": ImageSampling(channels),
-                    "self_attention": SelfAttention(channels, heads),
-                    "norm": nn.LayerNorm(channels),
-                    "bev_attention": BEVAttention(grid, channels, heads, samples=4, reach=3.0),
-                    "feed_forward": nn.Sequential(nn.LayerNorm(channels), _mlp(channels, 2 * channels, channels)),
-                    "to_class": _mlp(channels, channels, classes),
-                    "to_box": _mlp(channels, channels, 12),
-                    "to_uncertainty": _mlp(channels, channels, 9),
-                }
-            )
-            nn.init.zeros_(layer["to_box"][-1].weight)
-            nn.init.zeros_(layer["to_box"][-1].bias)
-            nn.init.zeros_(layer["to_class"][-1].weight)
-            nn.init.zeros_(layer["to_class"][-1].bias)
-            self.layers.append(layer)
+        self.layers: Any = nn.ModuleList(BoxDecoderLayer(grid, channels, heads, classes) for _ in range(layers))
         self.register_buffer("usual_log_sizes", torch.tensor(USUAL_SIZES).log(), persistent=False)  # [K, 3]
 
     def forward(
@@ -234,13 +244,13 @@ class BoxDecoder(nn.Module):
         for layer in self.layers:
             reference = params[..., :2]
             position = self.position(encode_position(self.grid.normalize(reference), C))
-            query = query + layer["reading"](params, image_value, rig, image_size)
-            query = query + layer["self_attention"](query, position)
-            query = query + layer["bev_attention"](layer["norm"](query) + position, reference, value)
-            query = query + layer["feed_forward"](query)
-            logits = logits + layer["to_class"](query).float()
+            query = query + layer.reading(params, image_value, rig, image_size)
+            query = query + layer.self_attention(query, position)
+            query = query + layer.bev_attention(layer.norm(query) + position, reference, value)
+            query = query + layer.feed_forward(query)
+            logits = logits + layer.to_class(query).float()
             # Yaw is the sum of two parts: relative to ego x (from the road) and to the line of sight (from the image).
-            change, along, observed = layer["to_box"](query).float().split([8, 2, 2], -1)
+            change, along, observed = layer.to_box(query).float().split([8, 2, 2], -1)
             refined = params[..., :8] + change + F.pad(_yaw_from_observation_angle(observed, reference), (6, 0))
             # Objects move along their heading, so speed is predicted along and across it.
             speed = speed.detach() + along  # along the heading and across, m/s
@@ -248,7 +258,7 @@ class BoxDecoder(nn.Module):
             all_logits.append(logits)
             all_params.append(refined)
             # The query is detached: learning the uncertainty does not change the boxes.
-            all_log_uncertainties.append(layer["to_uncertainty"](query.detach()).float())
+            all_log_uncertainties.append(layer.to_uncertainty(query.detach()).float())
             params = refined.detach()
         return torch.stack(all_logits), torch.stack(all_params), torch.stack(all_log_uncertainties), heatmap_logits
 
@@ -265,19 +275,36 @@ def anchor_lines(count: int, points: int, lane_range: LaneRange) -> Tensor:
     lines = []
     t = torch.linspace(0, 1, points)
     for k in range(along):
-        y = right + length_y * (k // 2 + 0.5) / ((along + 1) // 2)
+        lane_y = right + length_y * (k // 2 + 0.5) / ((along + 1) // 2)
         x = rear + length_x * (0.5 * t + 0.5 * (k % 2))
-        lines.append(torch.stack([x, torch.full_like(t, y)], -1))
+        lines.append(torch.stack([x, torch.full_like(t, lane_y)], -1))
     for k in range(across):
-        x = rear + length_x * (k + 0.5) / across
-        lines.append(torch.stack([torch.full_like(t, x), right + length_y * t], -1))
+        lane_x = rear + length_x * (k + 0.5) / across
+        lines.append(torch.stack([torch.full_like(t, lane_x), right + length_y * t], -1))
     rings = count - len(lines)
     for k in range(rings):
-        x = rear + length_x * (k + 0.5) / rings
-        y = 0.2 * length_y if k % 2 else -0.2 * length_y
+        center_x = rear + length_x * (k + 0.5) / rings
+        center_y = 0.2 * length_y if k % 2 else -0.2 * length_y
         angle = 2 * torch.pi * t
-        lines.append(torch.stack([x + 2.0 * angle.cos(), y + 4.0 * angle.sin()], -1))
+        lines.append(torch.stack([center_x + 2.0 * angle.cos(), center_y + 4.0 * angle.sin()], -1))
     return torch.stack(lines)
+
+
+class LineDecoderLayer(nn.Module):
+    """The parts of one decoder layer of lines: attention, and heads for class, shift of points and uncertainty."""
+
+    def __init__(self, grid: BEVGrid, channels: int, heads: int, classes: int) -> None:
+        super().__init__()
+        self.between = SelfAttention(channels, heads)
+        self.along = SelfAttention(channels, heads)
+        self.norm = nn.LayerNorm(channels)
+        self.bev_attention = BEVAttention(grid, channels, heads, samples=4, reach=4.0)
+        self.feed_forward = nn.Sequential(nn.LayerNorm(channels), _mlp(channels, 2 * channels, channels))
+        self.to_class = nn.Sequential(nn.LayerNorm(channels), _mlp(channels, channels, classes, PRIOR_LOGIT))
+        self.to_shift = _mlp(channels, channels, 2)
+        self.to_uncertainty = _mlp(channels, channels, 2)
+        for parameter in self.to_shift[-1].parameters():
+            nn.init.zeros_(parameter)
 
 
 class LineDecoder(nn.Module):
@@ -304,34 +331,14 @@ class LineDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.grid = grid
-        self.bev_seg = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(channels, classes, 1)
-        )
-        nn.init.constant_(self.bev_seg[-1].bias, PRIOR_LOGIT)
+        self.bev_seg = _dense_head(channels, classes)
         self.value = nn.Conv2d(channels + classes, channels, 1)
         # [Q, P, 2] in units of 10 m, so that they learn at the rate of the other parameters.
         self.anchors = nn.Parameter(anchor_lines(queries, points, lane_range) / 10)
         self.instance = nn.Parameter(0.1 * torch.randn(queries, 1, channels))
         self.point = nn.Parameter(0.1 * torch.randn(1, points, channels))
         self.position = _mlp(channels, channels, channels)
-        self.layers = nn.ModuleList()
-        for _ in range(layers):
-            layer = nn.ModuleDict(
-                {
-                    "between": SelfAttention(channels, heads),
-                    "along": SelfAttention(channels, heads),
-                    "norm": nn.LayerNorm(channels),
-                    "bev_attention": BEVAttention(grid, channels, heads, samples=4, reach=4.0),
-                    "feed_forward": nn.Sequential(nn.LayerNorm(channels), _mlp(channels, 2 * channels, channels)),
-                    "to_class": nn.Sequential(nn.LayerNorm(channels), _mlp(channels, channels, classes)),
-                    "to_shift": _mlp(channels, channels, 2),
-                    "to_uncertainty": _mlp(channels, channels, 2),
-                }
-            )
-            nn.init.constant_(layer["to_class"][-1][-1].bias, PRIOR_LOGIT)
-            nn.init.zeros_(layer["to_shift"][-1].weight)
-            nn.init.zeros_(layer["to_shift"][-1].bias)
-            self.layers.append(layer)
+        self.layers: Any = nn.ModuleList(LineDecoderLayer(grid, channels, heads, classes) for _ in range(layers))
 
     def forward(self, bev: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Predicts lines from BEV features [B, C, X, Y].
@@ -351,15 +358,15 @@ class LineDecoder(nn.Module):
             position = self.position(encode_position(self.grid.normalize(points), C))  # [B, Q, P, C]
             # Between instances, point by point; then along each instance.
             across, across_position = (x.transpose(1, 2).flatten(0, 1) for x in (query, position))  # [B * P, Q, C]
-            query = query + layer["between"](across, across_position).unflatten(0, (B, P)).transpose(1, 2)
-            query = query + layer["along"](query.flatten(0, 1), position.flatten(0, 1)).unflatten(0, (B, Q))
-            flat = (layer["norm"](query) + position).flatten(1, 2)  # [B, Q * P, C]
-            query = query + layer["bev_attention"](flat, points.flatten(1, 2), value).unflatten(1, (Q, P))
-            query = query + layer["feed_forward"](query)
-            refined = points + 10 * layer["to_shift"](query).float()
-            all_logits.append(layer["to_class"](query.mean(2)).float())
+            query = query + layer.between(across, across_position).unflatten(0, (B, P)).transpose(1, 2)
+            query = query + layer.along(query.flatten(0, 1), position.flatten(0, 1)).unflatten(0, (B, Q))
+            flat = (layer.norm(query) + position).flatten(1, 2)  # [B, Q * P, C]
+            query = query + layer.bev_attention(flat, points.flatten(1, 2), value).unflatten(1, (Q, P))
+            query = query + layer.feed_forward(query)
+            refined = points + 10 * layer.to_shift(query).float()
+            all_logits.append(layer.to_class(query.mean(2)).float())
             all_points.append(refined)
-            all_log_uncertainties.append(layer["to_uncertainty"](query.detach()).float())
+            all_log_uncertainties.append(layer.to_uncertainty(query.detach()).float())
             points = refined.detach()
         return torch.stack(all_logits), torch.stack(all_points), torch.stack(all_log_uncertainties), bev_seg_logits
 
@@ -416,7 +423,9 @@ def circle_nms(center: Tensor, label: Tensor) -> Tensor:
     Returns:
         [B, M] bool.
     """
-    radius = sum(max(min(size[:2]), MIN_NMS_RADIUS) * (label == k) for k, size in enumerate(USUAL_SIZES))  # [B, M]
+    radius = torch.zeros_like(center[..., 0])  # [B, M]
+    for k, size in enumerate(USUAL_SIZES):
+        radius = radius + max(min(size[:2]), MIN_NMS_RADIUS) * (label == k)
     distance = (center[:, :, None] - center[:, None]).norm(dim=-1)  # [B, M, M]
     rival = (distance < radius[..., None]) & (label[..., None] == label[:, None])
     rank = torch.arange(center.shape[1], device=center.device)

@@ -84,6 +84,8 @@ class SpatialCrossAttention(nn.Module):
         samples: sampling locations per height and camera.
     """
 
+    points_ego: Tensor  # [X * Y, Z, 3] reference points
+
     def __init__(
         self,
         grid: BEVGrid,
@@ -192,6 +194,7 @@ class TemporalFusion(nn.Module):
         self.grid = grid
         self.gate = nn.Conv2d(2 * channels + 2, channels, 3, padding=1)
         self.candidate = nn.Conv2d(2 * channels + 2, channels, 3, padding=1)
+        assert self.gate.bias is not None
         nn.init.constant_(self.gate.bias, 1.0)  # starts with more weight on the current frame
 
     def forward(

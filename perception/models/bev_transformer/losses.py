@@ -84,7 +84,8 @@ def box_losses(logits: Tensor, params: Tensor, log_uncertainty: Tensor, boxes: B
     label, target, found = boxes.label[gt_idx], targets[gt_idx], params[pred_idx]
     count = max(len(label), len(logits))  # at least one of each layer
     wanted = torch.zeros_like(logits)
-    wanted[(*pred_idx, label)] = 1.0
+    matched = (*pred_idx, label)
+    wanted[matched] = 1.0
     target = torch.cat([target[:, :6], nearest_yaw(found[:, 6:8], target[:, 6:8], label), target[:, 8:]], 1)
     known = ~target.isnan()
     difference = torch.where(known, found - target.nan_to_num(), 0.0).abs()
@@ -136,10 +137,13 @@ def line_losses(logits: Tensor, points: Tensor, log_uncertainty: Tensor, lines: 
         cost = LOSS_WEIGHTS["line_class"] * focal_cost(logits, lines.label) + LOSS_WEIGHTS["line_points"] * distance
         pred_idx, gt_idx = match_layers(cost, lines.valid)
     label, found = lines.label[gt_idx], points[pred_idx]
-    target = orderings[(*gt_idx, ordering[(*pred_idx, gt_idx[1])])]  # [pairs, P, 2]
+    pair = (*pred_idx, gt_idx[1])
+    best = (*gt_idx, ordering[pair])
+    target = orderings[best]  # [pairs, P, 2]
     count = max(len(label), len(logits))  # at least one of each layer
     wanted = torch.zeros_like(logits)
-    wanted[(*pred_idx, label)] = 1.0
+    matched = (*pred_idx, label)
+    wanted[matched] = 1.0
     cosine = F.cosine_similarity(found.diff(dim=1), target.diff(dim=1), dim=-1, eps=1e-3)
     return {
         "line_class": focal_loss(logits, wanted).sum() / count,
@@ -173,7 +177,8 @@ def image_losses(prediction: ImagePrediction, boxes: Boxes, frame: Frame) -> dic
     rig = frame.rig
     B, N, K, h, w = prediction.logits.shape
     D = prediction.depth_logits.shape[2]
-    depth, box = ray_cast_boxes(boxes, rig, frame.images.shape[-2:], (h, w))  # [B, N, h, w]
+    H, W = frame.images.shape[-2:]
+    depth, box = ray_cast_boxes(boxes, rig, (H, W), (h, w))  # [B, N, h, w]
     shown = depth.isfinite() & rig.present[..., None, None]
     count = shown.sum().clamp(min=1)
     b, n, row, column = shown.nonzero(as_tuple=True)  # of the P pixels that show a box

@@ -51,6 +51,7 @@ class BEVTransformer(nn.Module):
         self.image_encoder = FPNEncoder(config.backbone, config.backbone_stages, config.feature_stride, C)
         # Per pixel: classes, depth bins, heading as sin and cos, bypass of the depth gate.
         self.image_head = CameraAwareHead(C, classes + config.depth_bins + 2 + 1)
+        assert self.image_head.head.bias is not None
         nn.init.constant_(self.image_head.head.bias[:classes], PRIOR_LOGIT)
         sampled = C + classes + 2 + 1  # features, class, heading, depth
         self.cell_position = nn.Linear(C, C)
