@@ -124,7 +124,7 @@ def test_the_wheel_holds_configs_weights_and_types(tmp_path):
                 copy = source / path.relative_to(PROJECT)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 copy.write_bytes(path.read_bytes())
-    for name in ("setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         (source / name).write_bytes((PROJECT / name).read_bytes())
     command = [
         sys.executable,
