@@ -98,7 +98,7 @@ def test_what_is_no_command():
         ("evaluate", "synthetic/nano", "nano.safetensors", "--dataroot", "ROOT"),
         ("predict", "--dataroot", "ROOT", "--version", "v1.0-synthetic", "--split", "s", "--out", "a.png"),
         ("export", "nano", "--out", "x", "--dataroot", "ROOT", "--version", "v1.0-synthetic", "--split", "s"),
-        ("prepare-nuscenes", "split", "--geographic", "--min-distance", "60", "--seed", "0", "--out", "x",
+        ("prepare-nuscenes", "split", "--min-distance", "60", "--seed", "0", "--out", "x",
          "--dataroot", "ROOT", "--version", "v1.0-synthetic"),
     ],
 )  # fmt: skip

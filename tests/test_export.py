@@ -394,7 +394,7 @@ def test_int8_where_it_changes_little(small_network, small_town, exports, tmp_pa
         assert scale.data_type == onnx.TensorProto.FLOAT
     found = certify(small_network, folder, small_town)
     assert found.precision == "int8" and found.quantization == report and 1e-4 < found.replays[0].boxes[1] < 1
-    assert "| all that are in eight bits together |" in found.markdown()
+    assert "| all layers in eight bits |" in found.markdown()
 
 
 @pytest.mark.slow
@@ -426,7 +426,7 @@ def test_eight_bits_of_the_trained_network(tmp_path):
 
 def test_int8_for_cpus(small_network, small_town, exports, tmp_path):
     """Activations in UINT8, biases in INT32 and float32 elsewhere, for the INT8 kernels of CPUs."""
-    with pytest.raises(ConfigError, match="fp16 is slow on CPUs; take fp32 or int8"):
+    with pytest.raises(ConfigError, match="fp16 is slow on CPUs; use fp32 or int8"):
         export_onnx(small_network, tmp_path, raw_size=RAW, precision="fp16", for_cpu=True)
     folder = exports("int8", for_cpu=True)
     graph = onnx.load(folder / "model.onnx").graph

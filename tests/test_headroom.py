@@ -80,7 +80,7 @@ def test_quantized_weights_keep_their_values():
 def test_peaks_equal_those_of_the_network(small_network, exports, small_town):
     """Outputs of layers over consecutive frames with a black and a white image."""
     monitor = RangeMonitor(onnx.load(exports("fp16") / "model.onnx"))
-    layers = ("image_encoder.laterals.0", "box_decoder.layers.1.to_box.0", "memory.candidate")
+    layers = ("image_encoder.laterals.0", "box_decoder.layers.1.to_box.0", "temporal_fusion.candidate")
     largest = dict.fromkeys(layers, 0.0)
 
     def watch(name):

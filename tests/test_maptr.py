@@ -94,7 +94,7 @@ val_data = dict(dataroot={str(town_root)!r}, version={VERSION!r}, split="town_va
     save_checkpoint(tmp_path / "w.safetensors", model, {})
     with pytest.raises(CheckpointError, match="the config's model has"):  # not the published size
         load_weights(tmp_path / "w.safetensors", config.model)
-    with pytest.raises(CheckpointError, match="wants another network"):
+    with pytest.raises(CheckpointError, match="the config is for another network"):
         load_weights(tmp_path / "w.safetensors", BEVTransformerConfig.nano())
     with pytest.raises(ConfigError, match="has no section train"):
         train(config, tmp_path / "work")

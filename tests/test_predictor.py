@@ -179,7 +179,7 @@ def test_a_checkpoint_file_is_loaded(tmp_path, sequence, model):
     save_checkpoint(tmp_path / "some.safetensors", model, {})
     loaded = Predictor(tmp_path / "some.safetensors")
     assert_same(loaded.step(*sequence.arguments(0)), Predictor(model).step(*sequence.arguments(0)))
-    with pytest.raises(CheckpointError, match=r"unheard_of: no weights of this name were shipped \(there are: nano\)"):
+    with pytest.raises(CheckpointError, match=r"unheard_of: no weights of this name are shipped \(there are: nano\)"):
         weights_file("unheard_of")
     with pytest.raises(CheckpointError, match=r"import-checkpoint some\.pth --out"):
         weights_file("some.pth")

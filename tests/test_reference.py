@@ -330,13 +330,13 @@ def test_misread_nodes_are_found_in_every_precision(exports, precision, small_to
 
 
 def test_axes_as_an_input_are_found(fp32_export, small_town, tmp_path, monkeypatch):
-    """Misread axes give a graph that cannot run, other shapes, or other numbers."""
+    """Misread axes give a graph that cannot run, or other numbers."""
     folder = rewritten(fp32_export, tmp_path, to_opset_20)
     reduce = READINGS["TensorRT 8.6"]["ReduceL2"]
     with pytest.raises(ConfigError, match=r"misreads .*ReduceM.*, and the graph .* cannot be run \(.*Reshape"):
         read_again(folder, small_town)
     monkeypatch.setitem(READINGS, "TensorRT 8.6", {"ReduceL2": reduce})
-    with pytest.raises(ConfigError, match=r"cannot be run \(line_closed has the shape \(\) instead of \(8,\)\)"):
+    with pytest.raises(ConfigError, match=r"cannot be run \(Unsqueeze .* is out of bounds"):
         read_again(folder, small_town)
     lengths = [node for node in onnx.load(folder / "model.onnx").graph.node if node.op_type == "ReduceL2"]
     one = next(node.name for node in lengths if onnx.helper.get_node_attr_value(node, "keepdims"))

@@ -39,7 +39,7 @@ def network_samplings(network: Any, precision: str, seed: int = 0) -> dict[str, 
     config, attention = network.config, network.spatial_cross_attention
     h, w = (side // network.image_encoder.stride for side in config.image_size)
     Q, S = attention.points_ego.shape[0] * attention.points_ego.shape[1], attention.cameras * attention.samples
-    bev_attention = network.box_decoder.layers[0]["bev_attention"]
+    bev_attention = network.box_decoder.layers[0].bev_attention
     dtype = PRECISIONS[precision]
 
     def drawn(*shape: int) -> Tensor:

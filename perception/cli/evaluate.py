@@ -118,7 +118,9 @@ def evaluate_file(arguments) -> tuple[str, dict, dict]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = command_parser("evaluate", __doc__, EXAMPLE)
     parser.add_argument("config", nargs="?", help="the config that the weights were trained with, a file or a name")
-    parser.add_argument("checkpoint", nargs="?", help=".safetensors of a training, or a training checkpoint .pth")
+    parser.add_argument(
+        "checkpoint", nargs="?", help=".safetensors or .pth of a training, or the name of shipped weights"
+    )
     parser.add_argument("--submission", type=Path, help="JSON of boxes or lanes, instead of config and checkpoint")
     parser.add_argument("--dataroot", help="instead of the config's val_data.dataroot")
     parser.add_argument("--version", help="instead of the config's val_data.version")

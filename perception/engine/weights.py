@@ -38,20 +38,21 @@ def make_core(config: TrainConfig) -> Network:
     return core
 
 
-def load_weights(path: str | Path, model_config: NetworkConfig, *, any_size: bool = False) -> Network:
+def load_weights(name_or_path: str | Path, model_config: NetworkConfig, *, any_size: bool = False) -> Network:
     """Loads a network in evaluation mode with the weights of a file.
 
     Args:
-        path: weights exported by training (`.safetensors`) or a training checkpoint (`.pth`).
+        name_or_path: weights exported by training (`.safetensors`), a training checkpoint (`.pth`), or the name of
+            shipped weights.
         model_config: config of the network.
         any_size: accept weights of a network with another image size; no weight depends on it.
 
     Raises:
         CheckpointError: the file is missing, unreadable, or belongs to another architecture.
     """
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        core = load_model(path)
+    path = Path(name_or_path)
+    if path.suffix == ".safetensors" or not (path.suffix or path.is_file()):
+        core = load_model(name_or_path)
         if type(core.config) is not type(model_config):
             raise CheckpointError(
                 f"{path}: holds a {type(core).__name__}, the config is for another network; use its own config"
