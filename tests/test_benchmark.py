@@ -119,6 +119,7 @@ def test_time_of_a_stage_is_shared_by_its_measurements():
 # -------------------------------------------------------------------------------------------------------------- frames
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_passes")
 def test_modes_are_compared_with_float32(weights):
     rows = []
@@ -293,6 +294,7 @@ def test_training_is_measured_until_batches_do_not_fit(weights, monkeypatch):
 # ------------------------------------------------------------------------------------------------------------ deployed
 
 
+@pytest.mark.slow
 def test_deployed_modes_are_judged_by_the_gates_of_certificates(weights, monkeypatch):
     monkeypatch.setattr(deployed, "LIMIT", 200.0)
     monkeypatch.setattr(deployed, "SCENES", 1)

@@ -207,7 +207,14 @@ def test_what_the_misread_forms_mean():
 
 
 @pytest.mark.parametrize(
-    ("precision", "for_cpu"), [("fp32", False), ("fp16", False), ("int8", False), ("fp8", False), ("int8", True)]
+    ("precision", "for_cpu"),
+    [
+        ("fp32", False),
+        ("fp16", False),
+        ("int8", False),
+        pytest.param("fp8", False, marks=pytest.mark.slow),
+        pytest.param("int8", True, marks=pytest.mark.slow),
+    ],
 )
 def test_an_export_is_checked_for_its_runtimes(exports, precision, for_cpu):
     folder = exports(precision, for_cpu)

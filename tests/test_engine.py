@@ -288,6 +288,7 @@ torch.save(core.state_dict(), f"{sys.argv[2]}/rank{os.environ['RANK']}.pt")
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_network(config_path, tmp_path):
     """Each process has its own scenes, steps use the mean of the gradients, and resuming is exact."""
     script = tmp_path / "one_of_two.py"

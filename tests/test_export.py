@@ -483,6 +483,7 @@ def test_graph_optimisations_keep_a_relu_before_a_quantized_layer(small_graph, s
         assert np.abs(found - expected).mean() < 0.01 * expected.std(), kind
 
 
+@pytest.mark.slow
 def test_the_command(small_network, small_town, tmp_path, monkeypatch, capsys):
     """Exports and certifies with another rig than the dataset's; a failure gives exit code 2 and the reason."""
     checkpoint, out = tmp_path / "small.safetensors", tmp_path / "export"

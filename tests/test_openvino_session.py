@@ -66,7 +66,12 @@ def test_float32_outputs_equal_onnx_runtime(fp32_export, small_town):
 
 @pytest.mark.parametrize(
     ("precision", "for_cpu", "most"),
-    [("fp16", False, 0.002), ("int8", False, 0.02), ("int8", True, 0.02), ("fp8", False, 0.02)],
+    [
+        ("fp16", False, 0.002),
+        ("int8", False, 0.02),
+        pytest.param("int8", True, 0.02, marks=pytest.mark.slow),
+        pytest.param("fp8", False, 0.02, marks=pytest.mark.slow),
+    ],
 )
 def test_graphs_of_other_precisions(exports, small_town, precision, for_cpu, most):
     """The runtimes round differently, so their difference is about that between the graph and float32."""

@@ -202,7 +202,10 @@ def test_perfect_predictions_have_no_loss(network, town_root):
     assert sum(model.loss(moved, gt, frame).values()) > 0.1
 
 
-@pytest.mark.parametrize("preset", ["bevformer_tiny", "maptr_tiny_r50_24e_gkt", "maptrv2_nusc_r50_24ep"])
+@pytest.mark.parametrize(
+    "preset",
+    ["bevformer_tiny", "maptr_tiny_r50_24e_gkt", pytest.param("maptrv2_nusc_r50_24ep", marks=pytest.mark.slow)],
+)
 def test_published_networks_are_trained(preset, town_root, tmp_path):
     """Trains with the flagship's image encoder through scripts/train.py's functions and loads the written weights."""
     path = tmp_path / "port.py"

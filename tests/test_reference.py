@@ -303,7 +303,7 @@ def test_misread_modes_of_opset_20_are_found(small_network, fp32_export, small_t
     assert any(text.startswith("memory of the second executor differs by") for text in found.failures)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "fp8"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", pytest.param("fp8", marks=pytest.mark.slow)])
 def test_misread_nodes_are_found_in_every_precision(exports, precision, small_town, tmp_path):
     """In eight bits, rounding hides one of them from a comparison with ONNX Runtime, but not from `by_reading`."""
     folder = exports(precision)
@@ -348,6 +348,7 @@ def test_axes_as_an_input_are_found(fp32_export, small_town, tmp_path, monkeypat
     assert found.failures("fp32")[0].startswith(f"the parser of TensorRT 8.6 misreads ReduceL2 {one}, and")
 
 
+@pytest.mark.slow
 def test_exports_for_no_tensorrt_are_read_as_onnx_defines_them(exports, small_town):
     found = read_again(exports("int8", True), small_town)
     assert found.runtime == "" and found.failures("int8") == [] and found.share < SHARES["int8"] / 2
