@@ -107,8 +107,8 @@ def ray_cast_boxes(
     grown = boxes.size[:, None] / 2 + (distance * pixel_width[..., None] / 2)[..., None]  # [B, N, M, 3]
     radius = grown.norm(dim=-1)
     slope = rays_cam[..., 0].abs().amax(-1)[..., None]  # [B, N, 1]
-    beside = (centers_cam[..., 0].abs() - slope * centers_cam[..., 2]) / (1 + slope**2).sqrt()
-    b, n, m = ((beside < radius) & (centers_cam[..., 2] > -radius) & boxes.valid[:, None]).nonzero(as_tuple=True)
+    outside = (centers_cam[..., 0].abs() - slope * centers_cam[..., 2]) / (1 + slope**2).sqrt()
+    b, n, m = ((outside < radius) & (centers_cam[..., 2] > -radius) & boxes.valid[:, None]).nonzero(as_tuple=True)
 
     cos, sin = boxes.yaw[b, m].cos(), boxes.yaw[b, m].sin()  # [pairs]
     box_from_ego = torch.stack([cos, sin, -sin, cos], -1).unflatten(-1, (2, 2))  # [pairs, 2, 2]

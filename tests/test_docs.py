@@ -15,6 +15,8 @@ Parsing a command line means that the command and all its options exist.
 """
 
 import argparse
+import ast
+import importlib
 import importlib.util
 import json
 import re
@@ -28,6 +30,7 @@ import yaml
 from PIL import Image
 
 from perception.cli import main
+from perception.commands import COMMANDS
 from perception.errors import run_script
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -156,6 +159,24 @@ def test_blocks_run(page, tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", slow_pages(), ids=lambda page: page.name)
 def test_slow_blocks_run_too(page, tmp_path, monkeypatch):
     run_page(page, tmp_path, monkeypatch, slow=True)
+
+
+def examples() -> list[tuple[str, str]]:
+    """Where the command lines of `--help` and of the configs' docstrings stand, and their text."""
+    found = [(name, importlib.import_module(f"perception.cli.{name.replace('-', '_')}").EXAMPLE) for name in COMMANDS]
+    for path in sorted((PROJECT / "configs").rglob("*.py")):
+        found.append((path.name, ast.get_docstring(ast.parse(path.read_text())) or ""))
+    return found
+
+
+@pytest.mark.parametrize(("place", "text"), examples(), ids=[place for place, _ in examples()])
+def test_examples_are_accepted(place, text, monkeypatch):
+    lines = [line.strip() for line in text.replace("\\\n", " ").splitlines()]
+    assert not [line for line in lines if line.startswith("-")], "a continued line without a backslash"
+    for line in lines:
+        if line.startswith(("perception ", "torchrun ")):
+            for arguments in commands(Block(place, "bash", line, "", "", [])):
+                parse(arguments, place, monkeypatch)
 
 
 def test_a_command_that_does_not_exist_is_found(monkeypatch):

@@ -1,5 +1,4 @@
-"""Compares trainings, each with several seeds (a config against variants of it, or networks), and runtimes; measures a
-GPU."""
+"""Compares trainings with several seeds each (variants of a config, or networks), compares runtimes, measures a GPU."""
 
 from __future__ import annotations
 
@@ -11,8 +10,7 @@ from perception.cli import command_parser
 EXAMPLE = """example:
   perception benchmark ablation configs/synthetic/compare_flagship.py --out out/ablation --seeds 0 1 --amp \\
       --vary "no average of weights: train.ema_momentum=0" \\
-      --vary "boxes alone:
-      train.disabled_losses=('line_class','line_points','line_direction','line_uncertainty','bev_seg')"
+      --vary "no BEV segmentation: train.disabled_losses=('bev_seg',)"
   perception benchmark accuracy configs/synthetic/compare_flagship.py configs/synthetic/compare_bevformer.py \\
       configs/synthetic/compare_maptr.py --out out/accuracy --seeds 0 1 --amp --json out/accuracy.json
   perception benchmark latency nano --backends pytorch ort openvino openvino-bf16 --json out/latency.json

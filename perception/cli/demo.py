@@ -1,4 +1,4 @@
-"""Generates a small town that the weights have never seen, predicts it, and shows and scores the result."""
+"""Generates a small town that the weights were not trained on, runs inference, and draws and evaluates the result."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=90000, help="of the town (default: %(default)s, not trained on)")
     parser.add_argument("--scenes", type=int, default=3, help="number of scenes (default: %(default)s)")
     parser.add_argument("--keyframes", type=int, default=8, help="keyframes per scene, 2 Hz (default: %(default)s)")
-    parser.add_argument("--min-score", type=float, default=0.3, help="of what is drawn (default: %(default)s)")
+    parser.add_argument(
+        "--min-score", type=float, default=0.3, help="score threshold of the picture (default: %(default)s)"
+    )
     arguments = parser.parse_args(argv)
 
     import numpy as np

@@ -1,4 +1,4 @@
-"""Says what is installed, what it runs on, and whether the library is complete. Exit code 2 if something is wrong."""
+"""Checks the installation: packages, devices and shipped weights. Exit code 2 if something is wrong."""
 
 from __future__ import annotations
 

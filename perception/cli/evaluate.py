@@ -1,6 +1,5 @@
-"""Evaluates weights, or a submission made by anyone, on a nuScenes-format split: boxes by the official devkit, lanes by
-either of the two published protocols. Weights also get a robustness card: each option that disturbs the network adds
-lines to it, and each line is an evaluation of its own."""
+"""Evaluates weights, or a submission file, on a nuScenes-format split: boxes by the official devkit, lanes by one of two
+published protocols. Options of the group "robustness" add further evaluations with disturbed inputs."""
 
 from __future__ import annotations
 
@@ -15,8 +14,7 @@ EXAMPLE = """examples:
       --lanes-protocol streammapnet --range 100x50 --save-submission out/nano/submission
   perception evaluate --submission out/nano/submission/lanes.json --dataroot out/other_town \\
       --version v1.0-synthetic --split val
-  perception evaluate configs/synthetic/nano.py out/nano/nano.safetensors --drop-camera each
-  --extrinsics-noise-deg 1 \\
+  perception evaluate configs/synthetic/nano.py nano --drop-camera each --extrinsics-noise-deg 1 \\
       --corrupt each --no-memory --json out/nano/robustness.json
 
 A submission is a JSON file of boxes in nuScenes' format, or of lanes in the one that docs/evaluation.md describes.
@@ -24,7 +22,7 @@ A submission is a JSON file of boxes in nuScenes' format, or of lanes in the one
 
 
 def lane_options(arguments) -> dict:
-    """How lanes are scored, the same for a network and for a file."""
+    """Options of the lane evaluation, the same for a network and for a file."""
     return {
         "protocol": arguments.lanes_protocol,
         "lane_range": arguments.range,
@@ -131,12 +129,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--lanes-protocol", choices=("maptr", "streammapnet"), default="maptr", help="(default: maptr)")
     parser.add_argument("--range", help="of the lanes, metres along x and y (default: the model's; 60x30 for a file)")
-    parser.add_argument("--score-threshold", type=float, help="of lanes that are used (default: of best F1, per class)")
+    parser.add_argument(
+        "--score-threshold",
+        type=float,
+        help="score threshold of the operating point (default: that of the best F1, per class)",
+    )
     parser.add_argument("--save-submission", type=Path, metavar="DIR", help="also write detection.json and lanes.json")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--workers", type=int, default=0, help="processes that load images and match lines (default 0)")
     parser.add_argument("--json", type=Path, help="file for all numbers")
-    disturbed = parser.add_argument_group("robustness", "also evaluate with one thing that goes wrong, all the time")
+    disturbed = parser.add_argument_group("robustness", "also evaluate with disturbed inputs")
     disturbed.add_argument("--drop-camera", metavar="NAME", help="a camera is missing; `each` for one after the other")
     disturbed.add_argument(
         "--extrinsics-noise-deg", type=float, metavar="X", help="the yaw of each camera is off by this angle"
@@ -146,8 +148,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="KIND[:SEVERITY]",
         help="images are bad: bright, dark, fog, blur, noise, quantize or `each`; severity 1 to 3 (default 2)",
     )
-    disturbed.add_argument("--no-memory", action="store_true", help="each frame is seen by itself")
-    disturbed.add_argument("--seed", type=int, default=0, help="of what is random in these (default 0)")
+    disturbed.add_argument(
+        "--no-memory", action="store_true", help="without temporal memory: each frame is a first frame"
+    )
+    disturbed.add_argument("--seed", type=int, default=0, help="of random disturbances (default 0)")
     arguments = parser.parse_args(argv)
 
     from perception.errors import ConfigError
@@ -161,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.config or arguments.save_submission:
             raise ConfigError("--submission needs neither config, checkpoint nor --save-submission; leave them out")
         if arguments.no_memory or {arguments.drop_camera, arguments.extrinsics_noise_deg, arguments.corrupt} != {None}:
-            raise ConfigError("--submission cannot be disturbed any more; give config and checkpoint instead")
+            raise ConfigError("--submission has no inputs to disturb; give config and checkpoint instead")
         if missing := [name for name in ("dataroot", "version", "split") if not getattr(arguments, name)]:
             raise ConfigError(f"--{missing[0]} is missing: with --submission give --dataroot, --version and --split")
     elif not (arguments.config and arguments.checkpoint):

@@ -1,4 +1,4 @@
-"""Predicts one sample, draws it with the ground truth where that is known, and writes boxes and lines as JSON."""
+"""Runs inference on one sample, draws the result with the ground truth, and writes boxes and lines as JSON."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ EXAMPLE = """examples:
       --out out/sample.png --json out/sample.json
   perception predict --info sample.json --map-vectors map_vectors.json --out out/sample.png
 
-A sample of a dataset is predicted with the memory of its scene so far, one of an info file without memory.
+A sample of a dataset is predicted with the temporal memory of its scene, a sample of an info file without memory.
 """
 
 
 def predict_sample(model, arguments):
-    """The token, clip [B=1, T=1] with truth, FrameObjects and camera names of a sample of a nuScenes-format dataset."""
+    """Returns token, clip [B=1, T=1] with ground truth, objects and camera names of a sample of a dataset."""
     from collections import deque
 
     import numpy as np
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = command_parser("predict", __doc__, EXAMPLE)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--dataroot", type=Path, help="nuScenes-format dataset")
-    source.add_argument("--info", type=Path, help="info file of mmdet3d v1.1 as JSON, images beside it")
+    source.add_argument("--info", type=Path, help="info file of mmdet3d v1.1 as JSON, with its images next to it")
     parser.add_argument("--version", help="folder of tables of the dataset")
     parser.add_argument("--split", help="split that holds the sample")
     parser.add_argument("--sample", help="token (default: the last sample of the split)")
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         default="nano",
         help="a .safetensors file, or the name of weights that came with the library (default: %(default)s)",
     )
-    parser.add_argument("--min-score", type=float, default=0.3, help="of what is kept (default: %(default)s)")
+    parser.add_argument("--min-score", type=float, default=0.3, help="score threshold (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="picture to write, .png")
     parser.add_argument("--json", type=Path, help="file for the predicted boxes and lines, ego frame")
     arguments = parser.parse_args(argv)
