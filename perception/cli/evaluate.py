@@ -1,5 +1,5 @@
-"""Evaluates weights, or a submission file, on a nuScenes-format split: boxes by the official devkit, lanes by one of two
-published protocols. Options of the group "robustness" add further evaluations with disturbed inputs."""
+"""Evaluates weights, or a submission file, on a nuScenes-format split: boxes by the official devkit, lanes by one of
+two published protocols. Options of the group "robustness" add further evaluations with disturbed inputs."""
 
 from __future__ import annotations
 
