@@ -118,10 +118,10 @@ class ConfidenceResult:
             rows.append(f"{f'{name}, number':<28}" + "".join(f"{c:9d}" for c in part.count))
         rows.append("")
         heads = ("mean error", "uncertainty", "in 50 %", "in 90 %", "number")
-        rows.append(f"{'uncertainty of right ones':<28}" + "".join(f"{h:>11}" for h in heads))
+        rows.append(f"{'uncertainty of matches':<28}" + "".join(f"{h:>13}" for h in heads))
         for name, check in self.uncertainties.items():
             values = (check.mean_error, check.mean_uncertainty, check.half, check.nine_tenths)
-            rows.append(f"{name:<28}" + "".join(f"{_cell(v):>11}" for v in values) + f"{check.count:11d}")
+            rows.append(f"{name:<28}" + "".join(f"{_cell(v):>13}" for v in values) + f"{check.count:13d}")
         return "\n".join(rows)
 
 
