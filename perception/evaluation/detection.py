@@ -110,7 +110,7 @@ def evaluate_boxes(
         ego_poses: per sample token, global_from_ego [4, 4] float64 of the predictions' ego frame.
         dataroot: root of a nuScenes-format dataset.
         version: folder of its tables, e.g. "v1.0-trainval".
-        split: an official split, one listed in `splits.json` beside the tables, or a file of scene names (see
+        split: an official split, one listed in `splits.json` next to the tables, or a file of scene names (see
             `perception.data.splits`).
         nusc: the tables, see `load_tables`; loaded here by default, which takes most of the time.
         out_dir: folder for `submission.json` and `metrics.json`; by default nothing is written.

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from perception.types import Frame, FrameObjects, LaneRange, State
 
-OBJECTS = ("box", "line")  # what a network can find
 Self = TypeVar("Self", bound="Network")
 
 
@@ -58,7 +57,7 @@ class Network(Protocol):
 
     config: Any  # a NetworkConfig
     image_encoder: Any  # an nn.Module with a `backbone`
-    # What it predicts, of OBJECTS. Boxes or lines that it does not predict are empty in what `decode` returns.
+    # What it predicts, of "box" and "line". Boxes or lines that it does not predict are empty in what `decode` returns.
     finds: ClassVar[tuple[str, ...]]
     # The weights of the terms of `loss` by name. A training may leave terms out (`train.disabled_losses`).
     loss_weights: ClassVar[Mapping[str, float]]
