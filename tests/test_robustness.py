@@ -288,4 +288,4 @@ def test_a_file_cannot_be_disturbed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--submission", str(tmp_path / "lanes.json"), "--no-memory"])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert end.value.code == 2 and "--submission cannot be disturbed" in capsys.readouterr().err
+    assert end.value.code == 2 and "--submission has no inputs to disturb" in capsys.readouterr().err
