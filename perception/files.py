@@ -5,9 +5,13 @@ Files are written to a temporary file in the same folder, which is then renamed.
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import json
 import os
+import socket
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,17 +24,61 @@ from perception.errors import ConfigError, DataError
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path to write to, and renames it to `path` when the block succeeds.
 
-    The temporary file is deleted when the block fails. Missing folders are created. Processes that write the same file
-    at the same time use different temporary files.
+    The temporary file is deleted when the block fails. Missing folders are created. Processes and threads that write
+    the same file at the same time use different temporary files, and the last one to finish wins. What a killed process
+    of this machine has left of an earlier attempt is removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    host = socket.gethostname()
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(host)}.*.tmp"):
+        process = left.name.split(".")[-3]
+        if process.isdecimal() and not _is_running(int(process)):
+            left.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.{host}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         yield temporary
+        _to_disk(temporary)  # otherwise a power failure may leave the new name with no content
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # another user's process, or not a number of a process
+        pass
+    return True
+
+
+def _to_disk(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def locked(path: str | Path, wait: bool = True) -> Iterator[bool]:
+    """Holds a lock file, so that one process or thread at a time runs the block. The lock ends with its process.
+
+    Args:
+        path: the lock file; it is created, and stays empty.
+        wait: wait for the lock. If False, and another one has it, the block runs without it.
+
+    Yields:
+        Whether the lock is held.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def write_json(path: str | Path, content: object, indent: int | None = 1) -> None:
