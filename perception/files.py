@@ -9,6 +9,7 @@ import fcntl
 import glob
 import json
 import os
+import shutil
 import socket
 import tempfile
 import threading
@@ -18,6 +19,8 @@ from pathlib import Path
 
 from perception.commands import as_called
 from perception.errors import ConfigError, DataError
+
+LEAST_SPACE = 2**24  # bytes that a disk must have left for any output
 
 
 @contextmanager
@@ -30,18 +33,40 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    host = socket.gethostname()
-    for left in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(host)}.*.tmp"):
-        process = left.name.split(".")[-3]
-        if process.isdecimal() and not _is_running(int(process)):
-            left.unlink(missing_ok=True)
-    temporary = path.with_name(f".{path.name}.{host}.{os.getpid()}.{threading.get_ident()}.tmp")
+    for left in _left_by_dead_processes(path.parent, f".{path.name}"):
+        left.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.{_own_name()}.{threading.get_ident()}.tmp")
     try:
         yield temporary
         _to_disk(temporary)  # otherwise a power failure may leave the new name with no content
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def scratch_folder(purpose: str) -> Iterator[Path]:
+    """Yields a temporary folder that is deleted after the block, and deletes what a killed process has left of one.
+
+    Args:
+        purpose: part of the folder's name.
+    """
+    parent, prefix = Path(tempfile.gettempdir()), f"perception-{purpose}"
+    for left in _left_by_dead_processes(parent, prefix):
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{prefix}.{_own_name()}.", suffix=".tmp", dir=parent) as folder:
+        yield Path(folder)
+
+
+def _own_name() -> str:
+    return f"{socket.gethostname()}.{os.getpid()}"
+
+
+def _left_by_dead_processes(folder: Path, name: str) -> list[Path]:
+    """Temporary files and folders of a name whose process on this machine has ended."""
+    found = folder.glob(f"{glob.escape(f'{name}.{socket.gethostname()}')}.*.tmp")
+    processes = {left: left.name.split(".")[-3] for left in found}
+    return [left for left, number in processes.items() if number.isdecimal() and not _is_running(int(number))]
 
 
 def _is_running(process: int) -> bool:
@@ -64,7 +89,7 @@ def locked(path: str | Path, wait: bool = True) -> Iterator[bool]:
     """Holds a lock file, so that one process or thread at a time runs the block. The lock ends with its process.
 
     Args:
-        path: the lock file; it is created, and stays empty.
+        path: the lock file; it is created, and removed after the block.
         wait: wait for the lock. If False, and another one has it, the block runs without it.
 
     Yields:
@@ -72,13 +97,27 @@ def locked(path: str | Path, wait: bool = True) -> Iterator[bool]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+    while True:
+        with path.open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+                return
+            if not _is_at(file.fileno(), path):  # the process before has removed the file
+                continue
+            try:
+                yield True
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def write_json(path: str | Path, content: object, indent: int | None = 1) -> None:
@@ -112,6 +151,26 @@ def check_writable(option: str, path: str | Path, *, folder: bool = False) -> No
             pass
     except OSError as error:
         raise ConfigError(f"{option} {path} cannot be written ({error}); give another path") from None
+    check_space(f"{option} {path}", existing, LEAST_SPACE)
+
+
+def check_space(what: str, folder: str | Path, needed: float) -> None:
+    """Checks that the disk of a folder has room. Call it before long work.
+
+    Args:
+        what: names the output, for the message.
+        folder: an existing folder.
+        needed: bytes that will be written.
+
+    Raises:
+        ConfigError: the disk has fewer bytes left.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ConfigError(
+            f"{what} needs {needed / 2**20:,.0f} MiB and its disk has {free / 2**20:,.0f} MiB left; free some, or give "
+            "a path on another disk"
+        )
 
 
 def check_dataset(dataroot: str | Path | Sequence[str | Path], version: str, make_with: str = "") -> None:

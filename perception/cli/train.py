@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from perception.cli import command_parser
+from perception.cli import SEED, command_parser, output_file, output_folder
 
 EXAMPLE = """example:
   perception train configs/synthetic/nano.py --work-dir out/nano
@@ -19,13 +18,17 @@ EXAMPLE = """example:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = command_parser("train", __doc__, EXAMPLE)
     parser.add_argument("config", help="config file, or the name of one of the library, e.g. synthetic/nano")
-    parser.add_argument("--work-dir", help="folder for checkpoints, weights, logs and TensorBoard scalars")
+    parser.add_argument(
+        "--work-dir",
+        type=output_folder("--work-dir"),
+        help="folder for checkpoints, weights, logs and TensorBoard scalars",
+    )
     parser.add_argument(
         "--dry-run",
         action="store_true",
         help="run two steps on generated scenes and print what the training would cost",
     )
-    parser.add_argument("--json", type=Path, help="file for the numbers of --dry-run")
+    parser.add_argument("--json", type=output_file("--json"), help="file for the numbers of --dry-run")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the work directory")
     parser.add_argument(
         "--allow-change",
@@ -36,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--overwrite", action="store_true", help="delete the checkpoints and weights in the work directory and start"
     )
     parser.add_argument("--amp", action="store_true", help="run the network in bfloat16")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (default 0)")
+    parser.add_argument("--seed", type=SEED, default=0, help="of weights, order and augmentation (default 0)")
     parser.add_argument(
         "--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="override the config, e.g. train.lr=1e-4"
     )

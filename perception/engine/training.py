@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from perception.data.loader import TrainSampler, collate
 from perception.data.nuscenes import NuScenesDataset
-from perception.engine.checkpoints import WorkDir, changed_settings, settings_of
+from perception.engine.checkpoints import KEPT, WorkDir, changed_settings, settings_of
 from perception.engine.config import TrainConfig, TrainSection, build_dataset, check_trainable
 from perception.engine.loops import (
     CheckedOptimWrapper,
@@ -39,6 +39,7 @@ from perception.engine.loops import (
 )
 from perception.engine.weights import make_core
 from perception.errors import ConfigError
+from perception.files import check_space
 from perception.models import Network
 from perception.types import Clip, State, map_tensors
 
@@ -176,10 +177,13 @@ def train(
         if checkpoint:
             before = json.loads(checkpoint["meta"]["settings"])
             changed = changed_settings(folder.path, before, settings, allow_change)
+        core = make_core(config, initial_weights=checkpoint is None)
+        if writes:
+            # Weights, their average and two moments, in the checkpoints that stay and the one being written.
+            numbers = 4 * sum(parameter.numel() for parameter in core.parameters())
+            check_space(f"a training in {folder.path}", folder.path, (KEPT + 2) * 4 * numbers)
         # Convolutions are fastest in channels-last, on CPU and GPU.
-        model = TrainingModel(make_core(config, initial_weights=checkpoint is None), section.disabled_losses).to(
-            memory_format=torch.channels_last
-        )
+        model = TrainingModel(core, section.disabled_losses).to(memory_format=torch.channels_last)
         runner = _build_runner(
             config, section, model, train_set, val_set, seed, amp, launcher, folder, settings, stop, checkpoint, changed
         )
