@@ -1,0 +1,239 @@
+"""Do the tests notice a fault? Plants small faults in the library, one at a time, and runs the tests of that module.
+
+    python tests/mutation.py --faults 12 --seed 0 --json out/mutation.json
+    python tests/mutation.py --modules perception.geometry --faults 40
+
+A fault is an exchanged operator, a number that is a little off, a condition that is turned round, or a call of the
+neighbouring function. It is caught if a test fails or does not end. Survivors are printed with file and line; some of
+them mean the same as the original, so look at each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import importlib.abc
+import importlib.util
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+TIMEOUT = 300  # seconds for the tests of one fault
+# Modules whose numbers are the product, and the tests that hold them.
+MODULES = {
+    "perception.geometry": "geometry",
+    "perception.cameras": "cameras sampling losses",
+    "perception.grid": "grid",
+    "perception.targets": "targets losses",
+    "perception.matching": "losses lanes_eval",
+    "perception.models.decoding": "model maptr",
+    "perception.models.bev_transformer.losses": "losses",
+    "perception.data.index": "nuscenes tables",
+    "perception.data.nuscenes": "nuscenes augment",
+    "perception.data.loader": "loader",
+    "perception.data.lane_map": "lane_map",
+    "perception.data.augment": "augment",
+    "perception.data.infos": "infos",
+    "perception.data.splits": "splits",
+    "perception.evaluation.lanes": "lanes_eval",
+    "perception.evaluation.lane_report": "lane_report",
+    "perception.evaluation.detection": "detection_eval",
+    "perception.evaluation.stability": "stability",
+    "perception.evaluation.confidence": "confidence",
+    "perception.evaluation.submission": "submission",
+    "perception.inference.checks": "checks",
+    "perception.inference.ego_motion": "ego_motion checks",
+    "perception.inference.fitting": "loader images",
+    "perception.export.runtime": "runtime",
+    "perception.export.contract": "contract runtime",
+}
+COMPARE = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
+}  # fmt: skip
+ARITHMETIC = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.Add,
+    ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.Pow: ast.Mult,
+}  # fmt: skip
+NEIGHBOURS = {
+    "min": "max", "max": "min", "amin": "amax", "amax": "amin", "floor": "round", "round": "floor", "ceil": "floor",
+    "sin": "cos", "cos": "sin", "any": "all", "all": "any", "argmax": "argmin", "argmin": "argmax", "sum": "mean",
+    "mean": "sum", "zeros": "ones", "ones": "zeros", "sort": "flip", "minimum": "maximum", "maximum": "minimum",
+}  # fmt: skip
+
+
+def faults_of(tree: ast.Module) -> list[tuple[ast.AST, str]]:
+    """Lists every node that can be changed, and how. Messages, annotations and assertions are left alone."""
+    left_alone: set[int] = set()
+    for node in ast.walk(tree):
+        parts: list[ast.AST | None] = []
+        if isinstance(node, ast.Raise | ast.Assert | ast.JoinedStr):
+            parts = [node]
+        elif isinstance(node, ast.arg | ast.AnnAssign):
+            parts = [node.annotation]
+        elif isinstance(node, ast.FunctionDef):
+            parts = [node.returns, *node.decorator_list]
+        elif isinstance(node, ast.ClassDef):
+            parts = [*node.decorator_list]
+        elif isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            parts = [node]
+        for part in parts:
+            left_alone |= {id(inner) for inner in ast.walk(part)} if part is not None else set()
+    found: list[tuple[ast.AST, str]] = []
+    for node in ast.walk(tree):
+        if id(node) in left_alone:
+            continue
+        if isinstance(node, ast.Compare) and type(node.ops[0]) in COMPARE:
+            found.append((node, "comparison"))
+        elif isinstance(node, ast.BinOp | ast.AugAssign) and type(node.op) in ARITHMETIC:
+            found.append((node, "arithmetic"))
+        elif isinstance(node, ast.BoolOp):
+            found.append((node, "and/or"))
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not | ast.USub):
+            found.append((node, "sign"))
+        elif isinstance(node, ast.Constant) and type(node.value) in (int, float, bool):
+            found.append((node, "constant"))
+        elif isinstance(node, ast.If | ast.IfExp):
+            found.append((node, "condition"))
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in NEIGHBOURS:
+            found.append((node, "neighbour"))
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("min", "max", "round"):
+            found.append((node, "neighbour"))
+    return found
+
+
+def planted(source: str, number: int) -> tuple[ast.Module, str]:
+    """The tree of a source with fault `number`, and a line that describes it."""
+    tree = ast.parse(source)
+    node, kind = faults_of(tree)[number]
+    before = ast.unparse(node if not isinstance(node, ast.If) else node.test)
+    if isinstance(node, ast.Compare):
+        node.ops[0] = COMPARE[type(node.ops[0])]()
+    elif isinstance(node, ast.BinOp | ast.AugAssign):
+        node.op = ARITHMETIC[type(node.op)]()
+    elif isinstance(node, ast.BoolOp):
+        node.op = ast.Or() if isinstance(node.op, ast.And) else ast.And()
+    elif isinstance(node, ast.UnaryOp):
+        node.op = ast.UAdd() if isinstance(node.op, ast.USub) else ast.Not()
+        if isinstance(node.op, ast.Not):
+            node.operand = ast.UnaryOp(ast.Not(), copy.deepcopy(node.operand))
+    elif isinstance(node, ast.Constant):
+        value = node.value
+        node.value = (not value) if isinstance(value, bool) else value + 1 if isinstance(value, int) else 1.1 * value
+        if value == 0.0 and isinstance(value, float):
+            node.value = 0.1
+    elif isinstance(node, ast.If | ast.IfExp):
+        node.test = ast.UnaryOp(ast.Not(), copy.deepcopy(node.test))
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        node.func.attr = NEIGHBOURS[node.func.attr]
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        node.func.id = {"min": "max", "max": "min", "round": "int"}[node.func.id]
+    after = ast.unparse(node if not isinstance(node, ast.If) else node.test)
+    ast.fix_missing_locations(tree)
+    return tree, f"{kind} in line {node.lineno}: {before} -> {after}"
+
+
+class Loader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Gives a module another content than its file has."""
+
+    def __init__(self, name: str, path: Path, tree: ast.Module) -> None:
+        self.name, self.path, self.tree = name, path, tree
+
+    def find_spec(self, name, path=None, target=None):
+        if name != self.name:
+            return None
+        return importlib.util.spec_from_file_location(name, self.path, loader=self)
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module) -> None:
+        exec(compile(self.tree, str(self.path), "exec"), module.__dict__)
+
+
+def tests_fail(name: str, tests: list[str], tree: ast.Module | None) -> str:
+    """Runs tests in a child process; returns why they noticed, empty if they passed."""
+    process = os.fork()
+    if process == 0:
+        os.setsid()
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        os.dup2(quiet, 2)
+        if tree is not None:
+            sys.meta_path.insert(0, Loader(name, path_of(name), tree))
+        import pytest
+
+        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])
+        os._exit(0 if code == 0 else 1)
+    start = time.monotonic()
+    while True:
+        ended, status = os.waitpid(process, os.WNOHANG)
+        if ended:
+            return "" if status == 0 else "a test failed"
+        if time.monotonic() - start > TIMEOUT:
+            os.killpg(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            return "the tests did not end"
+        time.sleep(0.05)
+
+
+def path_of(name: str) -> Path:
+    return PROJECT / f"{name.replace('.', '/')}.py"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--modules", nargs="+", default=list(MODULES), choices=list(MODULES), metavar="MODULE")
+    parser.add_argument("--faults", type=int, default=10, help="planted in each module (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="which faults (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="file for the results; one that exists is continued")
+    arguments = parser.parse_args()
+
+    os.chdir(PROJECT)
+    sys.path.insert(0, str(PROJECT))
+    os.environ["OMP_NUM_THREADS"] = "1"
+    # What takes long to load and is not under test; children inherit it.
+    import matplotlib
+    import nuscenes.eval.detection.evaluate
+    import pytest
+    import scipy.optimize
+    import torch
+
+    for package in (matplotlib, nuscenes, pytest, scipy, torch):
+        assert package
+    torch.set_num_threads(1)
+    results = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else {}
+    for name in arguments.modules:
+        tests = [f"tests/test_{test}.py" for test in MODULES[name].split()]
+        tests = [test for test in tests if Path(test).exists()]
+        source = path_of(name).read_text(encoding="utf-8")
+        count = len(faults_of(ast.parse(source)))
+        chosen = random.Random(f"{arguments.seed} {name}").sample(range(count), min(arguments.faults, count))
+        if reason := tests_fail(name, tests, None):
+            sys.exit(f"{name}: without a fault, {reason}: {' '.join(tests)}")
+        done = results.setdefault(name, {})
+        for number in chosen:
+            tree, fault = planted(source, number)
+            if fault not in done:
+                done[fault] = tests_fail(name, tests, tree)
+                if not done[fault]:
+                    print(f"survived: {path_of(name).relative_to(PROJECT)}, {fault}", flush=True)
+                if arguments.json:
+                    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+                    arguments.json.write_text(json.dumps(results, indent=1))
+    print(f"\n{'module':<44}{'faults':>8}{'caught':>8}{'share':>8}")
+    rows = {name: list(results[name].values()) for name in arguments.modules}
+    rows["all"] = [value for values in rows.values() for value in values]
+    for name, values in rows.items():
+        caught = sum(map(bool, values))
+        print(f"{name:<44}{len(values):>8}{caught:>8}{caught / max(1, len(values)):>8.0%}")
+
+
+if __name__ == "__main__":
+    main()
