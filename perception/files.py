@@ -13,7 +13,7 @@ import shutil
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -173,18 +173,25 @@ def check_space(what: str, folder: str | Path, needed: float) -> None:
         )
 
 
-def check_dataset(dataroot: str | Path | Sequence[str | Path], version: str, make_with: str = "") -> None:
+def check_dataset(
+    dataroot: str | Path | Sequence[str | Path], version: str, make_with: Mapping[str, str] | None = None
+) -> None:
     """Checks that the folders of tables of a dataset exist.
 
     Args:
         dataroot: root of the dataset, or several roots.
         version: name of the folder of tables.
-        make_with: command that creates the dataset, such as `perception simulate ...`; may be empty.
+        make_with: by root the command that creates it, such as `perception simulate ...`.
 
     Raises:
-        DataError: a folder does not exist; the message holds the command as the user must call it.
+        DataError: a folder does not exist; the message holds the commands for exactly what is missing, as the user must
+            call them.
     """
-    fix = f"make it with: {as_called(make_with)}" if make_with else "give the root and the version folder of a dataset"
-    for root in (dataroot,) if isinstance(dataroot, str | Path) else dataroot:
-        if not Path(root, version).is_dir():
-            raise DataError(f"dataset {Path(root, version)} does not exist; {fix}")
+    roots = [str(dataroot)] if isinstance(dataroot, str | Path) else list(dict.fromkeys(map(str, dataroot)))
+    if missing := [root for root in roots if not Path(root, version).is_dir()]:
+        commands = [(make_with or {}).get(root, "") for root in missing]
+        fix = "give the root and the version folder of a dataset"
+        if all(commands):
+            fix = f"make it with: {as_called(' && '.join(commands))}"
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise DataError(f"dataset {Path(missing[0], version)}{more} does not exist; {fix}")

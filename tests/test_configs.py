@@ -109,8 +109,27 @@ def test_a_missing_config_or_dataset_names_the_fix(tmp_path):
     ):
         load_config(tmp_path / "absent.py")
     config = load_config(NANO, {"train_data.dataroot": str(tmp_path / "town")})
-    with pytest.raises(DataError, match=r"make it with: perception simulate --out"):
+    with pytest.raises(DataError, match=r"town/v1\.0-synthetic does not exist; give the root"):  # no command makes it
         build_dataset(config.train_data, config.model)
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith("synthetic/")])
+def test_the_commands_of_a_config_make_exactly_what_is_missing(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["perception"])
+    config = load_config(CONFIGS / name)
+    assert config.train_data is not None
+    for data in (config.train_data, config.val_data):
+        roots = sorted({data.dataroot} if isinstance(data.dataroot, str) else set(data.dataroot))
+        (tmp_path / roots[0] / data.version).mkdir(parents=True, exist_ok=True)
+        for root in roots[1:]:
+            with pytest.raises(DataError, match="make it with: ") as error:
+                build_dataset(data, config.model)
+            commands = str(error.value).partition("make it with: ")[2].split(" && ")
+            made = {part.partition("--out ")[2].split()[0] for part in commands}
+            assert made == {missing for missing in roots if not Path(missing).is_dir()}
+            assert all(f"--split {data.split}" in part for part in commands)
+            Path(root, data.version).mkdir(parents=True)
 
 
 def test_shipped_configs_have_names(tmp_path, monkeypatch):

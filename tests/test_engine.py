@@ -366,12 +366,6 @@ def test_a_calibration_that_is_not_finite_is_one_sentence(trained, config_path, 
     assert "calibrated_sensor.json" in sentence and "camera_intrinsic" in sentence
 
 
-def test_train_without_its_dataset_names_the_command_that_makes_it(tmp_path):
-    options = (f"train_data.dataroot={tmp_path / 'town'}",)
-    run = run_command("train", "configs/synthetic/nano.py", "--work-dir", tmp_path / "w", "--cfg-options", *options)
-    assert "make it with: python scripts/simulate.py --out out/town_last" in error_of(run)
-
-
 @pytest.mark.slow
 def test_one_scene_is_memorised(tmp_path):
     """Network, losses, decoding and evaluation agree: after long training on one scene it is reproduced."""

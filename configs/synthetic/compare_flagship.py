@@ -17,13 +17,17 @@ model = dict(preset="nano", image_size=(128, 224), grid=(64, 64))
 train_data = dict(
     dataroot="out/town_short",
     augment=dict(drop_camera=0.15),
-    make_with="perception simulate --out out/town_short --scenes 60 --seed 4000 --rare 0.35 --split town_train "
-    "--image-size 128x224",
+    make_with={
+        "out/town_short": "perception simulate --out out/town_short --scenes 60 --seed 4000 --rare 0.35 "
+        "--split town_train --image-size 128x224",
+    },
 )
 val_data = dict(
     dataroot="out/town_short_val",
-    make_with="perception simulate --out out/town_short_val --scenes 10 --seed 6000 --split town_val "
-    "--image-size 128x224",
+    make_with={
+        "out/town_short_val": "perception simulate --out out/town_short_val --scenes 10 --seed 6000 --split town_val "
+        "--image-size 128x224",
+    },
 )
 train = dict(
     backbone_weights="perception/weights/nano.safetensors", frozen_stages=3, epochs=4, batch_size=2, lr=2e-3,

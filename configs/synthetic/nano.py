@@ -20,8 +20,11 @@ _base_ = ["nano_more.py"]
 train_data = dict(
     # One epoch goes three times over all scenes, so that data loaders restart less often.
     dataroot=3 * ("out/town_more", "out/town_more_rare", "out/town_more_5hz", "out/town_last", "out/town_last_rare"),
-    make_with="perception simulate --out out/town_last --scenes 60 --seed 11000 --split town_train && "
-    "perception simulate --out out/town_last_rare --scenes 100 --seed 10000 --rare 0.7 --split town_train",
+    make_with={
+        "out/town_last": "perception simulate --out out/town_last --scenes 60 --seed 11000 --split town_train",
+        "out/town_last_rare": "perception simulate --out out/town_last_rare --scenes 100 --seed 10000 --rare 0.7 "
+        "--split town_train",
+    },
 )
 train = dict(
     init_from="out/nano_more/nano_more.safetensors", frozen_stages=-1, epochs=16, batch_size=32, streams=4, lr=2.5e-3,

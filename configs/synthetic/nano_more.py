@@ -19,9 +19,12 @@ _base_ = ["nano_large.py"]
 
 train_data = dict(
     dataroot=("out/town_more", "out/town_more_rare", "out/town_more_5hz"),
-    make_with="perception simulate --out out/town_more --scenes 40 --seed 8000 --split town_train && "
-    "perception simulate --out out/town_more_rare --scenes 160 --seed 7000 --rare 0.7 --split town_train && "
-    "perception simulate --out out/town_more_5hz --scenes 20 --seed 9000 --rare 0.35 --rate 5 "
-    "--split town_train",
+    make_with={
+        "out/town_more": "perception simulate --out out/town_more --scenes 40 --seed 8000 --split town_train",
+        "out/town_more_rare": "perception simulate --out out/town_more_rare --scenes 160 --seed 7000 --rare 0.7 "
+        "--split town_train",
+        "out/town_more_5hz": "perception simulate --out out/town_more_5hz --scenes 20 --seed 9000 --rare 0.35 --rate "
+        "5 --split town_train",
+    },
 )
 train = dict(init_from="out/nano_large/nano_large.safetensors", epochs=7)

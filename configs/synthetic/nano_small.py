@@ -18,7 +18,9 @@ model = dict(preset="nano")
 train_data = dict(
     dataroot="out/town_small",
     augment=dict(drop_camera=0.15),
-    make_with="perception simulate --out out/town_small --scenes 300 --seed 1000 --split town_train "
-    "--image-size 160x288",
+    make_with={
+        "out/town_small": "perception simulate --out out/town_small --scenes 300 --seed 1000 --split town_train "
+        "--image-size 160x288",
+    },
 )
 train = dict(image_epochs=4, epochs=10, batch_size=2, lr=2e-3, warmup_iters=100, ema_momentum=0.0, workers=1)

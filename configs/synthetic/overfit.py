@@ -12,14 +12,15 @@ zero in NDS. Cost: about 4 minutes on two CPU cores. Result: tests/test_engine.p
 _base_ = ["../_base_/schedule.py"]
 
 model = dict(preset="nano", image_size=(128, 224))
-train_data = dict(
+train_data = val_data = dict(
     dataroot="out/town_one",
     version="v1.0-synthetic",
     split="town_one",
-    make_with="perception simulate --out out/town_one --scenes 1 --seed 36 --keyframes 4 --image-size 128x224 "
-    "--split town_one",
+    make_with={
+        "out/town_one": "perception simulate --out out/town_one --scenes 1 --seed 36 --keyframes 4 "
+        "--image-size 128x224 --split town_one",
+    },
 )
-val_data = dict(dataroot="out/town_one", version="v1.0-synthetic", split="town_one")
 train = dict(
     epochs=100,
     batch_size=1,

@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class DataSection:
     version: str  # folder of the tables, e.g. v1.0-trainval
     split: str  # an official split, or one from splits.json of the dataset
     augment: Augment | None = None  # in a config: dict() with the fields of Augment that differ from the defaults
-    make_with: str = ""  # command that creates the dataset, for the error message if the dataset is missing
+    make_with: dict[str, str] = field(default_factory=dict)  # by root the command that creates it, for error messages
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,7 @@ def build_dataset(section: DataSection, model: NetworkConfig) -> NuScenesDataset
     Raises:
         DataError: the root or one of its files is missing or malformed.
     """
-    if section.make_with:
-        check_dataset(section.dataroot, section.version, section.make_with)
+    check_dataset(section.dataroot, section.version, section.make_with)
     return NuScenesDataset(
         section.dataroot,
         section.version,
@@ -175,7 +174,7 @@ def _check_keys(path: str | Path, where: str, section: object, allowed: set[str]
 
 def _parse(path: str | Path, where: str, section: dict, kind: type[Any]) -> Any:
     fields = dataclasses.fields(kind)
-    required = {field.name for field in fields if field.default is dataclasses.MISSING}
+    required = {f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING}
     _check_keys(path, where, section, {field.name for field in fields}, required)
     hints = typing.get_type_hints(kind)
     return kind(**{key: _typed(f"{path}: {where}.{key}", value, hints[key]) for key, value in section.items()})
@@ -210,6 +209,9 @@ def _typed(where: str, value: Any, kind: Any) -> Any:
         inner = inner[:1] * len(value) if inner[-1:] == (Ellipsis,) else inner
         if len(inner) == len(value):
             return tuple(_typed(f"{where}[{i}]", v, k) for i, (v, k) in enumerate(zip(value, inner, strict=True)))
+    elif origin is dict and isinstance(value, dict):
+        name, content = typing.get_args(kind)
+        return {_typed(f"{where} key", k, name): _typed(f"{where}[{k!r}]", v, content) for k, v in value.items()}
     elif kind is float and type(value) in (int, float):
         return float(value)
     elif type(value) is kind:

@@ -152,7 +152,10 @@ def check_datasets(name_or_path: str | Path, options: dict | None, sections: Seq
         section = source.get(name)
         if not isinstance(section, dict):
             continue
-        dataroot, version, make_with = (section.get(key, "") for key in ("dataroot", "version", "make_with"))
+        dataroot, version, make_with = (section.get(key) for key in ("dataroot", "version", "make_with"))
+        make_with = {} if make_with is None else make_with
         roots = [dataroot] if isinstance(dataroot, str) else dataroot
-        if isinstance(roots, list | tuple) and all(isinstance(text, str) for text in (*roots, version, make_with)):
+        if not isinstance(roots, list | tuple) or not isinstance(version, str) or not isinstance(make_with, dict):
+            continue
+        if all(isinstance(text, str) for text in (*roots, *make_with.values())):
             check_dataset(roots, version, make_with)
