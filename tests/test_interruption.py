@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +149,29 @@ def test_a_damaged_checkpoint_is_skipped(config_path, whole, tmp_path, damage):
     (folder / "epoch_2.pth").unlink()
     with pytest.raises(CheckpointError, match=r"no readable checkpoint.*--overwrite"), pytest.warns(PerceptionWarning):
         WorkDir(folder, "small").newest()
+
+
+def test_no_damage_goes_unnoticed(whole, tmp_path):
+    """Bytes changed anywhere in the file: it is read as it was written, or not at all."""
+    content = (whole / "epoch_3.pth").read_bytes()
+    expected = content_hash(torch.load(whole / "epoch_3.pth", weights_only=True))
+    rng, found = np.random.default_rng(0), []
+    for _ in range(30):
+        damaged, start = bytearray(content), int(rng.integers(len(content)))
+        for place in range(start, min(start + int(rng.integers(1, 400)), len(content))):
+            damaged[place] = int(rng.integers(256))
+        (tmp_path / "epoch_3.pth").write_bytes(damaged)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                checkpoint = WorkDir(tmp_path, "small").newest()
+            except CheckpointError:
+                assert any("is damaged" in str(warning.message) for warning in caught)
+                found.append("refused")
+            else:
+                assert content_hash(checkpoint) == expected  # the bytes were padding
+                found.append("read")
+    assert found.count("refused") > 20
 
 
 def test_a_moved_and_a_copied_folder_go_on_with_their_own_files(config_path, whole, tmp_path):
