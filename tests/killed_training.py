@@ -10,11 +10,13 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 import safetensors.torch
 import torch
+from tqdm import tqdm
 
 from perception.engine import loops
 from perception.engine.config import load_config
@@ -89,6 +91,7 @@ def run(config: str, folder: Path, moment: str | None) -> bool:
         with open(f"{folder}.log", "a") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
+        tqdm.set_lock(threading.RLock())  # the one of tqdm is shared by all processes: a killed one would keep it
         if moment and not moment.endswith(" s"):
             arm(moment)
         train(load_config(config), folder, seed=5, resume=True)

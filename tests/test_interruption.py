@@ -10,15 +10,19 @@ import threading
 import warnings
 from pathlib import Path
 
+import killed_training
 import numpy as np
 import pytest
 import torch
+from conftest import RAW
+from tqdm import tqdm
 
+from perception import cli
 from perception.engine import loops
 from perception.engine.checkpoints import WorkDir, content_hash
 from perception.engine.config import load_config
 from perception.engine.training import train
-from perception.errors import CheckpointError, ConfigError, Interrupted, PerceptionWarning, run_script
+from perception.errors import CheckpointError, ConfigError, Interrupted, PerceptionError, PerceptionWarning, run_script
 from perception.files import locked, replacing
 from perception.models.checkpoint import load_model, read_metrics
 from perception.synthetic import VERSION
@@ -344,3 +348,66 @@ def test_leftovers_of_dead_processes_go_and_threads_do_not_meet(tmp_path):
     for thread in threads:
         thread.join()
     assert not errors and not left.exists() and list(tmp_path.iterdir()) == [path] and path.read_text() in "0123"
+
+
+def killed(moment: str, work) -> None:
+    """Runs a function in a child process that is killed at a moment; see `killed_training.arm`."""
+    process = os.fork()
+    if process == 0:
+        tqdm.set_lock(
+            threading.RLock()
+        )  # the one of tqdm is shared with this process, which would wait for it for ever
+        killed_training.arm(moment)
+        work()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL, moment
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_a_killed_evaluation_leaves_whole_submissions_of_one_network(config_path, whole, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def evaluate(out: str):
+        cli.main(["evaluate", str(config_path), str(whole / "small.safetensors"), "--save-submission", out])
+
+    evaluate("whole")
+    expected = files(tmp_path / "whole")
+    assert expected.keys() == {"detection.json", "lanes.json"}
+    for moment in ("before rename 1", "rename 1", "before rename 2", "rename 2"):
+        (tmp_path / "work").mkdir(exist_ok=True)
+        for name in expected:
+            (tmp_path / "work" / name).write_text("of another network")
+        killed(moment, lambda: evaluate("work"))
+        left = {path.name: path.read_bytes() for path in (tmp_path / "work").iterdir() if path.suffix == ".json"}
+        assert {name: content == expected[name] for name, content in left.items()} in (
+            {"detection.json": False}, {"detection.json": True}, {"detection.json": True, "lanes.json": True},
+        ), moment  # fmt: skip
+        evaluate("work")
+        assert files(tmp_path / "work") == expected
+
+
+@pytest.mark.slow
+def test_a_killed_export_is_refused_by_the_runtime_and_made_good_by_the_next(small_network, small_graph, tmp_path):
+    """The contract holds the hash of the graph, so the files of two exports do not pass for one."""
+    from perception.export.onnx import export_onnx
+    from perception.export.runtime import Runtime
+
+    def export(folder: Path, **options):
+        return export_onnx(small_network, folder, raw_size=RAW, graph=small_graph, **options)
+
+    expected = files(export(tmp_path / "whole"))
+    for moment in ("before rename 1", "rename 1", "before rename 2", "rename 2"):
+        work = export(tmp_path / moment.replace(" ", "_"), precision="fp16")  # an older export in the folder
+        killed(moment, lambda work=work: export(work))
+        try:
+            runtime = Runtime(work)
+        except PerceptionError as error:
+            assert moment == "rename 1" or moment == "before rename 2", error
+        else:
+            assert runtime.contract["precision"] == ("fp32" if moment == "rename 2" else "fp16")
+        export(work)
+        assert files(work) == expected
