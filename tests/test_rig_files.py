@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -19,6 +20,14 @@ FOCAL = {"fx": 1085.2, "fy": 1079.6, "cx": 622.8, "cy": 502.5}
 SIZE = {"width": 1280, "height": 1024}
 LOOKS_AHEAD = [[0.0, 0.0, 1.0, 1.7], [-1.0, 0.0, 0.0, 0.1], [0.0, -1.0, 0.0, 1.5], [0.0, 0.0, 0.0, 1.0]]
 SHIPPED_FILES = sorted(SHIPPED.glob("*.yaml"))
+
+
+@contextmanager
+def refused(words: str):
+    """The block raises a DataError of one line that holds these words."""
+    with pytest.raises(DataError) as error:
+        yield
+    assert words in str(error.value) and "\n" not in str(error.value)
 
 
 def pinhole(**changes) -> dict:
@@ -71,7 +80,7 @@ def test_a_rig_is_read_back_to_the_last_digit(tmp_path, suffix):
         np.testing.assert_array_equal(again[camera.name].ego_from_cam, camera.ego_from_cam)
     text = (tmp_path / f"rig{suffix}").read_text(encoding="utf-8")
     assert schema_errors(json.loads(text) if suffix == ".json" else yaml.safe_load(text)) == []
-    with pytest.raises(DataError, match=r"rig.txt cannot be written as a rig file; give a name that ends with .yaml"):
+    with refused("rig.txt cannot be written as a rig file; give a name that ends with .yaml"):
         rig.save(tmp_path / "rig.txt")
 
 
@@ -133,7 +142,7 @@ CHANGES = {
         "camera 'front' has the unknown key 'image_size'; did you mean image_size_px",
     ),
     "unknown model": ({"model": "pinhol"}, "camera 'front': model is 'pinhol'; did you mean pinhole?"),
-    "no model": ({"model": None}, "camera 'front' has no model; it has ego_from_cam, image_size_px, intrinsics_px"),
+    "no model": ({"model": None}, "camera 'front' has no model; it has "),
     "distortion of a pinhole": ({"distortion": [0.1]}, "camera 'front' has the unknown key 'distortion'"),
     "coefficients": (
         {"model": "brown_conrady", "distortion": [0.1, 0.2, 0.3]},
@@ -191,11 +200,11 @@ def test_mistakes_are_named(tmp_path, name, suffix):
         changes, words = CHANGES[name]
         entry = pinhole(**changes)
     path = written(tmp_path, entry, suffix)
-    with pytest.raises(DataError) as refused:
+    with pytest.raises(DataError) as error:
         Rig.load(path)
-    assert words in str(refused.value)
-    assert str(refused.value).startswith(f"{path}: ") and str(refused.value).count(str(path)) == 1
-    assert "camera 'front'" in str(refused.value)
+    assert words in str(error.value)
+    assert str(error.value).startswith(f"{path}: ") and str(error.value).count(str(path)) == 1
+    assert "camera 'front'" in str(error.value)
 
 
 def test_mistakes_of_the_whole_file_are_named(tmp_path):
@@ -213,15 +222,15 @@ def test_mistakes_of_the_whole_file_are_named(tmp_path):
     }
     for text, words in cases.items():
         path.write_text(text)
-        with pytest.raises(DataError) as refused:
+        with pytest.raises(DataError) as error:
             Rig.load(path)
-        assert words in str(refused.value) and str(path) in str(refused.value) and "\n" not in str(refused.value)
+        assert words in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
     (tmp_path / "rig.json").write_text('{"rig_format": 1, "rig_format": 1}')
-    with pytest.raises(DataError, match=r"rig.json is not JSON \(the key 'rig_format' stands twice\)"):
+    with refused("rig.json is not JSON (the key 'rig_format' stands twice)"):
         Rig.load(tmp_path / "rig.json")
-    with pytest.raises(DataError, match="nowhere.yaml does not exist; give a rig file"):
+    with refused("nowhere.yaml does not exist; give a rig file"):
         Rig.load(tmp_path / "nowhere.yaml")
-    with pytest.raises(DataError, match="there is no rig 'nuscene'; give a file, or one of .*nuscenes"):
+    with refused("there is no rig 'nuscene'; give a file, or one of argoverse2"):
         Rig.load("nuscene")
 
 
@@ -262,11 +271,11 @@ def test_a_rig_of_pinholes_is_the_input_of_the_predictor():
     np.testing.assert_array_equal(rig.img_from_cam[1], [[900, 0, 622.8], [0, 1079.6, 502.5], [0, 0, 1]])
     np.testing.assert_array_equal(rig.ego_from_cam, [LOOKS_AHEAD, other])
     np.testing.assert_array_equal(Rig(cameras).camera_rig(["back"]).ego_from_cam, [other])
-    with pytest.raises(DataError, match="no camera 'bac'; did you mean back"):
+    with refused("no camera 'bac'; did you mean back"):
         Rig(cameras).camera_rig(["bac"])
-    with pytest.raises(DataError, match="camera 'left' has the model brown_conrady, and a CameraRig holds pinholes"):
+    with refused("camera 'left' has the model brown_conrady, and a CameraRig holds pinholes"):
         all_models().camera_rig()
-    with pytest.raises(DataError, match="two cameras 'front'"):
+    with refused("two cameras 'front'"):
         Rig([cameras[0], cameras[0]])
 
 

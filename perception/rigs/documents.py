@@ -42,18 +42,30 @@ def read_document(path: str | Path, what: str) -> Any:
     Raises:
         DataError: the file does not exist or is malformed.
     """
-    text = read_text(path, what)
     if Path(path).suffix == ".json":
         try:
-            return json.loads(text, object_pairs_hook=_unique)
+            return json.loads(read_text(path, what), object_pairs_hook=_unique)
         except ValueError as error:
             raise DataError(f"{path} is not JSON ({error}); give {what}") from None
+    documents = read_documents(path, what)
+    if len(documents) > 1:
+        raise DataError(f"{path} has {len(documents)} documents; give one ({what})")
+    return documents[0] if documents else None
+
+
+def read_documents(path: str | Path, what: str) -> list[Any]:
+    """Reads a YAML file of any number of documents, as `ros2 topic echo` writes them; empty ones are dropped.
+
+    Raises:
+        DataError: the file does not exist or is malformed.
+    """
     import yaml  # here, so that a vehicle with a JSON file does not need it
 
+    text = read_text(path, what)
     if text.startswith("%YAML:"):
         text = text.partition("\n")[2]
     try:
-        return yaml.load(text, _yaml_loader())
+        return [document for document in yaml.load_all(text, _yaml_loader()) if document is not None]
     except (yaml.YAMLError, ValueError) as error:
         raise DataError(f"{path} is not YAML ({' '.join(str(error).split())}); give {what}") from None
 
