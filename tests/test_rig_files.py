@@ -3,11 +3,13 @@
 import copy
 import json
 import math
+import re
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import yaml
+from conftest import PROJECT
 
 from perception.errors import DataError
 from perception.geometry import rigid_from_quaternion
@@ -279,6 +281,19 @@ def test_a_rig_of_pinholes_is_the_input_of_the_predictor():
         Rig([cameras[0], cameras[0]])
 
 
+def test_the_examples_of_the_docs(tmp_path):
+    blocks = re.findall(r"```yaml\n(.*?)```", (PROJECT / "docs" / "rigs.md").read_text(encoding="utf-8"), re.S)
+    assert blocks
+    for block in blocks:
+        (tmp_path / "rig.yaml").write_text(block)
+        rig = Rig.load(tmp_path / "rig.yaml")
+        assert schema_errors(yaml.safe_load(block)) == []
+        for name, axis in (("front", [1, 0, 0]), ("back", [-1, 0, 0])):
+            np.testing.assert_allclose(rig[name].ego_from_cam[:3, 2], axis, atol=1e-12)
+        down = np.radians(35)
+        np.testing.assert_allclose(rig["left"].ego_from_cam[:3, 2], [0, np.cos(down), -np.sin(down)], atol=1e-12)
+
+
 @pytest.mark.parametrize("path", SHIPPED_FILES, ids=lambda path: path.stem)
 def test_shipped_rigs(path):
     rig = Rig.load(path.stem)
@@ -294,4 +309,4 @@ def test_shipped_rigs(path):
         np.testing.assert_allclose(camera.project(rays[valid])[0], uv[valid], atol=1e-6)
     ahead = {name for name in rig.names if rig[name].ego_from_cam[0, 2] > 0.9}
     assert ahead or path.stem == "surround_fisheye"
-    assert "Source:" in path.read_text(encoding="utf-8")
+    assert "# Source: " in path.read_text(encoding="utf-8")
