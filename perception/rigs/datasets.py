@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from perception.errors import DataError, not_installed
 from perception.geometry import rigid_from_quaternion
-from perception.rigs.documents import Fields, nearest, read_document, read_text
+from perception.rigs.documents import Fields, located, nearest, read_document, read_text
 from perception.rigs.models import FROM_INTEGER_CENTERS, BrownConrady, CameraModel, Mei, Pinhole
 from perception.rigs.rig import BODY_FROM_OPTICAL, RigCamera
 
@@ -24,7 +24,15 @@ Matrix = NDArray[np.float64]
 
 
 def pinhole_or_brown(matrix: Matrix, coefficients: Iterable[float]) -> CameraModel:
-    """A model from a 3 x 3 matrix and OpenCV's coefficients: a pinhole if all are 0. It does not move pixels."""
+    """A model from a 3 x 3 matrix and OpenCV's coefficients: a pinhole if all are 0. It does not move pixels.
+
+    Raises:
+        DataError: the matrix is not that of a pinhole.
+    """
+    if (matrix[2] != (0, 0, 1)).any() or matrix[1, 0] != 0:
+        raise DataError(
+            f"the matrix {matrix.tolist()} is not that of a camera; give the rows fx skew cx, 0 fy cy, 0 0 1"
+        )
     focal = {"fx": matrix[0, 0], "fy": matrix[1, 1], "cx": matrix[0, 2], "cy": matrix[1, 2], "skew": matrix[0, 1]}
     numbers = {key: float(value) for key, value in focal.items()}
     distortion = tuple(float(value) for value in coefficients)
@@ -63,7 +71,8 @@ def nuscenes(path: Path, scene: str | None = None) -> list[RigCamera]:
         if sensor.get("modality") != "camera":
             continue
         pose = rigid_from_quaternion(calibration.array("rotation", (4,)), calibration.array("translation", (3,)))
-        model = pinhole_or_brown(calibration.array("camera_intrinsic", (3, 3)), ())
+        with located(calibration.at("camera_intrinsic")):
+            model = pinhole_or_brown(calibration.array("camera_intrinsic", (3, 3)), ())
         cameras.append(RigCamera(sensor.text("channel"), (row.pixels("height"), row.pixels("width")), model, pose))
     if not cameras:
         raise DataError(f"{path / 'sample_data.json'} has no camera images of sample {sample}; give another scene")
@@ -108,7 +117,7 @@ def kitti(path: Path, image_size: tuple[int, int] | None = None) -> list[RigCame
     cameras = []
     for name in ("P0", "P1", "P2", "P3"):
         if name in rows:
-            model, cam_from_rect = _split_projection(_row(path, rows, (name,), (3, 4)))
+            model, cam_from_rect = _split_projection(path, rows, name)
             cameras.append(RigCamera(name, image_size, model, np.linalg.inv(cam_from_rect @ rect_from_imu)))
     if not cameras:
         raise DataError(f"{path} has none of P0 to P3; give calib.txt of the KITTI object benchmark")
@@ -142,7 +151,7 @@ def kitti_raw(path: Path) -> list[RigCamera]:
     cameras = []
     for number in ("00", "01", "02", "03"):
         if f"P_rect_{number}" in rows:
-            model, cam_from_rect = _split_projection(_row(file, rows, (f"P_rect_{number}",), (3, 4)))
+            model, cam_from_rect = _split_projection(file, rows, f"P_rect_{number}")
             pose = np.linalg.inv(cam_from_rect @ rect_from_imu)
             cameras.append(RigCamera(f"image_{number}", _size(file, rows, f"S_rect_{number}"), model, pose))
     if not cameras:
@@ -173,8 +182,7 @@ def kitti360(path: Path) -> list[RigCamera]:
         yaml_file = folder / f"{name}.yaml"
         if f"P_rect_{number}" in perspective:
             # Each camera has its own pose, so that the last column of P_rect, the baseline, is not used.
-            projection = _row(perspective_file, perspective, (f"P_rect_{number}",), (3, 4))
-            model = pinhole_or_brown(projection[:, :3], ()).moved(FROM_INTEGER_CENTERS)
+            model, _ = _split_projection(perspective_file, perspective, f"P_rect_{number}")
             size = _size(perspective_file, perspective, f"S_rect_{number}")
             cam_from_rect = np.eye(4)
             cam_from_rect[:3, :3] = _row(perspective_file, perspective, (f"R_rect_{number}",), (3, 3)).T
@@ -185,10 +193,11 @@ def kitti360(path: Path) -> list[RigCamera]:
                     f"{root.at('model_type')} is {root.text('model_type')!r}; give a file with the model MEI"
                 )
             mirror, lens, scale = (root.section(f"{key}_parameters") for key in ("mirror", "distortion", "projection"))
-            model = Mei(
-                fx=scale.number("gamma1"), fy=scale.number("gamma2"), cx=scale.number("u0"), cy=scale.number("v0"),
-                xi=mirror.number("xi"), distortion=tuple(lens.number(key) for key in ("k1", "k2", "p1", "p2")),
-            ).moved(FROM_INTEGER_CENTERS)  # fmt: skip
+            with located(str(yaml_file)):
+                model = Mei(
+                    fx=scale.number("gamma1"), fy=scale.number("gamma2"), cx=scale.number("u0"), cy=scale.number("v0"),
+                    xi=mirror.number("xi"), distortion=tuple(lens.number(key) for key in ("k1", "k2", "p1", "p2")),
+                ).moved(FROM_INTEGER_CENTERS)  # fmt: skip
             size, cam_from_rect = (root.pixels("image_height"), root.pixels("image_width")), np.eye(4)
         else:
             continue
@@ -227,7 +236,8 @@ def argoverse2(path: Path) -> list[RigCamera]:
         if name not in poses:
             raise DataError(f"{folder / 'egovehicle_SE3_sensor.feather'} has no pose of {name}; {nearest(name, poses)}")
         fx, fy, cx, cy = (row.number(key) for key in ("fx_px", "fy_px", "cx_px", "cy_px"))
-        model = Pinhole(fx=fx, fy=fy, cx=cx, cy=cy).moved(FROM_INTEGER_CENTERS)
+        with located(row.where):
+            model = Pinhole(fx=fx, fy=fy, cx=cx, cy=cy).moved(FROM_INTEGER_CENTERS)
         cameras.append(RigCamera(name, (row.pixels("height_px"), row.pixels("width_px")), model, poses[name]))
     return cameras
 
@@ -275,7 +285,9 @@ def waymo(path: Path) -> list[RigCamera]:
         matrix = np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
         transform = row.section("extrinsic").array("transform", (16,)).reshape(4, 4)
         size = (row.pixels("height"), row.pixels("width"))
-        cameras.append(RigCamera(name, size, pinhole_or_brown(matrix, distortion), transform @ BODY_FROM_OPTICAL))
+        with located(row.where):
+            model = pinhole_or_brown(matrix, distortion)
+        cameras.append(RigCamera(name, size, model, transform @ BODY_FROM_OPTICAL))
     return cameras
 
 
@@ -324,8 +336,11 @@ def _rigid(rows: Matrix) -> Matrix:
     return np.concatenate([rows, [[0.0, 0.0, 0.0, 1.0]]])
 
 
-def _split_projection(projection: Matrix) -> tuple[CameraModel, Matrix]:
-    """Splits KITTI's 3 x 4 projection matrix into a model and the camera's place in the rectified frame."""
+def _split_projection(path: Path, rows: dict[str, list[str]], key: str) -> tuple[CameraModel, Matrix]:
+    """Splits KITTI's 3 x 4 projection matrix into a model and the pose [4, 4] of the rectified frame in the camera."""
+    projection = _row(path, rows, (key,), (3, 4))
+    with located(f"{path}: {key}"):
+        model = pinhole_or_brown(projection[:, :3], ()).moved(FROM_INTEGER_CENTERS)
     cam_from_rect = np.eye(4)
     cam_from_rect[:3, 3] = np.linalg.solve(projection[:, :3], projection[:, 3])
-    return pinhole_or_brown(projection[:, :3], ()).moved(FROM_INTEGER_CENTERS), cam_from_rect
+    return model, cam_from_rect

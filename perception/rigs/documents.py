@@ -6,6 +6,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def read_documents(path: str | Path, what: str) -> list[Any]:
         text = text.partition("\n")[2]
     try:
         return [document for document in yaml.load_all(text, _yaml_loader()) if document is not None]
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{path} is not YAML ({' '.join(str(error).split())}); give {what}") from None
 
 
@@ -82,21 +83,21 @@ def _unique(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
 def _yaml_loader() -> Any:
     import yaml
 
-    class Loader(yaml.SafeLoader):
-        """YAML without duplicate keys, and with numbers such as 1e-3, which YAML 1.1 takes for text."""
+    # YAML without duplicate keys, and with numbers such as 1e-3, which YAML 1.1 takes for text.
+    loader: Any = type("Loader", (yaml.SafeLoader,), {})
 
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            self.flatten_mapping(node)
-            return _unique(
-                (self.construct_object(k, deep=True), self.construct_object(v, deep=True)) for k, v in node.value
-            )
+    def mapping(loader: Any, node: Any) -> dict[Any, Any]:
+        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]  # which may replace merged ones
+        _unique((loader.construct_object(key, deep=True), None) for key in own)
+        loader.flatten_mapping(node)
+        return {loader.construct_object(k, deep=True): loader.construct_object(v, deep=True) for k, v in node.value}
 
-    Loader.add_constructor("tag:yaml.org,2002:map", lambda loader, node: loader.construct_mapping(node, deep=True))
-    Loader.add_constructor("tag:yaml.org,2002:opencv-matrix", lambda loader, node: loader.construct_mapping(node))
-    Loader.add_implicit_resolver(
+    for tag in ("map", "opencv-matrix"):
+        loader.add_constructor(f"tag:yaml.org,2002:{tag}", mapping)
+    loader.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
     )
-    return Loader
+    return loader
 
 
 class Fields:
@@ -172,6 +173,15 @@ class Fields:
             wanted = "a list of numbers" if shape is None else " x ".join(map(str, shape)) + " numbers"
             raise DataError(f"{self.at(key)} is {_short(value)}; give {fix or (wanted if shape != () else 'a number')}")
         return array.astype(np.float64)
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Puts a place in front of the message of a DataError, unless it begins with it."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
 
 
 def nearest(key: str, known: Iterable[str], found: bool = False) -> str:

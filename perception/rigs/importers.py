@@ -8,7 +8,7 @@ the numbers. docs/rigs.md has an example per format.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from perception.errors import DataError
 from perception.inference.checks import checked_rigid
 from perception.rigs import datasets, ros
-from perception.rigs.documents import nearest, read_document, read_text
+from perception.rigs.documents import located, nearest, read_document, read_text
 from perception.rigs.rig import Rig, RigCamera
 
 
@@ -138,10 +138,8 @@ def import_rig(
             if wanted not in by_name:
                 raise DataError(f"{path} has no camera {wanted!r}; {nearest(wanted, by_name)}")
         read = [by_name[wanted] for wanted in cameras]
-    try:
-        return Rig([RigCamera(c.name, c.image_size, c.model, vehicle @ c.ego_from_cam) for c in read])
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from None
+    with located(str(path)):
+        return Rig([replace(camera, ego_from_cam=vehicle @ camera.ego_from_cam) for camera in read])
 
 
 def _recognised(path: Path) -> str:

@@ -22,9 +22,9 @@ class Radius:
     """A radius that is a polynomial of the angle from the optical axis."""
 
     def __init__(self, coefficients: tuple[float, ...]) -> None:
-        self._polynomial = np.polynomial.Polynomial((0.0, *coefficients))
+        self._polynomial = np.poly1d((*reversed(coefficients), 0.0))
         self._slope = self._polynomial.deriv()
-        self.max_angle = min(np.pi - 1e-6, BEFORE_TURN * _first_positive_root(self._slope.coef))
+        self.max_angle = min(np.pi - 1e-6, BEFORE_TURN * _first_positive_root(self._slope))
         self._angles = np.linspace(0, self.max_angle, TABLE)
         self._radii = self._polynomial(self._angles)
 
@@ -32,7 +32,7 @@ class Radius:
         sine = np.hypot(rays_cam[:, 0], rays_cam[:, 1])
         angle = np.arctan2(sine, rays_cam[:, 2])
         # Near the axis the ratio of radius and sine is the first coefficient.
-        ratio = np.where(sine > 1e-12, self._polynomial(angle) / sine, self._polynomial.coef[1])
+        ratio = np.where(sine > 1e-12, self._polynomial(angle) / sine, self._slope(0.0))
         return rays_cam[:, :2] * ratio[:, None], np.ones(len(rays_cam), bool)
 
     def cam_from_plane(self, plane: Floats, tolerance: float) -> tuple[Floats, Bools]:
@@ -58,17 +58,14 @@ class Distortion:
 
     def __init__(self, coefficients: tuple[float, ...], limit: float) -> None:
         k1, k2, p1, p2, k3, k4, k5, k6, *prism = (*coefficients, *[0.0] * (12 - len(coefficients)))
-        self._numerator, self._denominator = (
-            np.polynomial.Polynomial((1, k1, k2, k3)),
-            np.polynomial.Polynomial((1, k4, k5, k6)),
-        )
+        self._numerator, self._denominator = np.poly1d((k3, k2, k1, 1)), np.poly1d((k6, k5, k4, 1))
+        self._numerator_slope, self._denominator_slope = self._numerator.deriv(), self._denominator.deriv()
         self._p, self._s = (p1, p2), prism
         # r * N(s) / D(s) with s = r^2 grows where (N + 2 s N') D - 2 s N D' is positive.
-        twice_s = np.polynomial.Polynomial((0, 2))
-        growth = (
-            self._numerator + twice_s * self._numerator.deriv()
-        ) * self._denominator - twice_s * self._numerator * self._denominator.deriv()
-        turn = min(_first_positive_root(growth.coef), _first_positive_root(self._denominator.coef))
+        twice_s = np.poly1d((2, 0))
+        growth = (self._numerator + twice_s * self._numerator_slope) * self._denominator
+        growth = growth - twice_s * self._numerator * self._denominator_slope
+        turn = min(_first_positive_root(growth), _first_positive_root(self._denominator))
         self.max_radius = float(min(limit, BEFORE_TURN * np.sqrt(turn)))
         self.max_radius = self._largest_disc()
         self._radii = np.tan(np.linspace(0, np.arctan(self.max_radius), TABLE))  # denser near the centre
@@ -77,7 +74,7 @@ class Distortion:
     def _factor(self, square: Floats) -> tuple[Floats, Floats]:
         """The radial factor and its derivative by the squared radius."""
         numerator, denominator = self._numerator(square), self._denominator(square)
-        slope = self._numerator.deriv()(square) * denominator - numerator * self._denominator.deriv()(square)
+        slope = self._numerator_slope(square) * denominator - numerator * self._denominator_slope(square)
         return numerator / denominator, slope / denominator**2
 
     def _map(self, plane: Floats) -> tuple[Floats, tuple[Floats, Floats, Floats, Floats]]:
@@ -133,8 +130,8 @@ class Distortion:
         return plane, found & self._in_disc(plane)
 
 
-def _first_positive_root(coefficients: Floats) -> float:
-    """The smallest positive root of a polynomial, given from the constant term on; infinite if there is none."""
-    roots = np.polynomial.Polynomial(np.trim_zeros(coefficients, "b")).roots()
+def _first_positive_root(polynomial: np.poly1d) -> float:
+    """The smallest positive root of a polynomial; infinite if there is none."""
+    roots = np.roots(polynomial.coeffs)
     real = roots.real[(np.abs(roots.imag) <= 1e-9 * np.abs(roots)) & (roots.real > 1e-12)]
     return float(real.min()) if len(real) else np.inf

@@ -81,7 +81,7 @@ class CameraModel(ABC):
             points = points / np.abs(points).max(-1, keepdims=True)
             rays = points / np.linalg.norm(points, axis=-1, keepdims=True)
             plane, valid = self._plane_from_cam(rays)
-            valid = valid & (_angle(rays) <= self.max_angle)
+            valid = valid & (angles(rays) <= self.max_angle)
             matrix = self.img_from_plane
             uv = plane @ matrix[:2, :2].T + matrix[:2, 2]
             valid &= np.isfinite(uv).all(-1)
@@ -105,7 +105,7 @@ class CameraModel(ABC):
             plane = np.matmul(uv - matrix[:2, 2], np.linalg.inv(matrix[:2, :2]).T)
             rays, valid = self._cam_from_plane(plane, TOLERANCE_PX / np.abs(matrix[:2, :2]).max())
             rays = rays / np.linalg.norm(rays, axis=-1, keepdims=True)
-            valid = valid & np.isfinite(rays).all(-1) & (_angle(rays) <= self.max_angle)
+            valid = valid & np.isfinite(rays).all(-1) & (angles(rays) <= self.max_angle)
         rays[~valid] = np.nan
         return rays.reshape(*shape, 3), valid.reshape(shape)
 
@@ -228,7 +228,7 @@ class Mei(_FocalModel):
     @cached_property
     def max_angle(self) -> float:
         ray = self._cam_from_mirror(np.array([[self._lens.max_radius, 0.0]]))
-        return float(_angle(ray)[0])
+        return float(angles(ray)[0])
 
     @property
     def img_from_cam(self) -> Floats:
@@ -349,9 +349,9 @@ def _check_coefficients(model: CameraModel, name: str, values: tuple[float, ...]
         )
 
 
-def _angle(rays: Floats) -> Floats:
-    """Angles between rays [P, 3] and the optical axis, radians."""
-    return np.asarray(np.arctan2(np.hypot(rays[:, 0], rays[:, 1]), rays[:, 2]))
+def angles(points_cam: Floats) -> Floats:
+    """Angles [...] between the optical axis and rays to points [..., 3] of the camera frame, radians."""
+    return np.asarray(np.arctan2(np.hypot(points_cam[..., 0], points_cam[..., 1]), points_cam[..., 2]))
 
 
 def _lifted(plane: Floats) -> Floats:

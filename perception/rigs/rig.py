@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from perception.errors import DataError
 from perception.files import replacing
 from perception.geometry import rigid_from_quaternion
 from perception.inference.checks import check_intrinsics, checked_rig
-from perception.rigs.documents import Fields, nearest, read_document
+from perception.rigs.documents import Fields, located, nearest, read_document
 from perception.rigs.models import (
     FROM_INTEGER_CENTERS,
     MODELS,
@@ -27,6 +27,7 @@ from perception.rigs.models import (
     KannalaBrandt,
     Mei,
     Pinhole,
+    angles,
 )
 from perception.types import NumpyCameraRig
 
@@ -49,12 +50,15 @@ class RigCamera:
         model: the camera model.
         ego_from_cam: [4, 4] float64 metres; transforms points of the optical frame (x right, y down, z forward) to the
             ego frame (x forward, y left, z up, origin on the ground below the rear axle).
+        lens_angle: largest angle between the optical axis and a ray that passes the lens, radians, where it is known. A
+            polynomial may go on beyond it.
     """
 
     name: str
     image_size: tuple[int, int]
     model: CameraModel
     ego_from_cam: NDArray[np.float64]
+    lens_angle: float = np.pi
 
     def project(self, points_cam: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         """Projects points of the camera frame into the image.
@@ -63,10 +67,11 @@ class RigCamera:
             points_cam: [..., 3].
 
         Returns:
-            uv_img [..., 2] pixels, NaN outside the field of view of the model; valid [...]: in the image.
+            uv_img [..., 2] pixels, NaN outside the field of view of the model; valid [...]: the lens shows the point in
+            the image.
         """
         uv, valid = self.model.project(points_cam)
-        return uv, valid & self._in_image(uv)
+        return uv, valid & self._in_image(uv) & self._in_lens(np.asarray(points_cam, dtype=np.float64))
 
     def unproject(self, uv_img: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         """Returns the viewing rays of pixels of the image.
@@ -75,11 +80,11 @@ class RigCamera:
             uv_img: [..., 2] pixels.
 
         Returns:
-            rays_cam [..., 3] of length 1, NaN where no ray leads to the pixel; valid [...]: the pixel lies in the image
-            and in the field of view of the model.
+            rays_cam [..., 3] of length 1, NaN where the model has no ray; valid [...]: the pixel lies in the image, and
+            the lens shows something there.
         """
         rays, valid = self.model.unproject(uv_img)
-        return rays, valid & self._in_image(np.asarray(uv_img, dtype=np.float64))
+        return rays, valid & self._in_image(np.asarray(uv_img, dtype=np.float64)) & self._in_lens(rays)
 
     @cached_property
     def max_angle(self) -> float:
@@ -90,12 +95,15 @@ class RigCamera:
                                 + [np.stack([np.full_like(v, x), v], -1) for x in (0, W)])  # fmt: skip
         rays, valid = self.model.unproject(border)
         if not valid.all():  # the image is larger than the image circle
-            return self.model.max_angle
-        return float(np.arctan2(np.hypot(rays[:, 0], rays[:, 1]), rays[:, 2]).max())
+            return min(self.model.max_angle, self.lens_angle)
+        return min(float(angles(rays).max()), self.lens_angle)
 
     def _in_image(self, uv: NDArray[np.float64]) -> NDArray[np.bool_]:
         H, W = self.image_size
         return np.asarray(((uv >= 0) & (uv <= (W, H))).all(-1))
+
+    def _in_lens(self, points_cam: NDArray[np.float64]) -> NDArray[np.bool_]:
+        return np.asarray(angles(points_cam) <= self.lens_angle)
 
 
 class Rig:
@@ -171,6 +179,8 @@ class Rig:
         root.only("rig_format", "description", "pixel_center", "cameras")
         if root.get("rig_format") != RIG_FORMAT:
             raise DataError(f"{root.at('rig_format')} is {root.get('rig_format')!r}; this version reads {RIG_FORMAT}")
+        if "description" in root:
+            root.text("description")
         shift = 0.0
         if "pixel_center" in root:
             if (center := root.number("pixel_center")) not in (0.0, 0.5):
@@ -181,10 +191,8 @@ class Rig:
             shift = FROM_INTEGER_CENTERS if center == 0 else 0.0
         cameras = root.section("cameras")
         entries = {name: Fields(f"{path}: camera {name!r}", cameras.get(name)) for name in cameras}
-        try:
+        with located(str(path)):
             return cls([_camera(name, entry, shift) for name, entry in entries.items()])
-        except DataError as error:
-            raise error if str(error).startswith(f"{path}:") else DataError(f"{path}: {error}") from None
 
     def save(self, path: str | Path) -> None:
         """Writes a rig file that `Rig.load` reads back without loss, JSON if the suffix is `.json`, else YAML.
@@ -242,7 +250,7 @@ def _checked(cameras: list[RigCamera]) -> list[RigCamera]:
     for camera, pose in zip(cameras, poses, strict=True):
         check_intrinsics(f"camera {camera.name!r}", camera.model.img_from_cam, camera.image_size)
         pose.setflags(write=False)
-        found.append(RigCamera(camera.name, camera.image_size, camera.model, pose))
+        found.append(replace(camera, ego_from_cam=pose))
     return found
 
 
@@ -256,15 +264,18 @@ def _pose_array(camera: RigCamera) -> NDArray[np.float64]:
 def _camera(name: str, entry: Fields, shift: float) -> RigCamera:
     """One entry of a rig file."""
     model = entry.text("model", tuple(MODELS))
-    entry.only("image_size_px", "model", "ego_from_cam", *_MODEL_KEYS[model])
+    entry.only("image_size_px", "model", "max_angle_deg", "ego_from_cam", *_MODEL_KEYS[model])
     size = entry.section("image_size_px")
     size.only("width", "height")
     pose = read_pose(entry.section("ego_from_cam"))
-    try:
+    with located(entry.where):
         calibrated = _READ[model](entry).moved(shift)
-    except DataError as error:
-        raise error if str(error).startswith(entry.where) else DataError(f"{entry.where}: {error}") from None
-    return RigCamera(name, (size.pixels("height"), size.pixels("width")), calibrated, pose)
+    lens_angle = np.pi
+    if "max_angle_deg" in entry:
+        lens_angle = float(np.radians(entry.number("max_angle_deg")))
+        if not 0 < lens_angle <= np.pi:
+            raise DataError(f"{entry.at('max_angle_deg')} is {np.degrees(lens_angle):g}; give up to 180 degrees")
+    return RigCamera(name, (size.pixels("height"), size.pixels("width")), calibrated, pose, lens_angle)
 
 
 def _focal(entry: Fields) -> dict[str, float]:
@@ -319,6 +330,8 @@ def _entry(camera: RigCamera) -> dict[str, Any]:
     for key in _MODEL_KEYS[model.kind][1:]:
         value = getattr(model, key)
         entry[key] = [float(x) for x in value] if isinstance(value, tuple) else float(value)
+    if camera.lens_angle < np.pi:
+        entry["max_angle_deg"] = float(np.degrees(camera.lens_angle))
     entry["ego_from_cam"] = {"axes": "optical", "matrix": camera.ego_from_cam.tolist()}
     return entry
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from perception.errors import DataError
 from perception.geometry import invert_rigid, rigid_from_quaternion
 from perception.rigs.datasets import pinhole_or_brown
-from perception.rigs.documents import Fields, nearest, read_document, read_documents, read_text
+from perception.rigs.documents import Fields, located, nearest, read_document, read_documents, read_text
 from perception.rigs.models import FROM_INTEGER_CENTERS, CameraModel, KannalaBrandt, Mei
 from perception.rigs.rig import BODY_FROM_OPTICAL, RigCamera, rigid_from_rpy
 
@@ -186,7 +186,8 @@ def camera_info(
                 f"{tree.path} has no frame {' or '.join(map(repr, candidates))} for the camera {name!r}; give frames, "
                 f"such as {{{name!r}: FRAME}}, with one of {', '.join(sorted(tree.parents))}"
             )
-        size, model = _model_of_camera_info(info)
+        with located(info.where):
+            size, model = _model_of_camera_info(info)
         cameras.append(RigCamera(name, size, model, tree.base_from_optical(frame, base_frame)))
     return cameras
 
@@ -234,7 +235,8 @@ def autoware(
     for name, info in infos.items():
         if name not in links:
             raise DataError(f"{tree.path} has no frame {name}/camera_link; {nearest(name, links)}")
-        size, model = _model_of_camera_info(info)
+        with located(info.where):
+            size, model = _model_of_camera_info(info)
         cameras.append(RigCamera(name, size, model, tree.base_from_optical(links[name], base_frame)))
     return cameras
 
@@ -318,7 +320,9 @@ def kalibr(path: Path) -> list[RigCamera]:
             cam_from_vehicle = camera.array("T_cn_cnm1", (4, 4)) @ cam_from_vehicle
         assert cam_from_vehicle is not None
         width, height = (int(n) for n in camera.array("resolution", (2,), "width and height"))
-        cameras.append(RigCamera(name, (height, width), _model_of_kalibr(camera), invert_rigid(cam_from_vehicle)))
+        with located(camera.where):
+            model = _model_of_kalibr(camera)
+        cameras.append(RigCamera(name, (height, width), model, invert_rigid(cam_from_vehicle)))
     return cameras
 
 
