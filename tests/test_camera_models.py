@@ -175,6 +175,11 @@ def test_leading_dimensions_and_units_do_not_matter():
     assert model.unproject(uv[0, 0])[0].shape == (4, 3)
 
 
+def test_models_compare_by_their_numbers():
+    assert KannalaBrandt(**FOCAL, distortion=np.array(FISHEYE)) == KannalaBrandt(**FOCAL, distortion=list(FISHEYE))
+    assert len({MANY["brown 4"], BrownConrady(**FOCAL, distortion=BROWN[4]), MANY["brown 8"]}) == 2
+
+
 def test_numbers_that_cannot_be_a_model_are_refused():
     for make, words in (
         (lambda: Pinhole(**{**FOCAL, "fx": -1.0}), "focal lengths above 0"),

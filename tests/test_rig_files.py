@@ -250,6 +250,7 @@ def test_mistakes_of_the_whole_file_are_named(tmp_path):
         "rig_format: 1\ncamera: {}": "unknown key 'camera'; did you mean cameras?",
         "rig_format: 1\npixel_center: 1\ncameras: {}": "pixel_center is 1; give 0.5, or 0",
         "rig_format: 1\nrig_format: 1": "the key 'rig_format' stands twice",
+        "rig_format: 1\ncameras: {0: {}}": "cameras has the key 0, which is no text; write it in quotes",
         "rig_format: [1": "is not YAML",
         "cameras: !!python/object:os.system {}": "is not YAML",
     }

@@ -46,7 +46,7 @@ def read_document(path: str | Path, what: str) -> Any:
     if Path(path).suffix == ".json":
         try:
             return json.loads(read_text(path, what), object_pairs_hook=_unique)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path} is not JSON ({error}); give {what}") from None
     documents = read_documents(path, what)
     if len(documents) > 1:
@@ -112,8 +112,10 @@ class Fields:
     """
 
     def __init__(self, where: str, values: object) -> None:
-        if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
+        if not isinstance(values, Mapping):
             raise DataError(f"{where} is {_short(values)}; give keys and values")
+        if odd := [key for key in values if not isinstance(key, str)]:
+            raise DataError(f"{where} has the key {odd[0]!r}, which is no text; write it in quotes")
         self.where, self.values = where, values
 
     def __contains__(self, key: str) -> bool:

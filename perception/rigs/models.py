@@ -176,7 +176,7 @@ class BrownConrady(_FocalModel):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_coefficients(self, "distortion", self.distortion, (4, 5, 8, 12))
+        _check_coefficients(self, "distortion", (4, 5, 8, 12))
 
     @cached_property
     def _lens(self) -> Distortion:
@@ -215,7 +215,7 @@ class Mei(_FocalModel):
         super().__post_init__()
         if not (np.isfinite(self.xi) and self.xi >= 0):
             raise DataError(f"xi of the mei model is {self.xi:g}; give a finite number of at least 0")
-        _check_coefficients(self, "distortion", self.distortion, (4, 5))
+        _check_coefficients(self, "distortion", (4, 5))
 
     @cached_property
     def _lens(self) -> Distortion:
@@ -265,7 +265,7 @@ class KannalaBrandt(_FocalModel):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_coefficients(self, "distortion", self.distortion, (4,))
+        _check_coefficients(self, "distortion", (4,))
 
     @cached_property
     def _radius(self) -> Radius:
@@ -300,7 +300,7 @@ class FTheta(CameraModel):
     def __post_init__(self) -> None:
         if not np.isfinite((self.cx, self.cy)).all():
             raise DataError(f"cx, cy of the f_theta model are {self.cx:g}, {self.cy:g}; give finite numbers of pixels")
-        _check_coefficients(self, "polynomial", self.polynomial, tuple(range(1, 10)))
+        _check_coefficients(self, "polynomial", tuple(range(1, 10)))
         if self.polynomial[0] <= 0:
             raise DataError(
                 f"polynomial of the f_theta model begins with {self.polynomial[0]:g} pixels per radian; give the "
@@ -339,7 +339,10 @@ MODELS: dict[str, type[CameraModel]] = {
 }
 
 
-def _check_coefficients(model: CameraModel, name: str, values: tuple[float, ...], counts: tuple[int, ...]) -> None:
+def _check_coefficients(model: CameraModel, name: str, counts: tuple[int, ...]) -> None:
+    """Keeps the coefficients as a tuple of floats, so that models compare and hash, and checks them."""
+    values = tuple(float(value) for value in getattr(model, name))
+    object.__setattr__(model, name, values)  # the model is frozen
     if len(values) not in counts or not np.isfinite(values).all():
         *first, last = map(str, counts)
         wanted = f"{', '.join(first)} or {last}" if first else last
