@@ -449,6 +449,13 @@ def test_autoware_sensor_kit(tmp_path):
     # The kit is also a source of poses for the ROS importer.
     same = import_rig(folder / "camera4_info.yaml", poses=tmp_path)
     np.testing.assert_array_equal(same["camera4"].ego_from_cam, rig["camera4"].ego_from_cam)
+    # The layout of individual_params: NAME/camera_info.yaml beside the sensor kit's files.
+    for name in ("camera2", "camera4"):
+        (tmp_path / name).mkdir()
+        info = camera_info("v4l2_camera", "rational_polynomial", RATIONAL, (2880, 1860), 1495.3)
+        (tmp_path / name / "camera_info.yaml").write_text(yaml.safe_dump(info))
+    laid_out = import_rig(tmp_path, intrinsics=tmp_path)
+    assert laid_out.names == rig.names and laid_out["camera2"].model == rig["camera2"].model
     with refused("or such a file for each of camera2, camera4"):
         import_rig(tmp_path)
     (folder / "camera2_info.yaml").unlink()

@@ -204,7 +204,7 @@ def autoware(
     Args:
         path: folder with `sensors_calibration.yaml` and `sensor_kit_calibration.yaml`, or one of them.
         intrinsics: camera_info YAML files by the camera's name, for the cameras to import; or a folder with files whose
-            `camera_name` or name is that of a camera, for all cameras of the kit.
+            `camera_name` or name is that of a camera, or with NAME/camera_info.yaml, for all cameras of the kit.
         base_frame: the vehicle frame.
 
     Raises:
@@ -246,17 +246,27 @@ def _info(file: Path) -> Fields:
 
 
 def _camera_infos(path: Path) -> dict[str, Fields]:
-    """camera_info files by the name of the camera: `camera_name`, or the name of the file."""
-    files = sorted(path.glob("*.y*ml")) if path.is_dir() else [path]
+    """camera_info files by the name of the camera; other YAML files of a folder are left out.
+
+    The name is `camera_name`, or the name of the file; for NAME/camera_info.yaml, as Autoware has them, it is NAME.
+    """
+    files = [path]
+    if path.is_dir():
+        files = [*sorted(path.glob("*.y*ml")), *sorted(path.glob("*/camera_info.y*ml"))]
     infos: dict[str, Fields] = {}
     for file in files:
-        info = _info(file)
+        content = read_document(file, "a camera_info YAML file")
+        if path.is_dir() and not (isinstance(content, Mapping) and {"camera_matrix", "k", "K"} & set(content)):
+            continue
+        info = Fields(str(file), content)
         name = info.text("camera_name") if "camera_name" in info else file.stem
+        if path.is_dir() and file.parent != path:
+            name = file.parent.name
         if name in infos:
             raise DataError(f"{file} and {infos[name].where} are both of the camera {name!r}; give one of them")
         infos[name] = info
     if not infos:
-        raise DataError(f"{path} has no YAML files; give a folder of camera_info files")
+        raise DataError(f"{path} has no camera_info YAML files; give a folder of them")
     return infos
 
 
