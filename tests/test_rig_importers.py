@@ -101,6 +101,8 @@ def test_kitti_object(tmp_path):
     assert baseline == pytest.approx(0.53, abs=0.01)
     with refused("calib.txt does not hold the size of the images; give image_size"):
         import_rig(path)
+    with refused("image_size is (1242, 375); give height and width of"):
+        import_rig(path, image_size=(1242, 375))
     path.write_text(KITTI.replace("P2: 7.215377e+02", "P2: 0.0"))
     with refused("calib.txt: P2: fx, fy, cx, cy, skew of the pinhole model are 0, 721.538, 609.559, 172.854, 0; give"):
         import_rig(path, image_size=(375, 1242))

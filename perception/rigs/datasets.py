@@ -107,6 +107,8 @@ def kitti(path: Path, image_size: tuple[int, int] | None = None) -> list[RigCame
     """
     if image_size is None:
         raise DataError(f"{path} does not hold the size of the images; give image_size, such as (375, 1242)")
+    if len(image_size) != 2 or not 0 < image_size[0] < image_size[1]:  # KITTI has landscape images
+        raise DataError(f"image_size is {image_size}; give height and width of {path}'s images, such as (375, 1242)")
     rows = _key_rows(path)
     rectification = np.eye(4)
     rectification[:3, :3] = _row(path, rows, ("R0_rect", "R_rect"), (3, 3))
