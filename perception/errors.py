@@ -66,6 +66,7 @@ EXTRAS = {
     "openvino": ("openvino",),
     "tensorrt": ("tensorrt_rtx", "cuda"),
     "viewer": ("matplotlib",),
+    "argoverse": ("pyarrow",),
 }
 
 
