@@ -6,7 +6,7 @@ matrices, for the graph of an export.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,33 +14,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from perception.inference.cropping import cropped_pixels, fitting_crop
+
 FIT_BITS = 22  # fractional bits of the weights, the same as in Pillow
-
-
-class Crop(NamedTuple):
-    """The scale of an image and the part of it that the network sees."""
-
-    scale: float
-    left: float  # pixels of the given image that are cut off at the left, and the same number at the right
-    top: float  # pixels of the given image that are cut off at the top
-
-    @property
-    def img_from_raw(self) -> NDArray[np.float64]:
-        """[3, 3], converts pixels of the given image to pixels of the network's image."""
-        scale = self.scale
-        return np.array([[scale, 0, -self.left * scale], [0, scale, -self.top * scale], [0, 0, 1]])
-
-
-def fitting_crop(raw_size: tuple[int, int], image_size: tuple[int, int]) -> Crop:
-    """Computes scale and crop of an image: scaled until it covers the network's image, cut at the top and both sides.
-
-    Args:
-        raw_size: height and width of the given image.
-        image_size: height and width of the network's image.
-    """
-    (raw_h, raw_w), (H, W) = raw_size, image_size
-    scale = max(W / raw_w, H / raw_h)
-    return Crop(scale, (raw_w - W / scale) / 2, raw_h - H / scale)
 
 
 def fit_image(
@@ -56,18 +32,8 @@ def fit_image(
     Returns:
         [3, H, W] uint8 RGB, and the calibration [3, 3] float64 in its pixels.
     """
-    H, W = image_size
-    full_w, full_h = image.size
-    crop = fitting_crop((full_h, full_w), image_size)
-    scale, left, top = crop
-    # Decoding a JPEG at 1/2, 1/4 or 1/8 of its size is several times faster.
-    image.draft("RGB", (int(np.ceil(full_w * scale)), int(np.ceil(full_h * scale))))
-    shrink = 1
-    while full_w > image.size[0] * shrink:
-        shrink *= 2
-    box = (left / shrink, top / shrink, full_w / shrink - left / shrink, full_h / shrink)
-    pixels = image.convert("RGB").resize((W, H), Image.Resampling.BILINEAR, box=box)
-    chw = torch.from_numpy(np.array(pixels)).permute(2, 0, 1).contiguous()  # [3, H, W]
+    pixels, crop = cropped_pixels(image, image_size)
+    chw = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()  # [3, H, W]
     return chw, crop.img_from_raw @ img_from_cam
 
 

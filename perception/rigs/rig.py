@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -30,6 +30,9 @@ from perception.rigs.models import (
     angles,
 )
 from perception.types import NumpyCameraRig
+
+if TYPE_CHECKING:
+    from perception.rigs.coverage import Coverage
 
 SHIPPED = Path(__file__).parent  # *.yaml
 SCHEMA = SHIPPED / "rig.schema.json"
@@ -163,6 +166,16 @@ class Rig:
             np.stack([camera.ego_from_cam for camera in cameras]),
             np.ones(len(cameras), dtype=bool),
         )
+
+    def coverage(self, image_size: tuple[int, int]) -> Coverage:
+        """Returns which rays and which ground of each camera reach a network (see `perception.rigs.virtual`).
+
+        Args:
+            image_size: height and width of the network's images (`model.config.image_size`).
+        """
+        from perception.rigs.virtual import chosen_pinholes  # it needs this module
+
+        return chosen_pinholes(self, image_size).coverage()
 
     @classmethod
     def load(cls, path: str | Path) -> Rig:
