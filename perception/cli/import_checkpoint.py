@@ -11,7 +11,8 @@ from perception.cli import command_parser
 EXAMPLE = """example:
   perception import-checkpoint bevformer_tiny_epoch_24.pth --out out/bevformer_tiny.safetensors
 
-The file is read as plain tensors only; no code in it is run. What is written loads as weights of this library do.
+The file is read as plain tensors only; no code in it is run. State dicts under `state_dict` or `model`, prefixes of
+DataParallel and of averaged models, and half precision are recognised. What is written loads as weights of this library.
 """
 
 
@@ -22,11 +23,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
 
     from perception.errors import ConfigError
+    from perception.files import check_writable
     from perception.models import preset_name
     from perception.models.checkpoint import import_published, save_checkpoint
 
     if arguments.out.suffix != ".safetensors":
         raise ConfigError(f"--out is {arguments.out}; give a name that ends in .safetensors")
+    check_writable("--out", arguments.out)
     model = import_published(arguments.checkpoint)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(arguments.out, model, {})

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import safetensors
 import safetensors.torch
@@ -22,6 +24,10 @@ from perception.types import LaneRange
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"  # shipped with the library
 FORMAT = "perception-2"  # changes when old files can no longer be read
+
+# Of the numbers of a config; larger ones come from damaged files.
+_LARGEST = 100_000
+_MOST_CELLS = 2**24  # of a grid, and pixels of an image
 
 
 def save_checkpoint(path: str | Path, model: Network, metrics: dict[str, float], half: bool = False) -> None:
@@ -104,11 +110,15 @@ def load_model(name_or_path: str | Path, device: str | torch.device = "cpu") -> 
     if architecture not in NETWORKS:
         raise CheckpointError(f"{path}: architecture {architecture!r} is unknown to this version; use a newer version")
     try:
-        config = _config(NETWORKS[architecture][0], json.loads(metadata["config"]))
-    except TypeError as error:
-        raise CheckpointError(f"{path}: config does not fit this version ({error}); train it again") from error
+        config = _config(NETWORKS[architecture][0], _json(path, metadata, "config"))
+        with torch.device("meta"):  # without memory, because a damaged config may ask for any amount of it
+            outline = build_network(config)
+    except Exception as error:  # a network may raise anything for values that it was not made for
+        reason = str(error).splitlines() or [type(error).__name__]
+        raise CheckpointError(f"{path}: config does not fit this version ({reason[0]}); train it again") from None
+    _check_fits(outline, tensors, path)
     model = build_network(config)
-    _load_exactly(model, tensors, path)
+    model.load_state_dict(tensors)
     return on_device(model, device)
 
 
@@ -134,7 +144,8 @@ def read_metrics(name_or_path: str | Path) -> dict[str, float]:
     Raises:
         CheckpointError: no shipped weights have this name, or the file is missing or unreadable.
     """
-    return json.loads(_read(weights_file(name_or_path), tensors=False)[1]["metrics"])
+    path = weights_file(name_or_path)
+    return _json(path, _read(path, tensors=False)[1], "metrics")
 
 
 def _read(path: Path, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -144,11 +155,23 @@ def _read(path: Path, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             content = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error}); write it again") from error
+    except Exception as error:  # a damaged header may raise anything
+        reason = str(error).splitlines() or [type(error).__name__]
+        raise CheckpointError(f"{path}: not a readable safetensors file ({reason[0]}); write it again") from None
     if metadata.get("format") != FORMAT:
         raise CheckpointError(f"{path}: format is {metadata.get('format')!r}, not {FORMAT!r}; train or import it again")
     return content, metadata
+
+
+def _json(path: Path, metadata: Mapping[str, str], field: str) -> dict[str, Any]:
+    """Reads a JSON object in the metadata of a weights file."""
+    try:
+        value = json.loads(metadata[field])
+    except (KeyError, ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: metadata {field} is not a JSON object; write the file again")
+    return value
 
 
 def _check_exists(path: Path, kind: str) -> None:
@@ -156,52 +179,94 @@ def _check_exists(path: Path, kind: str) -> None:
         raise CheckpointError(f"{path}: no such checkpoint; give the path of {kind}")
 
 
-def _config(kind: type, values: dict[str, Any]) -> Any:
-    """Builds a config dataclass from JSON. Lists become tuples; dicts become the dataclass that the field names."""
+def _config(kind: type, values: Mapping[str, Any]) -> Any:
+    """Builds a config dataclass from JSON.
 
-    def frozen(value: Any) -> Any:
-        return tuple(map(frozen, value)) if isinstance(value, list) else value
-
-    arguments = {key: frozen(value) for key, value in values.items()}
+    Raises:
+        TypeError: a key is unknown, or a value does not have the type of its field.
+        ValueError: a number is out of range.
+    """
     hints = get_type_hints(kind)
-    for key, value in arguments.items():
-        if isinstance(value, dict):
-            arguments[key] = _config(dataclass_for(value, get_args(hints[key])), value)
-        elif hints.get(key) is LaneRange:
-            arguments[key] = LaneRange(*value)
-    return kind(**arguments)
+    if unknown := sorted(values.keys() - {field.name for field in fields(kind)}):
+        raise TypeError(f"{kind.__name__} has no {unknown[0]}")
+    return kind(**{key: _of_type(key, value, hints[key]) for key, value in values.items()})
+
+
+def _of_type(key: str, value: Any, hint: Any) -> Any:
+    """Converts a JSON value to the type of a field. Lists become tuples; dicts become the dataclass that fits."""
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    if isinstance(value, dict) and (
+        configs := [kind for kind in kinds if isinstance(kind, type) and is_dataclass(kind)]
+    ):
+        return _config(dataclass_for(value, configs), value)
+    if isinstance(value, list):
+        for kind in kinds:
+            inner = (float, float) if kind is LaneRange else get_args(kind) if get_origin(kind) is tuple else ()
+            inner = inner[:1] * len(value) if inner[-1:] == (Ellipsis,) else inner
+            if inner and len(inner) == len(value):
+                items = tuple(_of_type(key, item, part) for item, part in zip(value, inner, strict=True))
+                if inner == (int, int) and not (min(items) > 0 and math.prod(items) <= _MOST_CELLS):
+                    raise ValueError(f"{key} is {value}")
+                if key.endswith("_range") and len(items) in (2, 6) and kind is not LaneRange:
+                    half = len(items) // 2
+                    if not all(low < high for low, high in zip(items[:half], items[half:], strict=True)):
+                        raise ValueError(f"{key} is {value}")
+                if kind is LaneRange and min(items) <= 0:
+                    raise ValueError(f"{key} is {value}")
+                return LaneRange(*items) if kind is LaneRange else items
+    elif value is None and type(None) in kinds:
+        return None
+    elif type(value) is int and int in kinds:
+        if not 0 <= value <= _LARGEST:
+            raise ValueError(f"{key} is {value}")
+        return value
+    elif type(value) in (int, float) and float in kinds:
+        if not abs(value) <= _LARGEST:
+            raise ValueError(f"{key} is {value}")
+        return float(value)
+    elif type(value) in kinds:
+        return value
+    raise TypeError(f"{key} is {json.dumps(value)[:60]}")
 
 
 def import_published(path: str | Path) -> Network:
     """Loads a checkpoint that the published code of BEVFormer, MapTR or MapTRv2 wrote.
 
     Args:
-        path: `.pth` file of a state dict with the published keys, alone or under `state_dict`.
+        path: `.pth` file of a state dict with the published keys, alone or as training codes nest and wrap it, see
+            `state_dict_of`. Weights in half precision become float32.
 
     Returns:
         The network in evaluation mode. `preset_name(network.config)` is the name of the published network.
 
     Raises:
-        CheckpointError: the file is missing, holds more than plain tensors, or fits no published network.
+        CheckpointError: the file is missing or damaged, holds more than plain tensors, fits no published network, or
+            holds weights that are not finite.
     """
     path = Path(path)
     _check_exists(path, "a .pth file of the published code")
+    _check_start(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling an arbitrary file may raise anything
+        if isinstance(error, EOFError) or any(sign in str(error) for sign in _TRUNCATED):
+            raise CheckpointError(f"{path}: is truncated; copy or download it again") from None
         raise CheckpointError(
             f"{path}: not readable as plain tensors ({type(error).__name__}); only files that torch.load reads with "
             "weights_only=True are accepted, so save the state dict alone where the file was made"
         ) from None
-    weights = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(weights, dict) or not all(isinstance(x, Tensor) for x in weights.values()) or not weights:
+    weights = state_dict_of(content)
+    if not weights:
         raise CheckpointError(f"{path}: holds no state dict; give a .pth file of the published code")
+    weights = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in weights.items()}
     mismatches = {}
     for name, config, prefixes in _published():
         tensors = {library_key(key, prefixes): tensor for key, tensor in weights.items()}
         with torch.device("meta"):
-            mismatches[name] = mismatched_keys(build_network(config), tensors)
+            outline = build_network(config)
+        mismatches[name] = mismatched_keys(outline, tensors)
         if not mismatches[name]:
+            _check_fits(outline, tensors, path)
             model = build_network(config)
             model.load_state_dict(tensors)
             return model.eval()
@@ -210,6 +275,65 @@ def import_published(path: str | Path) -> Network:
         f"{path}: is none of {', '.join(mismatches)}; nearest is {nearest}, with {len(mismatches[nearest])} keys that "
         f"are missing, left over or of another shape, the first {mismatches[nearest][0]}"
     )
+
+
+_TRUNCATED = ("central directory", "EOF", "truncated", "Ran out of input", "corrupt")  # words of torch's errors
+
+
+def _check_start(path: Path) -> None:
+    """Checks that a file does not start like something else than a checkpoint that people download by mistake.
+
+    Raises:
+        CheckpointError: it does, or it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(512).lstrip()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); make it readable") from None
+    if not start:
+        raise CheckpointError(f"{path}: is empty; copy or download it again")
+    if start.startswith(b"<"):
+        raise CheckpointError(f"{path}: is a web page; download the file behind the link, not the page that shows it")
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path}: is a pointer of Git LFS; fetch the file with `git lfs pull`")
+    if path.suffix == ".safetensors":
+        raise CheckpointError(f"{path}: is a safetensors file; give the .pth file of the published code")
+
+
+_NESTS = ("state_dict", "model_state_dict", "model", "network", "net", "ema_state_dict", "ema")
+_WRAPPERS = ("module.", "_orig_mod.", "model.", "network.", "ema_model.", "ema_module.", "ema_", "ema.")
+
+
+def state_dict_of(content: object) -> dict[str, Tensor]:
+    """Finds the state dict in the content of a checkpoint and removes what wrappers add to its keys.
+
+    The state dict may lie under the names of `_NESTS`, also several levels deep. Prefixes of DataParallel,
+    torch.compile and averaged models are removed if all keys have them. Averaged copies next to the weights, which
+    mmcv's EMA hook registers as `ema_` and the key with underscores, are left out: mmcv swaps them with the weights
+    before it saves.
+
+    Returns:
+        Tensors by key, empty if there is no state dict.
+    """
+    for _ in range(4):
+        if not isinstance(content, dict):
+            return {}
+        nest = next((name for name in _NESTS if isinstance(content.get(name), dict)), None)
+        if nest is None:
+            break
+        content = content[nest]
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        return {}
+    if not all(isinstance(tensor, Tensor) and tensor.layout == torch.strided for tensor in content.values()):
+        return {}
+    weights = dict(content)
+    if any(key.startswith("module.") for key in weights):
+        weights.pop("steps", None)  # the counter of mmengine's averaged models
+    while prefix := next((p for p in _WRAPPERS if weights and all(key.startswith(p) for key in weights)), ""):
+        weights = {key.removeprefix(prefix): tensor for key, tensor in weights.items()}
+    copies = {f"ema_{key.replace('.', '_')}" for key in weights}
+    return {key: tensor for key, tensor in weights.items() if key not in copies}
 
 
 def _published() -> Iterator[tuple[str, NetworkConfig, Mapping[str, str]]]:
@@ -243,11 +367,27 @@ def mismatched_keys(model: Network, tensors: Mapping[str, Tensor]) -> list[str]:
     ]
 
 
-def _load_exactly(model: Network, tensors: dict[str, Tensor], path: Path) -> None:
-    """Loads a state dict, or raises a CheckpointError that names the first key that does not fit."""
-    for name in mismatched_keys(model, tensors):
-        needed = model.state_dict()
+def _check_fits(outline: Network, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Checks that tensors are the weights of a network: their keys, shapes and types, and that they are finite.
+
+    Args:
+        outline: the network, on any device.
+        tensors: its state dict.
+        path: of the file, for messages.
+
+    Raises:
+        CheckpointError: they are not; the message names the first one.
+    """
+    needed = outline.state_dict()
+    for name in mismatched_keys(outline, tensors):
         found = f"has shape {tuple(tensors[name].shape)}" if name in tensors else "is missing"
         need = f"shape {tuple(needed[name].shape)} is needed" if name in needed else "the network has no such key"
         raise CheckpointError(f"{path}: {name} {found}, {need}; the checkpoint belongs to another config")
-    model.load_state_dict(tensors)
+    for name, tensor in tensors.items():
+        if tensor.dtype != needed[name].dtype:
+            raise CheckpointError(f"{path}: {name} is {tensor.dtype}, not {needed[name].dtype}; write the file again")
+        if not tensor.isfinite().all():
+            raise CheckpointError(
+                f"{path}: {name} holds numbers that are not finite, as after a training that diverged; give an earlier "
+                "checkpoint"
+            )
