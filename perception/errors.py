@@ -5,8 +5,12 @@ Every message names the file, the field and the fix. Scripts print it as one lin
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Callable
+from functools import partial
+from types import FrameType
 
 
 class PerceptionError(Exception):
@@ -27,6 +31,19 @@ class CheckpointError(PerceptionError):
 
 class TrainingError(PerceptionError):
     """Training stopped because a loss or a gradient is not finite."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Work stopped because the process received SIGTERM or SIGINT; the message says how to go on.
+
+    Args:
+        message: the sentence.
+        signal_number: of the signal.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
 
 
 class PerceptionWarning(UserWarning):
@@ -61,15 +78,27 @@ def not_installed(error: ModuleNotFoundError) -> ConfigError | None:
     return None
 
 
+def _terminate(main_process: int, number: int, frame: FrameType | None) -> None:
+    if os.getpid() == main_process:
+        raise Interrupted("the process was terminated; what it had not finished is not written", number)
+    # Worker processes inherit this handler; they end at once, as without it.
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
 def run_script(main: Callable[[], int | None]) -> None:
     """Runs the main function of a script and exits.
 
     The exit code is the one that `main` returns (0 for None), 2 for a `PerceptionError`, also one from a worker process
-    of a DataLoader, and for a package of an extra that is not installed, and 130 after an interrupt. Errors are printed
-    as one line on stderr.
+    of a DataLoader, and for a package of an extra that is not installed, 130 after an interrupt and 143 after SIGTERM,
+    which ends the command in order: temporary files and folders are removed. Errors are printed as one line on stderr.
     """
+    before = signal.signal(signal.SIGTERM, partial(_terminate, os.getpid()))
     try:
         code = main()
+    except Interrupted as stop:
+        print(f"interrupted: {stop}", file=sys.stderr)
+        sys.exit(128 + stop.signal_number)
     except PerceptionError as error:
         print(f"error: {_sentence(error)}", file=sys.stderr)
         sys.exit(2)
@@ -81,4 +110,6 @@ def run_script(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     sys.exit(code or 0)

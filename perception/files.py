@@ -5,9 +5,14 @@ Files are written to a temporary file in the same folder, which is then renamed.
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import json
 import os
+import shutil
+import socket
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,22 +20,104 @@ from pathlib import Path
 from perception.commands import as_called
 from perception.errors import ConfigError, DataError
 
+LEAST_SPACE = 2**24  # bytes that a disk must have left for any output
+
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path to write to, and renames it to `path` when the block succeeds.
 
-    The temporary file is deleted when the block fails. Missing folders are created. Processes that write the same file
-    at the same time use different temporary files.
+    The temporary file is deleted when the block fails. Missing folders are created. Processes and threads that write
+    the same file at the same time use different temporary files, and the last one to finish wins. What a killed process
+    of this machine has left of an earlier attempt is removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    for left in _left_by_dead_processes(path.parent, f".{path.name}"):
+        left.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.{_own_name()}.{threading.get_ident()}.tmp")
     try:
         yield temporary
+        _to_disk(temporary)  # otherwise a power failure may leave the new name with no content
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def scratch_folder(purpose: str) -> Iterator[Path]:
+    """Yields a temporary folder that is deleted after the block, and deletes what a killed process has left of one.
+
+    Args:
+        purpose: part of the folder's name.
+    """
+    parent, prefix = Path(tempfile.gettempdir()), f"perception-{purpose}"
+    for left in _left_by_dead_processes(parent, prefix):
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{prefix}.{_own_name()}.", suffix=".tmp", dir=parent) as folder:
+        yield Path(folder)
+
+
+def _own_name() -> str:
+    return f"{socket.gethostname()}.{os.getpid()}"
+
+
+def _left_by_dead_processes(folder: Path, name: str) -> list[Path]:
+    """Temporary files and folders of a name whose process on this machine has ended."""
+    found = folder.glob(f"{glob.escape(f'{name}.{socket.gethostname()}')}.*.tmp")
+    processes = {left: left.name.split(".")[-3] for left in found}
+    return [left for left, number in processes.items() if number.isdecimal() and not _is_running(int(number))]
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # another user's process, or not a number of a process
+        pass
+    return True
+
+
+def _to_disk(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def locked(path: str | Path, wait: bool = True) -> Iterator[bool]:
+    """Holds a lock file, so that one process or thread at a time runs the block. The lock ends with its process.
+
+    Args:
+        path: the lock file; it is created, and removed after the block.
+        wait: wait for the lock. If False, and another one has it, the block runs without it.
+
+    Yields:
+        Whether the lock is held.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with path.open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+                return
+            if not _is_at(file.fileno(), path):  # the process before has removed the file
+                continue
+            try:
+                yield True
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def write_json(path: str | Path, content: object, indent: int | None = 1) -> None:
@@ -64,6 +151,26 @@ def check_writable(option: str, path: str | Path, *, folder: bool = False) -> No
             pass
     except OSError as error:
         raise ConfigError(f"{option} {path} cannot be written ({error}); give another path") from None
+    check_space(f"{option} {path}", existing, LEAST_SPACE)
+
+
+def check_space(what: str, folder: str | Path, needed: float) -> None:
+    """Checks that the disk of a folder has room. Call it before long work.
+
+    Args:
+        what: names the output, for the message.
+        folder: an existing folder.
+        needed: bytes that will be written.
+
+    Raises:
+        ConfigError: the disk has fewer bytes left.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ConfigError(
+            f"{what} needs {needed / 2**20:,.0f} MiB and its disk has {free / 2**20:,.0f} MiB left; free some, or give "
+            "a path on another disk"
+        )
 
 
 def check_dataset(dataroot: str | Path | Sequence[str | Path], version: str, make_with: str = "") -> None:

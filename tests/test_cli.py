@@ -9,7 +9,9 @@ import pytest
 from conftest import PROJECT
 
 from perception import __version__
+from perception.cli import main
 from perception.commands import COMMANDS, as_called, command
+from perception.errors import ConfigError
 from perception.evaluation.submission import write_lanes
 
 # Runs a command in a fresh process and prints which packages it has loaded by its end.
@@ -117,6 +119,35 @@ def test_a_missing_dataset_of_a_submission(tmp_path):
     loaded, _, error = watched("evaluate", *arguments, cwd=tmp_path)
     assert "dataset none/v does not exist" in error
     assert not loaded & SLOW_TO_LOAD
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("demo", "--scenes", "1e9"), "argument --scenes: '1e9' is not a whole number from 1 to 1000"),
+        (("demo", "--min-score", "7"), "argument --min-score: 7 is out of range; give a number from 0 to 1"),
+        (("demo", "--min-score", "nan"), "argument --min-score: nan is out of range"),
+        (("demo", "--out", "/proc/x"), "--out /proc/x cannot be written"),
+        (("export", "nano", "--out", "x", "--cameras", "0"), "argument --cameras: 0 is out of range"),
+        (("export", "nano", "--out", "file"), "--out file is a file; give a folder"),
+        (("evaluate", "synthetic/nano", "nano", "--workers", "-1"), "argument --workers: -1 is out of range"),
+        (("evaluate", "synthetic/nano", "nano", "--json", "."), "--json . is a folder; give a file"),
+        (("evaluate", "synthetic/nano", "nano", "--save-submission", "file"), "is a file; give a folder"),
+        (("train", "synthetic/nano", "--work-dir", "file"), "--work-dir file is a file; give a folder"),
+        (("train", "synthetic/nano", "--work-dir", "x", "--seed", "-1"), "argument --seed: -1 is out of range"),
+        (("train", "synthetic/nano", "--work-dir", "x", "--allow-change"), "add --resume"),
+        (("import-checkpoint", "a.pth", "--out", "file/b.safetensors"), "cannot be written"),
+        (("benchmark", "latency", "nano", "--passes", "0"), "argument --passes: 0 is out of range"),
+        (("prepare-nuscenes", "split", "--dataroot", "d", "--version", "v", "--min-distance", "inf"), "inf is out of"),
+    ],
+)
+def test_requests_that_make_no_sense_are_refused_before_any_work(tmp_path, monkeypatch, capsys, arguments, sentence):
+    (tmp_path / "file").write_text("here")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((SystemExit, ConfigError)) as stop:
+        main(arguments)
+    assert sentence in f"{stop.value} {capsys.readouterr().err}"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_evaluating_loads_no_renderer():

@@ -157,3 +157,40 @@ def test_a_published_network_trains_on_lines_of_its_own_range():
         preset_config("maptrv2_nusc_r50_24ep"), point_cloud_range=(-25.0, -50.0, -3.0, 25.0, 50.0, 3.0)
     )
     assert wide.lane_range == LaneRange(100.0, 50.0)
+
+
+def test_configs_as_data_have_the_same_keys_and_run_nothing(tmp_path):
+    """YAML and JSON, for configs that people take from others; a base may be one of the library, never a program."""
+    (tmp_path / "below.yaml").write_text("_base_: synthetic/nano\nmodel: {image_size: [96, 160]}\n")
+    (tmp_path / "mine.json").write_text('{"_base_": ["below.yaml"], "train": {"epochs": 3}}')
+    config, base = load_config(tmp_path / "mine.json", {"train.lr": 1e-4}), load_config(NANO)
+    assert config.model == dataclasses.replace(base.model, image_size=(96, 160))
+    assert config.train == dataclasses.replace(base.train, epochs=3, lr=1e-4)
+    assert config.train_data == base.train_data and config.name == "mine"
+    config.source.dump(tmp_path / "copy.yaml")  # as a training does
+    assert load_config(tmp_path / "copy.yaml").train == config.train
+
+    canary = tmp_path / "canary"
+    program = f"open({str(canary)!r}, 'w').write('run')"
+    (tmp_path / "program.py").write_text(program)
+    (tmp_path / "canary_module.py").write_text(program)
+    for text, message in (
+        ("_base_: program.py\n", "_base_ program.py is neither a file nor a config of the library"),
+        (f"_base_: {tmp_path}/program.py\n", "is neither a file nor a config of the library"),
+        ("_base_: synthetic/nano\ncustom_imports: {imports: [canary_module]}\n", "unknown key custom_imports"),
+        (f"model: !!python/object/apply:builtins.open [{canary}, w]\n", "cannot be read"),
+        ("_base_: evil.yaml\n", "leads back to itself"),
+        ("_base_: none.yaml\n", "is not a file"),
+        ("_base_: [3]\n", "_base_ is"),
+        ("- 1\n", "holds no sections"),
+        ("", "holds no sections"),
+        ("model: [\n", "cannot be read"),
+        ("_base_: synthetic/nano\nmodel: 3\n", "model is 3; it must be a dict"),
+    ):
+        (tmp_path / "evil.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            load_config(tmp_path / "evil.yaml")
+    assert not canary.exists()
+    (tmp_path / "mine.txt").write_text("")
+    with pytest.raises(ConfigError, match=r"neither \.py nor"):
+        load_config(tmp_path / "mine.txt")

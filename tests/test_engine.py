@@ -103,26 +103,6 @@ def test_exported_weights_are_the_averaged_ones(trained, config_path):
     assert metrics["epoch"] == 5 and metrics["score"] == (metrics["nds"] + metrics["lane_mAP"]) / 2
 
 
-def test_resumed_training_equals_an_uninterrupted_one(trained, config_path, tmp_path):
-    shutil.copy(trained / "epoch_4.pth", tmp_path)
-    (tmp_path / "last_checkpoint").write_text(str(tmp_path / "epoch_4.pth"))
-    with pytest.raises(ConfigError, match=r"already holds checkpoints.*--resume"):
-        train(load_config(config_path), tmp_path, seed=5)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    train(load_config(config_path), tmp_path, seed=5, resume=True)
-    torch.set_num_threads(threads)
-    assert [line["step"] for line in scalars(tmp_path) if "loss" in line] == [17, 18, 19, 20]
-    whole, resumed = (torch.load(d / "epoch_5.pth", weights_only=True) for d in (trained, tmp_path))
-    for part in ("state_dict", "ema_state_dict", "optimizer"):
-        expected, found = tensors_of(whole[part]), tensors_of(resumed[part])
-        assert expected.keys() == found.keys()
-        different = [
-            k for k, v in expected.items() if not (torch.equal(v, found[k]) if torch.is_tensor(v) else v == found[k])
-        ]
-        assert different == []
-
-
 def test_bfloat16_trains_and_keeps_float32_weights(config_path, tmp_path):
     core = train(
         load_config(config_path, {"train.epochs": 1, "train.image_epochs": 0, "train.ema_momentum": 0}),

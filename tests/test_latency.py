@@ -121,7 +121,7 @@ def test_the_command(small_network, fp32_export, tmp_path, monkeypatch, capsys):
         before.setattr("perception.export.latency.measure", None)
         for arguments, message in (
             (("--backends", "abacus"), "backend 'abacus' is not known"),
-            (("--passes", "0"), "passes is 0"),
+            (("--passes", "0"), "argument --passes: 0 is out of range"),
             (("--json", tmp_path), f"--json {tmp_path} is a folder; give a file"),
             (("--export", tmp_path), "contract.json is missing"),
         ):

@@ -7,7 +7,6 @@ The tolerances are those of export certificates: fp32 for float32, fp16 for all 
 from __future__ import annotations
 
 import copy
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +35,7 @@ from perception.export.onnx import DeployedNetwork
 from perception.export.parity import as_tensors, largest_and_mean, matched_distances, raw_differences, raw_queries
 from perception.export.replay import camera_frame, frame_inputs, replay_frames
 from perception.export.runtime import objects_of
+from perception.files import scratch_folder
 from perception.models import Network
 from perception.synthetic import VERSION, simulate
 from perception.types import NumpyFrameObjects
@@ -205,7 +205,7 @@ def measure_deployed(recorder: Recorder, model: str, device_name: str) -> None:
         row |= {"gate": judged["precision"], "passed": judged["passed"], "failures": judged["failures"]}
         return {"prepared_s": prepared, **timings(found.seconds), **row}
 
-    with tempfile.TemporaryDirectory(prefix="perception-benchmark-") as folder:
+    with scratch_folder("benchmark") as folder:
         recorder.attempt("reference", recorder.left, measure_reference, Path(folder))
         if not reference:
             return

@@ -9,11 +9,17 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
 
 from perception.commands import COMMANDS, as_called, command
 from perception.errors import run_script
+from perception.files import check_writable
+
+Number = TypeVar("Number", int, float)
 
 DESCRIPTION = "Vision-only driving perception: calibrated cameras in, 3D boxes and a vector lane map out."
 
@@ -32,6 +38,55 @@ def command_parser(name: str, description: str | None, examples: str) -> argpars
         epilog=as_called(examples),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def output_file(option: str) -> Callable[[str], Path]:
+    """The type of an argument that names a file to write: the place is checked before any work.
+
+    Args:
+        option: name of the argument, for the message.
+    """
+
+    def parse(text: str) -> Path:
+        check_writable(option, text)
+        return Path(text)
+
+    return parse
+
+
+def output_folder(option: str) -> Callable[[str], Path]:
+    """The type of an argument that names a folder to write to, as `output_file`."""
+
+    def parse(text: str) -> Path:
+        check_writable(option, text, folder=True)
+        return Path(text)
+
+    return parse
+
+
+def number(kind: type[Number], low: float, high: float = math.inf) -> Callable[[str], Number]:
+    """The type of an argument that is a number from `low` to `high`.
+
+    Args:
+        kind: int or float.
+        low, high: the smallest and the largest value that makes sense.
+    """
+
+    def parse(text: str) -> Number:
+        wanted = f"from {low:g} to {high:g}" if high < math.inf else f"of at least {low:g}"
+        wanted = f"a {'whole ' if kind is int else ''}number {wanted}"
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
+        if not low <= value <= high or math.isinf(value):
+            raise argparse.ArgumentTypeError(f"{text} is out of range; give {wanted}")
+        return value
+
+    return parse
+
+
+SEED = number(int, 0, 2**32 - 1)  # what numpy and torch take
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:

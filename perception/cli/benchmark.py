@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from perception.cli import command_parser
+from perception.cli import SEED, command_parser, number, output_file, output_folder
 
 EXAMPLE = """example:
   perception benchmark ablation configs/synthetic/compare_flagship.py --out out/ablation --seeds 0 1 --amp \\
@@ -33,10 +33,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     accuracy = commands.add_parser("accuracy", help="networks against each other, with what a frame costs each")
     accuracy.add_argument("configs", nargs="+", help="the others are held to the first")
     for command in (ablation, accuracy):
-        command.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="at least two (default: 0 1)")
-        command.add_argument("--out", type=Path, required=True, help="folder for the trainings")
+        command.add_argument("--seeds", type=SEED, nargs="+", default=[0, 1], help="at least two (default: 0 1)")
+        command.add_argument("--out", type=output_folder("--out"), required=True, help="folder for the trainings")
         command.add_argument("--amp", action="store_true", help="run the networks in bfloat16")
-        command.add_argument("--json", type=Path, help="file for all numbers")
+        command.add_argument("--json", type=output_file("--json"), help="file for all numbers")
     latency = commands.add_parser("latency", help="one frame in several runtimes that take turns")
     latency.add_argument("checkpoint", help="a .safetensors file, or the name of weights that came with the library")
     latency.add_argument(
@@ -45,13 +45,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         "(default: pytorch ort)",
     )  # fmt: skip
     latency.add_argument("--export", type=Path, help="folder of an export; one is made where none is given")
-    latency.add_argument("--passes", type=int, default=30, help="timed for each (default: %(default)s)")
+    latency.add_argument("--passes", type=number(int, 1), default=30, help="timed for each (default: %(default)s)")
     latency.add_argument(
-        "--max-seconds", type=float, default=300, help="after which no further pass begins (default: %(default)s)"
+        "--max-seconds",
+        type=number(float, 0),
+        default=300,
+        help="after which no further pass begins (default: %(default)s)",
     )
-    latency.add_argument("--threads", type=int, default=0, help="of the CPU; 0 for all (default: %(default)s)")
-    latency.add_argument("--seed", type=int, default=0, help="of the images (default: %(default)s)")
-    latency.add_argument("--json", type=Path, help="file for all numbers")
+    latency.add_argument(
+        "--threads", type=number(int, 0, 4096), default=0, help="of the CPU; 0 for all (default: %(default)s)"
+    )
+    latency.add_argument("--seed", type=SEED, default=0, help="of the images (default: %(default)s)")
+    latency.add_argument("--json", type=output_file("--json"), help="file for all numbers")
     gpu = commands.add_parser("gpu", help="a frame, its parts and training steps on a GPU, most important first")
     gpu.add_argument(
         "--models", nargs="+", default=["base", "nano", "tiny"], metavar="MODEL",
@@ -62,9 +67,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="STAGE", help="which to run; deployed compares accuracy, with the first model that has trained weights "
         "(default: %(default)s)",
     )  # fmt: skip
-    gpu.add_argument("--seconds", type=float, default=360, help="of all together (default: %(default)s)")
+    gpu.add_argument("--seconds", type=number(float, 0), default=360, help="of all together (default: %(default)s)")
     gpu.add_argument("--device", default="cuda", help="cuda, or cpu without CUDA graphs (default: %(default)s)")
-    gpu.add_argument("--json", type=Path, required=True, help="file for all numbers, written anew after each of them")
+    gpu.add_argument(
+        "--json",
+        type=output_file("--json"),
+        required=True,
+        help="file for all numbers, written anew after each of them",
+    )
     arguments = parser.parse_args(argv)
     if arguments.command == "latency":
         _latency(arguments)
@@ -98,19 +108,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _latency(arguments) -> None:
     import sys
-    import tempfile
 
     from perception.export.latency import Interrupted, as_dict, check_request, measure, table
     from perception.export.onnx import export_onnx
-    from perception.files import check_writable, write_json
+    from perception.files import scratch_folder, write_json
     from perception.models.checkpoint import load_model
 
-    if arguments.json:
-        check_writable("--json", arguments.json)
     network = load_model(arguments.checkpoint)
     bounds = {name: getattr(arguments, name) for name in ("passes", "threads", "max_seconds")}
     check_request(network, arguments.export, arguments.backends, **bounds)
-    with tempfile.TemporaryDirectory(prefix="perception-latency-") as folder:
+    with scratch_folder("latency") as folder:
         if not arguments.export:
             export_onnx(network, folder, progress=True)
         try:

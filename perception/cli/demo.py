@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from perception.cli import command_parser
+from perception.cli import SEED, command_parser, number, output_folder
 
 EXAMPLE = """example:
   perception demo
@@ -16,17 +15,26 @@ SPLIT = "town_demo"
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = command_parser("demo", __doc__, EXAMPLE)
-    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder to write to (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=output_folder("--out"), default="out/demo", help="folder to write to (default: %(default)s)"
+    )
     parser.add_argument(
         "--checkpoint",
         default="nano",
         help="a .safetensors file, or the name of weights that came with the library (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=90000, help="of the town (default: %(default)s, not trained on)")
-    parser.add_argument("--scenes", type=int, default=3, help="number of scenes (default: %(default)s)")
-    parser.add_argument("--keyframes", type=int, default=8, help="keyframes per scene, 2 Hz (default: %(default)s)")
+    parser.add_argument("--seed", type=SEED, default=90000, help="of the town (default: %(default)s, not trained on)")
     parser.add_argument(
-        "--min-score", type=float, default=0.3, help="score threshold of the picture (default: %(default)s)"
+        "--scenes", type=number(int, 1, 1000), default=3, help="number of scenes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--keyframes", type=number(int, 1, 1000), default=8, help="keyframes per scene, 2 Hz (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--min-score",
+        type=number(float, 0, 1),
+        default=0.3,
+        help="score threshold of the picture (default: %(default)s)",
     )
     arguments = parser.parse_args(argv)
 
@@ -61,17 +69,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     last = [int(np.flatnonzero(dataset.scene_of_sample == scene)[-1]) for scene in np.unique(dataset.scene_of_sample)]
     busiest = max(last, key=lambda i: int(dataset.gt_boxes(i).valid.sum()))
-    for number, i in enumerate(last):
+    for scene, i in enumerate(last):
         clip = map_tensors(lambda tensor: tensor[0], dataset[i])
         picture = draw_frame(
             clip.frames,
             stream.objects[dataset.tokens[i]],
             clip.gt,
             cameras=dataset.cameras,
-            caption=f"scene {number} of a town that was not trained on, after {arguments.keyframes} keyframes",
+            caption=f"scene {scene} of a town that was not trained on, after {arguments.keyframes} keyframes",
             min_score=arguments.min_score,
         )
-        for path in [arguments.out / f"demo_scene{number}.png"] + [arguments.out / "demo.png"] * (i == busiest):
+        for path in [arguments.out / f"demo_scene{scene}.png"] + [arguments.out / "demo.png"] * (i == busiest):
             with replacing(path) as beside:
                 picture.save(beside, "PNG")
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from perception.cli import command_parser
+from perception.cli import SEED, command_parser, number, output_file, output_folder
 
 EXAMPLE = """examples:
   perception evaluate configs/synthetic/nano.py out/nano/nano.safetensors --json out/nano/evaluation.json
@@ -131,17 +131,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--range", help="of the lanes, metres along x and y (default: the model's; 60x30 for a file)")
     parser.add_argument(
         "--score-threshold",
-        type=float,
+        type=number(float, 0, 1),
         help="score threshold of the operating point (default: that of the best F1, per class)",
     )
-    parser.add_argument("--save-submission", type=Path, metavar="DIR", help="also write detection.json and lanes.json")
+    parser.add_argument(
+        "--save-submission",
+        type=output_folder("--save-submission"),
+        metavar="DIR",
+        help="also write detection.json and lanes.json",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--workers", type=int, default=0, help="processes that load images and match lines (default 0)")
-    parser.add_argument("--json", type=Path, help="file for all numbers")
+    parser.add_argument(
+        "--workers", type=number(int, 0, 1024), default=0, help="processes that load images and match lines (default 0)"
+    )
+    parser.add_argument("--json", type=output_file("--json"), help="file for all numbers")
     disturbed = parser.add_argument_group("robustness", "also evaluate with disturbed inputs")
     disturbed.add_argument("--drop-camera", metavar="NAME", help="a camera is missing; `each` for one after the other")
     disturbed.add_argument(
-        "--extrinsics-noise-deg", type=float, metavar="X", help="the yaw of each camera is off by this angle"
+        "--extrinsics-noise-deg",
+        type=number(float, -180, 180),
+        metavar="X",
+        help="the yaw of each camera is off by this angle",
     )
     disturbed.add_argument(
         "--corrupt",
@@ -151,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     disturbed.add_argument(
         "--no-memory", action="store_true", help="without temporal memory: each frame is a first frame"
     )
-    disturbed.add_argument("--seed", type=int, default=0, help="of random disturbances (default 0)")
+    disturbed.add_argument("--seed", type=SEED, default=0, help="of random disturbances (default 0)")
     arguments = parser.parse_args(argv)
 
     from perception.errors import ConfigError
@@ -159,8 +169,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     from perception.types import LaneRange
 
     arguments.range = LaneRange.parse(arguments.range) if arguments.range else None
-    if arguments.workers < 0:
-        raise ConfigError(f"--workers is {arguments.workers}; give 0 or more processes")
     if arguments.submission:
         if arguments.config or arguments.save_submission:
             raise ConfigError("--submission needs neither config, checkpoint nor --save-submission; leave them out")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from perception.cli import command_parser
+from perception.cli import SEED, command_parser, number, output_folder
 
 EXAMPLE = """examples:
   perception export nano --out out/nano_onnx
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     formats = "\n".join(f"  {name:12}{meaning}" for name, meaning in IMAGE_FORMATS.items())
     parser = command_parser("export", __doc__, EXAMPLE.format(formats=formats))
     parser.add_argument("checkpoint", help="a .safetensors file, or the name of weights that came with the library")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--out", type=output_folder("--out"), required=True, help="folder to write")
     parser.add_argument(
         "--precision", choices=("fp32", "fp16", "int8", "fp8"), default="fp32", help="(default: %(default)s)"
     )
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--also", nargs="+", choices=("openvino", "openvino-bf16"), default=[], metavar="RUNTIME",
         help="certify the graph in these runtimes too: openvino, openvino-bf16",
     )  # fmt: skip
-    parser.add_argument("--cameras", type=int, default=6, help="images per frame (default: %(default)s)")
+    parser.add_argument("--cameras", type=number(int, 1, 64), default=6, help="images per frame (default: %(default)s)")
     parser.add_argument(
         "--raw-size", metavar="HxW", action="append",
         help="size of the images that are given, fitted in the graph: once for all cameras, once for each in their "
@@ -75,22 +75,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--version", help="of the dataset")
     parser.add_argument("--split", help="of the dataset")
     parser.add_argument("--calibration-split", help="of the dataset, for int8 and fp8; another than --split")
-    parser.add_argument("--drift", type=int, default=0, help="frames of a further drive without a reset (default: 0)")
-    parser.add_argument("--seed", type=int, default=0, help="of generated scenes (default: %(default)s)")
+    parser.add_argument(
+        "--drift", type=number(int, 0), default=0, help="frames of a further drive without a reset (default: 0)"
+    )
+    parser.add_argument("--seed", type=SEED, default=0, help="of generated scenes (default: %(default)s)")
     arguments = parser.parse_args(argv)
 
     from perception.errors import ConfigError
-    from perception.files import check_dataset, check_writable
+    from perception.files import check_dataset, locked, scratch_folder
 
-    if arguments.drift < 0:
-        raise ConfigError(f"--drift is {arguments.drift}; give a number of frames, or 0 for none")
-    check_writable("--out", arguments.out, folder=True)
     if len({bool(arguments.dataroot), bool(arguments.version), bool(arguments.split)}) > 1:
         raise ConfigError("--dataroot, --version and --split go together; give all three or none")
     if arguments.dataroot:
         check_dataset(arguments.dataroot, arguments.version)
-
-    import tempfile
 
     from perception.data.nuscenes import NuScenesDataset
     from perception.export.contract import ImageInputs, read_contract
@@ -124,7 +121,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.format != "onnx":
         gpus_of(arguments.format, targets)  # names missing packages before the long work
     size = max(images.sizes, key=lambda pair: pair[0] * pair[1])  # others are made from it
-    with tempfile.TemporaryDirectory(prefix="perception-export-") as folder:
+    # Another export into the same folder waits, so that all files of the folder are of one export.
+    with locked(arguments.out / ".lock"), scratch_folder("export") as folder:
 
         def generated(seed: int, rig: tuple[Mounting, ...] = SIX_CAMERAS) -> NuScenesDataset:
             root, keyframes = Path(folder, str(seed)), LEAST_FRAMES // LEAST_SCENES

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from perception.cli import command_parser
+from perception.cli import command_parser, output_file
 
 EXAMPLE = """example:
   perception import-checkpoint bevformer_tiny_epoch_24.pth --out out/bevformer_tiny.safetensors
@@ -19,7 +19,7 @@ DataParallel and of averaged models, and half precision are recognised. What is 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = command_parser("import-checkpoint", __doc__, EXAMPLE)
     parser.add_argument("checkpoint", type=Path, help=".pth with a state dict of official keys")
-    parser.add_argument("--out", type=Path, required=True, help=".safetensors to write")
+    parser.add_argument("--out", type=output_file("--out"), required=True, help=".safetensors to write")
     arguments = parser.parse_args(argv)
 
     from perception.errors import ConfigError
@@ -31,7 +31,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError(f"--out is {arguments.out}; give a name that ends in .safetensors")
     check_writable("--out", arguments.out)
     model = import_published(arguments.checkpoint)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(arguments.out, model, {})
     name, parameters = preset_name(model.config), sum(p.numel() for p in model.parameters())
     print(f"{arguments.checkpoint} is {name}, {parameters / 1e6:.2f} M parameters; written to {arguments.out}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from perception.cli import command_parser
+from perception.cli import SEED, command_parser, number, output_file, output_folder
 
 EXAMPLE = """examples:
   perception prepare-nuscenes leakage --dataroot data/nuscenes --version v1.0-trainval --train train --val val \\
@@ -91,17 +91,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         command.formatter_class, command.epilog = parser.formatter_class, parser.epilog
         command.add_argument("--dataroot", type=Path, required=True, help="root of a nuScenes-format dataset")
         command.add_argument("--version", required=True, help="folder of its tables, such as v1.0-trainval")
-        command.add_argument("--json", type=Path, help="file for the numbers")
+        command.add_argument("--json", type=output_file("--json"), help="file for the numbers")
     measure.add_argument("--train", required=True, help="name of the training split, or a file of scene names")
     measure.add_argument("--val", required=True, help="name of the validation split, or a file of scene names")
-    measure.add_argument("--out", type=Path, help="picture to write, .png: the keyframes on their maps")
-    make.add_argument("--min-distance", type=float, required=True, help="metres between a val and a train keyframe")
-    make.add_argument("--seed", type=int, required=True, help="which of the possible splits")
-    make.add_argument("--val-share", type=float, default=0.15, help="keyframes wanted in val (default: %(default)s)")
+    measure.add_argument("--out", type=output_file("--out"), help="picture to write, .png: the keyframes on their maps")
     make.add_argument(
-        "--max-left-out", type=float, default=0.0, help="largest share of a location's scenes to leave out (default: 0)"
+        "--min-distance", type=number(float, 0), required=True, help="metres between a val and a train keyframe"
     )
-    make.add_argument("--out", type=Path, required=True, help="folder for train.txt, val.txt and left_out.txt")
+    make.add_argument("--seed", type=SEED, required=True, help="which of the possible splits")
+    make.add_argument(
+        "--val-share", type=number(float, 0, 1), default=0.15, help="keyframes wanted in val (default: %(default)s)"
+    )
+    make.add_argument(
+        "--max-left-out",
+        type=number(float, 0, 1),
+        default=0.0,
+        help="largest share of a location's scenes to leave out (default: 0)",
+    )
+    make.add_argument(
+        "--out", type=output_folder("--out"), required=True, help="folder for train.txt, val.txt and left_out.txt"
+    )
     arguments = parser.parse_args(argv)
 
     from perception.errors import ConfigError

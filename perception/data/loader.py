@@ -173,13 +173,17 @@ class TrainSampler(Sampler[ClipRequest]):
         self.batch_size, self.streams, self.frames_per_clip = batch_size, streams, frames_per_clip
         self.drop, self.seed = drop, seed
         self.rank, self.world_size = rank, world_size
-        self.epoch = 0
+        self.epoch = self.start = 0
         clips = sum(len(samples) for samples in self.scenes) * (1 - drop) / frames_per_clip
         self.batches = max(1, round(clips / (batch_size * world_size)))
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch of the random numbers. Call it before each epoch."""
         self.epoch = epoch
+
+    def set_start(self, batch: int) -> None:
+        """Sets the first batch that is drawn, to continue inside of an epoch. The batches before are left out."""
+        self.start = batch
 
     def __len__(self) -> int:
         return self.batches * self.batch_size
@@ -195,7 +199,7 @@ class TrainSampler(Sampler[ClipRequest]):
                 if not pending:
                     pending.extend(next(visits))
                 request = pending.pop(0)
-                if number % self.world_size == self.rank:
+                if batch >= self.start and number % self.world_size == self.rank:
                     yield request
 
     def _visits(self, rng: np.random.Generator) -> Iterator[list[ClipRequest]]:

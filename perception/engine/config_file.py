@@ -1,13 +1,19 @@
-"""Finds and reads config files and checks their datasets, without importing heavy modules."""
+"""Finds and reads config files and checks their datasets, without importing heavy modules.
+
+A `.py` config is a program that runs. A `.yaml` or `.json` config with the same keys is only read: the form for configs
+that people take from others.
+"""
 
 from __future__ import annotations
 
 import ast
 import difflib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from mmengine.config import Config
 
 from perception.errors import ConfigError
@@ -17,25 +23,33 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 # In a wheel the configs are inside the package, in a checkout next to it.
 SHIPPED = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
 
+DATA_SUFFIXES = (".yaml", ".yml", ".json")
+
 
 def find_config(name_or_path: str | Path) -> Path:
     """Returns the path of a config file.
 
     Args:
-        name_or_path: a file, or the name of a config of the library, such as `synthetic/nano` or
-            `configs/synthetic/nano.py`.
+        name_or_path: a file (.py, .yaml, .yml or .json), or the name of a config of the library, such as
+            `synthetic/nano` or `configs/synthetic/nano.py`.
 
     Raises:
         ConfigError: it is neither.
     """
     if Path(name_or_path).is_file():
+        if Path(name_or_path).suffix not in (".py", *DATA_SUFFIXES):
+            raise ConfigError(f"config {name_or_path} is neither .py nor .yaml, .yml or .json; give a config file")
         return Path(name_or_path)
+    return _shipped(name_or_path, f"config {name_or_path}")
+
+
+def _shipped(name_or_path: str | Path, where: str) -> Path:
     name = Path(name_or_path).as_posix().removeprefix("configs/").removesuffix(".py")
     shipped = {path.relative_to(SHIPPED).with_suffix("").as_posix(): path for path in SHIPPED.glob("[a-z]*/*.py")}
     if name not in shipped:
         near = [known for known in shipped if known.endswith(f"/{name}")] or difflib.get_close_matches(name, shipped, 1)
         fix = f"did you mean {near[0]}?" if near else f"give a path, or one of {', '.join(sorted(shipped))}"
-        raise ConfigError(f"config {name_or_path} is neither a file nor a config of the library; {fix}")
+        raise ConfigError(f"{where} is neither a file nor a config of the library; {fix}")
     return shipped[name]
 
 
@@ -50,12 +64,7 @@ def read_config(name_or_path: str | Path, options: dict | None = None) -> tuple[
         ConfigError: there is no such config, it is broken, or an override does not fit.
     """
     path = find_config(name_or_path)
-    try:
-        source = Config.fromfile(path)
-    except Exception as error:  # a config is a Python program and may raise anything
-        raise ConfigError(
-            f"{path}: {type(error).__name__}: {str(error).splitlines()[0]}; fix the config file"
-        ) from None
+    source = _read_data(path) if path.suffix in DATA_SUFFIXES else _run_program(path)
     for key in options or {}:
         if (section := key.split(".")[0]) in ("model", "train_data", "val_data", "train") and section not in source:
             raise ConfigError(f"--cfg-options {key}: {path} has no {section}; its sections: {', '.join(source)}")
@@ -66,6 +75,46 @@ def read_config(name_or_path: str | Path, options: dict | None = None) -> tuple[
             f"--cfg-options {options} does not fit {path} ({error}); write section.key=value, e.g. train.lr=1e-4"
         ) from None
     return path, source
+
+
+def _run_program(path: Path) -> Config:
+    try:
+        return Config.fromfile(path)
+    except Exception as error:  # a config is a Python program and may raise anything
+        reason = (str(error).splitlines() or [""])[0]
+        raise ConfigError(f"{path}: {type(error).__name__}: {reason}; fix the config file") from None
+
+
+def _read_data(path: Path, above: tuple[Path, ...] = ()) -> Config:
+    """Reads a YAML or JSON config. Its `_base_` are configs of the library, which run, or further such files."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read ({' '.join(str(error).split())}); fix the config file") from None
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ConfigError(f"{path} holds no sections; write `model:`, `val_data:` and so on, with their keys below")
+    bases = content.pop("_base_", [])
+    source = Config()
+    for base in [bases] if isinstance(bases, str) else bases:
+        if not isinstance(base, str):
+            raise ConfigError(f"{path}: _base_ is {bases!r}; write the name of a config of the library, or of a file")
+        if Path(base).suffix in DATA_SUFFIXES:
+            below = path.parent / base
+            if below in (*above, path):
+                raise ConfigError(f"{path}: _base_ {base} leads back to itself; remove it")
+            if not below.is_file():
+                raise ConfigError(f"{path}: _base_ {base} is not a file; write a path seen from the config's folder")
+            part = _read_data(below, (*above, path))
+        else:
+            part = _run_program(_shipped(base, f"{path}: _base_ {base}"))
+        source.merge_from_dict(part.to_dict())
+    try:
+        source.merge_from_dict(content)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(f"{path} does not fit its _base_ ({error}); fix the config file") from None
+    # Lists instead of the tuples of Python, so that the copy in a work directory can be read in the same way.
+    return Config(json.loads(json.dumps(source.to_dict())), filename=str(path))
 
 
 def parse_options(pairs: list[str]) -> dict:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-import tempfile
 import time
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from perception.data.loader import TrainSampler, collate
 from perception.engine.config import DataSection, TrainConfig, build_dataset, check_trainable
 from perception.engine.training import TrainingModel, build_optimizer
+from perception.files import scratch_folder
 from perception.models import Network, build_network
 from perception.synthetic import VERSION, simulate
 from perception.types import Frame, map_tensors
@@ -90,7 +90,7 @@ def dry_run(config: TrainConfig, *, seed: int = 0, amp: bool = False) -> DryRun:
     core.image_encoder.backbone.freeze(section.frozen_stages)
     model = TrainingModel(core, section.disabled_losses).to(device, memory_format=torch.channels_last).train()
     optimizer = build_optimizer(model, section)
-    with tempfile.TemporaryDirectory(prefix="perception-dry-run-") as folder:
+    with scratch_folder("dry-run") as folder:
         root = Path(folder, "town")
         simulate(
             root, scenes=section.batch_size, seed=seed, keyframes=STEPS * section.frames_per_clip, split="dry",

@@ -1,38 +1,61 @@
 """Loops and hooks for MMEngine's Runner.
 
-The loops pass the memory from clip to clip, name the samples of a failed step, and validate by streaming. The hooks log
-the frame rate, write weights for use without MMEngine, and keep checkpoints to plain values.
+The loops pass the memory from clip to clip, name the samples of a failed step, validate by streaming, and save and
+restore checkpoints. The hooks log the frame rate and write weights for use without MMEngine.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import math
-from pathlib import Path
-from typing import Any
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, NoReturn
 
-import numpy as np
 import torch
-from mmengine.dist import all_gather_object, all_reduce_params, broadcast_object_list, get_dist_info
+from mmengine.dist import (
+    all_gather_object,
+    all_reduce,
+    all_reduce_params,
+    barrier,
+    broadcast_object_list,
+    get_dist_info,
+)
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, Runner
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from perception.errors import TrainingError
+from perception import __version__
+from perception.engine.checkpoints import WorkDir, plain
+from perception.errors import Interrupted, TrainingError
 from perception.evaluation.dataset import evaluate_predictions
 from perception.inference.sequence import predict_stream
 from perception.models import Network
-from perception.models.checkpoint import halve, save_checkpoint
+from perception.models.checkpoint import halve, read_metrics, save_checkpoint
 from perception.types import Clip, State, map_tensors
+
+SAVE_SECONDS = 600  # between two checkpoints inside of an epoch
+_SET_BY_CONFIG = ("lr", "initial_lr", "weight_decay")  # of a parameter group
+
+
+def unwrapped(runner: Runner) -> Any:
+    """Returns the model of a Runner, without the wrapper for distributed training."""
+    return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
 def core_of(runner: Runner) -> Network:
-    """Returns the network of a Runner, without losses and without the wrapper for distributed training."""
-    model = runner.model
-    return (model.module if is_model_wrapper(model) else model).core
+    """Returns the network of a Runner, without losses."""
+    return unwrapped(runner).core
 
 
 class CheckedOptimWrapper(OptimWrapper):
@@ -60,11 +83,68 @@ class CheckedOptimWrapper(OptimWrapper):
         self.message_hub.update_scalar("train/grad_norm", float(norm))
 
 
+class StopRequest:
+    """Catches SIGTERM and SIGINT while it is entered, so that a training ends with a checkpoint.
+
+    A second signal ends the process at once, and so does the first one inside of `nothing_to_save`. Signals are caught
+    in the main thread of the main process only; elsewhere they keep their meaning.
+    """
+
+    def __init__(self) -> None:
+        self.signal_number = 0  # of the signal that was received
+        self._process, self._wait = os.getpid(), True
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a worker process that inherited the handler
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        again, self.signal_number = bool(self.signal_number), number
+        if again or not self._wait:
+            self.stop("with its last checkpoint")
+
+    @contextmanager
+    def nothing_to_save(self) -> Iterator[None]:
+        """Ends the process at once on a signal inside of the block, also on one that was received before."""
+        self._wait = False
+        try:
+            if self.signal_number:
+                self.stop("with its last checkpoint")
+            yield
+        finally:
+            self._wait = True
+
+    def stop(self, what: str) -> NoReturn:
+        """Raises the error that ends the training.
+
+        Raises:
+            Interrupted: always.
+        """
+        number = self.signal_number or signal.SIGTERM
+        raise Interrupted(
+            f"the training was stopped by {signal.Signals(number).name} {what}; repeat the command with --resume to "
+            "go on",
+            number,
+        )
+
+
 class StreamTrainLoop(EpochBasedTrainLoop):
     """Trains epochs over scenes and passes the memory from clip to clip of each scene.
 
+    It saves a checkpoint after each epoch, in long epochs also every `SAVE_SECONDS`, and when a signal asks it to stop.
+
     Args:
-        runner: the Runner.
+        runner: holds the work directory, the settings and the request to stop.
         dataloader: with batches in the order of `TrainSampler`.
         streams: number of batches that alternate, each with its own memory; see `TrainSampler`.
         image_epochs: number of epochs at the start that train only the image losses. They teach the image encoder
@@ -72,20 +152,73 @@ class StreamTrainLoop(EpochBasedTrainLoop):
         schedule: further arguments of EpochBasedTrainLoop.
 
     Raises:
+        Interrupted: from `run`, after a signal.
         TrainingError: from `run`, with the names of the samples, if a loss or a gradient is not finite.
     """
 
+    runner: TrainingRunner
+
     def __init__(
-        self, runner: Runner, dataloader: DataLoader, streams: int, image_epochs: int, **schedule: Any
+        self, runner: TrainingRunner, dataloader: DataLoader, streams: int, image_epochs: int, **schedule: Any
     ) -> None:
         super().__init__(runner, dataloader, **schedule)
         self.image_epochs = image_epochs
         self.states: list[State | None] = [None] * streams
+        self.batch = 0  # finished batches of the current epoch
+        self.resumed = False
+        self._saved_at = time.monotonic()
+
+    def run(self) -> nn.Module:
+        """Runs all epochs, or those that are left, and the validations."""
+        self.runner.call_hook("before_train")
+        if self.resumed and self.batch == 0 and self._validation_is_missing():
+            self._validate()
+        while self._epoch < self._max_epochs:
+            self.run_epoch()
+            self.save()
+            if self._validation_is_due():
+                self._validate()
+            elif self._asked()[0]:
+                self.runner.stop.stop(f"after epoch {self._epoch}")
+        self.runner.call_hook("after_train")
+        return self.runner.model
+
+    def _validation_is_due(self) -> bool:
+        last = self._epoch == self._max_epochs
+        return self._epoch >= self.val_begin and (self._epoch % self.val_interval == 0 or last)
+
+    def _validation_is_missing(self) -> bool:
+        """Whether an interruption came between the checkpoint of an epoch and the end of its validation."""
+        validated = [0.0]
+        if get_dist_info()[0] == 0 and self.runner.folder.last.exists():
+            validated = [read_metrics(self.runner.folder.last)["epoch"]]
+        broadcast_object_list(validated)
+        return self._validation_is_due() and validated[0] != self._epoch
+
+    def _validate(self) -> None:
+        with self.runner.stop.nothing_to_save():
+            self.runner.val_loop.run()
+        self._saved_at = time.monotonic()
 
     def run_epoch(self) -> None:
-        """Runs one epoch, with an empty memory at its start."""
-        self.states = [None] * len(self.states)  # every epoch starts at the beginning of scenes
-        super().run_epoch()
+        """Runs one epoch, or the rest of one. The memory is empty at its start."""
+        if self.batch == 0:
+            self.states = [None] * len(self.states)  # every epoch starts at the beginning of scenes
+        self.runner.call_hook("before_train_epoch")
+        self.runner.model.train()
+        self.dataloader.sampler.set_start(self.batch)
+        for idx, data_batch in enumerate(self.dataloader, self.batch):
+            self.run_iter(idx, data_batch)
+            self.batch = idx + 1
+            if self.batch < len(self.dataloader):  # otherwise the end of the epoch follows
+                asked_to_stop, is_long_ago = self._asked()
+                if asked_to_stop or is_long_ago:
+                    self.save()
+                if asked_to_stop:
+                    self.runner.stop.stop(f"after batch {self.batch} of epoch {self._epoch + 1}")
+        self.runner.call_hook("after_train_epoch")
+        self._epoch += 1
+        self.batch = 0
 
     def run_iter(self, idx: int, data_batch: Clip) -> None:
         """Runs one training step on batch `idx` of the epoch."""
@@ -108,6 +241,107 @@ class StreamTrainLoop(EpochBasedTrainLoop):
         runner.call_hook("after_train_iter", batch_idx=idx, data_batch=data_batch, outputs=outputs)
         self._iter += 1
 
+    def _asked(self) -> tuple[bool, bool]:
+        """Whether a signal asks to stop, and whether the last checkpoint is long ago; the same in all processes."""
+        answers = [bool(self.runner.stop.signal_number), time.monotonic() - self._saved_at > SAVE_SECONDS]
+        if get_dist_info()[1] > 1:
+            shared = torch.tensor(answers, dtype=torch.float32, device=next(self.runner.model.parameters()).device)
+            all_reduce(shared, op="max")
+            answers = shared.bool().tolist()
+        return answers[0], answers[1]
+
+    def save(self) -> None:
+        """Writes a checkpoint with everything that the rest of the training depends on."""
+        runner = self.runner
+        content: dict[str, Any] = {
+            "meta": {"iter": self._iter, "settings": json.dumps(self.runner.settings), "version": __version__},
+            "state_dict": dict(unwrapped(runner).state_dict()),
+            "optimizer": runner.optim_wrapper.state_dict(),
+            "schedules": [schedule.state_dict() for schedule in runner.param_schedulers],
+        }
+        runner.call_hook("before_save_checkpoint", checkpoint=content)
+        own = {"random": _random_states(), "memory": [state and state._asdict() for state in self.states]}
+        content["processes"] = all_gather_object(plain(own))
+        if get_dist_info()[0] == 0:
+            self.runner.folder.save(content, self._epoch, self.batch)
+        barrier()  # otherwise a launcher that sees one process end kills the one that writes
+        self._saved_at = time.monotonic()
+
+    def restore(self, content: dict[str, Any], changed: Collection[str]) -> None:
+        """Continues from a checkpoint.
+
+        Args:
+            content: of `WorkDir.newest`.
+            changed: settings that have another value than when the checkpoint was written.
+        """
+        runner, optimizer = self.runner, self.runner.optim_wrapper
+        runner.call_hook("after_load_checkpoint", checkpoint=content)
+        unwrapped(runner).load_state_dict(content["state_dict"])
+        if changed:  # the learning rates that the new settings give for this iteration
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Detected call of")  # no optimizer step between them
+                for _ in range(content["meta"]["iter"]):
+                    for schedule in runner.param_schedulers:
+                        schedule.step()
+            wanted = [{key: group[key] for key in _SET_BY_CONFIG} for group in optimizer.param_groups]
+            optimizer.load_state_dict(content["optimizer"])
+            for group, values in zip(optimizer.param_groups, wanted, strict=True):
+                group.update(values)
+        else:
+            optimizer.load_state_dict(content["optimizer"])
+            for schedule, state in zip(runner.param_schedulers, content["schedules"], strict=True):
+                schedule.load_state_dict(state)
+        self._epoch, self.batch, self._iter = (content["meta"][key] for key in ("epoch", "batch", "iter"))
+        own = content["processes"][get_dist_info()[0]]
+        device = next(runner.model.parameters()).device
+        self.states = [state and State(**{k: x.to(device) for k, x in state.items()}) for state in own["memory"]]
+        _set_random_states(own["random"])
+        self.resumed = True
+
+
+def _random_states() -> list[Tensor]:
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
+
+
+def _set_random_states(states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if torch.cuda.is_available() and len(states) > 1:
+        torch.cuda.set_rng_state(states[1])
+
+
+class TrainingRunner(Runner):
+    """MMEngine's Runner, which continues from a checkpoint that was read before.
+
+    MMEngine's own way follows a file that holds a path or an address, and runs the config that the checkpoint holds.
+
+    Args:
+        folder: the work directory.
+        settings: of this training, see `settings_of`.
+        stop: tells whether a signal asks to stop.
+        checkpoint: of `WorkDir.newest`, None to start.
+        changed: settings that have another value than in the checkpoint.
+        arguments: of Runner.
+    """
+
+    def __init__(
+        self,
+        folder: WorkDir,
+        settings: dict[str, Any],
+        stop: StopRequest,
+        checkpoint: dict[str, Any] | None,
+        changed: Collection[str],
+        **arguments: Any,
+    ) -> None:
+        self.folder, self.settings, self.stop = folder, settings, stop
+        self.checkpoint, self.changed = checkpoint, changed
+        super().__init__(**arguments, work_dir=str(folder.path), resume=checkpoint is not None)
+
+    def load_or_resume(self) -> None:
+        """Continues from the checkpoint, if there is one."""
+        if self.checkpoint is not None:
+            self.train_loop.restore(self.checkpoint, self.changed)
+            self.checkpoint = None  # frees its memory
+
 
 class StreamValLoop(BaseLoop):
     """Validates by streaming: each process runs a share of the scenes, and one process evaluates all predictions.
@@ -122,11 +356,12 @@ class StreamValLoop(BaseLoop):
         super().__init__(runner, dataloader)
 
     def run(self) -> dict[str, float]:
-        """Runs the validation and returns its metrics."""
+        """Runs the validation and returns its metrics. The random numbers of the training do not depend on it."""
         runner, dataset = self.runner, self.dataloader.dataset
         runner.call_hook("before_val")
         runner.call_hook("before_val_epoch")
         rank, world = get_dist_info()
+        random_states = _random_states()
         core = copy.deepcopy(core_of(runner)).eval()
         core.load_state_dict(halve(core.state_dict()))  # evaluates the weights that `ExportHook` writes
         stream = predict_stream(core, dataset, rank=rank, world_size=world, workers=self.dataloader.num_workers)
@@ -134,6 +369,7 @@ class StreamValLoop(BaseLoop):
         results = [evaluate_predictions(dataset, predictions).metrics() if rank == 0 else {}]
         broadcast_object_list(results)
         metrics = results[0] | {"fps": 1 / stream.seconds_per_frame}
+        _set_random_states(random_states)
         runner.call_hook("after_val_epoch", metrics=metrics)
         runner.call_hook("after_val")
         return metrics
@@ -169,42 +405,21 @@ class SharedStatisticsHook(Hook):
         all_reduce_params(statistics, op="mean")
 
 
-class PlainCheckpointHook(Hook):
-    """Reduces checkpoints to tensors and plain values, which torch.load reads without running code from the file.
-
-    MMEngine 0.10.7 also pickles histories of logged scalars, which are objects with bound methods that torch >= 2.6
-    rejects. The histories only smooth the log, so a resumed training starts with empty ones.
-    """
-
-    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Removes the histories and converts numpy scalars."""
-        hub = checkpoint["message_hub"]
-        hub["log_scalars"] = {}
-        hub["runtime_info"] = {
-            key: value.item() if isinstance(value, np.generic) else value for key, value in hub["runtime_info"].items()
-        }
-
-
 class ExportHook(Hook):
     """Writes the validated weights in float16 for use without MMEngine.
 
-    It writes `<name>-last.safetensors` after every validation and `<name>.safetensors` if the score is the best so far.
-    With EMA the weights are the averaged ones.
-
-    Args:
-        name: of the files in the work directory.
+    It writes `<name>.safetensors` if the score is the best so far, and then `<name>-last.safetensors`, which tells that
+    the validation is complete. With EMA the weights are the averaged ones.
     """
 
     priority = "HIGH"  # before the EMA hook swaps the raw weights back in
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+    def after_val_epoch(self, runner: TrainingRunner, metrics: dict[str, float] | None = None) -> None:
         """Writes the weights after a validation."""
         if get_dist_info()[0] != 0 or metrics is None:
             return
         core, report = core_of(runner), metrics | {"epoch": runner.epoch}
-        save_checkpoint(Path(runner.work_dir, f"{self.name}-last.safetensors"), core, report, half=True)
-        if metrics["score"] > runner.message_hub.runtime_info.get("best_score", -math.inf):
-            save_checkpoint(Path(runner.work_dir, f"{self.name}.safetensors"), core, report, half=True)
+        best = read_metrics(runner.folder.best)["score"] if runner.folder.best.exists() else -math.inf
+        if metrics["score"] > best:
+            save_checkpoint(runner.folder.best, core, report, half=True)
+        save_checkpoint(runner.folder.last, core, report, half=True)

@@ -6,33 +6,40 @@ This module holds the model that unrolls a clip and returns losses, and builds t
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+from collections.abc import Collection
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.device import get_device
-from mmengine.dist import get_dist_info, init_dist, is_distributed
+from mmengine.dist import barrier, get_dist_info, init_dist, is_distributed
 from mmengine.model import BaseModel, MMDistributedDataParallel
-from mmengine.runner import Runner, find_latest_checkpoint, set_random_seed
+from mmengine.runner import set_random_seed
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from perception.data.loader import TrainSampler, collate
 from perception.data.nuscenes import NuScenesDataset
+from perception.engine.checkpoints import KEPT, WorkDir, changed_settings, settings_of
 from perception.engine.config import TrainConfig, TrainSection, build_dataset, check_trainable
 from perception.engine.loops import (
     CheckedOptimWrapper,
     ExportHook,
     FrameRateHook,
-    PlainCheckpointHook,
     SharedStatisticsHook,
+    StopRequest,
     StreamTrainLoop,
     StreamValLoop,
+    TrainingRunner,
 )
 from perception.engine.weights import make_core
 from perception.errors import ConfigError
+from perception.files import check_space
 from perception.models import Network
 from perception.types import Clip, State, map_tensors
 
@@ -105,20 +112,27 @@ def train(
     *,
     seed: int = 0,
     resume: bool = False,
+    allow_change: bool = False,
+    overwrite: bool = False,
     amp: bool = False,
     launcher: str = "none",
 ) -> Network:
     """Trains a network.
 
-    Writes to the work directory: checkpoints of the last two epochs, `<name>.safetensors` (best by the mean of NDS and
-    lane mAP), `<name>-last.safetensors`, TensorBoard scalars, the log and a copy of the config.
+    Writes to the work directory: checkpoints of the last two epochs (`epoch_N.pth`), in long epochs one every ten
+    minutes (`epoch_N_batch_K.pth`), `<name>.safetensors` (best by the mean of NDS and lane mAP),
+    `<name>-last.safetensors`, TensorBoard scalars, the log and a copy of the config. After SIGTERM or SIGINT it saves a
+    checkpoint and stops.
 
     Args:
         config: from `load_config`.
         work_dir: is created if it is missing.
         seed: of the initial weights, the order of samples and all augmentation. The same seed gives the same weights,
             also for a training that was interrupted and resumed (bit-identical on a CPU with the same thread count).
-        resume: continue from the newest checkpoint in the work directory, or start if there is none.
+        resume: continue from the newest checkpoint in the work directory that is not damaged, with the validation that
+            an interruption cut off; start if the folder holds no work.
+        allow_change: continue with other values of the settings in `CHANGEABLE` of `perception.engine.checkpoints`.
+        overwrite: delete the checkpoints and weights in the work directory and start.
         amp: run the network in bfloat16; losses and weights stay in float32.
         launcher: "none", or the launcher of the processes: "pytorch" (torchrun), "slurm" or "mpi", one process per GPU.
             Processes of torchrun share the CPU if there is no GPU.
@@ -127,25 +141,53 @@ def train(
         The network after the last epoch, with raw weights instead of averaged ones.
 
     Raises:
-        CheckpointError: the initial weights are missing or belong to another network.
-        ConfigError: the work directory holds another training, the config is invalid, or the processes were started by
-            another launcher.
+        CheckpointError: the initial weights are missing or belong to another network, or no checkpoint can be read.
+        ConfigError: the work directory holds work, a running training or one with other settings, the config is
+            invalid, or the processes were started by another launcher.
         DataError: the dataset is missing or malformed.
+        Interrupted: after SIGTERM or SIGINT.
         TrainingError: a loss or a gradient is not finite.
     """
     section, train_data = check_trainable(config)
-    work_dir = Path(work_dir)
-    if not resume and find_latest_checkpoint(str(work_dir)):
+    if resume and overwrite:
+        raise ConfigError("resume and overwrite exclude each other; give one of them")
+    folder = WorkDir(work_dir, config.name)
+    if not (resume or overwrite) and (work := folder.work()):
         raise ConfigError(
-            f"{work_dir} already holds checkpoints of a training; add --resume or choose another --work-dir"
+            f"{folder.path} already holds {work[0].name} of a training; add --resume to go on, --overwrite to delete "
+            "it, or choose another --work-dir"
         )
     join_processes(launcher)
-    set_random_seed(seed)
-    train_set, val_set = build_dataset(train_data, config.model), build_dataset(config.val_data, config.model)
-    # Convolutions are fastest in channels-last, on CPU and GPU.
-    model = TrainingModel(make_core(config), section.disabled_losses).to(memory_format=torch.channels_last)
-    runner = _build_runner(config, section, work_dir, model, train_set, val_set, seed, resume, amp, launcher)
-    runner.train()
+    writes = get_dist_info()[0] == 0
+    with folder.lock() if writes else nullcontext(), StopRequest() as stop:
+        if overwrite and writes:
+            folder.clear()
+        barrier()
+        checkpoint = folder.newest() if resume else None
+        set_random_seed(seed)
+        train_set, val_set = (build_dataset(data, config.model) for data in (train_data, config.val_data))
+        settings = settings_of(
+            config,
+            seed=seed,
+            amp=amp,
+            processes=get_dist_info()[1],
+            **{"train_data.samples": hashlib.sha256(" ".join(train_set.tokens).encode()).hexdigest()[:16]},
+        )
+        changed = {}
+        if checkpoint:
+            before = json.loads(checkpoint["meta"]["settings"])
+            changed = changed_settings(folder.path, before, settings, allow_change)
+        core = make_core(config, initial_weights=checkpoint is None)
+        if writes:
+            # Weights, their average and two moments, in the checkpoints that stay and the one being written.
+            numbers = 4 * sum(parameter.numel() for parameter in core.parameters())
+            check_space(f"a training in {folder.path}", folder.path, (KEPT + 2) * 4 * numbers)
+        # Convolutions are fastest in channels-last, on CPU and GPU.
+        model = TrainingModel(core, section.disabled_losses).to(memory_format=torch.channels_last)
+        runner = _build_runner(
+            config, section, model, train_set, val_set, seed, amp, launcher, folder, settings, stop, checkpoint, changed
+        )
+        runner.train()
     return model.core
 
 
@@ -173,21 +215,27 @@ def join_processes(launcher: str) -> None:
 def _build_runner(
     config: TrainConfig,
     section: TrainSection,
-    work_dir: Path,
     model: TrainingModel,
     train_set: NuScenesDataset,
     val_set: NuScenesDataset,
     seed: int,
-    resume: bool,
     amp: bool,
     launcher: str,
-) -> Runner:
+    folder: WorkDir,
+    settings: dict[str, Any],
+    stop: StopRequest,
+    checkpoint: dict[str, Any] | None,
+    changed: Collection[str],
+) -> TrainingRunner:
     cuda = torch.cuda.is_available()
     if section.streams < 1:
         raise ConfigError(f"train.streams is {section.streams}; give at least 1")
     if not 0 <= section.drop_frames < 1:
         raise ConfigError(f"train.drop_frames is {section.drop_frames}; give a share of at least 0 and less than 1")
-    loading: dict[str, Any] = {"collate_fn": collate, "num_workers": section.workers}
+    # With a generator of their own, loaders take no random numbers from the training.
+    loading: dict[str, Any] = {
+        "collate_fn": collate, "num_workers": section.workers, "generator": torch.Generator().manual_seed(seed),
+    }  # fmt: skip
     train_loader = DataLoader(
         train_set,
         batch_size=section.batch_size,
@@ -214,7 +262,7 @@ def _build_runner(
             f"train.warmup_iters={section.warmup_iters}; lower it or train longer"
         )
     optimizer = build_optimizer(model, section)
-    hooks = [{"type": FrameRateHook}, {"type": PlainCheckpointHook}, {"type": ExportHook, "name": config.name}]
+    hooks: list[dict] = [{"type": FrameRateHook}, {"type": ExportHook}]
     if launcher != "none":
         distributed = MMDistributedDataParallel(
             model.to(get_device()),
@@ -226,9 +274,13 @@ def _build_runner(
         hooks.append({"type": SharedStatisticsHook})
     if section.ema_momentum > 0:
         hooks.append({"type": "EMAHook", "momentum": section.ema_momentum, "strict_load": True})
-    return Runner(
+    return TrainingRunner(
+        folder,
+        settings,
+        stop,
+        checkpoint,
+        changed,
         model=model if launcher == "none" else distributed,
-        work_dir=str(work_dir),
         train_dataloader=train_loader,
         train_cfg={
             "type": StreamTrainLoop,
@@ -261,13 +313,7 @@ def _build_runner(
         ],
         default_hooks={
             "logger": {"type": "LoggerHook", "interval": section.log_every},
-            "checkpoint": {
-                "type": "CheckpointHook",
-                "interval": 1,
-                "max_keep_ckpts": 2,
-                "save_best": "score",
-                "rule": "greater",
-            },
+            "checkpoint": None,  # `StreamTrainLoop` saves
         },
         custom_hooks=hooks,
         visualizer={
@@ -279,9 +325,8 @@ def _build_runner(
         # All batches have the same shapes, so cuDNN searches the fastest convolutions once.
         env_cfg={"cudnn_benchmark": cuda, "dist_cfg": {"backend": "nccl"}},
         launcher=launcher,
-        resume=resume,
         # MMEngine looks up logs and message hubs by this name; two trainings in one process must have different names.
-        experiment_name=f"{config.name} {work_dir.resolve()}",
+        experiment_name=f"{config.name} {folder.path.resolve()}",
         cfg=config.source,
     )
 

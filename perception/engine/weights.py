@@ -15,8 +15,12 @@ from perception.models.backbone import load_backbone
 from perception.models.checkpoint import load_model, mismatched_keys
 
 
-def make_core(config: TrainConfig) -> Network:
+def make_core(config: TrainConfig, *, initial_weights: bool = True) -> Network:
     """Builds the network of a training with its initial weights and frozen stages.
+
+    Args:
+        config: the config.
+        initial_weights: load the weights that the config names. A training that goes on has its own.
 
     Raises:
         CheckpointError: the initial weights are missing or belong to another network.
@@ -29,10 +33,10 @@ def make_core(config: TrainConfig) -> Network:
             "train.init_from and train.backbone_weights are both given; the first holds a backbone already"
         )
     core = build_network(config.model)
-    if section.init_from:
+    if section.init_from and initial_weights:
         core.load_state_dict(load_weights(section.init_from, config.model, any_size=True).state_dict())
     backbone = core.image_encoder.backbone
-    if section.backbone_weights:
+    if section.backbone_weights and initial_weights:
         load_backbone(backbone, section.backbone_weights)
     backbone.freeze(section.frozen_stages)
     return core

@@ -246,6 +246,7 @@ def save_submissions(directory: str | Path, dataset: NuScenesDataset, prediction
         DataError: a box holds a number that is not finite.
     """
     boxes = submission_from_predictions(predictions, ego_poses(dataset))
+    Path(directory, "lanes.json").unlink(missing_ok=True)  # after an interruption, both files are of one network
     write_json(Path(directory) / "detection.json", boxes, indent=None)
     write_lanes(
         Path(directory) / "lanes.json", {token: map_lines(objects.lines) for token, objects in predictions.items()}
