@@ -194,7 +194,7 @@ def test_a_file_is_one_sample_a_list_or_what_mmdet3d_writes(tmp_path, name):
     entries = [own_entry(tmp_path), own_entry(tmp_path) | {"token": "t-1", "sample_idx": 71}]
     whole = write(tmp_path / name, {"metainfo": {"dataset": "mine", "categories": {"car": 0}}, "data_list": entries})
     assert [read_info(whole, key).entry["token"] for key in (0, 1, "t-1", "70")] == ["t-0", "t-1", "t-1", "t-0"]
-    for key, message in ((-1, "entry -1 does not"), ("t-9", "no entry with token or sample_idx 't-9'")):
+    for key, message in ((-1, "entry -1 does not"), ("t-9", 'no entry with token or sample_idx "t-9"')):
         with pytest.raises(DataError, match=message):
             read_info(whole, key)
     assert read_info(write(tmp_path / name, entries), 1).entry["token"] == "t-1"
@@ -204,7 +204,7 @@ def test_a_file_is_one_sample_a_list_or_what_mmdet3d_writes(tmp_path, name):
     np.testing.assert_allclose(clip.frames.rig.ego_from_cam[0].numpy(), [FORWARD, LEFT])
     np.testing.assert_allclose(clip.frames.rig.img_from_cam[0].numpy(), [INTRINSICS] * 2)
     assert clip.frames.images[0, 1, :, 5, 5].tolist() == [90, 120, 80] and clip.gt.boxes.label.shape == (1, 0)
-    with pytest.raises(DataError, match="ego2global must be 4 x 4 finite numbers; it is missing"):
+    with pytest.raises(DataError, match="ego2global must be 4 x 4 finite numbers; it is null or missing"):
         info.global_from_ego()
     chosen = info.clip(image_size=SMALL, cameras=("port side", "absent"))
     assert chosen.frames.rig.present.tolist() == [[True, False]]
@@ -218,7 +218,7 @@ def test_images_are_found_below_the_data_prefix(tmp_path):
     assert len(read_info(path).clip(image_size=SMALL).frames.images[0]) == 2  # where nuScenes has them
     (tmp_path / "jpg").mkdir()
     (tmp_path / "samples" / "front" / "front.png").rename(tmp_path / "jpg" / "front.png")
-    with pytest.raises(DataError, match=r"images\.front\.img_path: 'front\.png' is missing in .*--data-prefix"):
+    with pytest.raises(DataError, match=r'images\.front\.img_path: "front\.png" is missing in .*--data-prefix'):
         read_info(path).clip(image_size=SMALL)
     read_info(path).clip(image_size=SMALL, data_prefix={"front": "jpg"})
     with pytest.raises(DataError, match=r"images\.port side\.img_path"):
@@ -254,7 +254,7 @@ CALIBRATION_FAULTS = {
     "skew": ("cam2img", np.array([[80.0, 70, 48], *INTRINSICS[1:]]), "skew of 70"),
     "infinite": ("cam2img", np.array([[np.inf, 0, 48], *INTRINSICS[1:]]), "finite numbers"),
     "last row": ("cam2img", np.ones((4, 4)), "as its last row; give 0 0 0 1"),
-    "text": ("cam2img", "80 80 48 32", r"cam2img must be .* it is '80 80 48 32'"),
+    "text": ("cam2img", "80 80 48 32", r'cam2img must be .* it is "80 80 48 32"'),
     "words": ("cam2img", [["80", "0", "48"]] * 3, "finite numbers"),
 }
 
@@ -280,10 +280,10 @@ ENTRY_FAULTS = {
     "other size": (("images", "front", {"height": 32, "width": 96}), "is 64 x 96 pixels .* gives 32 x 96"),
     "boxes as dict": (("instances", {}), "instances is {}"),
     "box as list": (("instances", [[1]]), r"instances\[0\] is \[1\]"),
-    "NaN box": (("instances", [{"bbox_3d": [np.nan] * 7, "bbox_label_3d": 0}]), r"bbox_3d is \[nan, .* 7 finite"),
+    "NaN box": (("instances", [{"bbox_3d": [np.nan] * 7, "bbox_label_3d": 0}]), r"bbox_3d is \[NaN, .* 7 finite"),
     "flat box": (("instances", [{"bbox_3d": [5, 5, 0, 0, 1, 1, 0], "bbox_label_3d": 0}]), "not above 0"),
     "far box": (("instances", [{"bbox_3d": [1e300, 5, 0, 1, 1, 1, 0], "bbox_label_3d": 0}]), "metres from the LiDAR"),
-    "label": (("instances", [{"bbox_3d": [5, 5, 0, 1, 1, 1, 0], "bbox_label_3d": "car"}]), "bbox_label_3d is 'car'"),
+    "label": (("instances", [{"bbox_3d": [5, 5, 0, 1, 1, 1, 0], "bbox_label_3d": "car"}]), "bbox_label_3d is \"car\""),
     "velocity": (
         ("instances", [{"bbox_3d": [5, 5, 0, 1, 1, 1, 0], "bbox_label_3d": 0, "velocity": [1e9, 0]}]), "metres per sec"
     ),
@@ -417,14 +417,14 @@ def test_a_ring_inside_a_crossing_is_a_hole_if_it_runs_the_other_way(tmp_path):
 
 MAP_FAULTS = {
     "list": ([], "not a JSON object with 'features'"),
-    "text": ({"features": "none"}, "features is 'none'; it must be a list"),
+    "text": ({"features": "none"}, 'features is "none"; it must be a list'),
     "feature": ({"features": [3]}, r"features\[0\] is 3"),
-    "no kind": ({"features": [{}]}, r"features\[0\]\.kind is missing"),
-    "no line": ({"features": [{"kind": "divider"}]}, r"polyline is missing"),
+    "no kind": ({"features": [{}]}, r"features\[0\]\.kind is null or missing"),
+    "no line": ({"features": [{"kind": "divider"}]}, r"polyline is null or missing"),
     "one point": ({"features": [{"kind": "divider", "polyline": [[1, 2]]}]}, "has 1 points"),
     "one number": ({"features": [{"kind": "divider", "polyline": [[1], [2]]}]}, r"polyline\[0\] is \[1\]"),
-    "NaN": ({"features": [{"kind": "divider", "polyline": [[0, 0], [np.nan, 1]]}]}, r"polyline\[1\] is \[nan, 1\]"),
-    "null": ({"features": [{"kind": "divider", "polyline": [[0, 0], [None, 1]]}]}, r"polyline\[1\] is \[None, 1\]"),
+    "NaN": ({"features": [{"kind": "divider", "polyline": [[0, 0], [np.nan, 1]]}]}, r"polyline\[1\] is \[NaN, 1\]"),
+    "null": ({"features": [{"kind": "divider", "polyline": [[0, 0], [None, 1]]}]}, r"polyline\[1\] is \[null, 1\]"),
     "far": ({"features": [{"kind": "divider", "polyline": [[0, 0], [1e200, 1]]}]}, "1e.200 m from the map's origin"),
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from perception.cli import command_parser
+from perception.cli import command_parser, number, output_file
 
 EXAMPLE = """examples:
   perception predict --dataroot out/town --version v1.0-synthetic --split town_try --sample TOKEN \\
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--sample",
         help="token (default: the last sample of the split); with --info the token or sample_idx of an entry",
     )
-    parser.add_argument("--index", type=int, help="with --info: number of the entry (default: 0)")
+    parser.add_argument("--index", type=number(int, 0), help="with --info: number of the entry (default: 0)")
     parser.add_argument(
         "--data-prefix",
         nargs="+",
@@ -122,9 +122,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         default="nano",
         help="a .safetensors file, or the name of weights that came with the library (default: %(default)s)",
     )
-    parser.add_argument("--min-score", type=float, default=0.3, help="score threshold (default: %(default)s)")
-    parser.add_argument("--out", type=Path, required=True, help="picture to write, .png")
-    parser.add_argument("--json", type=Path, help="file for the predicted boxes and lines, ego frame")
+    parser.add_argument(
+        "--min-score", type=number(float, 0, 1), default=0.3, help="score threshold (default: %(default)s)"
+    )
+    parser.add_argument("--out", type=output_file("--out"), required=True, help="picture to write, .png")
+    parser.add_argument("--json", type=output_file("--json"), help="file for the predicted boxes and lines, ego frame")
     arguments = parser.parse_args(argv)
 
     from perception.errors import ConfigError
@@ -132,8 +134,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if arguments.out.suffix.lower() != ".png":
         raise ConfigError(f"--out {arguments.out}: the picture is a PNG; give a name that ends in .png")
-    if not 0 <= arguments.min_score <= 1:
-        raise ConfigError(f"--min-score is {arguments.min_score}; give a number from 0 to 1")
     if arguments.dataroot:
         if missing := [name for name in ("version", "split") if getattr(arguments, name) is None]:
             raise ConfigError(f"--{missing[0]} is missing: with --dataroot give --version and --split too")

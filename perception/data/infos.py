@@ -7,10 +7,8 @@ entry of it. Pickles are read as plain data, no code in them is run (see `percep
 from __future__ import annotations
 
 import json
-import reprlib
 import warnings
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -26,6 +24,7 @@ from perception.data.plain_pickle import read_plain_pickle
 from perception.errors import DataError, PerceptionWarning
 from perception.geometry import invert_rigid, rigid_from_yaw, transform_points, wrap_angle, yaw_from_rotation
 from perception.inference.checks import FARTHEST_POSE, check_intrinsics, checked_pose, checked_rig, checked_rigid
+from perception.reading import number, short, typed
 from perception.types import (
     BOX_CLASSES,
     DEFAULT_LANE_RANGE,
@@ -100,7 +99,7 @@ class InfoSample(NamedTuple):
         Raises:
             DataError: the entry has no camera with an image.
         """
-        images = _typed(self.entry.get("images"), Mapping, f"{self.name}: images", "an object with the cameras by name")
+        images = typed(self.entry.get("images"), Mapping, f"{self.name}: images", "an object with the cameras by name")
         # KITTI's infos hold the calibration of cameras without an image, and a matrix, among the cameras.
         found = [name for name, camera in images.items() if isinstance(camera, Mapping) and "img_path" in camera]
         if not found or not all(isinstance(name, str) for name in found):
@@ -128,7 +127,7 @@ class InfoSample(NamedTuple):
         """
         points = self.entry.get("lidar_points")
         if points is not None:
-            points = _typed(points, Mapping, f"{self.name}: lidar_points", "an object")
+            points = typed(points, Mapping, f"{self.name}: lidar_points", "an object")
             if points.get("lidar2ego") is not None:
                 return _rigid(points["lidar2ego"], f"{self.name}: lidar_points.lidar2ego")
         layout = _LAYOUTS.get(self.dataset)
@@ -210,11 +209,11 @@ class InfoSample(NamedTuple):
     def _image_path(self, name: str, data_prefix: Mapping[str, str] | None) -> Path:
         """Returns the path of the image of a camera."""
         where = f"{self.name}: images.{name}.img_path"
-        image = _typed(self.entry["images"][name]["img_path"], str, where, "the path of an image")
+        image = typed(self.entry["images"][name]["img_path"], str, where, "the path of an image")
         parts = PurePath(image.replace("\\", "/"))
         if parts.is_absolute() or ".." in parts.parts or not parts.parts or "\0" in image or ":" in parts.parts[0]:
             raise DataError(
-                f"{where} is {_short(image)}; give a path below the folder of the file, or a file name and its folder "
+                f"{where} is {short(image)}; give a path below the folder of the file, or a file name and its folder "
                 "with --data-prefix"
             )
         if data_prefix is not None:
@@ -231,7 +230,7 @@ class InfoSample(NamedTuple):
         if found is None:
             tried = ", ".join(str(path.parent) for path in paths)
             raise DataError(
-                f"{where}: {_short(image)} is missing in {tried}; copy it there, or give its folder with --data-prefix"
+                f"{where}: {short(image)} is missing in {tried}; copy it there, or give its folder with --data-prefix"
             )
         return found
 
@@ -247,14 +246,14 @@ class InfoSample(NamedTuple):
         if None not in wanted and wanted != size:
             raise DataError(
                 f"{path} is {size[0]} x {size[1]} pixels (height x width), and {self.name}: images.{name} gives "
-                f"{_short(wanted[0])} x {_short(wanted[1])}; give the image that belongs to the calibration"
+                f"{short(wanted[0])} x {short(wanted[1])}; give the image that belongs to the calibration"
             )
         return size
 
     def _boxes(self, ego_from_lidar: np.ndarray | None) -> Boxes:
         """Reads the boxes of the entry and transforms them to the ego frame."""
         found = self.entry.get("instances")
-        instances = [] if found is None else _typed(found, list, f"{self.name}: instances", "a list of boxes")
+        instances = [] if found is None else typed(found, list, f"{self.name}: instances", "a list of boxes")
         layout = _LAYOUTS.get(self.dataset)
         lacking = ""
         if instances and self.categories is None:
@@ -267,26 +266,26 @@ class InfoSample(NamedTuple):
             instances = []
         box, velocity = np.zeros((len(instances), 7)), np.full((len(instances), 2), np.nan)
         label, valid = np.full(len(instances), -1), np.zeros(len(instances), dtype=bool)
-        for number, item in enumerate(instances):
-            where = f"{self.name}: instances[{number}]"
-            item = _typed(item, Mapping, where, "an object")
-            box[number] = _numbers(item.get("bbox_3d"), f"{where}.bbox_3d", 7)
+        for row, item in enumerate(instances):
+            where = f"{self.name}: instances[{row}]"
+            item = typed(item, Mapping, where, "an object")
+            box[row] = _numbers(item.get("bbox_3d"), f"{where}.bbox_3d", 7)
             if item.get("velocity") is not None:
-                velocity[number] = _numbers(item["velocity"], f"{where}.velocity", 2, allow_nan=True)
-            label[number] = self._label(item.get("bbox_label_3d"), f"{where}.bbox_label_3d")
-            valid[number] = _flag(item.get("bbox_3d_isvalid", True), f"{where}.bbox_3d_isvalid")
-            if np.abs(box[number, :6]).max() > _FARTHEST or abs(box[number, 6]) > _LARGEST_ANGLE:
+                velocity[row] = _numbers(item["velocity"], f"{where}.velocity", 2, allow_nan=True)
+            label[row] = self._label(item.get("bbox_label_3d"), f"{where}.bbox_label_3d")
+            valid[row] = _flag(item.get("bbox_3d_isvalid", True), f"{where}.bbox_3d_isvalid")
+            if np.abs(box[row, :6]).max() > _FARTHEST or abs(box[row, 6]) > _LARGEST_ANGLE:
                 raise DataError(
-                    f"{where}.bbox_3d is {_short(box[number].tolist())}; give metres from the LiDAR and radians"
+                    f"{where}.bbox_3d is {short(box[row].tolist())}; give metres from the LiDAR and radians"
                 )
-            if box[number, 3:6].min() <= 0:
+            if box[row, 3:6].min() <= 0:
                 raise DataError(f"{where}.bbox_3d has a length, width or height that is not above 0; correct it")
-            if np.nan_to_num(np.abs(velocity[number])).max() > _FARTHEST:
-                raise DataError(f"{where}.velocity is {_short(velocity[number].tolist())}; give metres per second")
+            if np.nan_to_num(np.abs(velocity[row])).max() > _FARTHEST:
+                raise DataError(f"{where}.velocity is {short(velocity[row].tolist())}; give metres per second")
         center, size, yaw = box[:, :3], box[:, 3:6], box[:, 6]
         ego_from_box = np.eye(4) if ego_from_lidar is None else ego_from_lidar
         if layout is not None and len(instances):
-            camera = _typed(
+            camera = typed(
                 self.entry["images"].get(layout.box_camera), Mapping, f"{self.name}: images.{layout.box_camera}",
                 "the camera in whose axes the boxes are",
             )  # fmt: skip
@@ -313,7 +312,7 @@ class InfoSample(NamedTuple):
     def _label(self, value: object, where: str) -> int:
         """Returns the index into BOX_CLASSES of a label of the file, -1 for other classes."""
         if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
-            raise DataError(f"{where} is {_short(value)}; give a label of metainfo.categories, or -1")
+            raise DataError(f"{where} is {short(value)}; give a label of metainfo.categories, or -1")
         name = (self.categories or {}).get(int(value), "").lower()
         return BOX_CLASSES.index(name) if name in BOX_CLASSES else -1
 
@@ -337,8 +336,8 @@ def read_info(path: str | Path, sample: int | str = 0) -> InfoSample:
             "update_infos_to_v2.py of mmdet3d"
         )
     if isinstance(content, Mapping) and "data_list" in content:
-        metainfo = _typed(content.get("metainfo", {}), Mapping, f"{path}: metainfo", "an object")
-        entries = _typed(content["data_list"], list, f"{path}: data_list", "a list of samples")
+        metainfo = typed(content.get("metainfo", {}), Mapping, f"{path}: metainfo", "an object")
+        entries = typed(content["data_list"], list, f"{path}: data_list", "a list of samples")
     elif isinstance(content, Mapping) and "images" in content:
         entries = [content]
     elif isinstance(content, list):
@@ -351,7 +350,7 @@ def read_info(path: str | Path, sample: int | str = 0) -> InfoSample:
     index = _index(path, entries, sample)
     name = f"{path}, entry {index}"
     if not isinstance(entries[index], Mapping):
-        raise DataError(f"{name} is {_short(entries[index])}; it must be an object with images")
+        raise DataError(f"{name} is {short(entries[index])}; it must be an object with images")
     assert isinstance(metainfo, Mapping)
     dataset = metainfo.get("dataset", "")
     return InfoSample(
@@ -377,20 +376,20 @@ def _index(path: Path, entries: list, sample: int | str) -> int:
             value = entry.get(key) if isinstance(entry, Mapping) else None
             if isinstance(value, str | int | np.integer) and value in wanted:
                 return index
-    raise DataError(f"{path} has no entry with token or sample_idx {_short(sample)}; give one of its {len(entries)}")
+    raise DataError(f"{path} has no entry with token or sample_idx {short(sample)}; give one of its {len(entries)}")
 
 
 def _categories(path: Path, metainfo: Mapping) -> dict[int, str] | None:
     """Returns the class names by label, None without any."""
     if metainfo.get("categories") is None:
         return None
-    given = _typed(metainfo["categories"], Mapping, f"{path}: metainfo.categories", "labels by class name")
+    given = typed(metainfo["categories"], Mapping, f"{path}: metainfo.categories", "labels by class name")
     names = {}
     for name, label in given.items():
         if not isinstance(name, str) or not isinstance(label, int | np.integer) or isinstance(label, bool):
-            raise DataError(f"{path}: metainfo.categories has {_short(name)}: {_short(label)}; give labels by name")
+            raise DataError(f"{path}: metainfo.categories has {short(name)}: {short(label)}; give labels by name")
         if label >= 0 and int(label) in names:
-            raise DataError(f"{path}: metainfo.categories gives label {_short(label)} twice; give each class its own")
+            raise DataError(f"{path}: metainfo.categories gives label {short(label)} twice; give each class its own")
         if label >= 0:  # classes that are left out have -1
             names[int(label)] = name
     return names
@@ -426,9 +425,9 @@ def load_map_vectors(
     yaw = float(yaw_from_rotation(pose))
     turn = rigid_from_yaw(yaw)[:2, :2]  # global_from_ego in the plane
     lines = []
-    for number, feature in enumerate(_typed(content["features"], list, f"{path}: features", "a list")):
-        where = f"{path}: features[{number}]"
-        kind = _typed(_typed(feature, dict, where, "an object").get("kind"), str, f"{where}.kind", "the kind of a line")
+    for index, feature in enumerate(typed(content["features"], list, f"{path}: features", "a list")):
+        where = f"{path}: features[{index}]"
+        kind = typed(typed(feature, dict, where, "an object").get("kind"), str, f"{where}.kind", "the kind of a line")
         if kind not in _LINE_KINDS:
             continue
         label = LINE_CLASSES.index(_LINE_KINDS[kind])
@@ -470,10 +469,10 @@ def _clockwise(rings: list[np.ndarray], path: Path) -> list[np.ndarray]:
 
 def _polyline(value: object, where: str) -> np.ndarray:
     """Returns points [P, 2] of a list of [x, y] or [x, y, z]."""
-    rows = _typed(value, list, where, "a list of two or more [x, y]")
+    rows = typed(value, list, where, "a list of two or more [x, y]")
     points = np.zeros((len(rows), 2))
-    for number, row in enumerate(rows):
-        points[number] = _numbers(row, f"{where}[{number}]", 2, more=1)[:2]
+    for index, row in enumerate(rows):
+        points[index] = _numbers(row, f"{where}[{index}]", 2, more=1)[:2]
     if len(rows) < 2:
         raise DataError(f"{where} has {len(rows)} points; give two or more [x, y]")
     if np.abs(points).max() > FARTHEST_POSE:
@@ -500,15 +499,9 @@ def _read(path: Path, kind: str, pickles: bool = True) -> Any:
         raise DataError(f"{path} is not valid JSON ({error}): give {kind}") from None
 
 
-def _typed(value: object, kind: type, where: str, wanted: str) -> Any:
-    if not isinstance(value, kind):
-        raise DataError(f"{where} is {_short(value)}; it must be {wanted}")
-    return value
-
-
 def _flag(value: object, where: str) -> bool:
     if not isinstance(value, bool | np.bool_) and not (isinstance(value, int | np.integer) and value in (0, 1)):
-        raise DataError(f"{where} is {_short(value)}; it must be true or false")
+        raise DataError(f"{where} is {short(value)}; it must be true or false")
     return bool(value)
 
 
@@ -517,20 +510,10 @@ def _numbers(value: object, where: str, count: int, *, more: int = 0, allow_nan:
     numbers: list[float] = []
     if isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim == 1):
         if count <= len(value) <= count + more:
-            numbers = [_number(item) for item in value]
+            numbers = [number(item) for item in value]
     if not numbers or not all(np.isfinite(x) or (allow_nan and np.isnan(x)) for x in numbers):
-        raise DataError(f"{where} is {_short(value)}; give {count} finite numbers")
+        raise DataError(f"{where} is {short(value)}; give {count} finite numbers")
     return numbers
-
-
-def _number(value: object) -> float:
-    """Converts a number to float; anything else is infinite."""
-    if isinstance(value, Real) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except OverflowError:
-            return np.inf
-    return np.inf
 
 
 def _matrix(value: object, where: str, *shapes: tuple[int, int]) -> np.ndarray:
@@ -540,11 +523,11 @@ def _matrix(value: object, where: str, *shapes: tuple[int, int]) -> np.ndarray:
         # Lengths are compared before anything is converted: a pickle can nest lists without end in few bytes.
         if len(rows) == height and all(isinstance(r, list | tuple | np.ndarray) and np.ndim(r[:0]) == 1 for r in rows):
             if all(len(row) == width for row in rows):
-                matrix = np.array([[_number(x) for x in row] for row in rows])
+                matrix = np.array([[number(x) for x in row] for row in rows])
                 if np.isfinite(matrix).all():
                     return matrix
     wanted = " or ".join(f"{height} x {width}" for height, width in shapes)
-    raise DataError(f"{where} must be {wanted} finite numbers; it is {_short(value)}")
+    raise DataError(f"{where} must be {wanted} finite numbers; it is {short(value)}")
 
 
 def _rigid(value: object, where: str) -> np.ndarray:
@@ -560,7 +543,7 @@ def _pinhole(value: object, where: str) -> tuple[np.ndarray, np.ndarray]:
     """
     matrix = _matrix(value, where, (3, 3), (3, 4), (4, 4))
     if len(matrix) == 4 and (matrix[3] != (0, 0, 0, 1)).any():
-        raise DataError(f"{where} has {_short(matrix[3].tolist())} as its last row; give 0 0 0 1")
+        raise DataError(f"{where} has {short(matrix[3].tolist())} as its last row; give 0 0 0 1")
     img_from_cam, offset = matrix[:3, :3], np.eye(4)
     if matrix.shape[1] == 4 and matrix[:3, 3].any():
         try:
@@ -583,16 +566,3 @@ def _renamed(prefix: str, names: Mapping[str, str], check: Any, *arguments: obje
 
 def _warn(text: str) -> None:
     warnings.warn(text, PerceptionWarning, stacklevel=3)
-
-
-def _short(value: object) -> str:
-    """Formats a value for an error message, in one line of at most 60 characters."""
-    if value is None:
-        return "missing"
-    if not isinstance(value, str | bytes | bool | int | float | list | tuple | dict | np.number | np.bool_):
-        return f"of type {type(value).__name__}"
-    try:
-        text = " ".join(reprlib.repr(value).split())
-    except Exception:  # the representation of an array in a list may fail, for example of text out of range
-        return f"of type {type(value).__name__}"
-    return text if len(text) <= 60 else text[:57] + "..."
