@@ -150,8 +150,8 @@ def test_damaged_metadata_gets_a_sentence(small_network, tmp_path):
         ({"channels": True}, "channels is true"), ({"channels": -16}, "channels is -16"),
         ({"channels": 10**12}, "channels is 1000000000000"), ({"grid": (10**5, 10**5)}, "grid is"),
         ({"grid": (20, 0)}, "grid is"), ({"x_range": (51.2, -51.2)}, r"x_range is \[51.2, -51.2\]"),
-        ({"heights": (0.0, float("nan"), 2.0)}, "heights is nan"), ({"lane_range": (60.0, -30.0)}, "lane_range is"),
-        ({"chanels": 16}, "BEVTransformerConfig has no chanels"), ({"backbone": "vgg"}, "does not fit this version"),
+        ({"heights": (0.0, float("nan"), 2.0)}, "heights is NaN"), ({"lane_range": (60.0, -30.0)}, "lane_range is"),
+        ({"chanels": 16}, 'Config has no "chanels"'), ({"backbone": "vgg"}, "does not fit this version"),
         ({"heads": 0}, "does not fit this version"), ({"image_size": 40}, "image_size is 40"),
     ):  # fmt: skip
         faults[json.dumps(asdict(config) | changes)] = message
@@ -159,7 +159,7 @@ def test_damaged_metadata_gets_a_sentence(small_network, tmp_path):
         with pytest.raises(CheckpointError, match=message) as caught:
             load_model(rewritten(path, config=text))
         assert "\n" not in str(caught.value)
-    with pytest.raises(CheckpointError, match="architecture 'resnet' is unknown"):
+    with pytest.raises(CheckpointError, match='architecture "resnet" is unknown'):
         load_model(rewritten(path, architecture="resnet"))
     for metrics in (None, "7", "nan", "{"):
         with pytest.raises(CheckpointError, match="metadata metrics is not a JSON object"):

@@ -128,7 +128,7 @@ def test_bad_split_files(tmp_path):
         "broken.json": (b'["a",', "not valid JSON"),
         "dict.json": (b'{"train": ["a"]}', "not a JSON list"),
         "numbers.json": (b"[1, 2]", "not a JSON list"),
-        "unknown.txt": (b"a\nb\nx\n", r"lists 1 of 3 scenes that .*scene\.json lacks, such as x"),
+        "unknown.txt": (b"a\nb\nx\n", r'lists 1 of 3 scenes that .*scene\.json lacks, such as "x"'),
     }
     for name, (content, message) in contents.items():
         if content is not None:
@@ -161,9 +161,9 @@ def test_training_and_evaluation_resolve_a_split_alike(positions_root, tmp_path)
     assert len(split_tokens(nusc, tmp_path / "listed.txt")) == 2
     refused = {
         "val": r"split val is an official one.* ending in trainval, not for v1\.0-positions; list your scenes under",
-        "mini_val": "ending in mini", "test": "ending in test", "empty": "holds no scene of split 'empty'",
-        "elsewhere": "holds no scene", "far": "no split 'far': known are \\['elsewhere', 'empty', 'far_val', 'val'\\]",
-        tmp_path / "unknown.txt": "such as val-c",
+        "mini_val": "ending in mini", "test": "ending in test", "empty": 'holds no scene of split "empty"',
+        "elsewhere": "holds no scene", "far": 'no split "far"; known are "elsewhere", "empty", "far_val", "val"',
+        tmp_path / "unknown.txt": 'such as "val-c"',
     }  # fmt: skip
     for split, message in refused.items():
         for resolve in (
@@ -196,7 +196,7 @@ def test_dataset_of_a_split_file(hand_root, tmp_path):
     listed.write_text("hand-0\n")
     assert tokens(listed) == ["s0-0", "s0-1", "s0-2"]  # a changed file of the same name is read again
     listed.write_text("hand-0\nhand-7\n")
-    with pytest.raises(DataError, match="such as hand-7"):
+    with pytest.raises(DataError, match='such as "hand-7"'):
         tokens(listed)
 
 
@@ -397,7 +397,7 @@ def test_the_script_measures(positions_root, tmp_path, monkeypatch, capsys):
     assert record["train"] == "far_train" and record["all"]["share_within_m"]["20"] == 0.5
     assert Image.open(tmp_path / "out" / "a.png").format == "PNG"
     assert call(monkeypatch, *common, "--val", "far_away") == 2
-    assert "has no split 'far_away'" in capsys.readouterr().err
+    assert 'has no split "far_away"' in capsys.readouterr().err
     assert call(monkeypatch, *common, "--val", "far_val", "--out", tmp_path / "a.pdf") == 2
     assert "ends in .png" in capsys.readouterr().err
 

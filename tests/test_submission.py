@@ -304,7 +304,7 @@ def test_a_mistake_in_lanes_names_file_and_field(tmp_path, path, value, said):
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [
-        (["results", "t1", 0, "sample_token"], "t2", 'sample_token is "t2"; it must be its key, t1'),
+        (["results", "t1", 0, "sample_token"], "t2", 'sample_token is "t2"; it must be its key, "t1"'),
         (["results", "t1", 0, "translation"], [1, 2], "translation is [1, 2]; it must be a list of 3 numbers"),
         (["results", "t1", 0, "rotation"], [1, 0, 0, None], "rotation is null or missing; it must be a finite number"),
         (

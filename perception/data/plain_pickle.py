@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+_LAST_CHARACTER = 0x10FFFF
 _KINDS = "biufcSU"  # of dtypes: bool, numbers, text; an array of objects could hold anything
 
 
@@ -49,6 +50,9 @@ def _elements(data: object, dtype: object, shape: object, order: object = "C") -
         raise pickle.UnpicklingError("the shape of an array is not one of whole numbers")
     if prod(shape) * dtype.dtype.itemsize != len(data) or dtype.dtype.itemsize == 0:
         raise pickle.UnpicklingError(f"an array of shape {shape} and {dtype.dtype} does not have {len(data)} bytes")
+    characters = np.dtype(f"{dtype.dtype.byteorder}u4")
+    if dtype.dtype.kind == "U" and (np.frombuffer(data, characters) > _LAST_CHARACTER).any():
+        raise pickle.UnpicklingError("an array of text holds numbers that are no characters")
     return np.frombuffer(bytes(data), dtype.dtype).reshape(shape, order="F" if order == "F" else "C")
 
 

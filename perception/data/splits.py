@@ -14,6 +14,7 @@ from pathlib import Path
 
 from perception.errors import DataError
 from perception.files import replacing
+from perception.reading import short
 
 
 def is_split_file(split: str | Path) -> bool:
@@ -85,14 +86,16 @@ def split_scenes(split: str | Path, tables: Path, known: Collection[str]) -> lis
         if unknown := [name for name in names if name not in known]:
             raise DataError(
                 f"split file {split} lists {len(unknown)} of {len(names)} scenes that {tables / 'scene.json'} lacks, "
-                f"such as {unknown[0]}; remove them or give the version that they belong to"
+                f"such as {short(unknown[0])}; remove them or give the version that they belong to"
             )
     else:
         names = _named_scenes(str(split), tables)
     wanted = set(names)
     found = [name for name in known if name in wanted]
     if not found:
-        raise DataError(f"{tables / 'scene.json'} holds no scene of split '{split}': give another split or version")
+        raise DataError(
+            f"{tables / 'scene.json'} holds no scene of split {short(str(split))}: give another split or version"
+        )
     return found
 
 
@@ -115,7 +118,7 @@ def _named_scenes(split: str, tables: Path) -> list[str]:
     custom = _custom_splits(path)
     if split not in custom:
         usable = sorted(custom.keys() | {name for name, end in versions.items() if tables.name.endswith(end)})
-        raise DataError(f"{path} has no split '{split}': known are {usable}")
+        raise DataError(f"{path} has no split {short(split)}; known are {', '.join(map(short, usable))}")
     return custom[split]
 
 

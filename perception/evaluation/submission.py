@@ -107,7 +107,7 @@ def read_submission(path: str | os.PathLike[str]) -> LaneSubmission | DetectionS
             raise DataError(f"{path}: field {field} is missing; a submission holds meta and results")
         typed(content[field], dict, f"{path}: field {field}", "an object")
     for token, entries in content["results"].items():
-        where = f"{path}: results.{token}"
+        where = f"{path}: results.{token[:60]}"
         for index, entry in enumerate(typed(entries, list, where, "a list, empty if nothing is predicted")):
             typed(entry, dict, f"{where}[{index}]", "an object")
     entries = (entry for found in content["results"].values() for entry in found)
@@ -120,7 +120,7 @@ def read_submission(path: str | os.PathLike[str]) -> LaneSubmission | DetectionS
             f'metres) and write "frame": "{FRAME}"'
         )
     results = {
-        token: [_line(entry, f"{path}: results.{token}[{index}]") for index, entry in enumerate(found)]
+        token: [_line(entry, f"{path}: results.{token[:60]}[{index}]") for index, entry in enumerate(found)]
         for token, found in content["results"].items()
     }
     return LaneSubmission(path, content["meta"], results)
@@ -195,12 +195,16 @@ def _checked_boxes(path: Path, content: dict[str, Any]) -> DetectionSubmission:
     results: dict[str, list[dict[str, Any]]] = {}
     for token, boxes in content["results"].items():
         if len(boxes) > _MAX_BOXES:
-            raise DataError(f"{path}: results.{token} has {len(boxes)} boxes; keep the {_MAX_BOXES} best of a sample")
+            raise DataError(
+                f"{path}: results.{token[:60]} has {len(boxes)} boxes; keep the {_MAX_BOXES} best of a sample"
+            )
         results[token] = []
         for index, box in enumerate(boxes):
-            where = f"{path}: results.{token}[{index}]"
+            where = f"{path}: results.{token[:60]}[{index}]"
             if _field(box, "sample_token", where) != token:
-                raise DataError(f"{where}.sample_token is {short(box['sample_token'])}; it must be its key, {token}")
+                raise DataError(
+                    f"{where}.sample_token is {short(box['sample_token'])}; it must be its key, {short(token)}"
+                )
             if "num_pts" in box:
                 points = box["num_pts"]
                 if isinstance(points, bool) or not isinstance(points, int):

@@ -20,6 +20,7 @@ from perception.errors import CheckpointError, ConfigError
 from perception.files import replacing
 from perception.models import NETWORKS, Network, NetworkConfig, build_network, network_name
 from perception.models.base import dataclass_for
+from perception.reading import short
 from perception.types import LaneRange
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"  # shipped with the library
@@ -108,7 +109,9 @@ def load_model(name_or_path: str | Path, device: str | torch.device = "cpu") -> 
     tensors = {name: t.float() if t.dtype == torch.float16 else t for name, t in tensors.items()}
     architecture = metadata.get("architecture", "bev_transformer")
     if architecture not in NETWORKS:
-        raise CheckpointError(f"{path}: architecture {architecture!r} is unknown to this version; use a newer version")
+        raise CheckpointError(
+            f"{path}: architecture {short(architecture)} is unknown to this version; use a newer version"
+        )
     try:
         config = _config(NETWORKS[architecture][0], _json(path, metadata, "config"))
         with torch.device("meta"):  # without memory, because a damaged config may ask for any amount of it
@@ -159,7 +162,9 @@ def _read(path: Path, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str
         reason = str(error).splitlines() or [type(error).__name__]
         raise CheckpointError(f"{path}: not a readable safetensors file ({reason[0]}); write it again") from None
     if metadata.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format is {metadata.get('format')!r}, not {FORMAT!r}; train or import it again")
+        raise CheckpointError(
+            f"{path}: format is {short(metadata.get('format'))}, not {FORMAT}; train or import it again"
+        )
     return content, metadata
 
 
@@ -188,7 +193,7 @@ def _config(kind: type, values: Mapping[str, Any]) -> Any:
     """
     hints = get_type_hints(kind)
     if unknown := sorted(values.keys() - {field.name for field in fields(kind)}):
-        raise TypeError(f"{kind.__name__} has no {unknown[0]}")
+        raise TypeError(f"{kind.__name__} has no {short(unknown[0])}")
     return kind(**{key: _of_type(key, value, hints[key]) for key, value in values.items()})
 
 
@@ -206,27 +211,27 @@ def _of_type(key: str, value: Any, hint: Any) -> Any:
             if inner and len(inner) == len(value):
                 items = tuple(_of_type(key, item, part) for item, part in zip(value, inner, strict=True))
                 if inner == (int, int) and not (min(items) > 0 and math.prod(items) <= _MOST_CELLS):
-                    raise ValueError(f"{key} is {value}")
+                    raise ValueError(f"{key} is {short(value)}")
                 if key.endswith("_range") and len(items) in (2, 6) and kind is not LaneRange:
                     half = len(items) // 2
                     if not all(low < high for low, high in zip(items[:half], items[half:], strict=True)):
-                        raise ValueError(f"{key} is {value}")
+                        raise ValueError(f"{key} is {short(value)}")
                 if kind is LaneRange and min(items) <= 0:
-                    raise ValueError(f"{key} is {value}")
+                    raise ValueError(f"{key} is {short(value)}")
                 return LaneRange(*items) if kind is LaneRange else items
     elif value is None and type(None) in kinds:
         return None
     elif type(value) is int and int in kinds:
         if not 0 <= value <= _LARGEST:
-            raise ValueError(f"{key} is {value}")
+            raise ValueError(f"{key} is {short(value)}")
         return value
     elif type(value) in (int, float) and float in kinds:
         if not abs(value) <= _LARGEST:
-            raise ValueError(f"{key} is {value}")
+            raise ValueError(f"{key} is {short(value)}")
         return float(value)
     elif type(value) in kinds:
         return value
-    raise TypeError(f"{key} is {json.dumps(value)[:60]}")
+    raise TypeError(f"{key} is {short(value)}")
 
 
 def import_published(path: str | Path) -> Network:
