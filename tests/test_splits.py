@@ -260,6 +260,16 @@ def test_a_sample_without_a_position_is_an_error(positions_root):
     nusc.ego_pose[0]["translation"] = [float("nan"), 0, 0]
     with pytest.raises(DataError, match="sample train-a-0 has no LIDAR_TOP keyframe with an ego_pose"):
         read_keyframes(nusc)
+    nusc.ego_pose[0]["translation"] = [1e12, 0, 0]
+    with pytest.raises(DataError, match=r"finite translation, at most 1e\+08 m"):
+        read_keyframes(nusc)
+    nusc.ego_pose[0]["translation"] = [0, 0, 0]
+    nusc.sample[0]["scene_token"] = "gone"
+    with pytest.raises(DataError, match=r"sample train-a-0 has a scene_token that scene\.json lacks"):
+        read_keyframes(nusc)
+    nusc.scene.clear()
+    with pytest.raises(DataError, match="has no scene; give the version"):
+        read_keyframes(nusc)
     nusc = load_tables(positions_root, "v1.0-positions")
     nusc.sample.pop()
     nusc.sample.pop()
@@ -357,6 +367,7 @@ def test_left_out_scenes_keep_their_limit_in_a_dense_town():
         ({"min_distance": float("nan")}, "min_distance is nan"),
         ({"val_share": 0.0}, "val_share is 0.0"),
         ({"max_left_out": 1.0}, "max_left_out is 1.0"),
+        ({"seed": -1}, "seed is -1"),
     ],
 )
 def test_numbers_out_of_range(wrong, message):
