@@ -80,7 +80,7 @@ def info_tree() -> dict:
     box = {"bbox_3d": [10.0, 2, 0, 4, 2, 1.5, 0.1], "bbox_label_3d": 0, "velocity": [1.0, math.nan]}
     box |= {"bbox_3d_isvalid": True, "num_lidar_pts": 4}
     camera = {"img_path": "a.png", "cam2img": INTRINSICS, "cam2ego": POSE, "height": 16, "width": 24}
-    with_lidar = {"img_path": "a.png", "cam2img": INTRINSICS, "lidar2cam": np.eye(4).tolist()}
+    with_lidar = {"img_path": "a.png", "cam2img": INTRINSICS, "lidar2cam": (np.linalg.inv(POSE) @ lidar).tolist()}
     entry = {
         "token": "t",
         "sample_idx": 3,
