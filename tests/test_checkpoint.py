@@ -8,8 +8,10 @@ import safetensors.torch
 import torch
 
 from perception.cli.import_checkpoint import main as import_checkpoint
+from perception.engine.weights import load_weights
 from perception.errors import CheckpointError
 from perception.models import NETWORKS, preset_config
+from perception.models.backbone import read_backbone_weights
 from perception.models.checkpoint import (
     _config,
     import_published,
@@ -17,8 +19,8 @@ from perception.models.checkpoint import (
     load_model,
     read_metrics,
     save_checkpoint,
-    state_dict_of,
 )
+from perception.models.foreign import state_dict_of
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +111,10 @@ def test_what_is_no_checkpoint_is_named(published, tmp_path):
     for message, datas in contents.items():
         for data in datas:
             (tmp_path / "bad.pth").write_bytes(data)
-            with pytest.raises(CheckpointError, match=message) as caught:
-                import_published(tmp_path / "bad.pth")
-            assert "\n" not in str(caught.value) and str(caught.value).startswith(str(tmp_path / "bad.pth"))
+            for read in (import_published, read_backbone_weights):
+                with pytest.raises(CheckpointError, match=message) as caught:
+                    read(tmp_path / "bad.pth")
+                assert "\n" not in str(caught.value) and str(caught.value).startswith(str(tmp_path / "bad.pth"))
     for content in ([1], {}, {"state_dict": {}}, {"state_dict": {"a": 3}}, {"state_dict": {3: torch.zeros(1)}}, 7):
         torch.save(content, tmp_path / "bad.pth")
         with pytest.raises(CheckpointError, match="holds no state dict"):
@@ -180,3 +183,10 @@ def test_weights_that_are_not_finite_or_of_another_type_are_named(small_network,
         safetensors.torch.save_file(tensors | {name: change(tensors[name])}, path, metadata)
         with pytest.raises(CheckpointError, match=f"{name} .*{message}"):
             load_model(path)
+    training = {f"core.{key}": tensor for key, tensor in small_network.state_dict().items()}
+    torch.save({"state_dict": training}, tmp_path / "epoch_1.pth")
+    assert load_weights(tmp_path / "epoch_1.pth", small_network.config).config == small_network.config
+    training[f"core.{name}"] = tensors[name].clone().fill_(float("nan"))
+    torch.save({"state_dict": training}, tmp_path / "epoch_1.pth")
+    with pytest.raises(CheckpointError, match=rf"epoch_1\.pth: {name} holds numbers that are not finite"):
+        load_weights(tmp_path / "epoch_1.pth", small_network.config)

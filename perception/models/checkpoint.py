@@ -20,6 +20,7 @@ from perception.errors import CheckpointError, ConfigError
 from perception.files import replacing
 from perception.models import NETWORKS, Network, NetworkConfig, build_network, network_name
 from perception.models.base import dataclass_for
+from perception.models.foreign import check_finite, read_state_dict
 from perception.reading import short
 from perception.types import LaneRange
 
@@ -119,7 +120,7 @@ def load_model(name_or_path: str | Path, device: str | torch.device = "cpu") -> 
     except Exception as error:  # a network may raise anything for values that it was not made for
         reason = str(error).splitlines() or [type(error).__name__]
         raise CheckpointError(f"{path}: config does not fit this version ({reason[0]}); train it again") from None
-    _check_fits(outline, tensors, path)
+    check_fits(outline, tensors, path)
     model = build_network(config)
     model.load_state_dict(tensors)
     return on_device(model, device)
@@ -239,7 +240,7 @@ def import_published(path: str | Path) -> Network:
 
     Args:
         path: `.pth` file of a state dict with the published keys, alone or as training codes nest and wrap it, see
-            `state_dict_of`. Weights in half precision become float32.
+            `perception.models.foreign.state_dict_of`. Weights in half precision become float32.
 
     Returns:
         The network in evaluation mode. `preset_name(network.config)` is the name of the published network.
@@ -250,20 +251,9 @@ def import_published(path: str | Path) -> Network:
     """
     path = Path(path)
     _check_exists(path, "a .pth file of the published code")
-    _check_start(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling an arbitrary file may raise anything
-        if isinstance(error, EOFError) or any(sign in str(error) for sign in _TRUNCATED):
-            raise CheckpointError(f"{path}: is truncated; copy or download it again") from None
-        raise CheckpointError(
-            f"{path}: not readable as plain tensors ({type(error).__name__}); only files that torch.load reads with "
-            "weights_only=True are accepted, so save the state dict alone where the file was made"
-        ) from None
-    weights = state_dict_of(content)
-    if not weights:
-        raise CheckpointError(f"{path}: holds no state dict; give a .pth file of the published code")
-    weights = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in weights.items()}
+    if path.suffix == ".safetensors":
+        raise CheckpointError(f"{path}: is a safetensors file; give the .pth file of the published code")
+    weights = read_state_dict(path)
     mismatches = {}
     for name, config, prefixes in _published():
         tensors = {library_key(key, prefixes): tensor for key, tensor in weights.items()}
@@ -271,7 +261,7 @@ def import_published(path: str | Path) -> Network:
             outline = build_network(config)
         mismatches[name] = mismatched_keys(outline, tensors)
         if not mismatches[name]:
-            _check_fits(outline, tensors, path)
+            check_fits(outline, tensors, path)
             model = build_network(config)
             model.load_state_dict(tensors)
             return model.eval()
@@ -280,65 +270,6 @@ def import_published(path: str | Path) -> Network:
         f"{path}: is none of {', '.join(mismatches)}; nearest is {nearest}, with {len(mismatches[nearest])} keys that "
         f"are missing, left over or of another shape, the first {mismatches[nearest][0]}"
     )
-
-
-_TRUNCATED = ("central directory", "EOF", "truncated", "Ran out of input", "corrupt")  # words of torch's errors
-
-
-def _check_start(path: Path) -> None:
-    """Checks that a file does not start like something else than a checkpoint that people download by mistake.
-
-    Raises:
-        CheckpointError: it does, or it cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            start = file.read(512).lstrip()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); make it readable") from None
-    if not start:
-        raise CheckpointError(f"{path}: is empty; copy or download it again")
-    if start.startswith(b"<"):
-        raise CheckpointError(f"{path}: is a web page; download the file behind the link, not the page that shows it")
-    if start.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{path}: is a pointer of Git LFS; fetch the file with `git lfs pull`")
-    if path.suffix == ".safetensors":
-        raise CheckpointError(f"{path}: is a safetensors file; give the .pth file of the published code")
-
-
-_NESTS = ("state_dict", "model_state_dict", "model", "network", "net", "ema_state_dict", "ema")
-_WRAPPERS = ("module.", "_orig_mod.", "model.", "network.", "ema_model.", "ema_module.", "ema_", "ema.")
-
-
-def state_dict_of(content: object) -> dict[str, Tensor]:
-    """Finds the state dict in the content of a checkpoint and removes what wrappers add to its keys.
-
-    The state dict may lie under the names of `_NESTS`, also several levels deep. Prefixes of DataParallel,
-    torch.compile and averaged models are removed if all keys have them. Averaged copies next to the weights, which
-    mmcv's EMA hook registers as `ema_` and the key with underscores, are left out: mmcv swaps them with the weights
-    before it saves.
-
-    Returns:
-        Tensors by key, empty if there is no state dict.
-    """
-    for _ in range(4):
-        if not isinstance(content, dict):
-            return {}
-        nest = next((name for name in _NESTS if isinstance(content.get(name), dict)), None)
-        if nest is None:
-            break
-        content = content[nest]
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        return {}
-    if not all(isinstance(tensor, Tensor) and tensor.layout == torch.strided for tensor in content.values()):
-        return {}
-    weights = dict(content)
-    if any(key.startswith("module.") for key in weights):
-        weights.pop("steps", None)  # the counter of mmengine's averaged models
-    while prefix := next((p for p in _WRAPPERS if weights and all(key.startswith(p) for key in weights)), ""):
-        weights = {key.removeprefix(prefix): tensor for key, tensor in weights.items()}
-    copies = {f"ema_{key.replace('.', '_')}" for key in weights}
-    return {key: tensor for key, tensor in weights.items() if key not in copies}
 
 
 def _published() -> Iterator[tuple[str, NetworkConfig, Mapping[str, str]]]:
@@ -372,7 +303,7 @@ def mismatched_keys(model: Network, tensors: Mapping[str, Tensor]) -> list[str]:
     ]
 
 
-def _check_fits(outline: Network, tensors: Mapping[str, Tensor], path: Path) -> None:
+def check_fits(outline: Network, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Checks that tensors are the weights of a network: their keys, shapes and types, and that they are finite.
 
     Args:
@@ -391,8 +322,4 @@ def _check_fits(outline: Network, tensors: Mapping[str, Tensor], path: Path) -> 
     for name, tensor in tensors.items():
         if tensor.dtype != needed[name].dtype:
             raise CheckpointError(f"{path}: {name} is {tensor.dtype}, not {needed[name].dtype}; write the file again")
-        if not tensor.isfinite().all():
-            raise CheckpointError(
-                f"{path}: {name} holds numbers that are not finite, as after a training that diverged; give an earlier "
-                "checkpoint"
-            )
+    check_finite(tensors, path)
