@@ -40,19 +40,23 @@ def damage_tree(tree: object, rng: random.Random, strange: tuple = STRANGE) -> o
         ways = list(places(tree))
         if not ways:
             return rng.choice(strange)
-        # First a depth, so that the many numbers of arrays do not hide the few fields above them.
-        depth = rng.choice(sorted({len(way) for way in ways}))
-        way = rng.choice([way for way in ways if len(way) == depth])
+        # First a field, so that the many numbers of arrays do not hide the few fields around them.
+        kinds = {tuple(key if isinstance(key, str) else None for key in way): way for way in ways}
+        kind = rng.choice(sorted(kinds, key=repr))
+        way = rng.choice([w for w in ways if tuple(key if isinstance(key, str) else None for key in w) == kind])
         parent, key = at(tree, way[:-1]), way[-1]
         value = parent[key]
+        if type(value) in (int, float) and abs(value) < 1e100 and rng.random() < 0.6:
+            scaled = (-value, value * 1000, value / 1000, value + 1, int(value), value * 1e200, value * 1e20, 0)
+            parent[key] = rng.choice(scaled)
+            continue
         match rng.randrange(9):
             case 0:
                 del parent[key]
             case 1 | 2:
                 parent[key] = copy.deepcopy(rng.choice(strange))
-            case 3 if type(value) in (int, float) and abs(value) < 1e100:
-                scaled = (-value, value * 1000, value / 1000, value + 1, int(value), str(value), value * 1e200)
-                parent[key] = rng.choice(scaled)
+            case 3:
+                parent[key] = str(value)
             case 4:
                 parent[key] = copy.deepcopy(at(tree, rng.choice(ways)))
             case 5 if isinstance(parent, list):
