@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from perception.cli.predict import main as predict
 from perception.data.infos import load_map_vectors, read_info
 from perception.data.nuscenes import NUSCENES_CAMERAS
 from perception.errors import DataError, PerceptionError, PerceptionWarning
-from perception.geometry import box_corners, invert_rigid, project_points, transform_points, wrap_angle
+from perception.geometry import box_corners, invert_rigid, project_points, rigid_from_yaw, transform_points, wrap_angle
 from perception.types import BOX_CLASSES, LINE_CLASSES
 
 SIZE = (450, 800)
@@ -237,6 +238,28 @@ def test_images_are_found_below_the_data_prefix(tmp_path):
         entry["images"]["front"]["img_path"] = bad
         with pytest.raises(DataError, match=r"images\.front\.img_path"):
             read_info(write(path, entry)).clip(image_size=SMALL)
+
+
+def test_camera_names_are_no_paths(tmp_path):
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", SMALL[::-1]).save(tmp_path / "secret.png")
+    for name in ("../..", "..", "/camera/front"):
+        entry = {"images": {name: {"img_path": "secret.png", "cam2img": INTRINSICS, "cam2ego": FORWARD}}}
+        info = read_info(write(tmp_path / "data" / "a.json", entry))
+        assert info.cameras == (name,)
+        with pytest.raises(DataError, match=r'"secret\.png" is missing in'):
+            info.clip(image_size=SMALL)
+
+
+def test_poses_that_contradict_each_other_are_named(tmp_path):
+    entry = own_entry(tmp_path) | {"lidar_points": {"lidar2ego": np.eye(4).tolist()}}
+    for move, turn, named in ((2.0, 8.0, False), (3.5, 0.0, True), (0.0, 12.0, True)):
+        pose = rigid_from_yaw(np.radians(turn), (move, 0, 0)) @ np.array(FORWARD)
+        entry["images"]["front"]["lidar2cam"] = np.linalg.inv(pose).tolist()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", PerceptionWarning)
+            read_info(write(tmp_path / "a.json", entry)).clip(image_size=SMALL)
+        assert named == any("more than the car moves between two exposures" in str(w.message) for w in caught)
 
 
 CALIBRATION_FAULTS = {

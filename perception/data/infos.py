@@ -45,6 +45,8 @@ _LINE_KINDS = {"lane_divider": "divider", "road_divider": "divider", "drivable_b
 
 _FARTHEST = 1000.0  # metres from the car, and metres or metres per second of a box
 _LARGEST_ANGLE = 100.0  # radians; angles of boxes are within a few turns
+# Metres and degrees by which a car moves between the exposures of its LiDAR and a camera.
+_LARGEST_MOVE, _LARGEST_TURN = 3.0, 10.0
 
 
 class _Layout(NamedTuple):
@@ -199,12 +201,25 @@ class InfoSample(NamedTuple):
         """Returns img_from_cam [3, 3] of the stored image, and ego_from_cam [4, 4]."""
         camera, where = self.entry["images"][name], f"{self.name}: images.{name}"
         img_from_cam, cam_from_rig = _pinhole(camera.get("cam2img"), f"{where}.cam2img")
+        by_lidar = by_ego = None
         if camera.get("lidar2cam") is not None and ego_from_lidar is not None:
             cam_from_lidar = cam_from_rig @ _rigid(camera["lidar2cam"], f"{where}.lidar2cam")
-            return img_from_cam, ego_from_lidar @ invert_rigid(cam_from_lidar)
+            by_lidar = ego_from_lidar @ invert_rigid(cam_from_lidar)
         if camera.get("cam2ego") is not None:
-            return img_from_cam, _rigid(camera["cam2ego"], f"{where}.cam2ego") @ invert_rigid(cam_from_rig)
-        raise DataError(f"{where} has no pose; give cam2ego, or lidar2cam and lidar_points.lidar2ego")
+            by_ego = _rigid(camera["cam2ego"], f"{where}.cam2ego") @ invert_rigid(cam_from_rig)
+        if by_lidar is not None and by_ego is not None:
+            apart = float(np.linalg.norm(by_lidar[:3, 3] - by_ego[:3, 3]))
+            cosine = (np.trace(by_lidar[:3, :3].T @ by_ego[:3, :3]) - 1) / 2
+            angle = float(np.degrees(np.arccos(np.clip(cosine, -1, 1))))
+            if apart > _LARGEST_MOVE or angle > _LARGEST_TURN:
+                _warn(
+                    f"{where}: cam2ego and the pose by lidar2cam and lidar2ego are {apart:.1f} m and {angle:.0f} "
+                    "degrees apart, more than the car moves between two exposures; lidar2cam is used, remove the wrong "
+                    "one"
+                )
+        if by_lidar is None and by_ego is None:
+            raise DataError(f"{where} has no pose; give cam2ego, or lidar2cam and lidar_points.lidar2ego")
+        return img_from_cam, by_ego if by_lidar is None else by_lidar
 
     def _image_path(self, name: str, data_prefix: Mapping[str, str] | None) -> Path:
         """Returns the path of the image of a camera."""
@@ -219,9 +234,11 @@ class InfoSample(NamedTuple):
         if data_prefix is not None:
             folders = [data_prefix.get(name, data_prefix.get("img", ""))]
         else:
-            folders = ["", f"samples/{name}"]
-            if layout := _LAYOUTS.get(self.dataset):
-                folders += [f"{part}/{layout.folders.get(name, name)}" for part in ("training", "testing")]
+            folders = [""]
+            if len(PurePath(name).parts) == 1 and name != "..":  # names may have any characters
+                folders.append(f"samples/{name}")
+            if (layout := _LAYOUTS.get(self.dataset)) and name in layout.folders:
+                folders += [f"{part}/{layout.folders[name]}" for part in ("training", "testing")]
         paths = [self.path.parent / folder / image for folder in folders]
         try:
             found = next((path for path in paths if path.is_file()), None)
