@@ -217,9 +217,10 @@ class InfoSample(NamedTuple):
                     "degrees apart, more than the car moves between two exposures; lidar2cam is used, remove the wrong "
                     "one"
                 )
-        if by_lidar is None and by_ego is None:
+        pose = by_ego if by_lidar is None else by_lidar
+        if pose is None:
             raise DataError(f"{where} has no pose; give cam2ego, or lidar2cam and lidar_points.lidar2ego")
-        return img_from_cam, by_ego if by_lidar is None else by_lidar
+        return img_from_cam, pose
 
     def _image_path(self, name: str, data_prefix: Mapping[str, str] | None) -> Path:
         """Returns the path of the image of a camera."""
