@@ -3,18 +3,22 @@
 import json
 import pickle
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import shapely
 import torch
 from PIL import Image
+from test_bevformer import SMALL as SMALL_BEVFORMER
 
 from perception.cli.predict import main as predict
 from perception.data.infos import load_map_vectors, read_info
 from perception.data.nuscenes import NUSCENES_CAMERAS
 from perception.errors import DataError, PerceptionError, PerceptionWarning
 from perception.geometry import box_corners, invert_rigid, project_points, rigid_from_yaw, transform_points, wrap_angle
+from perception.models.bevformer.model import BEVFormer
+from perception.models.checkpoint import save_checkpoint
 from perception.types import BOX_CLASSES, LINE_CLASSES
 
 SIZE = (450, 800)
@@ -482,7 +486,9 @@ def test_predict_takes_cameras_of_any_name(tmp_path, capsys):
     predict([*arguments, "--sample", "t-1", "--map-vectors", str(lines), "--json", str(tmp_path / "a.json")])
     assert (tmp_path / "a.png").stat().st_size > 1000 and "boxes" in json.loads((tmp_path / "a.json").read_text())
     assert "lines" in capsys.readouterr().out
+    save_checkpoint(tmp_path / "six.safetensors", BEVFormer(replace(SMALL_BEVFORMER, cameras=6)), {})
     for more, message in (
+        (["--checkpoint", str(tmp_path / "six.safetensors")], r"entry 0 has 2 cameras, and .*six\.safetensors takes 6"),
         (["--sample", "t-1", "--index", "1"], "leave one out"), (["--split", "val"], "--split belongs to --dataroot"),
         (["--map-vectors", str(lines)], "ego2global must be 4 x 4"), (["--index", "2"], "entry 2 does not exist"),
     ):  # fmt: skip

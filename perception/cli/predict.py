@@ -52,9 +52,16 @@ def predict_info(model, arguments):
     """As `predict_sample`, of an entry of an info file."""
     from perception.data.infos import load_map_vectors, read_info
     from perception.data.loader import collate, pad_lines
+    from perception.errors import DataError
     from perception.inference.sequence import run_sequence
 
     info = read_info(arguments.info, arguments.sample or arguments.index or 0)
+    wanted = model.config.cameras
+    if wanted is not None and len(info.cameras) != wanted:
+        raise DataError(
+            f"{info.name} has {len(info.cameras)} cameras, and {arguments.checkpoint} takes {wanted}; give weights "
+            "that take any number, such as nano"
+        )
     clip = info.clip(image_size=model.config.image_size, data_prefix=prefixes(arguments.data_prefix))
     if arguments.map_vectors:
         lines = pad_lines([load_map_vectors(arguments.map_vectors, info.global_from_ego())], 100)
