@@ -40,7 +40,7 @@ from perception.types import BOX_CLASSES, LINE_CLASSES, LaneRange, MapLine
 BUDGET = {
     "infos": (250, 3000), "infos of KITTI": (150, 1500), "pickled infos": (250, 3000), "map vectors": (300, 2500),
     "split files": (200, 1500), "splits.json": (100, 500), "lane submissions": (200, 2000),
-    "box submissions": (200, 2000), "weights": (60, 400), "checkpoints": (20, 150), "contracts": (200, 1500),
+    "box submissions": (200, 2000), "weights": (40, 400), "checkpoints": (10, 150), "contracts": (200, 1500),
     "cfg-options": (60, 600),
 }  # fmt: skip
 
