@@ -177,11 +177,12 @@ class InfoSample(NamedTuple):
         fields = {f"rig.img_from_cam[{n}]": f"images.{name}.cam2img" for n, name in enumerate(cameras)}
         fields |= {f"rig.ego_from_cam[{n}]": f"the pose of images.{name}" for n, name in enumerate(cameras)}
         rig = _renamed(f"{self.name}: ", fields, checked_rig, rig, N)
-        images = torch.zeros(1, N, 3, *image_size, dtype=torch.uint8)  # [T, N, 3, H, W]
-        for n in np.flatnonzero(rig.present):
-            path = self._image_path(cameras[n], data_prefix)
-            size = self._stored_size(cameras[n], path)
+        paths = {int(n): self._image_path(cameras[n], data_prefix) for n in np.flatnonzero(rig.present)}
+        sizes = {n: self._stored_size(cameras[n], path) for n, path in paths.items()}
+        for n, size in sizes.items():
             check_intrinsics(f"{self.name}: images.{cameras[n]}.cam2img", rig.img_from_cam[n], size)
+        images = torch.zeros(1, N, 3, *image_size, dtype=torch.uint8)  # [T, N, 3, H, W]
+        for n, path in paths.items():
             images[0, n], rig.img_from_cam[n] = decode_image(path, rig.img_from_cam[n], image_size)
         frames = Frame(
             images=images,
