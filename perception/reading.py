@@ -6,6 +6,7 @@ import json
 import math
 import reprlib
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,58 @@ def number(value: object) -> float:
         except OverflowError:
             return math.inf
     return math.inf
+
+
+def numbers(value: object, where: str, count: int, *, more: int = 0, allow_nan: bool = False) -> list[float]:
+    """Reads a list or array of numbers.
+
+    Args:
+        value: from a file.
+        where: the file and the field, for the message.
+        count: how many there have to be.
+        more: how many more there may be.
+        allow_nan: whether NaN is a value, for unknown.
+
+    Raises:
+        DataError: it is no such list, or a number is not finite.
+    """
+    found: list[float] = []
+    if isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim == 1):
+        if count <= len(value) <= count + more:
+            found = [number(item) for item in value]
+    if not found or not all(np.isfinite(x) or (allow_nan and np.isnan(x)) for x in found):
+        raise DataError(f"{where} is {short(value)}; give {count} finite numbers")
+    return found
+
+
+def read_bytes(path: Path, kind: str) -> bytes:
+    """Reads a file.
+
+    Args:
+        path: the file.
+        kind: what it has to be, for the message.
+
+    Raises:
+        DataError: it is missing or cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing: give the path of {kind}") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}): give the path of {kind}") from None
+
+
+def parse_json(path: Path, data: bytes, kind: str) -> Any:
+    """Parses the content of a JSON file; arguments as for `read_bytes`.
+
+    Raises:
+        DataError: it is not JSON.
+    """
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not valid JSON ({error}): give {kind}") from None
 
 
 def short(value: object) -> str:

@@ -13,7 +13,8 @@ from PIL import Image
 from test_bevformer import SMALL as SMALL_BEVFORMER
 
 from perception.cli.predict import main as predict
-from perception.data.infos import load_map_vectors, read_info
+from perception.data.infos import read_info
+from perception.data.map_vectors import load_map_vectors
 from perception.data.nuscenes import NUSCENES_CAMERAS
 from perception.errors import DataError, PerceptionError, PerceptionWarning
 from perception.geometry import box_corners, invert_rigid, project_points, rigid_from_yaw, transform_points, wrap_angle

@@ -50,8 +50,9 @@ def predict_sample(model, arguments):
 
 def predict_info(model, arguments):
     """As `predict_sample`, of an entry of an info file."""
-    from perception.data.infos import load_map_vectors, read_info
+    from perception.data.infos import read_info
     from perception.data.loader import collate, pad_lines
+    from perception.data.map_vectors import load_map_vectors
     from perception.errors import DataError
     from perception.inference.sequence import run_sequence
 

@@ -1,4 +1,4 @@
-"""Reads samples of info files in the format of mmdet3d v1.1, and vector maps that belong to them.
+"""Reads samples of info files in the format of mmdet3d v1.1.
 
 An info file is JSON or a pickle: `{"metainfo": ..., "data_list": [...]}` as mmdet3d writes it, the list alone, or one
 entry of it. Pickles are read as plain data, no code in them is run (see `perception.data.plain_pickle`).
@@ -6,42 +6,31 @@ entry of it. Pickles are read as plain data, no code in them is run (see `percep
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
-import shapely
 import torch
 from PIL import Image
 
-from perception.data.lane_map import cut_lines
 from perception.data.loader import decode_image, pad_boxes, pad_lines
 from perception.data.nuscenes import NUSCENES_CAMERAS
 from perception.data.plain_pickle import read_plain_pickle
 from perception.errors import DataError, PerceptionWarning
 from perception.geometry import invert_rigid, rigid_from_yaw, transform_points, wrap_angle, yaw_from_rotation
-from perception.inference.checks import FARTHEST_POSE, check_intrinsics, checked_pose, checked_rig, checked_rigid
-from perception.reading import number, short, typed
+from perception.inference.checks import check_intrinsics, checked_pose, checked_rig, checked_rigid
+from perception.reading import number, numbers, parse_json, read_bytes, short, typed
 from perception.types import (
     BOX_CLASSES,
-    DEFAULT_LANE_RANGE,
-    LINE_CLASSES,
     Boxes,
     CameraRig,
     Clip,
     Frame,
     FrameObjects,
-    LaneRange,
-    MapLine,
     NumpyCameraRig,
 )
-
-_LINE_KINDS = {"lane_divider": "divider", "road_divider": "divider", "drivable_boundary": "boundary"} | {
-    name: name for name in LINE_CLASSES
-}
 
 _FARTHEST = 1000.0  # metres from the car, and metres or metres per second of a box
 _LARGEST_ANGLE = 100.0  # radians; angles of boxes are within a few turns
@@ -288,9 +277,9 @@ class InfoSample(NamedTuple):
         for row, item in enumerate(instances):
             where = f"{self.name}: instances[{row}]"
             item = typed(item, Mapping, where, "an object")
-            box[row] = _numbers(item.get("bbox_3d"), f"{where}.bbox_3d", 7)
+            box[row] = numbers(item.get("bbox_3d"), f"{where}.bbox_3d", 7)
             if item.get("velocity") is not None:
-                velocity[row] = _numbers(item["velocity"], f"{where}.velocity", 2, allow_nan=True)
+                velocity[row] = numbers(item["velocity"], f"{where}.velocity", 2, allow_nan=True)
             label[row] = self._label(item.get("bbox_label_3d"), f"{where}.bbox_label_3d")
             valid[row] = _flag(item.get("bbox_3d_isvalid", True), f"{where}.bbox_3d_isvalid")
             if np.abs(box[row, :6]).max() > _FARTHEST or abs(box[row, 6]) > _LARGEST_ANGLE:
@@ -347,7 +336,7 @@ def read_info(path: str | Path, sample: int | str = 0) -> InfoSample:
         DataError: the file is missing, is no info file, or has no such entry.
     """
     path = Path(path)
-    content = _read(path, "an info file of mmdet3d v1.1")
+    content = _read(path)
     metainfo: object = {}
     if isinstance(content, Mapping) and "infos" in content:
         raise DataError(
@@ -414,125 +403,22 @@ def _categories(path: Path, metainfo: Mapping) -> dict[int, str] | None:
     return names
 
 
-def load_map_vectors(
-    json_path: str | Path, global_from_ego: np.ndarray, lane_range: LaneRange = DEFAULT_LANE_RANGE
-) -> list[MapLine]:
-    """Loads the lines around a pose from a file of global polylines, `{"features": [{"kind", "polyline"}]}`.
-
-    Outlines of crossings may run in either direction, closed or not. Boundaries keep their direction.
-
-    Args:
-        json_path: the file. A kind is a class of LINE_CLASSES, or nuScenes' `lane_divider`, `road_divider` or
-            `drivable_boundary`; other kinds are left out.
-        global_from_ego: [4, 4]; its position and yaw are used, a map has no heights.
-        lane_range: extent of the lines to keep, along the ego frame's x and y.
-
-    Returns:
-        Lines in the ego frame.
-
-    Raises:
-        DataError: the file is missing, has no 'features', or a feature is malformed.
-
-    Warns:
-        PerceptionWarning: no feature has a known kind, none is near the pose, or an outline crosses itself.
-    """
-    path = Path(json_path)
-    content = _read(path, "a JSON file with 'features'", pickles=False)
-    if not isinstance(content, dict) or "features" not in content:
-        raise DataError(f"{path} is not a JSON object with 'features': give another file or add the field")
-    pose = checked_rigid("global_from_ego", global_from_ego)
-    yaw = float(yaw_from_rotation(pose))
-    turn = rigid_from_yaw(yaw)[:2, :2]  # global_from_ego in the plane
-    lines = []
-    for index, feature in enumerate(typed(content["features"], list, f"{path}: features", "a list")):
-        where = f"{path}: features[{index}]"
-        kind = typed(typed(feature, dict, where, "an object").get("kind"), str, f"{where}.kind", "the kind of a line")
-        if kind not in _LINE_KINDS:
-            continue
-        label = LINE_CLASSES.index(_LINE_KINDS[kind])
-        points_global = _polyline(feature.get("polyline"), f"{where}.polyline")
-        lines.append(MapLine(label, (points_global - pose[:2, 3]) @ turn))
-    crossing = LINE_CLASSES.index("ped_crossing")
-    rings = [line.points for line in lines if line.label == crossing]
-    kept = [line for line in lines if line.label != crossing] + [MapLine(crossing, r) for r in _clockwise(rings, path)]
-    if not lines:
-        _warn(f"{path}: no feature has a kind of {', '.join(_LINE_KINDS)}; there are no lines of the ground truth")
-    found = cut_lines(kept, lane_range)
-    if kept and not found:
-        _warn(f"{path}: no line is within {lane_range} m of the pose; give the map of this place, in its coordinates")
-    return found
-
-
-def _clockwise(rings: list[np.ndarray], path: Path) -> list[np.ndarray]:
-    """Turns the outlines [P, 2] of crossings as `cut_lines` takes them: clockwise, the holes of a crossing otherwise.
-
-    A ring is a hole if it lies inside a ring of the other direction.
-    """
-    polygons = []
-    for points in rings:
-        closed = points if (points[0] == points[-1]).all() else np.concatenate([points, points[:1]])
-        polygon = shapely.Polygon(closed) if len(closed) > 3 else None
-        if polygon is None or not polygon.is_valid or polygon.area == 0:
-            _warn(f"{path}: a crossing is left out, because its outline crosses itself or has no area; correct it")
-        else:
-            polygons.append(polygon)
-    ccw = [bool(shapely.is_ccw(polygon.exterior)) for polygon in polygons]
-    tree = shapely.STRtree(polygons)
-    result = []
-    for k, polygon in enumerate(polygons):
-        around = [int(j) for j in tree.query(polygon, predicate="within") if ccw[j] != ccw[k]]
-        points = shapely.get_coordinates(polygon.exterior)
-        result.append(points if ccw[k] == bool(around) else points[::-1])
-    return result
-
-
-def _polyline(value: object, where: str) -> np.ndarray:
-    """Returns points [P, 2] of a list of [x, y] or [x, y, z]."""
-    rows = typed(value, list, where, "a list of two or more [x, y]")
-    points = np.zeros((len(rows), 2))
-    for index, row in enumerate(rows):
-        points[index] = _numbers(row, f"{where}[{index}]", 2, more=1)[:2]
-    if len(rows) < 2:
-        raise DataError(f"{where} has {len(rows)} points; give two or more [x, y]")
-    if np.abs(points).max() > FARTHEST_POSE:
-        raise DataError(f"{where} lies {np.abs(points).max():.4g} m from the map's origin; give metres")
-    return points
-
-
-def _read(path: Path, kind: str, pickles: bool = True) -> Any:
-    """Reads a JSON file or a pickle of plain data; the content decides."""
+def _read(path: Path) -> Any:
+    """Reads a pickle or a JSON file; the content decides."""
+    kind = "an info file of mmdet3d v1.1"
+    data = read_bytes(path, kind)
+    if data[:1] != b"\x80":  # the first byte of a pickle, and none of JSON
+        return parse_json(path, data, kind)
     try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing: give the path of {kind}") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}): give the path of {kind}") from None
-    if pickles and data[:1] == b"\x80":  # the first byte of a pickle, and none of JSON
-        try:
-            return read_plain_pickle(data)
-        except ValueError as error:
-            raise DataError(f"{path} is not a pickle of plain data ({error}): give {kind}") from None
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not valid JSON ({error}): give {kind}") from None
+        return read_plain_pickle(data)
+    except ValueError as error:
+        raise DataError(f"{path} is not a pickle of plain data ({error}): give {kind}") from None
 
 
 def _flag(value: object, where: str) -> bool:
     if not isinstance(value, bool | np.bool_) and not (isinstance(value, int | np.integer) and value in (0, 1)):
         raise DataError(f"{where} is {short(value)}; it must be true or false")
     return bool(value)
-
-
-def _numbers(value: object, where: str, count: int, *, more: int = 0, allow_nan: bool = False) -> list[float]:
-    """Reads a list or array of `count` (or up to `more` more) finite numbers."""
-    numbers: list[float] = []
-    if isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim == 1):
-        if count <= len(value) <= count + more:
-            numbers = [number(item) for item in value]
-    if not numbers or not all(np.isfinite(x) or (allow_nan and np.isnan(x)) for x in numbers):
-        raise DataError(f"{where} is {short(value)}; give {count} finite numbers")
-    return numbers
 
 
 def _matrix(value: object, where: str, *shapes: tuple[int, int]) -> np.ndarray:
