@@ -12,7 +12,7 @@ from perception.geometry import project_points, rigid_from_yaw
 from perception.grid import BEVGrid
 from perception.models.backbone import FPNEncoder
 from perception.models.bev_transformer.config import BEVTransformerConfig
-from perception.models.bev_transformer.decoder import ImageSampling, decode
+from perception.models.bev_transformer.decoder import MIN_NMS_RADIUS, USUAL_SIZES, ImageSampling, circle_nms, decode
 from perception.models.bev_transformer.encoder import SpatialCrossAttention, TemporalFusion, depth_bin, sample_depth
 from perception.models.bev_transformer.model import BEVTransformer
 from perception.models.checkpoint import load_model, read_metrics, save_checkpoint
@@ -340,6 +340,20 @@ def test_of_two_boxes_in_one_place_the_better_is_kept():
     assert boxes.score[0].tolist() == pytest.approx([0.9, 0.8, 0.7, 0.6, 0.5])
     # 0.8 is 1.5 m from 0.9 and falls; 0.7 is 1.5 m from 0.8, which is gone, and 3 m from 0.9; 0.6 is 2 m from 0.7.
     assert boxes.valid[0].tolist() == [True, False, True, True, True]
+
+
+def test_circle_nms_equals_the_sequential_rule():
+    """Box after box, best score first: it is kept if no kept box of its class is closer than the class radius."""
+    assert circle_nms(torch.tensor([[[0.0, 0.0], [1.0, 0.0]]]), torch.zeros(1, 2)).tolist() == [[True, False]]
+    generator = torch.Generator().manual_seed(0)
+    center, label = torch.rand(20, 40, 2, generator=generator) * 12, torch.randint(3, (20, 40), generator=generator)
+    for points, labels, kept in zip(center, label, circle_nms(center, label), strict=True):
+        better: list[int] = []
+        for m in range(len(points)):
+            radius = max(min(USUAL_SIZES[labels[m]][:2]), MIN_NMS_RADIUS)
+            if all(labels[b] != labels[m] or (points[b] - points[m]).norm() >= radius for b in better):
+                better.append(m)
+        assert kept.nonzero()[:, 0].tolist() == better and len(better) < len(points)
 
 
 def test_checkpoint_round_trip_and_refusals(model, tmp_path):

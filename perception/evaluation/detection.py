@@ -24,10 +24,9 @@ from nuscenes.eval.common.config import config_factory
 from nuscenes.eval.common.loaders import get_samples_of_scenes
 from nuscenes.eval.detection.evaluate import DetectionEval
 from nuscenes.eval.detection.utils import category_to_detection_name
-from nuscenes.utils.splits import get_scenes_of_split, is_predefined_split
 from pyquaternion import Quaternion
 
-from perception.data.splits import is_split_file, split_scenes
+from perception.data.splits import is_official, split_scenes
 from perception.errors import DataError
 from perception.evaluation.submission import CAMERA_ONLY
 from perception.files import check_dataset, write_json
@@ -153,7 +152,7 @@ def evaluate_submission(nusc: NuScenes, split: str | Path, submission: Mapping[s
         path.write_text(json.dumps(_never_empty(submission)))
         # The devkit shows a progress bar on stderr even without `verbose`.
         with contextlib.redirect_stderr(io.StringIO()):
-            tables, name = _named_split(nusc, split, Path(scratch)) if is_split_file(split) else (nusc, split)
+            tables, name = (nusc, split) if is_official(split) else _named_split(nusc, split, Path(scratch))
             evaluation = DetectionEval(tables, config_factory(_CONFIG), str(path), name, scratch, verbose=False)
             metrics, _ = evaluation.evaluate()
     summary = metrics.serialize()
@@ -293,47 +292,30 @@ def _never_empty(submission: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**submission, "results": {**results, token: [far_box]}}
 
 
-def _scenes_of_file(nusc: NuScenes, split: str | Path) -> list[str]:
+def _scenes(nusc: NuScenes, split: str | Path) -> list[str]:
     return split_scenes(split, Path(nusc.table_root), [scene["name"] for scene in nusc.scene])
 
 
 def _named_split(nusc: NuScenes, split: str | Path, folder: Path) -> tuple[NuScenes, str]:
-    """Returns the same tables with the scenes of a split file under a name, and that name.
+    """Returns the same tables with the scenes of a split under a name, and that name.
 
     The devkit takes its own splits and those of `splits.json` in the dataset, which must not be changed. It finds that
     file by the tables' `dataroot`, and the evaluation reads no other file by it.
     """
-    name = "split_file"
-    write_json(folder / nusc.version / "splits.json", {name: _scenes_of_file(nusc, split)})
+    name = "split"
+    write_json(folder / nusc.version / "splits.json", {name: _scenes(nusc, split)})
     tables = copy.copy(nusc)
     tables.dataroot = str(folder)
     return tables, name
 
 
 def split_tokens(nusc: NuScenes, split: str | Path) -> list[str]:
-    """Returns the sample tokens of a split; a named split follows the devkit's rules.
+    """Returns the sample tokens of a split, see `split_scenes`.
 
     Raises:
         DataError: the split does not exist, or does not fit the tables.
     """
-    if is_split_file(split):
-        return list(get_samples_of_scenes(_scenes_of_file(nusc, split), nusc))
-    split = str(split)
-    if is_predefined_split(split):
-        wanted = "mini" if split.startswith("mini") else "test" if split == "test" else "trainval"
-        if not nusc.version.endswith(wanted):
-            raise DataError(
-                f"split {split} is an official one, which the devkit only accepts for a version ending in {wanted}, "
-                f"not for {nusc.version}; list your scenes under another name in {nusc.table_root}/splits.json"
-            )
-    try:
-        names = get_scenes_of_split(split, nusc)
-    except (ValueError, AssertionError) as error:  # a missing or malformed splits.json, an unknown split
-        raise DataError(f"{nusc.table_root}/splits.json does not list the scenes of split {split} ({error})") from error
-    tokens: list[str] = get_samples_of_scenes(names, nusc)
-    if not tokens:
-        raise DataError(f"split {split} names no scene of {nusc.table_root}; choose another split or version")
-    return tokens
+    return list(get_samples_of_scenes(_scenes(nusc, split), nusc))
 
 
 def _check_tokens(results: Mapping[str, object], tokens: list[str], split: str | Path) -> None:
