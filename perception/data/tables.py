@@ -32,7 +32,7 @@ TABLES = (
     "log", "scene", "sample", "sample_data", "sample_annotation", "map",
 )  # fmt: skip
 
-MAX_PIXELS = 100_000_000  # of one image: 300 MB when decoded; cameras of vehicles have up to 12 million
+MAX_PIXELS = 80_000_000  # of one image: 240 MB when decoded; cameras of vehicles have up to 12 million
 LARGEST_BOX = 1000.0  # metres
 UNIT_TOLERANCE = 1e-2  # of the length of a quaternion; tables are rounded, and readers normalise
 LATE = 0.5  # seconds between records of one keyframe above which a time is implausible
@@ -650,14 +650,15 @@ def _is_texts(value: object) -> bool:
 
 
 def _floats(value: object, shape: tuple[int, ...]) -> np.ndarray:
-    """Returns nested lists of numbers as float64 of a shape; NaN if they are anything else."""
+    """Returns nested lists of numbers as float64 of a shape; NaN for anything else."""
+    if not isinstance(value, list) or len(value) != shape[0]:
+        return np.full(shape, np.nan)
+    if len(shape) > 1:
+        return np.array([_floats(item, shape[1:]) for item in value])
     try:
-        array = np.array(value)
-        if array.dtype.kind in "iuf" and array.shape == shape:
-            return array.astype(np.float64)
-    except (TypeError, ValueError, OverflowError):
-        pass
-    return np.full(shape, np.nan)
+        return np.array([item if type(item) in (int, float) else np.nan for item in value], dtype=np.float64)
+    except OverflowError:
+        return np.full(shape, np.nan)
 
 
 def _short(value: object) -> str:
