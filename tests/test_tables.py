@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 
+from perception.cli.doctor import main
 from perception.data.index import load_index
 from perception.data.loader import ClipRequest
 from perception.data.nuscenes import NuScenesDataset
-from perception.data.tables import TABLES, check_tables, open_tables
+from perception.data.table_checks import check_tables, open_tables
+from perception.data.tables import TABLES
 from perception.errors import DataError, PerceptionWarning
 from perception.evaluation.dataset import check_ground_truth
 from perception.evaluation.detection import evaluate_boxes, load_tables
@@ -430,3 +432,51 @@ def test_the_check_does_not_load_the_devkit_for_a_stored_index(hand_root, tmp_pa
     read(hand_root, tmp_path)
     monkeypatch.setitem(sys.modules, "nuscenes.nuscenes", None)
     assert len(read(hand_root, tmp_path)) == 6
+
+
+# `perception doctor data`
+
+
+def doctor(capsys, *arguments):
+    code = main([*map(str, arguments)])
+    return code, capsys.readouterr().out
+
+
+def test_doctor_lists_all_findings_of_a_dataset(root, tmp_path, capsys):
+    assert doctor(capsys, "data", root) == (0, f"{root / VERSION}: 0 errors, 0 warnings\n")
+    set_field(root, "sample_annotation", CAR, size=[0, 1, 1])
+    set_field(root, "calibrated_sensor", "CAM_BACK", camera_intrinsic=[[0] * 3] * 3)
+    set_field(root, "scene", "scene0", nbr_samples=9)
+    (root / "samples" / "CAM_BACK" / "s0-0.jpg").unlink()
+    (root / "samples" / "CAM_BACK" / "s0-1.jpg").write_text("no image")
+    expansion = root / "maps" / "expansion" / "hand-town.json"
+    expansion.write_text(expansion.read_text().replace('"token": "0"', '"token": 0'))
+    (root / VERSION / "splits.json").write_text('{"hand_val": 3}')
+    code, out = doctor(capsys, "data", root, "--json", tmp_path / "faults.json")
+    assert code == 2 and out.splitlines()[-1] == f"{root / VERSION}: 6 errors, 1 warnings"
+    report = json.loads((tmp_path / "faults.json").read_text())
+    assert (report["version"], report["errors"]) == (VERSION, 6)
+    found = {(Path(finding["file"]).name, finding["field"], finding["severity"]) for finding in report["findings"]}
+    assert found == {
+        ("sample_annotation.json", "size", "error"),
+        ("calibrated_sensor.json", "camera_intrinsic", "error"),
+        ("scene.json", "nbr_samples", "warning"),
+        ("sample_data.json", "filename", "error"),
+        ("hand-town.json", "", "error"),
+        ("splits.json", "", "error"),
+    }
+    assert all(finding["problem"] in out and {"records", "total"} < finding.keys() for finding in report["findings"])
+    assert "record s0-0-CAM_BACK names an image that is missing" in out
+    assert "s0-1.jpg cannot be read as an image" in out
+
+
+def test_doctor_names_the_versions_of_a_dataset(root, tmp_path, capsys):
+    shutil.copytree(root / VERSION, root / "v2")
+    with pytest.raises(DataError, match=r"has the versions v1\.0-hand, v2: give one of them as --version"):
+        main(["data", str(root)])
+    assert doctor(capsys, "data", root, "--version", "v2")[0] == 0
+    (root / "v2" / "log.json").write_text("[")
+    code, out = doctor(capsys, "data", root, "--version", "v2")
+    assert code == 2 and "log.json is not valid JSON" in out
+    with pytest.raises(DataError, match=r"none is not a folder"):
+        main(["data", str(tmp_path / "none")])

@@ -20,11 +20,11 @@ import numpy as np
 from tqdm import tqdm
 
 from perception import geometry, types
-from perception.data import lane_map, splits
-from perception.data import tables as table_checks
+from perception.data import lane_map, splits, table_checks
 from perception.data.lane_map import LaneMap
 from perception.data.splits import is_split_file, read_split_file, split_scenes
-from perception.data.tables import TABLES, open_tables
+from perception.data.table_checks import open_tables
+from perception.data.tables import TABLES
 from perception.errors import DataError, PerceptionWarning
 from perception.files import replacing
 from perception.geometry import invert_rigid, rigid_from_quaternion, rigid_from_yaw, yaw_from_rotation

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,10 +43,25 @@ def decode_image(
         DataError: the file is missing, truncated, not an image, larger than MAX_PIXELS, or its size is not
             `stored_size`.
     """
+    with open_image(path, stored_size) as image:
+        return fit_image(image, img_from_cam, image_size)
+
+
+@contextmanager
+def open_image(path: str | Path, stored_size: tuple[int, int] | None = None) -> Iterator[Image.Image]:
+    """Opens an image and checks its size, which stands in its header. Its pixels are decoded when they are used.
+
+    Args:
+        path: an image file.
+        stored_size: height and width that the image must have; None for any.
+
+    Raises:
+        DataError: as for `decode_image`, also for what is raised while the pixels are decoded.
+    """
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
-            stored_w, stored_h = image.size  # of the header; importing the nuScenes devkit lifts Pillow's own limit
-            if stored_w * stored_h > MAX_PIXELS:
+            stored_w, stored_h = image.size
+            if stored_w * stored_h > MAX_PIXELS:  # importing the nuScenes devkit lifts Pillow's own limit
                 raise DataError(
                     f"{path} is {stored_w} x {stored_h} pixels according to its header, and at most {MAX_PIXELS:.0e} "
                     "pixels are decoded; restore the original image"
@@ -55,7 +71,7 @@ def decode_image(
                     f"{path} is {stored_w} x {stored_h} pixels, but the tables give {stored_size[1]} x {stored_size[0]}"
                     ": restore the original image or correct width and height in sample_data.json"
                 )
-            return fit_image(image, img_from_cam, image_size)
+            yield image
     except FileNotFoundError:
         raise DataError(f"{path} is missing: copy the dataset's images again") from None
     except DataError:

@@ -28,7 +28,7 @@ from nuscenes.utils.splits import get_scenes_of_split, is_predefined_split
 from pyquaternion import Quaternion
 
 from perception.data.splits import is_split_file, split_scenes
-from perception.data.tables import open_tables
+from perception.data.table_checks import open_tables
 from perception.errors import DataError
 from perception.evaluation.submission import CAMERA_ONLY
 from perception.files import check_dataset, write_json
