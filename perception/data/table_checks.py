@@ -39,6 +39,8 @@ from perception.types import ATTRIBUTES
 if TYPE_CHECKING:
     from nuscenes.nuscenes import NuScenes
 
+MODALITIES = ("camera", "lidar", "radar")
+LONGEST_NAME, LONGEST_PATH = 200, 1000  # characters; file systems allow some more
 LARGEST_BOX = 1000.0  # metres
 UNIT_TOLERANCE = 1e-2  # of the length of a quaternion; tables are rounded, and readers normalise
 LATE = 0.5  # seconds between records of one keyframe above which a time is implausible
@@ -123,16 +125,16 @@ class _Check(Columns):
         self.category_name = self.text("category", "name")
         self.attribute_name = self.text("attribute", "name")
         self.channel = np.array(self.text("sensor", "channel"), dtype=object)
-        self.text("sensor", "modality")
+        self.text("sensor", "modality", MODALITIES.__contains__, " or ".join(MODALITIES))
         name = Counter(self.text("scene", "name"))
         repeated = [row for row, scene in enumerate(self.tables["scene"]) if name[text_of(scene.get("name"))] > 1]
         self.report("scene", "name", repeated, "a name that no other scene has", "warning")
-        self.text("log", "location", lambda text: not {"/", "\\"} & set(text) and text != "..", "the name of a map")
-        self.filenames = self.text("sample_data", "filename", inside_root, "a path below the root of the dataset")
+        self.text("log", "location", _is_name, "the name of a map")
+        self.text("sample_data", "filename", inside_root, "a path below the root of the dataset")
         masks = self.text("map", "filename", inside_root, "a path below the root of the dataset")
         gone = [row for row, mask in enumerate(masks) if mask != NO_TOKEN and not os.path.exists(self.dataroot / mask)]
         self.report(
-            "map", "filename", gone, lambda row: f"gives {self.dataroot / masks[row]}, which is missing, as 'filename'"
+            "map", "filename", gone, lambda row: f"has no file {self.dataroot / masks[row]}, which is its 'filename'"
         )
         # nuScenes' own mini version lists the logs of the whole dataset, so dangling tokens are usual here.
         _, logs = self.keys("map", "log_tokens", "log", check=False)
@@ -430,8 +432,15 @@ class _Check(Columns):
         self.report(table, field, wrong, needs, "warning")
 
 
+def _is_name(text: str) -> bool:
+    """Returns whether text can be the name of a file."""
+    return len(text) <= LONGEST_NAME and not {"/", "\\"} & set(text) and text not in (".", "..")
+
+
 def inside_root(name: str) -> bool:
     """Returns whether a path stays below the folder that it is relative to, on any system."""
+    if len(name) > LONGEST_PATH:
+        return False
     if name[0] not in "/\\." and ".." not in name and ":" not in name:
         return True
     slashes = name.replace("\\", "/")
