@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -150,7 +151,7 @@ FAULTS = {
     "a file that leaves": ("sample_data", "s0-1-CAM_BACK", {"filename": "samples/../../a"}, r"below the root"),
     "a map that leaves": ("log", "log", {"location": "../../../secret"}, r"the name of a map as 'location'"),
     "a mask that leaves": ("map", "map", {"filename": "../mask.png"}, r"below the root"),
-    "a mask that is missing": ("map", "map", {"filename": "maps/other.png"}, r"other\.png, which is missing"),
+    "a mask that is missing": ("map", "map", {"filename": "maps/other.png"}, r"has no file .*other\.png, which is its"),
     "an image of 0 pixels": ("sample_data", "s0-1-CAM_BACK", {"height": 0}, r"whole pixels as 'height'"),
     "a large image": ("sample_data", "s0-1-CAM_BACK", {"height": 36_000, "width": 36_000}, r"at most 8e\+07 pixels"),
     "a flag that is text": ("sample_data", "s0-1-CAM_BACK", {"is_key_frame": "false"}, r"true or false"),
@@ -186,7 +187,13 @@ def test_faults_are_named(root, fault):
 
 
 IMPLAUSIBLE = {
-    "a gap": ("sample", "s0-2", {"timestamp": 1_010_000_000}, r"followed by a gap of more than 2 s"),
+    "a gap": (
+        "sample_data",
+        "s0-2-LIDAR_TOP",
+        {"timestamp": 1_010_000_000},
+        r"s0-1 is followed by a gap of more than 2",
+    ),
+    "a jump": ("ego_pose", "s0-2-LIDAR_TOP", {"translation": [600.0, 800.0, 0.0]}, r"s0-1 is followed by .* or a jump"),
     "an image of another time": ("sample_data", "s0-1-CAM_BACK", {"timestamp": 1_002_000_000}, r"microseconds of its"),
     "a pose of another time": ("ego_pose", "s0-1-CAM_BACK", {"timestamp": 1}, r"the pose at its own timestamp"),
     "a wrong total": ("scene", "scene0", {"nbr_samples": 4}, r"the number of its samples as 'nbr_samples'"),
@@ -269,9 +276,15 @@ def test_points_count_as_in_the_devkit(root, tmp_path):
         assert data.gt_boxes(1).valid.sum() == len(kept["s0-1"]), (lidar, radar)
 
 
-def test_a_dataset_without_points_is_named_and_not_scored(root, tmp_path):
+def test_a_dataset_without_points_is_named_and_not_scored(hand_root, root, tmp_path):
+    shutil.copytree(hand_root, root.parent / "good")
     set_field(root, "sample_annotation", None, num_lidar_pts=0)
-    with pytest.warns(PerceptionWarning, match=r"every box of split hand_val 0 LiDAR and radar points.*write -1"):
+    with pytest.warns(
+        PerceptionWarning,
+        match=r"root/v1\.0-hand/sample_annotation\.json gives every box .* 0 LiDAR and radar points.*write -1",
+    ):
+        read([root.parent / "good", root], tmp_path)
+    with pytest.warns(PerceptionWarning):
         data = read(root, tmp_path)
     message = r"gives all 12 boxes of split hand_val 0 LiDAR and radar points.*write -1 as num_lidar_pts"
     with pytest.raises(DataError, match=message):
@@ -420,6 +433,27 @@ def test_processes_build_one_cache(hand_root, tmp_path):
         results = pool.map(_load, [(hand_root, tmp_path / "cache")] * 4, chunksize=1)
     assert len(set(results)) == 1
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".npz"]
+
+
+def _build_forever(root, cache):
+    while True:
+        for path in Path(cache).glob("*.npz"):
+            path.unlink()
+        _load((root, cache))
+
+
+def test_killed_builds_leave_no_damaged_cache(hand_root, tmp_path):
+    want = _load((hand_root, tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    for _ in range(12):
+        child = multiprocessing.get_context("fork").Process(target=_build_forever, args=(hand_root, tmp_path / "cache"))
+        child.start()
+        time.sleep(rng.uniform(0.0, 0.3))
+        child.kill()
+        child.join()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert _load((hand_root, tmp_path / "cache")) == want
 
 
 def test_an_edited_split_makes_another_index(root, tmp_path):

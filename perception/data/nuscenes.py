@@ -12,13 +12,13 @@ import torch
 from torch.utils.data import Dataset
 
 from perception.data.augment import Augment
-from perception.data.index import concatenate, ego_from_patch, lines_around, load_index
+from perception.data.index import Index, concatenate, ego_from_patch, lines_around, load_index
 from perception.data.lane_map import LaneMap
 from perception.data.lane_topology import Centerlines
 from perception.data.loader import ClipRequest, decode_image, pad_boxes, pad_lines
 from perception.errors import PerceptionWarning
 from perception.geometry import invert_rigid, yaw_from_rotation
-from perception.inference.ego_motion import interrupted
+from perception.inference.ego_motion import MAX_GAP, interrupted
 from perception.types import (
     BOX_CLASSES,
     DEFAULT_LANE_RANGE,
@@ -81,6 +81,8 @@ class NuScenesDataset(Dataset):
         roots = [Path(root) for root in ([dataroot] if isinstance(dataroot, str | Path) else dataroot)]
         cache = None if cache_dir is None else Path(cache_dir)
         indices = [load_index(root, version, split, tuple(cameras), lane_range, cache) for root in roots]
+        for root, part in zip(roots, indices, strict=True):
+            _warn_if_implausible(part, root / version)
         self._index = index = concatenate(indices, roots)
         self.roots, self.version, self.split = tuple(roots), version, split
         self.image_size = (image_size[0], image_size[1])
@@ -93,31 +95,6 @@ class NuScenesDataset(Dataset):
         self._lane_maps: dict[bytes, LaneMap] = {}  # by file, read on first use
         self.max_boxes = int(np.diff(index.box_offset).max())
         self.max_lines = int(np.diff(index.lines.sample_offset).max())
-        self._warn_of_implausible_data()
-
-    def _warn_of_implausible_data(self) -> None:
-        index = self._index
-        if len(index.box_points) and not index.box_points.any():
-            warnings.warn(
-                f"{self.roots[0] / self.version}/sample_annotation.json gives every box of split {self.split} 0 LiDAR "
-                "and radar points, and boxes without points do not count in training and evaluation; write -1 as "
-                "num_lidar_pts where the number is unknown",
-                PerceptionWarning,
-                stacklevel=3,
-            )
-        later = np.flatnonzero(index.previous >= 0)
-        before = index.previous[later]
-        motion = invert_rigid(index.global_from_ego[later]) @ index.global_from_ego[before]
-        seconds = (index.timestamp_us[later] - index.timestamp_us[before]) * 1e-6
-        broken = int(interrupted(motion, seconds).sum())
-        if 2 * broken > len(later):
-            warnings.warn(
-                f"{broken} of {len(later)} keyframes of {self.roots[0] / self.version} come more than 2 s after the "
-                f"keyframe before, or their pose jumps, so the memory is dropped there; keyframes are "
-                f"{np.median(seconds):.4g} s apart if timestamps are microseconds: check their unit, and ego_pose.json",
-                PerceptionWarning,
-                stacklevel=3,
-            )
 
     def __len__(self) -> int:
         return len(self._index.token)
@@ -268,3 +245,27 @@ class NuScenesDataset(Dataset):
                     os.fsdecode(path), img_from_cam[camera], self.image_size, (height, width)
                 )
         return images, img_from_cam
+
+
+def _warn_if_implausible(index: Index, tables: Path) -> None:
+    """Warns if no box counts, or if most keyframes come after a gap."""
+    if len(index.box_points) and not index.box_points.any():
+        warnings.warn(
+            f"{tables}/sample_annotation.json gives every box of the split 0 LiDAR and radar points, and boxes without "
+            "points do not count in training and evaluation; write -1 as num_lidar_pts where the number is unknown",
+            PerceptionWarning,
+            stacklevel=3,
+        )
+    later = np.flatnonzero(index.previous >= 0)
+    before = index.previous[later]
+    motion = invert_rigid(index.global_from_ego[later]) @ index.global_from_ego[before]
+    seconds = (index.timestamp_us[later] - index.timestamp_us[before]) * 1e-6
+    broken = int(interrupted(motion, seconds).sum())
+    if 2 * broken > len(later):
+        warnings.warn(
+            f"{broken} of {len(later)} keyframes of {tables} come more than {MAX_GAP:g} s after the keyframe before, or"
+            f" their pose jumps, so the memory is dropped there; keyframes are {np.median(seconds):.4g} s apart if "
+            "timestamps are microseconds: check their unit, and ego_pose.json",
+            PerceptionWarning,
+            stacklevel=3,
+        )

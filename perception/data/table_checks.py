@@ -32,8 +32,9 @@ from perception.data.tables import (
     text_of,
 )  # fmt: skip
 from perception.errors import DataError
+from perception.geometry import invert_rigid, rigid_from_quaternion
 from perception.inference.checks import FARTHEST_CAMERA, FARTHEST_POSE, check_intrinsics
-from perception.inference.ego_motion import MAX_GAP
+from perception.inference.ego_motion import MAX_GAP, interrupted
 from perception.types import ATTRIBUTES
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ class _Check(Columns):
         modality = np.array([text_of(row.get("modality")) for row in self.tables["sensor"]] + [""], dtype=object)
         self.is_camera = modality[sensor] == "camera"  # [calibrations]
         self.channel_of = np.append(self.channel, "")[sensor]
-        position = self.pose("calibrated_sensor")
+        _, position = self.pose("calibrated_sensor")
         far = np.abs(position).max(1, initial=0) > FARTHEST_CAMERA
         self.report("calibrated_sensor", "translation", far, f"metres, at most {FARTHEST_CAMERA:g} from the ego origin")
         values = self.column("calibrated_sensor", "camera_intrinsic")
@@ -168,8 +169,8 @@ class _Check(Columns):
             "focal lengths above 0 and a last row of 0 0 1",
         )
 
-    def pose(self, table: str) -> np.ndarray:
-        """Checks rotations and translations; returns the translations [R, 3]."""
+    def pose(self, table: str) -> tuple[np.ndarray, np.ndarray]:
+        """Checks rotations and translations; returns them [R, 4] and [R, 3]."""
         rotation, translation = self.vector(table, "rotation", 4), self.vector(table, "translation", 3)
         with np.errstate(over="ignore", invalid="ignore"):
             length = np.sqrt((rotation**2).sum(1))
@@ -180,15 +181,15 @@ class _Check(Columns):
             np.abs(translation).max(1, initial=0) > FARTHEST_POSE,
             f"metres, at most {FARTHEST_POSE:.0e}",
         )
-        return translation
+        return rotation, translation
 
     def poses(self) -> None:
         """Poses of the vehicle, and the files of all sensors."""
-        self.pose("ego_pose")
+        self.ego_pose = self.pose("ego_pose")
         table = "sample_data"
         self.sample_of_data = self.key(table, "sample_token", "sample")
         calibration = self.key(table, "calibrated_sensor_token", "calibrated_sensor")
-        pose = self.key(table, "ego_pose_token", "ego_pose")
+        self.pose_of_data = pose = self.key(table, "ego_pose_token", "ego_pose")
         time, timed = self.integers(table, "timestamp", 0, "whole microseconds")
         self.data_time = np.where(timed, time, -1)
         key = self.column(table, "is_key_frame")
@@ -262,7 +263,11 @@ class _Check(Columns):
             lambda row: "is not reached from its scene's 'first_sample_token' by way of 'next'",
         )
         self.summaries(of_scene, after)
+        self.keyframes(np.where(linked, after, -1))
 
+    def keyframes(self, after: np.ndarray) -> None:
+        """The records of each sample, and the time and motion from sample to sample; `after` [S] is the next one."""
+        count = len(after)
         keyframes = np.flatnonzero(self.is_key & (self.sample_of_data >= 0))
         channels, channel = np.unique(self.channel_of_data[keyframes].astype(str), return_inverse=True)
         pair = self.sample_of_data[keyframes] * max(len(channels), 1) + channel
@@ -284,41 +289,51 @@ class _Check(Columns):
             lacking,
             lambda row: f"has no LIDAR_TOP keyframe in {self.folder / 'sample_data.json'}, which gives the pose",
         )
+        late = np.abs(self.data_time[keyframes] - self.sample_time[self.sample_of_data[keyframes]]) > LATE * 1e6
         self.report(
             "sample_data",
             "timestamp",
-            keyframes[
-                np.abs(self.data_time - np.append(self.sample_time, 0)[self.sample_of_data])[keyframes] > LATE * 1e6
-            ],
+            keyframes[late],
             "the microseconds of its sample, except for the exposure's delay",
             "warning",
         )
-        lidar_time = np.full(count, -1)
-        lidar_time[self.sample_of_data[lidar]] = self.data_time[lidar]
-        rows = np.flatnonzero(linked)
-        both = (lidar_time[rows] >= 0) & (lidar_time[after[rows]] >= 0)
-        early = rows[both & (lidar_time[after[rows]] <= lidar_time[rows])]
-        row_of_lidar = np.full(count, -1)
-        row_of_lidar[self.sample_of_data[lidar]] = lidar
+        lidar_of = np.full(count, -1)  # row of the LIDAR_TOP keyframe
+        lidar_of[self.sample_of_data[lidar]] = lidar
+        rows = np.flatnonzero(after >= 0)
+        here, there = lidar_of[rows], lidar_of[after[rows]]
+        known = (here >= 0) & (there >= 0) & (np.minimum(self.data_time[here], self.data_time[there]) >= 0)
+        rows, here, there = rows[known], here[known], there[known]
+        early = self.data_time[there] <= self.data_time[here]
         self.report(
             "sample_data",
             "timestamp",
-            row_of_lidar[after[early]],
+            there[early],
             lambda row: (
                 f"has {self.data_time[row]} as 'timestamp', which is not later than LIDAR_TOP of the sample before it"
             ),
         )
-        gap = (self.sample_time[np.where(linked, after, 0)] - self.sample_time)[linked] if count else np.zeros(0)
+        known = ~early & (self.pose_of_data[here] >= 0) & (self.pose_of_data[there] >= 0)
+        rows, here, there = rows[known], here[known], there[known]
+        if not len(rows):
+            return
+        ends = [self.ego_poses(self.pose_of_data[end]) for end in (here, there)]  # each [n, 4, 4]
+        seconds = (self.data_time[there] - self.data_time[here]) * 1e-6
+        broken = interrupted(invert_rigid(ends[1]) @ ends[0], seconds)
         self.report(
             "sample",
             "next",
-            rows[gap > MAX_GAP * 1e6],
+            rows[broken],
             lambda row: (
-                f"is followed by a gap of more than {MAX_GAP:g} s, after which the memory is empty; timestamps "
-                "are microseconds"
+                f"is followed by a gap of more than {MAX_GAP:g} s or by a jump of the pose, which empties the memory"
             ),
             "warning",
         )
+
+    def ego_poses(self, rows: np.ndarray) -> np.ndarray:
+        """Returns the poses [n, 4, 4] of records; NaN where they are malformed."""
+        rotation, translation = (part[rows] for part in self.ego_pose)
+        with np.errstate(all="ignore"):
+            return np.array([rigid_from_quaternion(q, t) for q, t in zip(rotation, translation, strict=True)])
 
     def summaries(self, of_scene: np.ndarray, after: np.ndarray) -> None:
         """Fields of scenes that repeat what other tables hold; nothing reads them."""
