@@ -193,7 +193,7 @@ IMPLAUSIBLE = {
         {"timestamp": 1_010_000_000},
         r"s0-1 is followed by a gap of more than 2",
     ),
-    "a jump": ("ego_pose", "s0-2-LIDAR_TOP", {"translation": [600.0, 800.0, 0.0]}, r"s0-1 is followed by .* or a jump"),
+    "a jump": ("ego_pose", "s0-2-LIDAR_TOP", {"translation": [600.0, 800.0, 0.0]}, r"s0-1 is followed by .* or by a jump"),
     "an image of another time": ("sample_data", "s0-1-CAM_BACK", {"timestamp": 1_002_000_000}, r"microseconds of its"),
     "a pose of another time": ("ego_pose", "s0-1-CAM_BACK", {"timestamp": 1}, r"the pose at its own timestamp"),
     "a wrong total": ("scene", "scene0", {"nbr_samples": 4}, r"the number of its samples as 'nbr_samples'"),
