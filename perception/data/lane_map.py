@@ -21,6 +21,7 @@ import shapely
 from shapely.geometry.base import BaseGeometry
 
 from perception.data.lane_topology import Centerlines, LaneGraph
+from perception.data.tables import shortened
 from perception.errors import ConfigError, DataError
 from perception.inference.checks import FARTHEST_POSE
 from perception.types import DEFAULT_LANE_RANGE, LINE_CLASSES, LaneRange, MapLine
@@ -135,7 +136,9 @@ class LaneMap:
         # A comparison with NaN is false. Integers are compared before they are converted, which may overflow.
         if not (_is_number(x) and _is_number(y) and abs(x) <= FARTHEST_POSE and abs(y) <= FARTHEST_POSE):
             raise self._malformed(
-                "node", node["token"], f"needs metres, at most {FARTHEST_POSE:.0e}, as 'x' and 'y', but holds {x}, {y}"
+                "node",
+                node["token"],
+                f"needs metres, at most {FARTHEST_POSE:.0e}, as 'x' and 'y', but holds {shortened(x)}, {shortened(y)}",
             )
         return float(x), float(y)
 

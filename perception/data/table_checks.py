@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 MODALITIES = ("camera", "lidar", "radar")
 LONGEST_NAME, LONGEST_PATH = 200, 1000  # characters; file systems allow some more
-LARGEST_BOX = 1000.0  # metres
+SMALLEST_BOX, LARGEST_BOX = 1e-3, 1e3  # metres
 UNIT_TOLERANCE = 1e-2  # of the length of a quaternion; tables are rounded, and readers normalise
 LATE = 0.5  # seconds between records of one keyframe above which a time is implausible
 
@@ -390,7 +390,10 @@ class _Check(Columns):
         self.pose(table)
         size = self.vector(table, "size", 3)
         self.report(
-            table, "size", (size <= 0).any(1) | (size > LARGEST_BOX).any(1), f"metres above 0, at most {LARGEST_BOX:g},"
+            table,
+            "size",
+            (size < SMALLEST_BOX).any(1) | (size > LARGEST_BOX).any(1),
+            f"metres above 0 ({SMALLEST_BOX:g} to {LARGEST_BOX:g})",
         )
         points = np.zeros(len(sample), dtype=np.int64)
         for field in ("num_lidar_pts", "num_radar_pts"):

@@ -111,7 +111,9 @@ class Columns:
         if not len(rows):
             return
         if isinstance(problem, str):
-            text = f"needs {problem} as '{field}', but holds {_short(self.tables[table][rows[0]].get(field, NOTHING))}"
+            text = (
+                f"needs {problem} as '{field}', but holds {shortened(self.tables[table][rows[0]].get(field, NOTHING))}"
+            )
         else:
             text = problem(int(rows[0]))
         self.add(severity, table, field, rows.tolist(), text)
@@ -263,7 +265,8 @@ def floats(value: object, shape: tuple[int, ...]) -> np.ndarray:
         return np.full(shape, np.nan)
 
 
-def _short(value: object) -> str:
+def shortened(value: object) -> str:
+    """Formats a value for a message, in one line of at most 80 characters."""
     if value is NOTHING:
         return "nothing"
     text = repr(value)
