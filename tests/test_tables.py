@@ -153,6 +153,7 @@ FAULTS = {
     "a map that leaves": ("log", "log", {"location": "../../../secret"}, r"the name of a map as 'location'"),
     "a mask that leaves": ("map", "map", {"filename": "../mask.png"}, r"below the root"),
     "a mask that is missing": ("map", "map", {"filename": "maps/other.png"}, r"has no file .*other\.png, which is its"),
+    "an image without a file": ("sample_data", "s0-1-CAM_BACK", {"filename": ""}, r"the path of an image as"),
     "an image of 0 pixels": ("sample_data", "s0-1-CAM_BACK", {"height": 0}, r"whole pixels as 'height'"),
     "a large image": ("sample_data", "s0-1-CAM_BACK", {"height": 36_000, "width": 36_000}, r"at most 8e\+07 pixels"),
     "a flag that is text": ("sample_data", "s0-1-CAM_BACK", {"is_key_frame": "false"}, r"true or false"),
@@ -363,6 +364,12 @@ def test_a_file_below_a_folder_with_dots_is_fine(root, tmp_path):
     (root / "samples" / "CAM_BACK" / "s0-0.jpg").rename(root / "samples" / "CAM_BACK" / "..s0..0.jpg")
     set_field(root, "sample_data", "s0-0-CAM_BACK", filename="./samples/CAM_FRONT/../CAM_BACK/..s0..0.jpg")
     assert read(root, tmp_path)[0].frames.images.shape == (1, 2, 3, 90, 160)
+
+
+def test_a_lidar_record_needs_no_file(root, tmp_path):
+    """Datasets without a LiDAR have records for its pose alone."""
+    set_field(root, "sample_data", "s0-1-LIDAR_TOP", filename="")
+    assert check_tables(root, VERSION) == [] and len(read(root, tmp_path)) == 6
 
 
 def test_a_lidar_given_as_a_camera_is_named(hand_root, tmp_path):

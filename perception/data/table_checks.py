@@ -131,7 +131,9 @@ class _Check(Columns):
         repeated = [row for row, scene in enumerate(self.tables["scene"]) if name[text_of(scene.get("name"))] > 1]
         self.report("scene", "name", repeated, "a name that no other scene has", "warning")
         self.text("log", "location", _is_name, "the name of a map")
-        self.text("sample_data", "filename", inside_root, "a path below the root of the dataset")
+        self.filename = self.text(
+            "sample_data", "filename", inside_root, "a path below the root of the dataset", empty=True
+        )
         masks = self.text("map", "filename", inside_root, "a path below the root of the dataset")
         gone = [row for row, mask in enumerate(masks) if mask != NO_TOKEN and not os.path.exists(self.dataroot / mask)]
         self.report(
@@ -208,6 +210,8 @@ class _Check(Columns):
         self.channel_of_data = np.append(self.channel_of, "")[calibration]
         camera = self.is_key & np.append(self.is_camera, False)[calibration]
         rows = np.flatnonzero(camera)
+        unnamed = [row for row in rows.tolist() if not self.filename[row]]
+        self.report(table, "filename", unnamed, "the path of an image")
         sizes, good = [], np.ones(len(rows), dtype=bool)
         for field in ("height", "width"):
             size, whole = self.integers(table, field, 1, "whole pixels", rows)

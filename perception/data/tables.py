@@ -160,17 +160,28 @@ class Columns:
             )
         row_of.pop(NO_TOKEN, None)
 
-    def text(self, table: str, field: str, allowed: Callable[[str], bool] | None = None, needs: str = "") -> list[str]:
-        """Reads a column of text that is not empty; `NO_TOKEN` where it is not."""
+    def text(
+        self,
+        table: str,
+        field: str,
+        allowed: Callable[[str], bool] | None = None,
+        needs: str = "text that is not empty",
+        *,
+        empty: bool = False,
+    ) -> list[str]:
+        """Reads a column of text, which may be empty if `empty` is true; `NO_TOKEN` where it is malformed."""
         values = self.column(table, field)
-        good = set(map(type, values)) <= {str} and _storable("".join(values)) and "" not in values
-        if not good or (allowed and not all(map(allowed, values))):
+        good = set(map(type, values)) <= {str} and _storable("".join(values)) and (empty or "" not in values)
+        if not good or (allowed and not all(map(allowed, filter(None, values)))):
             bad = [
                 row
                 for row, value in enumerate(values)
-                if not isinstance(value, str) or not value or not _storable(value) or (allowed and not allowed(value))
+                if not isinstance(value, str)
+                or not _storable(value)
+                or (not value and not empty)
+                or (value and allowed and not allowed(value))
             ]
-            self.report(table, field, bad, needs or "text that is not empty")
+            self.report(table, field, bad, needs)
             for row in bad:
                 values[row] = NO_TOKEN
         return values
