@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 from perception.cli.doctor import main
 from perception.data.index import load_index
@@ -449,6 +450,7 @@ def test_processes_build_one_cache(hand_root, tmp_path):
 
 
 def _build_forever(root, cache):
+    tqdm.set_lock(threading.RLock())  # its usual lock is shared with the parent, and would stay locked after a kill
     while True:
         for path in Path(cache).glob("*.npz"):
             path.unlink()
