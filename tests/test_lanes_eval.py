@@ -248,6 +248,14 @@ def test_collinear_lines_whose_flat_buffers_do_not_touch_never_match():
     assert evaluate_lanes(beside, gt).ap["divider"][1.5] == 1.0
 
 
+@pytest.mark.parametrize(("gap", "touches"), [(1.8, True), (1.94, True), (2.02, False), (2.08, False)])
+def test_a_line_end_just_beyond_the_buffer_does_not_touch_it(gap, touches):
+    """A short line stands upright over the middle of another: its own flat buffer does not reach down to it."""
+    gt, upright = [line([[-1, 0], [1, 0]])], [line([[0.003, gap], [0.003, gap + 0.06]])]
+    for a, b in ((upright, gt), (gt, upright)):
+        assert np.isfinite(match_lines(a, b, thresholds=(5.0,)).distance).all() == touches
+
+
 def test_a_prediction_has_no_second_choice():
     # Both predictions are closest to the same line; the weaker one may not fall back on the other, though it is near.
     gt = {"a": [line([[0, 0], [0, 10]]), line([[1.2, 0], [1.2, 10]])]}

@@ -70,6 +70,16 @@ def test_point_seen_by_hand():
     assert not see_points(absent, torch.tensor([[10.0, 2.0, 0.5]]), (100, 200))[2].any()
 
 
+def test_points_nearer_than_a_decimetre_are_not_seen():
+    rig = make_rig(1, (100, 200))
+    depths = [0.2, 0.11, 0.09, 0.01, 0.0, -0.2]
+    on_axis = torch.tensor([[0.0, 0.0, d, 1.0] for d in depths])
+    points_ego = (on_axis @ rig.ego_from_cam[0, 0].T)[:, :3]
+    uv, depth, seen = see_points(rig, points_ego, (100, 200))
+    assert depth[0, 0].tolist() == pytest.approx(depths, abs=1e-6)
+    assert seen[0, 0].tolist() == [True, True, False, False, False, False] and uv.isfinite().all()
+
+
 def test_pixel_rays_hit_their_pixels():
     img_from_cam = torch.tensor([[[70.0, 2.5, 39], [0, 65, 21], [0, 0, 1]]])[None]  # with skew
     rig = make_rig(1, (48, 80), yaws=[0.4])._replace(img_from_cam=img_from_cam)

@@ -49,7 +49,8 @@ def write_tables(root: Path, positions: dict, splits: dict) -> None:
     turn = [1.0, 0.0, 0.0, 0.0]
     for sensor in ("LIDAR_TOP", "CAM_FRONT"):
         mount = {"token": sensor, "sensor_token": sensor, "translation": [0, 0, 0], "rotation": turn}
-        tables["calibrated_sensor"].append(mount | {"camera_intrinsic": []})
+        intrinsic = [[80, 0, 80], [0, 80, 45], [0, 0, 1]] if sensor == "CAM_FRONT" else []
+        tables["calibrated_sensor"].append(mount | {"camera_intrinsic": intrinsic})
     (root / "v1.0-positions").mkdir(parents=True)
     (root / "maps").mkdir()
     Image.new("L", (8, 8)).save(root / "maps" / "mask.png")
@@ -59,13 +60,14 @@ def write_tables(root: Path, positions: dict, splits: dict) -> None:
         tables["scene"].append(row | {"first_sample_token": f"{scene}-0"})
         for k, (x, y) in enumerate(xy):
             token, ends = f"{scene}-{k}", {"prev": "", "next": ""}
-            tables["sample"].append({"token": token, "timestamp": 10**6 * k, "scene_token": f"t-{scene}"} | ends)
+            near = {"prev": f"{scene}-{k - 1}" if k else "", "next": f"{scene}-{k + 1}" if k + 1 < len(xy) else ""}
+            tables["sample"].append({"token": token, "timestamp": 10**6 * k, "scene_token": f"t-{scene}"} | near)
             for sensor, away, height in (("LIDAR_TOP", 0, 30.0 * k), ("CAM_FRONT", 700, 0.0)):
-                pose = {"token": f"{token}-{sensor}", "rotation": turn, "timestamp": 0}
+                pose = {"token": f"{token}-{sensor}", "rotation": turn, "timestamp": 10**6 * k}
                 tables["ego_pose"].append(pose | {"translation": [x + away, y, height]})
                 data = {"token": f"{token}-{sensor}", "sample_token": token, "ego_pose_token": f"{token}-{sensor}"}
-                data |= {"calibrated_sensor_token": sensor, "filename": "", "is_key_frame": True} | ends
-                tables["sample_data"].append(data | {"timestamp": 0, "width": 0, "height": 0})
+                data |= {"calibrated_sensor_token": sensor, "filename": "a.jpg", "is_key_frame": True} | ends
+                tables["sample_data"].append(data | {"timestamp": 10**6 * k, "width": 160, "height": 90})
     logs = [row["token"] for row in tables["log"]]
     tables["map"] = [{"token": "map", "log_tokens": logs, "category": "", "filename": "maps/mask.png"}]
     for name, rows in tables.items():
