@@ -46,7 +46,7 @@ def kind(request) -> str:
 
 
 def arrays(objects) -> list[np.ndarray]:
-    return [np.asarray(array) for part in objects for array in part]
+    return [np.asarray(array) for part in objects.objects for array in part]
 
 
 def same(one, other) -> bool:

@@ -15,7 +15,7 @@ from perception.models.bev_transformer.config import BEVTransformerConfig
 from perception.models.bev_transformer.model import BEVTransformer
 from perception.models.checkpoint import read_metrics, save_checkpoint, shipped_weights, weights_file
 from perception.synthetic import VERSION
-from perception.types import map_tensors
+from perception.types import LiveObjects, map_tensors
 
 # The town's images are 128 x 224: these are scaled by 0.75 and cropped by 2.5 pixels at both sides.
 SMALL = BEVTransformerConfig.preset(
@@ -72,6 +72,7 @@ def sequence(town_root) -> Sequence:
 
 
 def assert_same(found, expected, tolerance=1e-5):
+    found, expected = (x.objects if isinstance(x, LiveObjects) else x for x in (found, expected))
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from perception.data.augment import Augment
-from perception.data.index import concatenate, ego_from_patch, lines_around, load_index
+from perception.data.index import Index, concatenate, ego_from_patch, lines_around, load_index
 from perception.data.lane_map import LaneMap
 from perception.data.lane_topology import Centerlines
 from perception.data.loader import ClipRequest, decode_image, pad_boxes, pad_lines
@@ -92,6 +92,11 @@ class NuScenesDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self._index.token)
+
+    @property
+    def index(self) -> Index:
+        """The tables as flat arrays, one row per sample."""
+        return self._index
 
     @property
     def tokens(self) -> list[str]:

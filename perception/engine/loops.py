@@ -26,6 +26,7 @@ from perception.evaluation.dataset import evaluate_predictions
 from perception.inference.sequence import predict_stream
 from perception.models import Network
 from perception.models.checkpoint import halve, save_checkpoint
+from perception.models.provenance import provenance_of
 from perception.types import Clip, State, map_tensors
 
 
@@ -205,6 +206,9 @@ class ExportHook(Hook):
         if get_dist_info()[0] != 0 or metrics is None:
             return
         core, report = core_of(runner), metrics | {"epoch": runner.epoch}
-        save_checkpoint(Path(runner.work_dir, f"{self.name}-last.safetensors"), core, report, half=True)
+        provenance = provenance_of(runner.train_dataloader.dataset)
+        names = [f"{self.name}-last.safetensors"]
         if metrics["score"] > runner.message_hub.runtime_info.get("best_score", -math.inf):
-            save_checkpoint(Path(runner.work_dir, f"{self.name}.safetensors"), core, report, half=True)
+            names.append(f"{self.name}.safetensors")
+        for name in names:
+            save_checkpoint(Path(runner.work_dir, name), core, report, half=True, provenance=provenance)
