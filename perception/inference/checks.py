@@ -184,19 +184,6 @@ def _check_axes(ego_from_cam: NDArray[np.float64], present: list[int]) -> None:
             )
 
 
-def check_sight(sees_ground: bool) -> None:
-    """Checks that a rig sees something of the ground around the vehicle.
-
-    Raises:
-        DataError: no present camera does.
-    """
-    if not sees_ground:
-        raise DataError(
-            "rig: no camera sees anything of the ground around the vehicle in the part of its image that the network "
-            "gets; check positions (metres), axes and intrinsics (pixels of the given images)"
-        )
-
-
 def check_intrinsics(name: str, img_from_cam: NDArray[np.float64], image_size: tuple[int, ...]) -> None:
     """Checks that pinhole intrinsics fit the size of their image.
 

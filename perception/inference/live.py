@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
-from perception.inference.checks import check_intrinsics, check_sight
+from perception.errors import DataError
+from perception.inference.checks import check_intrinsics
 from perception.inference.crop import fitted_rig
 from perception.inference.ego_motion import EgoMotion, Motion
 from perception.inference.plausibility import Findings, ImageStatistics, Sizes, Statistics, Warnings, implausible_rig
-from perception.inference.visibility import SeenMap, View
+from perception.inference.visibility import SeenMap, View, sees_ground
 from perception.types import NumpyCameraRig
 
 
@@ -78,11 +79,13 @@ class LiveInput:
             check_intrinsics(f"rig.img_from_cam[{n}]", rig.img_from_cam[n], sizes[n])
         fitted = fitted_rig(rig, sizes, self._image_size)
         view = self._seen_map.look(fitted, self._image_size, motion.ego_from_prev, motion.is_first)
-        if present:
-            check_sight(bool(view.now.any()))
         is_blank = not present and (motion.is_first or not self._remembers)
         findings = {"motion": motion.warning} if motion.warning else {}
-        findings |= implausible_rig(rig, sizes, view)
+        seeing = sees_ground(fitted, self._image_size)
+        findings |= implausible_rig(rig, sizes, seeing)
+        if present and not seeing.any():
+            cause = next(sentence for kind, sentence in findings.items() if kind != "motion")
+            raise DataError(f"no camera of the rig sees the ground around the vehicle; probably because {cause}")
         if is_blank:
             findings["no camera"] = "no camera is present and the memory is empty: nothing is predicted"
         found, statistics = self._statistics.implausible(pixels)

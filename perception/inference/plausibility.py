@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from perception.errors import PerceptionWarning
 from perception.inference.checks import roll_and_elevation
-from perception.inference.visibility import CELL, CELLS, View
+from perception.inference.visibility import CELL, CELLS
 from perception.types import NumpyCameraRig
 
 Findings = dict[str, str]  # a sentence for each kind of fault
@@ -67,13 +67,13 @@ class Warnings:
         return tuple(findings.values())
 
 
-def implausible_rig(rig: NumpyCameraRig, sizes: Sizes, view: View) -> Findings:
+def implausible_rig(rig: NumpyCameraRig, sizes: Sizes, seeing: NDArray[np.bool_]) -> Findings:
     """Finds what is implausible in the calibration of the present cameras.
 
     Args:
         rig: of the given images, from `checked_rig`.
         sizes: height and width of the given images by camera; those of cameras that are not present are not read.
-        view: of this rig.
+        seeing: which present cameras see the ground, from `sees_ground`.
     """
     present = [int(n) for n in np.flatnonzero(rig.present)]
     if not present:
@@ -146,10 +146,9 @@ def implausible_rig(rig: NumpyCameraRig, sizes: Sizes, view: View) -> Findings:
             f"rig.ego_from_cam[{n}] and rig.ego_from_cam[{text}] are the same pose; give each camera its own"
         ),
     )
-    blind = {n: "" for n, cells in zip(present, view.now, strict=True) if not cells.any()}
     check(
         "blind camera",
-        blind,
+        {n: "" for n, sees in zip(present, seeing, strict=True) if not sees},
         lambda n, _: (
             f"rig: camera {n} sees nothing of the ground within {CELL * CELLS / 2:.0f} m in the part of its "
             "image that the network gets; check its calibration"
@@ -258,8 +257,8 @@ class ImageStatistics:
             images: pixels from `sampled_rgb` of the present cameras, by number of the camera.
         """
         found: Findings = {}
-        flat = [n for n, pixels in images.items() if pixels.std() < MIN_CONTRAST]
-        dark = [n for n, pixels in images.items() if pixels.max() <= 1 and n not in flat]
+        dark = [n for n, pixels in images.items() if pixels.max() == 1 and pixels.min() == 0]
+        flat = [n for n, pixels in images.items() if n not in dark and pixels.std() < MIN_CONTRAST]
         if flat:
             others = f" (and {len(flat) - 1} others)" if len(flat) > 1 else ""
             found["no contrast"] = (

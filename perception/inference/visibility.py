@@ -119,6 +119,28 @@ class SeenMap:
             self._last = view
 
 
+def sees_ground(rig: NumpyCameraRig, image_size: tuple[int, int]) -> NDArray[np.bool_]:
+    """Returns which present cameras see the ground, or what is up to 1 m high, within 60 m: [present cameras] bool.
+
+    It follows 7 x 7 rays through the image of each camera.
+
+    Args:
+        rig: [N, ...] in pixels of the network's images.
+        image_size: height and width of the network's images.
+    """
+    (H, W), shares = image_size, np.linspace(0.001, 0.999, 7)
+    u, v = np.meshgrid(shares * W, shares * H)
+    uv = np.stack([u.ravel(), v.ravel(), np.ones(u.size)])  # [3, rays]
+    poses = rig.ego_from_cam[rig.present]
+    rays = poses[:, :3, :3] @ np.linalg.inv(rig.img_from_cam[rig.present]) @ uv  # [N, 3, rays] in the ego frame
+    drop = np.array(HEIGHTS)[:, None, None] - poses[:, 2, 3, None]  # [heights, N, 1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        far = drop / rays[:, 2] * np.hypot(rays[:, 0], rays[:, 1])  # metres along the ground; negative behind
+        hits = (drop / rays[:, 2] > 0) & (far < CELL * CELLS / 2)
+    seen: NDArray[np.bool_] = hits.any((0, 2))
+    return seen
+
+
 def kept_by(seen: NumpySeen, min_seen: float) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Returns for boxes [M] and lines [M] whether at least the share `min_seen` of each of them is seen."""
     lines = seen.lines.mean(1, dtype=np.float32) if seen.lines.shape[1] else np.ones(len(seen.lines), np.float32)

@@ -30,8 +30,8 @@ class Provenance:
 
     Args:
         versions: of the datasets, such as "v1.0-trainval".
-        frames: number of samples.
-        scenes: number of scenes.
+        frames: number of samples, each counted once.
+        scenes: number of scenes, each counted once.
         cameras: names, in order.
         focal: smallest and largest focal length, in widths of the network's image.
         height: smallest and largest height of a camera above the ground, metres.
@@ -127,12 +127,13 @@ def provenance_of(dataset: NuScenesDataset) -> Provenance:
     for size in np.unique(sizes[present], axis=0):
         crop = fitting_crop((int(size[0]), int(size[1])), dataset.image_size)
         widths[(sizes == size).all(-1)] = dataset.image_size[1] / crop.scale
+    _, once = np.unique(index.token, return_index=True)  # roots may be given several times
     following = index.previous >= 0
     seconds = 1e-6 * (index.timestamp_us[following] - index.timestamp_us[index.previous[following]])
     return Provenance(
         versions=(dataset.version,),
-        frames=len(dataset),
-        scenes=len(np.unique(dataset.scene_of_sample)),
+        frames=len(once),
+        scenes=int((~following[once]).sum()),
         cameras=tuple(dataset.cameras),
         focal=_range((index.img_from_cam[..., 0, 0] / widths)[present]),
         height=_range(index.ego_from_cam[..., 2, 3][present]),
