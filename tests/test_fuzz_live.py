@@ -51,7 +51,7 @@ def mutated_array(rng, array):
 
 
 def mutated_rig(rig, rng):
-    match rng.integers(6):
+    match rng.choice(6, p=(0.2, 0.2, 0.3, 0.05, 0.15, 0.1)):
         case 0:
             return rig._replace(img_from_cam=mutated_array(rng, rig.img_from_cam))
         case 1:
@@ -108,7 +108,7 @@ MUTATIONS = (mutated_images, mutated_rig, mutated_pose, mutated_time)
 
 def mutated(frame, rng):
     parts = list(frame)
-    for which in rng.choice(4, rng.integers(1, 3), replace=False, p=(0.2, 0.5, 0.2, 0.1)):
+    for which in rng.choice(4, rng.choice([1, 1, 2]), replace=False, p=(0.2, 0.5, 0.2, 0.1)):
         parts[which] = MUTATIONS[which](parts[which], rng)
     return parts
 
@@ -188,7 +188,7 @@ def fuzz(make, live_frames, cases, seed):
 
 def test_mutated_input_gives_a_sentence_or_a_finite_result(make_live, live_kind, live_frames):
     refused, warned = fuzz(make_live[live_kind], live_frames, 60, 1)
-    assert refused > 20 and warned > 4
+    assert refused > 20 and warned > 3
 
 
 @pytest.mark.slow
