@@ -186,3 +186,24 @@ def test_a_network_without_memory_has_seen_nothing_before(town):
     view = SeenMap().look(NumpyCameraRig(*rig), (128, 224), np.eye(4), True)
     assert 0 < result.seen.boxes.mean() < 1
     assert np.abs(view.of_boxes(result.boxes) - result.seen.boxes.numpy()).max() < 0.2  # the same up to the crop
+
+
+def test_a_step_that_fails_has_seen_nothing(make_live, live_kind, live_frames):
+    live, undisturbed = make_live[live_kind](min_seen=0), make_live[live_kind](min_seen=0)
+    images, rig, pose, time = live_frames[0]
+    front = rig._replace(present=np.arange(6) < 1)
+    for each in (live, undisturbed):
+        each.step(images, front, pose, time)
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(*((live.model, "decode") if live_kind == "predictor" else (live._session, "run")), fail)
+        for k in range(1, 5):  # the same place, upside down and looking back
+            with pytest.raises(RuntimeError, match="out of memory"):
+                live.step([image[::-1] for image in images], rig, pose @ rigid_from_yaw(0.9 * k), time + 0.4)
+    one, other = (each.step(images, front, pose, time + 0.5) for each in (live, undisturbed))
+    assert one.warnings == other.warnings == ()
+    for part, expected in zip(one.seen, other.seen, strict=True):
+        assert np.array_equal(np.asarray(part), np.asarray(expected)) and np.asarray(part).mean() < 0.9

@@ -49,7 +49,7 @@ class Provenance:
     @property
     def is_generated(self) -> bool:
         """True if all data came from `perception simulate`."""
-        return all(version == GENERATED for version in self.versions)
+        return bool(self.versions) and all(version == GENERATED for version in self.versions)
 
     def __str__(self) -> str:
         data = "generated scenes only" if self.is_generated else ", ".join(self.versions)
