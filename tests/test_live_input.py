@@ -206,6 +206,17 @@ def test_recordings_are_plausible_and_their_swapped_versions_are_not(recordings,
         assert findings_of([[images[n]] for images in frames], one, lambda image: image) == set()
 
 
+def test_the_shipped_weights_on_recordings(recordings):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (images, *_), rig = recordings["nuscenes"]
+        assert Predictor("nano").step(images, rig, np.eye(4), 0.0).warnings == ()
+    # The long front camera of the other drive is unlike the cameras that the weights know; nothing else is.
+    (images, *_), rig = recordings["drive"]
+    with pytest.warns(PerceptionWarning, match=r"camera 0 has a focal length of 1\.\d+ widths of the network's image"):
+        assert len(Predictor("nano").step(images, rig, np.eye(4), 0.0).warnings) == 1
+
+
 def test_every_image_format_is_looked_at_alike(recordings):
     from perception.export.images import from_rgb
 
