@@ -300,7 +300,7 @@ WARNED = {
         lambda r: with_mounting(r, r.ego_from_cam[3] @ turned(-0.7), 3), r"ego_from_cam\[3\] looks .* degrees upwards",
     ),
     "on its side": (
-        lambda r: posed(r, lambda pose: pose @ QUARTER), r"rolled by -?[89]. degrees .* \(and so do 5 other cameras\)",
+        lambda r: posed(r, lambda pose: pose @ QUARTER), r"rolled by -?[89]. degrees .*; the same holds for 5 more",
     ),
     "on its head": (lambda r: with_mounting(r, r.ego_from_cam[5] @ QUARTER @ QUARTER, 5), "rolled by -?1[78]. degrees"),
     "8 m high": (lambda r: posed(r, raised(8)), "at a height of 8 m"),

@@ -84,7 +84,7 @@ def implausible_rig(rig: NumpyCameraRig, sizes: Sizes, seeing: NDArray[np.bool_]
     def check(kind: str, faults: Mapping[int, str], sentence: Callable[[int, str], str]) -> None:
         if faults:
             n = next(iter(faults))
-            others = f" (and so do {len(faults) - 1} other cameras)" if len(faults) > 1 else ""
+            others = f"; the same holds for {len(faults) - 1} more" if len(faults) > 1 else ""
             found[kind] = sentence(n, faults[n]) + others
 
     intrinsics = {n: (rig.img_from_cam[n], sizes[n][:2]) for n in present}
