@@ -50,6 +50,7 @@ class LiveInput:
         self.warnings = Warnings()
         self._image_size, self._remembers = image_size, remembers
         self._seen_map, self._statistics = SeenMap(remembers), ImageStatistics()
+        self._last_rig: tuple[bytes, Findings] = (b"", {})
 
     def reset(self) -> None:
         """Drops the last frame and what was seen; the next frame is a first frame."""
@@ -81,15 +82,23 @@ class LiveInput:
         view = self._seen_map.look(fitted, self._image_size, motion.ego_from_prev, motion.is_first)
         is_blank = not present and (motion.is_first or not self._remembers)
         findings = {"motion": motion.warning} if motion.warning else {}
-        seeing = sees_ground(fitted, self._image_size)
-        findings |= implausible_rig(rig, sizes, seeing)
-        if present and not seeing.any():
-            cause = next(sentence for kind, sentence in findings.items() if kind != "motion")
-            raise DataError(f"no camera of the rig sees the ground around the vehicle; probably because {cause}")
+        findings |= self._implausible_rig(rig, fitted, {n: sizes[n] for n in present})
         if is_blank:
             findings["no camera"] = "no camera is present and the memory is empty: nothing is predicted"
         found, statistics = self._statistics.implausible(pixels)
         return Step(motion, fitted, view, statistics, findings | found, is_blank)
+
+    def _implausible_rig(self, rig: NumpyCameraRig, fitted: NumpyCameraRig, sizes: Sizes) -> Findings:
+        """Returns what is implausible in a rig, which most vehicles give unchanged in every step."""
+        key = b"".join(part.tobytes() for part in rig) + repr(sizes).encode()
+        if key != self._last_rig[0]:
+            seeing = sees_ground(fitted, self._image_size)
+            found = implausible_rig(rig, sizes, seeing)
+            if sizes and not seeing.any():
+                cause = next(iter(found.values()))
+                raise DataError(f"no camera of the rig sees the ground around the vehicle; probably because {cause}")
+            self._last_rig = key, found
+        return self._last_rig[1]
 
     def keep(self, step: Step) -> None:
         """Stores a frame as the last one, once the network has run."""
