@@ -100,6 +100,11 @@ class NuScenesDataset(Dataset):
         return len(self._index.token)
 
     @property
+    def index(self) -> Index:
+        """The tables as flat arrays, one row per sample."""
+        return self._index
+
+    @property
     def tokens(self) -> list[str]:
         """Sample tokens, indexed by `Clip.sample_index`."""
         return [token.decode() for token in self._index.token]

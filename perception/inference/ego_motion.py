@@ -6,13 +6,12 @@ the pose, the next frame is therefore a first frame, which ignores the memory.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from perception.errors import DataError, PerceptionWarning
+from perception.errors import DataError
 from perception.geometry import invert_rigid
 from perception.inference.checks import checked_pose, checked_setting, checked_time
 
@@ -96,10 +95,8 @@ class EgoMotion:
         return Motion(ego_from_prev, seconds, False, pose, time, 0, "")
 
     def keep(self, motion: Motion) -> None:
-        """Stores a frame as the last frame, and emits its warning if it has one."""
+        """Stores a frame as the last frame."""
         self._last = motion
-        if motion.warning:
-            warnings.warn(motion.warning, PerceptionWarning, stacklevel=3)  # at the line that called step()
 
 
 def jumped(

@@ -6,7 +6,7 @@ matrices, for the graph of an export.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,39 +14,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from perception.inference.crop import fitting_crop
+
 FIT_BITS = 22  # fractional bits of the weights, the same as in Pillow
-
-
-class Crop(NamedTuple):
-    """The scale of an image and the part of it that the network sees."""
-
-    scale: float
-    left: float  # pixels of the given image that are cut off at the left, and the same number at the right
-    top: float  # pixels of the given image that are cut off at the top
-
-    @property
-    def img_from_raw(self) -> NDArray[np.float64]:
-        """[3, 3], converts pixels of the given image to pixels of the network's image."""
-        scale = self.scale
-        return np.array([[scale, 0, -self.left * scale], [0, scale, -self.top * scale], [0, 0, 1]])
-
-
-def fitting_crop(raw_size: tuple[int, int], image_size: tuple[int, int]) -> Crop:
-    """Computes scale and crop of an image: scaled until it covers the network's image, cut at the top and both sides.
-
-    Args:
-        raw_size: height and width of the given image.
-        image_size: height and width of the network's image.
-    """
-    (raw_h, raw_w), (H, W) = raw_size, image_size
-    scale = max(W / raw_w, H / raw_h)
-    return Crop(scale, (raw_w - W / scale) / 2, raw_h - H / scale)
 
 
 def fit_image(
     image: Image.Image, img_from_cam: NDArray[Any], image_size: tuple[int, int]
 ) -> tuple[Tensor, NDArray[np.float64]]:
-    """Resizes and crops an image to the network's size, see `fitting_crop`.
+    """Resizes and crops an image to the network's size, see `perception.inference.crop.fitting_crop`.
 
     Args:
         image: of any size. A JPEG that is not decoded yet is decoded here, at a reduced size if that is sufficient.

@@ -21,6 +21,7 @@ from perception.files import replacing
 from perception.models import NETWORKS, Network, NetworkConfig, build_network, network_name
 from perception.models.base import dataclass_for
 from perception.models.foreign import check_finite, read_state_dict
+from perception.models.provenance import Provenance
 from perception.reading import short
 from perception.types import LaneRange
 
@@ -32,14 +33,21 @@ _LARGEST = 100_000
 _MOST_CELLS = 2**24  # of a grid, and pixels of an image
 
 
-def save_checkpoint(path: str | Path, model: Network, metrics: dict[str, float], half: bool = False) -> None:
-    """Writes weights, config and metrics into one safetensors file, atomically.
+def save_checkpoint(
+    path: str | Path,
+    model: Network,
+    metrics: dict[str, float],
+    half: bool = False,
+    provenance: Provenance | None = None,
+) -> None:
+    """Writes weights, config, metrics and provenance into one safetensors file, atomically.
 
     Args:
         path: file to write, ends in .safetensors.
         model: the network.
         metrics: metrics of these weights, stored as given.
         half: store the weights as `halve` converts them.
+        provenance: what the weights were trained on, from `provenance_of`; None if that is not known.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     if half:
@@ -50,6 +58,8 @@ def save_checkpoint(path: str | Path, model: Network, metrics: dict[str, float],
         "config": json.dumps(asdict(model.config)),
         "metrics": json.dumps(metrics),
     }
+    if provenance is not None:
+        metadata["provenance"] = provenance.to_json()
     with replacing(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata)
 
@@ -150,6 +160,44 @@ def read_metrics(name_or_path: str | Path) -> dict[str, float]:
     """
     path = weights_file(name_or_path)
     return _json(path, _read(path, tensors=False)[1], "metrics")
+
+
+def read_provenance(name_or_path: str | Path) -> Provenance | None:
+    """Reads what weights were trained on, None if their file does not say it.
+
+    Args:
+        name_or_path: as in `load_model`.
+
+    Raises:
+        CheckpointError: no shipped weights have this name, or the file is missing or unreadable.
+    """
+    path = weights_file(name_or_path)
+    text = _read(path, tensors=False)[1].get("provenance")
+    try:
+        return None if text is None else Provenance.from_json(text)
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path}: provenance is malformed ({error}); write it with write_provenance") from None
+
+
+def write_provenance(path: str | Path, provenance: Provenance) -> None:
+    """Writes into a weights file what its weights were trained on. Its tensors stay the same bit for bit.
+
+    Args:
+        path: a `.safetensors` file that `save_checkpoint` wrote.
+        provenance: from `provenance_of`.
+
+    Raises:
+        CheckpointError: the file is missing or unreadable.
+    """
+    _read(Path(path), tensors=False)
+    content = Path(path).read_bytes()
+    length = int.from_bytes(content[:8], "little")  # a safetensors file: length of the header, header as JSON, tensors
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"]["provenance"] = provenance.to_json()
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors stay aligned
+    with replacing(path) as temporary:
+        Path(temporary).write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
 
 
 def _read(path: Path, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
