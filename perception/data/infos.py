@@ -21,6 +21,9 @@ from perception.data.plain_pickle import read_plain_pickle
 from perception.errors import DataError, PerceptionWarning
 from perception.geometry import invert_rigid, rigid_from_yaw, transform_points, wrap_angle, yaw_from_rotation
 from perception.inference.checks import check_intrinsics, checked_pose, checked_rig, checked_rigid
+from perception.inference.crop import fitted_rig
+from perception.inference.plausibility import implausible_rig
+from perception.inference.visibility import sees_ground
 from perception.reading import number, numbers, parse_json, read_bytes, short, typed
 from perception.types import (
     BOX_CLASSES,
@@ -170,6 +173,9 @@ class InfoSample(NamedTuple):
         sizes = {n: self._stored_size(cameras[n], path) for n, path in paths.items()}
         for n, size in sizes.items():
             check_intrinsics(f"{self.name}: images.{cameras[n]}.cam2img", rig.img_from_cam[n], size)
+        fitted = fitted_rig(rig, sizes, image_size)
+        for sentence in implausible_rig(rig, sizes, sees_ground(fitted, image_size)).values():
+            _warn(f"{self.name}: {_in_words_of(fields, sentence)}")
         images = torch.zeros(1, N, 3, *image_size, dtype=torch.uint8)  # [T, N, 3, H, W]
         for n, path in paths.items():
             images[0, n], rig.img_from_cam[n] = decode_image(path, rig.img_from_cam[n], image_size)
@@ -463,10 +469,13 @@ def _renamed(prefix: str, names: Mapping[str, str], check: Any, *arguments: obje
     try:
         return check(*arguments)
     except DataError as error:
-        text = str(error)
-        for name, field in names.items():
-            text = text.replace(name, field)
-        raise DataError(prefix + text) from None
+        raise DataError(prefix + _in_words_of(names, str(error))) from None
+
+
+def _in_words_of(names: Mapping[str, str], text: str) -> str:
+    for name, field in names.items():
+        text = text.replace(name, field)
+    return text
 
 
 def _warn(text: str) -> None:
