@@ -22,7 +22,7 @@ from perception.data.nuscenes import NuScenesDataset
 from perception.data.table_checks import check_tables, open_tables
 from perception.data.tables import TABLES
 from perception.errors import DataError, PerceptionWarning
-from perception.evaluation.dataset import check_ground_truth
+from perception.evaluation.dataset import check_evaluable
 from perception.evaluation.detection import evaluate_boxes, load_tables
 from perception.inference.ego_motion import EgoMotion
 from perception.types import DEFAULT_LANE_RANGE
@@ -261,7 +261,7 @@ def test_an_empty_table_of_annotations_is_a_dataset_without_boxes(root, tmp_path
     data = read(root, tmp_path)
     assert data[0].gt.boxes.valid.shape == (1, 0)
     with pytest.raises(DataError, match=r"has no annotation of the ten classes"):
-        check_ground_truth(data)
+        check_evaluable(data)
 
 
 # Points
@@ -296,7 +296,7 @@ def test_a_dataset_without_points_is_named_and_not_scored(hand_root, root, tmp_p
         data = read(root, tmp_path)
     message = r"gives all 12 boxes of split hand_val 0 LiDAR and radar points.*write -1 as num_lidar_pts"
     with pytest.raises(DataError, match=message):
-        check_ground_truth(data)
+        check_evaluable(data)
     gt = {token: data[i].gt for i, token in enumerate(data.tokens)}
     predictions = {token: type(gt)(*(type(part)(*(x[0] for x in part)) for part in gt)) for token, gt in gt.items()}
     poses = {token: data.ego_pose(i) for i, token in enumerate(data.tokens)}
