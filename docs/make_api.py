@@ -12,10 +12,11 @@ from pathlib import Path
 DOCS = Path(__file__).resolve().parent
 MODULES = (
     "__init__", "types", "geometry", "cameras", "grid", "errors", "inference.predictor", "inference.sequence",
-    "models.__init__", "models.base", "models.checkpoint", "models.bev_transformer.config",
+    "models.__init__", "models.base", "models.checkpoint", "models.provenance", "models.bev_transformer.config",
     "models.bev_transformer.model", "models.bevformer.model", "models.maptr.model", "models.maptrv2.model",
-    "data.nuscenes", "data.infos", "data.lane_map", "data.lane_topology", "data.splits", "data.leakage",
-    "data.geographic_split", "data.augment", "synthetic.writer", "evaluation.dataset", "evaluation.detection",
+    "data.nuscenes", "data.infos", "data.map_vectors", "data.lane_map", "data.lane_topology", "data.splits",
+    "data.leakage", "data.geographic_split", "data.augment", "synthetic.writer", "evaluation.dataset",
+    "evaluation.detection",
     "evaluation.lanes", "evaluation.lane_report", "evaluation.stability", "evaluation.confidence",
     "evaluation.robustness", "evaluation.submission", "engine.config", "engine.training", "engine.weights",
     "export.onnx", "export.contract", "export.dialect", "export.parity", "export.runtime", "export.tensorrt",

@@ -19,7 +19,7 @@ COMMANDS = {
     "export": "export a network for the vehicle and certify the export",
     "simulate": "generate a dataset of the synthetic town in nuScenes format",
     "benchmark": "compare trainings and runtimes, and measure a GPU",
-    "doctor": "check the installation",
+    "doctor": "check the installation, or a dataset",
     "import-checkpoint": "import a checkpoint of the published code",
     "prepare-nuscenes": "measure the leakage of a split, and make splits that do not leak",
 }

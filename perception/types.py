@@ -138,6 +138,30 @@ class FrameObjects(NamedTuple):
     lines: Polylines
 
 
+class Seen(NamedTuple):
+    """Which predictions lie where a camera looks, or looked while the memory lasted; see `inference.visibility`.
+
+    Walls and other vehicles are not taken into account: what they hide counts as seen.
+    """
+
+    boxes: Tensor  # [M] float32, share of the centre and the eight corners that is seen
+    lines: Tensor  # [M, P] bool, for each point
+
+
+class LiveObjects(NamedTuple):
+    """Result of one step in live use: `FrameObjects`, with what is known about the input."""
+
+    boxes: Boxes
+    lines: Polylines
+    seen: Seen  # of these boxes and lines
+    warnings: tuple[str, ...]  # what is implausible in the input of this step; empty for a good one
+
+    @property
+    def objects(self) -> FrameObjects:
+        """The boxes and lines alone, as evaluation takes them."""
+        return FrameObjects(self.boxes, self.lines)
+
+
 class NumpyCameraRig(NamedTuple):
     """`CameraRig` as numpy arrays, the input of the in-vehicle runtime."""
 
@@ -172,10 +196,31 @@ class NumpyPolylines(NamedTuple):
 
 
 class NumpyFrameObjects(NamedTuple):
-    """`FrameObjects` as numpy arrays, the result of the in-vehicle runtime."""
+    """`FrameObjects` as numpy arrays."""
 
     boxes: NumpyBoxes
     lines: NumpyPolylines
+
+
+class NumpySeen(NamedTuple):
+    """`Seen` as numpy arrays."""
+
+    boxes: NDArray[Any]
+    lines: NDArray[Any]
+
+
+class NumpyLiveObjects(NamedTuple):
+    """`LiveObjects` as numpy arrays, the result of the in-vehicle runtime."""
+
+    boxes: NumpyBoxes
+    lines: NumpyPolylines
+    seen: NumpySeen
+    warnings: tuple[str, ...]
+
+    @property
+    def objects(self) -> NumpyFrameObjects:
+        """The boxes and lines alone, as evaluation takes them."""
+        return NumpyFrameObjects(self.boxes, self.lines)
 
 
 class State(NamedTuple):

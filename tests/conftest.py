@@ -106,6 +106,34 @@ def fp32_export(exports) -> Path:
 
 
 @pytest.fixture(scope="session")
+def live_frames(small_town) -> list[tuple]:
+    """Images, rig, pose and time of the first three frames of a scene, as `step` takes them."""
+    from perception.types import CameraRig
+
+    found = []
+    for k in range(3):
+        frame = small_town[k].frames
+        images = list(frame.images[0].permute(0, 2, 3, 1).numpy())
+        rig = CameraRig(*(tensor[0].numpy() for tensor in frame.rig))
+        found.append((images, rig, small_town.ego_pose(k), 1.7e9 + 0.5 * k))
+    return found
+
+
+@pytest.fixture(scope="session")
+def make_live(small_network, fp32_export):
+    """Creates a predictor or a runtime of the small network, with the keywords that both take."""
+    from perception.export.runtime import Runtime
+    from perception.inference.predictor import Predictor
+
+    return {"predictor": lambda **k: Predictor(small_network, **k), "runtime": lambda **k: Runtime(fp32_export, **k)}
+
+
+@pytest.fixture(params=["predictor", "runtime"])
+def live_kind(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
 def mixed_export(small_network, tmp_path_factory) -> Path:
     """The small network's export for NV12 cameras of several sizes."""
     from perception.export.onnx import export_onnx

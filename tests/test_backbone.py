@@ -124,7 +124,7 @@ def test_invalid_freezing_and_weights_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="no such file"):
         read_backbone_weights(tmp_path / "none.pth")
     (tmp_path / "bad.pth").write_bytes(b"no tensors")
-    with pytest.raises(CheckpointError, match="not readable as weights"):
+    with pytest.raises(CheckpointError, match="not readable as plain tensors"):
         read_backbone_weights(tmp_path / "bad.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(CheckpointError, match="holds no state dict"):

@@ -66,7 +66,7 @@ def test_values_reach_the_parsed_config(tmp_path):
         (('split="s"', 'split="s", cameras=6'), r"unknown key train_data\.cameras; the keys there are augment"),
         (("epochs=1, ", ""), r"train\.epochs is missing; add it"),
         (("epochs=1,", "epochs=1.5,"), r"train\.epochs is 1\.5; it must be of type int"),
-        (("lr=1,", "lr='1',"), r"train\.lr is '1'; it must be of type float"),
+        (("lr=1,", "lr='1',"), r'train\.lr is "1"; it must be of type float'),
         (("model = dict", "modle = dict"), r"unknown key modle; did you mean model\?"),
         (("train = dict(epochs", "train = int(epochs"), r"mine\.py: TypeError"),
         (('model = dict(preset="nano")', "model = 3"), r"model is 3; it must be a dict"),
@@ -85,7 +85,7 @@ def test_mistakes_in_a_config_are_named(tmp_path, change, sentence):
 @pytest.mark.parametrize(
     ("pair", "sentence"),
     [
-        ("train.lr", r"--cfg-options 'train\.lr' is not KEY=VALUE"),
+        ("train.lr", r'--cfg-options "train\.lr" is not KEY=VALUE'),
         ("train.lrr=1", r"unknown key train\.lrr; did you mean train\.lr\?"),
         ("train.lr.x=1", r"--cfg-options .* does not fit"),
         ("other=1", r"unknown key other"),

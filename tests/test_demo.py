@@ -89,18 +89,37 @@ def test_predict_draws_the_truth_of_an_info_file(tmp_path, real_keyframe, checkp
         "--checkpoint", checkpoint, "--min-score", 1, "--out", tmp_path / "real.png",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    boxes, lines = (row.split() for row in done.stdout.splitlines()[1:])
-    assert boxes == ["boxes", "0", "65"]  # the number of boxes the file calls valid
-    assert lines[:2] == ["lines", "0"] and int(lines[2]) > 3
+    boxes, lines = (row.split() for row in done.stdout.splitlines()[1:3])
+    assert boxes == ["boxes", "0", "65", "0"]  # the number of boxes the file calls valid
+    assert lines[:2] == ["lines", "0"] and int(lines[2]) > 3 and lines[3] == "0"
     # Nothing is predicted, so what is bright in the bird's-eye view is truth: boxes, lines, and a few words.
     picture = np.asarray(Image.open(tmp_path / "real.png"))
     bev = picture[60:, picture.shape[1] * 3 // 4 :]
     assert (bev.min(-1) > 180).sum() > 2000
 
 
+def test_predict_says_how_much_is_right_and_what_the_weights_know(tmp_path, town_root, real_keyframe):
+    info, path = real_keyframe / "sample.json", tmp_path / "a.json"
+    done = run("predict.py", "--info", info, "--out", tmp_path / "a.png", "--json", path)
+    assert done.returncode == 0, done.stderr
+    # Looks like success, if nobody counts what is right.
+    assert done.stdout.splitlines()[1].split() == ["boxes", "57", "65", "4"]
+    assert "\nweights: trained on generated scenes only (380 scenes, 6 cameras, " in done.stdout
+    assert "\nnote: the weights were trained on generated scenes only and are of no use on real images" in done.stdout
+    numbers = json.loads(path.read_text())
+    assert len(numbers["boxes"]) == 57 and all(0.25 <= box["seen"] <= 1 for box in numbers["boxes"])
+    assert len(numbers["notes"]) == 1 and len(numbers["lines"][0]["seen"]) == len(numbers["lines"][0]["points"])
+    done = run(
+        "predict.py", "--dataroot", town_root, "--version", VERSION, "--split", "town_val", "--out", tmp_path / "b.png"
+    )
+    predicted, gt, matched = map(int, done.stdout.splitlines()[1].split()[1:])
+    assert matched > 0.4 * max(predicted, gt) > 4 and "note:" not in done.stdout
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (["--info", "nowhere.json", "--min-seen", "7", "--out", "OUT.png"], "--min-seen is 7.0; give a number"),
         (["--dataroot", "ROOT", "--out", "OUT.png"], "--version is missing"),
         (["--dataroot", "ROOT", "--version", VERSION, "--split", "town_val", "--sample", "x", "--out", "OUT.png"],
          "no sample x"),

@@ -301,3 +301,14 @@ def test_boxes_of_the_submission_are_those_of_the_devkit():
         assert record["velocity"] == pytest.approx(box.velocity[:2], abs=1e-6)
         assert (record["detection_name"], record["attribute_name"]) == (BOX_CLASSES[k], ATTRIBUTES[k])
         assert record["detection_score"] == pytest.approx(0.9 - k / 10)
+
+
+def test_of_equal_scores_the_first_boxes_are_kept():
+    M = 502
+    boxes = Boxes(
+        center=torch.arange(M, dtype=torch.float64)[:, None].expand(M, 3), size=torch.ones(M, 3), yaw=torch.zeros(M),
+        velocity=torch.zeros(M, 2), label=torch.zeros(M).long(), attribute=torch.full((M,), -1),
+        score=torch.full((M,), 0.5), valid=torch.ones(M).bool(), uncertainty=torch.zeros(M, 9),
+    )  # fmt: skip
+    found = submission_from_predictions({"t": FrameObjects(boxes, None)}, {"t": np.eye(4)})["results"]["t"]
+    assert [box["translation"][0] for box in found] == list(range(500))

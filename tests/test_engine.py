@@ -20,7 +20,7 @@ from perception.engine.weights import load_weights, make_core
 from perception.errors import CheckpointError, ConfigError, TrainingError, run_script
 from perception.evaluation.dataset import evaluate_dataset
 from perception.models.bev_transformer.model import BEVTransformer
-from perception.models.checkpoint import halve, load_model, read_metrics
+from perception.models.checkpoint import halve, load_model, read_metrics, read_provenance
 from perception.synthetic import VERSION, simulate
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -90,6 +90,9 @@ def test_exported_weights_are_the_averaged_ones(trained, config_path):
     config = load_config(config_path)
     exported, metrics = load_model(trained / "small.safetensors"), read_metrics(trained / "small.safetensors")
     last = load_model(trained / "small-last.safetensors")
+    described = read_provenance(trained / "small.safetensors")
+    assert described.is_generated and len(described.cameras) == 6 and described.scenes > 0
+    assert described == read_provenance(trained / "small-last.safetensors")
     checkpoint = torch.load(trained / "epoch_5.pth", weights_only=True)
     averaged = {name.removeprefix("core."): tensor for name, tensor in checkpoint["state_dict"].items()}
     raw = checkpoint["ema_state_dict"]  # MMEngine swaps the two when it saves

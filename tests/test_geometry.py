@@ -20,9 +20,10 @@ from perception.geometry import (
     wrap_angle,
     yaw_from_rotation,
 )
-from perception.inference.checks import checked_pose
+from perception.inference.checks import checked_pose, checked_rig, checked_rigid
+from perception.inference.ego_motion import EgoMotion
 from perception.models.decoding import empty_boxes, empty_lines
-from perception.types import Boxes, FrameObjects, map_tensors
+from perception.types import Boxes, CameraRig, FrameObjects, map_tensors
 
 
 def test_quarter_turn_rotates_x_to_y_and_then_moves():
@@ -58,6 +59,19 @@ def test_projection_of_a_point_by_hand():
     assert np.isfinite(uv).all()
 
 
+def test_depths_below_the_least_are_clamped():
+    """The depth divides the homogeneous coordinate, here 100 * 2 + 50 * depth; depths below `min_depth` do not."""
+    img_from_cam = np.array([[100.0, 0, 50], [0, 100, 40], [0, 0, 1]])
+    points = np.array([[2.0, 0, 4], [2.0, 0, 0.5], [2.0, 0, 0.05], [2.0, 0, 0], [2.0, 0, -4]])
+    for min_depth in (0.1, 1.0):
+        for library in (np.asarray, torch.from_numpy):
+            uv, depth = project_points(library(img_from_cam), library(points), min_depth)
+            expected = (200 + 50 * points[:, 2]) / np.maximum(points[:, 2], min_depth)
+            np.testing.assert_allclose(np.asarray(uv)[:, 0], expected)
+            np.testing.assert_allclose(np.asarray(depth), points[:, 2])
+    assert project_points(img_from_cam, points)[0][3, 0] == pytest.approx(200 / 0.1)  # 0.1 m by default
+
+
 def test_box_corners_of_a_rotated_box():
     corners = box_corners(np.array([1.0, 2, 3]), np.array([4.0, 2, 6]), np.array(np.pi / 2))
     # rotated by 90 degrees, front-left (2, 1) becomes (-1, 2)
@@ -88,6 +102,26 @@ def test_rigid():
         wrong[row, column] = value
         assert not is_rigid(wrong), (row, column, value)
     assert not is_rigid(pose[:3])
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_reflections_are_no_rotations(axis):
+    """A reflection is orthogonal and of unit length; everything that takes a rotation refuses it."""
+    pose = rigid_from_yaw(0.3, (1.0, -0.5, 2.0))
+    pose[:3, axis] *= -1
+    assert np.allclose(pose[:3, :3] @ pose[:3, :3].T, np.eye(3)) and not is_rigid(pose)
+    assert not is_rigid(np.diag([-1.0, -1, -1, 1])) and not is_rigid(np.eye(4)[[1, 0, 2, 3]])
+    rig = CameraRig(torch.tensor([[[100.0, 0, 50], [0, 100, 40], [0, 0, 1]]]), pose[None], torch.tensor([True]))
+    nothing = map_tensors(lambda tensor: tensor[0], FrameObjects(empty_boxes(1, "cpu"), empty_lines(1, "cpu")))
+    for use in (
+        lambda: checked_pose(pose),
+        lambda: checked_rigid("ego_from_cam", pose),
+        lambda: checked_rig(rig, 1),
+        lambda: EgoMotion().since_last(pose, 0.0),
+        lambda: submission_from_predictions({"a": nothing}, {"a": pose}),
+    ):
+        with pytest.raises(DataError, match="rigid"):
+            use()
 
 
 @pytest.mark.parametrize(("stretch", "rigid"), [(1 + 4e-4, True), (1 + 6e-4, False)])

@@ -9,7 +9,7 @@ import shapely
 import torch
 from douglas_peucker import decided_by_rounding
 
-from perception.data.infos import load_info_poses
+from perception.data.infos import read_info
 from perception.data.lane_map import LANE_PROTOCOLS, LaneMap
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError, DataError
@@ -377,7 +377,8 @@ def test_matches_shapely_on_a_real_map(real_keyframe, tmp_path):
     polygons = [(rings[0][:-1], [hole[:-1] for hole in rings[1:]]) for rings in area["coordinates"]]
     path = write_map(tmp_path / "m.json", polygons={"road_segment": polygons}, dividers=of_kind)
     lane_map = LaneMap(path)
-    global_from_ego, ego_from_lidar = load_info_poses(real_keyframe / "sample.json")
+    info = read_info(real_keyframe / "sample.json")
+    global_from_ego, ego_from_lidar = info.global_from_ego(), info.ego_from_lidar()
     global_from_lidar = global_from_ego @ ego_from_lidar
     edges = shapely.MultiLineString([f["polyline"] for f in features if f["kind"] == "drivable_boundary"])
     dividers = shapely.MultiLineString([line for kind in of_kind.values() for line in kind])

@@ -110,6 +110,30 @@ def test_divider_values_by_hand():
     assert strict.ap["divider"][0.2] == pytest.approx(1 / 9)
 
 
+def straight(y, score=1.0):
+    return MapLine(0, np.array([[-10.0, y], [10.0, y]]), score)
+
+
+@pytest.mark.parametrize("protocol", ["maptr", "streammapnet"])
+def test_a_line_at_exactly_the_threshold_is_a_hit(protocol):
+    for k, threshold in enumerate((0.5, 1.0, 1.5)):
+        for offset, first in ((threshold, k), (np.nextafter(threshold, 2), k + 1)):
+            matches = match_lines([straight(offset)], [straight(0.0)], protocol=protocol)
+            assert matches.hit[0].tolist() == [j >= first for j in range(3)], (threshold, offset)
+            assert matches.distance[0] == (offset if first < 3 else np.inf)
+
+
+def test_of_equal_scores_the_first_counts_first():
+    # Both lines are near enough: the first one is the hit, although the second one is nearer.
+    assert match_lines([straight(0.4, 0.5), straight(0.1, 0.5)], [straight(0.0)]).hit[:, 0].tolist() == [True, False]
+    # Frames are ordered by token. The hit first: precision 1 at recall 1/2. The false line first: precision 1/2 there.
+    gt = {token: [straight(0.0)] for token in ("a", "b")}
+    hit, false = [straight(0.0, 0.5)], [straight(8.0, 0.5)]
+    for predictions, ap in (({"b": false, "a": hit}, 1 / 2), ({"b": hit, "a": false}, 1 / 4)):
+        result = evaluate_lanes(predictions, gt)
+        assert result.ap["divider"] == pytest.approx(dict.fromkeys((0.5, 1.0, 1.5), ap))
+
+
 def random_lines(rng, count, score=True):
     lines = []
     for _ in range(count):
@@ -222,6 +246,14 @@ def test_collinear_lines_whose_flat_buffers_do_not_touch_never_match():
     assert evaluate_lanes(predictions, gt, protocol="streammapnet").ap["divider"][1.5] == 1.0  # asks no buffers
     beside = {"a": [line([[0, 1.2], [1, 1.2]])]}
     assert evaluate_lanes(beside, gt).ap["divider"][1.5] == 1.0
+
+
+@pytest.mark.parametrize(("gap", "touches"), [(1.8, True), (1.94, True), (2.02, False), (2.08, False)])
+def test_a_line_end_just_beyond_the_buffer_does_not_touch_it(gap, touches):
+    """A short line stands upright over the middle of another: its own flat buffer does not reach down to it."""
+    gt, upright = [line([[-1, 0], [1, 0]])], [line([[0.003, gap], [0.003, gap + 0.06]])]
+    for a, b in ((upright, gt), (gt, upright)):
+        assert np.isfinite(match_lines(a, b, thresholds=(5.0,)).distance).all() == touches
 
 
 def test_a_prediction_has_no_second_choice():

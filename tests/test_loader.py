@@ -1,5 +1,9 @@
 """Image decoding against images with known content; padding, collation and sampling orders."""
 
+import struct
+import tracemalloc
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -47,6 +51,66 @@ def test_decode_names_bad_files(tmp_path):
         decode_image(path, np.eye(3), (8, 8))
     path.write_text("hello")
     with pytest.raises(DataError, match=r"a\.jpg cannot be read as an image"):
+        decode_image(path, np.eye(3), (8, 8))
+
+
+def png_header(width, height):
+    """A PNG of a few bytes whose header promises any size."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    content = zlib.compress(bytes(100_000))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", content)
+        + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("pillow_limit", [Image.MAX_IMAGE_PIXELS, 400_000**2])  # the second is the devkit's
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch, pillow_limit):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillow_limit)
+    path = tmp_path / "bomb.png"
+    path.write_bytes(png_header(36_000, 36_000))
+    tracemalloc.start()
+    for stored_size in (None, (36_000, 36_000), (900, 1600)):
+        with pytest.raises(DataError, match=r"bomb\.png .*(36000 x 36000 pixels|exceeds limit)"):
+            decode_image(path, np.eye(3), (90, 160), stored_size)
+    assert tracemalloc.get_traced_memory()[1] < 2e6
+    tracemalloc.stop()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of Pillow
+def test_damaged_images_are_named_whatever_pillow_raises(tmp_path):
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+    decoded = 0
+    for suffix in ("jpg", "png", "bmp", "tiff", "webp", "ppm"):
+        path = tmp_path / f"a.{suffix}"
+        noise.save(path)
+        whole = path.read_bytes()
+        for _ in range(60):
+            damaged = bytearray(whole)
+            for place in rng.integers(0, min(len(whole), 400), 3):
+                damaged[place] = rng.integers(0, 256)
+            path.write_bytes(damaged[: rng.integers(1, len(whole) + 1)] if rng.random() < 0.3 else damaged)
+            try:
+                image, _ = decode_image(path, np.eye(3), (8, 8))
+                decoded += image.shape == (3, 8, 8)
+            except DataError as error:
+                assert f"a.{suffix}" in str(error) and "\n" not in str(error)
+    assert decoded > 60
+
+
+def test_a_picture_that_needs_another_program_is_not_opened(tmp_path):
+    """Pillow gives PostScript to Ghostscript, which would run it."""
+    path = tmp_path / "a.jpg"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n")
+    with Image.open(path) as image:
+        assert image.format == "EPS"
+    with pytest.raises(DataError, match=r"a\.jpg cannot be read as an image .cannot identify image file"):
         decode_image(path, np.eye(3), (8, 8))
 
 

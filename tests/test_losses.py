@@ -251,6 +251,25 @@ def test_heatmap_peaks_where_the_centres_are():
     assert heat[0, 0, 13, 11] == pytest.approx(math.exp(-1 / (2 * 0.7**2)), rel=1e-5)
 
 
+def test_heatmap_is_a_gaussian_around_the_nearest_cell():
+    """Against a plain loop over cells, for centres anywhere in their cells and for small, medium and large boxes."""
+    torch.manual_seed(5)
+    longest = torch.tensor([0.5, 4.0, 12.0, 18.0, 40.0] * 8)
+    sigma = [0.7, 0.7, 1.0, 1.5, 2.0] * 8  # a sixth of the longest side in cells of 2 m, from 0.7 to 2
+    for k in range(len(longest)):
+        center = torch.rand(1, 1, 3) * 30 - 15
+        size = torch.tensor([[[longest[k], 0.4, 1.0]]]) if k % 2 else torch.tensor([[[0.4, longest[k], 1.0]]])
+        boxes = map_tensors(lambda x: x[:, :1], make_boxes())._replace(center=center, size=size)
+        heat = draw_heatmap(boxes, GRID, 10)[0, 0]
+        distance = (GRID.cell_centers() - center[0, 0, :2]).norm(dim=-1)
+        i, j = divmod(int(distance.argmin()), 20)
+        for x in range(20):
+            for y in range(20):
+                far = max(abs(x - i), abs(y - j)) > 5
+                expected = 0.0 if far else math.exp(-((x - i) ** 2 + (y - j) ** 2) / (2 * sigma[k] ** 2))
+                assert heat[x, y].item() == pytest.approx(expected, abs=1e-6), (k, x, y)
+
+
 def test_raster_marks_the_cells_a_line_crosses():
     bev_seg = draw_bev_segmentation(make_lines(), GRID, 3)
     # the straight part of the bend, y = 1 (cell 10), from x = -8 (cell 6) to x = 0 (cell 10)

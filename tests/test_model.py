@@ -12,7 +12,7 @@ from perception.geometry import project_points, rigid_from_yaw
 from perception.grid import BEVGrid
 from perception.models.backbone import FPNEncoder
 from perception.models.bev_transformer.config import BEVTransformerConfig
-from perception.models.bev_transformer.decoder import ImageSampling, decode
+from perception.models.bev_transformer.decoder import MIN_NMS_RADIUS, USUAL_SIZES, ImageSampling, circle_nms, decode
 from perception.models.bev_transformer.encoder import SpatialCrossAttention, TemporalFusion, depth_bin, sample_depth
 from perception.models.bev_transformer.model import BEVTransformer
 from perception.models.checkpoint import load_model, read_metrics, save_checkpoint
@@ -68,6 +68,16 @@ def test_point_seen_by_hand():
     assert seen[0, :, 0].tolist() == [True, False, False, False]
     absent = rig._replace(present=torch.tensor([[False, True, True, True]]))
     assert not see_points(absent, torch.tensor([[10.0, 2.0, 0.5]]), (100, 200))[2].any()
+
+
+def test_points_nearer_than_a_decimetre_are_not_seen():
+    rig = make_rig(1, (100, 200))
+    depths = [0.2, 0.11, 0.09, 0.01, 0.0, -0.2]
+    on_axis = torch.tensor([[0.0, 0.0, d, 1.0] for d in depths])
+    points_ego = (on_axis @ rig.ego_from_cam[0, 0].T)[:, :3]
+    uv, depth, seen = see_points(rig, points_ego, (100, 200))
+    assert depth[0, 0].tolist() == pytest.approx(depths, abs=1e-6)
+    assert seen[0, 0].tolist() == [True, True, False, False, False, False] and uv.isfinite().all()
 
 
 def test_pixel_rays_hit_their_pixels():
@@ -340,6 +350,20 @@ def test_of_two_boxes_in_one_place_the_better_is_kept():
     assert boxes.score[0].tolist() == pytest.approx([0.9, 0.8, 0.7, 0.6, 0.5])
     # 0.8 is 1.5 m from 0.9 and falls; 0.7 is 1.5 m from 0.8, which is gone, and 3 m from 0.9; 0.6 is 2 m from 0.7.
     assert boxes.valid[0].tolist() == [True, False, True, True, True]
+
+
+def test_circle_nms_equals_the_sequential_rule():
+    """Box after box, best score first: it is kept if no kept box of its class is closer than the class radius."""
+    assert circle_nms(torch.tensor([[[0.0, 0.0], [1.0, 0.0]]]), torch.zeros(1, 2)).tolist() == [[True, False]]
+    generator = torch.Generator().manual_seed(0)
+    center, label = torch.rand(20, 40, 2, generator=generator) * 12, torch.randint(3, (20, 40), generator=generator)
+    for points, labels, kept in zip(center, label, circle_nms(center, label), strict=True):
+        better: list[int] = []
+        for m in range(len(points)):
+            radius = max(min(USUAL_SIZES[labels[m]][:2]), MIN_NMS_RADIUS)
+            if all(labels[b] != labels[m] or (points[b] - points[m]).norm() >= radius for b in better):
+                better.append(m)
+        assert kept.nonzero()[:, 0].tolist() == better and len(better) < len(points)
 
 
 def test_checkpoint_round_trip_and_refusals(model, tmp_path):

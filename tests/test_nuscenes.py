@@ -139,9 +139,9 @@ def test_missing_camera_is_not_present(root, tmp_path):
 
 def test_splits(hand_root, tmp_path):
     assert read(hand_root, tmp_path, split="hand_second").tokens == ["s1-0", "s1-1", "s1-2"]
-    with pytest.raises(DataError, match=r"splits\.json has no split 'other'"):
+    with pytest.raises(DataError, match=r'splits\.json has no split "other"'):
         read(hand_root, tmp_path, split="other")
-    with pytest.raises(DataError, match=r"scene\.json holds no scene of split 'val'"):
+    with pytest.raises(DataError, match=r"split val is an official one.* ending in trainval, not for v1\.0-hand"):
         read(hand_root, tmp_path, split="val")
 
 
@@ -155,6 +155,22 @@ def test_several_roots_are_one_dataset(hand_root, root, tmp_path):
     assert torch.equal(first.gt.lines.points, again.gt.lines.points)
     assert torch.equal(first.gt.boxes.center, again.gt.boxes.center)
     assert torch.equal(first.frames.ego_from_prev, again.frames.ego_from_prev)
+
+
+def test_streams_of_several_roots_are_those_of_each_root(hand_root, root, tmp_path):
+    """The previous keyframe of each sample is one of its own root: another position and other times tell them apart."""
+    edit(root, "sample", lambda rows: [row.update(timestamp=row["timestamp"] + 7_000_000) for row in rows])
+    edit(root, "sample_data", lambda rows: [row.update(timestamp=row["timestamp"] + 7_000_000) for row in rows])
+    edit(root, "ego_pose", lambda rows: [row.update(translation=[900.0 + k, 70, 0]) for k, row in enumerate(rows)])
+    roots = [root, hand_root, root]
+    both, single = read(roots, tmp_path), [read(one, tmp_path) for one in roots]
+    first = [bool(both[i].frames.is_first) for i in range(18)]
+    assert first == [i % 3 == 0 for i in range(18)]
+    for i in range(18):
+        frames, expected = both[i].frames, single[i // 6][i % 6].frames
+        assert torch.equal(frames.ego_from_prev, expected.ego_from_prev)
+        assert torch.equal(frames.seconds_since_prev, expected.seconds_since_prev)
+        assert torch.equal(frames.images, expected.images)
 
 
 def test_cache_is_used_and_never_stale(root, tmp_path, monkeypatch):

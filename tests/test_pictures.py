@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from perception.errors import DataError
-from perception.types import BOX_CLASSES, LINE_CLASSES, Boxes, CameraRig, Frame, FrameObjects, Polylines
+from perception.types import BOX_CLASSES, LINE_CLASSES, Boxes, CameraRig, Frame, FrameObjects, Polylines, Seen
 from perception.visualization.pictures import BOX_COLORS, LINE_COLORS, draw_bev, draw_cameras, draw_frame
 
 W, H, FOCAL = 480, 270, 200.0
@@ -158,8 +158,40 @@ def test_the_score_threshold_applies_to_predictions_only():
     assert len(drawn(camera_picture(make_objects(), weak))[0]) > 0
 
 
-def bev(objects, gt=None):
-    picture = draw_bev(objects, gt, x_range=(-25.6, 25.6), y_range=(-12.8, 12.8), height=512)  # 10 pixels per metre
+def test_unseen_parts_of_lines_are_faint_from_above_and_not_in_images():
+    # Eleven points from 10 m ahead to 10 m behind, 3 m to the left; what is behind is not seen.
+    line = make_objects(lines=[("boundary", [[10.0 - 2 * k, 3.0] for k in range(11)])])
+    points = line.lines.points
+    seen = Seen(torch.ones(1), (points[..., 0] >= 0) & points.isfinite().all(-1))
+    above = bev(line, seen=seen)
+    column = above[:, 128 - 30]
+    ahead, behind = column[256 - 90 : 256 - 20], column[256 + 30 : 256 + 90]
+    assert (ahead == LINE_COLORS["boundary"]).all()
+    panel, color = np.array(bev(make_objects()))[300, 98], np.array(LINE_COLORS["boundary"])
+    share = (behind[:, 0] - panel[0]) / (color[0] - panel[0])
+    assert 0.1 < np.median(share) < 0.6
+    assert (bev(line)[256 + 30 : 256 + 90, 128 - 30] == LINE_COLORS["boundary"]).all()
+    across = make_objects(lines=[("divider", [[10.0, 1.0], [10.0, 3.0], [10.0, 5.0]])])
+    half = Seen(torch.ones(1), torch.tensor([[True, False, False], [False] * 3]))
+    u, _ = drawn(camera_picture(across, seen=half))  # y from 1 to 3 m is u = 220 down to 180; the rest is not seen
+    assert u.min() == pytest.approx(180, abs=2.1)
+    assert len(drawn(camera_picture(across, seen=Seen(half.boxes, torch.zeros(2, 3, dtype=torch.bool))))[0]) == 0
+
+
+def test_a_note_is_red_and_ends_before_the_border():
+    frame = Frame(grey_images(), make_rig(), torch.eye(4), torch.zeros(()), torch.tensor(True))
+    plain = np.asarray(draw_frame(frame, make_objects(), caption="a")).astype(int)
+    noted = np.asarray(draw_frame(frame, make_objects(), caption="a", note="trained on other data " * 20)).astype(int)
+    v, u = np.nonzero((noted != plain).any(-1))
+    assert len(u) > 500 and v.max() < 44 and u.max() < noted.shape[1] - 8
+    added = (noted - plain)[v, u]
+    assert (added[:, 0] >= added[:, 2]).all()
+
+
+def bev(objects, gt=None, **options):
+    picture = draw_bev(
+        objects, gt, **options, x_range=(-25.6, 25.6), y_range=(-12.8, 12.8), height=512
+    )  # 10 pixels per metre
     return np.asarray(picture).astype(int)
 
 

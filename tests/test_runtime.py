@@ -28,9 +28,11 @@ from perception.types import (
     Boxes,
     CameraRig,
     FrameObjects,
+    LiveObjects,
     NumpyBoxes,
     NumpyCameraRig,
     NumpyFrameObjects,
+    NumpyLiveObjects,
     NumpyPolylines,
     Polylines,
     map_tensors,
@@ -50,6 +52,7 @@ def test_numpy_types_have_the_fields_of_the_tensor_types():
     for tensors, arrays in ((CameraRig, NumpyCameraRig), (Boxes, NumpyBoxes), (Polylines, NumpyPolylines)):
         assert arrays._fields == tensors._fields
     assert NumpyFrameObjects._fields == FrameObjects._fields
+    assert NumpyLiveObjects._fields == LiveObjects._fields
 
 
 def test_step_equals_the_predictor(small_network, fp32_export, small_town):
@@ -62,7 +65,8 @@ def test_step_equals_the_predictor(small_network, fp32_export, small_town):
         rings += closed.sum()
         assert (other.lines.points[closed, 0] == other.lines.points[closed, -1]).all()
         assert (other.lines.closed == one.lines.closed.numpy()).all()
-        assert isinstance(one, FrameObjects) and isinstance(other, NumpyFrameObjects)
+        assert isinstance(one, LiveObjects) and isinstance(other, NumpyLiveObjects)
+        assert one.warnings == other.warnings and (other.seen.lines == one.seen.lines.numpy()).all()
         assert len(one.boxes.score) == len(other.boxes.score) > 0
         assert other.boxes.score == pytest.approx(one.boxes.score.numpy(), abs=1e-4)
         assert other.lines.points == pytest.approx(one.lines.points.numpy(), abs=1e-3)
@@ -133,7 +137,8 @@ def test_onnx_runtime_that_is_absent(fp32_export, monkeypatch):
 
 def test_errors_name_the_fix(fp32_export, tmp_path):
     runtime = Runtime(fp32_export)
-    rig = CameraRig(np.eye(3)[None].repeat(6, 0), np.eye(4)[None].repeat(6, 0), np.ones(6, dtype=bool))
+    level = np.array([[0.0, 0, 1, 1], [-1, 0, 0, 0], [0, -1, 0, 1.5], [0, 0, 0, 1]])
+    rig = CameraRig(np.eye(3)[None].repeat(6, 0), level[None].repeat(6, 0), np.ones(6, dtype=bool))
     images = np.zeros((6, *RAW, 3), np.uint8)
     with pytest.raises(DataError, match="5 images were given; the network was exported for 6"):
         runtime.step(images[:5], rig, np.eye(4), 0.0)

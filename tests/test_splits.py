@@ -3,6 +3,7 @@
 import itertools
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from perception.data.leakage import Keyframes, draw_leakage, measure_leakage, re
 from perception.data.nuscenes import NuScenesDataset
 from perception.data.splits import is_split_file, read_split_file, split_scenes, write_split_file
 from perception.errors import ConfigError, DataError
-from perception.evaluation.detection import evaluate_boxes, load_tables
+from perception.evaluation.detection import evaluate_boxes, evaluate_submission, load_tables, split_tokens
 from perception.types import FrameObjects, Polylines
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "prepare_nuscenes.py"
@@ -48,7 +49,8 @@ def write_tables(root: Path, positions: dict, splits: dict) -> None:
     turn = [1.0, 0.0, 0.0, 0.0]
     for sensor in ("LIDAR_TOP", "CAM_FRONT"):
         mount = {"token": sensor, "sensor_token": sensor, "translation": [0, 0, 0], "rotation": turn}
-        tables["calibrated_sensor"].append(mount | {"camera_intrinsic": []})
+        intrinsic = [[80, 0, 80], [0, 80, 45], [0, 0, 1]] if sensor == "CAM_FRONT" else []
+        tables["calibrated_sensor"].append(mount | {"camera_intrinsic": intrinsic})
     (root / "v1.0-positions").mkdir(parents=True)
     (root / "maps").mkdir()
     Image.new("L", (8, 8)).save(root / "maps" / "mask.png")
@@ -58,13 +60,14 @@ def write_tables(root: Path, positions: dict, splits: dict) -> None:
         tables["scene"].append(row | {"first_sample_token": f"{scene}-0"})
         for k, (x, y) in enumerate(xy):
             token, ends = f"{scene}-{k}", {"prev": "", "next": ""}
-            tables["sample"].append({"token": token, "timestamp": 10**6 * k, "scene_token": f"t-{scene}"} | ends)
+            near = {"prev": f"{scene}-{k - 1}" if k else "", "next": f"{scene}-{k + 1}" if k + 1 < len(xy) else ""}
+            tables["sample"].append({"token": token, "timestamp": 10**6 * k, "scene_token": f"t-{scene}"} | near)
             for sensor, away, height in (("LIDAR_TOP", 0, 30.0 * k), ("CAM_FRONT", 700, 0.0)):
-                pose = {"token": f"{token}-{sensor}", "rotation": turn, "timestamp": 0}
+                pose = {"token": f"{token}-{sensor}", "rotation": turn, "timestamp": 10**6 * k}
                 tables["ego_pose"].append(pose | {"translation": [x + away, y, height]})
                 data = {"token": f"{token}-{sensor}", "sample_token": token, "ego_pose_token": f"{token}-{sensor}"}
-                data |= {"calibrated_sensor_token": sensor, "filename": "", "is_key_frame": True} | ends
-                tables["sample_data"].append(data | {"timestamp": 0, "width": 0, "height": 0})
+                data |= {"calibrated_sensor_token": sensor, "filename": "a.jpg", "is_key_frame": True} | ends
+                tables["sample_data"].append(data | {"timestamp": 10**6 * k, "width": 160, "height": 90})
     logs = [row["token"] for row in tables["log"]]
     tables["map"] = [{"token": "map", "log_tokens": logs, "category": "", "filename": "maps/mask.png"}]
     for name, rows in tables.items():
@@ -127,7 +130,7 @@ def test_bad_split_files(tmp_path):
         "broken.json": (b'["a",', "not valid JSON"),
         "dict.json": (b'{"train": ["a"]}', "not a JSON list"),
         "numbers.json": (b"[1, 2]", "not a JSON list"),
-        "unknown.txt": (b"a\nb\nx\n", r"lists 1 of 3 scenes that .*scene\.json lacks, such as x"),
+        "unknown.txt": (b"a\nb\nx\n", r'lists 1 of 3 scenes that .*scene\.json lacks, such as "x"'),
     }
     for name, (content, message) in contents.items():
         if content is not None:
@@ -141,10 +144,44 @@ def test_scenes_of_a_split_come_in_the_order_of_the_dataset(tmp_path):
     (tmp_path / "splits.json").write_text('{"mine": ["c", "b", "elsewhere"]}')
     assert split_scenes(tmp_path / "some.txt", tmp_path, ["a", "b", "c"]) == ["a", "c"]
     assert split_scenes("mine", tmp_path, ["a", "b", "c"]) == ["b", "c"]  # a named split may list missing scenes
-    assert split_scenes("mini_val", tmp_path, ["scene-0916", "scene-0001", "scene-0103"]) == [
-        "scene-0916",
-        "scene-0103",
-    ]
+    mini = ["scene-0916", "scene-0001", "scene-0103"]
+    assert split_scenes("mini_val", tmp_path / "v1.0-mini", mini) == ["scene-0916", "scene-0103"]
+
+
+def test_training_and_evaluation_resolve_a_split_alike(positions_root, tmp_path):
+    """A dataset refuses, before anything is trained, what the evaluation would refuse."""
+    root = tmp_path / "root"
+    shutil.copytree(positions_root, root)
+    tables = root / "v1.0-positions"
+    custom = {"far_val": ["val-a", "val-b"], "val": ["val-a"], "empty": [], "elsewhere": ["scene-0001"]}
+    (tables / "splits.json").write_text(json.dumps(custom))
+    (tmp_path / "listed.txt").write_text("val-b\n")
+    (tmp_path / "unknown.txt").write_text("val-b\nval-c\n")
+    nusc = load_tables(root, "v1.0-positions")
+    names = [scene["name"] for scene in nusc.scene]
+    assert split_scenes("far_val", tables, names) == ["val-a", "val-b"] and len(split_tokens(nusc, "far_val")) == 6
+    assert len(split_tokens(nusc, tmp_path / "listed.txt")) == 2
+    refused = {
+        "val": r"split val is an official one.* ending in trainval, not for v1\.0-positions; list your scenes under",
+        "mini_val": "ending in mini", "test": "ending in test", "empty": 'holds no scene of split "empty"',
+        "elsewhere": "holds no scene", "far": 'no split "far"; known are "elsewhere", "empty", "far_val", "val"',
+        tmp_path / "unknown.txt": 'such as "val-c"',
+    }  # fmt: skip
+    for split, message in refused.items():
+        for resolve in (
+            lambda split: NuScenesDataset(root, "v1.0-positions", split, image_size=(9, 16), cache_dir=tmp_path / "c"),
+            lambda split: split_tokens(nusc, split),
+            lambda split: evaluate_submission(nusc, split, {"meta": {}, "results": {}}),
+        ):
+            with pytest.raises(DataError, match=message):
+                resolve(split)
+    for content, message in (
+        ("{", "is not valid JSON"), ("[]", "not an object with a list of scene names"), ('{"a": "b"}', "not an object"),
+        ('{"far_val": [7]}', "not an object with a list"), ("[" * 9999, "not valid JSON"), ("\xff", "not valid JSON"),
+    ):  # fmt: skip
+        (tables / "splits.json").write_bytes(content.encode("latin1"))
+        with pytest.raises(DataError, match=message):
+            split_tokens(nusc, "far_val")
 
 
 def test_dataset_of_a_split_file(hand_root, tmp_path):
@@ -161,7 +198,7 @@ def test_dataset_of_a_split_file(hand_root, tmp_path):
     listed.write_text("hand-0\n")
     assert tokens(listed) == ["s0-0", "s0-1", "s0-2"]  # a changed file of the same name is read again
     listed.write_text("hand-0\nhand-7\n")
-    with pytest.raises(DataError, match="such as hand-7"):
+    with pytest.raises(DataError, match='such as "hand-7"'):
         tokens(listed)
 
 
@@ -224,6 +261,16 @@ def test_a_sample_without_a_position_is_an_error(positions_root):
     nusc = load_tables(positions_root, "v1.0-positions")
     nusc.ego_pose[0]["translation"] = [float("nan"), 0, 0]
     with pytest.raises(DataError, match="sample train-a-0 has no LIDAR_TOP keyframe with an ego_pose"):
+        read_keyframes(nusc)
+    nusc.ego_pose[0]["translation"] = [1e12, 0, 0]
+    with pytest.raises(DataError, match=r"finite translation, at most 1e\+08 m"):
+        read_keyframes(nusc)
+    nusc.ego_pose[0]["translation"] = [0, 0, 0]
+    nusc.sample[0]["scene_token"] = "gone"
+    with pytest.raises(DataError, match=r"sample train-a-0 has a scene_token that scene\.json lacks"):
+        read_keyframes(nusc)
+    nusc.scene.clear()
+    with pytest.raises(DataError, match="has no scene; give the version"):
         read_keyframes(nusc)
     nusc = load_tables(positions_root, "v1.0-positions")
     nusc.sample.pop()
@@ -322,6 +369,7 @@ def test_left_out_scenes_keep_their_limit_in_a_dense_town():
         ({"min_distance": float("nan")}, "min_distance is nan"),
         ({"val_share": 0.0}, "val_share is 0.0"),
         ({"max_left_out": 1.0}, "max_left_out is 1.0"),
+        ({"seed": -1}, "seed is -1"),
     ],
 )
 def test_numbers_out_of_range(wrong, message):
@@ -362,7 +410,7 @@ def test_the_script_measures(positions_root, tmp_path, monkeypatch, capsys):
     assert record["train"] == "far_train" and record["all"]["share_within_m"]["20"] == 0.5
     assert Image.open(tmp_path / "out" / "a.png").format == "PNG"
     assert call(monkeypatch, *common, "--val", "far_away") == 2
-    assert "has no split 'far_away'" in capsys.readouterr().err
+    assert 'has no split "far_away"' in capsys.readouterr().err
     assert call(monkeypatch, *common, "--val", "far_val", "--out", tmp_path / "a.pdf") == 2
     assert "ends in .png" in capsys.readouterr().err
 

@@ -259,6 +259,9 @@ def test_good_files_are_read(tmp_path):
     assert lanes.results["t1"][0].points.dtype == np.float64
     boxes = read_submission(write(tmp_path / "boxes.json", GOOD_BOXES))
     assert boxes.results["t1"][0]["detection_name"] == "car"
+    extra = changed(GOOD_BOXES, ["results", "t1", 0, "ego_translation"], "what the devkit would read")
+    extra = changed(extra, ["results", "t1", 0, "num_pts"], 5)
+    assert read_submission(write(tmp_path / "boxes.json", extra)).results["t1"][0].keys() == GOOD_BOX.keys()
     nothing = changed(GOOD_LANES, ["results"], {"t1": []})
     assert read_submission(write(tmp_path / "nothing.json", nothing)).results == {"t1": []}
 
@@ -273,10 +276,10 @@ def test_good_files_are_read(tmp_path):
         (
             ["frame"],
             GONE,
-            'field frame is null; give lines in the ego frame (x forward, y left, metres) and write "frame"',
+            'field frame is null or missing; give lines in the ego frame (x forward, y left, metres) and write "frame"',
         ),
         (["frame"], "lidar", 'field frame is "lidar"'),
-        (["results", "t1"], None, "results.t1 is null; it must be a list, empty if nothing is predicted"),
+        (["results", "t1"], None, "results.t1 is null or missing; it must be a list, empty if nothing is predicted"),
         (["results", "t1", 0], [], "results.t1[0] is []; it must be an object"),
         (["results", "t1", 0, "class"], GONE, "results.t1[0].class is missing"),
         (["results", "t1", 0, "class"], "lane", 'class is "lane"; it must be one of divider, ped_crossing, boundary'),
@@ -301,15 +304,23 @@ def test_a_mistake_in_lanes_names_file_and_field(tmp_path, path, value, said):
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [
-        (["results", "t1", 0, "sample_token"], "t2", 'sample_token is "t2"; it must be its key, t1'),
+        (["results", "t1", 0, "sample_token"], "t2", 'sample_token is "t2"; it must be its key, "t1"'),
         (["results", "t1", 0, "translation"], [1, 2], "translation is [1, 2]; it must be a list of 3 numbers"),
-        (["results", "t1", 0, "rotation"], [1, 0, 0, None], "rotation is null; it must be a finite number"),
+        (["results", "t1", 0, "rotation"], [1, 0, 0, None], "rotation is null or missing; it must be a finite number"),
         (
             ["results", "t1", 0, "rotation"],
             [0, 0, 0, 0],
             "rotation is [0, 0, 0, 0]; it must be a quaternion w, x, y, z",
         ),
         (["results", "t1", 0, "size"], [1, 0, 1], "size is [1, 0, 1]; it must be above 0"),
+        (["results", "t1", 0, "rotation"], [1e-200, 0, 0, 0], "it must be a quaternion w, x, y, z"),
+        (
+            ["results", "t1", 0, "translation"],
+            [1e30, 0, 0],
+            "translation is 1e+30; it must be a finite number, at most",
+        ),
+        (["results", "t1", 0, "num_pts"], 0, "num_pts is 0, and the devkit leaves such boxes out of the score"),
+        (["results", "t1", 0, "num_pts"], "few", 'num_pts is "few"; leave it out, or give -1'),
         (["results", "t1", 0, "velocity"], GONE, "velocity is missing"),
         (["results", "t1", 0, "detection_name"], "van", 'detection_name is "van"; it must be one of car, truck'),
         (["results", "t1", 0, "detection_score"], GONE, "detection_score is missing"),
@@ -355,7 +366,6 @@ def test_the_script_names_missing_options(hand_root, tmp_path, capsys):
         (["--submission", lanes, *dataset_of(hand_root)], "field results lacks 6 of the 6 samples of the split, s0-0"),
         (["config.py", "--submission", lanes], "--submission needs neither config"),
         (["config.py"], "config and checkpoint are missing"),
-        (["--submission", lanes, "--workers", -1], "--workers is -1"),
     ):
         assert evaluate(*arguments) == 2
         error = capsys.readouterr().err

@@ -1,10 +1,12 @@
 """The generated dataset: images and LiDAR agree with the tables, read by the official devkit."""
 
+import contextlib
 import hashlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,7 +22,8 @@ from pyquaternion import Quaternion
 from scipy.spatial import ConvexHull, Delaunay
 from shapely.geometry import box
 
-from perception.errors import ConfigError, DataError
+from perception.cli.simulate import main as simulate_command
+from perception.errors import ConfigError, DataError, PerceptionError
 from perception.geometry import invert_rigid, project_points, transform_points
 from perception.synthetic import simulate
 from perception.synthetic.actors import actor_mesh
@@ -187,7 +190,112 @@ def test_wrong_arguments_are_explained_in_a_sentence(tmp_path):
         simulate(tmp_path / "a", scenes=0, seed=0)
     with pytest.raises(ConfigError, match="workers is 0"):
         simulate(tmp_path / "a", scenes=1, seed=0, workers=0)
-    assert not (tmp_path / "a").exists()
+    with pytest.raises(DataError, match=r"town: about .* GB will be written, but .* GB are free; give fewer scenes"):
+        simulate(tmp_path / "town", scenes=100_000, keyframes=100, seed=0, image_size=(4096, 4096))
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--image-size", "100000x100000"), "height of image_size is 100000; give 16 to 4096"),
+        (("--image-size", "256x8"), "width of image_size is 8; give 16 to 4096"),
+        (("--image-size", "256x-4"), "width of image_size is -4"),
+        (("--scenes", "1000000000"), "scenes is 1000000000; give 1 to 100000"),
+        (("--scenes", "1e9"), "argument --scenes: invalid int value: '1e9'"),
+        (("--scenes", "-1"), "scenes is -1"),
+        (("--keyframes", "0"), "keyframes is 0; give 1 to 119"),
+        (("--keyframes", "100000"), "keyframes is 100000; give 1 to 119"),
+        (("--rate", "0"), "rate is 0; use one of 1, 2, 5, 10, 20"),
+        (("--rate", "1000"), "rate is 1000; use one of"),
+        (("--workers", "100000"), "workers is 100000; give 1 to"),
+        (("--workers", "0"), "workers is 0"),
+        (("--seed", "-1"), "seed is -1; give 0 to"),
+        (("--seed", "1" + 40 * "0"), "give 0 to 9223372036854775807"),
+        (("--rare", "nan"), "rare is nan; give a number from 0 to 1"),
+        (("--out", "file"), "out file is a file; give a folder"),
+        (("--out", "/proc/none/town"), "out /proc/none/town cannot be written"),
+        (("--json", "."), "--json . is a folder; give a file"),
+    ],
+)
+def test_absurd_requests_are_refused_at_once(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    start = time.time()
+    try:
+        simulate_command(["--out", "town", *arguments])
+        error = ""
+    except PerceptionError as refused:
+        error = str(refused)
+    except SystemExit as refused:
+        assert refused.code == 2
+        error = capsys.readouterr().err
+    assert message in error and time.time() - start < 5
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def children(pid):
+    """The processes that a process started, and those they started."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[1]) == pid and fields[0] != "Z":
+                found += [int(stat.parent.name), *children(int(stat.parent.name))]
+    return found
+
+
+def alive(pid):
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def test_a_killed_run_is_cleaned_up_by_the_next(tmp_path):
+    """Kills a run for real: its workers end, the next run removes what it left, and gives the bytes of a clean run."""
+    script = Path(__file__).resolve().parent.parent / "scripts" / "simulate.py"
+    town = ["--seed", "3", "--keyframes", "1", "--image-size", "32x56"]
+    command = [sys.executable, str(script), "--out", str(tmp_path / "town"), "--scenes", "40", "--workers", "2", *town]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    deadline = time.time() + 90
+    while not list(tmp_path.glob(".town*/samples/*/*.jpg")):
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.05)
+    with pytest.raises(DataError, match="town: another simulation is writing it; wait for it or give another folder"):
+        simulate(tmp_path / "town", scenes=1, seed=3, workers=1)
+    workers = children(process.pid)
+    assert len(workers) >= 2
+    process.kill()
+    process.wait()
+    while any(map(alive, workers)):
+        assert time.time() < deadline
+        time.sleep(0.05)
+    assert [path.name for path in tmp_path.iterdir()] == [".town.partial"]
+    for out in ("town", "clean"):
+        simulate(tmp_path / out, scenes=1, seed=3, keyframes=1, image_size=(32, 56), workers=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clean", "town"]
+    assert tree_hash(tmp_path / "town") == tree_hash(tmp_path / "clean")
+
+
+def test_threads_do_not_write_one_folder_at_once(tmp_path):
+    """One of two threads makes the dataset, the other is refused; whichever comes late finds it finished."""
+    results = []
+
+    def work():
+        try:
+            simulate(tmp_path / "town", scenes=1, seed=3, keyframes=1, image_size=(32, 56), workers=1)
+            results.append("made")
+        except DataError as error:
+            results.append(str(error))
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    results.remove("made")
+    assert len(results) == 1 and ("another simulation is writing it" in results[0] or "is not empty" in results[0])
+    assert [path.name for path in tmp_path.iterdir()] == ["town"]
 
 
 def test_interrupted_run_leaves_nothing(tmp_path):

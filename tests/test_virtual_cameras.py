@@ -15,7 +15,7 @@ from perception.rigs import Rig, RigCamera, import_rig
 from perception.rigs.models import BrownConrady, FTheta, KannalaBrandt, Mei, Pinhole
 from perception.rigs.remap import remap_table
 from perception.rigs.rig import BODY_FROM_OPTICAL, rigid_from_rpy
-from perception.rigs.virtual import HORIZON_RANGE, fitted_rig, virtual_rig
+from perception.rigs.virtual import HORIZON_RANGE, unchanged_rig, virtual_rig
 
 NANO, LARGE = (176, 448), (256, 704)
 FOCAL = {"fx": 330.0, "fy": 332.0, "cx": 321.0, "cy": 238.0}
@@ -151,7 +151,7 @@ def test_every_camera_of_argoverse_keeps_its_horizon(argoverse, image_size):
     front = argoverse["ring_front_center"]
     assert front.image_size == (2048, 1550)
     # Fitting keeps the lower rows only.
-    before = fitted_rig(argoverse, image_size).coverage()["ring_front_center"]
+    before = unchanged_rig(argoverse, image_size).coverage()["ring_front_center"]
     top = front.image_size[0] - image_size[0] * front.image_size[1] / image_size[1]
     below = np.arcsin(-front.ego_from_cam[2, 2]) + np.arctan((top - front.model.cy) / front.model.fy)
     assert before.horizon_is_lost and before.reached.farthest < 8
@@ -177,9 +177,9 @@ def test_wide_cameras_become_several_pinholes_and_narrow_ones_keep_their_pixels(
     assert pinhole.table.seen.mean() > 0.98
 
 
-@pytest.mark.parametrize("rpy", [(0, 90, 0), (0, -90, 20), (0, 70, -30), (90, 0, 10), (180, 3, 170)])
+@pytest.mark.parametrize("rpy", [(0, 90, 0), (0, 70, -30), (90, 0, 10), (180, 3, 170)])
 def test_odd_mountings_have_an_upright_image(rpy):
-    """Straight down, straight up, steeply down, on its side, and upside down."""
+    """Straight down, steeply down, on its side, and upside down."""
     source = camera(MODELS["pinhole"], rpy)
     virtual = quiet(Rig([source]))
     (pinhole,) = virtual.cameras
@@ -207,10 +207,10 @@ def test_coverage_agrees_with_random_rays():
 
 def test_ground_range_of_a_level_pinhole_in_closed_form():
     source = camera(Pinhole(fx=400.0, fy=400.0, cx=320.0, cy=200.0), (0, 0, 0), size=(360, 640))
-    covered = fitted_rig(Rig([source]), (300, 640)).coverage()["front"]
+    covered = unchanged_rig(Rig([source]), (300, 640)).coverage()["front"]
     assert covered.in_view.nearest == pytest.approx(1.6 * 400 / 160, rel=1e-3)
     assert covered.reached.nearest == pytest.approx(4.0, rel=1e-3) and covered.reached.horizon
-    lost = fitted_rig(Rig([source]), (100, 640)).coverage()
+    lost = unchanged_rig(Rig([source]), (100, 640)).coverage()
     assert lost["front"].horizon_is_lost and lost["front"].reached.farthest == pytest.approx(1.6 * 400 / 60, rel=3e-3)
     assert "the horizon is cut off from 'front' (ground in the image: 4.0 m to 10.7 m)" in lost.finding()
     assert "4.0 m to horizon  4.0 m to 10.7 m" in lost.table()

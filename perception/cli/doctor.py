@@ -1,18 +1,25 @@
-"""Checks the installation: packages, devices and shipped weights. Exit code 2 if something is wrong."""
+"""Checks the installation, or a dataset. Exit code 2 if something is wrong.
+
+Without a command it checks packages, devices and shipped weights. `data` checks every record of a nuScenes-format
+dataset, its maps, splits and images, and lists all faults at once.
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 
 from perception.cli import command_parser
 
-EXAMPLE = """example:
+EXAMPLE = """examples:
   perception doctor
+  perception doctor data out/town --json out/faults.json
 """
 PACKAGES = (
     "torch", "torchvision", "numpy", "nuscenes-devkit", "mmengine-lite", "mmcv-lite", "mmcv", "mmdet", "mmdet3d",
@@ -73,9 +80,39 @@ def library() -> list[tuple[str, str, str]]:
     return rows
 
 
+def check_dataset(arguments: argparse.Namespace) -> int:
+    """Prints all findings about a dataset."""
+    from perception.data.inspection import inspect_dataset
+    from perception.files import check_writable, write_json
+
+    if arguments.json:
+        check_writable("--json", arguments.json)
+    version, findings = inspect_dataset(arguments.root, arguments.version, progress=True)
+    errors = sum(finding.severity == "error" for finding in findings)
+    rows = [
+        (finding.severity, Path(finding.file).name, str(finding.total or "file"), finding.sentence())
+        for finding in findings
+    ]
+    for row in [("severity", "file", "records", "first record")] * bool(rows) + rows:
+        print(f"{row[0]:10s}{row[1]:26s}{row[2]:>8s}  {row[3]}")
+    print(f"{arguments.root / version}: {errors} errors, {len(findings) - errors} warnings")
+    if arguments.json:
+        content = {"dataroot": str(arguments.root), "version": version, "errors": errors}
+        write_json(arguments.json, content | {"findings": [finding.as_dict() for finding in findings]})
+    return 2 if errors else 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = command_parser("doctor", __doc__, EXAMPLE)
-    parser.parse_args(argv)
+    commands = parser.add_subparsers(metavar="COMMAND")
+    data = commands.add_parser("data", help="check a dataset in nuScenes format")
+    data.set_defaults(function=check_dataset)
+    data.add_argument("root", type=Path, help="root of the dataset")
+    data.add_argument("--version", help="folder of its tables (default: the only one)")
+    data.add_argument("--json", type=Path, help="file for all findings")
+    arguments = parser.parse_args(argv)
+    if hasattr(arguments, "function"):
+        return arguments.function(arguments)
     rows = installed() + library()
     for name, value, problem in rows:
         print(f"{name:20s}{value:32s}{problem or 'ok'}")

@@ -46,7 +46,7 @@ def evaluate_weights(arguments) -> tuple[str, dict, dict]:
     from perception.engine.config import build_dataset, load_config
     from perception.engine.weights import load_weights
     from perception.errors import ConfigError
-    from perception.evaluation.dataset import evaluate_predictions, save_submissions
+    from perception.evaluation.dataset import check_evaluable, evaluate_predictions, save_submissions
     from perception.evaluation.robustness import evaluate_robustness, plan_trials
     from perception.inference.sequence import predict_stream
 
@@ -55,6 +55,7 @@ def evaluate_weights(arguments) -> tuple[str, dict, dict]:
     config = load_config(arguments.config, options)
     model = load_weights(arguments.checkpoint, config.model).to(arguments.device)
     dataset = build_dataset(config.val_data, config.model)
+    check_evaluable(dataset)
     trials = plan_trials(
         dataset.cameras,
         drop_camera=arguments.drop_camera,

@@ -11,7 +11,8 @@ from perception.cli import command_parser, output_file
 EXAMPLE = """example:
   perception import-checkpoint bevformer_tiny_epoch_24.pth --out out/bevformer_tiny.safetensors
 
-The file is read as plain tensors only; no code in it is run. What is written loads as weights of this library do.
+The file is read as plain tensors only; no code in it is run. State dicts under `state_dict` or `model`, prefixes of
+DataParallel and of averaged models, and half precision are recognised. What is written loads as other weights do.
 """
 
 

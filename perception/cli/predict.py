@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from perception.cli import command_parser
+from perception.cli import command_parser, number, output_file
 
 EXAMPLE = """examples:
   perception predict --dataroot out/town --version v1.0-synthetic --split town_try --sample TOKEN \\
       --out out/sample.png --json out/sample.json
   perception predict --info sample.json --map-vectors map_vectors.json --out out/sample.png
+  perception predict --info data/kitti/kitti_infos_val.pkl --sample 8 --data-prefix training/image_2 --out out/8.png
 
 A sample of a dataset is predicted with the temporal memory of its scene, a sample of an info file without memory.
 """
@@ -25,7 +26,7 @@ def predict_sample(model, arguments):
     from perception.data.loader import collate
     from perception.data.nuscenes import NuScenesDataset
     from perception.errors import DataError
-    from perception.inference.sequence import run_sequence
+    from perception.inference.sequence import run_sequence_seen
 
     dataset = NuScenesDataset(
         arguments.dataroot,
@@ -43,33 +44,68 @@ def predict_sample(model, arguments):
     target = tokens.index(sample)
     start = int(np.flatnonzero(dataset.scene_of_sample == dataset.scene_of_sample[target])[0])
     clips = (collate([dataset[i]]) for i in range(start, target + 1))
-    clip, scene, _ = deque(run_sequence(model, clips), maxlen=1).pop()  # what comes before the sample fills the memory
+    clip, scene, _ = deque(
+        run_sequence_seen(model, clips), maxlen=1
+    ).pop()  # what comes before the sample fills the memory
     return sample, clip, scene, dataset.cameras
 
 
 def predict_info(model, arguments):
     """As `predict_sample`, of an entry of an info file."""
-    from perception.data.infos import load_info_clip, load_info_poses, load_map_vectors
+    from perception.data.infos import read_info
     from perception.data.loader import collate, pad_lines
-    from perception.data.nuscenes import NUSCENES_CAMERAS
-    from perception.inference.sequence import run_sequence
+    from perception.data.map_vectors import load_map_vectors
+    from perception.errors import DataError
+    from perception.inference.sequence import run_sequence_seen
 
-    clip = load_info_clip(arguments.info, arguments.index, image_size=model.config.image_size)
+    info = read_info(arguments.info, arguments.sample or arguments.index or 0)
+    wanted = model.config.cameras
+    if wanted is not None and len(info.cameras) != wanted:
+        raise DataError(
+            f"{info.name} has {len(info.cameras)} cameras, and {arguments.checkpoint} takes {wanted}; give weights "
+            "that take any number, such as nano"
+        )
+    clip = info.clip(image_size=model.config.image_size, data_prefix=prefixes(arguments.data_prefix))
     if arguments.map_vectors:
-        global_from_ego, _ = load_info_poses(arguments.info, arguments.index)
-        lines = pad_lines([load_map_vectors(arguments.map_vectors, global_from_ego)], 100)
+        lines = pad_lines([load_map_vectors(arguments.map_vectors, info.global_from_ego())], 100)
         clip = clip._replace(gt=clip.gt._replace(lines=lines))
-    clip, scene, _ = next(run_sequence(model, [collate([clip])]))
-    return f"{arguments.info.name} entry {arguments.index}", clip, scene, NUSCENES_CAMERAS
+    clip, scene, _ = next(run_sequence_seen(model, [collate([clip])]))
+    return info.name, clip, scene, info.cameras
 
 
-def as_records(scene, min_score: float) -> dict:
+def prefixes(texts: Sequence[str] | None) -> dict[str, str] | None:
+    """The folder by camera of `--data-prefix`, a folder alone under the key `img`; None without any."""
+    if not texts:
+        return None
+    pairs = (text.partition("=") if "=" in text else ("img", "=", text) for text in texts)
+    return {name: folder for name, _, folder in pairs}
+
+
+def shown(scene, min_score: float, min_seen: float):
+    """Returns the boxes and lines that reach both thresholds, with what is seen of them."""
+    import torch
+
+    from perception.inference.visibility import kept_by
+    from perception.types import LiveObjects, NumpySeen, Seen, map_tensors
+
+    seen = kept_by(NumpySeen(scene.seen.boxes.numpy(), scene.seen.lines.numpy()), min_seen)
+    boxes, lines = (
+        objects.valid & (objects.score >= min_score) & torch.from_numpy(kept)
+        for objects, kept in zip((scene.boxes, scene.lines), seen, strict=True)
+    )
+    return LiveObjects(
+        map_tensors(lambda tensor: tensor[boxes], scene.boxes),
+        map_tensors(lambda tensor: tensor[lines], scene.lines),
+        Seen(scene.seen.boxes[boxes], scene.seen.lines[lines]),
+        scene.warnings,
+    )
+
+
+def as_records(scene) -> dict:
     """Boxes and lines of one frame as plain JSON values, in the ego frame, metres and radians."""
     from perception.types import BOX_CLASSES, LINE_CLASSES
 
-    boxes, lines = scene
-    found = [int(m) for m in (boxes.valid & (boxes.score >= min_score)).nonzero()[:, 0]]
-    drawn = [int(m) for m in (lines.valid & (lines.score >= min_score)).nonzero()[:, 0]]
+    boxes, lines, seen, _ = scene
     return {
         "boxes": [
             {
@@ -79,34 +115,88 @@ def as_records(scene, min_score: float) -> dict:
                 "size": boxes.size[m].tolist(),
                 "yaw": float(boxes.yaw[m]),
                 "velocity": boxes.velocity[m].tolist(),
+                "seen": float(seen.boxes[m]),
             }
-            for m in found
+            for m in range(len(boxes.score))
         ],
         "lines": [
-            {"class": LINE_CLASSES[lines.label[m]], "score": float(lines.score[m]), "points": lines.points[m].tolist()}
-            for m in drawn
+            {
+                "class": LINE_CLASSES[lines.label[m]],
+                "score": float(lines.score[m]),
+                "points": lines.points[m].tolist(),
+                "seen": seen.lines[m].tolist(),
+            }
+            for m in range(len(lines.score))
         ],
     }
 
 
+def count_matches(scene, gt) -> tuple[int, int]:
+    """Counts the predicted boxes and lines that match the ground truth, each of which matches once.
+
+    A box matches one of its class with a centre within 2 m, the larger threshold of nuScenes' true-positive errors; a
+    line one of its class with a Chamfer distance of 1 m, the middle threshold of the MapTR protocol. The best score
+    comes first.
+    """
+    import numpy as np
+
+    from perception.evaluation.lanes import match_lines
+    from perception.types import MapLine
+
+    boxes, free = 0, gt.boxes.valid.numpy().copy()
+    for label, center in zip(scene.boxes.label, scene.boxes.center.numpy(), strict=True):  # highest score first
+        distance = np.linalg.norm(gt.boxes.center.numpy()[:, :2] - center[:2], axis=1)
+        distance[~free | (gt.boxes.label != label).numpy()] = np.inf
+        if len(distance) and distance.min() <= 2.0:
+            free[distance.argmin()] = False
+            boxes += 1
+
+    def as_lines(lines):
+        rows = zip(lines.label, lines.points.numpy().astype(float), lines.score, lines.valid, strict=True)
+        return [MapLine(int(label), points, float(score)) for label, points, score, valid in rows if valid]
+
+    matches = match_lines(as_lines(scene.lines), as_lines(gt.lines), thresholds=(1.0,))
+    return boxes, int(matches.hit.sum())
+
+
 def main(argv: Sequence[str] | None = None) -> None:
+    from perception.inference.visibility import MIN_SEEN
+
     parser = command_parser("predict", __doc__, EXAMPLE)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--dataroot", type=Path, help="nuScenes-format dataset")
-    source.add_argument("--info", type=Path, help="info file of mmdet3d v1.1 as JSON, with its images next to it")
+    source.add_argument("--info", type=Path, help="info file of mmdet3d v1.1, .pkl or JSON")
     parser.add_argument("--version", help="folder of tables of the dataset")
     parser.add_argument("--split", help="split that holds the sample")
-    parser.add_argument("--sample", help="token (default: the last sample of the split)")
-    parser.add_argument("--index", type=int, default=0, help="entry of the info file (default: %(default)s)")
+    parser.add_argument(
+        "--sample",
+        help="token (default: the last sample of the split); with --info the token or sample_idx of an entry",
+    )
+    parser.add_argument("--index", type=number(int, 0), help="with --info: number of the entry (default: 0)")
+    parser.add_argument(
+        "--data-prefix",
+        nargs="+",
+        metavar="[CAMERA=]FOLDER",
+        help="with --info: where the images are, as in mmdet3d's data_prefix, relative to the info file (default: next "
+        "to it, or where nuScenes, KITTI and Waymo have them)",
+    )
     parser.add_argument("--map-vectors", type=Path, help="with --info: JSON of global polylines, drawn as ground truth")
     parser.add_argument(
         "--checkpoint",
         default="nano",
         help="a .safetensors file, or the name of weights that came with the library (default: %(default)s)",
     )
-    parser.add_argument("--min-score", type=float, default=0.3, help="score threshold (default: %(default)s)")
-    parser.add_argument("--out", type=Path, required=True, help="picture to write, .png")
-    parser.add_argument("--json", type=Path, help="file for the predicted boxes and lines, ego frame")
+    parser.add_argument(
+        "--min-score", type=number(float, 0, 1), default=0.3, help="score threshold (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--min-seen",
+        type=number(float, 0, 1),
+        default=MIN_SEEN,
+        help="share of a box or line that a camera must see, or have seen before (default: %(default)s)",
+    )
+    parser.add_argument("--out", type=output_file("--out"), required=True, help="picture to write, .png")
+    parser.add_argument("--json", type=output_file("--json"), help="file for the predicted boxes and lines, ego frame")
     arguments = parser.parse_args(argv)
 
     from perception.errors import ConfigError
@@ -114,26 +204,45 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if arguments.out.suffix.lower() != ".png":
         raise ConfigError(f"--out {arguments.out}: the picture is a PNG; give a name that ends in .png")
-    if not 0 <= arguments.min_score <= 1:
-        raise ConfigError(f"--min-score is {arguments.min_score}; give a number from 0 to 1")
     if arguments.dataroot:
         if missing := [name for name in ("version", "split") if getattr(arguments, name) is None]:
             raise ConfigError(f"--{missing[0]} is missing: with --dataroot give --version and --split too")
         check_dataset(arguments.dataroot, arguments.version)
+    for name in ("index", "data_prefix", "map_vectors") if arguments.dataroot else ("version", "split"):
+        if getattr(arguments, name) is not None:
+            owner = "--info" if arguments.dataroot else "--dataroot"
+            raise ConfigError(f"--{name.replace('_', '-')} belongs to {owner}; leave it out")
+    if arguments.index is not None and arguments.sample is not None:
+        raise ConfigError("--index and --sample both choose the entry of the info file; leave one out")
 
-    from perception.models.checkpoint import load_model
+    from perception.models.checkpoint import load_model, read_provenance
     from perception.types import map_tensors
     from perception.visualization.pictures import draw_frame
 
-    model = load_model(arguments.checkpoint)
+    model, provenance = load_model(arguments.checkpoint), read_provenance(arguments.checkpoint)
     sample, clip, scene, cameras = (predict_info if arguments.info else predict_sample)(model, arguments)
     clip = map_tensors(lambda tensor: tensor[0, 0], clip)
-    records = as_records(scene, arguments.min_score)
-    picture = draw_frame(clip.frames, scene, clip.gt, cameras=cameras, caption=sample, min_score=arguments.min_score)
+    scene = shown(scene, arguments.min_score, arguments.min_seen)
+    notes = []
+    if provenance is not None:
+        if provenance.is_generated and (arguments.info or arguments.version != provenance.versions[0]):
+            notes.append("the weights were trained on generated scenes only and are of no use on real images")
+        frames = clip.frames
+        seconds = float(frames.seconds_since_prev)
+        notes += provenance.misfit(frames.rig, model.config.image_size, seconds).values()
+    picture = draw_frame(
+        clip.frames, scene.objects, clip.gt,
+        cameras=cameras, caption=sample, note=notes[0] if notes else "", seen=scene.seen, min_score=0.0,
+    )  # fmt: skip
     with replacing(arguments.out) as beside:
         picture.save(beside, "PNG")
+    records = as_records(scene)
     if arguments.json:
-        write_json(arguments.json, {"sample": sample, "frame": "ego"} | records)
-    print(f"{'':8s}{'predicted':>10s}{'true':>8s}")
-    for kind, gt in zip(("boxes", "lines"), clip.gt, strict=True):
-        print(f"{kind:8s}{len(records[kind]):>10d}{int(gt.valid.sum()):>8d}")
+        write_json(arguments.json, {"sample": sample, "frame": "ego", "notes": notes} | records)
+    print(f"{'':8s}{'predicted':>10s}{'true':>8s}{'matched':>10s}")
+    for kind, gt, matched in zip(("boxes", "lines"), clip.gt, count_matches(scene, clip.gt), strict=True):
+        print(f"{kind:8s}{len(records[kind]):>10d}{int(gt.valid.sum()):>8d}{matched:>10d}")
+    print("matched: same class and centre within 2 m (boxes), same class and Chamfer distance within 1 m (lines)")
+    print(f"weights: {provenance or 'their file does not say what they were trained on'}")
+    for note in notes:
+        print(f"note: {note}")

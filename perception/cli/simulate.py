@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from perception.cli import command_parser
-from perception.files import write_json
+from perception.files import check_writable, write_json
 
 EXAMPLE = """example:
   perception simulate --out data/town --scenes 20 --seed 7 --image-size 256x448
@@ -76,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from perception.synthetic import simulate
 
+    if args.json:
+        check_writable("--json", args.json)
     start = time.perf_counter()
     simulate(
         args.out,

@@ -53,6 +53,8 @@ def geographic_split(
         raise ConfigError(f"val_share is {val_share}; give a share between 0 and 1, such as 0.15")
     if not 0 <= max_left_out < 1:
         raise ConfigError(f"max_left_out is {max_left_out}; give a share from 0 to below 1, such as 0.05")
+    if seed < 0:
+        raise ConfigError(f"seed is {seed}; give a whole number of 0 or more")
     rng = np.random.default_rng(seed)
     near = scenes_within(keyframes, min_distance)  # [S, S]
     group = connected_components(near, directed=False)[1]  # [S]

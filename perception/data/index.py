@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zipfile
+import threading
+import warnings
 from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,10 +20,12 @@ import numpy as np
 from tqdm import tqdm
 
 from perception import geometry, types
-from perception.data import lane_map, splits
+from perception.data import lane_map, splits, table_checks
 from perception.data.lane_map import LaneMap
 from perception.data.splits import is_split_file, read_split_file, split_scenes
-from perception.errors import DataError
+from perception.data.table_checks import open_tables
+from perception.data.tables import TABLES
+from perception.errors import DataError, PerceptionWarning
 from perception.files import replacing
 from perception.geometry import invert_rigid, rigid_from_quaternion, rigid_from_yaw, yaw_from_rotation
 from perception.types import ATTRIBUTES, BOX_CLASSES, LaneRange, MapLine
@@ -30,10 +33,7 @@ from perception.types import ATTRIBUTES, BOX_CLASSES, LaneRange, MapLine
 if TYPE_CHECKING:
     from nuscenes.nuscenes import NuScenes
 
-TABLES = (
-    "category", "attribute", "visibility", "instance", "sensor", "calibrated_sensor", "ego_pose",
-    "log", "scene", "sample", "sample_data", "sample_annotation", "map",
-)  # fmt: skip
+_building = threading.Lock()
 
 WIDE_MARGIN = LaneRange(24.0, 30.0)  # metres that the range of `wide_lines` is larger
 
@@ -83,7 +83,7 @@ class Index(NamedTuple):
     box_velocity: np.ndarray  # [boxes, 2] float32 ego axes, NaN where unknown
     box_label: np.ndarray  # [boxes] int64 index into BOX_CLASSES
     box_attribute: np.ndarray  # [boxes] int64 index into ATTRIBUTES, -1 for none
-    box_points: np.ndarray  # [boxes] int64 LiDAR and radar points on the object
+    box_points: np.ndarray  # [boxes] int64 LiDAR and radar points on the object, see `NuScenesDataset.gt_boxes`
     lines: Lines  # of the lane range that the index was made for
     wide_lines: Lines  # of its `wide_range`
 
@@ -105,10 +105,11 @@ def load_index(
             `perception.data.splits`).
         cameras: camera channels; the index keeps this order.
         lane_range: extent of the lines of the MapTR protocol.
-        cache_dir: folder of the cache; None: `$XDG_CACHE_HOME/perception` or `~/.cache/perception`.
+        cache_dir: folder of the cache; None: `$PERCEPTION_CACHE`, `$XDG_CACHE_HOME/perception` or
+            `~/.cache/perception`. If it cannot be written, a PerceptionWarning says so and the index is not stored.
 
     Raises:
-        DataError: a folder, table, map or field is missing or malformed, or the cache cannot be written.
+        DataError: a folder, table, map or field is missing or malformed.
     """
     tables = dataroot / version
     if not dataroot.is_dir():
@@ -121,18 +122,23 @@ def load_index(
     for table in TABLES:
         if not (tables / f"{table}.json").is_file():
             raise DataError(f"{tables / f'{table}.json'} is missing: unpack the dataset's metadata again")
-    if cache_dir is None:
-        cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "perception"
-
-    cache = cache_dir / f"index-{_content_hash(dataroot, version, split, cameras, lane_range)}.npz"
-    if cache.is_file():
-        try:
-            return _read(cache)
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-            pass  # the cached file is damaged: build the index again
-    index = _build(dataroot, version, split, cameras, lane_range)
-    _write(cache, index)
+    content = _content_hash(dataroot, version, split, cameras, lane_range)
+    cache = (cache_dir or _default_cache()) / f"index-{content}.npz"
+    with _building:  # threads of one process wait for each other; processes may build the same index and both store it
+        index = _read(cache)
+        if index is None:
+            index = _build(dataroot, version, split, cameras, lane_range)
+            _write(cache, index)
     return index
+
+
+def _default_cache() -> Path:
+    if folder := os.environ.get("PERCEPTION_CACHE"):
+        return Path(folder)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "perception"
+    except RuntimeError:  # the user has no home, as in some containers: storing the index fails with a warning
+        return Path(os.devnull) / "perception"
 
 
 def concatenate(indices: list[Index], roots: list[Path]) -> Index:
@@ -182,8 +188,11 @@ def _content_hash(
     digest.update(json.dumps(facts).encode())
     files = [dataroot / version / f"{table}.json" for table in TABLES]
     files += [path for path in [dataroot / version / "splits.json"] if path.is_file()]
-    files += sorted((dataroot / "maps" / "expansion").glob("*.json"))
-    code = [Path(__file__), *(Path(str(module.__file__)) for module in (lane_map, splits, geometry, types))]
+    files += sorted(path for path in (dataroot / "maps" / "expansion").glob("*.json") if path.is_file())
+    code = [
+        Path(__file__),
+        *(Path(str(module.__file__)) for module in (lane_map, splits, table_checks, geometry, types)),
+    ]
     for path in files + code:
         digest.update(json.dumps([path.name, path.stat().st_size]).encode())
         with path.open("rb") as file:
@@ -200,22 +209,36 @@ def _write(path: Path, index: Index) -> None:
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)
     except OSError as error:
-        raise DataError(
-            f"{path.parent} cannot be written ({error.strerror}): give another folder as cache_dir"
-        ) from None
+        warnings.warn(
+            f"the index cache {path.parent} cannot be written ({error.strerror}), so the tables are read again next "
+            "time; give a folder that can be written as cache_dir or in the environment variable PERCEPTION_CACHE",
+            PerceptionWarning,
+            stacklevel=2,
+        )
 
 
-def _read(path: Path) -> Index:
-    with np.load(path, allow_pickle=False) as arrays:
-        lines = {
-            name: Lines(*(arrays[f"{name}.{field}"] for field in Lines._fields)) for name in ("lines", "wide_lines")
-        }
-        fields: dict[str, Any] = {name: arrays[name] for name in Index._fields if name not in lines} | lines
-        return Index(**fields)
+def _read(path: Path) -> Index | None:
+    """Reads a stored index; None if there is none, or with a warning if it is damaged."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            lines = {
+                name: Lines(*(arrays[f"{name}.{field}"] for field in Lines._fields)) for name in ("lines", "wide_lines")
+            }
+            fields: dict[str, Any] = {name: arrays[name] for name in Index._fields if name not in lines} | lines
+            return Index(**fields)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except Exception as error:  # numpy and zipfile raise many kinds for damaged files
+        warnings.warn(
+            f"the index cache {path} cannot be read ({type(error).__name__}: {error}); it is made again",
+            PerceptionWarning,
+            stacklevel=2,
+        )
+        return None
 
 
 def _build(dataroot: Path, version: str, split: str | Path, cameras: tuple[str, ...], lane_range: LaneRange) -> Index:
-    nusc = _open_tables(dataroot, version)
+    nusc = open_tables(dataroot, version)
     tables = dataroot / version
     wanted = set(split_scenes(split, tables, [scene["name"] for scene in nusc.scene]))
     scenes = [scene for scene in nusc.scene if scene["name"] in wanted]
@@ -233,7 +256,7 @@ def _build(dataroot: Path, version: str, split: str | Path, cameras: tuple[str, 
             sample = _sample(nusc, tables, record, cameras) | {"scene": scene_number, "previous": previous}
             previous, token = len(samples), record["next"]
             samples.append(sample)
-            boxes.append(_boxes(nusc, tables, record, sample["global_from_ego"]))
+            boxes.append(_boxes(nusc, record, sample["global_from_ego"]))
             poses = (sample["global_from_ego"], sample["ego_from_lidar"])
             lines.append(lines_around(lane_maps[location], *poses, lane_range))
             wide_lines.append(lines_around(lane_maps[location], *poses, wide_range(lane_range)))
@@ -244,38 +267,16 @@ def _build(dataroot: Path, version: str, split: str | Path, cameras: tuple[str, 
     return Index(**flat, **names, box_offset=box_offset, **flat_boxes, lines=_flat(lines), wide_lines=_flat(wide_lines))
 
 
-def _open_tables(dataroot: Path, version: str) -> NuScenes:
-    """Opens the tables with the devkit."""
-    from nuscenes.nuscenes import NuScenes  # slow to import, and not needed if the index is cached
-
-    try:
-        return NuScenes(version, str(dataroot), verbose=False)
-    except Exception as error:
-        for table in TABLES:
-            path = dataroot / version / f"{table}.json"
-            try:
-                json.loads(path.read_bytes())
-            except ValueError as broken:
-                raise DataError(f"{path} is not valid JSON ({broken}): unpack the metadata again") from None
-        reason = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
-        raise DataError(f"{dataroot / version} cannot be read by the nuScenes devkit: {reason}") from error
-
-
 def _sample(nusc: NuScenes, tables: Path, record: dict, cameras: tuple[str, ...]) -> dict[str, Any]:
     """Reads poses, calibration and image paths of one sample."""
-    if "LIDAR_TOP" not in record["data"]:
-        raise DataError(
-            f"{tables / 'sample_data.json'} has no LIDAR_TOP keyframe for sample {record['token']}: "
-            "unpack the metadata again"
-        )
     lidar = nusc.get("sample_data", record["data"]["LIDAR_TOP"])
-    global_from_ego = _pose(tables, "ego_pose", nusc.get("ego_pose", lidar["ego_pose_token"]))
+    global_from_ego = _pose(nusc.get("ego_pose", lidar["ego_pose_token"]))
     calibration = nusc.get("calibrated_sensor", lidar["calibrated_sensor_token"])
     sample = {
         "token": record["token"].encode(),
         "timestamp_us": lidar["timestamp"],
         "global_from_ego": global_from_ego,
-        "ego_from_lidar": _pose(tables, "calibrated_sensor", calibration),
+        "ego_from_lidar": _pose(calibration),
     }
     paths, sizes, intrinsics, poses = [], [], [], []
     for camera in cameras:
@@ -286,12 +287,17 @@ def _sample(nusc: NuScenes, tables: Path, record: dict, cameras: tuple[str, ...]
             poses.append(np.eye(4))
             continue
         data = nusc.get("sample_data", record["data"][camera])
+        if data["sensor_modality"] != "camera":
+            raise DataError(
+                f"{tables / 'sensor.json'}: {camera} was given as a camera, but its modality is "
+                f"'{data['sensor_modality']}'; correct it, or leave {camera} out"
+            )
         calibration = nusc.get("calibrated_sensor", data["calibrated_sensor_token"])
-        global_from_exposure = _pose(tables, "ego_pose", nusc.get("ego_pose", data["ego_pose_token"]))
-        exposure_from_cam = _pose(tables, "calibrated_sensor", calibration)
+        global_from_exposure = _pose(nusc.get("ego_pose", data["ego_pose_token"]))
+        exposure_from_cam = _pose(calibration)
         paths.append(os.fsencode(data["filename"]))
         sizes.append((data["height"], data["width"]))
-        intrinsics.append(_numbers(tables, "calibrated_sensor", calibration, "camera_intrinsic", (3, 3)))
+        intrinsics.append(np.array(calibration["camera_intrinsic"], dtype=np.float64))
         poses.append(invert_rigid(global_from_ego) @ global_from_exposure @ exposure_from_cam)
     return sample | {
         "image_path": np.array(paths),
@@ -301,33 +307,12 @@ def _sample(nusc: NuScenes, tables: Path, record: dict, cameras: tuple[str, ...]
     }
 
 
-def _numbers(tables: Path, table: str, record: dict, field: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Reads one field of a record as finite float64 numbers of a given shape."""
-    try:
-        value = np.array(record[field], dtype=np.float64)
-    except (TypeError, ValueError, KeyError):
-        value = np.array(None, dtype=np.float64)
-    if value.shape != shape or not np.isfinite(value).all():
-        wanted = " x ".join(map(str, shape))
-        raise DataError(
-            f"{tables / f'{table}.json'}: record {record['token']} needs {wanted} finite numbers as '{field}', "
-            f"but holds {record.get(field)}"
-        )
-    return value
+def _pose(record: dict) -> np.ndarray:
+    """Returns rotation and translation of a record as a rigid transform [4, 4]."""
+    return rigid_from_quaternion(record["rotation"], record["translation"])
 
 
-def _pose(tables: Path, table: str, record: dict) -> np.ndarray:
-    """Reads rotation and translation of a record as a rigid transform [4, 4]."""
-    rotation = _numbers(tables, table, record, "rotation", (4,))
-    if abs(np.linalg.norm(rotation) - 1) > 1e-2:
-        raise DataError(
-            f"{tables / f'{table}.json'}: record {record['token']} needs a unit quaternion as 'rotation', "
-            f"but holds {record['rotation']}"
-        )
-    return rigid_from_quaternion(rotation, _numbers(tables, table, record, "translation", (3,)))
-
-
-def _boxes(nusc: NuScenes, tables: Path, record: dict, global_from_ego: np.ndarray) -> dict[str, np.ndarray]:
+def _boxes(nusc: NuScenes, record: dict, global_from_ego: np.ndarray) -> dict[str, np.ndarray]:
     """Reads the boxes of the ten detection classes of one sample, in the ego frame."""
     from nuscenes.eval.detection.utils import category_to_detection_name
 
@@ -338,8 +323,8 @@ def _boxes(nusc: NuScenes, tables: Path, record: dict, global_from_ego: np.ndarr
         name = category_to_detection_name(box["category_name"])
         if name is None:
             continue
-        width, length, height = _numbers(tables, "sample_annotation", box, "size", (3,))
-        ego_from_box = ego_from_global @ _pose(tables, "sample_annotation", box)
+        width, length, height = box["size"]
+        ego_from_box = ego_from_global @ _pose(box)
         velocity = ego_from_global[:3, :3] @ nusc.box_velocity(token)
         attributes = [nusc.get("attribute", attribute)["name"] for attribute in box["attribute_tokens"]]
         attribute = ATTRIBUTES.index(attributes[0]) if attributes and attributes[0] in ATTRIBUTES else -1

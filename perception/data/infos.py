@@ -1,179 +1,482 @@
-"""Reads samples in the info format of mmdet3d v1.1 (as JSON), and vector maps that belong to them."""
+"""Reads samples of info files in the format of mmdet3d v1.1.
+
+An info file is JSON or a pickle: `{"metainfo": ..., "data_list": [...]}` as mmdet3d writes it, the list alone, or one
+entry of it. Pickles are read as plain data, no code in them is run (see `perception.data.plain_pickle`).
+"""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 
-from perception.data.lane_map import cut_lines
 from perception.data.loader import decode_image, pad_boxes, pad_lines
 from perception.data.nuscenes import NUSCENES_CAMERAS
-from perception.errors import DataError
-from perception.geometry import invert_rigid, transform_points, wrap_angle, yaw_from_rotation
+from perception.data.plain_pickle import read_plain_pickle
+from perception.errors import DataError, PerceptionWarning
+from perception.geometry import invert_rigid, rigid_from_yaw, transform_points, wrap_angle, yaw_from_rotation
+from perception.inference.checks import check_intrinsics, checked_pose, checked_rig, checked_rigid
+from perception.inference.crop import fitted_rig
+from perception.inference.plausibility import implausible_rig
+from perception.inference.visibility import sees_ground
+from perception.reading import number, numbers, parse_json, read_bytes, short, typed
 from perception.types import (
     BOX_CLASSES,
-    DEFAULT_LANE_RANGE,
-    LINE_CLASSES,
     Boxes,
     CameraRig,
     Clip,
     Frame,
     FrameObjects,
-    LaneRange,
-    MapLine,
+    NumpyCameraRig,
 )
 
-_LINE_KINDS = {"lane_divider": "divider", "road_divider": "divider", "ped_crossing": "ped_crossing",
-               "drivable_boundary": "boundary"}  # fmt: skip
+_FARTHEST = 1000.0  # metres from the car, and metres or metres per second of a box
+_LARGEST_ANGLE = 100.0  # radians; angles of boxes are within a few turns
+# Metres and degrees by which a car moves between the exposures of its LiDAR and a camera.
+_LARGEST_MOVE, _LARGEST_TURN = 3.0, 10.0
 
 
-def load_info_clip(
-    json_path: str | Path,
-    index: int = 0,
-    *,
-    image_size: tuple[int, int],
-    cameras: tuple[str, ...] = NUSCENES_CAMERAS,
-    points_per_line: int = 20,
-) -> Clip:
-    """Loads one sample of an info file as a clip of one frame, T = 1.
-
-    Boxes are transformed from the LiDAR frame (x y z length width height yaw, z at the geometric centre) to the ego
-    frame. All boxes are kept in the file's order. A box is valid if the file marks it as valid and its class is one of
-    BOX_CLASSES; other classes get label -1. `lidar2cam` already holds the motion between the LiDAR's and the camera's
-    exposure. There are no lines.
+class _Layout(NamedTuple):
+    """What mmdet3d's infos of a dataset do not hold.
 
     Args:
-        json_path: `{"metainfo": ..., "data_list": [...]}`; image paths are relative to its folder.
-        index: entry of `data_list`.
-        image_size: height and width of the images, see `fit_image`.
-        cameras: channels, in order; one that the entry lacks is marked as not present.
-        points_per_line: P of the (empty) ground truth lines.
+        box_camera: boxes are in the axes of this camera, with the centre of the bottom face, as KITTI has them.
+        ego_from_lidar: metres along x, y, z; the axes are those of the ego frame.
+        folders: where the images of each camera are, below `training` or `testing`.
+    """
+
+    box_camera: str
+    ego_from_lidar: tuple[float, float, float]
+    folders: dict[str, str]
+
+
+_LAYOUTS = {
+    # The LiDAR is 1.73 m above the road and 0.81 m ahead of the rear axle (A. Geiger et al., IJRR 2013, figure 3).
+    "kitti": _Layout("CAM2", (0.81, 0.0, 1.73), {f"CAM{n}": f"image_{n}" for n in range(4)}),
+    "waymo": _Layout(
+        "CAM_FRONT",
+        (0.0, 0.0, 0.0),
+        {
+            f"CAM_{name}": f"image_{n}"
+            for n, name in enumerate(("FRONT", "FRONT_LEFT", "FRONT_RIGHT", "SIDE_LEFT", "SIDE_RIGHT"))
+        },
+    ),
+}
+
+
+class InfoSample(NamedTuple):
+    """One entry of an info file.
+
+    Args:
+        path: the file; image paths are relative to its folder.
+        name: of the entry, for messages: the file and its number.
+        entry: the fields.
+        categories: class names by label; None if the file has no `metainfo.categories`.
+        dataset: `metainfo.dataset` in lower case, empty if the file does not have it.
+    """
+
+    path: Path
+    name: str
+    entry: Mapping[str, Any]
+    categories: Mapping[int, str] | None
+    dataset: str
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """Names of the cameras that have an image: nuScenes' in the library's order, then others as in the file.
+
+        Raises:
+            DataError: the entry has no camera with an image.
+        """
+        images = typed(self.entry.get("images"), Mapping, f"{self.name}: images", "an object with the cameras by name")
+        # KITTI's infos hold the calibration of cameras without an image, and a matrix, among the cameras.
+        found = [name for name, camera in images.items() if isinstance(camera, Mapping) and "img_path" in camera]
+        if not found or not all(isinstance(name, str) for name in found):
+            raise DataError(f"{self.name}: images has no camera with an img_path; give one camera or more")
+        return tuple(name for name in NUSCENES_CAMERAS if name in found) + tuple(
+            name for name in found if name not in NUSCENES_CAMERAS
+        )
+
+    def global_from_ego(self) -> np.ndarray:
+        """Returns the pose [4, 4] float64 of the entry.
+
+        Raises:
+            DataError: `ego2global` is missing or not a pose.
+        """
+        matrix = _matrix(self.entry.get("ego2global"), f"{self.name}: ego2global", (4, 4))
+        return _renamed(f"{self.name}: ", {"global_from_ego": "ego2global"}, checked_pose, matrix)
+
+    def ego_from_lidar(self) -> np.ndarray | None:
+        """Returns the pose [4, 4] float64 of the LiDAR, None if the entry does not have it.
+
+        Infos of KITTI and Waymo do not have it; there it is that of the dataset's car.
+
+        Raises:
+            DataError: `lidar_points.lidar2ego` is not a rigid transform.
+        """
+        points = self.entry.get("lidar_points")
+        if points is not None:
+            points = typed(points, Mapping, f"{self.name}: lidar_points", "an object")
+            if points.get("lidar2ego") is not None:
+                return _rigid(points["lidar2ego"], f"{self.name}: lidar_points.lidar2ego")
+        layout = _LAYOUTS.get(self.dataset)
+        return None if layout is None else rigid_from_yaw(0.0, layout.ego_from_lidar)
+
+    def clip(
+        self,
+        *,
+        image_size: tuple[int, int],
+        cameras: Sequence[str] | None = None,
+        points_per_line: int = 20,
+        data_prefix: Mapping[str, str] | None = None,
+    ) -> Clip:
+        """Loads the sample as a clip of one frame, T = 1, without lines.
+
+        Boxes are transformed from the LiDAR frame (x y z length width height yaw, z at the geometric centre) to the ego
+        frame; those of KITTI and Waymo from the axes of a camera. All boxes are kept in the file's order. A box is
+        valid if the file does not mark it as invalid and its class is one of BOX_CLASSES; other classes get label -1.
+
+        The pose of a camera is `lidar2cam` with `lidar2ego`, because that holds the motion between the exposures of
+        LiDAR and camera; `cam2ego` without a LiDAR.
+
+        Args:
+            image_size: height and width of the images, see `fit_image`.
+            cameras: names, in order; one that the entry lacks is marked as not present. `self.cameras` by default.
+            points_per_line: P of the (empty) ground truth lines.
+            data_prefix: folder of the images by camera, or of all other cameras under `img`, relative to the file. By
+                default images are looked for next to the file and where the dataset has them.
+
+        Raises:
+            DataError: an image is missing, a field is missing or malformed, or the calibration cannot be right.
+
+        Warns:
+            PerceptionWarning: the boxes cannot be used, or the calibration is implausible.
+        """
+        cameras = self.cameras if cameras is None else tuple(cameras)
+        N = len(cameras)
+        given = set(self.cameras)
+        ego_from_lidar = self.ego_from_lidar()
+        rig = NumpyCameraRig(
+            np.tile(np.eye(3), (N, 1, 1)), np.tile(np.eye(4), (N, 1, 1)), np.array([name in given for name in cameras])
+        )
+        for n in np.flatnonzero(rig.present):
+            rig.img_from_cam[n], rig.ego_from_cam[n] = self._camera(cameras[n], ego_from_lidar)
+        fields = {f"rig.img_from_cam[{n}]": f"images.{name}.cam2img" for n, name in enumerate(cameras)}
+        fields |= {f"rig.ego_from_cam[{n}]": f"the pose of images.{name}" for n, name in enumerate(cameras)}
+        rig = _renamed(f"{self.name}: ", fields, checked_rig, rig, N)
+        paths = {int(n): self._image_path(cameras[n], data_prefix) for n in np.flatnonzero(rig.present)}
+        sizes = {n: self._stored_size(cameras[n], path) for n, path in paths.items()}
+        for n, size in sizes.items():
+            check_intrinsics(f"{self.name}: images.{cameras[n]}.cam2img", rig.img_from_cam[n], size)
+        fitted = fitted_rig(rig, sizes, image_size)
+        for sentence in implausible_rig(rig, sizes, sees_ground(fitted, image_size)).values():
+            _warn(f"{self.name}: {_in_words_of(fields, sentence)}")
+        images = torch.zeros(1, N, 3, *image_size, dtype=torch.uint8)  # [T, N, 3, H, W]
+        for n, path in paths.items():
+            images[0, n], rig.img_from_cam[n] = decode_image(path, rig.img_from_cam[n], image_size)
+        frames = Frame(
+            images=images,
+            rig=CameraRig(
+                torch.from_numpy(rig.img_from_cam).float()[None],
+                torch.from_numpy(rig.ego_from_cam).float()[None],
+                torch.from_numpy(rig.present)[None],
+            ),
+            ego_from_prev=torch.eye(4)[None],
+            seconds_since_prev=torch.zeros(1),
+            is_first=torch.ones(1, dtype=torch.bool),
+        )
+        gt = FrameObjects(pad_boxes([self._boxes(ego_from_lidar)]), pad_lines([[]], points_per_line))
+        return Clip(frames, gt, torch.zeros(1, dtype=torch.int64))
+
+    def _camera(self, name: str, ego_from_lidar: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """Returns img_from_cam [3, 3] of the stored image, and ego_from_cam [4, 4]."""
+        camera, where = self.entry["images"][name], f"{self.name}: images.{name}"
+        img_from_cam, cam_from_rig = _pinhole(camera.get("cam2img"), f"{where}.cam2img")
+        by_lidar = by_ego = None
+        if camera.get("lidar2cam") is not None and ego_from_lidar is not None:
+            cam_from_lidar = cam_from_rig @ _rigid(camera["lidar2cam"], f"{where}.lidar2cam")
+            by_lidar = ego_from_lidar @ invert_rigid(cam_from_lidar)
+        if camera.get("cam2ego") is not None:
+            by_ego = _rigid(camera["cam2ego"], f"{where}.cam2ego") @ invert_rigid(cam_from_rig)
+        if by_lidar is not None and by_ego is not None:
+            apart = float(np.linalg.norm(by_lidar[:3, 3] - by_ego[:3, 3]))
+            cosine = (np.trace(by_lidar[:3, :3].T @ by_ego[:3, :3]) - 1) / 2
+            angle = float(np.degrees(np.arccos(np.clip(cosine, -1, 1))))
+            if apart > _LARGEST_MOVE or angle > _LARGEST_TURN:
+                _warn(
+                    f"{where}: cam2ego and the pose by lidar2cam and lidar2ego are {apart:.1f} m and {angle:.0f} "
+                    "degrees apart, more than the car moves between two exposures; lidar2cam is used, remove the wrong "
+                    "one"
+                )
+        pose = by_ego if by_lidar is None else by_lidar
+        if pose is None:
+            raise DataError(f"{where} has no pose; give cam2ego, or lidar2cam and lidar_points.lidar2ego")
+        return img_from_cam, pose
+
+    def _image_path(self, name: str, data_prefix: Mapping[str, str] | None) -> Path:
+        """Returns the path of the image of a camera."""
+        where = f"{self.name}: images.{name}.img_path"
+        image = typed(self.entry["images"][name]["img_path"], str, where, "the path of an image")
+        parts = PurePath(image.replace("\\", "/"))
+        if parts.is_absolute() or ".." in parts.parts or not parts.parts or "\0" in image or ":" in parts.parts[0]:
+            raise DataError(
+                f"{where} is {short(image)}; give a path below the folder of the file, or a file name and its folder "
+                "with --data-prefix"
+            )
+        if data_prefix is not None:
+            folders = [data_prefix.get(name, data_prefix.get("img", ""))]
+        else:
+            folders = [""]
+            if len(PurePath(name).parts) == 1 and name != "..":  # names may have any characters
+                folders.append(f"samples/{name}")
+            if (layout := _LAYOUTS.get(self.dataset)) and name in layout.folders:
+                folders += [f"{part}/{layout.folders[name]}" for part in ("training", "testing")]
+        paths = [self.path.parent / folder / image for folder in folders]
+        try:
+            found = next((path for path in paths if path.is_file()), None)
+        except OSError:  # a name that is too long
+            found = None
+        if found is None:
+            tried = ", ".join(str(path.parent) for path in paths)
+            raise DataError(
+                f"{where}: {short(image)} is missing in {tried}; copy it there, or give its folder with --data-prefix"
+            )
+        return found
+
+    def _stored_size(self, name: str, path: Path) -> tuple[int, int]:
+        """Returns height and width of an image file, after comparing them with those of the entry."""
+        try:
+            with Image.open(path) as image:
+                size = image.size[1], image.size[0]
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise DataError(f"{path} cannot be read as an image ({error}): copy it again") from None
+        camera = self.entry["images"][name]
+        wanted = camera.get("height"), camera.get("width")
+        if None not in wanted and wanted != size:
+            raise DataError(
+                f"{path} is {size[0]} x {size[1]} pixels (height x width), and {self.name}: images.{name} gives "
+                f"{short(wanted[0])} x {short(wanted[1])}; give the image that belongs to the calibration"
+            )
+        return size
+
+    def _boxes(self, ego_from_lidar: np.ndarray | None) -> Boxes:
+        """Reads the boxes of the entry and transforms them to the ego frame."""
+        found = self.entry.get("instances")
+        instances = [] if found is None else typed(found, list, f"{self.name}: instances", "a list of boxes")
+        layout = _LAYOUTS.get(self.dataset)
+        lacking = ""
+        if instances and self.categories is None:
+            lacking = "the file has no metainfo.categories, which names their classes"
+        elif instances and layout is None and ego_from_lidar is None:
+            lacking = "the entry has no lidar_points.lidar2ego, in whose frame they are"
+        if lacking:
+            text = f"{self.name}: instances are left out, because {lacking}; add it to compare with the ground truth"
+            warnings.warn(text, PerceptionWarning, stacklevel=4)
+            instances = []
+        box, velocity = np.zeros((len(instances), 7)), np.full((len(instances), 2), np.nan)
+        label, valid = np.full(len(instances), -1), np.zeros(len(instances), dtype=bool)
+        for row, item in enumerate(instances):
+            where = f"{self.name}: instances[{row}]"
+            item = typed(item, Mapping, where, "an object")
+            box[row] = numbers(item.get("bbox_3d"), f"{where}.bbox_3d", 7)
+            if item.get("velocity") is not None:
+                velocity[row] = numbers(item["velocity"], f"{where}.velocity", 2, allow_nan=True)
+            label[row] = self._label(item.get("bbox_label_3d"), f"{where}.bbox_label_3d")
+            valid[row] = _flag(item.get("bbox_3d_isvalid", True), f"{where}.bbox_3d_isvalid")
+            if np.abs(box[row, :6]).max() > _FARTHEST or abs(box[row, 6]) > _LARGEST_ANGLE:
+                raise DataError(
+                    f"{where}.bbox_3d is {short(box[row].tolist())}; give metres from the LiDAR and radians"
+                )
+            if box[row, 3:6].min() <= 0:
+                raise DataError(f"{where}.bbox_3d has a length, width or height that is not above 0; correct it")
+            if np.nan_to_num(np.abs(velocity[row])).max() > _FARTHEST:
+                raise DataError(f"{where}.velocity is {short(velocity[row].tolist())}; give metres per second")
+        center, size, yaw = box[:, :3], box[:, 3:6], box[:, 6]
+        ego_from_box = np.eye(4) if ego_from_lidar is None else ego_from_lidar
+        if layout is not None and len(instances):
+            camera = typed(
+                self.entry["images"].get(layout.box_camera), Mapping, f"{self.name}: images.{layout.box_camera}",
+                "the camera in whose axes the boxes are",
+            )  # fmt: skip
+            where = f"{self.name}: images.{layout.box_camera}.lidar2cam"
+            lidar_from_cam = invert_rigid(_rigid(camera.get("lidar2cam"), where))
+            # Camera axes: x right, y down, z forward. The yaw is about y, from x towards -z.
+            size = size[:, [0, 2, 1]]
+            heading = np.stack([np.cos(yaw), np.zeros_like(yaw), -np.sin(yaw)], 1) @ lidar_from_cam[:3, :3].T
+            center = transform_points(lidar_from_cam, center - np.pad(size[:, 2:] / 2, ((0, 0), (1, 1))))
+            yaw = np.arctan2(heading[:, 1], heading[:, 0])
+        flat_velocity = np.concatenate([velocity, np.zeros((len(box), 1))], axis=1)  # [M, 3]
+        return Boxes(
+            center=torch.from_numpy(transform_points(ego_from_box, center)).float(),
+            size=torch.from_numpy(size).float(),
+            yaw=torch.from_numpy(wrap_angle(yaw + yaw_from_rotation(ego_from_box))).float(),
+            velocity=torch.from_numpy((flat_velocity @ ego_from_box[:3, :3].T)[:, :2]).float(),
+            label=torch.from_numpy(label),
+            attribute=torch.full((len(box),), -1),
+            score=torch.ones(len(box)),
+            valid=torch.from_numpy(valid & (label >= 0)),
+            uncertainty=torch.zeros(len(box), 9),
+        )
+
+    def _label(self, value: object, where: str) -> int:
+        """Returns the index into BOX_CLASSES of a label of the file, -1 for other classes."""
+        if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
+            raise DataError(f"{where} is {short(value)}; give a label of metainfo.categories, or -1")
+        name = (self.categories or {}).get(int(value), "").lower()
+        return BOX_CLASSES.index(name) if name in BOX_CLASSES else -1
+
+
+def read_info(path: str | Path, sample: int | str = 0) -> InfoSample:
+    """Reads one entry of an info file.
+
+    Args:
+        path: `.pkl` or JSON, see the module.
+        sample: number of the entry, or its `token` (or `sample_idx`) as text.
 
     Raises:
-        DataError: the file or an image is missing, or a field is missing or malformed.
+        DataError: the file is missing, is no info file, or has no such entry.
     """
-    path = Path(json_path)
-    categories, info = _entry(path, index)
-    ego_from_lidar = _matrix(path, info, ("lidar_points", "lidar2ego"), (4, 4))
-    N = len(cameras)
-    images = torch.zeros(1, N, 3, *image_size, dtype=torch.uint8)  # [T, N, 3, H, W]
-    img_from_cam, ego_from_cam = np.tile(np.eye(3), (N, 1, 1)), np.tile(np.eye(4), (N, 1, 1))
-    present = torch.tensor([[camera in info["images"] for camera in cameras]])  # [T, N]
-    for camera, channel in enumerate(cameras):
-        if channel not in info["images"]:
-            continue
-        stored_from_cam = _matrix(path, info, ("images", channel, "cam2img"), (3, 3))
-        cam_from_lidar = _matrix(path, info, ("images", channel, "lidar2cam"), (4, 4))
-        ego_from_cam[camera] = ego_from_lidar @ invert_rigid(cam_from_lidar)
-        image_path = path.parent / info["images"][channel]["img_path"]
-        images[0, camera], img_from_cam[camera] = decode_image(image_path, stored_from_cam, image_size)
-    frames = Frame(
-        images=images,
-        rig=CameraRig(
-            torch.from_numpy(img_from_cam).float()[None], torch.from_numpy(ego_from_cam).float()[None], present
-        ),
-        ego_from_prev=torch.eye(4)[None],
-        seconds_since_prev=torch.zeros(1),
-        is_first=torch.ones(1, dtype=torch.bool),
+    path = Path(path)
+    content = _read(path)
+    metainfo: object = {}
+    if isinstance(content, Mapping) and "infos" in content:
+        raise DataError(
+            f"{path} is an info file of mmdet3d before v1.1; convert it with tools/dataset_converters/"
+            "update_infos_to_v2.py of mmdet3d"
+        )
+    if isinstance(content, Mapping) and "data_list" in content:
+        metainfo = typed(content.get("metainfo", {}), Mapping, f"{path}: metainfo", "an object")
+        entries = typed(content["data_list"], list, f"{path}: data_list", "a list of samples")
+    elif isinstance(content, Mapping) and "images" in content:
+        entries = [content]
+    elif isinstance(content, list):
+        entries = content
+    else:
+        raise DataError(
+            f"{path} is no info file of mmdet3d v1.1; give an object with data_list, a list of samples, or one sample "
+            "with images"
+        )
+    index = _index(path, entries, sample)
+    name = f"{path}, entry {index}"
+    if not isinstance(entries[index], Mapping):
+        raise DataError(f"{name} is {short(entries[index])}; it must be an object with images")
+    assert isinstance(metainfo, Mapping)
+    dataset = metainfo.get("dataset", "")
+    return InfoSample(
+        path,
+        name,
+        entries[index],
+        _categories(path, metainfo),
+        dataset.lower() if isinstance(dataset, str) else "",
     )
-    gt = FrameObjects(pad_boxes([_boxes(path, info, categories, ego_from_lidar)]), pad_lines([[]], points_per_line))
-    return Clip(frames, gt, torch.tensor([index]))
 
 
-def load_info_poses(json_path: str | Path, index: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Loads global_from_ego and ego_from_lidar, [4, 4] float64 each, of one sample of an info file."""
-    path = Path(json_path)
-    _, info = _entry(path, index)
-    return _matrix(path, info, ("ego2global",), (4, 4)), _matrix(path, info, ("lidar_points", "lidar2ego"), (4, 4))
+def _index(path: Path, entries: list, sample: int | str) -> int:
+    """Returns the number of an entry."""
+    if isinstance(sample, int):
+        if not 0 <= sample < len(entries):
+            raise DataError(
+                f"{path} has {len(entries)} entries in 'data_list': entry {sample} does not exist; give a lower"
+            )
+        return sample
+    wanted: set[object] = {sample} | ({int(sample)} if sample.isdecimal() and len(sample) < 19 else set())
+    for key in ("token", "sample_idx"):
+        for index, entry in enumerate(entries):
+            value = entry.get(key) if isinstance(entry, Mapping) else None
+            if isinstance(value, str | int | np.integer) and value in wanted:
+                return index
+    raise DataError(f"{path} has no entry with token or sample_idx {short(sample)}; give one of its {len(entries)}")
 
 
-def load_map_vectors(
-    json_path: str | Path, global_from_ego: np.ndarray, lane_range: LaneRange = DEFAULT_LANE_RANGE
-) -> list[MapLine]:
-    """Loads the lines around a pose from a file of global polylines, `{"features": [{"kind", "polyline"}]}`.
+def _categories(path: Path, metainfo: Mapping) -> dict[int, str] | None:
+    """Returns the class names by label, None without any."""
+    if metainfo.get("categories") is None:
+        return None
+    given = typed(metainfo["categories"], Mapping, f"{path}: metainfo.categories", "labels by class name")
+    names = {}
+    for name, label in given.items():
+        if not isinstance(name, str) or not isinstance(label, int | np.integer) or isinstance(label, bool):
+            raise DataError(f"{path}: metainfo.categories has {short(name)}: {short(label)}; give labels by name")
+        if label >= 0 and int(label) in names:
+            raise DataError(f"{path}: metainfo.categories gives label {short(label)} twice; give each class its own")
+        if label >= 0:  # classes that are left out have -1
+            names[int(label)] = name
+    return names
 
-    Args:
-        json_path: the file; kinds other than dividers, crossings and the drivable boundary are left out.
-        global_from_ego: [4, 4]; its position and yaw are used, a map has no heights.
-        lane_range: extent of the lines to keep, along the ego frame's x and y.
+
+def _read(path: Path) -> Any:
+    """Reads a pickle or a JSON file; the content decides."""
+    kind = "an info file of mmdet3d v1.1"
+    data = read_bytes(path, kind)
+    if data[:1] != b"\x80":  # the first byte of a pickle, and none of JSON
+        return parse_json(path, data, kind)
+    try:
+        return read_plain_pickle(data)
+    except ValueError as error:
+        raise DataError(f"{path} is not a pickle of plain data ({error}): give {kind}") from None
+
+
+def _flag(value: object, where: str) -> bool:
+    if not isinstance(value, bool | np.bool_) and not (isinstance(value, int | np.integer) and value in (0, 1)):
+        raise DataError(f"{where} is {short(value)}; it must be true or false")
+    return bool(value)
+
+
+def _matrix(value: object, where: str, *shapes: tuple[int, int]) -> np.ndarray:
+    """Reads a matrix of finite numbers of one of several shapes."""
+    rows = value if isinstance(value, list | tuple | np.ndarray) else ()
+    for height, width in shapes:
+        # Lengths are compared before anything is converted: a pickle can nest lists without end in few bytes.
+        if len(rows) == height and all(isinstance(r, list | tuple | np.ndarray) and np.ndim(r[:0]) == 1 for r in rows):
+            if all(len(row) == width for row in rows):
+                matrix = np.array([[number(x) for x in row] for row in rows])
+                if np.isfinite(matrix).all():
+                    return matrix
+    wanted = " or ".join(f"{height} x {width}" for height, width in shapes)
+    raise DataError(f"{where} must be {wanted} finite numbers; it is {short(value)}")
+
+
+def _rigid(value: object, where: str) -> np.ndarray:
+    """Reads a rigid transform [4, 4]."""
+    return checked_rigid(where, _matrix(value, where, (4, 4)))
+
+
+def _pinhole(value: object, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """Reads a projection [3, 3], [3, 4] or [4, 4].
 
     Returns:
-        Lines in the ego frame.
-
-    Raises:
-        DataError: the file is missing or has no 'features'.
+        img_from_cam [3, 3], and the offset [4, 4] of the camera's axes that KITTI puts into the last column.
     """
-    path = Path(json_path)
-    yaw = yaw_from_rotation(global_from_ego)
-    turn = np.array([[np.cos(yaw), -np.sin(yaw)], [np.sin(yaw), np.cos(yaw)]])  # global_from_ego in the plane
-    lines = []
-    for feature in _read(path, "features"):
-        if feature["kind"] in _LINE_KINDS:
-            points = (np.asarray(feature["polyline"], dtype=np.float64)[:, :2] - global_from_ego[:2, 3]) @ turn
-            lines.append(MapLine(LINE_CLASSES.index(_LINE_KINDS[feature["kind"]]), points))
-    return cut_lines(lines, lane_range)
+    matrix = _matrix(value, where, (3, 3), (3, 4), (4, 4))
+    if len(matrix) == 4 and (matrix[3] != (0, 0, 0, 1)).any():
+        raise DataError(f"{where} has {short(matrix[3].tolist())} as its last row; give 0 0 0 1")
+    img_from_cam, offset = matrix[:3, :3], np.eye(4)
+    if matrix.shape[1] == 4 and matrix[:3, 3].any():
+        try:
+            offset[:3, 3] = np.linalg.solve(img_from_cam, matrix[:3, 3])
+        except np.linalg.LinAlgError:
+            raise DataError(f"{where} is not a pinhole calibration; give fx 0 cx, 0 fy cy, 0 0 1") from None
+    return img_from_cam, offset
 
 
-def _read(path: Path, field: str) -> Any:
-    """Reads one field of a JSON object."""
+def _renamed(prefix: str, names: Mapping[str, str], check: Any, *arguments: object) -> Any:
+    """Calls a check of live use, and names the fields of the file in its error."""
     try:
-        return json.loads(path.read_bytes())[field]
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing: give the path of a JSON file with '{field}'") from None
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"{path} is not a JSON object with '{field}': give another file or add the field") from None
+        return check(*arguments)
+    except DataError as error:
+        raise DataError(prefix + _in_words_of(names, str(error))) from None
 
 
-def _entry(path: Path, index: int) -> tuple[dict[int, str], dict]:
-    """Reads the class names of the file's labels, and one entry of its list."""
-    entries, metainfo = _read(path, "data_list"), _read(path, "metainfo")
-    if not 0 <= index < len(entries):
-        raise DataError(f"{path} has {len(entries)} entries in 'data_list': entry {index} does not exist; give a lower")
-    names = {label: name for name, label in metainfo["categories"].items()}
-    for field in ("images", "lidar_points", "instances", "ego2global"):
-        if field not in entries[index]:
-            raise DataError(f"{path}: entry {index} of 'data_list' has no '{field}'; add it")
-    return names, entries[index]
+def _in_words_of(names: Mapping[str, str], text: str) -> str:
+    for name, field in names.items():
+        text = text.replace(name, field)
+    return text
 
 
-def _matrix(path: Path, info: dict, keys: tuple[str, ...], shape: tuple[int, int]) -> np.ndarray:
-    """Reads a matrix of finite numbers from nested fields."""
-    value = info
-    try:
-        for key in keys:
-            value = value[key]
-        matrix = np.array(value, dtype=np.float64)
-    except (KeyError, TypeError, ValueError):
-        matrix = np.array(np.nan)
-    if matrix.shape != shape or not np.isfinite(matrix).all():
-        raise DataError(f"{path}: '{'.'.join(keys)}' must be {shape[0]} x {shape[1]} finite numbers")
-    return matrix
-
-
-def _boxes(path: Path, info: dict, categories: dict[int, str], ego_from_lidar: np.ndarray) -> Boxes:
-    """Reads the boxes of one entry and transforms them to the ego frame."""
-    instances = info["instances"]
-    try:
-        box = np.array([item["bbox_3d"] for item in instances], dtype=np.float64).reshape(-1, 7)
-        velocity = np.array([item["velocity"] for item in instances], dtype=np.float64).reshape(-1, 2)
-        names = [categories.get(item["bbox_label_3d"]) for item in instances]
-        valid = np.array([item["bbox_3d_isvalid"] for item in instances], dtype=bool)
-    except (KeyError, ValueError, TypeError) as error:
-        raise DataError(f"{path}: a record of 'instances' is malformed ({error})") from None
-    label = np.array([BOX_CLASSES.index(name) if name in BOX_CLASSES else -1 for name in names], dtype=np.int64)
-    flat_velocity = np.concatenate([velocity, np.zeros((len(box), 1))], axis=1)  # [M, 3]
-    return Boxes(
-        center=torch.from_numpy(transform_points(ego_from_lidar, box[:, :3])).float(),
-        size=torch.from_numpy(box[:, 3:6]).float(),
-        yaw=torch.from_numpy(wrap_angle(box[:, 6] + yaw_from_rotation(ego_from_lidar))).float(),
-        velocity=torch.from_numpy((flat_velocity @ ego_from_lidar[:3, :3].T)[:, :2]).float(),
-        label=torch.from_numpy(label),
-        attribute=torch.full((len(box),), -1),
-        score=torch.ones(len(box)),
-        valid=torch.from_numpy(valid & (label >= 0)),
-        uncertainty=torch.zeros(len(box), 9),
-    )
+def _warn(text: str) -> None:
+    warnings.warn(text, PerceptionWarning, stacklevel=3)

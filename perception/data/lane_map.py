@@ -11,16 +11,19 @@ chooses: MapTR's is centred at LIDAR_TOP, StreamMapNet's at the origin of the eg
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import shapely
 from shapely.geometry.base import BaseGeometry
 
 from perception.data.lane_topology import Centerlines, LaneGraph
+from perception.data.tables import shortened
 from perception.errors import ConfigError, DataError
+from perception.inference.checks import FARTHEST_POSE
 from perception.types import DEFAULT_LANE_RANGE, LINE_CLASSES, LaneRange, MapLine
 
 DIVIDER_LAYERS = ("road_divider", "lane_divider")
@@ -65,7 +68,7 @@ class LaneMap:
         path: `maps/expansion/<location>.json` of a nuScenes-format root.
 
     Raises:
-        DataError: the file is missing, is not JSON, or lacks a layer.
+        DataError: the file is missing, is not JSON, lacks a layer, or a record is malformed.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -76,28 +79,96 @@ class LaneMap:
             raise DataError(
                 f"{self.path} is missing: put the nuScenes map expansion (v1.3) for '{self.path.stem}' there"
             ) from None
-        except ValueError as error:
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be read ({error.strerror}); unpack the map expansion again") from None
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{self.path} is not valid JSON ({error}); unpack the map expansion again") from None
-        try:
-            nodes = {node["token"]: (node["x"], node["y"]) for node in content["node"]}
-            lines = {line["token"]: line["node_tokens"] for line in content["line"]}
-            polygons = {polygon["token"]: polygon for polygon in content["polygon"]}
-            self._layers = {
-                name: _Layer([g for r in content[name] if (g := _polyline(nodes, lines[r["line_token"]])) is not None])
-                for name in DIVIDER_LAYERS
-            } | {
-                name: _Layer(
-                    [g for r in content[name] if (g := _polygon(nodes, polygons[r["polygon_token"]])) is not None]
-                )
-                for name in CROSSING_LAYERS + SURFACE_LAYERS
-            }
-        except (KeyError, TypeError) as error:
-            raise DataError(
-                f"{self.path} has no {error}: it is not a map expansion of format 1.3; unpack the map expansion again"
-            ) from None
+        self._nodes = {node["token"]: self._position(node) for node in self._records(content, "node")}
+        lines, polygons = (
+            {record["token"]: record for record in self._records(content, layer)} for layer in ("line", "polygon")
+        )
+        self._layers = {
+            name: self._layer(content, name, "line_token", lines, self._polyline) for name in DIVIDER_LAYERS
+        } | {
+            name: self._layer(content, name, "polygon_token", polygons, self._polygon)
+            for name in CROSSING_LAYERS + SURFACE_LAYERS
+        }
+        self._nodes = {}  # the layers hold all points
         # The lane graph is parsed on first use: most users of lines never need it.
         fields = ("lane", "lane_connector", "arcline_path_3", "connectivity")
         self._graph_content = {field: content[field] for field in fields if field in content}
+
+    def _records(self, content: object, layer: str) -> list[dict[str, Any]]:
+        """Returns the records of a layer; each has a token."""
+        records = content.get(layer) if isinstance(content, dict) else None
+        if not isinstance(records, list):
+            raise DataError(
+                f"{self.path} has no '{layer}': it is not a map expansion of format 1.3; unpack the map expansion again"
+            )
+        for number, record in enumerate(records):
+            token = record.get("token") if isinstance(record, dict) else None
+            if not isinstance(token, str):
+                raise self._malformed(layer, f"{number} (from 0)", "needs text as 'token'")
+        return records
+
+    def _layer(
+        self,
+        content: object,
+        layer: str,
+        key: str,
+        shapes: dict[str, dict[str, Any]],
+        make: Callable[[str, dict[str, Any]], BaseGeometry | None],
+    ) -> _Layer:
+        """Makes the geometry of a layer, whose records name their shape in the field `key`."""
+        geometries = []
+        for record in self._records(content, layer):
+            name = record.get(key)
+            if not isinstance(name, str) or name not in shapes:
+                wanted = key.removesuffix("_token")
+                raise self._malformed(layer, record["token"], f"needs the token of a record of '{wanted}' as '{key}'")
+            if (geometry := make(name, shapes[name])) is not None:
+                geometries.append(geometry)
+        return _Layer(geometries)
+
+    def _position(self, node: dict[str, Any]) -> tuple[float, float]:
+        x: Any = node.get("x")
+        y: Any = node.get("y")
+        # A comparison with NaN is false. Integers are compared before they are converted, which may overflow.
+        if not (_is_number(x) and _is_number(y) and abs(x) <= FARTHEST_POSE and abs(y) <= FARTHEST_POSE):
+            raise self._malformed(
+                "node",
+                node["token"],
+                f"needs metres, at most {FARTHEST_POSE:.0e}, as 'x' and 'y', but holds {shortened(x)}, {shortened(y)}",
+            )
+        return float(x), float(y)
+
+    def _points(self, layer: str, token: str, record: object, field: str) -> list[tuple[float, float]]:
+        """Returns the positions of the nodes that a record lists."""
+        nodes = record.get(field) if isinstance(record, dict) else None
+        try:
+            return [self._nodes[node] for node in nodes]  # type: ignore[union-attr]
+        except (KeyError, TypeError):
+            raise self._malformed(layer, token, f"needs a list of tokens of records of 'node' as '{field}'") from None
+
+    def _polyline(self, token: str, record: dict[str, Any]) -> BaseGeometry | None:
+        """Makes a LineString of a divider, None if it has fewer than two nodes."""
+        points = self._points("line", token, record, "node_tokens")
+        return shapely.linestrings(points) if len(points) > 1 else None
+
+    def _polygon(self, token: str, record: dict[str, Any]) -> BaseGeometry | None:
+        """Makes a Polygon of a surface, None if it is degenerate or crosses itself, as the published extractors do."""
+        exterior = self._points("polygon", token, record, "exterior_node_tokens")
+        if not isinstance(record.get("holes"), list):
+            raise self._malformed("polygon", token, "needs a list as 'holes'")
+        holes = [self._points("polygon", token, hole, "node_tokens") for hole in record["holes"]]
+        holes = [hole for hole in holes if hole]
+        if len(exterior) < 3 or any(len(hole) < 3 for hole in holes):
+            return None
+        polygon = shapely.Polygon(exterior, holes)
+        return polygon if polygon.is_valid else None
+
+    def _malformed(self, layer: str, record: str, problem: str) -> DataError:
+        return DataError(f"{self.path}: record {record} of '{layer}' {problem}; unpack the map expansion again")
 
     def lines(
         self, x: float, y: float, yaw: float, lane_range: LaneRange = DEFAULT_LANE_RANGE, protocol: str = "maptr"
@@ -198,19 +269,8 @@ def _window(lane_range: LaneRange, margin: float) -> BaseGeometry:
     return shapely.box(-x, -y, x, y)
 
 
-def _polyline(nodes: dict, node_tokens: list[str]) -> BaseGeometry | None:
-    """Makes a LineString of a divider, None if it has fewer than two nodes."""
-    return shapely.linestrings([nodes[token] for token in node_tokens]) if len(node_tokens) > 1 else None
-
-
-def _polygon(nodes: dict, record: dict) -> BaseGeometry | None:
-    """Makes a Polygon of a surface, None if it is degenerate or crosses itself, as the published extractors do."""
-    exterior = [nodes[token] for token in record["exterior_node_tokens"]]
-    holes = [[nodes[token] for token in hole["node_tokens"]] for hole in record["holes"] if hole["node_tokens"]]
-    if len(exterior) < 3 or any(len(hole) < 3 for hole in holes):
-        return None
-    polygon = shapely.Polygon(exterior, holes)
-    return polygon if polygon.is_valid else None
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _outlines(polygons: list[BaseGeometry], window: BaseGeometry) -> list[np.ndarray]:

@@ -12,13 +12,18 @@ from typing import NamedTuple
 
 import numpy as np
 
+from perception.data.tables import shortened
 from perception.errors import DataError
+from perception.inference.checks import FARTHEST_POSE
 from perception.types import LaneRange
 
 SHAPES = ("LSL", "LSR", "RSL", "RSR", "LRL", "RLR")
 TURN = {"L": 1.0, "S": 0.0, "R": -1.0}
 
 CHORD_ERROR = 0.01  # metres, largest distance between an arc and its chords
+MAX_LENGTH = 1e5  # metres of a segment
+MAX_VERTICES = 100_000  # of a segment
+STRAIGHT = 1e-9  # 1/m, curvature below which an arc is a straight line
 JOINT = 0.05  # metres; closer vertices of consecutive paths are merged
 
 
@@ -46,28 +51,41 @@ class LaneGraph:
     """
 
     def __init__(self, path: Path, content: dict) -> None:
-        try:
-            records = [*content["lane"], *content["lane_connector"]]
-            arclines, connectivity = content["arcline_path_3"], content["connectivity"]
-        except KeyError as error:
-            raise DataError(f"{path} has no {error}: give a map expansion of format 1.3 for centre lines") from None
+        for field, kind in (("lane", list), ("lane_connector", list), ("arcline_path_3", dict), ("connectivity", dict)):
+            if not isinstance(content.get(field), kind):
+                raise DataError(f"{path} has no '{field}': give a map expansion of format 1.3 for centre lines")
+        arclines, connectivity = content["arcline_path_3"], content["connectivity"]
+        for field in ("lane", "lane_connector"):
+            for k, record in enumerate(content[field]):
+                if not isinstance(record, dict) or not isinstance(record.get("token"), str):
+                    raise DataError(
+                        f"{path}: record {k} (from 0) of '{field}' needs text as 'token': unpack the map "
+                        "expansion again"
+                    )
+        records = [*content["lane"], *content["lane_connector"]]
         # A lane without a path has no centre line; the official maps contain a few.
         self.tokens = [record["token"] for record in records if arclines.get(record["token"])]
         self._points: list[np.ndarray] = []  # each [P, 2] global
         for token in self.tokens:
             try:
                 self._points.append(lane_points(arclines[token]))
-            except (KeyError, TypeError, ValueError, IndexError) as error:
+            except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
                 raise DataError(
                     f"{path}: 'arcline_path_3' of lane {token} is malformed ({error}): unpack the map expansion again"
                 ) from None
         self._low = np.array([points.min(axis=0) for points in self._points]).reshape(-1, 2)
         self._high = np.array([points.max(axis=0) for points in self._points]).reshape(-1, 2)
         number = {token: k for k, token in enumerate(self.tokens)}
-        self._next = [
-            sorted({number[name] for name in connectivity.get(token, {}).get("outgoing", ()) if name in number})
-            for token in self.tokens
-        ]
+        self._next: list[list[int]] = []
+        for token in self.tokens:
+            try:
+                successors = connectivity.get(token, {}).get("outgoing", ())
+                self._next.append(sorted({number[name] for name in successors if name in number}))
+            except (AttributeError, TypeError):
+                raise DataError(
+                    f"{path}: 'connectivity' of lane {token} needs a list of tokens as 'outgoing': unpack the map "
+                    "expansion again"
+                ) from None
 
     def centerlines(self, x: float, y: float, yaw: float, lane_range: LaneRange) -> Centerlines:
         """Cuts the centre lines by a rectangle and returns them in its frame, see `LaneMap.centerlines`."""
@@ -113,13 +131,15 @@ def lane_points(paths: list[dict]) -> np.ndarray:
     vertices: list[np.ndarray] = []
     for path in paths:
         if path["shape"] not in SHAPES:
-            raise ValueError(f"shape is '{path['shape']}', not one of {', '.join(SHAPES)}")
+            raise ValueError(f"shape is {shortened(path['shape'])}, not one of {', '.join(SHAPES)}")
         x, y, yaw = (float(value) for value in path["start_pose"])
         lengths = np.array(path["segment_length"], dtype=np.float64)
         radius = float(path["radius"])
         numbers = [x, y, yaw, radius, *lengths]
         if lengths.shape != (3,) or not np.isfinite(numbers).all() or lengths.min() < 0 or radius <= 0:
             raise ValueError("radius and three lengths must be finite and not negative")
+        if lengths.max() > MAX_LENGTH or max(abs(x), abs(y)) > FARTHEST_POSE:
+            raise ValueError(f"lengths must be at most {MAX_LENGTH:g} m, and positions at most {FARTHEST_POSE:.0e} m")
         drawn = [np.array([[x, y]])]
         for letter, length in zip(path["shape"], lengths, strict=True):
             if length == 0:
@@ -146,10 +166,12 @@ def _arc(start: np.ndarray, yaw: float, curvature: float, length: float) -> tupl
     Returns:
         Vertices after the start [n, 2], and the yaw at the end.
     """
-    if curvature == 0:
+    if abs(curvature) < STRAIGHT:
         return (start + length * np.array([np.cos(yaw), np.sin(yaw)]))[None], yaw
     angle = curvature * length
     widest = 2 * np.arccos(max(1 - CHORD_ERROR * abs(curvature), 0.0))  # a chord of this angle has CHORD_ERROR
+    if abs(angle) > MAX_VERTICES * widest:
+        raise ValueError(f"an arc of {length:g} m with a radius of {1 / abs(curvature):g} m turns too often")
     n = int(np.ceil(abs(angle) / widest))
     headings = yaw + angle * np.arange(1, n + 1) / n  # [n]
     circle = np.stack([np.sin(headings) - np.sin(yaw), np.cos(yaw) - np.cos(headings)], axis=1)  # [n, 2]

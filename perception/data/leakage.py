@@ -16,6 +16,7 @@ from scipy.spatial import cKDTree
 
 from perception.errors import DataError
 from perception.files import replacing
+from perception.inference.checks import FARTHEST_POSE
 
 if TYPE_CHECKING:
     from nuscenes import NuScenes
@@ -42,8 +43,11 @@ def read_keyframes(nusc: NuScenes) -> Keyframes:
     """Reads the positions of all keyframes from the devkit's tables.
 
     Raises:
-        DataError: a scene has no sample, or a sample has no LIDAR_TOP keyframe with a finite position.
+        DataError: there is no scene, a scene has no sample, a sample has no scene or no LIDAR_TOP keyframe with a
+            finite position.
     """
+    if not nusc.scene:
+        raise DataError(f"{nusc.table_root}/scene.json has no scene; give the version of a dataset with scenes")
     number = {scene["token"]: k for k, scene in enumerate(nusc.scene)}
     xy, of_scene = [], []
     for sample in nusc.sample:
@@ -52,10 +56,15 @@ def read_keyframes(nusc: NuScenes) -> Keyframes:
             position = [float(value) for value in nusc.get("ego_pose", lidar["ego_pose_token"])["translation"][:2]]
         except (KeyError, TypeError, ValueError):
             position = []
-        if len(position) != 2 or not np.isfinite(position).all():
+        if len(position) != 2 or not np.abs(position).max() <= FARTHEST_POSE:
             raise DataError(
                 f"{nusc.table_root}: sample {sample['token']} has no LIDAR_TOP keyframe with an ego_pose of finite "
-                "translation; unpack the metadata again"
+                f"translation, at most {FARTHEST_POSE:.0e} m; unpack the metadata again"
+            )
+        if sample["scene_token"] not in number:
+            raise DataError(
+                f"{nusc.table_root}/sample.json: sample {sample['token']} has a scene_token that scene.json lacks; "
+                "unpack the metadata again"
             )
         xy.append(position)
         of_scene.append(number[sample["scene_token"]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +15,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from perception.data.tables import MAX_PIXELS
 from perception.errors import ConfigError, DataError
 from perception.geometry import resample_polyline
 from perception.inference.fitting import fit_image
 from perception.types import Boxes, Clip, Data, FrameObjects, MapLine, Polylines
+
+# Pillow runs another program to decode some of the others.
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000")
 
 
 def decode_image(
@@ -35,21 +40,45 @@ def decode_image(
         [3, H, W] uint8 RGB, and [3, 3] float64 calibration in its pixels.
 
     Raises:
-        DataError: the file is missing, truncated, not an image, or its size is not `stored_size`.
+        DataError: the file is missing, truncated, not an image, larger than MAX_PIXELS, or its size is not
+            `stored_size`.
+    """
+    with open_image(path, stored_size) as image:
+        return fit_image(image, img_from_cam, image_size)
+
+
+@contextmanager
+def open_image(path: str | Path, stored_size: tuple[int, int] | None = None) -> Iterator[Image.Image]:
+    """Opens an image and checks its size, which stands in its header. Its pixels are decoded when they are used.
+
+    Args:
+        path: an image file.
+        stored_size: height and width that the image must have; None for any.
+
+    Raises:
+        DataError: as for `decode_image`, also for what is raised while the pixels are decoded.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             stored_w, stored_h = image.size
+            if stored_w * stored_h > MAX_PIXELS:  # importing the nuScenes devkit lifts Pillow's own limit
+                raise DataError(
+                    f"{path} is {stored_w} x {stored_h} pixels according to its header, and at most {MAX_PIXELS:.0e} "
+                    "pixels are decoded; restore the original image"
+                )
             if stored_size is not None and tuple(stored_size) != (stored_h, stored_w):
                 raise DataError(
                     f"{path} is {stored_w} x {stored_h} pixels, but the tables give {stored_size[1]} x {stored_size[0]}"
                     ": restore the original image or correct width and height in sample_data.json"
                 )
-            return fit_image(image, img_from_cam, image_size)
+            yield image
     except FileNotFoundError:
         raise DataError(f"{path} is missing: copy the dataset's images again") from None
-    except OSError as error:  # PIL raises it for truncated and for unknown files
-        raise DataError(f"{path} cannot be read as an image ({error}): copy it again") from None
+    except DataError:
+        raise
+    except Exception as error:  # Pillow raises OSError for truncated files, and many others for damaged ones
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{path} cannot be read as an image ({reason}): copy it again") from None
 
 
 def pad_boxes(boxes: Sequence[Boxes], count: int = 0) -> Boxes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,11 +12,13 @@ import torch
 from torch.utils.data import Dataset
 
 from perception.data.augment import Augment
-from perception.data.index import concatenate, ego_from_patch, lines_around, load_index
+from perception.data.index import Index, concatenate, ego_from_patch, lines_around, load_index
 from perception.data.lane_map import LaneMap
 from perception.data.lane_topology import Centerlines
 from perception.data.loader import ClipRequest, decode_image, pad_boxes, pad_lines
+from perception.errors import PerceptionWarning
 from perception.geometry import invert_rigid, yaw_from_rotation
+from perception.inference.ego_motion import MAX_GAP, interrupted
 from perception.types import (
     BOX_CLASSES,
     DEFAULT_LANE_RANGE,
@@ -37,8 +40,9 @@ class NuScenesDataset(Dataset):
     """Keyframes of a nuScenes-format dataset as clips.
 
     Index it with a number to get one sample as a clip of one frame, for streaming inference in scene order. The frame
-    holds the ego motion since the previous keyframe and is first only at the start of a scene. Index it with a
-    `ClipRequest` to get a longer clip for training, which may leave keyframes out.
+    holds the ego motion since the previous keyframe. It is first at the start of a scene and, as in live use, after a
+    gap of more than 2 s or a jump of the pose. Index it with a `ClipRequest` to get a longer clip for training, which
+    may leave keyframes out.
 
     Lines of clips follow the MapTR protocol: a patch of `lane_range`, centred at LIDAR_TOP.
 
@@ -77,6 +81,8 @@ class NuScenesDataset(Dataset):
         roots = [Path(root) for root in ([dataroot] if isinstance(dataroot, str | Path) else dataroot)]
         cache = None if cache_dir is None else Path(cache_dir)
         indices = [load_index(root, version, split, tuple(cameras), lane_range, cache) for root in roots]
+        for root, part in zip(roots, indices, strict=True):
+            _warn_if_implausible(part, root / version)
         self._index = index = concatenate(indices, roots)
         self.roots, self.version, self.split = tuple(roots), version, split
         self.image_size = (image_size[0], image_size[1])
@@ -92,6 +98,11 @@ class NuScenesDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self._index.token)
+
+    @property
+    def index(self) -> Index:
+        """The tables as flat arrays, one row per sample."""
+        return self._index
 
     @property
     def tokens(self) -> list[str]:
@@ -164,7 +175,8 @@ class NuScenesDataset(Dataset):
     def gt_boxes(self, i: int) -> Boxes:
         """Returns the ground-truth boxes [M] of sample i, not padded.
 
-        A box is valid if it contains LiDAR or radar points, as in the nuScenes evaluation.
+        A box is valid unless the sum of its LiDAR and radar points is 0, as in the nuScenes evaluation: a number of -1
+        is unknown, and such a box counts.
         """
         index = self._index
         rows = slice(index.box_offset[i], index.box_offset[i + 1])
@@ -176,7 +188,7 @@ class NuScenesDataset(Dataset):
             label=torch.from_numpy(index.box_label[rows]),
             attribute=torch.from_numpy(index.box_attribute[rows]),
             score=torch.ones(rows.stop - rows.start),
-            valid=torch.from_numpy(index.box_points[rows] > 0),
+            valid=torch.from_numpy(index.box_points[rows] != 0),
             uncertainty=torch.zeros(rows.stop - rows.start, 9),
         )
 
@@ -202,12 +214,16 @@ class NuScenesDataset(Dataset):
         return self.augment(clip, wide_lines, patches, self.lane_range, scene_rng, clip_rng)
 
     def _frames(self, samples: np.ndarray, previous: np.ndarray) -> Frame:
-        """Builds the frames [T] of samples, with the ego motion since the samples in `previous` (-1: none)."""
+        """Builds the frames [T] of samples, with the ego motion since the samples in `previous` (-1: none).
+
+        A frame after a gap or a jump of the pose is a first frame, by the rule of `perception.inference.ego_motion`.
+        """
         index = self._index
-        is_first = previous < 0
         ego_from_prev = invert_rigid(index.global_from_ego[samples]) @ index.global_from_ego[previous]
-        ego_from_prev[is_first] = np.eye(4)
-        seconds = np.where(is_first, 0.0, (index.timestamp_us[samples] - index.timestamp_us[previous]) * 1e-6)
+        seconds = (index.timestamp_us[samples] - index.timestamp_us[previous]) * 1e-6
+        # As in live use. Keyframes that a request leaves out count as a gap.
+        is_first = (previous < 0) | interrupted(ego_from_prev, np.where(previous < 0, 0.0, seconds))
+        ego_from_prev[is_first], seconds[is_first] = np.eye(4), 0.0
         images, img_from_cam = zip(*(self._images(i) for i in samples), strict=True)
         present = np.char.str_len(index.image_path[samples]) > 0
         return Frame(
@@ -234,3 +250,27 @@ class NuScenesDataset(Dataset):
                     os.fsdecode(path), img_from_cam[camera], self.image_size, (height, width)
                 )
         return images, img_from_cam
+
+
+def _warn_if_implausible(index: Index, tables: Path) -> None:
+    """Warns if no box counts, or if most keyframes come after a gap."""
+    if len(index.box_points) and not index.box_points.any():
+        warnings.warn(
+            f"{tables}/sample_annotation.json gives every box of the split 0 LiDAR and radar points, and boxes without "
+            "points do not count in training and evaluation; write -1 as num_lidar_pts where the number is unknown",
+            PerceptionWarning,
+            stacklevel=3,
+        )
+    later = np.flatnonzero(index.previous >= 0)
+    before = index.previous[later]
+    motion = invert_rigid(index.global_from_ego[later]) @ index.global_from_ego[before]
+    seconds = (index.timestamp_us[later] - index.timestamp_us[before]) * 1e-6
+    broken = int(interrupted(motion, seconds).sum())
+    if 2 * broken > len(later):
+        warnings.warn(
+            f"{broken} of {len(later)} keyframes of {tables} come more than {MAX_GAP:g} s after the keyframe before, or"
+            f" their pose jumps, so the memory is dropped there; keyframes are {np.median(seconds):.4g} s apart if "
+            "timestamps are microseconds: check their unit, and ego_pose.json",
+            PerceptionWarning,
+            stacklevel=3,
+        )

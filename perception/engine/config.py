@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from perception.errors import ConfigError
 from perception.files import check_dataset
 from perception.models import NetworkConfig, network_class, preset_config
 from perception.models.base import dataclass_for
+from perception.reading import number, short
 from perception.types import LaneRange
 
 
@@ -117,7 +119,7 @@ def model_config(section: dict, where: str) -> NetworkConfig:
         _check_keys(where, "model", section, set(section) if isinstance(section, dict) else set(), {"preset"})
     preset = section["preset"]
     if not isinstance(preset, str):
-        raise ConfigError(f"{where}: model.preset is {preset!r}; it must be of type str")
+        raise ConfigError(f"{where}: model.preset is {short(preset)}; it must be of type str")
     config = preset_config(preset)
     known = {field.name for field in dataclasses.fields(config)}
     _check_keys(where, "model", section, {"preset", *known}, {"preset"})
@@ -162,12 +164,12 @@ def check_trainable(config: TrainConfig) -> tuple[TrainSection, DataSection]:
 def _check_keys(path: str | Path, where: str, section: object, allowed: set[str], required: set[str]) -> None:
     dot = f"{where}." if where else ""
     if not isinstance(section, dict):
-        raise ConfigError(f"{path}: {where} is {section!r}; it must be a dict(...)")
+        raise ConfigError(f"{path}: {where} is {short(section)}; it must be a dict(...)")
     for key in section:
         if key not in allowed:
             near = difflib.get_close_matches(key, allowed, n=1)
             fix = f"did you mean {dot}{near[0]}?" if near else f"the keys there are {', '.join(sorted(allowed))}"
-            raise ConfigError(f"{path}: unknown key {dot}{key}; {fix}")
+            raise ConfigError(f"{path}: unknown key {dot}{str(key)[:60]}; {fix}")
     for key in sorted(required - set(section)):
         raise ConfigError(f"{path}: {dot}{key} is missing; add it")
 
@@ -186,7 +188,9 @@ def _lane_range(where: str, value: object) -> LaneRange:
     try:
         return LaneRange.parse(str(text))
     except ConfigError:
-        raise ConfigError(f'{where} is {value!r}; write metres along x and along y, e.g. "60x30" or (60, 30)') from None
+        raise ConfigError(
+            f'{where} is {short(value)}; write metres along x and along y, e.g. "60x30" or (60, 30)'
+        ) from None
 
 
 def _typed(where: str, value: Any, kind: Any) -> Any:
@@ -213,8 +217,10 @@ def _typed(where: str, value: Any, kind: Any) -> Any:
         name, content = typing.get_args(kind)
         return {_typed(f"{where} key", k, name): _typed(f"{where}[{k!r}]", v, content) for k, v in value.items()}
     elif kind is float and type(value) in (int, float):
+        if not math.isfinite(number(value)):
+            raise ConfigError(f"{where} is {short(value)}; give a finite number")
         return float(value)
     elif type(value) is kind:
         return value
     name = kind.__name__ if isinstance(kind, type) and origin is None else str(kind)
-    raise ConfigError(f"{where} is {value!r}; it must be of type {name}")
+    raise ConfigError(f"{where} is {short(value)}; it must be of type {name}")

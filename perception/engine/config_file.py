@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import difflib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from mmengine.config import Config
 
 from perception.errors import ConfigError
 from perception.files import check_dataset
+from perception.reading import short
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 # In a wheel the configs are inside the package, in a checkout next to it.
@@ -70,9 +72,11 @@ def read_config(name_or_path: str | Path, options: dict | None = None) -> tuple[
             raise ConfigError(f"--cfg-options {key}: {path} has no {section}; its sections: {', '.join(source)}")
     try:
         source.merge_from_dict(options or {})
-    except (TypeError, KeyError, AssertionError, IndexError) as error:
+    except (TypeError, KeyError, AssertionError, IndexError, AttributeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"--cfg-options {options} does not fit {path} ({error}); write section.key=value, e.g. train.lr=1e-4"
+            f"--cfg-options {short(options)} does not fit {path} ({reason}); write section.key=value, such as "
+            "train.lr=1e-4"
         ) from None
     return path, source
 
@@ -121,16 +125,16 @@ def parse_options(pairs: list[str]) -> dict:
     """Parses KEY=VALUE pairs of `--cfg-options` for `load_config`. Values that are not Python literals are strings.
 
     Raises:
-        ConfigError: a pair has no `=`.
+        ConfigError: a pair has no `=`, or its key is not names with dots between them.
     """
     options: dict[str, Any] = {}
     for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not (key and equals):
-            raise ConfigError(f"--cfg-options {pair!r} is not KEY=VALUE; write e.g. train.lr=1e-4")
+        key, _, value = pair.partition("=")
+        if not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*=.*", pair, re.DOTALL):
+            raise ConfigError(f"--cfg-options {short(pair)} is not KEY=VALUE; write e.g. train.lr=1e-4")
         try:
             options[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             options[key] = value
     return options
 

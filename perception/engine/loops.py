@@ -42,6 +42,7 @@ from perception.evaluation.dataset import evaluate_predictions
 from perception.inference.sequence import predict_stream
 from perception.models import Network
 from perception.models.checkpoint import halve, read_metrics, save_checkpoint
+from perception.models.provenance import provenance_of
 from perception.types import Clip, State, map_tensors
 
 SAVE_SECONDS = 600  # between two checkpoints inside of an epoch
@@ -419,7 +420,8 @@ class ExportHook(Hook):
         if get_dist_info()[0] != 0 or metrics is None:
             return
         core, report = core_of(runner), metrics | {"epoch": runner.epoch}
+        provenance = provenance_of(runner.train_dataloader.dataset)
         best = read_metrics(runner.folder.best)["score"] if runner.folder.best.exists() else -math.inf
         if metrics["score"] > best:
-            save_checkpoint(runner.folder.best, core, report, half=True)
-        save_checkpoint(runner.folder.last, core, report, half=True)
+            save_checkpoint(runner.folder.best, core, report, half=True, provenance=provenance)
+        save_checkpoint(runner.folder.last, core, report, half=True, provenance=provenance)

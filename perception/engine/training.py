@@ -39,6 +39,7 @@ from perception.engine.loops import (
 )
 from perception.engine.weights import make_core
 from perception.errors import ConfigError
+from perception.evaluation.dataset import check_evaluable
 from perception.files import check_space
 from perception.models import Network
 from perception.types import Clip, State, map_tensors
@@ -166,6 +167,7 @@ def train(
         checkpoint = folder.newest() if resume else None
         set_random_seed(seed)
         train_set, val_set = (build_dataset(data, config.model) for data in (train_data, config.val_data))
+        check_evaluable(val_set)
         settings = settings_of(
             config,
             seed=seed,

@@ -12,7 +12,7 @@ from perception.engine.config import TrainConfig, check_trainable
 from perception.errors import CheckpointError, ConfigError
 from perception.models import Network, NetworkConfig, build_network
 from perception.models.backbone import load_backbone
-from perception.models.checkpoint import load_model, mismatched_keys
+from perception.models.checkpoint import check_fits, load_model, mismatched_keys
 
 
 def make_core(config: TrainConfig, *, initial_weights: bool = True) -> Network:
@@ -84,5 +84,6 @@ def load_weights(name_or_path: str | Path, model_config: NetworkConfig, *, any_s
         raise CheckpointError(
             f"{path}: its {name} does not fit the config's model; evaluate with the config it was trained with"
         )
+    check_fits(model, weights, path)
     model.load_state_dict(weights)
     return model.eval()

@@ -18,7 +18,12 @@ from perception.data.loader import pad_boxes, pad_lines
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError
 from perception.evaluation.confidence import ConfidenceResult, evaluate_confidence
-from perception.evaluation.detection import DetectionResult, evaluate_boxes, submission_from_predictions
+from perception.evaluation.detection import (
+    DetectionResult,
+    check_counted,
+    evaluate_boxes,
+    submission_from_predictions,
+)
 from perception.evaluation.lane_report import LaneResult
 from perception.evaluation.lanes import STRICT_THRESHOLDS, evaluate_lanes, lane_rules
 from perception.evaluation.stability import StabilityResult, evaluate_stability
@@ -177,8 +182,7 @@ def evaluate_predictions(
         ConfigError: the dataset has several roots, the official evaluation takes one; or as in `evaluate_lanes`.
         DataError: predictions are missing, or hold numbers that are not finite.
     """
-    if len(dataset.roots) != 1:
-        raise ConfigError(f"the dataset has {len(dataset.roots)} roots; evaluate one root at a time")
+    check_evaluable(dataset)
     lane_range = lane_range or dataset.lane_range
     gt_lines = all_gt_lines(dataset, protocol=protocol, lane_range=lane_range, progress=progress)
     lines = {token: map_lines(objects.lines) for token, objects in predictions.items()}
@@ -220,11 +224,25 @@ def evaluate_dataset(
         model, dataset, workers, progress: as in `predict_stream`.
         protocol, lane_range: as in `evaluate_predictions`.
     """
+    check_evaluable(dataset)
     stream = predict_stream(model, dataset, workers=workers, progress=progress)
     evaluation = evaluate_predictions(
         dataset, stream.objects, protocol=protocol, lane_range=lane_range, workers=workers, progress=progress
     )
     return evaluation, stream
+
+
+def check_evaluable(dataset: NuScenesDataset) -> None:
+    """Checks that predictions of a dataset can be evaluated. Call it before long work.
+
+    Raises:
+        ConfigError: the dataset has several roots, and the official evaluation takes one.
+        DataError: the split has no box, or every box has 0 LiDAR and radar points.
+    """
+    if len(dataset.roots) != 1:
+        raise ConfigError(f"the dataset has {len(dataset.roots)} roots; evaluate one root at a time")
+    valid = [ok for i in range(len(dataset)) for ok in dataset.gt_boxes(i).valid.int().tolist()]
+    check_counted(valid, dataset.roots[0] / dataset.version, dataset.split)
 
 
 def _ground_truth(boxes: Boxes, lines: Sequence[MapLine], points_per_line: int) -> FrameObjects:

@@ -13,7 +13,7 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,10 @@ from nuscenes.eval.common.config import config_factory
 from nuscenes.eval.common.loaders import get_samples_of_scenes
 from nuscenes.eval.detection.evaluate import DetectionEval
 from nuscenes.eval.detection.utils import category_to_detection_name
-from nuscenes.utils.splits import get_scenes_of_split, is_predefined_split
 from pyquaternion import Quaternion
 
-from perception.data.splits import is_split_file, split_scenes
+from perception.data.splits import is_official, split_scenes
+from perception.data.table_checks import open_tables
 from perception.errors import DataError
 from perception.evaluation.submission import CAMERA_ONLY
 from perception.files import check_dataset, write_json
@@ -121,9 +121,10 @@ def evaluate_boxes(
     nusc = nusc or load_tables(dataroot, version)
     _check_tokens(predictions, split_tokens(nusc, split), split)
     submission = submission_from_predictions(predictions, ego_poses)
+    if out_dir is not None:  # before the evaluation, which may refuse the ground truth
+        write_json(Path(out_dir) / "submission.json", submission)
     result = evaluate_submission(nusc, split, submission)
     if out_dir is not None:
-        write_json(Path(out_dir) / "submission.json", submission)
         write_json(Path(out_dir) / "metrics.json", result.as_dict())
     return result
 
@@ -141,20 +142,25 @@ def evaluate_submission(nusc: NuScenes, split: str | Path, submission: Mapping[s
     """
     tokens = split_tokens(nusc, split)
     _check_tokens(submission["results"], tokens, split)
-    categories = {
-        nusc.get("sample_annotation", ann)["category_name"] for t in tokens for ann in nusc.get("sample", t)["anns"]
-    }
-    if not any(map(category_to_detection_name, categories)):
-        raise DataError(
-            f"split {split} of {nusc.table_root} has no annotation of the ten classes; choose another split"
-        )
+    annotations = (nusc.get("sample_annotation", ann) for t in tokens for ann in nusc.get("sample", t)["anns"])
+    points = [
+        record["num_lidar_pts"] + record["num_radar_pts"]
+        for record in annotations
+        if category_to_detection_name(record["category_name"])
+    ]
+    check_counted(points, nusc.table_root, split)
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "submission.json"
         path.write_text(json.dumps(_never_empty(submission)))
         # The devkit shows a progress bar on stderr even without `verbose`.
         with contextlib.redirect_stderr(io.StringIO()):
-            tables, name = _named_split(nusc, split, Path(scratch)) if is_split_file(split) else (nusc, split)
+            tables, name = (nusc, split) if is_official(split) else _named_split(nusc, split, Path(scratch))
             evaluation = DetectionEval(tables, config_factory(_CONFIG), str(path), name, scratch, verbose=False)
+            if not evaluation.gt_boxes.all:
+                raise DataError(
+                    f"no box of split {split} in {nusc.table_root} has LiDAR or radar points and lies in the range of "
+                    "its class, so nothing can be scored; check the poses in ego_pose.json, or choose another split"
+                )
             metrics, _ = evaluation.evaluate()
     summary = metrics.serialize()
     counted = Counter(box.detection_name for box in evaluation.gt_boxes.all)
@@ -172,19 +178,34 @@ def evaluate_submission(nusc: NuScenes, split: str | Path, submission: Mapping[s
     )
 
 
-def load_tables(dataroot: str | os.PathLike[str], version: str) -> NuScenes:
-    """Loads the devkit's tables of a nuScenes-format dataset, without output.
+def check_counted(points: Collection[int], tables: str | os.PathLike[str], split: str | Path) -> None:
+    """Checks that the evaluation counts a box of a split. It drops those whose LiDAR and radar points add up to 0.
+
+    Args:
+        points: per box of the ten classes, the sum of its LiDAR and radar points.
+        tables: the folder of the tables, and
+        split: the split, for the message.
 
     Raises:
-        DataError: a table is missing or malformed.
+        DataError: there is no box, or none counts.
     """
-    folder = Path(dataroot) / version
+    if not points:
+        raise DataError(f"split {split} of {tables} has no annotation of the ten classes; choose another split")
+    if not any(points):
+        raise DataError(
+            f"{Path(tables) / 'sample_annotation.json'} gives all {len(points)} boxes of split {split} 0 LiDAR and "
+            "radar points, so the evaluation counts none; write -1 as num_lidar_pts where the number is unknown"
+        )
+
+
+def load_tables(dataroot: str | os.PathLike[str], version: str) -> NuScenes:
+    """Loads the devkit's tables of a nuScenes-format dataset, without output, after checking them.
+
+    Raises:
+        DataError: a table is missing, or records of it cannot be right.
+    """
     check_dataset(Path(dataroot), version)
-    try:
-        return NuScenes(version=version, dataroot=str(dataroot), verbose=False)
-    except (OSError, ValueError, KeyError, IndexError, AssertionError) as error:
-        reason = f"{type(error).__name__}: {error}".replace("\n", " ")
-        raise DataError(f"the nuScenes tables in {folder} cannot be read ({reason}); restore the dataset") from error
+    return open_tables(Path(dataroot), version)
 
 
 def submission_from_predictions(
@@ -293,47 +314,30 @@ def _never_empty(submission: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**submission, "results": {**results, token: [far_box]}}
 
 
-def _scenes_of_file(nusc: NuScenes, split: str | Path) -> list[str]:
+def _scenes(nusc: NuScenes, split: str | Path) -> list[str]:
     return split_scenes(split, Path(nusc.table_root), [scene["name"] for scene in nusc.scene])
 
 
 def _named_split(nusc: NuScenes, split: str | Path, folder: Path) -> tuple[NuScenes, str]:
-    """Returns the same tables with the scenes of a split file under a name, and that name.
+    """Returns the same tables with the scenes of a split under a name, and that name.
 
     The devkit takes its own splits and those of `splits.json` in the dataset, which must not be changed. It finds that
     file by the tables' `dataroot`, and the evaluation reads no other file by it.
     """
-    name = "split_file"
-    write_json(folder / nusc.version / "splits.json", {name: _scenes_of_file(nusc, split)})
+    name = "split"
+    write_json(folder / nusc.version / "splits.json", {name: _scenes(nusc, split)})
     tables = copy.copy(nusc)
     tables.dataroot = str(folder)
     return tables, name
 
 
 def split_tokens(nusc: NuScenes, split: str | Path) -> list[str]:
-    """Returns the sample tokens of a split; a named split follows the devkit's rules.
+    """Returns the sample tokens of a split, see `split_scenes`.
 
     Raises:
         DataError: the split does not exist, or does not fit the tables.
     """
-    if is_split_file(split):
-        return list(get_samples_of_scenes(_scenes_of_file(nusc, split), nusc))
-    split = str(split)
-    if is_predefined_split(split):
-        wanted = "mini" if split.startswith("mini") else "test" if split == "test" else "trainval"
-        if not nusc.version.endswith(wanted):
-            raise DataError(
-                f"split {split} is an official one, which the devkit only accepts for a version ending in {wanted}, "
-                f"not for {nusc.version}; list your scenes under another name in {nusc.table_root}/splits.json"
-            )
-    try:
-        names = get_scenes_of_split(split, nusc)
-    except (ValueError, AssertionError) as error:  # a missing or malformed splits.json, an unknown split
-        raise DataError(f"{nusc.table_root}/splits.json does not list the scenes of split {split} ({error})") from error
-    tokens: list[str] = get_samples_of_scenes(names, nusc)
-    if not tokens:
-        raise DataError(f"split {split} names no scene of {nusc.table_root}; choose another split or version")
-    return tokens
+    return list(get_samples_of_scenes(_scenes(nusc, split), nusc))
 
 
 def _check_tokens(results: Mapping[str, object], tokens: list[str], split: str | Path) -> None:

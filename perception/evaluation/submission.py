@@ -29,6 +29,8 @@ import numpy as np
 
 from perception.errors import DataError
 from perception.files import write_json
+from perception.inference.checks import FARTHEST_POSE
+from perception.reading import number, short, typed
 from perception.types import ATTRIBUTES, BOX_CLASSES, LINE_CLASSES, MapLine, Polylines
 
 CAMERA_ONLY = {"use_camera": True, "use_lidar": False, "use_radar": False, "use_map": False, "use_external": False}
@@ -37,6 +39,7 @@ FRAME = "ego"
 _FARTHEST = 1000.0  # metres; lines beyond are not in the ego frame
 _MAX_BOXES = 500  # of the nuScenes detection task
 _BOX_NUMBERS = {"translation": 3, "size": 3, "rotation": 4, "velocity": 2}
+_BOX_FIELDS = ("sample_token", *_BOX_NUMBERS, "detection_name", "detection_score", "attribute_name")
 
 
 class LaneSubmission(NamedTuple):
@@ -98,26 +101,26 @@ def read_submission(path: str | os.PathLike[str]) -> LaneSubmission | DetectionS
         raise DataError(f"submission {path} cannot be read ({error.strerror}); give a JSON file") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"submission {path} is not valid JSON ({error}); write it again") from None
-    content = _typed(content, dict, f"{path}: the file", 'an object with "meta" and "results"')
+    content = typed(content, dict, f"{path}: the file", 'an object with "meta" and "results"')
     for field in ("meta", "results"):
         if field not in content:
             raise DataError(f"{path}: field {field} is missing; a submission holds meta and results")
-        _typed(content[field], dict, f"{path}: field {field}", "an object")
+        typed(content[field], dict, f"{path}: field {field}", "an object")
     for token, entries in content["results"].items():
-        where = f"{path}: results.{token}"
-        for number, entry in enumerate(_typed(entries, list, where, "a list, empty if nothing is predicted")):
-            _typed(entry, dict, f"{where}[{number}]", "an object")
+        where = f"{path}: results.{token[:60]}"
+        for index, entry in enumerate(typed(entries, list, where, "a list, empty if nothing is predicted")):
+            typed(entry, dict, f"{where}[{index}]", "an object")
     entries = (entry for found in content["results"].values() for entry in found)
     first: dict[str, Any] = next(entries, {})
     if "frame" not in content and not {"class", "points"} & first.keys():
         return _checked_boxes(path, content)
     if content.get("frame") != FRAME:
         raise DataError(
-            f"{path}: field frame is {_short(content.get('frame'))}; give lines in the ego frame (x forward, y left, "
+            f"{path}: field frame is {short(content.get('frame'))}; give lines in the ego frame (x forward, y left, "
             f'metres) and write "frame": "{FRAME}"'
         )
     results = {
-        token: [_line(entry, f"{path}: results.{token}[{number}]") for number, entry in enumerate(found)]
+        token: [_line(entry, f"{path}: results.{token[:60]}[{index}]") for index, entry in enumerate(found)]
         for token, found in content["results"].items()
     }
     return LaneSubmission(path, content["meta"], results)
@@ -151,12 +154,6 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, Any]:
     return found
 
 
-def _typed(value: object, kind: type, where: str, wanted: str) -> Any:
-    if not isinstance(value, kind):
-        raise DataError(f"{where} is {_short(value)}; it must be {wanted}")
-    return value
-
-
 def _field(entry: Mapping[str, Any], field: str, where: str) -> Any:
     if field not in entry:
         raise DataError(f"{where}.{field} is missing; add it (docs/evaluation.md shows the format)")
@@ -164,15 +161,16 @@ def _field(entry: Mapping[str, Any], field: str, where: str) -> Any:
 
 
 def _number(value: object, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
-        raise DataError(f"{where} is {_short(value)}; it must be a finite number")
-    return float(value)
+    result = number(value)
+    if not abs(result) <= FARTHEST_POSE:
+        raise DataError(f"{where} is {short(value)}; it must be a finite number, at most {FARTHEST_POSE:.0e}")
+    return result
 
 
 def _line(entry: Mapping[str, Any], where: str) -> MapLine:
     name = _field(entry, "class", where)
     if name not in LINE_CLASSES:
-        raise DataError(f"{where}.class is {_short(name)}; it must be one of {', '.join(LINE_CLASSES)}")
+        raise DataError(f"{where}.class is {short(name)}; it must be one of {', '.join(LINE_CLASSES)}")
     score = _number(_field(entry, "score", where), f"{where}.score")
     given = _field(entry, "points", where)
     try:
@@ -180,7 +178,7 @@ def _line(entry: Mapping[str, Any], where: str) -> MapLine:
     except ValueError:  # rows of different lengths
         points = np.zeros(0)
     if points.dtype.kind not in "if" or points.ndim != 2 or points.shape[1] != 2 or len(points) < 2:
-        raise DataError(f"{where}.points is {_short(given)}; it must be a list of two or more [x, y]")
+        raise DataError(f"{where}.points is {short(given)}; it must be a list of two or more [x, y]")
     points = points.astype(np.float64)
     if not np.isfinite(points).all():
         raise DataError(f"{where}.points holds a number that is not finite; remove the line or fix its source")
@@ -193,37 +191,49 @@ def _line(entry: Mapping[str, Any], where: str) -> MapLine:
 
 
 def _checked_boxes(path: Path, content: dict[str, Any]) -> DetectionSubmission:
+    """Checks the boxes, and leaves out fields that are not of the format: the devkit would read some of them."""
+    results: dict[str, list[dict[str, Any]]] = {}
     for token, boxes in content["results"].items():
         if len(boxes) > _MAX_BOXES:
-            raise DataError(f"{path}: results.{token} has {len(boxes)} boxes; keep the {_MAX_BOXES} best of a sample")
-        for number, box in enumerate(boxes):
-            where = f"{path}: results.{token}[{number}]"
+            raise DataError(
+                f"{path}: results.{token[:60]} has {len(boxes)} boxes; keep the {_MAX_BOXES} best of a sample"
+            )
+        results[token] = []
+        for index, box in enumerate(boxes):
+            where = f"{path}: results.{token[:60]}[{index}]"
             if _field(box, "sample_token", where) != token:
-                raise DataError(f"{where}.sample_token is {_short(box['sample_token'])}; it must be its key, {token}")
+                raise DataError(
+                    f"{where}.sample_token is {short(box['sample_token'])}; it must be its key, {short(token)}"
+                )
+            if "num_pts" in box:
+                points = box["num_pts"]
+                if isinstance(points, bool) or not isinstance(points, int):
+                    raise DataError(f"{where}.num_pts is {short(points)}; leave it out, or give -1 for unknown")
+                if points == 0:
+                    raise DataError(
+                        f"{where}.num_pts is 0, and the devkit leaves such boxes out of the score as if they were not "
+                        "predicted; leave num_pts out, or give -1 for unknown"
+                    )
             for field, count in _BOX_NUMBERS.items():
                 values = _field(box, field, where)
                 if not isinstance(values, list) or len(values) != count:
-                    raise DataError(f"{where}.{field} is {_short(values)}; it must be a list of {count} numbers")
+                    raise DataError(f"{where}.{field} is {short(values)}; it must be a list of {count} numbers")
                 for value in values:
                     if field == "velocity" and value != value:
                         continue  # unknown: the devkit leaves the box out of the velocity error
                     _number(value, f"{where}.{field}")
             if min(box["size"]) <= 0:
-                raise DataError(f"{where}.size is {_short(box['size'])}; it must be above 0, as width, length, height")
-            if not any(box["rotation"]):
-                raise DataError(f"{where}.rotation is {_short(box['rotation'])}; it must be a quaternion w, x, y, z")
+                raise DataError(f"{where}.size is {short(box['size'])}; it must be above 0, as width, length, height")
+            # The devkit normalises quaternions; the squares of very small numbers would be 0.
+            if max(map(abs, box["rotation"])) < 1e-3:
+                raise DataError(f"{where}.rotation is {short(box['rotation'])}; it must be a quaternion w, x, y, z")
             _number(_field(box, "detection_score", where), f"{where}.detection_score")
             for field, allowed in (("detection_name", BOX_CLASSES), ("attribute_name", ("", *ATTRIBUTES))):
                 if _field(box, field, where) not in allowed:
                     wanted = ", ".join(name or '""' for name in allowed)
-                    raise DataError(f"{where}.{field} is {_short(box[field])}; it must be one of {wanted}")
-    return DetectionSubmission(path, content["meta"], content["results"])
-
-
-def _short(value: object) -> str:
-    """Formats a value for an error message, in one line of at most 60 characters."""
-    text = " ".join(json.dumps(value).split())
-    return text if len(text) <= 60 else text[:57] + "..."
+                    raise DataError(f"{where}.{field} is {short(box[field])}; it must be one of {wanted}")
+            results[token].append({field: box[field] for field in _BOX_FIELDS})
+    return DetectionSubmission(path, content["meta"], results)
 
 
 def map_lines(lines: Polylines) -> list[MapLine]:

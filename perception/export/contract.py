@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from perception.commands import command
 from perception.errors import CheckpointError, ConfigError, DataError
 from perception.files import write_json
 from perception.inference.ego_motion import JUMP_MARGIN_M, JUMP_MARGIN_RAD, MAX_GAP, MAX_SPEED, MAX_TURN_RATE
+from perception.reading import number, short
 from perception.types import BOX_CLASSES, LINE_CLASSES
 
 CONTRACT, MODEL = "contract.json", "model.onnx"
@@ -30,8 +31,10 @@ DTYPES = ("bool", "uint8", "int32", "int64", "float16", "float32")
 FIELDS = {
     "precision": (str,), "cameras": (int,), "inputs": (list,), "outputs": (list,), "sha256": (dict,),
     "engines": (dict,), "image_size": (list,), "raw_size": (list,), "image_format": (str,), "quantization": (dict,),
-    "checked": (dict,),
+    "checked": (dict,), "network": (str,),
 }  # fmt: skip
+# Rules of the memory, for programs that do without this library.
+LIMITS = ("max_gap_s", "max_speed_m_s", "max_turn_rate_rad_s", "jump_margin_m", "jump_margin_rad")
 GEOMETRY = {"img_from_cam", "ego_from_cam", "present", "ego_from_prev", "seconds_since_prev", "is_first"}
 ENGINE_FIELDS = ("file", "gpu", "package", "package_version")
 
@@ -282,7 +285,7 @@ def read_contract(folder: str | Path) -> dict:
     if not isinstance(contract, dict):
         raise CheckpointError(f"{path} holds {type(contract).__name__}, not an object; export again")
     if contract.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format is {contract.get('format')!r}, not {FORMAT!r}; export again")
+        raise CheckpointError(f"{path}: format is {short(contract.get('format'))}, not {FORMAT}; export again")
     if fault := _fault(contract):
         raise CheckpointError(f"{path}: {fault}; export again")
     for name, wanted in contract["sha256"].items():
@@ -303,40 +306,64 @@ def _fault(contract: dict) -> str:
     for key, kinds in FIELDS.items():
         if key not in contract:
             return f"{key} is missing"
-        if not isinstance(contract[key], kinds):
+        if not isinstance(contract[key], kinds) or isinstance(contract[key], bool):
             return f"{key} is of type {type(contract[key]).__name__}, not {kinds[0].__name__}"
     if contract["cameras"] < 1:
         return f"cameras is {contract['cameras']}, not 1 or more"
     for side in ("inputs", "outputs"):
-        for number, entry in enumerate(contract[side]):
+        for index, entry in enumerate(contract[side]):
             if not _describes_array(entry):
-                return f"{side}[{number}] has no name, no shape of whole numbers above 0, or no dtype of {DTYPES}"
+                return f"{side}[{index}] has no name, no shape of whole numbers above 0, or no dtype of {DTYPES}"
     sizes = contract["raw_size"]
-    if len(sizes) != contract["cameras"] or not all(
-        isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)
-        for size in sizes
-    ):
+    if len(sizes) != contract["cameras"] or not all(map(_is_size, sizes)):
         return "raw_size does not hold height and width of each camera's images"
+    if not _is_size(contract["image_size"]):
+        return f"image_size is {short(contract['image_size'])}, not height and width"
     if contract["image_format"] not in IMAGE_FORMATS:
-        return f"image_format is {contract['image_format']!r}, not one of {', '.join(IMAGE_FORMATS)}"
-    names = {entry["name"] for entry in contract["inputs"]}
-    if lacking := sorted((GEOMETRY | {f"image_{n}" for n in range(len(sizes))}) - names):
+        return f"image_format is {short(contract['image_format'])}, not one of {', '.join(IMAGE_FORMATS)}"
+    try:
+        images = ImageInputs.of_contract(contract)
+    except ConfigError as error:
+        return str(error)
+    shapes = {entry["name"]: tuple(entry["shape"]) for entry in contract["inputs"]}
+    if lacking := sorted((GEOMETRY | set(images.names)) - shapes.keys()):
         return f"inputs has no {lacking[0]}"
+    if other := [name for n, name in enumerate(images.names) if shapes[name] != images.shape(n)]:
+        return f"the shape of {other[0]} is not that of its raw_size and image_format"
+    for side in ("inputs", "outputs"):
+        names = [entry["name"] for entry in contract[side]]
+        if len(set(names)) < len(names):
+            return f"{side} names {short(next(name for name in names if names.count(name) > 1))} twice"
+    for key, classes in (("box_classes", BOX_CLASSES), ("line_classes", LINE_CLASSES)):
+        if contract.get(key, [*classes]) != [*classes]:
+            return f"{key} is not the list of this version"
+    for key in LIMITS:
+        if key in contract and (isinstance(contract[key], bool) or not 0 <= number(contract[key]) < inf):
+            return f"{key} is {short(contract[key])}, not a finite number of at least 0"
+    for runtime, checks in contract["checked"].items():
+        if not isinstance(checks, list) or not all(isinstance(check, str) for check in checks):
+            return f"checked[{short(runtime)}] is not a list of text"
     for target, engine in contract["engines"].items():
         if not isinstance(engine, dict) or not all(isinstance(engine.get(key), str) for key in ENGINE_FIELDS):
-            return f"engines[{target!r}] does not hold {', '.join(ENGINE_FIELDS)} as text"
+            return f"engines[{short(target)}] does not hold {', '.join(ENGINE_FIELDS)} as text"
     hashes = contract["sha256"]
     for name in (MODEL, *(engine["file"] for engine in contract["engines"].values())):
         if name not in hashes:
-            return f"sha256 has no entry for {name}, so changes of this file cannot be detected"
+            return f"sha256 has no entry for {short(name)}, so changes of this file cannot be detected"
     for name, value in hashes.items():
         # Separators of Windows too, because the folder may be read there.
         parts = name.replace("\\", "/").split("/")
         if "" in parts or ".." in parts or ":" in name or "\0" in name:
-            return f"sha256 names {name!r}, which is not a file inside the folder"
+            return f"sha256 names {short(name)}, which is not a file inside the folder"
         if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
-            return f"sha256[{name!r}] is not a SHA-256 in lower case"
+            return f"sha256[{short(name)}] is not a SHA-256 in lower case"
     return ""
+
+
+def _is_size(size: object) -> bool:
+    return (
+        isinstance(size, list) and len(size) == 2 and all(type(side) is int and 0 < side <= MAX_SIDE for side in size)
+    )
 
 
 def _describes_array(entry: object) -> bool:

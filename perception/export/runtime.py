@@ -12,7 +12,6 @@ and output of a step.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -20,18 +19,23 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from perception.errors import ConfigError, PerceptionWarning
+from perception.errors import ConfigError
 from perception.export.contract import MODEL, ImageInputs, check_graph, read_contract
-from perception.inference.checks import (
-    NOT_FINITE,
-    check_images,
-    check_intrinsics,
-    checked_rig,
-    checked_setting,
-    objects_are_finite,
+from perception.inference.checks import NOT_FINITE, check_images, checked_rig, checked_setting, objects_are_finite
+from perception.inference.ego_motion import MAX_SPEED, MAX_TURN_RATE
+from perception.inference.live import LiveInput
+from perception.inference.plausibility import sampled_rgb
+from perception.inference.visibility import MIN_SEEN, kept_by
+from perception.types import (
+    CameraRig,
+    NumpyBoxes,
+    NumpyCameraRig,
+    NumpyFrameObjects,
+    NumpyLiveObjects,
+    NumpyPolylines,
+    NumpySeen,
+    map_tensors,
 )
-from perception.inference.ego_motion import MAX_SPEED, MAX_TURN_RATE, EgoMotion
-from perception.types import CameraRig, NumpyBoxes, NumpyCameraRig, NumpyFrameObjects, NumpyPolylines, map_tensors
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -173,14 +177,16 @@ class Runtime:
         providers: execution providers of ONNX Runtime in order of preference, such as "CUDAExecutionProvider".
         threads: number of CPU threads for ONNX Runtime and OpenVINO, 0 for one per core.
         min_score: score threshold 0..1; boxes and lines below it are not returned.
+        min_seen: share 0..1 of a box (of its centre and corners) or of the points of a line that must lie where a
+            camera looks, or looked while the memory lasted; others are not returned.
         max_speed: m/s above which the pose has jumped and the memory is dropped; inf for no limit.
         max_turn_rate: rad/s above which the pose has jumped and the memory is dropped; inf for no limit.
 
     Raises:
         CheckpointError: the folder does not hold an export, or a file in it has changed.
         ConfigError: the backend is unknown or cannot run here (not installed, no GPU, no engine for this GPU, another
-            version of TensorRT, no bfloat16, no such execution provider), `min_score` is not in 0..1, `threads` is out
-            of range, or a limit is negative.
+            version of TensorRT, no bfloat16, no such execution provider), `min_score` or `min_seen` is not in
+            0..1, `threads` is out of range, or a limit is negative.
     """
 
     def __init__(
@@ -191,17 +197,21 @@ class Runtime:
         providers: Sequence[str] = ("CPUExecutionProvider",),
         threads: int = 0,
         min_score: float = 0.0,
+        min_seen: float = MIN_SEEN,
         max_speed: float = MAX_SPEED,
         max_turn_rate: float = MAX_TURN_RATE,
     ) -> None:
         self.min_score = checked_setting("Runtime: min_score", min_score, 0, 1, "a number from 0 to 1")
+        self.min_seen = checked_setting("Runtime: min_seen", min_seen, 0, 1, "a number from 0 to 1")
         is_integer = isinstance(threads, int | np.integer) and not isinstance(threads, bool)
         if not is_integer or not 0 <= threads <= MAX_THREADS:
             raise ConfigError(
                 f"Runtime: threads is {threads!r}; give a whole number of 0..{MAX_THREADS}, 0 for one per core"
             )
-        self._ego_motion = EgoMotion(max_speed, max_turn_rate)
         self.contract = read_contract(folder)
+        H, W = self.contract["image_size"]
+        remembers = any(x["name"] == "memory" for x in self.contract["inputs"])
+        self._live = LiveInput((H, W), remembers, max_speed=max_speed, max_turn_rate=max_turn_rate)
         self.images = ImageInputs.of_contract(self.contract)
         self._session: Session
         if backend == "onnxruntime":
@@ -221,7 +231,7 @@ class Runtime:
 
     def reset(self) -> None:
         """Clears the memory; the next step is a first frame."""
-        self._ego_motion.reset()
+        self._live.reset()
         self._session.clear()
         self._turn = 0
 
@@ -243,7 +253,7 @@ class Runtime:
         rig: CameraRig | NumpyCameraRig,
         global_from_ego: NDArray[Any],
         time_s: float,
-    ) -> NumpyFrameObjects:
+    ) -> NumpyLiveObjects:
         """Predicts the boxes and lines of one frame, as `perception.inference.predictor.Predictor.step` does.
 
         Args:
@@ -254,7 +264,8 @@ class Runtime:
             time_s: seconds, later than in the last step.
 
         Returns:
-            Boxes [M] and lines [M] in the ego frame, highest score first, as numpy arrays.
+            Boxes [M] and lines [M] in the ego frame, highest score first, as numpy arrays; what of them is seen; and
+            what is implausible in the input.
 
         Raises:
             DataError: an argument has the wrong shape or type, is not finite or out of range for a vehicle, or `time_s`
@@ -264,13 +275,18 @@ class Runtime:
             PerceptionWarning: as in `Predictor.step`. On a GPU the memory is not checked; there, outputs that are not
                 finite are detected from the boxes and lines.
         """
-        motion = self._ego_motion.since_last(global_from_ego, time_s)
+        live = self._live
+        motion = live.ego_motion.since_last(global_from_ego, time_s)
         N = len(self.images.sizes)
         check_images(images, N, self.images.axes)
         checked = checked_rig(rig, N)
-        for n in np.flatnonzero(checked.present):
-            image = self.images.checked(n, images[n])
-            check_intrinsics(f"rig.img_from_cam[{n}]", checked.img_from_cam[n], self.images.sizes[n])
+        given = {int(n): self.images.checked(int(n), images[n]) for n in np.flatnonzero(checked.present)}
+        pixels = {n: sampled_rgb(image, self.images.image_format) for n, image in given.items()}
+        step = live.inspect(motion, checked, self.images.sizes, pixels)
+        if step.is_blank:
+            self.reset()
+            return self._nothing(live.warnings.emit(step.findings))
+        for n, image in given.items():
             self.inputs[f"image_{n}"][...] = image
         self.fill(checked, motion.ego_from_prev, motion.seconds, motion.is_first)
         self.run()
@@ -278,10 +294,16 @@ class Runtime:
         objects = NumpyFrameObjects(self._above_threshold(predicted.boxes), self._above_threshold(predicted.lines))
         if not (self._session.memory_is_finite(self._turn) and objects_are_finite(predicted, objects)):
             self.reset()
-            warnings.warn(NOT_FINITE, PerceptionWarning, stacklevel=2)
-            return map_tensors(lambda array: array[:0], objects)
-        self._ego_motion.keep(motion)
-        return objects
+            return self._nothing(live.warnings.emit(step.findings | {"not finite": NOT_FINITE}))
+        live.keep(step)
+        seen = step.view.of_objects(objects)
+        boxes, lines = kept_by(seen, self.min_seen)
+        return NumpyLiveObjects(
+            boxes=map_tensors(lambda array: array[boxes], objects.boxes),
+            lines=map_tensors(lambda array: array[lines], objects.lines),
+            seen=NumpySeen(seen.boxes[boxes], seen.lines[lines]),
+            warnings=live.warnings.emit(step.findings),
+        )
 
     def fill(self, rig: NumpyCameraRig, ego_from_prev: NDArray[Any], seconds: float, is_first: bool) -> None:
         """Writes all inputs except the images and the memory into their buffers."""
@@ -298,6 +320,12 @@ class Runtime:
     def _above_threshold(self, objects: Objects) -> Objects:
         keep = objects.valid & (objects.score >= self.min_score)
         return map_tensors(lambda array: array[keep], objects)
+
+    def _nothing(self, warnings: tuple[str, ...]) -> NumpyLiveObjects:
+        """Returns a result without boxes and lines."""
+        boxes, lines = map_tensors(lambda array: array[:0].copy(), self.objects())
+        seen = NumpySeen(np.zeros(0, np.float32), np.zeros(lines.points.shape[:2], bool))
+        return NumpyLiveObjects(boxes, lines, seen, warnings)
 
 
 def objects_of(outputs: Mapping[str, NDArray[Any]]) -> NumpyFrameObjects:

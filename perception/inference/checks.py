@@ -6,6 +6,7 @@ that are not finite or out of range for a vehicle before the network runs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perception.errors import ConfigError, DataError
-from perception.geometry import is_rigid
+from perception.geometry import invert_rigid, is_rigid
 from perception.types import CameraRig, FrameObjects, NumpyCameraRig, NumpyFrameObjects
 
 FARTHEST_POSE = 1e8  # metres; coordinates of UTM and ECEF stay below 1.1e7
@@ -22,6 +23,9 @@ FARTHEST_CAMERA = 50.0  # metres from the ego origin
 FOCAL_RANGE = 0.05, 100.0  # times the larger side of the image: fields of view of 169 and 0.6 degrees
 FARTHEST_PRINCIPAL = 3.0  # larger sides of the image from its centre; crops move the point out of the image
 MAX_SKEW = 0.1  # of the focal length
+HIGHEST_ELEVATION = 60.0  # degrees of an optical axis above the horizon
+UPRIGHT = 30.0, 60.0  # degrees of roll and elevation up to which a camera stands upright
+ROLLED = 60.0  # degrees of roll from which it does not
 EPOCH_UNITS = (("nanoseconds", 1e17, "1e9"), ("microseconds", 1e14, "1e6"), ("milliseconds", 1e11, "1e3"))
 
 NOT_FINITE = (
@@ -141,7 +145,43 @@ def checked_rig(rig: CameraRig | NumpyCameraRig, cameras: int) -> NumpyCameraRig
                 f"rig.ego_from_cam[{n}] is {farthest:.4g} m from the ego origin, and no vehicle is longer than "
                 f"{FARTHEST_CAMERA:g}; give metres (not millimetres) in the ego frame (not the global one)"
             )
+    _check_axes(ego_from_cam, [int(n) for n in np.flatnonzero(present)])
     return NumpyCameraRig(img_from_cam, ego_from_cam, present.copy())
+
+
+def roll_and_elevation(ego_from_cam: NDArray[np.float64]) -> tuple[float, float]:
+    """Returns how a camera is rolled about its optical axis, and how far that axis points above the horizon, degrees.
+
+    The roll is 0 for an image whose columns run downwards, and for a camera that looks nearly straight up or down.
+
+    Args:
+        ego_from_cam: [4, 4].
+    """
+    right, down, forward = ego_from_cam[2, :3].tolist()  # heights of the camera's axes in the ego frame
+    elevation = math.degrees(math.asin(max(-1.0, min(forward, 1.0))))
+    roll = 0.0 if abs(forward) > 0.9 else math.degrees(math.atan2(-right, -down))
+    return roll, elevation
+
+
+def _check_axes(ego_from_cam: NDArray[np.float64], present: list[int]) -> None:
+    """Checks that the rotations of the present cameras are not those of other axes or of the inverse transform."""
+    angles = {n: roll_and_elevation(ego_from_cam[n]) for n in present}
+    # The inverse of a level camera looks to the right. Cameras that do so and are rolled do not exist.
+    rolled = [n for n, (roll, _) in angles.items() if abs(roll) > ROLLED]
+    inverses = [roll_and_elevation(invert_rigid(ego_from_cam[n])) for n in present if rolled]
+    if rolled and all(abs(roll) < UPRIGHT[0] and abs(up) < UPRIGHT[1] for roll, up in inverses):
+        raise DataError(
+            f"rig.ego_from_cam[{rolled[0]}] is rolled by {angles[rolled[0]][0]:.0f} degrees, and the inverses of all "
+            "matrices are upright cameras: they look like cam_from_ego; give the inverses, which transform camera "
+            "points to the ego frame"
+        )
+    for n, (_, elevation) in angles.items():
+        if elevation > HIGHEST_ELEVATION:
+            raise DataError(
+                f"rig.ego_from_cam[{n}] looks {elevation:.0f} degrees upwards, as a rotation for body axes (ROS: x "
+                "forward, z up) does; give one for camera axes (x right, y down, z forward), which is the rotation for "
+                "body axes times [[0, 0, 1], [-1, 0, 0], [0, -1, 0]]"
+            )
 
 
 def check_intrinsics(name: str, img_from_cam: NDArray[np.float64], image_size: tuple[int, ...]) -> None:

@@ -6,13 +6,12 @@ the pose, the next frame is therefore a first frame, which ignores the memory.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from perception.errors import DataError, PerceptionWarning
+from perception.errors import DataError
 from perception.geometry import invert_rigid
 from perception.inference.checks import checked_pose, checked_setting, checked_time
 
@@ -86,7 +85,7 @@ class EgoMotion:
             return first._replace(gaps=gaps, warning=_gap_warning(seconds) if gaps == 3 else "")
         # In float64, because global coordinates are kilometres and the motion is centimetres.
         ego_from_prev = invert_rigid(pose) @ last.global_from_ego
-        if jumped(ego_from_prev, seconds, self.max_speed, self.max_turn_rate):
+        if interrupted(ego_from_prev, seconds, self.max_speed, self.max_turn_rate):
             distance, angle = motion_size(ego_from_prev)
             return first._replace(
                 warning=f"the pose moved {distance:.4g} m and turned {angle:.3g} rad in {seconds:.3g} s, but max_speed "
@@ -96,10 +95,8 @@ class EgoMotion:
         return Motion(ego_from_prev, seconds, False, pose, time, 0, "")
 
     def keep(self, motion: Motion) -> None:
-        """Stores a frame as the last frame, and emits its warning if it has one."""
+        """Stores a frame as the last frame."""
         self._last = motion
-        if motion.warning:
-            warnings.warn(motion.warning, PerceptionWarning, stacklevel=3)  # at the line that called step()
 
 
 def jumped(
@@ -122,6 +119,25 @@ def jumped(
     distance, angle = motion_size(ego_from_prev)
     result: NDArray[np.bool_] = (distance > max_speed * seconds + JUMP_MARGIN_M) | (
         angle > max_turn_rate * seconds + JUMP_MARGIN_RAD
+    )
+    return result
+
+
+def interrupted(
+    ego_from_prev: NDArray[Any],
+    seconds: NDArray[Any] | float,
+    max_speed: float = MAX_SPEED,
+    max_turn_rate: float = MAX_TURN_RATE,
+) -> NDArray[np.bool_]:
+    """Returns before which frames the memory is dropped: after more than `MAX_GAP` seconds or a jump of the pose.
+
+    Args: as for `jumped`.
+
+    Returns:
+        [...] bool.
+    """
+    result: NDArray[np.bool_] = (np.asarray(seconds) > MAX_GAP) | jumped(
+        ego_from_prev, seconds, max_speed, max_turn_rate
     )
     return result
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from perception.inference.cropping import cropped_pixels, fitting_crop
+from perception.inference.crop import cropped_pixels, fitting_crop
 
 FIT_BITS = 22  # fractional bits of the weights, the same as in Pillow
 
@@ -22,7 +22,7 @@ FIT_BITS = 22  # fractional bits of the weights, the same as in Pillow
 def fit_image(
     image: Image.Image, img_from_cam: NDArray[Any], image_size: tuple[int, int]
 ) -> tuple[Tensor, NDArray[np.float64]]:
-    """Resizes and crops an image to the network's size, see `fitting_crop`.
+    """Resizes and crops an image to the network's size, see `perception.inference.crop.fitting_crop`.
 
     Args:
         image: of any size. A JPEG that is not decoded yet is decoded here, at a reduced size if that is sufficient.

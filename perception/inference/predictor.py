@@ -7,7 +7,6 @@ for images, global_from_ego, time_s in sequence:
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,23 +15,34 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
-from perception.errors import PerceptionWarning
 from perception.inference.checks import (
     NOT_FINITE,
     check_images,
-    check_intrinsics,
     checked_image,
     checked_rig,
     checked_setting,
     objects_are_finite,
 )
-from perception.inference.ego_motion import MAX_SPEED, MAX_TURN_RATE, EgoMotion
+from perception.inference.ego_motion import MAX_SPEED, MAX_TURN_RATE
 from perception.inference.fitting import fit_image
+from perception.inference.live import LiveInput, Step
+from perception.inference.plausibility import sampled_rgb
+from perception.inference.visibility import MIN_SEEN, kept_by
 from perception.models import Network
-from perception.models.checkpoint import load_model, on_device
-from perception.types import Boxes, CameraRig, Frame, FrameObjects, NumpyCameraRig, Polylines, map_tensors
+from perception.models.checkpoint import load_model, on_device, read_provenance
+from perception.models.decoding import empty_boxes, empty_lines
+from perception.types import (
+    Boxes,
+    CameraRig,
+    Frame,
+    FrameObjects,
+    LiveObjects,
+    NumpyCameraRig,
+    Polylines,
+    Seen,
+    map_tensors,
+)
 
 Objects = TypeVar("Objects", Boxes, Polylines)
 
@@ -45,12 +55,14 @@ class Predictor:
             "nano", or a `.safetensors` file. A network is moved to the device and set to evaluation mode.
         device: on which it runs, such as "cpu" or "cuda".
         min_score: score threshold 0..1; boxes and lines below it are not returned.
+        min_seen: share 0..1 of a box (of its centre and corners) or of the points of a line that must lie where a
+            camera looks, or looked while the memory lasted; others are not returned.
         max_speed: m/s above which the pose has jumped and the memory is dropped; inf for no limit.
         max_turn_rate: rad/s above which the pose has jumped and the memory is dropped; inf for no limit.
 
     Raises:
         CheckpointError: there are no weights of this name, or the file is missing or unreadable.
-        ConfigError: `min_score` is not in 0..1, a limit is negative, or torch cannot use the device.
+        ConfigError: `min_score` or `min_seen` is not in 0..1, a limit is negative, or torch cannot use the device.
     """
 
     def __init__(
@@ -59,13 +71,19 @@ class Predictor:
         device: str | torch.device = "cpu",
         *,
         min_score: float = 0.0,
+        min_seen: float = MIN_SEEN,
         max_speed: float = MAX_SPEED,
         max_turn_rate: float = MAX_TURN_RATE,
     ) -> None:
         self.min_score = checked_setting("Predictor: min_score", min_score, 0, 1, "a number from 0 to 1")
-        self._ego_motion = EgoMotion(max_speed, max_turn_rate)
+        self.min_seen = checked_setting("Predictor: min_seen", min_seen, 0, 1, "a number from 0 to 1")
+        self.provenance = read_provenance(model) if isinstance(model, str | Path) else None
         self.model = on_device(load_model(model) if isinstance(model, str | Path) else model, device)
         self.device = torch.device(device)
+        remembers = self.model.initial_state(1).bev.numel() > 0
+        self._live = LiveInput(
+            self.model.config.image_size, remembers, max_speed=max_speed, max_turn_rate=max_turn_rate
+        )
         self.reset()
 
     @classmethod
@@ -75,6 +93,7 @@ class Predictor:
         device: str | torch.device = "cpu",
         *,
         min_score: float = 0.0,
+        min_seen: float = MIN_SEEN,
         max_speed: float = MAX_SPEED,
         max_turn_rate: float = MAX_TURN_RATE,
     ) -> Predictor:
@@ -82,17 +101,20 @@ class Predictor:
 
         Args:
             name_or_path: the name of weights that are part of the library, such as "nano", or a `.safetensors` file.
-            device, min_score, max_speed, max_turn_rate: as for `Predictor`.
+            device, min_score, min_seen, max_speed, max_turn_rate: as for `Predictor`.
 
         Raises:
             CheckpointError, ConfigError: as for `Predictor`.
         """
-        return cls(name_or_path, device, min_score=min_score, max_speed=max_speed, max_turn_rate=max_turn_rate)
+        return cls(
+            name_or_path, device,
+            min_score=min_score, min_seen=min_seen, max_speed=max_speed, max_turn_rate=max_turn_rate,
+        )  # fmt: skip
 
     def reset(self) -> None:
         """Clears the memory; the next step is a first frame."""
         self._state = self.model.initial_state(1)
-        self._ego_motion.reset()
+        self._live.reset()
 
     def step(
         self,
@@ -100,7 +122,7 @@ class Predictor:
         rig: CameraRig | NumpyCameraRig,
         global_from_ego: NDArray[Any],
         time_s: float,
-    ) -> FrameObjects:
+    ) -> LiveObjects:
         """Predicts the boxes and lines of one frame.
 
         The images may have any size; they are resized and cropped as in training (see `fit_image`). The memory is
@@ -116,25 +138,33 @@ class Predictor:
 
         Returns:
             Boxes [M] and lines [M] in the ego frame, without batch dimension, highest score first, as tensors on the
-            CPU.
+            CPU; what of them is seen; and what is implausible in the input. If no camera is present and the memory is
+            empty, there are no boxes and lines.
 
         Raises:
             DataError: an argument has the wrong shape or type, is not finite or out of range for a vehicle, or `time_s`
                 is not later than in the last step.
 
         Warns:
-            PerceptionWarning: the pose has jumped; three steps in a row came after a gap; or the output of the network
-                is not finite, in which case no boxes and lines are returned and the memory is dropped.
+            PerceptionWarning: the pose has jumped; three steps in a row came after a gap; the output of the network is
+                not finite, in which case no boxes and lines are returned and the memory is dropped; or the calibration
+                or the images are implausible, or unlike the training data of the weights. What is implausible is
+                emitted once by kind, and is in `warnings` of every result that it holds for.
         """
-        motion = self._ego_motion.since_last(global_from_ego, time_s)
-        pixels, fitted_rig = self._fit(images, rig)
-        frame = Frame(
-            images=pixels[None],  # [B, N, 3, H, W]
-            rig=map_tensors(lambda tensor: tensor[None], fitted_rig),
-            ego_from_prev=torch.from_numpy(motion.ego_from_prev).float()[None],  # [B, 4, 4]
-            seconds_since_prev=torch.tensor([motion.seconds], dtype=torch.float32),
-            is_first=torch.tensor([motion.is_first]),
-        )
+        live = self._live
+        motion = live.ego_motion.since_last(global_from_ego, time_s)
+        check_images(images)
+        checked = checked_rig(rig, len(images))
+        given = {int(n): checked_image(f"images[{n}]", images[n]) for n in np.flatnonzero(checked.present)}
+        sizes = {n: image.shape[:2] for n, image in given.items()}
+        step = live.inspect(motion, checked, sizes, {n: sampled_rgb(image) for n, image in given.items()})
+        if self.provenance is not None:
+            unlike = self.provenance.misfit(step.fitted_rig, self.model.config.image_size, motion.seconds)
+            step = step._replace(findings=step.findings | unlike)
+        if step.is_blank:
+            self.reset()
+            return self._nothing(live.warnings.emit(step.findings))
+        frame = self._frame(given, step)
         with torch.inference_mode():
             prediction, state = self.model(map_tensors(lambda tensor: tensor.to(self.device), frame), self._state)
             predicted = map_tensors(lambda tensor: tensor[0].cpu(), self.model.decode(prediction))
@@ -142,31 +172,45 @@ class Predictor:
             finite = bool(state.bev.sum().isfinite()) and objects_are_finite(predicted, objects)
         if not finite:
             self.reset()
-            warnings.warn(NOT_FINITE, PerceptionWarning, stacklevel=2)
-            return map_tensors(lambda tensor: tensor[:0], objects)
+            return self._nothing(live.warnings.emit(step.findings | {"not finite": NOT_FINITE}))
         self._state = state
-        self._ego_motion.keep(motion)
-        return objects
+        live.keep(step)
+        seen = step.view.of_objects(objects)
+        boxes, lines = kept_by(seen, self.min_seen)
+        kept_boxes, kept_lines = torch.from_numpy(boxes), torch.from_numpy(lines)
+        return LiveObjects(
+            boxes=map_tensors(lambda tensor: tensor[kept_boxes], objects.boxes),
+            lines=map_tensors(lambda tensor: tensor[kept_lines], objects.lines),
+            seen=Seen(torch.from_numpy(seen.boxes[boxes]), torch.from_numpy(seen.lines[lines])),
+            warnings=live.warnings.emit(step.findings),
+        )
 
     def _above_threshold(self, objects: Objects) -> Objects:
         keep = objects.valid & (objects.score >= self.min_score)
         return map_tensors(lambda tensor: tensor[keep], objects)
 
-    def _fit(
-        self, images: NDArray[np.uint8] | Sequence[NDArray[np.uint8] | None], rig: CameraRig | NumpyCameraRig
-    ) -> tuple[Tensor, CameraRig]:
-        """Returns the images [N, 3, H, W] uint8 in the network's size, and their calibration."""
-        check_images(images)
-        checked = checked_rig(rig, len(images))
-        pixels = torch.zeros(len(images), 3, *self.model.config.image_size, dtype=torch.uint8)
-        for n in np.flatnonzero(checked.present):
-            image = checked_image(f"images[{n}]", images[n])
-            check_intrinsics(f"rig.img_from_cam[{n}]", checked.img_from_cam[n], image.shape[:2])
-            pixels[n], checked.img_from_cam[n] = fit_image(
-                Image.fromarray(image), checked.img_from_cam[n], self.model.config.image_size
-            )
-        return pixels, CameraRig(
-            img_from_cam=torch.from_numpy(checked.img_from_cam).float(),
-            ego_from_cam=torch.from_numpy(checked.ego_from_cam).float(),
-            present=torch.from_numpy(checked.present),
+    def _nothing(self, warnings: tuple[str, ...]) -> LiveObjects:
+        """Returns a result without boxes and lines."""
+        cpu, points = torch.device("cpu"), self.model.config.line_points
+        empty = FrameObjects(empty_boxes(1, cpu), empty_lines(1, cpu, points))
+        boxes, lines = map_tensors(lambda tensor: tensor[0], empty)
+        return LiveObjects(boxes, lines, Seen(torch.zeros(0), torch.zeros(0, points, dtype=torch.bool)), warnings)
+
+    def _frame(self, images: dict[int, NDArray[np.uint8]], step: Step) -> Frame:
+        """Returns the frame [B=1] for the network, on the CPU."""
+        rig, motion = step.fitted_rig, step.motion
+        H, W = self.model.config.image_size
+        pixels = torch.zeros(1, len(rig.present), 3, H, W, dtype=torch.uint8)
+        for n, image in images.items():
+            pixels[0, n], _ = fit_image(Image.fromarray(image), rig.img_from_cam[n], (H, W))
+        return Frame(
+            images=pixels,
+            rig=CameraRig(
+                img_from_cam=torch.from_numpy(rig.img_from_cam).float()[None],
+                ego_from_cam=torch.from_numpy(rig.ego_from_cam).float()[None],
+                present=torch.from_numpy(rig.present)[None],
+            ),
+            ego_from_prev=torch.from_numpy(motion.ego_from_prev).float()[None],  # [B, 4, 4]
+            seconds_since_prev=torch.tensor([motion.seconds], dtype=torch.float32),
+            is_first=torch.tensor([motion.is_first]),
         )

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 from urllib.parse import parse_qsl
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
 from perception.errors import CheckpointError, ConfigError
+from perception.models.foreign import read_state_dict
 
 RESNETS = {"resnet18": 64, "resnet34": 64, "resnet50": 256, "resnet101": 256, "resnet152": 256}
 CONVNEXTS = {"convnext_tiny": 96, "convnext_small": 96, "convnext_base": 128, "convnext_large": 192}
@@ -232,21 +232,9 @@ def read_backbone_weights(path: str | Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the file is missing or unreadable.
     """
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise CheckpointError(f"{path}: no such file; give a weights file of the backbone as train.backbone_weights")
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # reading an arbitrary file may raise anything
-        raise CheckpointError(
-            f"{path}: not readable as weights ({type(error).__name__}); give a .safetensors file or a .pth of tensors"
-        ) from None
-    weights = weights.get("state_dict", weights) if isinstance(weights, dict) else {}
-    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise CheckpointError(f"{path}: holds no state dict; give a .pth whose content is one")
-    return weights
+    return read_state_dict(path)
 
 
 def _literal(text: str) -> Any:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import safetensors
 import safetensors.torch
@@ -18,20 +20,34 @@ from perception.errors import CheckpointError, ConfigError
 from perception.files import replacing
 from perception.models import NETWORKS, Network, NetworkConfig, build_network, network_name
 from perception.models.base import dataclass_for
+from perception.models.foreign import check_finite, read_state_dict
+from perception.models.provenance import Provenance
+from perception.reading import short
 from perception.types import LaneRange
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"  # shipped with the library
 FORMAT = "perception-2"  # changes when old files can no longer be read
 
+# Of the numbers of a config; larger ones come from damaged files.
+_LARGEST = 100_000
+_MOST_CELLS = 2**24  # of a grid, and pixels of an image
 
-def save_checkpoint(path: str | Path, model: Network, metrics: dict[str, float], half: bool = False) -> None:
-    """Writes weights, config and metrics into one safetensors file, atomically.
+
+def save_checkpoint(
+    path: str | Path,
+    model: Network,
+    metrics: dict[str, float],
+    half: bool = False,
+    provenance: Provenance | None = None,
+) -> None:
+    """Writes weights, config, metrics and provenance into one safetensors file, atomically.
 
     Args:
         path: file to write, ends in .safetensors.
         model: the network.
         metrics: metrics of these weights, stored as given.
         half: store the weights as `halve` converts them.
+        provenance: what the weights were trained on, from `provenance_of`; None if that is not known.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     if half:
@@ -42,6 +58,8 @@ def save_checkpoint(path: str | Path, model: Network, metrics: dict[str, float],
         "config": json.dumps(asdict(model.config)),
         "metrics": json.dumps(metrics),
     }
+    if provenance is not None:
+        metadata["provenance"] = provenance.to_json()
     with replacing(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata)
 
@@ -102,13 +120,19 @@ def load_model(name_or_path: str | Path, device: str | torch.device = "cpu") -> 
     tensors = {name: t.float() if t.dtype == torch.float16 else t for name, t in tensors.items()}
     architecture = metadata.get("architecture", "bev_transformer")
     if architecture not in NETWORKS:
-        raise CheckpointError(f"{path}: architecture {architecture!r} is unknown to this version; use a newer version")
+        raise CheckpointError(
+            f"{path}: architecture {short(architecture)} is unknown to this version; use a newer version"
+        )
     try:
-        config = _config(NETWORKS[architecture][0], json.loads(metadata["config"]))
-    except TypeError as error:
-        raise CheckpointError(f"{path}: config does not fit this version ({error}); train it again") from error
+        config = _config(NETWORKS[architecture][0], _json(path, metadata, "config"))
+        with torch.device("meta"):  # without memory, because a damaged config may ask for any amount of it
+            outline = build_network(config)
+    except Exception as error:  # a network may raise anything for values that it was not made for
+        reason = str(error).splitlines() or [type(error).__name__]
+        raise CheckpointError(f"{path}: config does not fit this version ({reason[0]}); train it again") from None
+    check_fits(outline, tensors, path)
     model = build_network(config)
-    _load_exactly(model, tensors, path)
+    model.load_state_dict(tensors)
     return on_device(model, device)
 
 
@@ -134,7 +158,46 @@ def read_metrics(name_or_path: str | Path) -> dict[str, float]:
     Raises:
         CheckpointError: no shipped weights have this name, or the file is missing or unreadable.
     """
-    return json.loads(_read(weights_file(name_or_path), tensors=False)[1]["metrics"])
+    path = weights_file(name_or_path)
+    return _json(path, _read(path, tensors=False)[1], "metrics")
+
+
+def read_provenance(name_or_path: str | Path) -> Provenance | None:
+    """Reads what weights were trained on, None if their file does not say it.
+
+    Args:
+        name_or_path: as in `load_model`.
+
+    Raises:
+        CheckpointError: no shipped weights have this name, or the file is missing or unreadable.
+    """
+    path = weights_file(name_or_path)
+    text = _read(path, tensors=False)[1].get("provenance")
+    try:
+        return None if text is None else Provenance.from_json(text)
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path}: provenance is malformed ({error}); write it with write_provenance") from None
+
+
+def write_provenance(path: str | Path, provenance: Provenance) -> None:
+    """Writes into a weights file what its weights were trained on. Its tensors stay the same bit for bit.
+
+    Args:
+        path: a `.safetensors` file that `save_checkpoint` wrote.
+        provenance: from `provenance_of`.
+
+    Raises:
+        CheckpointError: the file is missing or unreadable.
+    """
+    _read(Path(path), tensors=False)
+    content = Path(path).read_bytes()
+    length = int.from_bytes(content[:8], "little")  # a safetensors file: length of the header, header as JSON, tensors
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"]["provenance"] = provenance.to_json()
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors stay aligned
+    with replacing(path) as temporary:
+        Path(temporary).write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
 
 
 def _read(path: Path, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -144,11 +207,25 @@ def _read(path: Path, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             content = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error}); write it again") from error
+    except Exception as error:  # a damaged header may raise anything
+        reason = str(error).splitlines() or [type(error).__name__]
+        raise CheckpointError(f"{path}: not a readable safetensors file ({reason[0]}); write it again") from None
     if metadata.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format is {metadata.get('format')!r}, not {FORMAT!r}; train or import it again")
+        raise CheckpointError(
+            f"{path}: format is {short(metadata.get('format'))}, not {FORMAT}; train or import it again"
+        )
     return content, metadata
+
+
+def _json(path: Path, metadata: Mapping[str, str], field: str) -> dict[str, Any]:
+    """Reads a JSON object in the metadata of a weights file."""
+    try:
+        value = json.loads(metadata[field])
+    except (KeyError, ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: metadata {field} is not a JSON object; write the file again")
+    return value
 
 
 def _check_exists(path: Path, kind: str) -> None:
@@ -156,52 +233,83 @@ def _check_exists(path: Path, kind: str) -> None:
         raise CheckpointError(f"{path}: no such checkpoint; give the path of {kind}")
 
 
-def _config(kind: type, values: dict[str, Any]) -> Any:
-    """Builds a config dataclass from JSON. Lists become tuples; dicts become the dataclass that the field names."""
+def _config(kind: type, values: Mapping[str, Any]) -> Any:
+    """Builds a config dataclass from JSON.
 
-    def frozen(value: Any) -> Any:
-        return tuple(map(frozen, value)) if isinstance(value, list) else value
-
-    arguments = {key: frozen(value) for key, value in values.items()}
+    Raises:
+        TypeError: a key is unknown, or a value does not have the type of its field.
+        ValueError: a number is out of range.
+    """
     hints = get_type_hints(kind)
-    for key, value in arguments.items():
-        if isinstance(value, dict):
-            arguments[key] = _config(dataclass_for(value, get_args(hints[key])), value)
-        elif hints.get(key) is LaneRange:
-            arguments[key] = LaneRange(*value)
-    return kind(**arguments)
+    if unknown := sorted(values.keys() - {field.name for field in fields(kind)}):
+        raise TypeError(f"{kind.__name__} has no {short(unknown[0])}")
+    return kind(**{key: _of_type(key, value, hints[key]) for key, value in values.items()})
+
+
+def _of_type(key: str, value: Any, hint: Any) -> Any:
+    """Converts a JSON value to the type of a field. Lists become tuples; dicts become the dataclass that fits."""
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    if isinstance(value, dict) and (
+        configs := [kind for kind in kinds if isinstance(kind, type) and is_dataclass(kind)]
+    ):
+        return _config(dataclass_for(value, configs), value)
+    if isinstance(value, list):
+        for kind in kinds:
+            inner = (float, float) if kind is LaneRange else get_args(kind) if get_origin(kind) is tuple else ()
+            inner = inner[:1] * len(value) if inner[-1:] == (Ellipsis,) else inner
+            if inner and len(inner) == len(value):
+                items = tuple(_of_type(key, item, part) for item, part in zip(value, inner, strict=True))
+                if inner == (int, int) and not (min(items) > 0 and math.prod(items) <= _MOST_CELLS):
+                    raise ValueError(f"{key} is {short(value)}")
+                if key.endswith("_range") and len(items) in (2, 6) and kind is not LaneRange:
+                    half = len(items) // 2
+                    if not all(low < high for low, high in zip(items[:half], items[half:], strict=True)):
+                        raise ValueError(f"{key} is {short(value)}")
+                if kind is LaneRange and min(items) <= 0:
+                    raise ValueError(f"{key} is {short(value)}")
+                return LaneRange(*items) if kind is LaneRange else items
+    elif value is None and type(None) in kinds:
+        return None
+    elif type(value) is int and int in kinds:
+        if not 0 <= value <= _LARGEST:
+            raise ValueError(f"{key} is {short(value)}")
+        return value
+    elif type(value) in (int, float) and float in kinds:
+        if not abs(value) <= _LARGEST:
+            raise ValueError(f"{key} is {short(value)}")
+        return float(value)
+    elif type(value) in kinds:
+        return value
+    raise TypeError(f"{key} is {short(value)}")
 
 
 def import_published(path: str | Path) -> Network:
     """Loads a checkpoint that the published code of BEVFormer, MapTR or MapTRv2 wrote.
 
     Args:
-        path: `.pth` file of a state dict with the published keys, alone or under `state_dict`.
+        path: `.pth` file of a state dict with the published keys, alone or as training codes nest and wrap it, see
+            `perception.models.foreign.state_dict_of`. Weights in half precision become float32.
 
     Returns:
         The network in evaluation mode. `preset_name(network.config)` is the name of the published network.
 
     Raises:
-        CheckpointError: the file is missing, holds more than plain tensors, or fits no published network.
+        CheckpointError: the file is missing or damaged, holds more than plain tensors, fits no published network, or
+            holds weights that are not finite.
     """
     path = Path(path)
     _check_exists(path, "a .pth file of the published code")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling an arbitrary file may raise anything
-        raise CheckpointError(
-            f"{path}: not readable as plain tensors ({type(error).__name__}); only files that torch.load reads with "
-            "weights_only=True are accepted, so save the state dict alone where the file was made"
-        ) from None
-    weights = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(weights, dict) or not all(isinstance(x, Tensor) for x in weights.values()) or not weights:
-        raise CheckpointError(f"{path}: holds no state dict; give a .pth file of the published code")
+    if path.suffix == ".safetensors":
+        raise CheckpointError(f"{path}: is a safetensors file; give the .pth file of the published code")
+    weights = read_state_dict(path)
     mismatches = {}
     for name, config, prefixes in _published():
         tensors = {library_key(key, prefixes): tensor for key, tensor in weights.items()}
         with torch.device("meta"):
-            mismatches[name] = mismatched_keys(build_network(config), tensors)
+            outline = build_network(config)
+        mismatches[name] = mismatched_keys(outline, tensors)
         if not mismatches[name]:
+            check_fits(outline, tensors, path)
             model = build_network(config)
             model.load_state_dict(tensors)
             return model.eval()
@@ -243,11 +351,23 @@ def mismatched_keys(model: Network, tensors: Mapping[str, Tensor]) -> list[str]:
     ]
 
 
-def _load_exactly(model: Network, tensors: dict[str, Tensor], path: Path) -> None:
-    """Loads a state dict, or raises a CheckpointError that names the first key that does not fit."""
-    for name in mismatched_keys(model, tensors):
-        needed = model.state_dict()
+def check_fits(outline: Network, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Checks that tensors are the weights of a network: their keys, shapes and types, and that they are finite.
+
+    Args:
+        outline: the network, on any device.
+        tensors: its state dict.
+        path: of the file, for messages.
+
+    Raises:
+        CheckpointError: they are not; the message names the first one.
+    """
+    needed = outline.state_dict()
+    for name in mismatched_keys(outline, tensors):
         found = f"has shape {tuple(tensors[name].shape)}" if name in tensors else "is missing"
         need = f"shape {tuple(needed[name].shape)} is needed" if name in needed else "the network has no such key"
         raise CheckpointError(f"{path}: {name} {found}, {need}; the checkpoint belongs to another config")
-    model.load_state_dict(tensors)
+    for name, tensor in tensors.items():
+        if tensor.dtype != needed[name].dtype:
+            raise CheckpointError(f"{path}: {name} is {tensor.dtype}, not {needed[name].dtype}; write the file again")
+    check_finite(tensors, path)

@@ -48,15 +48,15 @@ def close_rings(points: Tensor, uncertainty: Tensor) -> tuple[Tensor, Tensor, Te
     return points, uncertainty, closed
 
 
-def empty_lines(batch_size: int, device: torch.device) -> Polylines:
-    """Returns the lines [B, 0] of a network that predicts none."""
-    points = torch.zeros(batch_size, 0, 20, 2, device=device)
+def empty_lines(batch_size: int, device: torch.device, line_points: int = 20) -> Polylines:
+    """Returns no lines [B, 0]."""
+    points = torch.zeros(batch_size, 0, line_points, 2, device=device)
     score = points.flatten(2).sum(-1)  # [B, 0]
     return Polylines(points, score.bool(), score.long(), score, score.bool(), points)
 
 
 def empty_boxes(batch_size: int, device: torch.device) -> Boxes:
-    """Returns the boxes [B, 0] of a network that predicts none."""
+    """Returns no boxes [B, 0]."""
     three = torch.zeros(batch_size, 0, 3, device=device)
     score = three.sum(-1)  # [B, 0]
     label = score.long()

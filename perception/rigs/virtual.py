@@ -23,7 +23,7 @@ from PIL import Image
 
 from perception.errors import DataError, PerceptionWarning
 from perception.inference.checks import checked_image
-from perception.inference.cropping import cropped_pixels, fitting_crop
+from perception.inference.crop import cropped_pixels, fitting_crop
 from perception.rigs.coverage import Coverage, cover
 from perception.rigs.documents import nearest
 from perception.rigs.models import Pinhole
@@ -200,7 +200,7 @@ def chosen_pinholes(rig: Rig, image_size: tuple[int, int]) -> VirtualRig:
     return VirtualRig(rig, size, cameras)
 
 
-def fitted_rig(rig: Rig, image_size: tuple[int, int]) -> VirtualRig:
+def unchanged_rig(rig: Rig, image_size: tuple[int, int]) -> VirtualRig:
     """Returns a rig of pinholes as dataset readers fit it: every camera passes through, whatever is cut off.
 
     Args:

@@ -6,13 +6,18 @@ expansion 1.3 per location, and `<version>/splits.json` for the devkit's evaluat
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +30,7 @@ from pyquaternion import Quaternion
 from tqdm import tqdm
 
 from perception.errors import ConfigError, DataError
+from perception.files import check_writable
 from perception.synthetic.district import District
 from perception.synthetic.map_expansion import write_map_expansion
 from perception.synthetic.render import TownRenderer
@@ -50,6 +56,9 @@ _LEAD_US = 100_000
 # Largest distance of annotated boxes from the car, metres.
 ANNOTATION_RANGE = 60.0
 _JPEG_QUALITY = 92
+MAX_SCENES, MAX_SIDE = 100_000, 4096
+LONGEST_SCENE = 59  # seconds; scenes start a minute apart
+KEYFRAME_BYTES = 700_000  # of one keyframe without its images: a LiDAR sweep and its rows of the tables
 
 
 @dataclass(frozen=True)
@@ -103,15 +112,16 @@ def simulate(
     """Generates a dataset in nuScenes format (version `v1.0-synthetic`).
 
     Scene i of seed S depends only on `numpy.random.SeedSequence([S, i])` and the arguments. The same arguments give the
-    same bytes with any number of workers. The folder appears only when it is complete.
+    same bytes with any number of workers. The folder appears only when it is complete. The next run with the same `out`
+    removes what a killed run left.
 
     Args:
         out: dataset root to create; it must not exist, or be empty.
         scenes: number of scenes, each in another district.
         seed: of the whole dataset; datasets of different seeds share no scene.
-        keyframes: annotated samples per scene.
+        keyframes: annotated samples per scene, for up to 59 s.
         rate: annotated samples per second, one of 1, 2 (as nuScenes), 5, 10 and 20.
-        image_size: height and width of the images in pixels.
+        image_size: height and width of the images in pixels, 16 to 4096.
         split: name under which `splits.json` lists the scenes. The devkit reserves its names (`train`, `val`, `test`,
             ...) for the scenes of nuScenes, so they cannot be used.
         workers: number of processes; None uses all CPU cores, 1 works in this process.
@@ -121,32 +131,13 @@ def simulate(
 
     Raises:
         ConfigError: an argument is out of its range.
-        DataError: `out` is not empty.
+        DataError: `out` is not empty, another run is writing it, or the disk is full or about to be.
     """
     out = Path(out)
-    for field, value in (("scenes", scenes), ("keyframes", keyframes), ("workers", 1 if workers is None else workers)):
-        if value < 1:
-            raise ConfigError(f"simulate: {field} is {value}; give at least 1")
-    if seed < 0:
-        raise ConfigError(f"simulate: seed is {seed}; give 0 or more")
-    if rate not in RATES:
-        raise ConfigError(f"simulate: rate is {rate}; use one of {', '.join(map(str, RATES))} keyframes per second")
-    if sweeps and rate > 5:
-        raise ConfigError(f"simulate: sweeps at 10 Hz leave nothing between keyframes at {rate} Hz; leave sweeps out")
-    if not 0 <= rare <= 1:
-        raise ConfigError(f"simulate: rare is {rare}; give a number from 0 to 1")
-    if min(image_size) < 16:
-        raise ConfigError(f"simulate: image_size is {image_size}; give a height and a width of at least 16 pixels")
-    if is_predefined_split(split):
-        raise ConfigError(
-            f"simulate: split {split!r} is reserved by the nuScenes devkit; give another name, such as town_{split}"
-        )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out}: exists and is not empty; remove it or give another folder")
-
-    root = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    shutil.rmtree(root, ignore_errors=True)
-    try:
+    _check_request(scenes, seed, keyframes, rate, image_size, split, workers, sweeps, rare)
+    check_writable("out", out, folder=True)
+    with _unfinished(out) as root:
+        _check_space(out, scenes, keyframes, rate, image_size, sweeps, len(rig))
         for channel in (*(camera.name for camera in rig), LIDAR_NAME):
             (root / "samples" / channel).mkdir(parents=True)
             if sweeps and channel != LIDAR_NAME:
@@ -165,10 +156,95 @@ def simulate(
             if here:
                 (root / "maps" / "expansion").mkdir(parents=True, exist_ok=True)
                 write_map_expansion(here, root / "maps" / "expansion" / f"{location}.json")
-        out.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _check_request(
+    scenes: int,
+    seed: int,
+    keyframes: int,
+    rate: int,
+    image_size: tuple[int, int],
+    split: str,
+    workers: int | None,
+    sweeps: bool,
+    rare: float,
+) -> None:
+    """Checks the arguments of `simulate`."""
+    if rate not in RATES:
+        raise ConfigError(f"simulate: rate is {rate}; use one of {', '.join(map(str, RATES))} keyframes per second")
+    for field, value, low, high in (
+        ("scenes", scenes, 1, MAX_SCENES),
+        ("keyframes", keyframes, 1, 1 + LONGEST_SCENE * rate),
+        ("workers", 1 if workers is None else workers, 1, max(64, 4 * (os.cpu_count() or 1))),
+        ("seed", seed, 0, 2**63 - 1),
+        ("height of image_size", image_size[0], 16, MAX_SIDE),
+        ("width of image_size", image_size[1], 16, MAX_SIDE),
+    ):
+        if not low <= value <= high:
+            raise ConfigError(f"simulate: {field} is {value}; give {low} to {high}")
+    if sweeps and rate > 5:
+        raise ConfigError(f"simulate: sweeps at 10 Hz leave nothing between keyframes at {rate} Hz; leave sweeps out")
+    if not 0 <= rare <= 1:
+        raise ConfigError(f"simulate: rare is {rare}; give a number from 0 to 1")
+    if is_predefined_split(split):
+        raise ConfigError(
+            f"simulate: split {split!r} is reserved by the nuScenes devkit; give another name, such as town_{split}"
+        )
+
+
+def _check_space(
+    out: Path, scenes: int, keyframes: int, rate: int, image_size: tuple[int, int], sweeps: bool, cameras: int
+) -> None:
+    """Checks that the dataset will fit on the disk. The estimate is about right for images of 256 x 448 pixels."""
+    images = 1 + (keyframes - 1) * (1_000_000 // rate // SWEEP_US if sweeps else 1)  # per camera and scene
+    image = 700 + 0.2 * image_size[0] * image_size[1]
+    expected = scenes * (cameras * images * image + keyframes * KEYFRAME_BYTES)
+    free = shutil.disk_usage(out.parent).free
+    if expected > free:
+        raise DataError(
+            f"{out}: about {expected / 1e9:.1f} GB will be written, but {free / 1e9:.1f} GB are free; give fewer "
+            "scenes, keyframes or pixels, or a folder on another disk"
+        )
+
+
+@contextmanager
+def _unfinished(out: Path) -> Iterator[Path]:
+    """Yields an empty folder next to `out`, and renames it to `out` when the block succeeds.
+
+    A lock on the folder tells a run that is going on from one that was killed. The kernel drops it with the process, so
+    what a killed run left is removed here.
+    """
+    root = out.with_name(f".{out.name}.partial")
+    while True:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise DataError(f"{out}: exists and is not empty; remove it or give another folder")
+        root.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = os.open(root, os.O_RDONLY)
+        except FileNotFoundError:  # another run has just finished
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock), root.stat()):
+                break
+        except BlockingIOError:
+            os.close(lock)
+            raise DataError(f"{out}: another simulation is writing it; wait for it or give another folder") from None
+        except FileNotFoundError:
+            pass
+        os.close(lock)
+    try:
+        for left in root.iterdir():  # by a run that was killed
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        yield root
         os.replace(root, out)
+    except OSError as error:
+        raise DataError(
+            f"{out}: cannot be written ({error.strerror or error}); make room or give another folder"
+        ) from error
     finally:
         shutil.rmtree(root, ignore_errors=True)
+        os.close(lock)
 
 
 def _run(jobs: list[_Job], workers: int) -> Iterator[tuple[dict[str, list[dict]], District]]:
@@ -178,13 +254,31 @@ def _run(jobs: list[_Job], workers: int) -> Iterator[tuple[dict[str, list[dict]]
         return
     # Spawned processes: a forked one may inherit a lock that is held by a thread of its parent.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=cv2.setNumThreads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=_start_worker) as pool:
         futures = [pool.submit(_simulate_scene, job) for job in jobs]
         try:
             for future in futures:
                 yield future.result()
+        except BrokenProcessPool:
+            raise DataError(
+                f"{jobs[0].root}: a worker process was killed, probably because memory ran out; give fewer workers or "
+                "smaller images"
+            ) from None
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """Prepares a worker process, which ends with its parent: a killed parent cannot stop it."""
+    cv2.setNumThreads(1)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
 
 
 def _token(*parts: object) -> str:

@@ -27,6 +27,7 @@ from perception.types import (
     NumpyBoxes,
     NumpyPolylines,
     Polylines,
+    Seen,
 )
 
 BOX_COLORS = dict(
@@ -43,9 +44,11 @@ LINE_COLORS = dict(zip(LINE_CLASSES, ((253, 224, 110), (74, 222, 128), (248, 90,
 
 _GT_COLOR = (236, 240, 246)
 _BACKGROUND, _PANEL, _GRID, _TEXT, _FAINT = (13, 17, 23), (22, 27, 34), (44, 53, 66), (223, 228, 236), (125, 138, 155)
+_NOTE = (255, 123, 114)
 _SUPERSAMPLING = 2
 _NEAR = 0.1  # metres; lines are clipped at this depth
 _GAP = 8  # pixels between the tiles of a composite
+_UNSEEN_ALPHA, _UNSEEN_WIDTH = 90, 1.0  # of lines where no camera has looked
 _LINE_DASH, _BOX_DASH = (7.0, 5.0), (3.5, 2.5)  # lengths of dashes and gaps in pixels
 
 # Edges of geometry.box_corners: the bottom and top rings and the four posts; corners 0, 3, 7, 4 are the front face.
@@ -67,6 +70,8 @@ def draw_frame(
     *,
     cameras: Sequence[str] = (),
     caption: str = "",
+    note: str = "",
+    seen: Seen | None = None,
     min_score: float = 0.3,
     x_range: tuple[float, float] = (-51.2, 51.2),
     y_range: tuple[float, float] = (-51.2, 51.2),
@@ -80,6 +85,9 @@ def draw_frame(
         gt: ground truth, drawn dashed over the predictions; None for none.
         cameras: names of the cameras; nuScenes' six are arranged as on the car.
         caption: one line of text for the top.
+        note: what limits these predictions, such as weights that were trained on other data; in red behind the caption.
+        seen: of the predictions, from live use. Points of lines that no camera has seen are drawn faintly in the
+            bird's-eye view and not at all in the images.
         min_score: score threshold; predictions below it are not drawn.
         x_range, y_range: range of the bird's-eye view in metres.
         camera_width: width of one camera's tile in pixels.
@@ -87,7 +95,7 @@ def draw_frame(
     Raises:
         DataError: the frame or its objects have a batch dimension, or the number of names is not that of the cameras.
     """
-    tiles = draw_cameras(frame.images, frame.rig, objects, gt, min_score=min_score, width=camera_width)
+    tiles = draw_cameras(frame.images, frame.rig, objects, gt, seen=seen, min_score=min_score, width=camera_width)
     if cameras and len(cameras) != len(tiles):
         raise DataError(
             f"there are {len(tiles)} camera images but {len(cameras)} camera names; give one name per image"
@@ -101,9 +109,9 @@ def draw_frame(
     tile_width, tile_height = tiles[0].size
     wall_width, wall_height = columns * (tile_width + _GAP) - _GAP, rows * (tile_height + _GAP) - _GAP
 
-    legend = _legend(wall_width, gt is not None)
+    legend = _legend(wall_width, gt is not None, seen is not None)
     height = max(wall_height + _GAP + legend.height, 360)
-    bev = draw_bev(objects, gt, x_range=x_range, y_range=y_range, height=height, min_score=min_score)
+    bev = draw_bev(objects, gt, seen=seen, x_range=x_range, y_range=y_range, height=height, min_score=min_score)
     top = 44
     picture = Image.new("RGB", (wall_width + bev.width + 3 * _GAP, top + height + _GAP), _BACKGROUND)
     for tile, name, present, (row, column) in zip(tiles, names, frame.rig.present, cells, strict=True):
@@ -112,7 +120,13 @@ def draw_frame(
     picture.paste(legend, (_GAP, top + height - legend.height))
     picture.paste(bev, (wall_width + 2 * _GAP, top))
     pen = ImageDraw.Draw(picture)
-    pen.text((_GAP + 4, top / 2), caption, fill=_TEXT, font=ImageFont.load_default(19), anchor="lm")
+    font = ImageFont.load_default(19)
+    pen.text((_GAP + 4, top / 2), caption, fill=_TEXT, font=font, anchor="lm")
+    if note:
+        left = _GAP + 4 + (pen.textlength(caption, font=font) + 24 if caption else 0)
+        while note and left + pen.textlength(note, font=font) > picture.width - _GAP:  # at the end of a word
+            note = note.rpartition(" ")[0]
+        pen.text((left, top / 2), note, fill=_NOTE, font=font, anchor="lm")
     return picture
 
 
@@ -122,6 +136,7 @@ def draw_cameras(
     objects: FrameObjects,
     gt: FrameObjects | None = None,
     *,
+    seen: Seen | None = None,
     min_score: float = 0.3,
     width: int = 480,
 ) -> list[Image.Image]:
@@ -132,6 +147,7 @@ def draw_cameras(
         rig: calibration of these images, [N, ...]; a camera that is not present gives an empty tile.
         objects: predictions, without batch dimension, in the ego frame of the rig.
         gt: ground truth, drawn dashed over the predictions; None for none.
+        seen: of the predictions; points of lines that are not seen are not drawn.
         min_score: score threshold; predictions below it are not drawn.
         width: of the pictures in pixels; the height keeps the aspect ratio.
 
@@ -144,7 +160,7 @@ def draw_cameras(
     if images.ndim != 4 or rig.img_from_cam.ndim != 3:
         raise DataError(f"the images have shape {tuple(images.shape)}; drawing takes one frame, [N, 3, H, W]")
     N, _, H, W = images.shape
-    layers = _layers(objects, gt, min_score)
+    layers = _layers(objects, gt, seen, min_score)
     size = (width, round(width * H / W))
     pictures = []
     for camera in range(N):
@@ -157,9 +173,9 @@ def draw_cameras(
         canvas_from_cam = np.diag([scale, canvas.image.height / H, 1.0]) @ _numpy(rig.img_from_cam[camera])
         cam_from_ego = invert_rigid(_numpy(rig.ego_from_cam[camera]))
         for layer in layers:
-            for color, points, _ in layer.lines:
+            for color, points, visible in layer.lines:
                 points_cam = transform_points(cam_from_ego, np.pad(points, ((0, 0), (0, 1))))  # [P, 3]
-                chain = np.stack([points_cam[:-1], points_cam[1:]], 1)  # [segments, 2, 3]
+                chain = np.stack([points_cam[:-1], points_cam[1:]], 1)[visible]  # [segments, 2, 3]
                 canvas.stroke(
                     _clip(chain, canvas_from_cam, canvas.image.size), color, layer.line_width, layer.line_dash
                 )
@@ -179,6 +195,7 @@ def draw_bev(
     objects: FrameObjects,
     gt: FrameObjects | None = None,
     *,
+    seen: Seen | None = None,
     x_range: tuple[float, float] = (-51.2, 51.2),
     y_range: tuple[float, float] = (-51.2, 51.2),
     height: int = 640,
@@ -189,6 +206,7 @@ def draw_bev(
     Args:
         objects: predictions, without batch dimension.
         gt: ground truth, drawn dashed over the predictions; None for none.
+        seen: of the predictions; points of lines that are not seen are drawn faintly.
         x_range, y_range: range in metres along ego x (up) and ego y (to the left).
         height: of the picture in pixels; the width follows from the ranges.
         min_score: score threshold; predictions below it are not drawn.
@@ -208,11 +226,13 @@ def draw_bev(
         return np.stack([y_range[1] - points_ego[..., 1], x_range[1] - points_ego[..., 0]], -1) * scale
 
     _rings(canvas, flip(np.zeros(2)), scale)
-    layers = _layers(objects, gt, min_score)
+    layers = _layers(objects, gt, seen, min_score)
     for layer in layers:
-        for color, points, _ in layer.lines:
+        for color, points, visible in layer.lines:
             corners = flip(points)
-            canvas.stroke(np.stack([corners[:-1], corners[1:]], 1), color, layer.line_width, layer.line_dash)
+            segments = np.stack([corners[:-1], corners[1:]], 1)
+            canvas.stroke(segments[~visible], (*color, _UNSEEN_ALPHA), _UNSEEN_WIDTH, layer.line_dash)
+            canvas.stroke(segments[visible], color, layer.line_width, layer.line_dash)
     _ego_marker(canvas, flip)
     for layer in layers:
         for color, corners, velocity in layer.boxes:
@@ -232,20 +252,20 @@ class _Layer(NamedTuple):
     """Objects in one style: for each box or line its colour, its geometry in ego metres and (boxes) its velocity."""
 
     boxes: list[tuple[tuple, np.ndarray, np.ndarray]]  # corners [8, 3], velocity [2]
-    lines: list[tuple[tuple, np.ndarray, None]]  # points [P, 2]
+    lines: list[tuple[tuple, np.ndarray, np.ndarray]]  # points [P, 2], which segments [P - 1] are seen at one end
     box_width: float
     box_dash: tuple[float, float] | None
     line_width: float
     line_dash: tuple[float, float] | None
 
 
-def _layers(objects: FrameObjects, gt: FrameObjects | None, min_score: float) -> list[_Layer]:
-    layers = [
-        _Layer(list(_boxes(objects.boxes, min_score)), list(_lines(objects.lines, min_score)), 1.6, None, 2.2, None)
-    ]
+def _layers(objects: FrameObjects, gt: FrameObjects | None, seen: Seen | None, min_score: float) -> list[_Layer]:
+    seen_lines = None if seen is None else np.asarray(seen.lines, bool)
+    lines = list(_lines(objects.lines, min_score, seen_lines))
+    layers = [_Layer(list(_boxes(objects.boxes, min_score)), lines, 1.6, None, 2.2, None)]
     if gt is not None:
         boxes = [(_GT_COLOR, corners, velocity) for _, corners, velocity in _boxes(gt.boxes, 0.0)]
-        lines = [(_GT_COLOR, points, None) for _, points, _ in _lines(gt.lines, 0.0)]
+        lines = [(_GT_COLOR, points, visible) for _, points, visible in _lines(gt.lines, 0.0, None)]
         layers.append(_Layer(boxes, lines, 1.0, _BOX_DASH, 1.5, _LINE_DASH))
     return layers
 
@@ -260,12 +280,15 @@ def _boxes(boxes: Boxes, min_score: float) -> Iterator[tuple[tuple, np.ndarray, 
         yield color, corners[index], np.nan_to_num(arrays.velocity[index])
 
 
-def _lines(lines: Polylines, min_score: float) -> Iterator[tuple[tuple, np.ndarray, None]]:
+def _lines(
+    lines: Polylines, min_score: float, seen: np.ndarray | None
+) -> Iterator[tuple[tuple, np.ndarray, np.ndarray]]:
     if lines.valid.ndim != 1:
         raise DataError(f"the lines have shape {tuple(lines.valid.shape)}; drawing takes one frame, lines [M, ...]")
     arrays = NumpyPolylines(*map(_numpy, lines))
     for index in np.nonzero(arrays.valid.astype(bool) & (arrays.score >= min_score))[0]:
-        yield LINE_COLORS[LINE_CLASSES[int(arrays.label[index])]], arrays.points[index], None
+        points = np.ones(arrays.points.shape[1], bool) if seen is None else seen[index]
+        yield LINE_COLORS[LINE_CLASSES[int(arrays.label[index])]], arrays.points[index], points[:-1] | points[1:]
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:
@@ -379,12 +402,13 @@ def _tag(tile: Image.Image, name: str) -> None:
     pen.text((15, 18), name, fill=_TEXT, font=font, anchor="lm")
 
 
-def _legend(width: int, with_gt: bool) -> Image.Image:
+def _legend(width: int, with_gt: bool, with_unseen: bool) -> Image.Image:
     """Draws the colours of box classes, line classes and the two styles, in as many rows as the width needs."""
     font = ImageFont.load_default(13 * _SUPERSAMPLING)
     boxes = [(name, color, "box") for name, color in BOX_COLORS.items()]
     lines = [(name, color, "solid") for name, color in LINE_COLORS.items()]
     lines += [("prediction", _TEXT, "solid"), ("ground truth", _GT_COLOR, "dashed")] if with_gt else []
+    lines += [("not seen by a camera", _TEXT, "faint")] if with_unseen else []
     placed: list[tuple[float, int, str, tuple, str]] = []
     row = -1
     for group in (boxes, lines):
@@ -406,8 +430,8 @@ def _legend(width: int, with_gt: bool) -> Image.Image:
             canvas.stroke(np.stack([corners, np.roll(corners, -1, 0)], 1), color, 1.6, None)
         else:
             stroke = np.array([[[x, y], [x + 20, y]]]) * float(_SUPERSAMPLING)
-            width_px, dash = (2.4, None) if kind == "solid" else (1.2, (5.0, 2.5))
-            canvas.stroke(stroke, color, width_px, dash)
+            width_px, dash = {"solid": (2.4, None), "dashed": (1.2, (5.0, 2.5)), "faint": (_UNSEEN_WIDTH, None)}[kind]
+            canvas.stroke(stroke, (*color, _UNSEEN_ALPHA) if kind == "faint" else color, width_px, dash)
         at = ((x + 28) * _SUPERSAMPLING, y * _SUPERSAMPLING)
         pen.text(at, text, fill=_TEXT, font=font, anchor="lm")
     return canvas.finished()

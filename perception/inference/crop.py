@@ -1,12 +1,16 @@
-"""Scale and crop that bring an image to the input size of a network, and the resizing itself, without PyTorch."""
+"""Computes which part of an image a network sees, and at which scale, and cuts it out."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+
+from perception.types import NumpyCameraRig
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 class Crop(NamedTuple):
@@ -35,6 +39,20 @@ def fitting_crop(raw_size: tuple[int, int], image_size: tuple[int, int]) -> Crop
     return Crop(scale, (raw_w - W / scale) / 2, raw_h - H / scale)
 
 
+def fitted_rig(rig: NumpyCameraRig, sizes: Any, image_size: tuple[int, int]) -> NumpyCameraRig:
+    """Returns a rig with the calibration of the network's images.
+
+    Args:
+        rig: of the given images, [N, ...]; cameras that are not present keep their matrices.
+        sizes: height and width of the given images by camera, for all present cameras.
+        image_size: height and width of the network's images.
+    """
+    img_from_cam = rig.img_from_cam.copy()
+    for n in np.flatnonzero(rig.present):
+        img_from_cam[n] = fitting_crop(sizes[n], image_size).img_from_raw @ img_from_cam[n]
+    return rig._replace(img_from_cam=img_from_cam)
+
+
 def cropped_pixels(image: Image.Image, image_size: tuple[int, int]) -> tuple[NDArray[Any], Crop]:
     """Resizes and crops an image to the network's size, see `fitting_crop`.
 
@@ -45,6 +63,8 @@ def cropped_pixels(image: Image.Image, image_size: tuple[int, int]) -> tuple[NDA
     Returns:
         [H, W, 3] uint8 RGB, and the crop in pixels of `image` as it was given.
     """
+    from PIL.Image import Resampling  # a vehicle may have numpy alone
+
     H, W = image_size
     full_w, full_h = image.size
     crop = fitting_crop((full_h, full_w), image_size)
@@ -55,4 +75,4 @@ def cropped_pixels(image: Image.Image, image_size: tuple[int, int]) -> tuple[NDA
     while full_w > image.size[0] * shrink:
         shrink *= 2
     box = (left / shrink, top / shrink, full_w / shrink - left / shrink, full_h / shrink)
-    return np.array(image.convert("RGB").resize((W, H), Image.Resampling.BILINEAR, box=box)), crop
+    return np.array(image.convert("RGB").resize((W, H), Resampling.BILINEAR, box=box)), crop
