@@ -9,8 +9,11 @@ import torch
 from conftest import PROJECT, existing
 from PIL import Image
 
-from perception.errors import DataError, PerceptionWarning
+from perception.errors import ConfigError, DataError, PerceptionWarning
+from perception.export.onnx import export_onnx
+from perception.export.runtime import Runtime
 from perception.inference.fitting import fit_image
+from perception.inference.predictor import Predictor
 from perception.rigs import Rig, RigCamera, import_rig
 from perception.rigs.models import BrownConrady, FTheta, KannalaBrandt, Mei, Pinhole
 from perception.rigs.remap import remap_table
@@ -139,7 +142,7 @@ def test_a_rig_like_nuscenes_passes_through_to_the_last_bit(image_size):
     assert all(image is images[name] for image, name in zip(given, rig.names, strict=True))
     for one, other in zip(camera_rig, rig.camera_rig(), strict=True):
         np.testing.assert_array_equal(one, other)
-    fitted, fitted_camera_rig = virtual.fitted_frame(images)
+    fitted, fitted_camera_rig = virtual.frame(images, [image_size] * len(rig))
     for n, name in enumerate(rig.names):
         pixels, matrix = fit_image(Image.fromarray(images[name]), rig[name].model.img_from_cam, image_size)
         assert torch.equal(torch.from_numpy(fitted[n]).permute(2, 0, 1), pixels)
@@ -246,3 +249,88 @@ def test_absent_cameras_and_wrong_images():
     ):
         with pytest.raises(DataError, match=message):
             virtual.frame(given)
+
+
+SMALL = (40, 80)  # images of the small network
+
+
+@pytest.fixture(scope="module")
+def mixed_rig():
+    """A camera that passes through and a fisheye that becomes three pinholes, and photographs of the sphere."""
+    cameras = Rig.load("nuscenes").cameras[0], Rig.load("surround_fisheye").cameras[1]
+    return Rig(cameras), {source.name: photograph(source) for source in cameras}
+
+
+def live_frames(images):
+    """The images of three steps as a dict, as a list, and with an absent camera."""
+    return images, list(images.values()), {"CAM_FRONT": None, "left": images["left"]}
+
+
+@pytest.mark.filterwarnings("ignore::perception.errors.PerceptionWarning")
+def test_the_predictor_gives_the_network_the_pinholes(small_network, mixed_rig):
+    rig, images = mixed_rig
+    frames = []
+    predictor = Predictor(small_network, rig=rig)
+    hook = small_network.register_forward_pre_hook(lambda _, given: frames.append(given[0]))
+    for k, given in enumerate(live_frames(images)):
+        result = predictor.step(given, np.eye(4), 0.5 * k)
+        assert "below the horizon are left of 'left'" in result.warnings[0]
+    hook.remove()
+    virtual = virtual_rig(rig, SMALL)
+    for frame, given in zip(frames, live_frames(images), strict=True):
+        expected, camera_rig = virtual.frame(given, [SMALL] * 4)
+        assert (
+            frame.rig.present[0].tolist() == camera_rig.present.tolist() == [frame is not frames[2], True, True, True]
+        )
+        for n in np.flatnonzero(camera_rig.present):
+            np.testing.assert_array_equal(frame.images[0, n].permute(1, 2, 0), expected[n])
+            np.testing.assert_array_equal(frame.rig.img_from_cam[0, n], camera_rig.img_from_cam[n].astype(np.float32))
+            np.testing.assert_array_equal(frame.rig.ego_from_cam[0, n], camera_rig.ego_from_cam[n].astype(np.float32))
+
+
+@pytest.mark.slow  # it exports a network
+@pytest.mark.filterwarnings("ignore::perception.errors.PerceptionWarning")
+def test_predictor_and_runtime_give_the_network_the_same_inputs(small_network, mixed_rig, tmp_path):
+    rig, images = mixed_rig
+    predictor = Predictor(small_network, rig=rig)
+    runtime = Runtime(export_onnx(small_network, tmp_path, cameras=4), rig=virtual_rig(rig, SMALL))
+    frames = []
+    hook = small_network.register_forward_pre_hook(lambda _, given: frames.append(given[0]))
+    for k, given in enumerate(live_frames(images)):
+        one, other = predictor.step(given, np.eye(4), 0.5 * k), runtime.step(given, np.eye(4), time_s=0.5 * k)
+        for n in torch.nonzero(frames[k].rig.present[0]).flatten().tolist():
+            np.testing.assert_array_equal(frames[k].images[0, n].permute(1, 2, 0), runtime.inputs[f"image_{n}"])
+        for name in ("img_from_cam", "ego_from_cam", "present"):
+            np.testing.assert_array_equal(getattr(frames[k].rig, name)[0], runtime.inputs[name])
+        assert one.warnings == other.warnings and len(one.boxes.score) == len(other.boxes.score) > 0
+        assert other.boxes.score == pytest.approx(one.boxes.score.numpy(), abs=1e-4)
+    hook.remove()
+
+
+@pytest.mark.filterwarnings("ignore::perception.errors.PerceptionWarning")
+def test_live_use_of_a_rig_like_nuscenes_is_as_without_a_rig(small_network):
+    rig = Rig.load("nuscenes")
+    rng = np.random.default_rng(4)
+    images = {name: rng.integers(0, 256, (900, 1600, 3)).astype(np.uint8) for name in rig.names}
+    one = Predictor(small_network, rig=rig).step(images, np.eye(4), 0.0)
+    other = Predictor(small_network).step(list(images.values()), rig.camera_rig(), np.eye(4), 0.0)
+    assert len(one.boxes.score) > 0
+    for first, second in zip((*one.boxes, *one.lines), (*other.boxes, *other.lines), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_rigs_that_do_not_fit(small_network, fp32_export, mixed_export, mixed_rig):
+    rig, images = mixed_rig
+    predictor = Predictor(small_network, rig=rig)
+    with pytest.raises(DataError, match="the cameras are those of the rig that was given at construction"):
+        predictor.step(images, rig, np.eye(4), 0.0)
+    with pytest.raises(ConfigError, match=r"rig is str; give a perception\.Rig"):
+        Predictor(small_network, rig="nuscenes")
+    with pytest.raises(ConfigError, match=r"made for images of 448 x 176 .* the network takes 80 x 40"):
+        Predictor(small_network, rig=quiet(rig))
+    with pytest.raises(ConfigError, match="becomes 12 pinholes for this network, and the export takes 6 images"):
+        Runtime(fp32_export, rig=Rig.load("surround_fisheye"))
+    with pytest.raises(ConfigError, match="the export takes nv12, and images of a rig are remapped as rgb or bgr"):
+        Runtime(mixed_export, rig=rig)
+    with pytest.raises(ConfigError, match=r"image 0 of the export has 100 x 50 .* the rig gives 80 x 40 or 1600 x 900"):
+        quiet(rig, SMALL).checked_sizes([(50, 100), SMALL, SMALL, SMALL])

@@ -40,6 +40,9 @@ from perception.types import (
 if TYPE_CHECKING:
     import onnxruntime
 
+    from perception.rigs.rig import Rig
+    from perception.rigs.virtual import VirtualRig
+
 BACKENDS = ("onnxruntime", "openvino", "openvino-bf16", "tensorrt")
 MAX_THREADS = 1024  # more than any vehicle has; ONNX Runtime starts as many threads as it is given
 DTYPES = {
@@ -176,6 +179,9 @@ class Runtime:
             with convolutions and products with weights in bfloat16; "tensorrt" runs an engine of the folder on a GPU.
         providers: execution providers of ONNX Runtime in order of preference, such as "CUDAExecutionProvider".
         threads: number of CPU threads for ONNX Runtime and OpenVINO, 0 for one per core.
+        rig: the cameras of the vehicle, as for `Predictor`. Their images are remapped on the CPU before the graph,
+            which needs Pillow. The export takes as many images as the rig has pinholes, as RGB or BGR, in the network's
+            size; those of cameras that pass through may have the camera's size.
         min_score: score threshold 0..1; boxes and lines below it are not returned.
         min_seen: share 0..1 of a box (of its centre and corners) or of the points of a line that must lie where a
             camera looks, or looked while the memory lasted; others are not returned.
@@ -186,7 +192,7 @@ class Runtime:
         CheckpointError: the folder does not hold an export, or a file in it has changed.
         ConfigError: the backend is unknown or cannot run here (not installed, no GPU, no engine for this GPU, another
             version of TensorRT, no bfloat16, no such execution provider), `min_score` or `min_seen` is not in
-            0..1, `threads` is out of range, or a limit is negative.
+            0..1, `threads` is out of range, a limit is negative, or the rig does not fit the export.
     """
 
     def __init__(
@@ -196,6 +202,7 @@ class Runtime:
         backend: str = "onnxruntime",
         providers: Sequence[str] = ("CPUExecutionProvider",),
         threads: int = 0,
+        rig: Rig | VirtualRig | None = None,
         min_score: float = 0.0,
         min_seen: float = MIN_SEEN,
         max_speed: float = MAX_SPEED,
@@ -211,8 +218,15 @@ class Runtime:
         self.contract = read_contract(folder)
         H, W = self.contract["image_size"]
         remembers = any(x["name"] == "memory" for x in self.contract["inputs"])
-        self._live = LiveInput((H, W), remembers, max_speed=max_speed, max_turn_rate=max_turn_rate)
         self.images = ImageInputs.of_contract(self.contract)
+        if rig is not None and self.images.image_format not in ("rgb", "bgr"):
+            raise ConfigError(
+                f"Runtime: the export takes {self.images.image_format}, and images of a rig are remapped as rgb or "
+                "bgr; export the network for one of them"
+            )
+        self._live = LiveInput(
+            (H, W), remembers, rig=rig, sizes=self.images.sizes, max_speed=max_speed, max_turn_rate=max_turn_rate
+        )
         self._session: Session
         if backend == "onnxruntime":
             self._session = OnnxSession(folder, self.contract, providers, int(threads))
@@ -249,10 +263,10 @@ class Runtime:
 
     def step(
         self,
-        images: NDArray[np.uint8] | Sequence[NDArray[np.uint8] | None],
-        rig: CameraRig | NumpyCameraRig,
-        global_from_ego: NDArray[Any],
-        time_s: float,
+        images: NDArray[np.uint8] | Sequence[NDArray[np.uint8] | None] | Mapping[str, NDArray[np.uint8] | None],
+        rig: CameraRig | NumpyCameraRig | NDArray[Any] | None = None,
+        global_from_ego: NDArray[Any] | float | None = None,
+        time_s: float | None = None,
     ) -> NumpyLiveObjects:
         """Predicts the boxes and lines of one frame, as `perception.inference.predictor.Predictor.step` does.
 
@@ -262,6 +276,10 @@ class Runtime:
             rig: img_from_cam [N, 3, 3] in pixels of these images, ego_from_cam [N, 4, 4] metres, present [N] bool.
             global_from_ego: [4, 4] pose at `time_s`, metres, in any frame that is the same in all steps.
             time_s: seconds, later than in the last step.
+
+        With a rig at construction the call is `step(images, global_from_ego, time_s)`: `images` are those of the
+        cameras of the rig, in the sizes that it names, as a dict from names or a list in its order. A camera that is
+        None, or missing in the dict, is absent.
 
         Returns:
             Boxes [M] and lines [M] in the ego frame, highest score first, as numpy arrays; what of them is seen; and
@@ -276,6 +294,7 @@ class Runtime:
                 finite are detected from the boxes and lines.
         """
         live = self._live
+        images, rig, global_from_ego, time_s = live.arguments(images, rig, global_from_ego, time_s)
         motion = live.ego_motion.since_last(global_from_ego, time_s)
         N = len(self.images.sizes)
         check_images(images, N, self.images.axes)

@@ -105,13 +105,14 @@ def checked_rigid(name: str, transform: object) -> NDArray[np.float64]:
     return matrix
 
 
-def checked_rig(rig: CameraRig | NumpyCameraRig, cameras: int) -> NumpyCameraRig:
+def checked_rig(rig: object, cameras: int) -> NumpyCameraRig:
     """Converts a rig to numpy float64 and bool.
 
     Cameras that are not present get identity matrices, because NaN times weight 0 is NaN.
 
     Args:
-        rig: img_from_cam [N, 3, 3], ego_from_cam [N, 4, 4], present [N]; arrays, tensors or nested lists.
+        rig: a `CameraRig` of img_from_cam [N, 3, 3], ego_from_cam [N, 4, 4], present [N]; arrays, tensors or nested
+            lists.
         cameras: number of images.
 
     Raises:

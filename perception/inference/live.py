@@ -8,8 +8,8 @@ live.warnings.emit(step.findings)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from numpy.typing import NDArray
 
@@ -20,6 +20,10 @@ from perception.inference.ego_motion import EgoMotion, Motion
 from perception.inference.plausibility import Findings, ImageStatistics, Sizes, Statistics, Warnings, implausible_rig
 from perception.inference.visibility import SeenMap, View, sees_ground
 from perception.types import NumpyCameraRig
+
+if TYPE_CHECKING:
+    from perception.rigs.rig import Rig
+    from perception.rigs.virtual import VirtualRig
 
 
 class Step(NamedTuple):
@@ -39,18 +43,56 @@ class LiveInput:
     Args:
         image_size: height and width of the network's images.
         remembers: False for a network without a memory.
+        rig: the physical cameras whose images `step` gets; None if it gets images and calibration of pinholes.
+        sizes: height and width of the images that the network takes, if they are fixed.
         max_speed, max_turn_rate: see `EgoMotion`.
 
     Raises:
-        ConfigError: a limit is not a number, or negative.
+        ConfigError: a limit is not a number, or negative; or the rig does not fit the network.
     """
 
-    def __init__(self, image_size: tuple[int, int], remembers: bool, *, max_speed: float, max_turn_rate: float) -> None:
+    def __init__(
+        self,
+        image_size: tuple[int, int],
+        remembers: bool,
+        *,
+        rig: Rig | VirtualRig | None = None,
+        sizes: Sequence[tuple[int, int]] | None = None,
+        max_speed: float,
+        max_turn_rate: float,
+    ) -> None:
         self.ego_motion = EgoMotion(max_speed, max_turn_rate)
         self.warnings = Warnings()
         self._image_size, self._remembers = image_size, remembers
         self._seen_map, self._statistics = SeenMap(remembers), ImageStatistics()
         self._last_rig: tuple[bytes, Findings] = (b"", {})
+        self._virtual, self._sizes, self._cut_off = None, sizes, ""
+        if rig is not None:
+            from perception.rigs.virtual import rig_for_network  # it needs Pillow, and a vehicle may have numpy alone
+
+            self._virtual = rig_for_network(rig, image_size)
+            self._sizes = None if sizes is None else self._virtual.checked_sizes(sizes)
+            self._cut_off = self._virtual.coverage().finding()
+
+    def arguments(self, images: Any, rig: Any, global_from_ego: Any, time_s: Any) -> tuple[Any, Any, Any, Any]:
+        """Returns the arguments of `step` with the images and the calibration of pinholes.
+
+        With a rig at construction, `images` are those of its cameras, and `step` takes no other calibration: the pose
+        and the time follow the images.
+
+        Raises:
+            DataError: both rigs were given, or the images do not fit the rig.
+        """
+        if self._virtual is None:
+            return images, rig, global_from_ego, time_s
+        if rig is not None:
+            if global_from_ego is not None and time_s is not None:
+                raise DataError(
+                    "step was given a rig, and the cameras are those of the rig that was given at construction; give "
+                    "images, global_from_ego and time_s"
+                )
+            global_from_ego, time_s = rig, global_from_ego if time_s is None else time_s
+        return *self._virtual.frame(images, self._sizes), global_from_ego, time_s
 
     def reset(self) -> None:
         """Drops the last frame and what was seen; the next frame is a first frame."""
@@ -82,6 +124,8 @@ class LiveInput:
         view = self._seen_map.look(fitted, self._image_size, motion.ego_from_prev, motion.is_first)
         is_blank = not present and (motion.is_first or not self._remembers)
         findings = {"motion": motion.warning} if motion.warning else {}
+        if self._cut_off:
+            findings["coverage"] = self._cut_off
         findings |= self._implausible_rig(rig, fitted, {n: sizes[n] for n in present})
         if is_blank:
             findings["no camera"] = "no camera is present and the memory is empty: nothing is predicted"

@@ -7,9 +7,9 @@ for images, global_from_ego, time_s in sequence:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -44,6 +44,10 @@ from perception.types import (
     map_tensors,
 )
 
+if TYPE_CHECKING:
+    from perception.rigs.rig import Rig
+    from perception.rigs.virtual import VirtualRig
+
 Objects = TypeVar("Objects", Boxes, Polylines)
 
 
@@ -54,6 +58,9 @@ class Predictor:
         model: a network, or an argument of `load_model`: the name of weights that are part of the library, such as
             "nano", or a `.safetensors` file. A network is moved to the device and set to evaluation mode.
         device: on which it runs, such as "cpu" or "cuda".
+        rig: the cameras of the vehicle, of any model, size and mounting; `step` then takes their images, and the
+            network sees them through virtual pinholes (see `perception.rigs.virtual`). None if every step gets the
+            calibration of pinholes.
         min_score: score threshold 0..1; boxes and lines below it are not returned.
         min_seen: share 0..1 of a box (of its centre and corners) or of the points of a line that must lie where a
             camera looks, or looked while the memory lasted; others are not returned.
@@ -62,7 +69,8 @@ class Predictor:
 
     Raises:
         CheckpointError: there are no weights of this name, or the file is missing or unreadable.
-        ConfigError: `min_score` or `min_seen` is not in 0..1, a limit is negative, or torch cannot use the device.
+        ConfigError: `min_score` or `min_seen` is not in 0..1, a limit is negative, torch cannot use the device, or the
+            rig does not fit the network.
     """
 
     def __init__(
@@ -70,6 +78,7 @@ class Predictor:
         model: Network | str | Path,
         device: str | torch.device = "cpu",
         *,
+        rig: Rig | VirtualRig | None = None,
         min_score: float = 0.0,
         min_seen: float = MIN_SEEN,
         max_speed: float = MAX_SPEED,
@@ -82,7 +91,7 @@ class Predictor:
         self.device = torch.device(device)
         remembers = self.model.initial_state(1).bev.numel() > 0
         self._live = LiveInput(
-            self.model.config.image_size, remembers, max_speed=max_speed, max_turn_rate=max_turn_rate
+            self.model.config.image_size, remembers, rig=rig, max_speed=max_speed, max_turn_rate=max_turn_rate
         )
         self.reset()
 
@@ -92,6 +101,7 @@ class Predictor:
         name_or_path: str | Path,
         device: str | torch.device = "cpu",
         *,
+        rig: Rig | VirtualRig | None = None,
         min_score: float = 0.0,
         min_seen: float = MIN_SEEN,
         max_speed: float = MAX_SPEED,
@@ -101,13 +111,13 @@ class Predictor:
 
         Args:
             name_or_path: the name of weights that are part of the library, such as "nano", or a `.safetensors` file.
-            device, min_score, min_seen, max_speed, max_turn_rate: as for `Predictor`.
+            device, rig, min_score, min_seen, max_speed, max_turn_rate: as for `Predictor`.
 
         Raises:
             CheckpointError, ConfigError: as for `Predictor`.
         """
         return cls(
-            name_or_path, device,
+            name_or_path, device, rig=rig,
             min_score=min_score, min_seen=min_seen, max_speed=max_speed, max_turn_rate=max_turn_rate,
         )  # fmt: skip
 
@@ -118,10 +128,10 @@ class Predictor:
 
     def step(
         self,
-        images: NDArray[np.uint8] | Sequence[NDArray[np.uint8] | None],
-        rig: CameraRig | NumpyCameraRig,
-        global_from_ego: NDArray[Any],
-        time_s: float,
+        images: NDArray[np.uint8] | Sequence[NDArray[np.uint8] | None] | Mapping[str, NDArray[np.uint8] | None],
+        rig: CameraRig | NumpyCameraRig | NDArray[Any] | None = None,
+        global_from_ego: NDArray[Any] | float | None = None,
+        time_s: float | None = None,
     ) -> LiveObjects:
         """Predicts the boxes and lines of one frame.
 
@@ -135,6 +145,10 @@ class Predictor:
             rig: img_from_cam [N, 3, 3] in pixels of these images, ego_from_cam [N, 4, 4] metres, present [N] bool.
             global_from_ego: [4, 4] pose at `time_s`, metres, in any frame that is the same in all steps.
             time_s: seconds, later than in the last step.
+
+        With a rig at construction the call is `step(images, global_from_ego, time_s)`: `images` are those of the
+        cameras of the rig, in the sizes that it names, as a dict from names or a list in its order. A camera that is
+        None, or missing in the dict, is absent.
 
         Returns:
             Boxes [M] and lines [M] in the ego frame, without batch dimension, highest score first, as tensors on the
@@ -152,6 +166,7 @@ class Predictor:
                 emitted once by kind, and is in `warnings` of every result that it holds for.
         """
         live = self._live
+        images, rig, global_from_ego, time_s = live.arguments(images, rig, global_from_ego, time_s)
         motion = live.ego_motion.since_last(global_from_ego, time_s)
         check_images(images)
         checked = checked_rig(rig, len(images))

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from perception.errors import DataError, PerceptionWarning
+from perception.errors import ConfigError, DataError, PerceptionWarning
 from perception.inference.checks import checked_image
 from perception.inference.crop import cropped_pixels, fitting_crop
 from perception.rigs.coverage import Coverage, cover
@@ -90,16 +90,20 @@ class VirtualRig:
             np.ones(len(self), dtype=bool),
         )
 
-    def frame(self, images: Images) -> tuple[list[NDArray[np.uint8] | None], NumpyCameraRig]:
-        """Returns the images and the calibration that `Predictor.step` takes.
+    def frame(
+        self, images: Images, sizes: Sequence[tuple[int, int]] | None = None
+    ) -> tuple[list[NDArray[np.uint8] | None], NumpyCameraRig]:
+        """Returns the images and the calibration of the pinholes.
 
         Args:
             images: uint8 [H, W, 3] of the physical cameras, each in the size that the rig names: a mapping from camera
                 names, or a sequence in the order of the rig. A camera that is None or not in the mapping is absent.
+            sizes: height and width of the images to return, one for each pinhole, from `checked_sizes`; None for those
+                of `cameras`.
 
         Returns:
-            One image per pinhole (None if absent), and their calibration. An image of a camera that passes through is
-            the given one, and `Predictor.step` fits it to the network; the others have the network's size.
+            One image per pinhole, None if it is absent, and their calibration. The image of a camera that passes
+            through is the given one, for `Predictor.step` to fit, or is fitted here if `sizes` has the network's size.
 
         Raises:
             DataError: a camera is not in the rig, or an image has another size, shape or type.
@@ -109,25 +113,34 @@ class VirtualRig:
         for camera in self.cameras:
             image = given[camera.source.name]
             virtual.append(image if image is None or camera.is_unchanged else camera.table(image))
-        present = np.array([image is not None for image in virtual])
-        return virtual, self.camera_rig()._replace(present=present)
-
-    def fitted_frame(self, images: Images) -> tuple[list[NDArray[np.uint8] | None], NumpyCameraRig]:
-        """Returns `frame` with all images in the network's size, as `Predictor` fits them, and their calibration.
-
-        Args:
-            images: as for `frame`.
-
-        Raises:
-            DataError: as `frame`.
-        """
-        virtual, rig = self.frame(images)
-        for n, camera in enumerate(self.cameras):
+        rig = self.camera_rig()._replace(present=np.array([image is not None for image in virtual]))
+        for n, size in enumerate(sizes or ()):
             image = virtual[n]
-            if camera.is_unchanged and image is not None:
+            if image is not None and image.shape[:2] != size:
                 virtual[n], crop = cropped_pixels(Image.fromarray(image), self.image_size)
                 rig.img_from_cam[n] = crop.img_from_raw @ rig.img_from_cam[n]
         return virtual, rig
+
+    def checked_sizes(self, sizes: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+        """Returns the image sizes of an exported network after checking that this rig can give them.
+
+        Raises:
+            ConfigError: the number of images differs, or an image can be given neither as it is nor in the network's
+                size.
+        """
+        if len(sizes) != len(self):
+            raise ConfigError(
+                f"the rig becomes {len(self)} pinholes for this network, and the export takes {len(sizes)} images; "
+                f"export it for {len(self)} cameras"
+            )
+        for n, (size, camera) in enumerate(zip(sizes, self.cameras, strict=True)):
+            given = dict.fromkeys((self.image_size, camera.image_size))  # the second one is fitted in the graph
+            if tuple(size) not in given:
+                raise ConfigError(
+                    f"image {n} of the export has {size[1]} x {size[0]} pixels (width x height), and the rig gives "
+                    f"{' or '.join(f'{W} x {H}' for H, W in given)}; export the network for images of its own size"
+                )
+        return tuple((int(H), int(W)) for H, W in sizes)
 
     def coverage(self) -> Coverage:
         """Returns which rays and which ground of each physical camera reach the network."""
@@ -198,6 +211,29 @@ def chosen_pinholes(rig: Rig, image_size: tuple[int, int]) -> VirtualRig:
     for source in rig:
         cameras.extend([_unchanged(source)] if passes_through(source, size) else _pinholes(source, size))
     return VirtualRig(rig, size, cameras)
+
+
+def rig_for_network(rig: object, image_size: tuple[int, int]) -> VirtualRig:
+    """Returns the pinholes of a rig for a network.
+
+    Args:
+        rig: a `Rig`, or a `VirtualRig` for this network.
+        image_size: height and width of the network's images.
+
+    Raises:
+        ConfigError: it is something else, or was made for another image size.
+    """
+    if isinstance(rig, Rig):
+        return chosen_pinholes(rig, image_size)
+    if not isinstance(rig, VirtualRig):
+        raise ConfigError(f"rig is {type(rig).__name__}; give a perception.Rig, such as Rig.load('rig.yaml')")
+    if rig.image_size != tuple(image_size):
+        (H, W), (own_H, own_W) = image_size, rig.image_size
+        raise ConfigError(
+            f"the virtual rig was made for images of {own_W} x {own_H} pixels (width x height), and the network takes "
+            f"{W} x {H}; give the rig itself"
+        )
+    return rig
 
 
 def unchanged_rig(rig: Rig, image_size: tuple[int, int]) -> VirtualRig:
