@@ -407,6 +407,11 @@ def test_infos_of_kitti(kitti_file):
     assert [BOX_CLASSES[k] for k in found.label[0, :2]] == ["car", "pedestrian"] and found.label[0, 2] == -1
 
 
+def test_a_horizon_that_is_cut_off_is_named(kitti_file):
+    with pytest.warns(PerceptionWarning, match="entry 0: .* the horizon is cut off from 'CAM2'.*; cut images around"):
+        read_info(kitti_file, "8").clip(image_size=(60, 1242))
+
+
 def test_the_real_sample_is_the_same_as_a_pickle(real_keyframe, tmp_path, clip):
     content = json.loads((real_keyframe / "sample.json").read_text())
     for item in content["data_list"][0]["instances"]:  # as the converter leaves them

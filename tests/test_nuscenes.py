@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 from perception.data.index import load_index
 from perception.data.loader import ClipRequest
 from perception.data.nuscenes import NUSCENES_CAMERAS, NuScenesDataset
-from perception.errors import DataError
+from perception.errors import DataError, PerceptionWarning
 from perception.geometry import (
     box_corners,
     invert_rigid,
@@ -125,6 +126,16 @@ def test_images_are_scaled_to_cover_and_cropped_at_the_top(hand_root, tmp_path):
     frame = read(hand_root, tmp_path, image_size=(32, 80))[0].frames
     want = torch.tensor([[40.0, 0, 40], [0, 40, 22.5 - 13], [0, 0, 1]])
     assert frame.images.shape[-2:] == (32, 80) and torch.allclose(frame.rig.img_from_cam[0, 0], want)
+
+
+def test_a_horizon_that_is_cut_off_is_named(hand_root, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read(hand_root, tmp_path)
+    with pytest.warns(
+        PerceptionWarning, match="v1.0-hand: in .* the horizon is cut off from 'CAM_FRONT' .*; cut images"
+    ):
+        read(hand_root, tmp_path, image_size=(20, 160))
 
 
 def test_missing_camera_is_not_present(root, tmp_path):

@@ -25,6 +25,7 @@ from perception.inference.crop import fitted_rig
 from perception.inference.plausibility import implausible_rig
 from perception.inference.visibility import sees_ground
 from perception.reading import number, numbers, parse_json, read_bytes, short, typed
+from perception.rigs.coverage import CUT_FIRST, fitted_coverage
 from perception.types import (
     BOX_CLASSES,
     Boxes,
@@ -176,6 +177,8 @@ class InfoSample(NamedTuple):
         fitted = fitted_rig(rig, sizes, image_size)
         for sentence in implausible_rig(rig, sizes, sees_ground(fitted, image_size)).values():
             _warn(f"{self.name}: {_in_words_of(fields, sentence)}")
+        if finding := fitted_coverage(cameras, rig, sizes, image_size).finding(CUT_FIRST):
+            _warn(f"{self.name}: {finding}")
         images = torch.zeros(1, N, 3, *image_size, dtype=torch.uint8)  # [T, N, 3, H, W]
         for n, path in paths.items():
             images[0, n], rig.img_from_cam[n] = decode_image(path, rig.img_from_cam[n], image_size)

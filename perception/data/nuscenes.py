@@ -19,6 +19,7 @@ from perception.data.loader import ClipRequest, decode_image, pad_boxes, pad_lin
 from perception.errors import PerceptionWarning
 from perception.geometry import invert_rigid, yaw_from_rotation
 from perception.inference.ego_motion import MAX_GAP, interrupted
+from perception.rigs.coverage import CUT_FIRST, fitted_coverage
 from perception.types import (
     BOX_CLASSES,
     DEFAULT_LANE_RANGE,
@@ -29,6 +30,7 @@ from perception.types import (
     FrameObjects,
     LaneRange,
     MapLine,
+    NumpyCameraRig,
 )
 
 NUSCENES_CAMERAS = (
@@ -61,6 +63,10 @@ class NuScenesDataset(Dataset):
     Raises:
         ConfigError: the augmentation moves the ego frame beyond the lines in the index.
         DataError: a file or field is missing or malformed, here or when an item is read.
+
+    Warns:
+        PerceptionWarning: the boxes or times are implausible, or resizing to `image_size` cuts off the horizon or most
+            of the ground.
     """
 
     classes = BOX_CLASSES
@@ -83,6 +89,7 @@ class NuScenesDataset(Dataset):
         indices = [load_index(root, version, split, tuple(cameras), lane_range, cache) for root in roots]
         for root, part in zip(roots, indices, strict=True):
             _warn_if_implausible(part, root / version)
+            _warn_of_lost_views(part, root / version, tuple(cameras), (image_size[0], image_size[1]))
         self._index = index = concatenate(indices, roots)
         self.roots, self.version, self.split = tuple(roots), version, split
         self.image_size = (image_size[0], image_size[1])
@@ -274,3 +281,13 @@ def _warn_if_implausible(index: Index, tables: Path) -> None:
             PerceptionWarning,
             stacklevel=3,
         )
+
+
+def _warn_of_lost_views(index: Index, tables: Path, cameras: tuple[str, ...], image_size: tuple[int, int]) -> None:
+    """Warns if fitting the images cuts off the horizon or most of the ground, in the first sample with all cameras."""
+    present = index.image_path != b""
+    i = int(present.sum(1).argmax())
+    rig = NumpyCameraRig(index.img_from_cam[i], index.ego_from_cam[i], present[i])
+    coverage = fitted_coverage(cameras, rig, [(int(H), int(W)) for H, W in index.image_size[i]], image_size)
+    if finding := coverage.finding(CUT_FIRST):
+        warnings.warn(f"{tables}: {finding}", PerceptionWarning, stacklevel=3)

@@ -68,11 +68,12 @@ class LiveInput:
         self._last_rig: tuple[bytes, Findings] = (b"", {})
         self._virtual, self._sizes, self._cut_off = None, sizes, ""
         if rig is not None:
+            from perception.rigs.coverage import SEE_TABLE
             from perception.rigs.virtual import rig_for_network  # it needs Pillow, and a vehicle may have numpy alone
 
             self._virtual = rig_for_network(rig, image_size)
             self._sizes = None if sizes is None else self._virtual.checked_sizes(sizes)
-            self._cut_off = self._virtual.coverage().finding()
+            self._cut_off = self._virtual.coverage().finding(SEE_TABLE)
 
     def arguments(self, images: Any, rig: Any, global_from_ego: Any, time_s: Any) -> tuple[Any, Any, Any, Any]:
         """Returns the arguments of `step` with the images and the calibration of pinholes.

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from perception.inference.crop import fitting_crop
+from perception.rigs.models import Pinhole
 from perception.rigs.rig import RigCamera
+from perception.types import NumpyCameraRig
 
 LEAST_GROUND = 0.5  # share of the rays below the horizon; a finding names cameras with less
+SEE_TABLE = "rig.coverage(image_size).table() has the numbers"
+CUT_FIRST = "cut images around the horizon before, with their intrinsics and sizes"
 RAYS = 40_000  # per camera, evenly over its field of view; shares are exact to about 0.5 %
 GROUND_STEP_DEG = 0.02  # of the angle at which ground is looked for
 
+Sizes = Sequence[tuple[int, int]] | Mapping[int, tuple[int, int]]  # height and width by number of the camera
 Pinholes = Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]]  # img_from_cam [3, 3], ego_from_cam [4, 4] each
 
 
@@ -78,8 +84,12 @@ class Coverage:
     def __getitem__(self, name: str) -> CameraCoverage:
         return next(camera for camera in self.cameras if camera.name == name)
 
-    def finding(self) -> str:
-        """Returns a sentence about cameras that lose the horizon or much of the ground; an empty one if none does."""
+    def finding(self, fix: str) -> str:
+        """Returns a sentence about cameras that lose the horizon or much of the ground; an empty one if none does.
+
+        Args:
+            fix: the end of the sentence.
+        """
         parts = []
         if lost := [c for c in self.cameras if c.horizon_is_lost]:
             named = ", ".join(f"{c.name!r} (ground in the image: {c.reached})" for c in lost)
@@ -90,7 +100,7 @@ class Coverage:
         if not parts:
             return ""
         H, W = self.image_size
-        return f"in the network's images of {W} x {H} pixels {', and '.join(parts)}; see the coverage of the rig"
+        return f"in the network's images of {W} x {H} pixels {', and '.join(parts)}; {fix}"
 
     def table(self) -> str:
         """Returns a readable table, one line per physical camera."""
@@ -126,6 +136,24 @@ def cover(source: RigCamera, pinholes: Pinholes, image_size: tuple[int, int]) ->
         _ground(central, seen, height),
         _ground(central, seen & _in_any(central, pinholes, image_size), height),
     )
+
+
+def fitted_coverage(names: Sequence[str], rig: NumpyCameraRig, sizes: Sizes, image_size: tuple[int, int]) -> Coverage:
+    """Returns what of pinholes is left after fitting their images (`fitting_crop`), as dataset readers do.
+
+    Args:
+        names: of the cameras.
+        rig: [N, ...] in pixels of the given images.
+        sizes: height and width of the given images by camera, for all present cameras.
+        image_size: height and width of the network's images.
+    """
+    found = []
+    for n in np.flatnonzero(rig.present):
+        (fx, skew, cx), (_, fy, cy), _ = np.asarray(rig.img_from_cam[n], dtype=np.float64)
+        source = RigCamera(names[n], sizes[n], Pinhole(fx=fx, fy=fy, cx=cx, cy=cy, skew=skew), rig.ego_from_cam[n])
+        matrix = fitting_crop(sizes[n], image_size).img_from_raw @ source.model.img_from_cam
+        found.append(cover(source, [(matrix, source.ego_from_cam)], image_size))
+    return Coverage(tuple(found), image_size)
 
 
 def _cap(max_angle: float) -> NDArray[np.float64]:

@@ -24,7 +24,7 @@ from PIL import Image
 from perception.errors import ConfigError, DataError, PerceptionWarning
 from perception.inference.checks import checked_image
 from perception.inference.crop import cropped_pixels, fitting_crop
-from perception.rigs.coverage import Coverage, cover
+from perception.rigs.coverage import SEE_TABLE, Coverage, cover
 from perception.rigs.documents import nearest
 from perception.rigs.models import Pinhole
 from perception.rigs.remap import RemapTable, remap_table
@@ -198,7 +198,7 @@ def virtual_rig(rig: Rig, image_size: tuple[int, int]) -> VirtualRig:
             has the numbers.
     """
     chosen = chosen_pinholes(rig, image_size)
-    if finding := chosen.coverage().finding():
+    if finding := chosen.coverage().finding(SEE_TABLE):
         warnings.warn(finding, PerceptionWarning, stacklevel=2)
     return chosen
 
@@ -234,16 +234,6 @@ def rig_for_network(rig: object, image_size: tuple[int, int]) -> VirtualRig:
             f"{W} x {H}; give the rig itself"
         )
     return rig
-
-
-def unchanged_rig(rig: Rig, image_size: tuple[int, int]) -> VirtualRig:
-    """Returns a rig of pinholes as dataset readers fit it: every camera passes through, whatever is cut off.
-
-    Args:
-        rig: pinholes.
-        image_size: height and width of the network's images.
-    """
-    return VirtualRig(rig, image_size, [_unchanged(source) for source in rig])
 
 
 def passes_through(camera: RigCamera, image_size: tuple[int, int]) -> bool:
