@@ -88,6 +88,7 @@ def hang(recorder: Recorder) -> None:
     recorder.attempt("never ends", 1.0, time.sleep, 60)
 
 
+@pytest.mark.slow
 def test_failures_do_not_end_a_run(monkeypatch):
     monkeypatch.setattr(stages, "GRACE", 0.5)
     order = [Stage("a", "m", break_down, (), 60.0), Stage("b", "", hang, (), 3.0), Stage("c", "", hang, (), 2.0)]

@@ -126,6 +126,7 @@ def test_a_missing_dataset_of_a_submission(tmp_path):
     [
         (("demo", "--scenes", "1e9"), "argument --scenes: '1e9' is not a whole number from 1 to 1000"),
         (("demo", "--min-score", "7"), "argument --min-score: 7 is out of range; give a number from 0 to 1"),
+        (("predict", "--info", "i", "--out", "o.png", "--min-seen", "7"), "argument --min-seen: 7 is out of range"),
         (("demo", "--min-score", "nan"), "argument --min-score: nan is out of range"),
         (("demo", "--out", "/proc/x"), "--out /proc/x cannot be written"),
         (("export", "nano", "--out", "x", "--cameras", "0"), "argument --cameras: 0 is out of range"),

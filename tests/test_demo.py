@@ -119,7 +119,6 @@ def test_predict_says_how_much_is_right_and_what_the_weights_know(tmp_path, town
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--info", "nowhere.json", "--min-seen", "7", "--out", "OUT.png"], "--min-seen is 7.0; give a number"),
         (["--dataroot", "ROOT", "--out", "OUT.png"], "--version is missing"),
         (["--dataroot", "ROOT", "--version", VERSION, "--split", "town_val", "--sample", "x", "--out", "OUT.png"],
          "no sample x"),

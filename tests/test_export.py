@@ -212,6 +212,7 @@ def scaled(network, graph, factor):
     return network, graph
 
 
+@pytest.mark.slow
 def test_float16_overflow_fails_the_certificate(small_network, small_graph, small_town, other_rig_town, tmp_path):
     """If weights fit in float16 and outputs do not, the certificate names the layer."""
     network, graph = scaled(small_network, small_graph, 2.0**15)
@@ -424,6 +425,7 @@ def test_eight_bits_of_the_trained_network(tmp_path):
     assert any("are outside their range: input of image_encoder" in text for text in found.failures)
 
 
+@pytest.mark.slow
 def test_int8_for_cpus(small_network, small_town, exports, tmp_path):
     """Activations in UINT8, biases in INT32 and float32 elsewhere, for the INT8 kernels of CPUs."""
     with pytest.raises(ConfigError, match="fp16 is slow on CPUs; use fp32 or int8"):

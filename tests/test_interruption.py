@@ -251,7 +251,7 @@ def test_changed_settings_are_refused_or_taken(config_path, whole, tmp_path):
     assert rates[0] == rates[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_the_batches_that_are_done(config_path, whole, tmp_path, monkeypatch, number):
     """In the middle of an epoch: the memory, the place in the epoch and the averaged weights are restored."""
     run_iter, calls = loops.StreamTrainLoop.run_iter, []

@@ -125,6 +125,6 @@ def test_lines_are_decoded_to_the_ego_frame_and_predicted_live(tmp_path):
     ahead = torch.tensor([[[0.0, 0, 1, 1.5], [-1, 0, 0, 0], [0, -1, 0, 1.6], [0, 0, 0, 1]]])
     rig = CameraRig(torch.tensor([[[60.0, 0, 45], [0, 60, 30], [0, 0, 1]]]), ahead, torch.ones(1, dtype=torch.bool))
     image = torch.randint(0, 256, (1, 60, 90, 3), dtype=torch.uint8).numpy()
-    objects = Predictor(tmp_path / "w.safetensors").step(image, rig, torch.eye(4).double().numpy(), 0.0)
+    objects = Predictor(tmp_path / "w.safetensors", min_seen=0).step(image, rig, torch.eye(4).double().numpy(), 0.0)
     assert objects.lines.points.shape == (4, 5, 2) and objects.boxes.score.shape == (0,)
     assert objects.lines.points.isfinite().all()

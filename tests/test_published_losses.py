@@ -204,7 +204,11 @@ def test_perfect_predictions_have_no_loss(network, town_root):
 
 @pytest.mark.parametrize(
     "preset",
-    ["bevformer_tiny", "maptr_tiny_r50_24e_gkt", pytest.param("maptrv2_nusc_r50_24ep", marks=pytest.mark.slow)],
+    [
+        "bevformer_tiny",
+        pytest.param("maptr_tiny_r50_24e_gkt", marks=pytest.mark.slow),
+        pytest.param("maptrv2_nusc_r50_24ep", marks=pytest.mark.slow),
+    ],
 )
 def test_published_networks_are_trained(preset, town_root, tmp_path):
     """Trains with the flagship's image encoder through scripts/train.py's functions and loads the written weights."""

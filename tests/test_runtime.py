@@ -184,7 +184,7 @@ def test_a_contract_of_another_graph_is_refused(fp32_export, tmp_path):
         Runtime(folder)
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int8", "fp8"])
+@pytest.mark.parametrize("precision", ["fp16", "int8", pytest.param("fp8", marks=pytest.mark.slow)])
 def test_engines_are_built_without_a_gpu(exports, precision, tmp_path):
     pytest.importorskip("tensorrt_rtx")
     folder = Path(shutil.copytree(exports(precision), tmp_path / precision))

@@ -251,6 +251,7 @@ def alive(pid):
     return False
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_cleaned_up_by_the_next(tmp_path):
     """Kills a run for real: its workers end, the next run removes what it left, and gives the bytes of a clean run."""
     script = Path(__file__).resolve().parent.parent / "scripts" / "simulate.py"

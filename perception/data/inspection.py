@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from tqdm import tqdm
 
 from perception.data.lane_map import LaneMap
 from perception.data.loader import open_image
-from perception.data.splits import split_scenes
+from perception.data.splits import custom_splits, split_scenes
 from perception.data.table_checks import check_tables, inside_root
 from perception.data.tables import SHOWN, Finding, read_tables
 from perception.errors import DataError
@@ -65,18 +64,17 @@ def _maps(dataroot: Path, logs: list[dict[str, Any]]) -> Iterator[Finding]:
 def _splits(folder: Path, scenes: list[dict[str, Any]]) -> Iterator[Finding]:
     """Reads the dataset's own splits. Named splits may list scenes of a larger dataset, but not only those."""
     path = folder / "splits.json"
-    if not path.exists():
+    try:
+        splits = custom_splits(path)
+    except DataError as error:
+        yield Finding("error", str(path), "", (), 0, str(error).removeprefix(f"{path} "))
         return
     names = [str(scene.get("name")) for scene in scenes]
-    try:
-        splits = json.loads(path.read_bytes())
-        for split in splits:
+    for split in splits:
+        try:
             split_scenes(split, folder, names)
-    except DataError as error:
-        yield Finding("warning", str(path), "", (), 0, f"has a split that cannot be used: {error}")
-    except (OSError, ValueError, RecursionError, TypeError, AttributeError) as error:
-        problem = f"is not a JSON object of lists of scene names ({' '.join(str(error).split())})"
-        yield Finding("error", str(path), "", (), 0, problem)
+        except DataError as error:
+            yield Finding("warning", str(path), "", (), 0, f"has a split that cannot be used: {error}")
 
 
 def _images(dataroot: Path, folder: Path, tables: dict[str, list[dict[str, Any]]], progress: bool) -> Iterator[Finding]:

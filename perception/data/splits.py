@@ -115,15 +115,19 @@ def _named_scenes(split: str, tables: Path) -> list[str]:
                 f"{versions[split]}, not for {tables.name}; list your scenes under another name in {path}"
             )
         return official[split]
-    custom = _custom_splits(path)
+    custom = custom_splits(path)
     if split not in custom:
         usable = sorted(custom.keys() | {name for name, end in versions.items() if tables.name.endswith(end)})
         raise DataError(f"{path} has no split {short(split)}; known are {', '.join(map(short, usable))}")
     return custom[split]
 
 
-def _custom_splits(path: Path) -> dict[str, list[str]]:
-    """Reads `splits.json`, empty if there is none."""
+def custom_splits(path: Path) -> dict[str, list[str]]:
+    """Reads `splits.json`: scene names by split; empty if there is no such file.
+
+    Raises:
+        DataError: it cannot be read or is malformed.
+    """
     try:
         custom = json.loads(path.read_bytes())
     except FileNotFoundError:
