@@ -12,6 +12,7 @@ from pathlib import Path
 DOCS = Path(__file__).resolve().parent
 MODULES = (
     "__init__", "types", "geometry", "cameras", "grid", "errors", "inference.predictor", "inference.sequence",
+    "rigs.rig", "rigs.importers", "rigs.virtual", "rigs.coverage",
     "models.__init__", "models.base", "models.checkpoint", "models.provenance", "models.bev_transformer.config",
     "models.bev_transformer.model", "models.bevformer.model", "models.maptr.model", "models.maptrv2.model",
     "data.nuscenes", "data.infos", "data.map_vectors", "data.lane_map", "data.lane_topology", "data.splits",

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from perception.grid import BEVGrid
     from perception.inference.predictor import Predictor
     from perception.models.checkpoint import load_model, read_metrics
+    from perception.rigs.importers import import_rig
+    from perception.rigs.rig import Rig
     from perception.synthetic.writer import simulate
     from perception.types import BOX_CLASSES, LINE_CLASSES, Boxes, CameraRig, Frame, FrameObjects, MapLine, Polylines
 
@@ -44,10 +46,12 @@ _MODULES = {
     "PerceptionError": "errors",
     "Polylines": "types",
     "Predictor": "inference.predictor",
+    "Rig": "rigs.rig",
     "Runtime": "export.runtime",
     "evaluate_boxes": "evaluation.detection",
     "evaluate_dataset": "evaluation.dataset",
     "evaluate_lanes": "evaluation.lanes",
+    "import_rig": "rigs.importers",
     "load_config": "engine.config",
     "load_model": "models.checkpoint",
     "read_metrics": "models.checkpoint",
@@ -68,11 +72,13 @@ __all__ = [
     "PerceptionError",
     "Polylines",
     "Predictor",
+    "Rig",
     "Runtime",
     "__version__",
     "evaluate_boxes",
     "evaluate_dataset",
     "evaluate_lanes",
+    "import_rig",
     "load_config",
     "load_model",
     "read_metrics",

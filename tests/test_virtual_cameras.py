@@ -282,6 +282,8 @@ def test_the_predictor_gives_the_network_the_pinholes(small_network, mixed_rig):
         result = predictor.step(given, np.eye(4), 0.5 * k)
         assert "below the horizon are left of 'left'" in result.warnings[0]
     hook.remove()
+    flat = Predictor(small_network, rig=rig).step({"left": np.full((966, 1280, 3), 90, np.uint8)}, np.eye(4), 0.0)
+    assert any(text.startswith("images['left'] has the same value") for text in flat.warnings)
     virtual = virtual_rig(rig, SMALL)
     for frame, given in zip(frames, live_frames(images), strict=True):
         expected, camera_rig = virtual.frame(given, [SMALL] * 4)

@@ -10,6 +10,7 @@ be told only from several frames, and only by day; see `ImageStatistics`.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -52,20 +53,32 @@ class Warnings:
     """Emits the warnings of a predictor, each kind once.
 
     `EVERY_TIME` names the kinds that report an event of one step, such as a dropped memory. They are always emitted.
+
+    Args:
+        names: of the cameras, which then stand in the sentences instead of their numbers.
     """
 
     EVERY_TIME = ("motion", "not finite")
 
-    def __init__(self) -> None:
+    def __init__(self, names: Sequence[str] = ()) -> None:
+        self._names = names
         self._emitted: set[str] = set()
 
     def emit(self, findings: Mapping[str, str]) -> tuple[str, ...]:
         """Emits what is new as a PerceptionWarning at the line that called `step`, and returns all sentences."""
+        findings = {kind: self._named(sentence) for kind, sentence in findings.items()}
         for kind, sentence in findings.items():
             if kind in self.EVERY_TIME or kind not in self._emitted:
                 self._emitted.add(kind)
                 warnings.warn(sentence, PerceptionWarning, stacklevel=3)
         return tuple(findings.values())
+
+    def _named(self, sentence: str) -> str:
+        """Returns a sentence with names in place of the numbers in `images[3]`, `rig.img_from_cam[3]`, `camera 3`."""
+        if not self._names:
+            return sentence
+        numbered = re.compile(r"(?<=images\[)\d+(?=\])|(?<=_cam\[)\d+(?=\])|(?<=camera )\d+")
+        return numbered.sub(lambda match: repr(self._names[int(match[0])]), sentence)
 
 
 def implausible_rig(rig: NumpyCameraRig, sizes: Sizes, seeing: NDArray[np.bool_]) -> Findings:

@@ -159,7 +159,7 @@ class Rig:
             if not isinstance(camera.model, Pinhole):
                 raise DataError(
                     f"camera {camera.name!r} has the model {camera.model.kind}, and a CameraRig holds pinholes; "
-                    "undistort its images and give the rig with the pinhole of the undistorted ones"
+                    "give the rig to Predictor(rig=...), or undistort its images and give their pinhole"
                 )
         return NumpyCameraRig(
             np.stack([camera.model.img_from_cam for camera in cameras]),
