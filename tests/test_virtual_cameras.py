@@ -19,7 +19,7 @@ from perception.rigs.coverage import fitted_coverage
 from perception.rigs.models import BrownConrady, FTheta, KannalaBrandt, Mei, Pinhole
 from perception.rigs.remap import remap_table
 from perception.rigs.rig import BODY_FROM_OPTICAL, rigid_from_rpy
-from perception.rigs.virtual import HORIZON_RANGE, virtual_rig
+from perception.rigs.virtual import HORIZON_RANGE, passes_through, virtual_rig
 
 NANO, LARGE = (176, 448), (256, 704)
 FOCAL = {"fx": 330.0, "fy": 332.0, "cx": 321.0, "cy": 238.0}
@@ -116,6 +116,14 @@ def test_a_table_to_the_same_pinhole_changes_nothing_and_half_a_pixel_is_the_mea
     np.testing.assert_array_equal(shifted(image), (wide[:, :-1] + wide[:, 1:] + 1) // 2)
 
 
+def test_fine_patterns_do_not_alias():
+    source = camera(MODELS["brown_conrady"])
+    board = np.indices((480, 640)).sum(0) % 2 * 255
+    (image,), _ = quiet(Rig([source]), (96, 240)).frame([np.repeat(board[..., None], 3, -1).astype(np.uint8)])
+    inner = image[20:-20, 20:-20].astype(float)
+    assert abs(inner.mean() - 127.5) < 2 and inner.std() < 12
+
+
 @pytest.mark.parametrize("name", ["argoverse2", "waymo", "surround_fisheye", "kitti360"])
 def test_virtual_cameras_are_level(name):
     for pinhole in quiet(Rig.load(name)).cameras:
@@ -184,6 +192,30 @@ def test_wide_cameras_become_several_pinholes_and_narrow_ones_keep_their_pixels(
     (pinhole,) = quiet(Rig([camera(model, (1, 2, 0), size=(1280, 1920))])).cameras
     assert pinhole.img_from_cam[0, 0] / 3800 == pytest.approx(NANO[1] / 1920, rel=0.02)
     assert pinhole.table.seen.mean() > 0.98
+
+
+def test_pinholes_stand_from_left_to_right_where_the_camera_sees():
+    """The principal point lies near the left border, so that the camera sees much more to its right."""
+    model = replace(MODELS["kannala_brandt"], cx=150.0)
+    virtual = quiet(Rig([camera(model, (0, 0, 0), lens_deg=90)]))
+    yaws = [np.degrees(np.arctan2(p.ego_from_cam[1, 2], p.ego_from_cam[0, 2])) for p in virtual.cameras]
+    assert len(yaws) == 2 and yaws == sorted(yaws, reverse=True) and yaws[1] < -45 and 10 < yaws[0] < 20
+    assert all(pinhole.table.seen.mean() > 0.9 for pinhole in virtual.cameras)
+
+
+@pytest.mark.parametrize(
+    ("change", "is_unchanged"),
+    [({}, True), ({"rpy_deg": (0, 4, 0)}, True), ({"rpy_deg": (0, 7, 0)}, False), ({"rpy_deg": (-7, 0, 0)}, False),
+     ({"rpy_deg": (180, 0, 0)}, False), ({"size": (1600, 900)}, False), ({"focal": 500.0}, False),
+     ({"center": 300.0}, False), ({"size": (300, 1600), "center": 150.0}, False), ({"lens_deg": 40.0}, False)],
+)  # fmt: skip
+def test_which_pinholes_pass_through(change, is_unchanged):
+    """Pitch, roll, upside down, portrait, 116 degrees wide, horizon near the top, a strip, and a small image circle."""
+    given = {"rpy_deg": (0, 0, 0), "size": (900, 1600), "focal": 1260.0, "center": 480.0} | change
+    focal, center = given.pop("focal"), given.pop("center")
+    source = camera(Pinhole(fx=focal, fy=focal, cx=given["size"][1] / 2, cy=center), **given)
+    assert passes_through(source, NANO) == is_unchanged
+    assert all(pinhole.is_unchanged == is_unchanged for pinhole in quiet(Rig([source])).cameras)
 
 
 @pytest.mark.parametrize("rpy", [(0, 90, 0), (0, 70, -30), (90, 0, 10), (180, 3, 170)])

@@ -73,6 +73,7 @@ class LiveInput:
 
             self._virtual = rig_for_network(rig, image_size)
             self._sizes = None if sizes is None else self._virtual.checked_sizes(sizes)
+            self._virtual.make_tables()
             self.warnings = Warnings([camera.source.name for camera in self._virtual.cameras])
             self._cut_off = self._virtual.coverage().finding(SEE_TABLE)
 
