@@ -50,6 +50,9 @@ MODULES = {
     "perception.inference.checks": "checks",
     "perception.inference.ego_motion": "ego_motion checks",
     "perception.inference.fitting": "loader images",
+    "perception.rigs.virtual": "virtual_cameras",
+    "perception.rigs.remap": "virtual_cameras",
+    "perception.rigs.coverage": "virtual_cameras",
     "perception.export.runtime": "runtime",
     "perception.export.contract": "contract runtime",
 }
