@@ -39,10 +39,10 @@ from perception.types import BOX_CLASSES, LINE_CLASSES, LaneRange, MapLine
 
 # Cases of the fast suite and of the slow one, by reader.
 BUDGET = {
-    "infos": (250, 3000), "infos of KITTI": (150, 1500), "pickled infos": (250, 3000), "map vectors": (300, 2500),
-    "split files": (200, 1500), "splits.json": (100, 500), "lane submissions": (200, 2000),
-    "box submissions": (200, 2000), "weights": (40, 400), "checkpoints": (10, 150), "contracts": (200, 1500),
-    "cfg-options": (60, 600),
+    "infos": (250, 2000), "infos of KITTI": (150, 800), "pickled infos": (250, 2000), "map vectors": (300, 1200),
+    "split files": (200, 800), "splits.json": (100, 300), "lane submissions": (200, 1000),
+    "box submissions": (200, 1000), "weights": (40, 150), "checkpoints": (10, 60), "contracts": (200, 900),
+    "cfg-options": (60, 300),
 }  # fmt: skip
 
 

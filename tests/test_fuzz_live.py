@@ -192,7 +192,6 @@ def test_mutated_input_gives_a_sentence_or_a_finite_result(make_live, live_kind,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [2, 3])
-def test_thousands_of_mutations(make_live, live_kind, live_frames, seed):
-    refused, warned = fuzz(make_live[live_kind], live_frames, 800, seed)
+def test_thousands_of_mutations(make_live, live_kind, live_frames):
+    refused, warned = fuzz(make_live[live_kind], live_frames, 800, seed=2)
     assert refused > 300 and warned > 50
