@@ -364,6 +364,8 @@ def test_rigs_that_do_not_fit(small_network, fp32_export, mixed_export, mixed_ri
     predictor = Predictor(small_network, rig=rig)
     with pytest.raises(DataError, match="the cameras are those of the rig that was given at construction"):
         predictor.step(images, rig, np.eye(4), 0.0)
+    with pytest.raises(DataError, match="step needs images, rig, global_from_ego and time_s; without rig if one"):
+        Predictor(small_network).step(list(images.values()), np.eye(4), 0.0)
     with pytest.raises(ConfigError, match=r"rig is str; give a perception\.Rig"):
         Predictor(small_network, rig="nuscenes")
     with pytest.raises(ConfigError, match=r"made for images of 448 x 176 .* the network takes 80 x 40"):

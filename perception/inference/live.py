@@ -19,7 +19,7 @@ from perception.inference.crop import fitted_rig
 from perception.inference.ego_motion import EgoMotion, Motion
 from perception.inference.plausibility import Findings, ImageStatistics, Sizes, Statistics, Warnings, implausible_rig
 from perception.inference.visibility import SeenMap, View, sees_ground
-from perception.types import NumpyCameraRig
+from perception.types import CameraRig, NumpyCameraRig
 
 if TYPE_CHECKING:
     from perception.rigs.rig import Rig
@@ -84,9 +84,13 @@ class LiveInput:
         and the time follow the images.
 
         Raises:
-            DataError: both rigs were given, or the images do not fit the rig.
+            DataError: both rigs were given, or neither, or the images do not fit the rig.
         """
         if self._virtual is None:
+            if time_s is None and not isinstance(rig, CameraRig | NumpyCameraRig):
+                raise DataError(
+                    "step needs images, rig, global_from_ego and time_s; without rig if one was given at construction"
+                )
             return images, rig, global_from_ego, time_s
         if rig is not None:
             if global_from_ego is not None and time_s is not None:
