@@ -411,3 +411,14 @@ def test_a_killed_export_is_refused_by_the_runtime_and_made_good_by_the_next(sma
             assert runtime.contract["precision"] == ("fp32" if moment == "rename 2" else "fp16")
         export(work)
         assert files(work) == expected
+
+
+def test_what_was_just_saved_stays_next_to_a_damaged_file_of_a_higher_number(tmp_path):
+    folder = WorkDir(tmp_path, "small")
+    for epoch in (1, 2, 3):
+        folder.save({"meta": {}}, epoch, 0)
+    (tmp_path / "epoch_3.pth").write_bytes(b"")
+    folder.save({"meta": {}}, 2, 5)
+    assert [path.name for path in folder.checkpoints()] == ["epoch_3.pth", "epoch_2_batch_5.pth", "epoch_2.pth"]
+    folder.save({"meta": {}}, 3, 0)
+    assert [path.name for path in folder.checkpoints()] == ["epoch_3.pth", "epoch_2.pth"]

@@ -94,11 +94,20 @@ class WorkDir:
         content["meta"]["sha256"] = content_hash(content)
         with replacing(path) as temporary:
             torch.save(content, temporary)
-        whole = [old for old in self.checkpoints() if "_batch_" not in old.name]
-        for old in self.checkpoints():
-            if old != path and old not in whole[:KEPT]:
-                old.unlink(missing_ok=True)
+        self.prune(path)
         return path
+
+    def prune(self, saved: Path | None = None) -> None:
+        """Deletes checkpoints that are no longer needed: those inside of epochs but `saved`, and those of old epochs.
+
+        Args:
+            saved: the newest checkpoint, next to which a damaged one may have a higher number.
+        """
+        found = self.checkpoints()
+        kept = [path for path in found if "_batch_" not in path.name][:KEPT]
+        for path in found:
+            if path not in kept and path != saved:
+                path.unlink(missing_ok=True)
 
     def newest(self) -> dict[str, Any] | None:
         """Reads the newest checkpoint that is not damaged; None if there is no work in the folder.

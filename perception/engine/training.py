@@ -190,6 +190,8 @@ def train(
             config, section, model, train_set, val_set, seed, amp, launcher, folder, settings, stop, checkpoint, changed
         )
         runner.train()
+        if writes:
+            folder.prune()  # an interruption may have come before the deletion of the oldest checkpoint
     return model.core
 
 
