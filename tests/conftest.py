@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -21,6 +22,15 @@ def existing(path: Path, what: str) -> Path:
     if not path.exists():
         pytest.skip(f"{what} is not at {path}")
     return path
+
+
+@contextmanager
+def one_thread():
+    """Runs the block on one thread: sums in another order are other sums, and another number of threads has one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def noisy(network, config):

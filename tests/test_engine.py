@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from conftest import one_thread
 from mmengine.runner import set_random_seed
 
 from perception.data.loader import ClipRequest, TrainSampler, collate
@@ -46,20 +47,9 @@ def config_path(tmp_path_factory, town_root) -> Path:
 def trained(tmp_path_factory, config_path) -> Path:
     """The work directory of five epochs without interruption."""
     work_dir = tmp_path_factory.mktemp("trained")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    train(load_config(config_path), work_dir, seed=5)
-    torch.set_num_threads(threads)
+    with one_thread():
+        train(load_config(config_path), work_dir, seed=5)
     return work_dir
-
-
-def tensors_of(noun, path=""):
-    """Returns all tensors and numbers in nested dicts and lists, by path."""
-    if isinstance(noun, dict):
-        return {k: v for key, part in noun.items() for k, v in tensors_of(part, f"{path}/{key}").items()}
-    if isinstance(noun, list | tuple):
-        return {k: v for i, part in enumerate(noun) for k, v in tensors_of(part, f"{path}/{i}").items()}
-    return {path: noun}
 
 
 def scalars(work_dir: Path) -> list[dict]:

@@ -14,7 +14,7 @@ import killed_training
 import numpy as np
 import pytest
 import torch
-from conftest import RAW
+from conftest import RAW, one_thread
 from tqdm import tqdm
 
 from perception import cli
@@ -44,12 +44,9 @@ AIMED = [
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Sums in another order are other sums; the same number of threads keeps the order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def exact():
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +60,8 @@ def config_path(tmp_path_factory, town_root) -> Path:
 def whole(tmp_path_factory, config_path) -> Path:
     """The folder of a training that nothing interrupts: three epochs of four steps."""
     folder = tmp_path_factory.mktemp("whole") / "work"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    train(load_config(config_path), folder, seed=5)
-    torch.set_num_threads(threads)
+    with one_thread():
+        train(load_config(config_path), folder, seed=5)
     return folder
 
 

@@ -3,13 +3,12 @@
 import json
 import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import yaml
-from conftest import existing
+from conftest import PROJECT, existing
 from scipy.spatial.transform import Rotation
 
 from perception.errors import DataError
@@ -18,7 +17,7 @@ from perception.rigs import Rig, import_rig
 from perception.rigs.importers import FORMATS
 from perception.rigs.models import BrownConrady, KannalaBrandt, Mei, Pinhole
 
-RIGS = Path("/work/shared/data/rigs")
+RIGS = PROJECT.parent / "shared" / "data" / "rigs"
 HALF = 0.5  # px, from pixel centres at whole numbers to ours
 
 

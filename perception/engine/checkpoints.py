@@ -23,6 +23,7 @@ from torch import Tensor
 from perception.engine.config import TrainConfig
 from perception.errors import CheckpointError, ConfigError, PerceptionWarning
 from perception.files import locked, replacing
+from perception.reading import short
 
 FORMAT = "perception-training-1"  # changes when a training can no longer go on from old files
 KEPT = 2  # checkpoints of finished epochs that stay
@@ -172,18 +173,13 @@ def changed_settings(
     changed = {key: (before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)}
     refused = [key for key in changed if not (allow_change and key in CHANGEABLE)]
     if refused:
-        shown = ", ".join(f"{key} {_short(changed[key][0])} -> {_short(changed[key][1])}" for key in refused)
+        shown = ", ".join(f"{key} {short(changed[key][0])} -> {short(changed[key][1])}" for key in refused)
         if all(key in CHANGEABLE for key in refused):
             fix = "add --allow-change to go on with the new value, or give the old one"
         else:
             fix = "give the old value, or start in another --work-dir"
         raise ConfigError(f"{where} holds a training with other settings: {shown}; {fix}")
     return changed
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def plain(value: Any) -> Any:
