@@ -70,7 +70,7 @@ EXTRAS = {
 }
 
 
-def not_installed(error: ModuleNotFoundError) -> ConfigError | None:
+def not_installed(error: ImportError) -> ConfigError | None:
     """The error for a package that an extra brings and that is not installed; None for any other package."""
     package = (error.name or "").partition(".")[0]
     for extra, packages in EXTRAS.items():

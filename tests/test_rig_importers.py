@@ -235,6 +235,18 @@ def test_without_pyarrow_the_package_is_named(tmp_path, monkeypatch):
         import_rig(tmp_path)
 
 
+def test_a_pyarrow_that_cannot_be_imported_is_named(tmp_path, monkeypatch):
+    """Releases of pyarrow refuse an older NumPy at the import."""
+    (tmp_path / "intrinsics.feather").write_bytes(b"nothing")
+    (tmp_path / "egovehicle_SE3_sensor.feather").write_bytes(b"nothing")
+    (tmp_path / "pyarrow.py").write_text("raise ImportError('pyarrow requires NumPy 2.0 or newer')")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "pyarrow"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    with refused("is a feather file, and pyarrow requires NumPy 2.0 or newer"):
+        import_rig(tmp_path)
+
+
 WAYMO = {  # the calibration in the unit test of Waymo's camera model
     "name": "FRONT",
     "intrinsic": [2055.55614936, 2055.55614936, 939.657469886, 641.072182194, 0.032316008498, -0.321412482553,

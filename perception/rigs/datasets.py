@@ -249,7 +249,7 @@ def _feather(path: Path) -> list[Fields]:
         raise DataError(f"{path} does not exist; give the folder calibration of an Argoverse 2 log")
     try:
         from pyarrow import feather
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         raise DataError(f"{path} is a feather file, and {not_installed(error) or error}") from None
     try:
         rows = feather.read_table(path).to_pylist()
