@@ -1,8 +1,8 @@
 """Predictions as the fields of ROS 2 messages: nested dicts of plain values, without ROS.
 
 `rosidl_runtime_py.set_message_fields(message, fields)` fills a message from them, as `perception.ros2.node` does.
-Fields that are left out keep the default of the message. All values are in one frame, `base`, which is the `base_link` of the
-vehicle: x forward, y left, z up.
+Fields that are left out keep the default of the message. All values are in one frame, `base`, which is the `base_link`
+of the vehicle: x forward, y left, z up.
 
 Sources of the conventions: the message definitions of autoware_msgs and vision_msgs, and for the twist, which Autoware
 expresses in the frame of the object, autowarefoundation/autoware_universe#6192 and #8980, for its covariance #8996.
