@@ -58,6 +58,55 @@ def scratch_folder(purpose: str) -> Iterator[Path]:
         yield Path(folder)
 
 
+@contextmanager
+def new_folder(out: str | Path) -> Iterator[Path]:
+    """Yields an empty folder next to `out`, and renames it to `out` when the block succeeds.
+
+    A lock on the folder tells a run that is going on from one that was killed. The kernel drops it with the process, so
+    what a killed run left is removed here.
+
+    Args:
+        out: the folder; it must not exist, or be empty. Missing parents are created.
+
+    Raises:
+        DataError: `out` is not empty, another run is writing it, or it cannot be written.
+    """
+    out = Path(out)
+    if not out.name:  # "." and ".."
+        out = out.resolve()
+    root = out.with_name(f".{out.name}.partial")
+    while True:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise DataError(f"{out}: exists and is not empty; remove it or give another folder")
+        root.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = os.open(root, os.O_RDONLY)
+        except FileNotFoundError:  # another run has just finished
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock), root.stat()):
+                break
+        except BlockingIOError:
+            os.close(lock)
+            raise DataError(f"{out}: another run is writing it; wait for it or give another folder") from None
+        except FileNotFoundError:
+            pass
+        os.close(lock)
+    try:
+        for left in root.iterdir():  # by a run that was killed
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        yield root
+        os.replace(root, out)
+    except OSError as error:
+        raise DataError(
+            f"{out}: cannot be written ({error.strerror or error}); make room or give another folder"
+        ) from error
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+        os.close(lock)
+
+
 def _own_name() -> str:
     return f"{socket.gethostname()}.{os.getpid()}"
 

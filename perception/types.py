@@ -13,7 +13,7 @@ runtime uses the types with the prefix `Numpy`, which have the same fields as nu
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 from numpy.typing import NDArray
@@ -148,6 +148,31 @@ class Seen(NamedTuple):
     lines: Tensor  # [M, P] bool, for each point
 
 
+class Ids(NamedTuple):
+    """Ids of the boxes and lines of a live result, by which a tracker names the same thing in several frames."""
+
+    boxes: Array  # [M] int64, -1 for none
+    lines: Array  # [M] int64, -1 for none
+
+
+class Weights(NamedTuple):
+    """Which weights made a live result."""
+
+    name: str | None = None  # of shipped weights or of a file; None if a network was given as an object
+    # What they were trained on, as plain JSON values: the fields of `models.provenance.Provenance`; None if unknown.
+    trained_on: Mapping[str, Any] | None = None
+
+
+class StepInfo(NamedTuple):
+    """How a live result was made; the same for PyTorch and the torch-free runtime."""
+
+    time_s: float | None = None  # seconds; None if no time was given
+    global_from_ego: Array | None = None  # [4, 4] float64 pose of the ego frame, metres; None if none was given
+    used_memory: bool = False  # False: the result stands for itself, and earlier frames have no part in it
+    no_memory_because: str = ""  # the reason, empty if memory was used
+    weights: Weights = Weights()
+
+
 class LiveObjects(NamedTuple):
     """Result of one step in live use: `FrameObjects`, with what is known about the input."""
 
@@ -155,11 +180,47 @@ class LiveObjects(NamedTuple):
     lines: Polylines
     seen: Seen  # of these boxes and lines
     warnings: tuple[str, ...]  # what is implausible in the input of this step; empty for a good one
+    info: StepInfo = StepInfo()
+    ids: Ids | None = None  # of a tracker; None without one
 
     @property
     def objects(self) -> FrameObjects:
         """The boxes and lines alone, as evaluation takes them."""
         return FrameObjects(self.boxes, self.lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the result as plain JSON values, see `perception.inference.result`."""
+        from perception.inference import result  # it needs this module
+
+        return result.to_dict(self)
+
+    def to_json(self) -> str:
+        """Returns the result as JSON text in one line, see `perception.inference.result`."""
+        from perception.inference import result  # it needs this module
+
+        return result.to_json(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "result") -> LiveObjects:
+        """Reads what `to_dict` returned.
+
+        Args:
+            values: the result.
+            where: names its place, for messages.
+
+        Raises:
+            DataError: it is something else; the message names the field.
+        """
+        from perception.inference import result  # it needs this module
+
+        return result.as_tensors(result.from_dict(values, where))
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "result") -> LiveObjects:
+        """Reads what `to_json` returned; see `from_dict`."""
+        from perception.inference import result  # it needs this module
+
+        return result.as_tensors(result.from_json(text, where))
 
 
 class NumpyCameraRig(NamedTuple):
@@ -216,11 +277,39 @@ class NumpyLiveObjects(NamedTuple):
     lines: NumpyPolylines
     seen: NumpySeen
     warnings: tuple[str, ...]
+    info: StepInfo = StepInfo()
+    ids: Ids | None = None
 
     @property
     def objects(self) -> NumpyFrameObjects:
         """The boxes and lines alone, as evaluation takes them."""
         return NumpyFrameObjects(self.boxes, self.lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the result as plain JSON values, as `LiveObjects.to_dict` does."""
+        from perception.inference import result  # it needs this module
+
+        return result.to_dict(self)
+
+    def to_json(self) -> str:
+        """Returns the result as JSON text in one line, as `LiveObjects.to_json` does."""
+        from perception.inference import result  # it needs this module
+
+        return result.to_json(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "result") -> NumpyLiveObjects:
+        """Reads what `to_dict` returned; see `LiveObjects.from_dict`."""
+        from perception.inference import result  # it needs this module
+
+        return result.from_dict(values, where)
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "result") -> NumpyLiveObjects:
+        """Reads what `to_json` returned; see `LiveObjects.from_dict`."""
+        from perception.inference import result  # it needs this module
+
+        return result.from_json(text, where)
 
 
 class State(NamedTuple):

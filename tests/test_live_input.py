@@ -17,7 +17,7 @@ from perception.inference.live import LiveInput
 from perception.inference.plausibility import sampled_rgb
 from perception.inference.predictor import Predictor
 from perception.synthetic.sensors import EIGHT_CAMERAS, FIVE_CAMERAS, SIX_CAMERAS, make_cameras
-from perception.types import CameraRig, NumpyCameraRig
+from perception.types import CameraRig, NumpyCameraRig, Weights
 
 H, W = RAW
 OPTICAL = np.array([[0.0, 0, 1, 0], [-1, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0, 1]])  # body axes from camera axes
@@ -130,7 +130,7 @@ def inspected(live, sizes, rig, images, k=0, image_format="rgb"):
 
 
 def make_input(image_size=(176, 448)):
-    return LiveInput(image_size, True, max_speed=60, max_turn_rate=2)
+    return LiveInput(image_size, True, weights=Weights(), max_speed=60, max_turn_rate=2)
 
 
 @pytest.mark.parametrize("name", RIGS)

@@ -262,7 +262,7 @@ def test_a_killed_run_is_cleaned_up_by_the_next(tmp_path):
     while not list(tmp_path.glob(".town*/samples/*/*.jpg")):
         assert time.time() < deadline and process.poll() is None
         time.sleep(0.05)
-    with pytest.raises(DataError, match="town: another simulation is writing it; wait for it or give another folder"):
+    with pytest.raises(DataError, match="town: another run is writing it; wait for it or give another folder"):
         simulate(tmp_path / "town", scenes=1, seed=3, workers=1)
     workers = children(process.pid)
     assert len(workers) >= 2
@@ -295,7 +295,7 @@ def test_threads_do_not_write_one_folder_at_once(tmp_path):
     for thread in threads:
         thread.join()
     results.remove("made")
-    assert len(results) == 1 and ("another simulation is writing it" in results[0] or "is not empty" in results[0])
+    assert len(results) == 1 and ("another run is writing it" in results[0] or "is not empty" in results[0])
     assert [path.name for path in tmp_path.iterdir()] == ["town"]
 
 

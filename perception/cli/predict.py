@@ -105,7 +105,7 @@ def as_records(scene) -> dict:
     """Boxes and lines of one frame as plain JSON values, in the ego frame, metres and radians."""
     from perception.types import BOX_CLASSES, LINE_CLASSES
 
-    boxes, lines, seen, _ = scene
+    boxes, lines, seen = scene[:3]
     return {
         "boxes": [
             {

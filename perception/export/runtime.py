@@ -23,7 +23,7 @@ from perception.errors import ConfigError
 from perception.export.contract import MODEL, ImageInputs, check_graph, read_contract
 from perception.inference.checks import NOT_FINITE, check_images, checked_rig, checked_setting, objects_are_finite
 from perception.inference.ego_motion import MAX_SPEED, MAX_TURN_RATE
-from perception.inference.live import LiveInput
+from perception.inference.live import LiveInput, Step, without_result
 from perception.inference.plausibility import sampled_rgb
 from perception.inference.visibility import MIN_SEEN, kept_by
 from perception.types import (
@@ -34,6 +34,7 @@ from perception.types import (
     NumpyLiveObjects,
     NumpyPolylines,
     NumpySeen,
+    Weights,
     map_tensors,
 )
 
@@ -225,8 +226,9 @@ class Runtime:
                 "bgr; export the network for one of them"
             )
         self._live = LiveInput(
-            (H, W), remembers, rig=rig, sizes=self.images.sizes, max_speed=max_speed, max_turn_rate=max_turn_rate
-        )
+            (H, W), remembers, rig=rig, sizes=self.images.sizes, weights=Weights(self.contract["network"]),
+            max_speed=max_speed, max_turn_rate=max_turn_rate,
+        )  # fmt: skip
         self._session: Session
         if backend == "onnxruntime":
             self._session = OnnxSession(folder, self.contract, providers, int(threads))
@@ -304,7 +306,7 @@ class Runtime:
         step = live.inspect(motion, checked, self.images.sizes, pixels)
         if step.is_blank:
             self.reset()
-            return self._nothing(live.warnings.emit(step.findings))
+            return self._nothing(step, live.warnings.emit(step.findings))
         for n, image in given.items():
             self.inputs[f"image_{n}"][...] = image
         self.fill(checked, motion.ego_from_prev, motion.seconds, motion.is_first)
@@ -313,7 +315,7 @@ class Runtime:
         objects = NumpyFrameObjects(self._above_threshold(predicted.boxes), self._above_threshold(predicted.lines))
         if not (self._session.memory_is_finite(self._turn) and objects_are_finite(predicted, objects)):
             self.reset()
-            return self._nothing(live.warnings.emit(step.findings | {"not finite": NOT_FINITE}))
+            return self._nothing(step, live.warnings.emit(step.findings | {"not finite": NOT_FINITE}))
         live.keep(step)
         seen = step.view.of_objects(objects)
         boxes, lines = kept_by(seen, self.min_seen)
@@ -322,6 +324,7 @@ class Runtime:
             lines=map_tensors(lambda array: array[lines], objects.lines),
             seen=NumpySeen(seen.boxes[boxes], seen.lines[lines]),
             warnings=live.warnings.emit(step.findings),
+            info=step.info,
         )
 
     def fill(self, rig: NumpyCameraRig, ego_from_prev: NDArray[Any], seconds: float, is_first: bool) -> None:
@@ -340,11 +343,11 @@ class Runtime:
         keep = objects.valid & (objects.score >= self.min_score)
         return map_tensors(lambda array: array[keep], objects)
 
-    def _nothing(self, warnings: tuple[str, ...]) -> NumpyLiveObjects:
+    def _nothing(self, step: Step, warnings: tuple[str, ...]) -> NumpyLiveObjects:
         """Returns a result without boxes and lines."""
         boxes, lines = map_tensors(lambda array: array[:0].copy(), self.objects())
         seen = NumpySeen(np.zeros(0, np.float32), np.zeros(lines.points.shape[:2], bool))
-        return NumpyLiveObjects(boxes, lines, seen, warnings)
+        return NumpyLiveObjects(boxes, lines, seen, warnings, without_result(step.info))
 
 
 def objects_of(outputs: Mapping[str, NDArray[Any]]) -> NumpyFrameObjects:

@@ -33,6 +33,7 @@ class Motion(NamedTuple):
     time_s: float
     gaps: int  # number of consecutive frames up to this one that came after a gap
     warning: str  # empty for none
+    first_because: str = ""  # why it is a first frame; empty if it is none
 
 
 class EgoMotion:
@@ -70,7 +71,7 @@ class EgoMotion:
                 the last time.
         """
         pose, time = checked_pose(global_from_ego), checked_time(time_s)
-        first = Motion(np.eye(4), 0.0, True, pose, time, 0, "")
+        first = Motion(np.eye(4), 0.0, True, pose, time, 0, "", "it is the first frame")
         last = self._last
         if last is None:
             return first
@@ -82,15 +83,20 @@ class EgoMotion:
         seconds = time - last.time_s
         if seconds > MAX_GAP:
             gaps = last.gaps + 1
-            return first._replace(gaps=gaps, warning=_gap_warning(seconds) if gaps == 3 else "")
+            return first._replace(
+                gaps=gaps,
+                warning=_gap_warning(seconds) if gaps == 3 else "",
+                first_because=f"the last frame was {seconds:.3g} s before",
+            )
         # In float64, because global coordinates are kilometres and the motion is centimetres.
         ego_from_prev = invert_rigid(pose) @ last.global_from_ego
         if interrupted(ego_from_prev, seconds, self.max_speed, self.max_turn_rate):
             distance, angle = motion_size(ego_from_prev)
             return first._replace(
+                first_because="the pose has jumped",
                 warning=f"the pose moved {distance:.4g} m and turned {angle:.3g} rad in {seconds:.3g} s, but max_speed "
                 f"is {self.max_speed:g} m/s and max_turn_rate {self.max_turn_rate:g} rad/s: the memory is dropped and "
-                "this step is a first one; correct the poses, or raise the limit if the vehicle moves this fast"
+                "this step is a first one; correct the poses, or raise the limit if the vehicle moves this fast",
             )
         return Motion(ego_from_prev, seconds, False, pose, time, 0, "")
 

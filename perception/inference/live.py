@@ -19,7 +19,7 @@ from perception.inference.crop import fitted_rig
 from perception.inference.ego_motion import EgoMotion, Motion
 from perception.inference.plausibility import Findings, ImageStatistics, Sizes, Statistics, Warnings, implausible_rig
 from perception.inference.visibility import SeenMap, View, sees_ground
-from perception.types import CameraRig, NumpyCameraRig
+from perception.types import CameraRig, NumpyCameraRig, StepInfo, Weights
 
 if TYPE_CHECKING:
     from perception.rigs.rig import Rig
@@ -35,6 +35,7 @@ class Step(NamedTuple):
     statistics: Statistics
     findings: Findings  # what is implausible
     is_blank: bool  # no camera is present and there is no memory, so there is nothing to predict from
+    info: StepInfo
 
 
 class LiveInput:
@@ -45,6 +46,7 @@ class LiveInput:
         remembers: False for a network without a memory.
         rig: the physical cameras whose images `step` gets; None if it gets images and calibration of pinholes.
         sizes: height and width of the images that the network takes, if they are fixed.
+        weights: which ones the network has.
         max_speed, max_turn_rate: see `EgoMotion`.
 
     Raises:
@@ -58,12 +60,13 @@ class LiveInput:
         *,
         rig: Rig | VirtualRig | None = None,
         sizes: Sequence[tuple[int, int]] | None = None,
+        weights: Weights,
         max_speed: float,
         max_turn_rate: float,
     ) -> None:
         self.ego_motion = EgoMotion(max_speed, max_turn_rate)
         self.warnings = Warnings()
-        self._image_size, self._remembers = image_size, remembers
+        self._image_size, self._remembers, self._weights = image_size, remembers, weights
         self._seen_map, self._statistics = SeenMap(remembers), ImageStatistics()
         self._last_rig: tuple[bytes, Findings] = (b"", {})
         self._virtual, self._sizes, self._cut_off = None, sizes, ""
@@ -137,7 +140,9 @@ class LiveInput:
         if is_blank:
             findings["no camera"] = "no camera is present and the memory is empty: nothing is predicted"
         found, statistics = self._statistics.implausible(pixels)
-        return Step(motion, fitted, view, statistics, findings | found, is_blank)
+        reason = motion.first_because if self._remembers else "the network has no memory"
+        info = StepInfo(motion.time_s, motion.global_from_ego, not reason, reason, self._weights)
+        return Step(motion, fitted, view, statistics, findings | found, is_blank, info)
 
     def _implausible_rig(self, rig: NumpyCameraRig, fitted: NumpyCameraRig, sizes: Sizes) -> Findings:
         """Returns what is implausible in a rig, which most vehicles give unchanged in every step."""
@@ -156,3 +161,8 @@ class LiveInput:
         self.ego_motion.keep(step.motion)
         self._seen_map.keep(step.view)
         self._statistics.keep(step.statistics)
+
+
+def without_result(info: StepInfo) -> StepInfo:
+    """Returns the information of a step that predicts nothing."""
+    return info._replace(used_memory=False, no_memory_because="nothing is predicted in this step")

@@ -7,6 +7,7 @@ for images, global_from_ego, time_s in sequence:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,7 +27,7 @@ from perception.inference.checks import (
 )
 from perception.inference.ego_motion import MAX_SPEED, MAX_TURN_RATE
 from perception.inference.fitting import fit_image
-from perception.inference.live import LiveInput, Step
+from perception.inference.live import LiveInput, Step, without_result
 from perception.inference.plausibility import sampled_rgb
 from perception.inference.visibility import MIN_SEEN, kept_by
 from perception.models import Network
@@ -41,6 +42,7 @@ from perception.types import (
     NumpyCameraRig,
     Polylines,
     Seen,
+    Weights,
     map_tensors,
 )
 
@@ -87,12 +89,15 @@ class Predictor:
         self.min_score = checked_setting("Predictor: min_score", min_score, 0, 1, "a number from 0 to 1")
         self.min_seen = checked_setting("Predictor: min_seen", min_seen, 0, 1, "a number from 0 to 1")
         self.provenance = read_provenance(model) if isinstance(model, str | Path) else None
+        trained_on = None if self.provenance is None else json.loads(self.provenance.to_json())
+        weights = Weights(Path(model).name if isinstance(model, str | Path) else None, trained_on)
         self.model = on_device(load_model(model) if isinstance(model, str | Path) else model, device)
         self.device = torch.device(device)
         remembers = self.model.initial_state(1).bev.numel() > 0
         self._live = LiveInput(
-            self.model.config.image_size, remembers, rig=rig, max_speed=max_speed, max_turn_rate=max_turn_rate
-        )
+            self.model.config.image_size, remembers, rig=rig, weights=weights,
+            max_speed=max_speed, max_turn_rate=max_turn_rate,
+        )  # fmt: skip
         self.reset()
 
     @classmethod
@@ -178,7 +183,7 @@ class Predictor:
             step = step._replace(findings=step.findings | unlike)
         if step.is_blank:
             self.reset()
-            return self._nothing(live.warnings.emit(step.findings))
+            return self._nothing(step, live.warnings.emit(step.findings))
         frame = self._frame(given, step)
         with torch.inference_mode():
             prediction, state = self.model(map_tensors(lambda tensor: tensor.to(self.device), frame), self._state)
@@ -187,7 +192,7 @@ class Predictor:
             finite = bool(state.bev.sum().isfinite()) and objects_are_finite(predicted, objects)
         if not finite:
             self.reset()
-            return self._nothing(live.warnings.emit(step.findings | {"not finite": NOT_FINITE}))
+            return self._nothing(step, live.warnings.emit(step.findings | {"not finite": NOT_FINITE}))
         self._state = state
         live.keep(step)
         seen = step.view.of_objects(objects)
@@ -198,18 +203,20 @@ class Predictor:
             lines=map_tensors(lambda tensor: tensor[kept_lines], objects.lines),
             seen=Seen(torch.from_numpy(seen.boxes[boxes]), torch.from_numpy(seen.lines[lines])),
             warnings=live.warnings.emit(step.findings),
+            info=step.info,
         )
 
     def _above_threshold(self, objects: Objects) -> Objects:
         keep = objects.valid & (objects.score >= self.min_score)
         return map_tensors(lambda tensor: tensor[keep], objects)
 
-    def _nothing(self, warnings: tuple[str, ...]) -> LiveObjects:
+    def _nothing(self, step: Step, warnings: tuple[str, ...]) -> LiveObjects:
         """Returns a result without boxes and lines."""
         cpu, points = torch.device("cpu"), self.model.config.line_points
         empty = FrameObjects(empty_boxes(1, cpu), empty_lines(1, cpu, points))
         boxes, lines = map_tensors(lambda tensor: tensor[0], empty)
-        return LiveObjects(boxes, lines, Seen(torch.zeros(0), torch.zeros(0, points, dtype=torch.bool)), warnings)
+        seen = Seen(torch.zeros(0), torch.zeros(0, points, dtype=torch.bool))
+        return LiveObjects(boxes, lines, seen, warnings, without_result(step.info))
 
     def _frame(self, images: dict[int, NDArray[np.uint8]], step: Step) -> Frame:
         """Returns the frame [B=1] for the network, on the CPU."""

@@ -9,7 +9,7 @@ forward, y left, z up), as REP 103 has it.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -58,6 +58,23 @@ class Frames:
             self._read_urdf(read_text(path, "a URDF"))
         else:
             self._read_yaml()
+
+    @classmethod
+    def of(cls, source: Path, transforms: Iterable[tuple[str, str, Matrix]]) -> Frames:
+        """Makes a tree of transforms that were read elsewhere.
+
+        Args:
+            source: where they come from, for messages.
+            transforms: parent, frame and parent_from_frame [4, 4].
+
+        Raises:
+            DataError: a frame has two parents.
+        """
+        tree = cls.__new__(cls)
+        tree.path, tree.parents = source, {}
+        for parent, frame, pose in transforms:
+            tree._add(parent, frame, pose)
+        return tree
 
     def base_from(self, frame: str, base: str) -> Matrix:
         """Returns the pose [4, 4] of a frame in the base frame."""
@@ -187,7 +204,7 @@ def camera_info(
                 f"such as {{{name!r}: FRAME}}, with one of {', '.join(sorted(tree.parents))}"
             )
         with located(info.where):
-            size, model = _model_of_camera_info(info)
+            size, model = model_of_camera_info(info)
         cameras.append(RigCamera(name, size, model, tree.base_from_optical(frame, base_frame)))
     return cameras
 
@@ -236,7 +253,7 @@ def autoware(
         if name not in links:
             raise DataError(f"{tree.path} has no frame {name}/camera_link; {nearest(name, links)}")
         with located(info.where):
-            size, model = _model_of_camera_info(info)
+            size, model = model_of_camera_info(info)
         cameras.append(RigCamera(name, size, model, tree.base_from_optical(links[name], base_frame)))
     return cameras
 
@@ -270,7 +287,12 @@ def _camera_infos(path: Path) -> dict[str, Fields]:
     return infos
 
 
-def _model_of_camera_info(info: Fields) -> tuple[tuple[int, int], CameraModel]:
+def model_of_camera_info(info: Fields) -> tuple[tuple[int, int], CameraModel]:
+    """Returns height and width of the raw images, and their camera model, of a camera_info file or message.
+
+    Raises:
+        DataError: a field is missing or malformed, or the distortion is of another kind.
+    """
     if "camera_matrix" in info:  # a file of camera_calibration
         matrix = info.section("camera_matrix").array("data", (9,))
         lens, width, height = info.section("distortion_coefficients"), "image_width", "image_height"

@@ -6,7 +6,6 @@ expansion 1.3 per location, and `<version>/splits.json` for the devkit's evaluat
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -17,7 +16,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ from pyquaternion import Quaternion
 from tqdm import tqdm
 
 from perception.errors import ConfigError, DataError
-from perception.files import check_writable
+from perception.files import check_writable, new_folder
 from perception.synthetic.district import District
 from perception.synthetic.map_expansion import write_map_expansion
 from perception.synthetic.render import TownRenderer
@@ -136,7 +134,7 @@ def simulate(
     out = Path(out)
     _check_request(scenes, seed, keyframes, rate, image_size, split, workers, sweeps, rare)
     check_writable("out", out, folder=True)
-    with _unfinished(out) as root:
+    with new_folder(out) as root:
         _check_space(out, scenes, keyframes, rate, image_size, sweeps, len(rig))
         for channel in (*(camera.name for camera in rig), LIDAR_NAME):
             (root / "samples" / channel).mkdir(parents=True)
@@ -205,46 +203,6 @@ def _check_space(
             f"{out}: about {expected / 1e9:.1f} GB will be written, but {free / 1e9:.1f} GB are free; give fewer "
             "scenes, keyframes or pixels, or a folder on another disk"
         )
-
-
-@contextmanager
-def _unfinished(out: Path) -> Iterator[Path]:
-    """Yields an empty folder next to `out`, and renames it to `out` when the block succeeds.
-
-    A lock on the folder tells a run that is going on from one that was killed. The kernel drops it with the process, so
-    what a killed run left is removed here.
-    """
-    root = out.with_name(f".{out.name}.partial")
-    while True:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise DataError(f"{out}: exists and is not empty; remove it or give another folder")
-        root.mkdir(parents=True, exist_ok=True)
-        try:
-            lock = os.open(root, os.O_RDONLY)
-        except FileNotFoundError:  # another run has just finished
-            continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(lock), root.stat()):
-                break
-        except BlockingIOError:
-            os.close(lock)
-            raise DataError(f"{out}: another simulation is writing it; wait for it or give another folder") from None
-        except FileNotFoundError:
-            pass
-        os.close(lock)
-    try:
-        for left in root.iterdir():  # by a run that was killed
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-        yield root
-        os.replace(root, out)
-    except OSError as error:
-        raise DataError(
-            f"{out}: cannot be written ({error.strerror or error}); make room or give another folder"
-        ) from error
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
-        os.close(lock)
 
 
 def _run(jobs: list[_Job], workers: int) -> Iterator[tuple[dict[str, list[dict]], District]]:
