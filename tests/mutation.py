@@ -4,8 +4,9 @@
     python tests/mutation.py --modules perception.geometry --faults 40
 
 A fault is an exchanged operator, a number that is a little off, a condition that is turned round, or a call of the
-neighbouring function. It is caught if a test fails or does not end. Survivors are printed with file and line; some of
-them mean the same as the original, so look at each.
+neighbouring function. It is caught if a test fails, or if the tests take far longer than without it. Survivors are
+printed with file and line; some of them mean the same as the original, so look at each. With --json, what was caught
+stays caught as long as the module does not change, and survivors are planted again.
 """
 
 from __future__ import annotations
@@ -13,46 +14,77 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import hashlib
 import importlib.abc
 import importlib.util
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import time
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
-TIMEOUT = 300  # seconds for the tests of one fault
+MEMORY = 8 * 2**30  # bytes that the tests of a fault may take, so that an exchanged operator does not take them all
+LONGER = 10  # times the processor time of the tests without a fault: they do not end
 # Modules whose numbers are the product, and the tests that hold them.
 MODULES = {
     "perception.geometry": "geometry",
     "perception.cameras": "cameras sampling losses",
     "perception.grid": "grid",
+    "perception.types": "geometry augment visibility",
     "perception.targets": "targets losses",
     "perception.matching": "losses lanes_eval",
+    "perception.ops.sampling": "sampling bilinear",
+    "perception.ops.deformable": "bilinear",
     "perception.models.decoding": "model maptr",
+    "perception.models.bev_transformer.encoder": "model",
+    "perception.models.bev_transformer.decoder": "model",
     "perception.models.bev_transformer.losses": "losses",
+    "perception.models.published.geometry": "bevformer maptr",
+    "perception.models.published.losses": "published_losses",
+    "perception.models.provenance": "provenance",
     "perception.data.index": "nuscenes tables",
     "perception.data.nuscenes": "nuscenes augment",
+    "perception.data.tables": "tables",
+    "perception.data.table_checks": "tables",
     "perception.data.loader": "loader",
     "perception.data.lane_map": "lane_map",
+    "perception.data.lane_topology": "lane_topology",
+    "perception.data.map_vectors": "infos",
     "perception.data.augment": "augment",
+    "perception.data.corruptions": "corruptions",
     "perception.data.infos": "infos",
     "perception.data.splits": "splits",
+    "perception.data.geographic_split": "splits",
+    "perception.data.leakage": "splits",
+    "perception.engine.checkpoints": "interruption",
     "perception.evaluation.lanes": "lanes_eval",
     "perception.evaluation.lane_report": "lane_report",
     "perception.evaluation.detection": "detection_eval",
+    "perception.evaluation.dataset": "evaluation_dataset",
+    "perception.evaluation.robustness": "robustness",
     "perception.evaluation.stability": "stability",
     "perception.evaluation.confidence": "confidence",
     "perception.evaluation.submission": "submission",
     "perception.inference.checks": "checks",
+    "perception.inference.plausibility": "live_input",
+    "perception.inference.live": "live_input predictor",
+    "perception.inference.visibility": "visibility",
     "perception.inference.ego_motion": "ego_motion checks",
     "perception.inference.fitting": "loader images",
+    "perception.rigs.models": "camera_models",
+    "perception.rigs.lenses": "camera_models",
+    "perception.rigs.rig": "rig_files",
     "perception.rigs.virtual": "virtual_cameras",
     "perception.rigs.remap": "virtual_cameras",
     "perception.rigs.coverage": "virtual_cameras",
+    "perception.rigs.importers": "rig_importers",
+    "perception.rigs.datasets": "rig_importers",
+    "perception.rigs.ros": "rig_importers",
+    "perception.export.images": "images",
     "perception.export.runtime": "runtime",
     "perception.export.contract": "contract runtime",
 }
@@ -77,6 +109,11 @@ def faults_of(tree: ast.Module) -> list[tuple[ast.AST, str]]:
     for node in ast.walk(tree):
         parts: list[ast.AST | None] = []
         if isinstance(node, ast.Raise | ast.Assert | ast.JoinedStr):
+            parts = [node]
+        elif isinstance(node, ast.keyword) and node.arg in (
+            "strict",
+            "stacklevel",
+        ):  # assertions of zip, places of warnings
             parts = [node]
         elif isinstance(node, ast.arg | ast.AnnAssign):
             parts = [node.annotation]
@@ -160,11 +197,39 @@ class Loader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         exec(compile(self.tree, str(self.path), "exec"), module.__dict__)
 
 
-def tests_fail(name: str, tests: list[str], tree: ast.Module | None) -> str:
-    """Runs tests in a child process; returns why they noticed, empty if they passed."""
+class FirstFailure:
+    """Writes the name of the first failing test to a pipe."""
+
+    def __init__(self, pipe: int) -> None:
+        self.pipe = pipe
+
+    def pytest_runtest_logreport(self, report) -> None:
+        if report.failed:
+            os.write(self.pipe, report.nodeid.encode() + b"\n")
+
+    def pytest_collectreport(self, report) -> None:
+        if report.failed:
+            os.write(self.pipe, f"the import of {report.nodeid}\n".encode())
+
+
+def run_tests(name: str, tests: list[str], tree: ast.Module | None, seconds: float) -> tuple[str, float]:
+    """Runs tests in a child process.
+
+    Args:
+        name: the module that gets the content of `tree`.
+        tests: files of tests.
+        tree: the module with a fault; None runs the module as it is.
+        seconds: limit of processor time, and a tenth of the limit of wall time, which other processes can use up.
+
+    Returns:
+        What noticed the fault, empty if the tests passed, and the processor time in seconds.
+    """
+    reading, writing = os.pipe()
     process = os.fork()
     if process == 0:
         os.setsid()
+        resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 1))
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)
@@ -172,18 +237,24 @@ def tests_fail(name: str, tests: list[str], tree: ast.Module | None) -> str:
             sys.meta_path.insert(0, Loader(name, path_of(name), tree))
         import pytest
 
-        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])
+        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests], plugins=[FirstFailure(writing)])
         os._exit(0 if code == 0 else 1)
+    os.close(writing)
     start = time.monotonic()
     while True:
-        ended, status = os.waitpid(process, os.WNOHANG)
-        if ended:
-            return "" if status == 0 else "a test failed"
-        if time.monotonic() - start > TIMEOUT:
-            os.killpg(process, signal.SIGKILL)
-            os.waitpid(process, 0)
-            return "the tests did not end"
+        ended, status, usage = os.wait4(process, os.WNOHANG)
+        if ended or time.monotonic() - start > 10 * seconds:
+            break
         time.sleep(0.05)
+    if not ended:
+        os.killpg(process, signal.SIGKILL)
+        os.wait4(process, 0)
+        return "the tests did not end", seconds
+    noticed = os.read(reading, 10_000).decode().splitlines() or ["the tests could not run"]
+    os.close(reading)
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL):
+        noticed = ["the tests did not end"]
+    return "" if status == 0 else noticed[0], usage.ru_utime + usage.ru_stime
 
 
 def path_of(name: str) -> Path:
@@ -212,30 +283,38 @@ def main() -> None:
         assert package
     torch.set_num_threads(1)
     results = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else {}
+    rows = {}
     for name in arguments.modules:
         tests = [f"tests/test_{test}.py" for test in MODULES[name].split()]
-        tests = [test for test in tests if Path(test).exists()]
         source = path_of(name).read_text(encoding="utf-8")
+        digest = hashlib.sha256(source.encode()).hexdigest()
+        if results.get(name, {}).get("source") != digest:
+            results[name] = {"source": digest, "faults": {}}
+        done = results[name]["faults"]
         count = len(faults_of(ast.parse(source)))
-        chosen = random.Random(f"{arguments.seed} {name}").sample(range(count), min(arguments.faults, count))
-        if reason := tests_fail(name, tests, None):
-            sys.exit(f"{name}: without a fault, {reason}: {' '.join(tests)}")
-        done = results.setdefault(name, {})
-        for number in chosen:
-            tree, fault = planted(source, number)
-            if fault not in done:
-                done[fault] = tests_fail(name, tests, tree)
+        numbers = random.Random(f"{arguments.seed} {name}").sample(range(count), min(arguments.faults, count))
+        chosen = {f"{number}: {fault}": tree for number in numbers for tree, fault in [planted(source, number)]}
+        rows[name] = [done.get(fault, "") for fault in chosen]
+        if all(rows[name]):
+            continue
+        failed, seconds = run_tests(name, tests, None, 3000)
+        if failed:
+            sys.exit(f"{name}: without a fault: {failed}")
+        print(f"{name}: its tests take {seconds:.0f} s", flush=True)
+        for fault, tree in chosen.items():
+            if not done.get(fault):
+                done[fault] = run_tests(name, tests, tree, max(60, LONGER * seconds))[0]
                 if not done[fault]:
                     print(f"survived: {path_of(name).relative_to(PROJECT)}, {fault}", flush=True)
                 if arguments.json:
                     arguments.json.parent.mkdir(parents=True, exist_ok=True)
                     arguments.json.write_text(json.dumps(results, indent=1))
-    print(f"\n{'module':<44}{'faults':>8}{'caught':>8}{'share':>8}")
-    rows = {name: list(results[name].values()) for name in arguments.modules}
+        rows[name] = [done[fault] for fault in chosen]
+    print("\n| module | faults | caught | share |\n|---|---|---|---|")
     rows["all"] = [value for values in rows.values() for value in values]
     for name, values in rows.items():
         caught = sum(map(bool, values))
-        print(f"{name:<44}{len(values):>8}{caught:>8}{caught / max(1, len(values)):>8.0%}")
+        print(f"| {name} | {len(values)} | {caught} | {caught / max(1, len(values)):.0%} |")
 
 
 if __name__ == "__main__":
