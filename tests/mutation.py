@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import gc
 import hashlib
 import importlib.abc
 import importlib.util
@@ -21,8 +22,10 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -224,6 +227,7 @@ def run_tests(name: str, tests: list[str], tree: ast.Module | None, seconds: flo
     Returns:
         What noticed the fault, empty if the tests passed, and the processor time in seconds.
     """
+    scratch = tempfile.mkdtemp(prefix="mutation-")
     reading, writing = os.pipe()
     process = os.fork()
     if process == 0:
@@ -237,7 +241,8 @@ def run_tests(name: str, tests: list[str], tree: ast.Module | None, seconds: flo
             sys.meta_path.insert(0, Loader(name, path_of(name), tree))
         import pytest
 
-        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests], plugins=[FirstFailure(writing)])
+        options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={scratch}"]
+        code = pytest.main([*options, *tests], plugins=[FirstFailure(writing)])
         os._exit(0 if code == 0 else 1)
     os.close(writing)
     start = time.monotonic()
@@ -248,8 +253,8 @@ def run_tests(name: str, tests: list[str], tree: ast.Module | None, seconds: flo
         time.sleep(0.05)
     if not ended:
         os.killpg(process, signal.SIGKILL)
-        os.wait4(process, 0)
-        return "the tests did not end", seconds
+        _, status, usage = os.wait4(process, 0)
+    shutil.rmtree(scratch, ignore_errors=True)
     noticed = os.read(reading, 10_000).decode().splitlines() or ["the tests could not run"]
     os.close(reading)
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL):
@@ -273,15 +278,18 @@ def main() -> None:
     sys.path.insert(0, str(PROJECT))
     os.environ["OMP_NUM_THREADS"] = "1"
     # What takes long to load and is not under test; children inherit it.
-    import matplotlib
+    import hypothesis.internal.observability
+    import matplotlib.pyplot
     import nuscenes.eval.detection.evaluate
     import pytest
     import scipy.optimize
-    import torch
+    import torch.distributed.tensor  # `torch.testing` loads it
+    import torch.export
 
-    for package in (matplotlib, nuscenes, pytest, scipy, torch):
+    for package in (hypothesis, matplotlib, nuscenes, pytest, scipy, torch):
         assert package
     torch.set_num_threads(1)
+    gc.freeze()
     results = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else {}
     rows = {}
     for name in arguments.modules:
