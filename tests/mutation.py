@@ -37,7 +37,7 @@ MODULES = {
     "perception.geometry": "geometry",
     "perception.cameras": "cameras sampling losses",
     "perception.grid": "grid",
-    "perception.types": "geometry augment visibility",
+    "perception.types": "types",
     "perception.targets": "targets losses",
     "perception.matching": "losses lanes_eval",
     "perception.ops.sampling": "sampling bilinear",
