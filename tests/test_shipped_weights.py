@@ -46,7 +46,7 @@ def frames(image_size: tuple[int, int]) -> list[Frame]:
 
 @torch.no_grad()
 def numbers() -> dict[str, list[float]]:
-    """Samples of dense outputs, and means over the queries of each layer, whose order is not fixed to the last digit."""
+    """Returns samples of dense outputs, and means over the queries of each layer, because their order may change."""
     model = load_model("nano").eval()
     state, found = model.initial_state(1), {}
     for k, frame in enumerate(frames(model.config.image_size)):
@@ -60,11 +60,11 @@ def numbers() -> dict[str, list[float]]:
             value = getattr(prediction, name)
             if name not in dense and name != "images":  # [L, B, Q, ...]
                 found[f"{k} {name}"] = value.mean((1, 2)).flatten().tolist()
-        objects = model.decode(prediction)
+        boxes, lines = model.decode(prediction)
         found[f"{k} decoded"] = [
-            objects.boxes.score[objects.boxes.valid].sum().item(), objects.lines.score[objects.lines.valid].sum().item(),
-            objects.boxes.valid.sum().item(), objects.boxes.size.mean().item(), objects.boxes.uncertainty.mean().item(),
-            objects.lines.points.abs().mean().item(), objects.lines.closed.float().mean().item(),
+            boxes.score[boxes.valid].sum().item(), lines.score[lines.valid].sum().item(), boxes.valid.sum().item(),
+            boxes.size.mean().item(), boxes.uncertainty.mean().item(), lines.points.abs().mean().item(),
+            lines.closed.float().mean().item(),
         ]  # fmt: skip
     return found
 
