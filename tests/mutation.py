@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 PROJECT = Path(__file__).resolve().parent.parent
 MEMORY = 8 * 2**30  # bytes that the tests of a fault may take, so that an exchanged operator does not take them all
@@ -200,39 +201,49 @@ class Loader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         exec(compile(self.tree, str(self.path), "exec"), module.__dict__)
 
 
-class FirstFailure:
-    """Writes the name of the first failing test to a pipe."""
+class Observer:
+    """Runs the quick tests of each file first; notes the first that fails, and how long each took."""
 
-    def __init__(self, pipe: int) -> None:
-        self.pipe = pipe
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self.seconds, self.took, self.noticed = seconds, {}, ""
+
+    def pytest_collection_modifyitems(self, items) -> None:
+        files = list(dict.fromkeys(item.path for item in items))
+        items.sort(key=lambda item: (files.index(item.path), self.seconds.get(item.nodeid, 0.0)))
 
     def pytest_runtest_logreport(self, report) -> None:
+        self.took[report.nodeid] = self.took.get(report.nodeid, 0.0) + report.duration
         if report.failed:
-            os.write(self.pipe, report.nodeid.encode() + b"\n")
+            self.noticed = self.noticed or report.nodeid
 
     def pytest_collectreport(self, report) -> None:
         if report.failed:
-            os.write(self.pipe, f"the import of {report.nodeid}\n".encode())
+            self.noticed = self.noticed or f"the import of {report.nodeid}"
 
 
-def run_tests(name: str, tests: list[str], tree: ast.Module | None, seconds: float) -> tuple[str, float]:
+class Run(NamedTuple):
+    """What tests of a module did."""
+
+    noticed: str  # the first test that failed; empty if all passed
+    cpu_seconds: float
+    took: dict[str, float]  # seconds of each test
+
+
+def run_tests(name: str, tests: list[str], tree: ast.Module | None, limit: float, took: dict[str, float]) -> Run:
     """Runs tests in a child process.
 
     Args:
         name: the module that gets the content of `tree`.
         tests: files of tests.
         tree: the module with a fault; None runs the module as it is.
-        seconds: limit of processor time, and a tenth of the limit of wall time, which other processes can use up.
-
-    Returns:
-        What noticed the fault, empty if the tests passed, and the processor time in seconds.
+        limit: seconds of processor time, and a tenth of the limit of wall time, which other processes can use up.
+        took: seconds of each test, for the order.
     """
-    scratch = tempfile.mkdtemp(prefix="mutation-")
-    reading, writing = os.pipe()
+    scratch = Path(tempfile.mkdtemp(prefix="mutation-"))
     process = os.fork()
     if process == 0:
         os.setsid()
-        resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 1))
+        resource.setrlimit(resource.RLIMIT_CPU, (int(limit) + 1, int(limit) + 1))
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1)
@@ -241,25 +252,29 @@ def run_tests(name: str, tests: list[str], tree: ast.Module | None, seconds: flo
             sys.meta_path.insert(0, Loader(name, path_of(name), tree))
         import pytest
 
-        options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={scratch}"]
-        code = pytest.main([*options, *tests], plugins=[FirstFailure(writing)])
-        os._exit(0 if code == 0 else 1)
-    os.close(writing)
+        observer = Observer(took)
+        options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={scratch / 'tests'}"]
+        code = pytest.main([*options, *tests], plugins=[observer])
+        noticed = (observer.noticed or "pytest") if code else ""
+        (scratch / "result.json").write_text(json.dumps([noticed, observer.took]))
+        os._exit(0)
     start = time.monotonic()
     while True:
         ended, status, usage = os.wait4(process, os.WNOHANG)
-        if ended or time.monotonic() - start > 10 * seconds:
+        if ended or time.monotonic() - start > 10 * limit:
             break
         time.sleep(0.05)
     if not ended:
         os.killpg(process, signal.SIGKILL)
         _, status, usage = os.wait4(process, 0)
+    if status == 0:
+        noticed, took = json.loads((scratch / "result.json").read_text())
+    elif os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL):
+        noticed = "the tests did not end"
+    else:
+        noticed = "the tests crashed"
     shutil.rmtree(scratch, ignore_errors=True)
-    noticed = os.read(reading, 10_000).decode().splitlines() or ["the tests could not run"]
-    os.close(reading)
-    if os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL):
-        noticed = ["the tests did not end"]
-    return "" if status == 0 else noticed[0], usage.ru_utime + usage.ru_stime
+    return Run(noticed, usage.ru_utime + usage.ru_stime, took)
 
 
 def path_of(name: str) -> Path:
@@ -305,13 +320,14 @@ def main() -> None:
         rows[name] = [done.get(fault, "") for fault in chosen]
         if all(rows[name]):
             continue
-        failed, seconds = run_tests(name, tests, None, 3000)
-        if failed:
-            sys.exit(f"{name}: without a fault: {failed}")
-        print(f"{name}: its tests take {seconds:.0f} s", flush=True)
+        good = run_tests(name, tests, None, 3000, {})
+        if good.noticed:
+            sys.exit(f"{name}: fails without a fault: {good.noticed}")
+        print(f"{name}: its tests take {good.cpu_seconds:.0f} s", flush=True)
         for fault, tree in chosen.items():
             if not done.get(fault):
-                done[fault] = run_tests(name, tests, tree, max(60, LONGER * seconds))[0]
+                limit = max(60, LONGER * good.cpu_seconds)
+                done[fault] = run_tests(name, tests, tree, limit, good.took).noticed
                 if not done[fault]:
                     print(f"survived: {path_of(name).relative_to(PROJECT)}, {fault}", flush=True)
                 if arguments.json:
