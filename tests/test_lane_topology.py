@@ -177,7 +177,7 @@ def test_dataset_returns_centerlines_in_the_ego_frame(hand_root, tmp_path):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"shape": "SLS"}, "shape is 'SLS', not one of LSL"),
+        ({"shape": "SLS"}, 'shape is "SLS", not one of LSL'),
         ({"radius": 0.0}, "must be finite and not negative"),
         ({"segment_length": [1.0, float("nan"), 1.0]}, "must be finite and not negative"),
         ({"segment_length": [0.0, 0.0, 0.0]}, "no length"),

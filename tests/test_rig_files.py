@@ -173,15 +173,15 @@ CHANGES = {
         {"image_size": SIZE},
         "camera 'front' has the unknown key 'image_size'; did you mean image_size_px",
     ),
-    "unknown model": ({"model": "pinhol"}, "camera 'front': model is 'pinhol'; did you mean pinhole?"),
+    "unknown model": ({"model": "pinhol"}, 'model is "pinhol"; did you mean pinhole?'),
     "no model": ({"model": None}, "camera 'front' has no model; it has "),
     "distortion of a pinhole": ({"distortion": [0.1]}, "camera 'front' has the unknown key 'distortion'"),
     "coefficients": (
         {"model": "brown_conrady", "distortion": [0.1, 0.2, 0.3]},
         "camera 'front': distortion of the brown_conrady model has 3 coefficients",
     ),
-    "text": ({"intrinsics_px": {**FOCAL, "fx": "wide"}}, "camera 'front': intrinsics_px: fx is 'wide'; give a number"),
-    "no number": ({"intrinsics_px": {**FOCAL, "fx": math.nan}}, "intrinsics_px: fx is nan; give a number"),
+    "text": ({"intrinsics_px": {**FOCAL, "fx": "wide"}}, 'intrinsics_px: fx is "wide"; give a number'),
+    "no number": ({"intrinsics_px": {**FOCAL, "fx": math.nan}}, "intrinsics_px: fx is NaN; give a number"),
     "negative": ({"intrinsics_px": {**FOCAL, "fy": -1}}, "camera 'front': fx, fy, cx, cy, skew of the pinhole model"),
     "missing": ({"intrinsics_px": {"fx": 1, "fy": 1, "cx": 1}}, "camera 'front': intrinsics_px has no cy; it has"),
     "half a pixel": ({"image_size_px": {"width": 12.5, "height": 9}}, "width is 12.5; give a whole number of pixels"),
@@ -196,7 +196,7 @@ CHANGES = {
 NO_TRANSLATION = {"axes": "body", "roll_pitch_yaw_deg": [0, 0, 0]}
 POSE_CHANGES = {
     "no axes": ({"axes": None}, "ego_from_cam has no axes; it has matrix"),
-    "other axes": ({"axes": "ros"}, "axes is 'ros'; give one of optical, body"),
+    "other axes": ({"axes": "ros"}, 'axes is "ros"; give one of optical, body'),
     "two ways": ({"translation_m": [0, 0, 0]}, "ego_from_cam has a matrix and other fields"),
     "shape": ({"matrix": [[1, 0], [0, 1]]}, "matrix is [[1, 0], [0, 1]]; give 4 rows of 4 numbers"),
     "ragged": ({"matrix": [[1, 0], [0]]}, "matrix is [[1, 0], [0]]; give 4 rows of 4 numbers"),
@@ -243,7 +243,7 @@ def test_mistakes_are_named(tmp_path, name, suffix):
 def test_mistakes_of_the_whole_file_are_named(tmp_path):
     path = tmp_path / "rig.yaml"
     cases = {
-        "": "is None; give keys and values",
+        "": "is null or missing; give keys and values",
         "cameras: {}": "has no rig_format; it has cameras",
         "rig_format: 2\ncameras: {}": "rig_format is 2; this version reads 1",
         "rig_format: 1\ncameras: {}": "the rig has no cameras; give at least one",

@@ -231,6 +231,7 @@ def test_without_pyarrow_the_package_is_named(tmp_path, monkeypatch):
     for name in ("intrinsics.feather", "egovehicle_SE3_sensor.feather"):
         (tmp_path / name).write_bytes(b"nothing")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.feather", None)
     with refused("is a feather file, and pyarrow is not installed; install it, or the extra [argoverse]"):
         import_rig(tmp_path)
 

@@ -121,7 +121,7 @@ FAULTS = {
     "a LiDAR time that goes back": (
         "sample_data", "s0-1-LIDAR_TOP", {"timestamp": 999_000_000}, r"999000000 as 'timestamp', which is not later"
     ),
-    "a time that is text": ("sample", "s0-1", {"timestamp": "now"}, r"whole microseconds as 'timestamp'.*'now'"),
+    "a time that is text": ("sample", "s0-1", {"timestamp": "now"}, r"whole microseconds as 'timestamp'.*\"now\""),
     "a time with a fraction": ("sample_data", "s0-1-LIDAR_TOP", {"timestamp": 1.5}, r"whole microseconds"),
     "a time before 1970": ("sample", "s0-1", {"timestamp": -1}, r"whole microseconds"),
     "a time beyond int64": ("sample", "s0-1", {"timestamp": 10**30}, r"whole microseconds"),

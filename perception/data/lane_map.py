@@ -21,9 +21,9 @@ import shapely
 from shapely.geometry.base import BaseGeometry
 
 from perception.data.lane_topology import Centerlines, LaneGraph
-from perception.data.tables import shortened
 from perception.errors import ConfigError, DataError
 from perception.inference.checks import FARTHEST_POSE
+from perception.reading import short
 from perception.types import DEFAULT_LANE_RANGE, LINE_CLASSES, LaneRange, MapLine
 
 DIVIDER_LAYERS = ("road_divider", "lane_divider")
@@ -138,7 +138,7 @@ class LaneMap:
             raise self._malformed(
                 "node",
                 node["token"],
-                f"needs metres, at most {FARTHEST_POSE:.0e}, as 'x' and 'y', but holds {shortened(x)}, {shortened(y)}",
+                f"needs metres, at most {FARTHEST_POSE:.0e}, as 'x' and 'y', but holds {short(x)}, {short(y)}",
             )
         return float(x), float(y)
 

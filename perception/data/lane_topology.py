@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from perception.data.tables import shortened
 from perception.errors import DataError
 from perception.inference.checks import FARTHEST_POSE
+from perception.reading import short
 from perception.types import LaneRange
 
 SHAPES = ("LSL", "LSR", "RSL", "RSR", "LRL", "RLR")
@@ -131,7 +131,7 @@ def lane_points(paths: list[dict]) -> np.ndarray:
     vertices: list[np.ndarray] = []
     for path in paths:
         if path["shape"] not in SHAPES:
-            raise ValueError(f"shape is {shortened(path['shape'])}, not one of {', '.join(SHAPES)}")
+            raise ValueError(f"shape is {short(path['shape'])}, not one of {', '.join(SHAPES)}")
         x, y, yaw = (float(value) for value in path["start_pose"])
         lengths = np.array(path["segment_length"], dtype=np.float64)
         radius = float(path["radius"])

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from perception.errors import DataError
+from perception.reading import short
 
 TABLES = (
     "category", "attribute", "visibility", "instance", "sensor", "calibrated_sensor", "ego_pose",
@@ -111,9 +112,7 @@ class Columns:
         if not len(rows):
             return
         if isinstance(problem, str):
-            text = (
-                f"needs {problem} as '{field}', but holds {shortened(self.tables[table][rows[0]].get(field, NOTHING))}"
-            )
+            text = f"needs {problem} as '{field}', but holds {short(self.tables[table][rows[0]].get(field))}"
         else:
             text = problem(int(rows[0]))
         self.add(severity, table, field, rows.tolist(), text)
@@ -274,11 +273,3 @@ def floats(value: object, shape: tuple[int, ...]) -> np.ndarray:
         return np.array([item if type(item) in (int, float) else np.nan for item in value], dtype=np.float64)
     except OverflowError:
         return np.full(shape, np.nan)
-
-
-def shortened(value: object) -> str:
-    """Formats a value for a message, in one line of at most 80 characters."""
-    if value is NOTHING:
-        return "nothing"
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from mmengine.dist import (
@@ -310,32 +310,30 @@ def _set_random_states(states: list[Tensor]) -> None:
         torch.cuda.set_rng_state(states[1])
 
 
+class Continuation(NamedTuple):
+    """How a training stands to what its work directory holds."""
+
+    folder: WorkDir
+    settings: dict[str, Any]  # of this training, see `settings_of`
+    checkpoint: dict[str, Any] | None  # of `WorkDir.newest`, None to start
+    changed: Collection[str]  # settings that have another value than in the checkpoint
+
+
 class TrainingRunner(Runner):
     """MMEngine's Runner, which continues from a checkpoint that was read before.
 
     MMEngine's own way follows a file that holds a path or an address, and runs the config that the checkpoint holds.
 
     Args:
-        folder: the work directory.
-        settings: of this training, see `settings_of`.
+        continuation: the work directory and what it holds.
         stop: tells whether a signal asks to stop.
-        checkpoint: of `WorkDir.newest`, None to start.
-        changed: settings that have another value than in the checkpoint.
         arguments: of Runner.
     """
 
-    def __init__(
-        self,
-        folder: WorkDir,
-        settings: dict[str, Any],
-        stop: StopRequest,
-        checkpoint: dict[str, Any] | None,
-        changed: Collection[str],
-        **arguments: Any,
-    ) -> None:
-        self.folder, self.settings, self.stop = folder, settings, stop
-        self.checkpoint, self.changed = checkpoint, changed
-        super().__init__(**arguments, work_dir=str(folder.path), resume=checkpoint is not None)
+    def __init__(self, continuation: Continuation, stop: StopRequest, **arguments: Any) -> None:
+        self.folder, self.settings, self.checkpoint, self.changed = continuation
+        self.stop = stop
+        super().__init__(**arguments, work_dir=str(self.folder.path), resume=self.checkpoint is not None)
 
     def load_or_resume(self) -> None:
         """Continues from the checkpoint, if there is one."""

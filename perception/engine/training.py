@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -29,6 +28,7 @@ from perception.engine.checkpoints import KEPT, WorkDir, changed_settings, setti
 from perception.engine.config import TrainConfig, TrainSection, build_dataset, check_trainable
 from perception.engine.loops import (
     CheckedOptimWrapper,
+    Continuation,
     ExportHook,
     FrameRateHook,
     SharedStatisticsHook,
@@ -186,8 +186,9 @@ def train(
             check_space(f"a training in {folder.path}", folder.path, (KEPT + 2) * 4 * numbers)
         # Convolutions are fastest in channels-last, on CPU and GPU.
         model = TrainingModel(core, section.disabled_losses).to(memory_format=torch.channels_last)
+        continuation = Continuation(folder, settings, checkpoint, changed)
         runner = _build_runner(
-            config, section, model, train_set, val_set, seed, amp, launcher, folder, settings, stop, checkpoint, changed
+            config, section, model, train_set, val_set, continuation, stop, seed=seed, amp=amp, launcher=launcher
         )
         runner.train()
         if writes:
@@ -222,14 +223,12 @@ def _build_runner(
     model: TrainingModel,
     train_set: NuScenesDataset,
     val_set: NuScenesDataset,
+    continuation: Continuation,
+    stop: StopRequest,
+    *,
     seed: int,
     amp: bool,
     launcher: str,
-    folder: WorkDir,
-    settings: dict[str, Any],
-    stop: StopRequest,
-    checkpoint: dict[str, Any] | None,
-    changed: Collection[str],
 ) -> TrainingRunner:
     cuda = torch.cuda.is_available()
     if section.streams < 1:
@@ -279,11 +278,8 @@ def _build_runner(
     if section.ema_momentum > 0:
         hooks.append({"type": "EMAHook", "momentum": section.ema_momentum, "strict_load": True})
     return TrainingRunner(
-        folder,
-        settings,
+        continuation,
         stop,
-        checkpoint,
-        changed,
         model=model if launcher == "none" else distributed,
         train_dataloader=train_loader,
         train_cfg={
@@ -330,7 +326,7 @@ def _build_runner(
         env_cfg={"cudnn_benchmark": cuda, "dist_cfg": {"backend": "nccl"}},
         launcher=launcher,
         # MMEngine looks up logs and message hubs by this name; two trainings in one process must have different names.
-        experiment_name=f"{config.name} {folder.path.resolve()}",
+        experiment_name=f"{config.name} {continuation.folder.path.resolve()}",
         cfg=config.source,
     )
 

@@ -7,6 +7,7 @@ do, the principal point is moved by half a pixel here.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -248,7 +249,7 @@ def _feather(path: Path) -> list[Fields]:
     if not path.exists():
         raise DataError(f"{path} does not exist; give the folder calibration of an Argoverse 2 log")
     try:
-        from pyarrow import feather
+        feather = importlib.import_module("pyarrow.feather")
     except ImportError as error:
         raise DataError(f"{path} is a feather file, and {not_installed(error) or error}") from None
     try:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perception.errors import DataError
+from perception.reading import short
 
 
 def read_text(path: str | Path, what: str) -> str:
@@ -113,7 +114,7 @@ class Fields:
 
     def __init__(self, where: str, values: object) -> None:
         if not isinstance(values, Mapping):
-            raise DataError(f"{where} is {_short(values)}; give keys and values")
+            raise DataError(f"{where} is {short(values)}; give keys and values")
         if odd := [key for key in values if not isinstance(key, str)]:
             raise DataError(f"{where} has the key {odd[0]!r}, which is no text; write it in quotes")
         self.where, self.values = where, values
@@ -149,7 +150,7 @@ class Fields:
         value = self.get(key)
         if not isinstance(value, str) or (choices and value not in choices):
             wanted = nearest(str(value), list(choices)) if choices else "give text"
-            raise DataError(f"{self.at(key)} is {_short(value)}; {wanted}")
+            raise DataError(f"{self.at(key)} is {short(value)}; {wanted}")
         return value
 
     def number(self, key: str) -> float:
@@ -173,7 +174,7 @@ class Fields:
         fits = array.ndim == 1 if shape is None else array.shape == shape
         if array.dtype.kind not in "fiu" or not fits or not np.isfinite(array).all():
             wanted = "a list of numbers" if shape is None else " x ".join(map(str, shape)) + " numbers"
-            raise DataError(f"{self.at(key)} is {_short(value)}; give {fix or (wanted if shape != () else 'a number')}")
+            raise DataError(f"{self.at(key)} is {short(value)}; give {fix or (wanted if shape != () else 'a number')}")
         return array.astype(np.float64)
 
 
@@ -199,8 +200,3 @@ def nearest(key: str, known: Iterable[str], found: bool = False) -> str:
     if found:
         return f"it has {', '.join(known) or 'nothing'}" + (f" (did you mean {key} by {close[0]}?)" if close else "")
     return f"did you mean {close[0]}?" if close else f"give one of {', '.join(known)}"
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

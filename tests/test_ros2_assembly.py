@@ -1,0 +1,83 @@
+"""Frames from images that arrive one by one."""
+
+import numpy as np
+import pytest
+
+from perception.errors import ConfigError
+from perception.ros2.assembly import FrameAssembler
+
+MS = 1_000_000
+
+
+def played(assembler, arrivals):
+    """The frames as (time in ms, {camera: time in ms}), from arrivals (camera, time in ms) in this order."""
+    return [
+        (frame.time_ns // MS, {camera: time // MS for camera, (time, _) in frame.images.items()})
+        for camera, time in arrivals
+        for frame in assembler.add(camera, round(time * MS), None)
+    ]
+
+
+def test_a_frame_is_complete_with_the_last_camera():
+    assembler = FrameAssembler(["front", "left", "right"])
+    assert played(assembler, [("left", 990), ("front", 1000)]) == []
+    assert played(assembler, [("right", 1010)]) == []  # an image of the left camera nearer to 1000 may come
+    assert played(assembler, [("left", 1090)]) == [(1000, {"front": 1000, "left": 990, "right": 1010})]
+
+
+def test_the_nearest_image_within_the_tolerance_counts():
+    """A camera of 30 Hz beside a reference of 10 Hz."""
+    times = np.arange(0, 1000, 100 / 3)
+    arrivals = sorted([*(("fast", t) for t in times), *(("slow", t) for t in range(7, 1000, 100))], key=lambda a: a[1])
+    frames = played(FrameAssembler(["slow", "fast"]), arrivals)
+    assert len(frames) >= 9
+    for time, images in frames:
+        assert images["fast"] == min(map(int, times), key=lambda t: abs(t - time))
+
+
+def test_a_missing_camera_is_waited_for_only_so_long():
+    assembler = FrameAssembler(["front", "left"])
+    regular = [(camera, t) for t in range(0, 300, 100) for camera in ("front", "left")]
+    assert [time for time, _ in played(assembler, regular)] == [0, 100, 200]
+    # The left camera stops: frames come late at first, then at once.
+    later = [(t, played(assembler, [("front", t)])) for t in range(300, 2500, 100)]
+    assert later[0] == (300, []) and later[1] == (400, [(300, {"front": 300})])
+    assert later[-1] == (2400, [(2400, {"front": 2400})])
+    # It comes back.
+    assert played(assembler, [("left", 2490), ("front", 2500), ("left", 2590)]) == [
+        (2500, {"front": 2500, "left": 2490})
+    ]
+
+
+def test_another_camera_becomes_the_reference():
+    assembler = FrameAssembler(["front", "left", "right"])
+    frames = played(assembler, [(camera, t) for t in range(0, 400, 100) for camera in ("front", "left", "right")])
+    assert [time for time, _ in frames] == [0, 100, 200, 300]
+    silent = played(assembler, [(camera, t + 3) for t in range(400, 2400, 100) for camera in ("left", "right")])
+    times = [time for time, _ in silent]
+    assert times[0] <= 1303 and times[-1] == 2303 and np.diff(times).min() == 100
+    assert all(set(images) == {"left", "right"} for _, images in silent)
+    # Its images are the reference again when it returns, and no time comes twice.
+    back = played(assembler, [(camera, t) for t in range(2400, 2800, 100) for camera in ("front", "left", "right")])
+    assert [time for time, _ in back] == [2400, 2500, 2600, 2700]
+
+
+def test_late_and_repeated_images_are_dropped():
+    assembler = FrameAssembler(["front"])
+    assert [time for time, _ in played(assembler, [("front", t) for t in (0, 100, 100, 50, 200)])] == [0, 100, 200]
+
+
+def test_a_clock_that_goes_back_starts_anew():
+    assembler = FrameAssembler(["front", "left"])
+    first = [frame for t in (5000, 5100) for c in ("front", "left") for frame in assembler.add(c, t * MS, None)]
+    again = [frame for t in (0, 100) for c in ("front", "left") for frame in assembler.add(c, t * MS, None)]
+    assert [frame.restarted for frame in first + again] == [False, False, True, False]
+    assert [frame.time_ns // MS for frame in again] == [0, 100]
+
+
+@pytest.mark.parametrize("cameras", [[], ["front", "front"]])
+def test_names_are_checked(cameras):
+    with pytest.raises(ConfigError, match="the cameras are"):
+        FrameAssembler(cameras)
+    with pytest.raises(ConfigError, match="no camera 'rear'; the cameras are front"):
+        FrameAssembler(["front"]).add("rear", 0, None)
