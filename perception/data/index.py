@@ -24,10 +24,11 @@ from perception.data import lane_map, splits, table_checks
 from perception.data.lane_map import LaneMap
 from perception.data.splits import is_split_file, read_split_file, split_scenes
 from perception.data.table_checks import open_tables
-from perception.data.tables import TABLES
+from perception.data.tables import TABLES, read_rig
 from perception.errors import DataError, PerceptionWarning
 from perception.files import replacing
 from perception.geometry import invert_rigid, rigid_from_quaternion, rigid_from_yaw, yaw_from_rotation
+from perception.rigs.rig import RIG_FILE, Rig
 from perception.types import ATTRIBUTES, BOX_CLASSES, LaneRange, MapLine
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 _building = threading.Lock()
 
+SAME_POSE = 0.05  # metres and radians between the tables, which count, and a rig file; calibrations of cars differ
 WIDE_MARGIN = LaneRange(24.0, 30.0)  # metres that the range of `wide_lines` is larger
 
 
@@ -62,7 +64,11 @@ class Lines(NamedTuple):
 
 
 class Index(NamedTuple):
-    """Poses, calibration, boxes and lines of S samples in scene order, with N cameras."""
+    """Poses, calibration, boxes and lines of S samples in scene order, with N cameras.
+
+    If a rig file lies beside the tables, `img_from_cam` of a camera with distortion is that of the pinhole which agrees
+    with it near the optical axis.
+    """
 
     token: np.ndarray  # [S] bytes
     timestamp_us: np.ndarray  # [S] int64 of LIDAR_TOP: the reference time
@@ -187,7 +193,7 @@ def _content_hash(
     facts = [version, wanted, *cameras, str(lane_range), package_version("nuscenes-devkit"), package_version("shapely")]
     digest.update(json.dumps(facts).encode())
     files = [dataroot / version / f"{table}.json" for table in TABLES]
-    files += [path for path in [dataroot / version / "splits.json"] if path.is_file()]
+    files += [path for name in ("splits.json", RIG_FILE) if (path := dataroot / version / name).is_file()]
     files += sorted(path for path in (dataroot / "maps" / "expansion").glob("*.json") if path.is_file())
     code = [
         Path(__file__),
@@ -240,6 +246,7 @@ def _read(path: Path) -> Index | None:
 def _build(dataroot: Path, version: str, split: str | Path, cameras: tuple[str, ...], lane_range: LaneRange) -> Index:
     nusc = open_tables(dataroot, version)
     tables = dataroot / version
+    rig = read_rig(tables)
     wanted = set(split_scenes(split, tables, [scene["name"] for scene in nusc.scene]))
     scenes = [scene for scene in nusc.scene if scene["name"] in wanted]
     lane_maps: dict[str, LaneMap] = {}
@@ -253,7 +260,7 @@ def _build(dataroot: Path, version: str, split: str | Path, cameras: tuple[str, 
         token, previous = scene["first_sample_token"], -1
         while token:
             record = nusc.get("sample", token)
-            sample = _sample(nusc, tables, record, cameras) | {"scene": scene_number, "previous": previous}
+            sample = _sample(nusc, tables, record, cameras, rig) | {"scene": scene_number, "previous": previous}
             previous, token = len(samples), record["next"]
             samples.append(sample)
             boxes.append(_boxes(nusc, record, sample["global_from_ego"]))
@@ -267,7 +274,7 @@ def _build(dataroot: Path, version: str, split: str | Path, cameras: tuple[str, 
     return Index(**flat, **names, box_offset=box_offset, **flat_boxes, lines=_flat(lines), wide_lines=_flat(wide_lines))
 
 
-def _sample(nusc: NuScenes, tables: Path, record: dict, cameras: tuple[str, ...]) -> dict[str, Any]:
+def _sample(nusc: NuScenes, tables: Path, record: dict, cameras: tuple[str, ...], rig: Rig | None) -> dict[str, Any]:
     """Reads poses, calibration and image paths of one sample."""
     lidar = nusc.get("sample_data", record["data"]["LIDAR_TOP"])
     global_from_ego = _pose(nusc.get("ego_pose", lidar["ego_pose_token"]))
@@ -297,7 +304,10 @@ def _sample(nusc: NuScenes, tables: Path, record: dict, cameras: tuple[str, ...]
         exposure_from_cam = _pose(calibration)
         paths.append(os.fsencode(data["filename"]))
         sizes.append((data["height"], data["width"]))
-        intrinsics.append(np.array(calibration["camera_intrinsic"], dtype=np.float64))
+        if rig is None:
+            intrinsics.append(np.array(calibration["camera_intrinsic"], dtype=np.float64))
+        else:
+            intrinsics.append(_checked_model(tables, rig, camera, sizes[-1], exposure_from_cam))
         poses.append(invert_rigid(global_from_ego) @ global_from_exposure @ exposure_from_cam)
     return sample | {
         "image_path": np.array(paths),
@@ -305,6 +315,33 @@ def _sample(nusc: NuScenes, tables: Path, record: dict, cameras: tuple[str, ...]
         "img_from_cam": np.array(intrinsics),
         "ego_from_cam": np.array(poses),
     }
+
+
+def _checked_model(
+    tables: Path, rig: Rig, name: str, image_size: tuple[int, int], ego_from_cam: np.ndarray
+) -> np.ndarray:
+    """Returns img_from_cam [3, 3] of a camera of the rig file after comparing it with the tables.
+
+    Raises:
+        DataError: the rig has no such camera, or it is for images of another size, or has another pose.
+    """
+    if name not in rig.names:
+        raise DataError(
+            f"{tables / RIG_FILE} has no camera {name}, which sample_data.json has; add it, or delete the file"
+        )
+    camera = rig[name]
+    if camera.image_size != image_size:
+        (H, W), (given_H, given_W) = camera.image_size, image_size
+        raise DataError(
+            f"{tables / RIG_FILE}: camera {name} has images of {W} x {H} pixels (width x height), and sample_data.json "
+            f"of {given_W} x {given_H}; correct one of them"
+        )
+    if np.abs(camera.ego_from_cam - ego_from_cam).max() > SAME_POSE:
+        raise DataError(
+            f"{tables / RIG_FILE}: camera {name} has another pose than in calibrated_sensor.json, by up to "
+            f"{np.abs(camera.ego_from_cam - ego_from_cam).max():.2g} in an element of the matrix; correct one of them"
+        )
+    return camera.model.img_from_cam
 
 
 def _pose(record: dict) -> np.ndarray:

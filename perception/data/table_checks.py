@@ -27,6 +27,7 @@ from perception.data.tables import (
     Columns,
     Finding,
     floats,
+    read_rig,
     read_table,
     read_tables,
     text_of,
@@ -35,6 +36,7 @@ from perception.errors import DataError
 from perception.geometry import invert_rigid, rigid_from_quaternion
 from perception.inference.checks import FARTHEST_CAMERA, FARTHEST_POSE, check_intrinsics
 from perception.inference.ego_motion import MAX_GAP, interrupted
+from perception.rigs.rig import RIG_FILE, Rig
 from perception.types import ATTRIBUTES
 
 if TYPE_CHECKING:
@@ -56,7 +58,9 @@ def open_tables(dataroot: Path, version: str) -> NuScenes:
         DataError: a table is missing or malformed, or records of it cannot be right; the message names the first.
     """
     tables = read_tables(dataroot / version)
-    stats = (os.stat(dataroot / version / f"{table}.json") for table in TABLES)
+    rig_file = dataroot / version / RIG_FILE
+    files = [dataroot / version / f"{table}.json" for table in TABLES] + [rig_file] * rig_file.is_file()
+    stats = (os.stat(file) for file in files)
     state = (str(dataroot.resolve()), version, *((stat.st_mtime_ns, stat.st_size) for stat in stats))
     # Each validation of a training opens the tables, and checking those of trainval takes a minute.
     findings = [] if state in _accepted else check_tables(dataroot, version, tables)
@@ -108,15 +112,23 @@ def check_tables(
         if unreadable:
             return unreadable
         tables = found
-    return _Check(dataroot, folder, tables).run()
+    try:
+        rig = read_rig(folder)
+    except DataError as error:
+        path = str(folder / RIG_FILE)
+        return [Finding("error", path, "", (), 0, str(error).removeprefix(path).lstrip(": "))]
+    return _Check(dataroot, folder, tables, rig).run()
 
 
 class _Check(Columns):
     """One run of all checks."""
 
-    def __init__(self, dataroot: Path, folder: Path, tables: Mapping[str, Sequence[dict[str, Any]]]) -> None:
+    def __init__(
+        self, dataroot: Path, folder: Path, tables: Mapping[str, Sequence[dict[str, Any]]], rig: Rig | None
+    ) -> None:
         super().__init__(folder, tables)
         self.dataroot = dataroot
+        self.in_rig_file = {camera.name: camera for camera in rig or ()}
 
     def run(self) -> list[Finding]:
         for table in TABLES:
@@ -163,7 +175,10 @@ class _Check(Columns):
         _, position = self.pose("calibrated_sensor")
         far = np.abs(position).max(1, initial=0) > FARTHEST_CAMERA
         self.report("calibrated_sensor", "translation", far, f"metres, at most {FARTHEST_CAMERA:g} from the ego origin")
-        values = self.column("calibrated_sensor", "camera_intrinsic")
+        values = list(self.column("calibrated_sensor", "camera_intrinsic"))
+        for row, (value, camera, channel) in enumerate(zip(values, self.is_camera, self.channel_of, strict=True)):
+            if camera and value == [] and channel in self.in_rig_file:  # its model has distortion
+                values[row] = self.in_rig_file[channel].model.img_from_cam.tolist()
         self.intrinsics = np.array(
             [floats(v, (3, 3)) if camera else np.eye(3) for v, camera in zip(values, self.is_camera, strict=True)]
         ).reshape(-1, 3, 3)

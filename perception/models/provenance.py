@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from perception.inference.crop import fitting_crop
+from perception.inference.crop import fitted_rig, fitting_crop
 from perception.types import CameraRig, NumpyCameraRig
 
 if TYPE_CHECKING:
@@ -127,6 +127,12 @@ def provenance_of(dataset: NuScenesDataset) -> Provenance:
     for size in np.unique(sizes[present], axis=0):
         crop = fitting_crop((int(size[0]), int(size[1])), dataset.image_size)
         widths[(sizes == size).all(-1)] = dataset.image_size[1] / crop.scale
+    focal, height = index.img_from_cam[..., 0, 0] / widths, index.ego_from_cam[..., 2, 3]
+    if dataset.virtual_rig is not None:  # the network sees its pinholes
+        rig = dataset.virtual_rig
+        fitted = fitted_rig(rig.camera_rig(), [camera.image_size for camera in rig.cameras], dataset.image_size)
+        focal, height = fitted.img_from_cam[:, 0, 0] / dataset.image_size[1], fitted.ego_from_cam[:, 2, 3]
+        present = fitted.present
     _, once = np.unique(index.token, return_index=True)  # roots may be given several times
     following = index.previous >= 0
     seconds = 1e-6 * (index.timestamp_us[following] - index.timestamp_us[index.previous[following]])
@@ -135,8 +141,8 @@ def provenance_of(dataset: NuScenesDataset) -> Provenance:
         frames=len(once),
         scenes=int((~following[once]).sum()),
         cameras=tuple(dataset.cameras),
-        focal=_range((index.img_from_cam[..., 0, 0] / widths)[present]),
-        height=_range(index.ego_from_cam[..., 2, 3][present]),
+        focal=_range(focal[present]),
+        height=_range(height[present]),
         interval_s=_range(seconds),
     )
 

@@ -15,12 +15,12 @@ from tqdm import tqdm
 from perception.errors import ConfigError, DataError, not_installed
 from perception.files import check_new, check_writable, new_folder
 from perception.recordings.bags import TRANSFORMS
-from perception.recordings.folders import POSES_FILE, RIG_FILE, read_image
+from perception.recordings.folders import POSES_FILE, read_image
 from perception.recordings.nuscenes import REFERENCE, Scene, read_scene, scene_names
 from perception.recordings.trajectory import Trajectory
 from perception.recordings.videos import VideoWriter
 from perception.rigs.models import FROM_INTEGER_CENTERS, BrownConrady, KannalaBrandt, Pinhole
-from perception.rigs.rig import RigCamera
+from perception.rigs.rig import RIG_FILE, RigCamera
 from perception.rigs.ros import BASE_FRAME
 
 VIDEO_QUALITY = 17  # x264's constant rate factor: hardly any loss is seen

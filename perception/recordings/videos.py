@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perception.errors import DataError, not_installed
-from perception.recordings.folders import POSES_FILE, RIG_FILE
+from perception.recordings.folders import POSES_FILE
 from perception.recordings.recording import Image, Moment, Recording, checked_times, chosen_streams
 from perception.recordings.trajectory import read_trajectory
-from perception.rigs.rig import Rig
+from perception.rigs.rig import RIG_FILE, Rig
 
 SUFFIXES = frozenset((".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v", ".ts", ".mjpeg", ".mpg", ".h264", ".hevc"))
 MICROSECONDS = Fraction(1, 1_000_000)

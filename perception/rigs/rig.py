@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 SHIPPED = Path(__file__).parent  # *.yaml
 SCHEMA = SHIPPED / "rig.schema.json"
+RIG_FILE = "rig.yaml"  # beside the tables of a dataset whose cameras are not all pinholes
 RIG_FORMAT = 1  # version of the file format
 
 # A frame with body axes (x forward, y left, z up) has its points from the optical frame (x right, y down, z forward).
@@ -165,6 +166,25 @@ class Rig:
             np.stack([camera.model.img_from_cam for camera in cameras]),
             np.stack([camera.ego_from_cam for camera in cameras]),
             np.ones(len(cameras), dtype=bool),
+        )
+
+    def scaled(self, factor: float) -> Rig:
+        """Returns the rig of images that are resized by a factor; their sizes are rounded to whole pixels.
+
+        Raises:
+            DataError: the factor is not above 0, or an image would have no pixels.
+        """
+        if not 0 < factor < np.inf:
+            raise DataError(f"the scale of the images is {factor:g}; give a number above 0, such as 0.5")
+        return Rig(
+            [
+                replace(
+                    camera,
+                    image_size=(round(factor * camera.image_size[0]), round(factor * camera.image_size[1])),
+                    model=camera.model.scaled(factor),
+                )
+                for camera in self
+            ]
         )
 
     def coverage(self, image_size: tuple[int, int]) -> Coverage:
