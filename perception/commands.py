@@ -13,7 +13,8 @@ from pathlib import Path
 
 COMMANDS = {
     "demo": "generate a small town, predict it with the shipped weights, draw and score the result",
-    "predict": "predict one sample, draw it, and write its boxes and lines",
+    "predict": "predict a recording or one sample, draw it, and write its boxes and lines",
+    "view": "open the predictions of a recording in the rerun viewer",
     "train": "train a network from a config",
     "evaluate": "evaluate weights, or a submission, on a nuScenes-format split",
     "export": "export a network for the vehicle and certify the export",

@@ -1,4 +1,4 @@
-"""Generates a dataset of the synthetic town in nuScenes format."""
+"""Generates scenes of the synthetic town: a dataset in nuScenes format, or recordings as a vehicle makes them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from perception.files import check_writable, write_json
 EXAMPLE = """examples:
   perception simulate --out data/town --scenes 20 --seed 7 --image-size 256x448
   perception simulate --out data/fisheye --scenes 4 --seed 7 --rig surround_fisheye --scale 0.5
+  perception simulate --out data/bags --scenes 2 --seed 7 --sweeps --format bag
 """
+FORMATS = ("nuscenes", "bag", "sqlite-bag", "ros1-bag", "video", "folder")
 
 
 def image_size(text: str) -> tuple[int, int]:
@@ -77,12 +79,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="0..1",
         help="more of the rare classes: trucks, buses, trailers, cycles, work sites (default: 0)",
     )
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="nuscenes",
+        help="bags of ROS 2 (MCAP or SQLite) or ROS 1, or for each scene a folder of videos or images with calibration "
+        "and poses (default: %(default)s)",
+    )
     parser.add_argument("--json", type=Path, default=None, help="write the summary to this file as well")
     args = parser.parse_args(argv)
 
     from perception.errors import ConfigError
+    from perception.files import scratch_folder
+    from perception.recordings.convert import check_convertible, convert_dataset
     from perception.rigs import Rig
-    from perception.synthetic import simulate
+    from perception.synthetic import VERSION, simulate
     from perception.synthetic.sensors import SIX_CAMERAS
 
     if args.rig and args.image_size:
@@ -93,20 +104,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.json:
         check_writable("--json", args.json)
     start = time.perf_counter()
-    simulate(
-        args.out,
-        scenes=args.scenes,
-        seed=args.seed,
-        keyframes=args.keyframes,
-        rate=args.rate,
-        image_size=args.image_size or (256, 448),
-        split=args.split,
-        workers=args.workers,
-        sweeps=args.sweeps,
-        rare=args.rare,
-        rig=rig,
-    )
-    summary = summarise(args.out, time.perf_counter() - start)
+    settings = {
+        "scenes": args.scenes, "seed": args.seed, "keyframes": args.keyframes, "rate": args.rate,
+        "image_size": args.image_size or (256, 448), "split": args.split, "workers": args.workers,
+        "sweeps": args.sweeps, "rare": args.rare, "rig": rig,
+    }  # fmt: skip
+    if args.format == "nuscenes":
+        simulate(args.out, **settings)
+        summary = summarise(args.out, time.perf_counter() - start)
+    else:
+        check_convertible(args.format, args.out)
+        with scratch_folder("town") as scratch:
+            simulate(scratch / "town", **settings)
+            convert_dataset(scratch / "town", VERSION, args.out, args.format)
+            summary = summarise(scratch / "town", time.perf_counter() - start)
     for name in ("scenes", "keyframes", "pictures"):
         print(f"{name:24s}{summary[name]:>10d}")
     for name, count in summary["boxes"].items():

@@ -139,7 +139,7 @@ def read_bag(
 
 
 def _camera_topics(types: Mapping[str, str], name: str, given: Mapping[str, str]) -> list[str]:
-    """The topics with images, one per camera: raw before rectified, Image before CompressedImage."""
+    """The topics with images in the order of the bag, one per camera: raw before rectified, Image before compressed."""
     images = [topic for topic, kind in types.items() if kind in IMAGES]
     for topic in given.values():
         if topic not in images:
@@ -156,7 +156,7 @@ def _camera_topics(types: Mapping[str, str], name: str, given: Mapping[str, str]
             f"{name} has no topic of sensor_msgs Image or CompressedImage; it has {kinds}: give "
             "the bag with the cameras"
         )
-    return sorted(chosen)
+    return [topic for topic in types if topic in chosen]
 
 
 def _namespace(topic: str) -> str:

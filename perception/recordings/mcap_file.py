@@ -83,7 +83,7 @@ class McapFile:
 
         stamp = _timestamp(frame.recorded.time_ns)
         known = frame.recorded.global_from_ego
-        poses = [(WORLD, EGO, np.eye(4) if known is None else known)]
+        poses = [] if known is None else [(WORLD, EGO, known)]
         poses += [(EGO, name, pose) for name, pose in zip(frame.names, frame.rig.ego_from_cam, strict=True)]
         return FrameTransforms(
             transforms=[
@@ -123,7 +123,7 @@ class McapFile:
             strip = LinePrimitive(
                 type=LinePrimitive.LINE_STRIP, pose=_pose(np.zeros(3), Rotation.identity()),
                 thickness=LINE_THICKNESS, color=_color(LINE_COLORS[name], 1.0),
-                points=[_point((x, y, 0.0)) for x, y in lines.points[m]],
+                points=[_vector((x, y, 0.0)) for x, y in lines.points[m]],
             )  # fmt: skip
             update.entities.append(
                 SceneEntity(
@@ -134,48 +134,29 @@ class McapFile:
         return update
 
 
-def _timestamp(time_ns: int) -> Any:
-    from google.protobuf.timestamp_pb2 import Timestamp
+# protobuf takes nested messages as dicts, which its stubs do not say.
 
-    return Timestamp(seconds=time_ns // 1_000_000_000, nanos=time_ns % 1_000_000_000)
+
+def _timestamp(time_ns: int) -> Any:
+    return {"seconds": time_ns // 1_000_000_000, "nanos": time_ns % 1_000_000_000}
 
 
 def _vector(values: Any) -> Any:
-    from foxglove_schemas_protobuf.Vector3_pb2 import Vector3
-
-    x, y, z = map(float, values)
-    return Vector3(x=x, y=y, z=z)
-
-
-def _point(values: Any) -> Any:
-    from foxglove_schemas_protobuf.Point3_pb2 import Point3
-
-    x, y, z = map(float, values)
-    return Point3(x=x, y=y, z=z)
+    return dict(zip("xyz", map(float, values), strict=True))
 
 
 def _quaternion(rotation: Any) -> Any:
-    from foxglove_schemas_protobuf.Quaternion_pb2 import Quaternion
-
-    x, y, z, w = map(float, rotation.as_quat())
-    return Quaternion(x=x, y=y, z=z, w=w)
+    return dict(zip("xyzw", map(float, rotation.as_quat()), strict=True))
 
 
 def _pose(position: NDArray[Any], rotation: Any) -> Any:
-    from foxglove_schemas_protobuf.Pose_pb2 import Pose
-
-    return Pose(position=_vector(position), orientation=_quaternion(rotation))
+    return {"position": _vector(position), "orientation": _quaternion(rotation)}
 
 
 def _color(rgb: tuple[int, int, int], alpha: float) -> Any:
-    from foxglove_schemas_protobuf.Color_pb2 import Color
-
-    r, g, b = (value / 255 for value in rgb)
-    return Color(r=r, g=g, b=b, a=alpha)
+    return dict(zip("rgba", [*(value / 255 for value in rgb), alpha], strict=True))
 
 
-def _metadata(name: str, numbers: dict[str, Any]) -> list[Any]:
-    from foxglove_schemas_protobuf.KeyValuePair_pb2 import KeyValuePair
-
+def _metadata(name: str, numbers: dict[str, Any]) -> Any:
     texts = {"class": name} | {key: f"{float(value):.9g}" for key, value in numbers.items()}
-    return [KeyValuePair(key=key, value=value) for key, value in texts.items()]
+    return [{"key": key, "value": value} for key, value in texts.items()]

@@ -14,8 +14,6 @@ from perception.rigs.rig import Rig
 from perception.rigs.virtual import VirtualRig, chosen_pinholes
 from perception.types import LiveObjects, NumpyBoxes, NumpyCameraRig, NumpyFrameObjects, NumpyPolylines
 
-NO_POSE = "the pose at this time is not known"
-
 
 class PredictedFrame(NamedTuple):
     """One frame of a recording with its prediction."""
@@ -51,15 +49,7 @@ def predict_frames(predictor: Predictor, rig: Rig, frames: Iterable[RecordedFram
         for n, camera in enumerate(virtual.cameras):
             if pinholes.present[n]:
                 pinholes.ego_from_cam[n] = recorded.ego_from_exposure[camera.source.name] @ pinholes.ego_from_cam[n]
-        pose = recorded.global_from_ego
-        if pose is not None:
-            objects = predictor.step(images, pinholes, pose, recorded.time_s)
-        else:
-            predictor.reset()
-            objects = predictor.step(images, pinholes, np.eye(4), recorded.time_s)
-            predictor.reset()
-            info = objects.info._replace(global_from_ego=None, used_memory=False, no_memory_because=NO_POSE)
-            objects = objects._replace(info=info)
+        objects = predictor.step(images, pinholes, recorded.global_from_ego, recorded.time_s)
         yield PredictedFrame(recorded, names, images, pinholes, objects)
 
 

@@ -154,10 +154,13 @@ def _nearest(times: NDArray[np.int64], time: int) -> int:
 
 
 def _thinned(times: NDArray[np.int64], rate: float | None) -> Iterable[int]:
-    """Yields the first time of each step of a grid with `rate` steps per second; all times without a rate."""
+    """Yields the first time of each step of a grid with `rate` steps per second; all times without a rate.
+
+    A time may be a quarter of a step early, as times are never exact.
+    """
     last = None
     for time in times.tolist():
-        step = time if rate is None else round((time - int(times[0])) * 1e-9 * rate)
+        step = time if rate is None else int((time - int(times[0])) * 1e-9 * rate + 0.25)
         if step != last:
             yield time
         last = step

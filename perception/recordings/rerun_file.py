@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.spatial.transform import Rotation
@@ -58,7 +59,7 @@ class RerunFile:
             stream.log("world/ego", rr.Transform3D(translation=pose[:3, 3] - self._origin, mat3x3=pose[:3, :3]))
         self._add_objects(frame)
         for n, (name, data) in enumerate(zip(frame.names, self._encode(frame), strict=True)):
-            entity = ["world", "ego", "cameras", name]
+            entity: list[object] = ["world", "ego", "cameras", name]
             if data is None:
                 stream.log(entity, rr.Clear(recursive=True))
                 continue
@@ -117,7 +118,7 @@ class RerunFile:
             rr.AnyValues(score=lines.score),
         )  # fmt: skip
 
-    def _views(self) -> object:
+    def _views(self) -> Any:
         from rerun import blueprint
 
         return blueprint.Blueprint(
