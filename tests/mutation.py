@@ -74,7 +74,7 @@ MODULES = {
     "perception.evaluation.confidence": "confidence",
     "perception.evaluation.submission": "submission",
     "perception.inference.checks": "checks",
-    "perception.inference.plausibility": "live_input",
+    "perception.inference.plausibility": "plausibility",
     "perception.inference.live": "live_input predictor",
     "perception.inference.visibility": "visibility",
     "perception.inference.ego_motion": "ego_motion checks",
