@@ -11,10 +11,28 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from perception.data.augment import Augment
-from perception.data.loader import ClipRequest, SceneStreamSampler, TrainSampler, collate, decode_image, pad_lines
+from perception.data.loader import (
+    ClipRequest,
+    SceneStreamSampler,
+    TrainSampler,
+    collate,
+    decode_image,
+    pad_boxes,
+    pad_lines,
+)
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError, DataError
+from perception.models.decoding import empty_boxes
 from perception.types import MapLine, map_tensors
+
+
+def test_boxes_of_several_frames_are_padded_to_the_most():
+    def some(count):
+        return map_tensors(lambda x: torch.ones(count, *x.shape[2:], dtype=x.dtype), empty_boxes(1, "cpu"))
+
+    assert pad_boxes([some(0)]).center.shape == (1, 0, 3)
+    assert pad_boxes([some(1), some(2)]).valid.tolist() == [[True, False], [True, True]]
+    assert pad_boxes([some(1)], 3).score.tolist() == [[1, 0, 0]]
 
 
 @pytest.mark.parametrize("size", [(90, 160), (150, 400), (113, 200), (256, 704), (300, 200), (900, 1600)])
@@ -117,6 +135,8 @@ def test_a_picture_that_needs_another_program_is_not_opened(tmp_path):
 def test_lines_are_resampled_and_padded():
     corner = MapLine(2, np.array([[0.0, 0], [4, 0], [4, 4]]))
     ring = MapLine(1, np.array([[0.0, 0], [0, 1], [1, 1], [1, 0], [0, 0]]), score=0.5)
+    assert pad_lines([[], [corner]], points_per_line=5).valid.tolist() == [[False], [True]]
+    assert pad_lines([[]], points_per_line=5).points.shape == (1, 0, 5, 2)
     lines = pad_lines([[corner], [], [ring, corner]], points_per_line=5, count=3)
     assert lines.points.shape == (3, 3, 5, 2)
     assert lines.valid.tolist() == [[True, False, False], [False] * 3, [True, True, False]]
