@@ -4,12 +4,9 @@
 
 - Boxes are wire frames with a tinted front, and lines lie on the ground plane z = 0. Both are curves where the lens
   bends them, and end where the lens ends.
-- The strength of a colour is the score. In the bird's-eye view, a band around a line and an ellipse around the centre of
-  a box show the uncertainty that the network gives.
-- What no camera has seen is faint in the bird's-eye view, and is not in the images. Ids of a tracker stand beside boxes.
-
-Six images of 1600 x 900 with 40 boxes and 20 lines take about 35 ms on one core of an AMD EPYC (`python -m
-perception.visualization.gallery --time`).
+- The strength of a colour is the score. In the bird's-eye view, a band around a line and an ellipse around the centre
+  of a box show the uncertainty that the network gives.
+- What no camera has seen is faint in the bird's-eye view, and not drawn in the images. A tracker's ids stand at boxes.
 """
 
 from __future__ import annotations
@@ -112,12 +109,12 @@ def draw_live(
     tile_height = max(
         1, min(tile_height, *(int((WIDEST - GAP * len(row)) / a) for row, a in zip(rows, aspects, strict=True)))
     )
-    tiles = [[draw_camera(pixels[c.name], c, objects, shown, tile_height) for c in row] for row in rows]
+    tiles = [[draw_camera(pixels[c.name], c, shown, tile_height) for c in row] for row in rows]
     wall_width = max(sum(tile.width + GAP for tile in row) - GAP for row in tiles)
     wall_height = len(rows) * (tile_height + GAP) - GAP
     legend = _legend(wall_width)
     content = max(wall_height + GAP + legend.height, LOWEST)
-    bev = draw_bev_live(objects, shown, x_range, y_range, content)
+    bev = draw_above(shown, x_range, y_range, content)
     picture = Image.new("RGB", (wall_width + bev.width + 3 * GAP, TOP + content + GAP), BACKGROUND)
     for number, row in enumerate(tiles):
         left = GAP + (wall_width - sum(tile.width + GAP for tile in row) + GAP) // 2
@@ -155,14 +152,21 @@ class _Shown:
         ]
         seen = np.asarray(objects.seen.lines, bool)[take]
         self.line_seen = seen[:, :-1] | seen[:, 1:]  # [M, P - 1] of segments
+        # Starts [S, 3], ends and chains of the seen segments; what follows a gap of a line is another chain.
+        ground = np.concatenate([self.points, np.zeros_like(self.points[..., :1])], -1).astype(np.float64)
+        chains = np.arange(len(seen))[:, None] * seen.shape[1] + np.cumsum(~self.line_seen, axis=1)
+        self.line_segments = ground[:, :-1][self.line_seen], ground[:, 1:][self.line_seen], chains[self.line_seen]
         ids = objects.ids
         self.ids = [-1] * len(self.boxes) if ids is None else [int(ids.boxes[m]) for m in self.boxes]
+
+    def line_of_chain(self, chain: int) -> int:
+        """The line of a chain of `line_segments`."""
+        return chain // self.points.shape[1]
 
 
 def draw_camera(
     pixels: NDArray[np.uint8] | None,
     camera: RigCamera,
-    objects: Any,
     shown: _Shown,
     height: int,
 ) -> Image.Image:
@@ -175,7 +179,7 @@ def draw_camera(
         draw_tag(tile, f"{label} (no image)")
         return tile
     shrink = max(1, round(W / (SUPERSAMPLING * size[0])))
-    reduced = Image.fromarray(np.ascontiguousarray(pixels[shrink // 2 :: shrink, shrink // 2 :: shrink]))
+    reduced = Image.fromarray(_every(pixels, shrink))
     if reduced.width < 1.4 * size[0]:  # a small image: strokes would be as coarse as its pixels
         reduced = reduced.resize((SUPERSAMPLING * size[0], SUPERSAMPLING * size[1]), Image.Resampling.BILINEAR)
     scale = np.array([reduced.width / W, reduced.height / H])
@@ -183,33 +187,27 @@ def draw_camera(
     stroke = reduced.width / size[0]
     cam_from_ego = invert_rigid(camera.ego_from_cam)
 
-    if len(shown.points):
-        ground = transform_points(cam_from_ego, _on_ground(shown.points).reshape(-1, 3)).reshape(
-            *shown.points.shape[:2], 3
-        )
-        # Segments that are not seen are left out, and what follows them is another chain.
-        gaps = np.cumsum(~shown.line_seen, axis=1)
-        chains = np.arange(len(shown.points))[:, None] * (shown.points.shape[1] + 1) + gaps
-        seen = shown.line_seen
-        for chain, uv in project_segments(camera, ground[:, :-1][seen], ground[:, 1:][seen], chains[seen]):
-            color = shown.line_colors[chain // (shown.points.shape[1] + 1)]
+    centers = transform_points(cam_from_ego, shown.center.astype(np.float64))
+    drawn = np.flatnonzero(may_see(camera, centers, shown.radius))
+    drawn = drawn[np.argsort(-np.linalg.norm(centers[drawn], axis=1))]  # far ones first: near boxes cover them
+    line_starts, line_ends, line_chains = shown.line_segments
+    corners = shown.corners[drawn].astype(np.float64)
+    boxes_from = int(line_chains[-1]) + 1 if len(line_chains) else 0
+    box_chains = boxes_from + np.arange(len(drawn))[:, None] * len(CHAINS) + CHAIN
+    starts, ends = (
+        transform_points(cam_from_ego, np.concatenate([lines, corners[:, which].reshape(-1, 3)]))
+        for lines, which in ((line_starts, STARTS), (line_ends, ENDS))
+    )
+    pieces: list[list[tuple[int, NDArray[np.float64]]]] = [[] for _ in drawn]
+    for chain, uv in project_segments(camera, starts, ends, np.concatenate([line_chains, box_chains.ravel()])):
+        if chain < boxes_from:
+            color = shown.line_colors[shown.line_of_chain(chain)]
             pen.line((uv * scale).ravel().tolist(), fill=color, width=max(round(LINE_WIDTH * stroke), 1))
-    if len(shown.center):
-        centers = transform_points(cam_from_ego, shown.center.astype(np.float64))
-        distance = np.linalg.norm(centers, axis=1)
-        drawn = np.flatnonzero(may_see(camera, centers, shown.radius))
-        drawn = drawn[np.argsort(-distance[drawn])]  # far ones first, so that near boxes cover them
-        corners = transform_points(cam_from_ego, shown.corners[drawn].reshape(-1, 3).astype(np.float64)).reshape(
-            -1, 8, 3
-        )
-        chains = np.arange(len(drawn))[:, None] * len(CHAINS) + CHAIN
-        pieces: list[list[tuple[int, NDArray[np.float64]]]] = [[] for _ in drawn]
-        for chain, uv in project_segments(
-            camera, corners[:, STARTS].reshape(-1, 3), corners[:, ENDS].reshape(-1, 3), chains.ravel()
-        ):
-            pieces[chain // len(CHAINS)].append((chain % len(CHAINS), uv * scale))
-        for k, m in enumerate(drawn):
-            _draw_box(pen, pieces[k], shown.box_colors[m], shown.ids[m], stroke)
+        else:
+            box, part = divmod(chain - boxes_from, len(CHAINS))
+            pieces[box].append((part, uv * scale))
+    for k, m in enumerate(drawn):
+        _draw_box(pen, pieces[k], shown.box_colors[m], shown.ids[m], stroke)
     tile = reduced.resize(size, Image.Resampling.BOX)
     draw_tag(tile, label)
     return tile
@@ -233,8 +231,7 @@ def _draw_box(
         pen.text(at, str(number), fill=color, font=font(round(11 * stroke)), anchor="mb")
 
 
-def draw_bev_live(
-    objects: LiveObjects | NumpyLiveObjects,
+def draw_above(
     shown: _Shown,
     x_range: tuple[float, float],
     y_range: tuple[float, float],
@@ -358,6 +355,15 @@ def _write_caption(picture: Image.Image, caption: str, objects: LiveObjects | Nu
         pen.text((left, TOP / 2), note, fill=NOTE, font=face, anchor="lm")
 
 
+def _every(pixels: NDArray[np.uint8], step: int) -> NDArray[np.uint8]:
+    """Every n-th pixel along both axes; channel by channel is three times as fast as all at once."""
+    chosen = pixels[step // 2 :: step, step // 2 :: step]
+    result = np.empty(chosen.shape, np.uint8)
+    for channel in range(3):
+        result[..., channel] = chosen[..., channel]
+    return result
+
+
 def _strong(color: Color, score: float) -> Color:
     return _mixed(color, GRID, WEAKEST + (1 - WEAKEST) * float(score))
 
@@ -365,10 +371,6 @@ def _strong(color: Color, score: float) -> Color:
 def _mixed(color: Color, other: Color, share: float) -> Color:
     red, green, blue = (round(share * a + (1 - share) * b) for a, b in zip(color, other, strict=True))
     return red, green, blue
-
-
-def _on_ground(points: NDArray[Any]) -> NDArray[np.float64]:
-    return np.concatenate([points, np.zeros_like(points[..., :1])], -1).astype(np.float64)
 
 
 def _band(points: NDArray[Any], spread: NDArray[Any]) -> NDArray[np.float64]:

@@ -1,4 +1,6 @@
-"""Draws boxes and lines onto camera images and a bird's-eye view. `perception.visualization.live` draws on original, distorted images.
+"""Draws boxes, lines and ground truth onto the network's images and a bird's-eye view.
+
+`perception.visualization.live` draws results of live use on the original, distorted images.
 
 Pictures are drawn at twice their size and reduced, which smooths the edges. Predictions are solid, in the colour of
 their class; ground truth is thin, dashed and white. In the bird's-eye view, ego x points up and ego y points to the
