@@ -3,7 +3,6 @@
 import json
 import shutil
 from datetime import datetime
-from functools import cache
 from itertools import pairwise
 
 import cv2
@@ -36,17 +35,6 @@ from perception.synthetic import VERSION
 LIDAR = "/LIDAR_TOP/points"
 STORE = get_typestore(Stores.ROS2_HUMBLE)
 SECOND = 1_000_000_000
-
-
-@pytest.fixture(scope="module")
-def converted(town_root, tmp_path_factory):
-    """The first scene of the town by format, each made on first use."""
-
-    @cache
-    def make(format: str):
-        return convert_dataset(town_root, VERSION, tmp_path_factory.mktemp("recorded") / format, format)[0]
-
-    return make
 
 
 @pytest.fixture(scope="module")

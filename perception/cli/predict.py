@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from perception.cli import command_parser, number, output_file
@@ -166,6 +167,7 @@ def count_matches(scene, gt) -> tuple[int, int]:
 
 def predict_recording(arguments) -> None:
     """Predicts the frames of a recording, writes them into a folder, and prints a table."""
+    from perception.inference.live import NO_MEMORY
     from perception.inference.predictor import Predictor
     from perception.recordings import open_recording
     from perception.recordings.outputs import FILES, parsed_formats, write_predictions
@@ -184,10 +186,13 @@ def predict_recording(arguments) -> None:
     provenance = predictor.provenance
     if provenance is not None and provenance.is_generated and arguments.version != provenance.versions[0]:
         notes.insert(0, "the weights were trained on generated scenes only and are of no use on real images")
-    summary = write_predictions(
-        predictor, recording, arguments.out, moments=moments, formats=formats, note=notes[0] if notes else "",
-        progress=True,
-    )  # fmt: skip
+    with caught() as found:
+        summary = write_predictions(
+            predictor, recording, arguments.out, moments=moments, formats=formats, note=notes[0] if notes else "",
+            progress=True,
+        )  # fmt: skip
+    known = NO_MEMORY.format(reason="no pose was given")  # said below in the words of the command line
+    notes += [sentence for sentence in found if sentence != known]
     print(f"{'camera':24s}{'frames':>8s}")
     for camera, count in summary.images.items():
         print(f"{camera:24s}{count:>8d}")
@@ -199,14 +204,33 @@ def predict_recording(arguments) -> None:
         print(f"wrote {arguments.out / FILES[format]}")
     print(f"weights: {provenance or 'their file does not say what they were trained on'}")
     if recording.trajectory is None:
-        notes.append(
-            "the recording has no odometry, so every frame is predicted for itself, without memory; velocities are "
-            "worst then: give --poses"
-        )
+        notes.append("the recording has no odometry: give --poses, or every frame stands for itself, without memory")
     elif summary.without_pose:
-        notes.append(f"the pose of {summary.without_pose} frames is not known; they are predicted without memory")
+        notes.append(
+            f"the pose of {summary.without_pose} frames is not known, and they stand for themselves, without memory: "
+            f"poses are those of {recording.trajectory.source}"
+        )
     for note in notes:
         print(f"note: {note}")
+
+
+@contextmanager
+def caught() -> Iterator[list[str]]:
+    """Yields a list that holds the sentences of the PerceptionWarnings of the block after it; others are passed on."""
+    import warnings
+
+    from perception.errors import PerceptionWarning
+
+    sentences: list[str] = []
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always", PerceptionWarning)
+        yield sentences
+    for warning in found:
+        if issubclass(warning.category, PerceptionWarning):
+            sentences.append(str(warning.message))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    sentences[:] = dict.fromkeys(sentences)
 
 
 def streams(texts: Sequence[str] | None) -> dict[str, str]:

@@ -28,7 +28,7 @@ from perception.inference.ego_motion import MAX_SPEED, MAX_TURN_RATE, Motion
 from perception.inference.fitting import fit_image
 from perception.inference.images import AnyImage
 from perception.inference.live import LiveInput, Step, without_result
-from perception.inference.plausibility import sampled_rgb
+from perception.inference.plausibility import Warnings, sampled_rgb
 from perception.inference.visibility import MIN_SEEN, kept_by
 from perception.models import Network
 from perception.models.checkpoint import load_model, on_device, read_provenance
@@ -129,6 +129,13 @@ class Predictor:
             name_or_path, device, rig=rig, bgr=bgr,
             min_score=min_score, min_seen=min_seen, max_speed=max_speed, max_turn_rate=max_turn_rate,
         )  # fmt: skip
+
+    def name_cameras(self, names: Sequence[str]) -> None:
+        """Gives the cameras names, in the order of the images, which then stand in warnings instead of their numbers.
+
+        With a rig at construction they have those of the rig.
+        """
+        self._live.warnings = Warnings(names)
 
     def reset(self) -> None:
         """Clears the memory; the next step is a first frame."""

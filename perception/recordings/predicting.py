@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from perception.inference.predictor import Predictor
 from perception.recordings.recording import RecordedFrame
 from perception.rigs.rig import Rig
-from perception.rigs.virtual import VirtualRig, chosen_pinholes
+from perception.rigs.virtual import VirtualRig, virtual_rig
 from perception.types import LiveObjects, NumpyBoxes, NumpyCameraRig, NumpyFrameObjects, NumpyPolylines
 
 
@@ -39,10 +39,14 @@ def predict_frames(predictor: Predictor, rig: Rig, frames: Iterable[RecordedFram
 
     Raises:
         DataError: an image has another size than in the rig, or a pose or time is out of range.
+
+    Warns:
+        PerceptionWarning: as `virtual_rig` and `Predictor.step` do.
     """
-    virtual = chosen_pinholes(rig, predictor.model.config.image_size)
+    virtual = virtual_rig(rig, predictor.model.config.image_size)
     virtual.make_tables()
     names = pinhole_names(virtual)
+    predictor.name_cameras(names)
     predictor.reset()
     for recorded in frames:
         images, pinholes = virtual.frame(recorded.images)
