@@ -64,7 +64,7 @@ MODULES = {
     "perception.data.splits": "splits",
     "perception.data.geographic_split": "splits",
     "perception.data.leakage": "splits",
-    "perception.engine.checkpoints": "interruption",
+    "perception.engine.checkpoints": "work_dir",
     "perception.evaluation.lanes": "lanes_eval",
     "perception.evaluation.lane_report": "lane_report",
     "perception.evaluation.detection": "detection_eval splits",
