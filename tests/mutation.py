@@ -77,7 +77,7 @@ MODULES = {
     "perception.inference.plausibility": "plausibility",
     "perception.inference.live": "live_step",
     "perception.inference.visibility": "visibility",
-    "perception.inference.ego_motion": "ego_motion checks",
+    "perception.inference.ego_motion": "ego_motion",
     "perception.inference.fitting": "loader images",
     "perception.rigs.models": "camera_models",
     "perception.rigs.lenses": "camera_models",
