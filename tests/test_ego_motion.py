@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
+from perception.errors import DataError
 from perception.geometry import rigid_from_yaw
 from perception.inference.ego_motion import EgoMotion, jumped, motion_size
 
@@ -31,6 +32,17 @@ def test_limits_of_speed_and_turn_rate():
     assert motion.ego_from_prev == pytest.approx(rigid_from_yaw(0.0, (-5.0, 0, 0)), abs=1e-9) and motion.seconds == 0.5
     # GPS noise of decimetres is a high speed over milliseconds, and no jump.
     assert not pair(rigid_from_yaw(0.02, (0.6, 0.5, 0)), 0.001).is_first
+
+
+def test_times_must_increase():
+    ego_motion = EgoMotion()
+    ego_motion.keep(ego_motion.since_last(np.eye(4), 7.0))
+    for time in (7.0, 6.9):
+        with pytest.raises(DataError, match=r"but the last step was at 7\.000000: give frames in order"):
+            ego_motion.since_last(np.eye(4), time)
+    assert ego_motion.since_last(np.eye(4), np.nextafter(7.0, 8)).seconds > 0
+    ego_motion.reset()
+    assert ego_motion.since_last(np.eye(4), 7.0).is_first
 
 
 def test_a_motion_at_the_limit_is_no_jump():
