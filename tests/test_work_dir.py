@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -71,6 +72,18 @@ def test_a_damaged_checkpoint_and_one_of_another_format_are_skipped(tmp_path, mo
         ),
     ):
         folder.newest()
+
+
+def test_nothing_in_a_checkpoint_is_run(tmp_path):
+    class Canary:
+        def __reduce__(self):
+            return Path.write_text, (tmp_path / "canary", "was run")
+
+    folder = WorkDir(tmp_path, "small")
+    torch.save({"meta": {"format": checkpoints.FORMAT}, "model": Canary()}, tmp_path / "epoch_1.pth")
+    with pytest.warns(PerceptionWarning, match=r"epoch_1\.pth is damaged"), pytest.raises(CheckpointError):
+        folder.newest()
+    assert not (tmp_path / "canary").exists()
 
 
 def test_exported_weights_alone_are_work_that_cannot_go_on(tmp_path):
