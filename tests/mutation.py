@@ -44,7 +44,7 @@ MODULES = {
     "perception.matching": "losses lanes_eval",
     "perception.ops.sampling": "sampling bilinear",
     "perception.ops.deformable": "bilinear",
-    "perception.models.decoding": "model maptr",
+    "perception.models.decoding": "model",
     "perception.models.bev_transformer.encoder": "model shipped_weights",
     "perception.models.bev_transformer.decoder": "model shipped_weights",
     "perception.models.bev_transformer.losses": "losses",
@@ -91,7 +91,7 @@ MODULES = {
     "perception.rigs.ros": "rig_importers",
     "perception.export.images": "images",
     "perception.export.runtime": "runtime",
-    "perception.export.contract": "contract runtime",
+    "perception.export.contract": "contract",
 }
 COMPARE = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
@@ -303,7 +303,8 @@ def plant(name: str, chosen: dict[str, ast.Module], done: dict[str, str], save: 
     tests = [f"tests/test_{test}.py" for test in MODULES[name].split()]
     good = run_tests(name, tests, None, 3000, {})
     if good.noticed:
-        sys.exit(f"{name}: fails without a fault: {good.noticed}")
+        print(f"{name}: fails without a fault: {good.noticed}", flush=True)
+        return
     print(f"{name}: its tests take {good.cpu_seconds:.0f} s", flush=True)
     for fault, tree in chosen.items():
         if not done.get(fault):
@@ -353,6 +354,8 @@ def main() -> None:
         if values:
             caught = sum(map(bool, values))
             print(f"| {name} | {len(values)} | {caught} | {caught / len(values):.0%} |")
+    if missing := [name for name, values in rows.items() if not values]:
+        sys.exit(f"not measured: {', '.join(missing)}")
 
 
 if __name__ == "__main__":
