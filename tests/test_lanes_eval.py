@@ -154,7 +154,7 @@ def test_progress_counts_all_frames(capfd):
     gt = {f"{k:03d}": [straight(0.0)] for k in range(120)}
     result = evaluate_lanes(gt, gt, progress=True)
     bar = capfd.readouterr().err
-    assert "100/120" in bar and "120/120" in bar and "lane maps" in bar
+    assert "120/120" in bar and "lane maps" in bar
     assert evaluate_lanes(gt, gt) == result and capfd.readouterr().err == ""
     assert result.operating_points["divider"].score == 1
 
