@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from perception.data import loader
 from perception.data.augment import Augment
 from perception.data.loader import (
     ClipRequest,
@@ -224,6 +225,26 @@ def test_ranks_have_different_scenes_and_equal_numbers_of_batches():
     whole = list(TrainSampler(list(range(12)) * 3, batch_size=4, streams=2, frames_per_clip=1, drop=0.0, seed=1))
     ranks = [list(TrainSampler(list(range(12)) * 3, 2, 2, 1, 0.0, seed=1, rank=rank, world_size=2)) for rank in (0, 1)]
     assert [len(rank) for rank in ranks] == [18, 18] and sorted(ranks[0] + ranks[1]) == sorted(whole)
+
+
+def test_small_datasets_and_scenes_that_lose_all_but_a_clip():
+    one = TrainSampler([0, 0], batch_size=2, streams=1, frames_per_clip=2, drop=0.0, seed=0)
+    assert len(one) == len(list(one)) == 2  # one batch, though it holds the only clip twice
+    sampler, found = TrainSampler([0] * 4, batch_size=1, streams=1, frames_per_clip=2, drop=0.5, seed=0), set()
+    for epoch in range(60):
+        sampler.set_epoch(epoch)
+        found |= {request.samples for request in sampler}
+    # All pairs occur: the first and the last sample make a clip if exactly these two are kept.
+    assert found == {(i, j) for i in range(4) for j in range(i + 1, 4)}
+
+
+def test_the_largest_image_is_decoded(tmp_path, monkeypatch):
+    Image.new("RGB", (32, 18)).save(tmp_path / "a.png")
+    monkeypatch.setattr(loader, "MAX_PIXELS", 32 * 18)
+    assert decode_image(tmp_path / "a.png", np.eye(3), (9, 16))[0].shape == (3, 9, 16)
+    monkeypatch.setattr(loader, "MAX_PIXELS", 32 * 18 - 1)
+    with pytest.raises(DataError, match=r"a\.png is 32 x 18 pixels according to its header, and at most"):
+        decode_image(tmp_path / "a.png", np.eye(3), (9, 16))
 
 
 def test_clips_longer_than_all_scenes_are_refused():
