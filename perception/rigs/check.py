@@ -32,7 +32,7 @@ LOWEST = 0.2  # metres of a camera above the ground
 UNEQUAL = 1.1  # ratio of the focal lengths from which an image was probably resized unequally
 SWAPPED = 0.08  # share of the image within which an exchanged principal point is in its middle
 STEEP_DEG = 60.0  # below the horizon, from which a direction on the ground means little
-TURNED_DEG = 25.0  # around 90, 180 or 270 degrees for a frame with other axes
+TURNED_DEG = 40.0  # around 90, 180 or 270 degrees for a frame with other axes
 MOST_IMAGES = 12  # of a camera in which lines are looked for
 
 _SIDES = {"left": 90.0, "l": 90.0, "right": -90.0, "r": -90.0}

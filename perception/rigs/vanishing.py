@@ -204,9 +204,9 @@ def _segments(grey: NDArray[np.float32]) -> Floats:
     found = []
     for labels, own, chosen in zip(sets, sizes, (first, ~first), strict=True):
         voted = np.bincount(labels[chosen], minlength=len(own))
-        for label, where in enumerate(ndimage.find_objects(labels), 1):
-            if own[label] < LEAST_LENGTH or 2 * voted[label] < own[label] or where is None:
-                continue
+        places = ndimage.find_objects(labels)
+        for label in np.flatnonzero((own >= LEAST_LENGTH) & (2 * voted >= own)).tolist():
+            where = places[label - 1]
             v, u = np.nonzero(labels[where] == label)
             v, u = v + where[0].start, u + where[1].start
             weight = strength[v, u]
@@ -220,13 +220,14 @@ def _segments(grey: NDArray[np.float32]) -> Floats:
     return np.array(found).reshape(-1, 2, 2)
 
 
-def _supports(strong: NDArray[np.bool_], angle: NDArray[np.float32]) -> NDArray[np.int64]:
+def _supports(strong: NDArray[np.bool_], angle: NDArray[np.float32]) -> NDArray[np.int32]:
     """Labels connected strong pixels whose gradients are in one sector, [H, W]; 0 for the others."""
     sector = np.floor(angle / (2 * np.pi) * SECTORS).astype(int) % SECTORS
-    labels = np.zeros(strong.shape, np.int64)
+    labels, total = np.zeros(strong.shape, np.int32), 0
     for k in range(SECTORS):
         own, count = ndimage.label(strong & (sector == k), np.ones((3, 3)))
-        labels += np.where(own > 0, own + labels.max(), 0)
+        labels[own > 0] = own[own > 0] + total
+        total += count
     return labels
 
 
