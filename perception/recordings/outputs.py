@@ -19,7 +19,7 @@ from perception.files import new_folder
 from perception.inference.fitting import fit_image
 from perception.inference.predictor import Predictor
 from perception.recordings.predicting import PredictedFrame, predict_frames
-from perception.recordings.recording import Moment, Recording
+from perception.recordings.recording import FramePlan, Recording
 from perception.recordings.videos import VideoWriter
 from perception.rigs.documents import nearest
 from perception.rigs.rig import Rig
@@ -224,7 +224,7 @@ def write_predictions(
     out: str | Path,
     *,
     rig: Rig | None = None,
-    moments: Sequence[Moment] | None = None,
+    plan: Sequence[FramePlan] | None = None,
     formats: Sequence[str] = DEFAULT_FORMATS,
     note: str = "",
     progress: bool = False,
@@ -236,7 +236,7 @@ def write_predictions(
         recording: from `open_recording`.
         out: folder to create; it must not exist, or be empty.
         rig: the cameras; None for those of the recording.
-        moments: from `Recording.moments`; None for all frames.
+        plan: from `Recording.plan`; None for all frames.
         formats: some of `FORMATS`; `FILES` has the names of their files.
         note: what limits the predictions, in red on the pictures.
         progress: show a progress bar on stderr.
@@ -248,16 +248,16 @@ def write_predictions(
     """
     if (rig := rig or recording.rig) is None:
         raise DataError(f"{recording.name} holds no calibration; give a rig")
-    moments = recording.moments() if moments is None else moments
+    plan = recording.plan() if plan is None else plan
     images = dict.fromkeys(rig.names, 0)
     with_memory = without_pose = boxes = lines = 0
     with new_folder(out) as folder, Outputs(folder, formats, predictor.model.config.image_size, note) as outputs:
-        frames = predict_frames(predictor, rig, recording.frames(moments))
-        for frame in tqdm(frames, total=len(moments), desc="frames", unit="frame", disable=not progress):
+        frames = predict_frames(predictor, rig, recording.frames(plan))
+        for frame in tqdm(frames, total=len(plan), desc="frames", unit="frame", disable=not progress):
             outputs.add(frame)
             with_memory += frame.objects.info.used_memory
             without_pose += frame.recorded.global_from_ego is None
             boxes, lines = boxes + len(frame.objects.boxes.score), lines + len(frame.objects.lines.score)
             for camera in frame.recorded.images:
                 images[camera] += 1
-    return Summary(len(moments), with_memory, without_pose, boxes, lines, images)
+    return Summary(len(plan), with_memory, without_pose, boxes, lines, images)
