@@ -34,6 +34,15 @@ def test_limits_of_speed_and_turn_rate():
     assert not pair(rigid_from_yaw(0.02, (0.6, 0.5, 0)), 0.001).is_first
 
 
+def test_a_motion_at_the_limit_is_no_jump():
+    at_limit = rigid_from_yaw(0.0, (3.0, 0, 0))  # 4 m/s for half a second, and the margin of 1 m
+    assert not jumped(at_limit, 0.5, max_speed=4) and jumped(at_limit, 0.5, max_speed=3.99)
+    assert not jumped(at_limit, 0.25, max_speed=8) and jumped(at_limit, 0.25, max_speed=7.99)
+    _, angle = motion_size(rigid_from_yaw(0.5))
+    assert not jumped(rigid_from_yaw(0.5), 1.0, max_turn_rate=float(angle) - 0.1)
+    assert jumped(rigid_from_yaw(0.5), 1.0, max_turn_rate=0.399)
+
+
 def test_motion_size_equals_that_of_scipy():
     rng = np.random.default_rng(0)
     rotations = Rotation.from_rotvec(rng.normal(size=(50, 3)) * rng.choice([1e-6, 0.1, 1, 3], size=(50, 1)))
@@ -47,8 +56,9 @@ def test_motion_size_equals_that_of_scipy():
 
 @pytest.mark.parametrize(
     ("step", "advice"),
-    [(50.0, "milliseconds, so divide time_s by 1e3"), (5e4, "microseconds, so .*1e6"), (5e7, "nanoseconds, so .*1e9"),
-     (5.0, "give frames more often")],
+    [(10.5, "milliseconds, so divide time_s by 1e3"), (990.0, "milliseconds"), (1.05e4, "microseconds, so .*1e6"),
+     (9.9e5, "microseconds"), (1.05e7, "nanoseconds, so .*1e9"), (9.9, "give frames more often"),
+     (1010.0, "give frames more often")],
 )  # fmt: skip
 def test_three_gaps_in_a_row_name_the_likely_unit(step, advice):
     ego_motion = EgoMotion()

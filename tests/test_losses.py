@@ -1,5 +1,6 @@
 """Losses against hand-worked cases and against the symmetries they must have."""
 
+import itertools
 import math
 
 import pytest
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 
 from perception.geometry import rigid_from_yaw, transform_points
 from perception.grid import BEVGrid
-from perception.matching import focal_loss, hungarian
+from perception.matching import focal_loss, hungarian, match_layers
 from perception.models.bev_transformer.decoder import decode
 from perception.models.bev_transformer.encoder import depth_bin
 from perception.models.bev_transformer.losses import frame_losses, image_losses
@@ -221,6 +222,23 @@ def test_matching_is_the_cheapest_and_ignores_padding():
     match = hungarian(cost, torch.tensor([[True, True, False]]))
     # 1.5 + 2.0 beats 1.0 + 8.0
     assert sorted(zip(match.query.tolist(), match.target.tolist(), strict=True)) == [(0, 1), (1, 0)]
+
+
+def test_layers_and_samples_are_matched_one_by_one():
+    torch.manual_seed(0)
+    cost = torch.rand(3, 2, 5, 4)  # [L, B, Q, M]
+    valid = torch.tensor([[True, False, True, True], [False, True, True, False]])
+    (layer, sample, query), (sample_again, target) = match_layers(cost, valid)
+    assert torch.equal(sample, sample_again) and len(layer) == 3 * 5
+    for k in range(3):
+        for b in range(2):
+            found = {
+                (q, m) for at, at_b, q, m in zip(layer, sample, query, target, strict=True) if (at, at_b) == (k, b)
+            }
+            objects = valid[b].nonzero()[:, 0].tolist()
+            ways = itertools.permutations(range(5), len(objects))  # the query of each object
+            best = min(ways, key=lambda way: sum(cost[k, b, q, m] for q, m in zip(way, objects, strict=True)))
+            assert {(int(q), int(m)) for q, m in found} == set(zip(best, objects, strict=True))
 
 
 def test_empty_scene_has_finite_losses_and_gradients():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from perception.errors import ConfigError
+from perception.recordings import Recording
 from perception.ros2.assembly import FrameAssembler
 
 MS = 1_000_000
@@ -33,6 +34,29 @@ def test_the_nearest_image_within_the_tolerance_counts():
     assert len(frames) >= 9
     for time, images in frames:
         assert images["fast"] == min(map(int, times), key=lambda t: abs(t - time))
+
+
+def test_the_frames_are_those_of_a_recording():
+    """Cameras of other rates and phases, with jitter and missing images, in the order of a network with delays."""
+    rng = np.random.default_rng(0)
+    times = {}
+    for camera, period in {"a": 100, "b": 71, "c": 33}.items():
+        regular = np.arange(rng.uniform(0, period), 20_000, period) + rng.uniform(0, 15, 1)
+        times[camera] = np.unique((regular + rng.uniform(0, 10, len(regular))).round(3))[rng.random(len(regular)) > 0.1]
+    nanoseconds = {camera: (stream * MS).round().astype(np.int64) for camera, stream in times.items()}
+    expected = Recording("random", nanoseconds, decode=None).moments(reference="a")
+    delays = {"a": 30, "b": 5, "c": 50}
+    arrivals = sorted(
+        (t / MS + delays[camera], camera, int(t)) for camera, stream in nanoseconds.items() for t in stream
+    )
+    assembler = FrameAssembler(["a", "b", "c"])
+    frames = [frame for _, camera, time in arrivals for frame in assembler.add(camera, time, None)]
+    assert len(frames) > 150
+    for frame, moment in zip(frames, expected, strict=False):
+        assert frame.time_ns == moment.time_ns
+        assert {camera: time for camera, (time, _) in frame.images.items()} == {
+            camera: nanoseconds[camera][number] for camera, number in moment.images.items()
+        }
 
 
 def test_a_missing_camera_is_waited_for_only_so_long():

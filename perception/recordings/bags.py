@@ -234,9 +234,13 @@ class _Index:
             elif topic == self._pose_topic:
                 message = self._message(raw, kind)
                 child, pose = POSES[kind](message)
-                time = _time(message.header.stamp) or received
+                time = stamp_ns(message.header.stamp) or received
                 self.poses.append(
-                    (time, child.lstrip("/"), _pose(pose.position, pose.orientation, f"{self._name}: {topic}"))
+                    (
+                        time,
+                        child.lstrip("/"),
+                        pose_from_message(pose.position, pose.orientation, f"{self._name}: {topic}"),
+                    )
                 )
 
     def stream(self, topic: str) -> Stream:
@@ -283,11 +287,11 @@ class _Index:
         for transform in transforms:
             frame, parent = transform.child_frame_id.lstrip("/"), transform.header.frame_id.lstrip("/")
             where = f"{self._name}: transform from {frame} to {parent}"
-            pose = _pose(transform.transform.translation, transform.transform.rotation, where)
+            pose = pose_from_message(transform.transform.translation, transform.transform.rotation, where)
             if is_static:
                 self.static[frame] = (parent, pose)
             else:
-                self.moving.setdefault(frame, []).append((_time(transform.header.stamp), parent, pose))
+                self.moving.setdefault(frame, []).append((stamp_ns(transform.header.stamp), parent, pose))
 
     def _message(self, raw: bytes, kind: str) -> Any:
         return self._reader.deserialize(raw, kind)
@@ -307,11 +311,17 @@ def _stamp(raw: Any, is_ros2: bool) -> int:
     return int(sec) * 1_000_000_000 + int(nanosec)
 
 
-def _time(stamp: Any) -> int:
+def stamp_ns(stamp: Any) -> int:
+    """Returns the nanoseconds of a time of a header."""
     return int(stamp.sec) * 1_000_000_000 + int(stamp.nanosec)
 
 
-def _pose(position: Any, orientation: Any, where: str) -> NDArray[np.float64]:
+def pose_from_message(position: Any, orientation: Any, where: str) -> NDArray[np.float64]:
+    """Returns a pose [4, 4] from a Point or Vector3 and a Quaternion.
+
+    Raises:
+        DataError: they are no pose, see `pose_from`.
+    """
     wxyz = [orientation.w, orientation.x, orientation.y, orientation.z]
     return pose_from([position.x, position.y, position.z], wxyz, where)
 
@@ -336,8 +346,6 @@ def _between(tree: Frames, frame: str, base: str) -> NDArray[np.float64]:
 
 def _rig(found: _Index, topics: Mapping[str, str], tree: Frames, base_frame: str, base_height: float, name: str) -> Rig:
     """The rig of the CameraInfo messages and the static transforms."""
-    raised = np.eye(4)
-    raised[2, 3] = base_height
     by_namespace = {topic.removesuffix("/camera_info"): info for topic, info in found.infos.items()}
     cameras = []
     for camera, topic in topics.items():
@@ -348,7 +356,9 @@ def _rig(found: _Index, topics: Mapping[str, str], tree: Frames, base_frame: str
         if info is None:
             continue
         cameras.append(
-            _camera(camera, info, "rect" in topic, tree, base_frame, raised, f"{name}: camera_info of {topic}")
+            camera_from_info(
+                camera, info, "rect" in topic, tree, base_frame, base_height, f"{name}: camera_info of {topic}"
+            )
         )
     if not cameras:
         infos = ", ".join(found.infos) or "none"
@@ -360,9 +370,26 @@ def _rig(found: _Index, topics: Mapping[str, str], tree: Frames, base_frame: str
         return Rig(cameras)
 
 
-def _camera(
-    camera: str, info: Any, is_rectified: bool, tree: Frames, base_frame: str, raised: NDArray[np.float64], where: str
+def camera_from_info(
+    camera: str, info: Any, is_rectified: bool, tree: Frames, base_frame: str, base_height: float, where: str
 ) -> RigCamera:
+    """Returns a camera from its sensor_msgs/CameraInfo.
+
+    Args:
+        camera: its name.
+        info: the message, of ROS 1 or ROS 2; its header names the frame of the camera.
+        is_rectified: whether the images are those of image_proc without distortion, described by the matrix P.
+        tree: the static transforms.
+        base_frame: the vehicle frame in it.
+        base_height: metres that it lies above the ground.
+        where: names its place, for messages.
+
+    Raises:
+        DataError: a field is malformed, or no transform leads to the vehicle frame.
+    """
+    raised = np.eye(4)
+    raised[2, 3] = base_height
+
     def field(key: str) -> Any:
         return getattr(info, key) if hasattr(info, key) else getattr(info, key.upper())
 

@@ -15,7 +15,7 @@ from perception.recordings.trajectory import nanoseconds, read_trajectory
 from perception.rigs.rig import RIG_FILE, Rig
 
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm"))
-POSES_FILE = "poses.txt"  # of a folder that describes itself, with RIG_FILE
+POSES_FILE = "poses.txt"  # beside the rig file of a folder that describes itself
 # Units of a time stamp by its number of digits; dates from 2001 to 2286.
 DIGITS = {10: 9, 13: 6, 16: 3, 19: 0}  # digits: power of ten to nanoseconds
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from perception.errors import ConfigError
+from perception.recordings.recording import TOLERANCE
 
-TOLERANCE_S = 0.05  # between an image and the time of its frame
 PATIENCE_S = 0.1  # a frame waits no longer for an image
 ALIVE_S = 1.0  # a camera that has sent nothing for so long is not waited for
 
@@ -24,10 +24,10 @@ class AssembledFrame(NamedTuple):
 class FrameAssembler:
     """Groups images by their times: the nearest image of each camera to each image of a reference camera.
 
-    A frame is complete when every camera that is alive has sent an image of its time or later, or when `PATIENCE_S` have
-    passed, by the times of the images. If the reference camera falls silent, the next camera takes its place. Images
-    that come late or out of order are dropped; if the clock goes back by more than `ALIVE_S`, as when a recording is
-    played again, the assembler starts anew.
+    These are the frames of `Recording.moments`. A frame is complete when every camera that is alive has sent an image
+    of its time or later, or when `PATIENCE_S` have passed, by the times of the images. If the reference camera falls
+    silent, the next camera takes its place. Images that come late or out of order are dropped; if the clock goes back
+    by more than `ALIVE_S`, as when a recording is played again, the assembler starts anew.
 
     Args:
         cameras: names; the first one that is alive is the reference.
@@ -78,7 +78,7 @@ class FrameAssembler:
     def _next(self) -> AssembledFrame | None:
         newest = max(self._newest.values())
         alive = [camera for camera in self._cameras if self._newest[camera] >= newest - ALIVE_S * 1e9]
-        tolerance = round(TOLERANCE_S * 1e9)
+        tolerance = round(TOLERANCE * 1e9)
         # After the reference has changed, its images of the last frame's time do not make another one.
         since = self._done if alive[0] == self._reference or self._done < 0 else self._done + tolerance
         time = next((time for time, _ in self._images[alive[0]] if time > since), None)
