@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "train a network from a config",
     "evaluate": "evaluate weights, or a submission, on a nuScenes-format split",
     "export": "export a network for the vehicle and certify the export",
+    "rig": "check, import or show the calibration of cameras",
     "simulate": "generate a dataset of the synthetic town in nuScenes format",
     "benchmark": "compare trainings and runtimes, and measure a GPU",
     "doctor": "check the installation, or a dataset",

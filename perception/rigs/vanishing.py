@@ -38,12 +38,15 @@ SHARP = 0.8  # share of the agreement that is left 2 degrees off the best direct
 TILT_DEG, YAW_DEG = 2.0, 3.0  # deviations from the calibration that are reported
 
 
+Floats = NDArray[np.float64]
+
+
 class Lines(NamedTuple):
     """Straight lines of images of one camera."""
 
-    normals_cam: NDArray[np.float64]  # [L, 3] unit normals of the planes through the optical centre
-    middles_cam: NDArray[np.float64]  # [L, 3] unit rays to their middles
-    weights: NDArray[np.float64]  # [L] length in pixels of the reduced image
+    normals_cam: Floats  # [L, 3] unit normals of the planes through the optical centre
+    middles_cam: Floats  # [L, 3] unit rays to their middles
+    weights: Floats  # [L] length in pixels of the reduced image
 
 
 class Tilt(NamedTuple):
@@ -61,6 +64,12 @@ class Tilt(NamedTuple):
     yaw_deg: float | None
     verticals: int
     along: int
+
+    def __str__(self) -> str:
+        if self.pitch_deg is None:
+            return "too few lines"
+        yaw = "" if self.yaw_deg is None else f", yaw {self.yaw_deg:+.1f}"
+        return f"pitch {self.pitch_deg:+.1f}, roll {self.roll_deg:+.1f}{yaw}"
 
     def finding(self) -> str:
         """Returns what deviates, as the end of a sentence; an empty text if nothing does."""
@@ -113,7 +122,7 @@ def measure_tilt(lines: Sequence[Lines], camera: RigCamera) -> Tilt:
     steep = np.abs(normals[:, 2]) < np.sin(np.radians(STEEP_DEG))
     high = middles[:, 2] > np.sin(np.radians(GROUND_DEG))
 
-    def up(angles: NDArray[np.float64]) -> NDArray[np.float64]:
+    def up(angles: Floats) -> Floats:
         return _unit(np.tan(angles[..., :1]) * ahead + np.tan(angles[..., 1:]) * left + [0.0, 0.0, 1.0])
 
     most = np.radians(MOST_TILT_DEG)
@@ -128,15 +137,17 @@ def measure_tilt(lines: Sequence[Lines], camera: RigCamera) -> Tilt:
 
     road = np.arctan2(-np.sin(heading), np.cos(heading))  # of ego x, seen from the heading of the camera
 
-    def along(angles: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.cos(angles + road) * level + np.sin(angles + road) * side
+    def along(angles: Floats) -> Floats:
+        return np.asarray(np.cos(angles + road) * level + np.sin(angles + road) * side)
 
     yaw, count = _agreement(normals[~(steep & high)], weights[~(steep & high)], along, (np.radians(MOST_YAW_DEG),))
     turned = None if yaw is None or len(lines) < LEAST_IMAGES else -float(np.degrees(yaw[0]))
     return Tilt(float(pitch), float(roll), turned, verticals, count)
 
 
-def _agreement(normals, weights, direction, most):  # type: ignore[no-untyped-def]
+def _agreement(
+    normals: Floats, weights: Floats, direction: Callable[[Floats], Floats], most: Sequence[float]
+) -> tuple[Floats | None, int]:
     """Finds the direction that most planes contain.
 
     Args:
@@ -151,7 +162,7 @@ def _agreement(normals, weights, direction, most):  # type: ignore[no-untyped-de
         return None, len(normals)
     spread = np.radians(SPREAD_DEG)
 
-    def score(angles: NDArray[np.float64], part: slice = slice(None)) -> NDArray[np.float64]:
+    def score(angles: Floats, part: slice = slice(None)) -> Floats:
         off = np.arcsin(np.clip(direction(angles) @ normals[part].T, -1, 1))  # [..., L]
         return np.asarray(np.exp(-((off / spread) ** 2) / 2) @ weights[part])
 
@@ -173,15 +184,13 @@ def _agreement(normals, weights, direction, most):  # type: ignore[no-untyped-de
     return (found if agree else None), count
 
 
-def _climbed(
-    score: Callable[[NDArray[np.float64]], NDArray[np.float64]], start: NDArray[np.float64]
-) -> NDArray[np.float64]:
+def _climbed(score: Callable[[Floats], Floats], start: Floats) -> Floats:
     """The angles [A] of the best score near a start."""
     options = {"xatol": 1e-4, "initial_simplex": start + np.radians(0.5) * np.eye(len(start) + 1, len(start))}
     return np.asarray(optimize.minimize(lambda x: -float(score(x)), start, method="Nelder-Mead", options=options).x)
 
 
-def _segments(grey: NDArray[np.float32]) -> NDArray[np.float64]:
+def _segments(grey: NDArray[np.float32]) -> Floats:
     """Finds line segments, [L, 2 ends, 2] pixels of a grey image [H, W]."""
     dv, du = (ndimage.gaussian_filter(grey, 0.8, order=order) for order in ((1, 0), (0, 1)))
     strength, angle = np.hypot(du, dv), np.arctan2(dv, du)
@@ -195,9 +204,9 @@ def _segments(grey: NDArray[np.float32]) -> NDArray[np.float64]:
     found = []
     for labels, own, chosen in zip(sets, sizes, (first, ~first), strict=True):
         voted = np.bincount(labels[chosen], minlength=len(own))
-        for label, where in enumerate(ndimage.find_objects(labels), 1):
-            if own[label] < LEAST_LENGTH or 2 * voted[label] < own[label] or where is None:
-                continue
+        places = ndimage.find_objects(labels)
+        for label in np.flatnonzero((own >= LEAST_LENGTH) & (2 * voted >= own)).tolist():
+            where = places[label - 1]
             v, u = np.nonzero(labels[where] == label)
             v, u = v + where[0].start, u + where[1].start
             weight = strength[v, u]
@@ -211,15 +220,16 @@ def _segments(grey: NDArray[np.float32]) -> NDArray[np.float64]:
     return np.array(found).reshape(-1, 2, 2)
 
 
-def _supports(strong: NDArray[np.bool_], angle: NDArray[np.float32]) -> NDArray[np.int64]:
+def _supports(strong: NDArray[np.bool_], angle: NDArray[np.float32]) -> NDArray[np.int32]:
     """Labels connected strong pixels whose gradients are in one sector, [H, W]; 0 for the others."""
     sector = np.floor(angle / (2 * np.pi) * SECTORS).astype(int) % SECTORS
-    labels = np.zeros(strong.shape, np.int64)
+    labels, total = np.zeros(strong.shape, np.int32), 0
     for k in range(SECTORS):
         own, count = ndimage.label(strong & (sector == k), np.ones((3, 3)))
-        labels += np.where(own > 0, own + labels.max(), 0)
+        labels[own > 0] = own[own > 0] + total
+        total += count
     return labels
 
 
-def _unit(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+def _unit(vectors: Floats) -> Floats:
     return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12))
