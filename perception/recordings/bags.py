@@ -113,10 +113,7 @@ def read_bag(
     with opened(paths) as reader:
         types = {connection.topic: connection.msgtype for connection in reader.connections}
         topics = _camera_topics(types, name, streams or {})
-        if rig is None:
-            topics_of = {_camera_name(topic, topics): topic for topic in topics}
-        else:
-            topics_of = {}
+        topics_of = dict(streams or {_camera_name(topic, topics): topic for topic in topics})  # without a rig
         pose_topic, notes = _pose_topic(reader, types, pose_topic, name) if poses is None else (None, [])
         extra = set() if reference is None else {reference} & set(types)
         found = _Index(reader, types, pose_topic, name)
@@ -125,8 +122,6 @@ def read_bag(
         if rig is None:
             rig = _rig(found, topics_of, tree, base_frame, base_height, name)
             chosen = {camera.name: topics_of[camera.name] for camera in rig}
-            if streams:
-                chosen = chosen_streams(topics, rig.names, {**chosen, **streams}, name)
         else:
             chosen = chosen_streams(topics, rig.names, streams or {}, name)
         of_camera = {camera: found.stream(topic) for camera, topic in chosen.items()}
