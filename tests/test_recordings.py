@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 from conftest import PROJECT, existing, noisy
+from mutate import damage_bytes, run_cases
 from PIL import Image
 from rosbags.rosbag2 import StoragePlugin, Writer
 from rosbags.typesys import Stores, get_typestore
@@ -57,7 +58,7 @@ def from_tables(network, town_root):
 
 def predictions(network, recording: Recording, **how):
     predictor = Predictor(network, min_seen=0)
-    return list(predict_frames(predictor, recording.rig, recording.frames(recording.moments(**how))))
+    return list(predict_frames(predictor, recording.rig, recording.frames(recording.plan(**how))))
 
 
 def distance(found, wanted) -> float:
@@ -96,8 +97,8 @@ def test_poses_from_tf_are_those_of_the_odometry(converted):
 def test_a_folder_of_the_town_holds_its_images_and_poses(converted, town_root):
     tables, folder = open_recording(town_root), open_recording(converted("folder"))
     assert folder.cameras == tables.cameras
-    for wanted, found in zip(tables.frames(tables.moments(reference="CAM_BACK")),
-                             folder.frames(folder.moments(reference="CAM_BACK")), strict=True):  # fmt: skip
+    for wanted, found in zip(tables.frames(tables.plan(reference="CAM_BACK")),
+                             folder.frames(folder.plan(reference="CAM_BACK")), strict=True):  # fmt: skip
         assert found.time_ns == wanted.time_ns
         np.testing.assert_allclose(found.global_from_ego, wanted.global_from_ego, atol=1e-9)
         for camera in NUSCENES_CAMERAS:
@@ -110,7 +111,7 @@ def test_videos_of_the_town_hold_its_images_and_times(converted, town_root):
     first = min(int(times[0]) for times in tables.times_ns.values())
     for camera in NUSCENES_CAMERAS:
         np.testing.assert_array_equal(videos.times_ns[camera], tables.times_ns[camera] - first)
-    wanted, found = (r.frames(r.moments(reference="CAM_FRONT")) for r in (tables, videos))
+    wanted, found = (r.frames(r.plan(reference="CAM_FRONT")) for r in (tables, videos))
     for before, after in zip(wanted, found, strict=True):
         np.testing.assert_allclose(after.global_from_ego, before.global_from_ego, atol=1e-9)
         for camera in NUSCENES_CAMERAS:
@@ -222,9 +223,9 @@ def recording(**times_s) -> Recording:
     """A recording whose images hold their own numbers."""
     times = {camera: np.rint(np.array(values) * SECOND).astype(np.int64) for camera, values in times_s.items()}
 
-    def decode(moments):
-        for moment in moments:
-            yield {camera: np.full((1, 1, 3), k, np.uint8) for camera, k in moment.images.items()}
+    def decode(plan):
+        for planned in plan:
+            yield {camera: np.full((1, 1, 3), k, np.uint8) for camera, k in planned.images.items()}
 
     return Recording("town", times, decode)
 
@@ -232,25 +233,25 @@ def recording(**times_s) -> Recording:
 def test_images_are_grouped():
     fast, slow = np.arange(0, 1, 0.033), np.array([0.01, 0.11, 0.31, 0.42])  # one image was lost
     found = recording(fast=fast, slow=slow)
-    moments = found.moments()
-    assert [moment.time_ns for moment in moments] == np.rint(slow * SECOND).astype(int).tolist()
-    for moment in moments:
-        nearest = int(np.abs(fast - moment.time_ns / SECOND).argmin())
-        assert moment.images == {"fast": nearest, "slow": moments.index(moment)}
-    by_fast = found.moments(reference="fast", tolerance=0.012)
+    plan = found.plan()
+    assert [planned.time_ns for planned in plan] == np.rint(slow * SECOND).astype(int).tolist()
+    for planned in plan:
+        nearest = int(np.abs(fast - planned.time_ns / SECOND).argmin())
+        assert planned.images == {"fast": nearest, "slow": plan.index(planned)}
+    by_fast = found.plan(reference="fast", tolerance=0.012)
     assert len(by_fast) == len(fast)
-    assert [len(moment.images) for moment in by_fast[:5]] == [2, 1, 1, 2, 1]
-    thinned = [moment.time_ns / SECOND for moment in found.moments(reference="fast", rate=10)]
+    assert [len(planned.images) for planned in by_fast[:5]] == [2, 1, 1, 2, 1]
+    thinned = [planned.time_ns / SECOND for planned in found.plan(reference="fast", rate=10)]
     np.testing.assert_allclose(np.diff(thinned), 0.1, atol=0.04)
-    assert len(thinned) == 11 and len(found.moments(reference="fast", count=3)) == 3
+    assert len(thinned) == 11 and len(found.plan(reference="fast", count=3)) == 3
     with pytest.raises(ConfigError, match="town has no 'fist' to take the times from; did you mean fast"):
-        found.moments(reference="fist")
+        found.plan(reference="fist")
     apart = recording(a=[0.0, 1.0], b=[0.5, 1.5])
-    assert [set(moment.images) for moment in apart.moments()] == [{"a"}, {"a"}]
+    assert [set(planned.images) for planned in apart.plan()] == [{"a"}, {"a"}]
     clocks = Recording("town", apart.times_ns, apart.decode, other_times_ns={"lidar": np.array([90 * SECOND])})
     with pytest.raises(DataError, match=r"town: no camera has an image within 0.05 s of a time of lidar; are"):
-        clocks.moments(reference="lidar")
-    assert [frame.images["fast"][0, 0, 0] for frame in found] == [m.images["fast"] for m in moments]
+        clocks.plan(reference="lidar")
+    assert [frame.images["fast"][0, 0, 0] for frame in found] == [m.images["fast"] for m in plan]
 
 
 # Folders
@@ -556,8 +557,8 @@ def test_rectified_images_take_the_projection_of_camera_info(tmp_path):
     path = write_bag(tmp_path / "both", *rows, (1, "/front/image_rect", raw_image(SECOND)),
                      (1, "/front/image_raw", raw_image(SECOND)))  # fmt: skip
     assert isinstance(open_recording(path).rig["front"].model, BrownConrady)
-    chosen = open_recording(path, streams={"front": "/front/image_rect"})
-    assert isinstance(chosen.rig["front"].model, Pinhole)
+    chosen = open_recording(path, streams={"ahead": "/front/image_rect"})
+    assert chosen.cameras == ("ahead",) and isinstance(chosen.rig["ahead"].model, Pinhole)
 
 
 def test_images_of_a_bag_are_put_together_in_any_order(tmp_path):
@@ -569,13 +570,13 @@ def test_images_of_a_bag_are_put_together_in_any_order(tmp_path):
     rows.append((3.2, "/front/image_raw", raw_image(3 * SECOND, shade=77)))  # the same time again
     path = write_bag(tmp_path / "bag", *sorted(rows, key=lambda row: row[0]))
     recording = open_recording(path, two_cameras())
-    frames = list(recording.frames(recording.moments(reference="front")))
+    frames = list(recording.frames(recording.plan(reference="front")))
     assert [{c: int(i[0, 0, 0]) for c, i in frame.images.items()} for frame in frames] == [
         {"front": 0, "back": 100}, {"front": 10, "back": 110}, {"front": 20, "back": 120}
     ]  # fmt: skip
     assert [frame.time_ns for frame in frames] == [SECOND, 2 * SECOND, 3 * SECOND]
     assert recording.trajectory is None and not recording.notes
-    assert len(list(recording.frames(recording.moments(reference="front", count=1)))) == 1
+    assert len(list(recording.frames(recording.plan(reference="front", count=1)))) == 1
 
 
 def test_messages_without_a_time_take_that_of_the_bag(tmp_path):
@@ -673,6 +674,36 @@ def test_bags_that_lack_something(tmp_path):
         open_recording(tmp_path / "text.mcap", front)
     with pytest.raises(DataError, match="several are read of ROS 1 only"):
         open_recording([tmp_path / "a", tmp_path / "text.mcap"], front)
+
+
+@pytest.mark.parametrize("count", [50, pytest.param(400, marks=pytest.mark.slow)])
+def test_messages_with_damaged_fields_are_refused_with_a_sentence_or_read(tmp_path, count):
+    front = two_cameras()["front"]
+    rows = [(0, "/tf_static", transforms(transform(0, "base_link", "front_optical", front.ego_from_cam))),
+            (1, "/front/camera_info", info_message(front, "front_optical")),
+            (1, "/front/image_raw", raw_image(SECOND, size=(6, 8))), (1, "/odom", odometry(SECOND, np.eye(4))),
+            (2, "/front/image_raw", raw_image(2 * SECOND, size=(6, 8))), (2, "/odom", odometry(2 * SECOND, np.eye(4))),
+            (1, "/tf", transforms(transform(SECOND, "odom", "base_link", np.eye(4))))]  # fmt: skip
+    whole = [bytes(STORE.serialize_cdr(content, content.__msgtype__)) for _, _, content in rows]
+
+    def case(rng):
+        damaged = rng.randrange(len(rows))
+        path = tmp_path / "bag"
+        shutil.rmtree(path, ignore_errors=True)
+        with Writer(path, version=9, storage_plugin=StoragePlugin.MCAP) as writer:
+            connections = {}
+            for k, (time, topic, content) in enumerate(rows):
+                if topic not in connections:
+                    connections[topic] = writer.add_connection(topic, content.__msgtype__, typestore=STORE)
+                data = damage_bytes(whole[k], rng) if k == damaged else whole[k]
+                writer.write(connections[topic], time * SECOND, data)
+        rig = rng.choice((None, Rig([front])))
+        for frame in open_recording(path, rig, pose_topic=rng.choice((None, "/tf"))):
+            assert all(image.shape[2] == 3 for image in frame.images.values())
+            assert frame.global_from_ego is None or np.isfinite(frame.global_from_ego).all()
+
+    read = run_cases(f"messages {count}", count, case, PerceptionError)
+    assert count / 10 < read < count
 
 
 # KITTI raw
@@ -791,7 +822,7 @@ def test_a_real_drive_as_a_folder(tmp_path):
             (tmp_path / name / f"{stamp(row['timestamp']) // 1000}.jpg").symlink_to(root / row["file"])
     write_trajectory(tmp_path / "poses.txt", Trajectory(np.array(times), np.stack(poses), "drive"))
     recording = open_recording(tmp_path, rig)
-    found = list(recording.frames(recording.moments(tolerance=0.1)))
+    found = list(recording.frames(recording.plan(tolerance=0.1)))
     assert len(found) == 3 and all(len(frame.images) == 6 for frame in found)
     for frame, wanted in zip(found[1:], frames[1:], strict=True):  # poses begin 90 ms after the first images
         for name, row in wanted["cameras"].items():

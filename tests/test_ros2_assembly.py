@@ -44,7 +44,7 @@ def test_the_frames_are_those_of_a_recording():
         regular = np.arange(rng.uniform(0, period), 20_000, period) + rng.uniform(0, 15, 1)
         times[camera] = np.unique((regular + rng.uniform(0, 10, len(regular))).round(3))[rng.random(len(regular)) > 0.1]
     nanoseconds = {camera: (stream * MS).round().astype(np.int64) for camera, stream in times.items()}
-    expected = Recording("random", nanoseconds, decode=None).moments(reference="a")
+    expected = Recording("random", nanoseconds, decode=None).plan(reference="a")
     delays = {"a": 30, "b": 5, "c": 50}
     arrivals = sorted(
         (t / MS + delays[camera], camera, int(t)) for camera, stream in nanoseconds.items() for t in stream

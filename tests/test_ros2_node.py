@@ -51,10 +51,10 @@ def expected(bag, small_network):
     recording = open_recording(bag)
     predictor = Predictor(small_network, rig=Rig([recording.rig[camera] for camera in CAMERAS]))
     results = []
-    moments = recording.moments(reference="CAM_FRONT", count=FRAMES)
-    for moment, frame in zip(moments, recording.frames(moments), strict=True):
+    plan = recording.plan(reference="CAM_FRONT", count=FRAMES)
+    for planned, frame in zip(plan, recording.frames(plan), strict=True):
         images = {camera: frame.images[camera] for camera in CAMERAS}
-        times = {camera: int(recording.times_ns[camera][moment.images[camera]]) * 1e-9 for camera in CAMERAS}
+        times = {camera: int(recording.times_ns[camera][planned.images[camera]]) * 1e-9 for camera in CAMERAS}
         results.append(predictor.step(images, frame.global_from_ego, frame.time_s, camera_times_s=times))
     return results
 

@@ -176,7 +176,7 @@ def predict_recording(arguments) -> None:
     names = ("fps", "start", "poses", "pose_topic", "reference", "base_frame", "base_height", "version", "scene")
     given = {name: getattr(arguments, name) for name in names}
     recording = open_recording(arguments.images, arguments.rig, streams=streams(arguments.cameras), **given)
-    moments = recording.moments(
+    plan = recording.plan(
         reference=arguments.reference, tolerance=arguments.tolerance, rate=arguments.rate, count=arguments.frames
     )
     predictor = Predictor(
@@ -188,7 +188,7 @@ def predict_recording(arguments) -> None:
         notes.insert(0, "the weights were trained on generated scenes only and are of no use on real images")
     with caught() as found:
         summary = write_predictions(
-            predictor, recording, arguments.out, moments=moments, formats=formats, note=notes[0] if notes else "",
+            predictor, recording, arguments.out, plan=plan, formats=formats, note=notes[0] if notes else "",
             progress=True,
         )  # fmt: skip
     known = NO_MEMORY.format(reason="no pose was given")  # said below in the words of the command line

@@ -13,7 +13,7 @@ from scipy.spatial.transform import Rotation
 from perception.errors import not_installed
 from perception.recordings.predicting import PredictedFrame, as_arrays
 from perception.types import BOX_CLASSES, LINE_CLASSES
-from perception.visualization.pictures import BOX_COLORS, LINE_COLORS
+from perception.visualization.canvas import BOX_COLORS, LINE_COLORS
 
 WORLD, EGO = "world", "ego"
 OBJECTS, TRANSFORMS, CAMERAS = "/perception/objects", "/tf", "/cameras"

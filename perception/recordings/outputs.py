@@ -5,29 +5,26 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
 from perception.errors import ConfigError, DataError
 from perception.files import new_folder
-from perception.inference.fitting import fit_image
 from perception.inference.predictor import Predictor
 from perception.recordings.predicting import PredictedFrame, predict_frames
-from perception.recordings.recording import Moment, Recording
+from perception.recordings.recording import FramePlan, Recording
 from perception.recordings.videos import VideoWriter
 from perception.rigs.documents import nearest
 from perception.rigs.rig import Rig
-from perception.types import CameraRig, Frame
-from perception.visualization.pictures import draw_frame
+from perception.visualization.live import draw_live
 
 JPEG_QUALITY = 90  # of images in .rrd and .mcap
-PICTURE_SCALE = 2  # of the images in pictures, in sizes of the network's images
 
 
 class Output(Protocol):
@@ -87,37 +84,28 @@ class Painter:
     """Draws frames; the last picture is kept, as several outputs show it.
 
     Args:
-        image_size: height and width of the network's images.
+        rig: the physical cameras.
         note: what limits the predictions, in red.
     """
 
-    def __init__(self, image_size: tuple[int, int], note: str) -> None:
-        self._size = (PICTURE_SCALE * image_size[0], PICTURE_SCALE * image_size[1])
-        self._note = note
+    def __init__(self, rig: Rig, note: str) -> None:
+        self._rig, self._note = rig, note
         self._last: tuple[PredictedFrame, Image.Image] | None = None
 
     def __call__(self, frame: PredictedFrame) -> Image.Image:
-        """Returns the picture of a frame."""
+        """Returns the picture of a frame, with the cameras where they were when they exposed."""
         if self._last is None or self._last[0] is not frame:
-            memory = "" if frame.objects.info.used_memory else ", without memory"
-            picture = draw_frame(
-                self._drawable(frame), frame.objects.objects, cameras=frame.names, seen=frame.objects.seen,
-                caption=f"{frame.recorded.time_s:.3f} s{memory}", note=self._note, min_score=0.0,
-            )  # fmt: skip
-            self._last = frame, picture
+            motion = frame.recorded.ego_from_exposure
+            cameras = [
+                replace(camera, ego_from_cam=motion[camera.name] @ camera.ego_from_cam)
+                if camera.name in motion
+                else camera
+                for camera in self._rig
+            ]
+            notes = (self._note,) if self._note else ()
+            objects = frame.objects._replace(warnings=(*notes, *frame.objects.warnings))
+            self._last = frame, draw_live(frame.recorded.images, Rig(cameras), objects, min_score=0.0)
         return self._last[1]
-
-    def _drawable(self, frame: PredictedFrame) -> Frame:
-        """The frame [N, ...] with images of one size."""
-        H, W = self._size
-        pixels = torch.zeros(len(frame.images), 3, H, W, dtype=torch.uint8)
-        intrinsics = frame.rig.img_from_cam.copy()
-        for n, image in enumerate(frame.images):
-            if image is not None:
-                pixels[n], intrinsics[n] = fit_image(Image.fromarray(image), intrinsics[n], (H, W))
-        arrays = (intrinsics, frame.rig.ego_from_cam, frame.rig.present)
-        rig = CameraRig(*(torch.from_numpy(np.asarray(array)) for array in arrays))
-        return Frame(pixels, rig, torch.eye(4), torch.zeros(()), torch.tensor(True))
 
 
 class Encoder:
@@ -168,18 +156,18 @@ class Outputs:
     Args:
         folder: an existing folder.
         formats: some of `FORMATS`.
-        image_size: height and width of the network's images.
+        rig: the physical cameras.
         note: what limits the predictions, in red on the pictures.
 
     Raises:
         ConfigError: a package is not installed.
     """
 
-    def __init__(self, folder: Path, formats: Sequence[str], image_size: tuple[int, int], note: str = "") -> None:
+    def __init__(self, folder: Path, formats: Sequence[str], rig: Rig, note: str = "") -> None:
         from perception.recordings.mcap_file import McapFile
         from perception.recordings.rerun_file import RerunFile
 
-        painter, encoder = Painter(image_size, note), Encoder()
+        painter, encoder = Painter(rig, note), Encoder()
         makers: dict[str, Callable[[Path], Output]] = {
             "jsonl": JsonLines,
             "pictures": lambda path: Pictures(path, painter),
@@ -224,7 +212,7 @@ def write_predictions(
     out: str | Path,
     *,
     rig: Rig | None = None,
-    moments: Sequence[Moment] | None = None,
+    plan: Sequence[FramePlan] | None = None,
     formats: Sequence[str] = DEFAULT_FORMATS,
     note: str = "",
     progress: bool = False,
@@ -236,7 +224,7 @@ def write_predictions(
         recording: from `open_recording`.
         out: folder to create; it must not exist, or be empty.
         rig: the cameras; None for those of the recording.
-        moments: from `Recording.moments`; None for all frames.
+        plan: from `Recording.plan`; None for all frames.
         formats: some of `FORMATS`; `FILES` has the names of their files.
         note: what limits the predictions, in red on the pictures.
         progress: show a progress bar on stderr.
@@ -248,16 +236,16 @@ def write_predictions(
     """
     if (rig := rig or recording.rig) is None:
         raise DataError(f"{recording.name} holds no calibration; give a rig")
-    moments = recording.moments() if moments is None else moments
+    plan = recording.plan() if plan is None else plan
     images = dict.fromkeys(rig.names, 0)
     with_memory = without_pose = boxes = lines = 0
-    with new_folder(out) as folder, Outputs(folder, formats, predictor.model.config.image_size, note) as outputs:
-        frames = predict_frames(predictor, rig, recording.frames(moments))
-        for frame in tqdm(frames, total=len(moments), desc="frames", unit="frame", disable=not progress):
+    with new_folder(out) as folder, Outputs(folder, formats, rig, note) as outputs:
+        frames = predict_frames(predictor, rig, recording.frames(plan))
+        for frame in tqdm(frames, total=len(plan), desc="frames", unit="frame", disable=not progress):
             outputs.add(frame)
             with_memory += frame.objects.info.used_memory
             without_pose += frame.recorded.global_from_ego is None
             boxes, lines = boxes + len(frame.objects.boxes.score), lines + len(frame.objects.lines.score)
             for camera in frame.recorded.images:
                 images[camera] += 1
-    return Summary(len(moments), with_memory, without_pose, boxes, lines, images)
+    return Summary(len(plan), with_memory, without_pose, boxes, lines, images)

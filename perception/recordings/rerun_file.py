@@ -12,7 +12,7 @@ from scipy.spatial.transform import Rotation
 from perception.errors import not_installed
 from perception.recordings.predicting import PredictedFrame, as_arrays
 from perception.types import BOX_CLASSES, LINE_CLASSES
-from perception.visualization.pictures import BOX_COLORS, LINE_COLORS
+from perception.visualization.canvas import BOX_COLORS, LINE_COLORS
 
 DATES_SINCE_NS = 10**17  # times before 1973 are counted from the beginning of a recording
 

@@ -24,7 +24,7 @@ class AssembledFrame(NamedTuple):
 class FrameAssembler:
     """Groups images by their times: the nearest image of each camera to each image of a reference camera.
 
-    These are the frames of `Recording.moments`. A frame is complete when every camera that is alive has sent an image
+    These are the frames of `Recording.plan`. A frame is complete when every camera that is alive has sent an image
     of its time or later, or when `PATIENCE_S` have passed, by the times of the images. If the reference camera falls
     silent, the next camera takes its place. Images that come late or out of order are dropped; if the clock goes back
     by more than `ALIVE_S`, as when a recording is played again, the assembler starts anew.
