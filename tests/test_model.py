@@ -349,6 +349,7 @@ def test_no_boxes_and_no_lines_have_the_shapes_of_some():
     assert shapes.pop("uncertainty") == (4, 0, 9) and set(shapes.values()) == {(4, 0)}
     assert nothing.lines.points.shape == nothing.lines.uncertainty.shape == (4, 0, 7, 2)
     assert {tuple(part.shape) for part in nothing.lines[1:5]} == {(4, 0)}
+    assert empty_lines(1, "cpu").points.shape == (1, 0, 20, 2)
     assert nothing.boxes.valid.dtype == nothing.lines.valid.dtype == nothing.lines.closed.dtype == torch.bool
     assert nothing.boxes.label.dtype == nothing.boxes.attribute.dtype == nothing.lines.label.dtype == torch.int64
 
