@@ -222,7 +222,7 @@ def set_intrinsic(value):
         (lambda r: (r / VERSION / "sample.json").write_text("[{"), r"sample\.json is not valid JSON"),
         (
             lambda r: edit(r, "calibrated_sensor", set_intrinsic([[float("nan"), 0, 0], [0, 1, 0], [0, 0, 1]])),
-            r"calibrated_sensor\.json: record CAM_FRONT needs 3 x 3 finite numbers as 'camera_intrinsic'.*nan",
+            r"calibrated_sensor\.json: record CAM_FRONT needs 3 x 3 finite numbers as 'camera_intrinsic'.*NaN",
         ),
         (lambda r: edit(r, "calibrated_sensor", set_intrinsic([[1, 0], [0, 1]])), r"CAM_FRONT needs 3 x 3 finite"),
         (

@@ -14,7 +14,7 @@ import threading
 import warnings
 from importlib.metadata import version as package_version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -23,18 +23,16 @@ from perception import geometry, types
 from perception.data import lane_map, splits, table_checks
 from perception.data.lane_map import LaneMap
 from perception.data.splits import is_split_file, read_split_file, split_scenes
-from perception.data.table_checks import open_tables
+from perception.data.table_checks import DETECTION_CLASS, NO_CHANNEL, TableCheck, checked_tables
 from perception.data.tables import TABLES
 from perception.errors import DataError, PerceptionWarning
 from perception.files import replacing
 from perception.geometry import invert_rigid, rigid_from_quaternion, rigid_from_yaw, yaw_from_rotation
 from perception.types import ATTRIBUTES, BOX_CLASSES, LaneRange, MapLine
 
-if TYPE_CHECKING:
-    from nuscenes.nuscenes import NuScenes
-
 _building = threading.Lock()
 
+MAX_SECONDS = 1.5  # between boxes whose distance gives a velocity, as in the devkit
 WIDE_MARGIN = LaneRange(24.0, 30.0)  # metres that the range of `wide_lines` is larger
 
 
@@ -238,121 +236,163 @@ def _read(path: Path) -> Index | None:
 
 
 def _build(dataroot: Path, version: str, split: str | Path, cameras: tuple[str, ...], lane_range: LaneRange) -> Index:
-    nusc = open_tables(dataroot, version)
-    tables = dataroot / version
-    wanted = set(split_scenes(split, tables, [scene["name"] for scene in nusc.scene]))
-    scenes = [scene for scene in nusc.scene if scene["name"] in wanted]
-    lane_maps: dict[str, LaneMap] = {}
-    samples: list[dict[str, Any]] = []
-    boxes, lines, wide_lines, maps = [], [], [], []
-    for scene_number, scene in enumerate(tqdm(scenes, desc=f"indexing {version} {split}", unit="scene", delay=2)):
-        location = nusc.get("log", scene["log_token"])["location"]
-        maps.append(f"maps/expansion/{location}.json".encode())
-        if location not in lane_maps:
-            lane_maps[location] = LaneMap(dataroot / os.fsdecode(maps[-1]))
-        token, previous = scene["first_sample_token"], -1
-        while token:
-            record = nusc.get("sample", token)
-            sample = _sample(nusc, tables, record, cameras) | {"scene": scene_number, "previous": previous}
-            previous, token = len(samples), record["next"]
-            samples.append(sample)
-            boxes.append(_boxes(nusc, record, sample["global_from_ego"]))
-            poses = (sample["global_from_ego"], sample["ego_from_lidar"])
-            lines.append(lines_around(lane_maps[location], *poses, lane_range))
-            wide_lines.append(lines_around(lane_maps[location], *poses, wide_range(lane_range)))
-    flat = {name: np.array([sample[name] for sample in samples]) for name in samples[0]}
-    names = {"scene_name": np.array([scene["name"].encode() for scene in scenes]), "scene_map": np.array(maps)}
-    box_offset = np.cumsum([0, *(len(sample["box_label"]) for sample in boxes)])
-    flat_boxes = {name: np.concatenate([sample[name] for sample in boxes]) for name in boxes[0]}
-    return Index(**flat, **names, box_offset=box_offset, **flat_boxes, lines=_flat(lines), wide_lines=_flat(wide_lines))
+    tables = checked_tables(dataroot, version)
+    wanted = set(split_scenes(split, dataroot / version, tables.scene_name))
+    scenes = [row for row, name in enumerate(tables.scene_name) if name in wanted]
+    samples, scene, previous = _order(tables, scenes)
+    maps = [f"maps/expansion/{tables.location[tables.log_of_scene[row]]}.json".encode() for row in scenes]
+    sample_fields = _samples(tables, samples, cameras, dataroot / version)
+    token = tables.column("sample", "token")
+    names = np.array([tables.scene_name[row].encode() for row in scenes])
+    boxes = _boxes(tables, samples, sample_fields["global_from_ego"])
+    del tables  # frees what the lines do not need
+    poses = sample_fields["global_from_ego"], sample_fields["ego_from_lidar"]
+    lines, wide_lines = _lines(dataroot, maps, scene, *poses, lane_range, f"indexing {version} {split}")
+    return Index(
+        token=np.array([token[row].encode() for row in samples.tolist()]),
+        **sample_fields,
+        scene=scene,
+        previous=previous,
+        scene_name=names,
+        scene_map=np.array(maps),
+        **boxes,
+        lines=lines,
+        wide_lines=wide_lines,
+    )
 
 
-def _sample(nusc: NuScenes, tables: Path, record: dict, cameras: tuple[str, ...]) -> dict[str, Any]:
-    """Reads poses, calibration and image paths of one sample."""
-    lidar = nusc.get("sample_data", record["data"]["LIDAR_TOP"])
-    global_from_ego = _pose(nusc.get("ego_pose", lidar["ego_pose_token"]))
-    calibration = nusc.get("calibrated_sensor", lidar["calibrated_sensor_token"])
-    sample = {
-        "token": record["token"].encode(),
-        "timestamp_us": lidar["timestamp"],
-        "global_from_ego": global_from_ego,
-        "ego_from_lidar": _pose(calibration),
-    }
-    paths, sizes, intrinsics, poses = [], [], [], []
-    for camera in cameras:
-        if camera not in record["data"]:
-            paths.append(b"")
-            sizes.append((0, 0))
-            intrinsics.append(np.eye(3))
-            poses.append(np.eye(4))
-            continue
-        data = nusc.get("sample_data", record["data"][camera])
-        if data["sensor_modality"] != "camera":
+def _order(tables: TableCheck, scenes: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns per sample of the scenes: its row, the number of its scene, and the sample before it, -1 for none."""
+    rows: list[int] = []
+    scene_of: list[int] = []
+    previous: list[int] = []
+    for number, scene in enumerate(scenes):
+        row, before = int(tables.first_sample[scene]), -1
+        while row >= 0:
+            rows.append(row)
+            scene_of.append(number)
+            previous.append(before)
+            before, row = len(rows) - 1, int(tables.next_sample[row])
+    return np.array(rows), np.array(scene_of), np.array(previous)
+
+
+def _samples(tables: TableCheck, samples: np.ndarray, cameras: tuple[str, ...], folder: Path) -> dict[str, np.ndarray]:
+    """Reads times, poses, calibration and image paths of samples, given by row."""
+    S, N = len(samples), len(cameras)
+    lidar = tables.lidar_of[samples]  # [S] row of the file
+    global_from_ego = tables.ego_poses(tables.pose_of_data[lidar])  # [S, 4, 4]
+    calibrations = rigid_from_quaternion(*tables.calibration)  # [calibrations, 4, 4]
+
+    channel_of = tables.channel_of_data[tables.keyframe_rows]
+    sample_of = tables.sample_of_data[tables.keyframe_rows]
+    path_of = np.cumsum(tables.is_key) - 1  # [R] number among all keyframes
+    size_of = np.zeros((len(tables.is_key), 2), dtype=np.int32)
+    size_of[tables.camera_rows] = tables.camera_size
+    paths = [[b""] * N for _ in range(S)]
+    sizes = np.zeros((S, N, 2), dtype=np.int32)
+    img_from_cam = np.tile(np.eye(3), (S, N, 1, 1))
+    ego_from_cam = np.tile(np.eye(4), (S, N, 1, 1))
+    place = np.full(tables.tables["sample"].rows, -1)
+    place[samples] = np.arange(S)
+    for k, camera in enumerate(cameras):
+        sensor = tables.sensor_of_channel.get(camera, NO_CHANNEL)
+        of_camera = channel_of == sensor
+        at = place[sample_of[of_camera]]
+        rows, at = tables.keyframe_rows[of_camera][at >= 0], at[at >= 0]
+        calibration = tables.calibration_of_data[rows]
+        if not tables.is_camera[calibration].all():
+            modality = tables.modality[tables.sensor[calibration[~tables.is_camera[calibration]][0]]]
             raise DataError(
-                f"{tables / 'sensor.json'}: {camera} was given as a camera, but its modality is "
-                f"'{data['sensor_modality']}'; correct it, or leave {camera} out"
+                f"{folder / 'sensor.json'}: {camera} was given as a camera, but its modality is '{modality}'; correct "
+                f"it, or leave {camera} out"
             )
-        calibration = nusc.get("calibrated_sensor", data["calibrated_sensor_token"])
-        global_from_exposure = _pose(nusc.get("ego_pose", data["ego_pose_token"]))
-        exposure_from_cam = _pose(calibration)
-        paths.append(os.fsencode(data["filename"]))
-        sizes.append((data["height"], data["width"]))
-        intrinsics.append(np.array(calibration["camera_intrinsic"], dtype=np.float64))
-        poses.append(invert_rigid(global_from_ego) @ global_from_exposure @ exposure_from_cam)
-    return sample | {
-        "image_path": np.array(paths),
-        "image_size": np.array(sizes, dtype=np.int32),
-        "img_from_cam": np.array(intrinsics),
-        "ego_from_cam": np.array(poses),
-    }
-
-
-def _pose(record: dict) -> np.ndarray:
-    """Returns rotation and translation of a record as a rigid transform [4, 4]."""
-    return rigid_from_quaternion(record["rotation"], record["translation"])
-
-
-def _boxes(nusc: NuScenes, record: dict, global_from_ego: np.ndarray) -> dict[str, np.ndarray]:
-    """Reads the boxes of the ten detection classes of one sample, in the ego frame."""
-    from nuscenes.eval.detection.utils import category_to_detection_name
-
-    ego_from_global = invert_rigid(global_from_ego)
-    rows = []
-    for token in record["anns"]:
-        box = nusc.get("sample_annotation", token)
-        name = category_to_detection_name(box["category_name"])
-        if name is None:
-            continue
-        width, length, height = box["size"]
-        ego_from_box = ego_from_global @ _pose(box)
-        velocity = ego_from_global[:3, :3] @ nusc.box_velocity(token)
-        attributes = [nusc.get("attribute", attribute)["name"] for attribute in box["attribute_tokens"]]
-        attribute = ATTRIBUTES.index(attributes[0]) if attributes and attributes[0] in ATTRIBUTES else -1
-        points = box["num_lidar_pts"] + box["num_radar_pts"]
-        yaw = yaw_from_rotation(ego_from_box)
-        rows.append(
-            (
-                *ego_from_box[:3, 3],
-                length,
-                width,
-                height,
-                yaw,
-                *velocity[:2],
-                BOX_CLASSES.index(name),
-                attribute,
-                points,
-            )
-        )
-    table = np.array(rows, dtype=np.float64).reshape(-1, 12)
+        for i, number in zip(at.tolist(), path_of[rows].tolist(), strict=True):
+            paths[i][k] = tables.filename.keyframes[number]
+        sizes[at, k] = size_of[rows]
+        img_from_cam[at, k] = tables.intrinsics[calibration]
+        global_from_exposure = tables.ego_poses(tables.pose_of_data[rows])
+        ego_from_cam[at, k] = invert_rigid(global_from_ego[at]) @ global_from_exposure @ calibrations[calibration]
     return {
-        "box_center": table[:, 0:3].astype(np.float32),
-        "box_size": table[:, 3:6].astype(np.float32),
-        "box_yaw": table[:, 6].astype(np.float32),
-        "box_velocity": table[:, 7:9].astype(np.float32),
-        "box_label": table[:, 9].astype(np.int64),
-        "box_attribute": table[:, 10].astype(np.int64),
-        "box_points": table[:, 11].astype(np.int64),
+        "timestamp_us": tables.data_time[lidar],
+        "global_from_ego": global_from_ego,
+        "ego_from_lidar": calibrations[tables.calibration_of_data[lidar]],
+        "image_path": np.array(paths),
+        "image_size": sizes,
+        "img_from_cam": img_from_cam,
+        "ego_from_cam": ego_from_cam,
     }
+
+
+def _boxes(tables: TableCheck, samples: np.ndarray, global_from_ego: np.ndarray) -> dict[str, np.ndarray]:
+    """Reads the boxes of the ten detection classes of samples, given by row, in the ego frame."""
+    names = [DETECTION_CLASS.get(name) for name in tables.category_name]
+    label_of = np.array([-1 if name is None else BOX_CLASSES.index(name) for name in names] + [-1])
+    label = label_of[tables.category[tables.instance]] if len(tables.instance) else np.zeros(0, dtype=np.int64)
+    place = np.full(tables.tables["sample"].rows, -1)
+    place[samples] = np.arange(len(samples))
+    at = place[tables.sample_of_box] if len(label) else np.zeros(0, dtype=np.int64)
+    rows = np.flatnonzero((label >= 0) & (at >= 0))
+    rows = rows[np.argsort(at[rows], kind="stable")]  # in the order of the table within a sample, as the devkit has them
+    ego_from_global = invert_rigid(global_from_ego)[at[rows]]  # [boxes, 4, 4]
+    rotation, translation = tables.box_pose
+    ego_from_box = ego_from_global @ rigid_from_quaternion(rotation[rows], translation[rows])
+    # Contiguous, because BLAS rounds the product of a slice in another way.
+    turn = np.ascontiguousarray(ego_from_global[:, :3, :3])
+    velocity = (turn @ _velocity(tables, rows)[..., None])[:, :2, 0]
+    known = [ATTRIBUTES.index(name) if name in ATTRIBUTES else -1 for name in tables.attribute_name]
+    attribute = np.full(len(label), -1)
+    owner, first = np.unique(tables.attribute_rows, return_index=True)
+    attribute[owner] = np.array([*known, -1])[tables.attribute[first]]
+    return {
+        "box_offset": np.concatenate([[0], np.cumsum(np.bincount(at[rows], minlength=len(samples)))]),
+        "box_center": ego_from_box[:, :3, 3].astype(np.float32),
+        "box_size": tables.box_size[rows][:, [1, 0, 2]].astype(np.float32),
+        "box_yaw": yaw_from_rotation(ego_from_box).astype(np.float32),
+        "box_velocity": velocity.astype(np.float32),
+        "box_label": label[rows],
+        "box_attribute": attribute[rows],
+        "box_points": tables.box_points[rows],
+    }
+
+
+def _velocity(tables: TableCheck, rows: np.ndarray) -> np.ndarray:
+    """Returns the velocities [n, 3] of boxes in the global frame by the rule of the devkit: NaN where unknown.
+
+    It is the distance between the boxes before and after, or from this box if there is only one of them, if these are
+    at most 1.5 s from this box.
+    """
+    after = tables.next_box
+    before = np.full(len(after), -1)
+    linked = np.flatnonzero(after >= 0)
+    before[after[linked]] = linked
+    last = np.where(after[rows] >= 0, after[rows], rows)
+    first = np.where(before[rows] >= 0, before[rows], rows)
+    position, time = tables.box_pose[1], 1e-6 * tables.sample_time
+    seconds = time[tables.sample_of_box[last]] - time[tables.sample_of_box[first]]
+    most = np.where((after[rows] >= 0) & (before[rows] >= 0), 2, 1) * MAX_SECONDS
+    known = (last != first) & (seconds <= most)
+    velocity = np.full((len(rows), 3), np.nan)
+    velocity[known] = (position[last] - position[first])[known] / seconds[known, None]
+    return velocity
+
+
+def _lines(
+    dataroot: Path,
+    maps: list[bytes],
+    scene: np.ndarray,
+    global_from_ego: np.ndarray,
+    ego_from_lidar: np.ndarray,
+    lane_range: LaneRange,
+    title: str,
+) -> tuple[Lines, Lines]:
+    """Cuts the lines of all samples for a range, and for the wide range around it."""
+    lane_maps = {path: LaneMap(dataroot / os.fsdecode(path)) for path in dict.fromkeys(maps)}
+    lines, wide_lines = [], []
+    for i in tqdm(range(len(scene)), desc=title, unit="sample", delay=2):
+        lane_map = lane_maps[maps[scene[i]]]
+        lines.append(lines_around(lane_map, global_from_ego[i], ego_from_lidar[i], lane_range))
+        wide_lines.append(lines_around(lane_map, global_from_ego[i], ego_from_lidar[i], wide_range(lane_range)))
+    return _flat(lines), _flat(wide_lines)
 
 
 def ego_from_patch(global_from_ego: np.ndarray, ego_from_lidar: np.ndarray) -> np.ndarray:
