@@ -129,16 +129,17 @@ def main(town: Path, root: Path, scenes: int = 850, seed: int = 0) -> None:
             size = (32, 56) if camera else (0, 0)
             for k in range(scenes):
                 micros, share = times(k, channel)
-                key = share % 1 == 0
+                key, calibration = share % 1 == 0, calibration_tokens[k][channel]
                 owner = np.ceil(share).astype(int)
                 for n, (token, before, after) in enumerate(linked(file_tokens[k][channel])):
                     where = "samples" if key[n] else "sweeps"
                     yield (
                         f'{{\n"token": "{token}",\n"sample_token": "{sample_tokens[k][owner[n]]}",\n'
-                        f'"ego_pose_token": "{token}",\n"calibrated_sensor_token": "{calibration_tokens[k][channel]}",\n'
+                        f'"ego_pose_token": "{token}",\n"calibrated_sensor_token": "{calibration}",\n'
                         f'"timestamp": {micros[n]},\n"fileformat": "{kind}",\n'
                         f'"is_key_frame": {"true" if key[n] else "false"},\n"height": {size[0]},\n"width": {size[1]},\n'
-                        f'"filename": "{where}/{channel}/n008-2018-08-01-15-16-36-0400__{channel}__{micros[n]}.{kind}",\n'
+                        f'"filename": "{where}/{channel}/n008-2018-08-01-15-16-36-0400__{channel}__{micros[n]}.{kind}",'
+                        f"\n"
                         f'"prev": "{before}",\n"next": "{after}"\n}}'
                     )
 
@@ -174,7 +175,7 @@ def main(town: Path, root: Path, scenes: int = 850, seed: int = 0) -> None:
         for token, k, (_, attribute), first, boxes in instances:
             x, y, z = np.add(route(k)[first]["translation"], [*rng.uniform(-45, 45, 2), 0.8]).tolist()
             dx, dy = rng.uniform(-0.5, 0.5, 2).tolist()
-            w, l, h = rng.uniform(0.5, 4.5, 3).round(3).tolist()  # noqa: E741
+            w, l, h = rng.uniform(0.5, 4.5, 3).round(3).tolist()
             yaw = rng.uniform(0, np.pi)
             rotation = f"[\n{np.cos(yaw)},\n0.0,\n0.0,\n{np.sin(yaw)}\n]"
             named = f'[\n"{attributes[attribute]}"\n]' if attribute else "[]"

@@ -11,7 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -53,6 +53,7 @@ MODALITIES = ("camera", "lidar", "radar")
 LONGEST_NAME = 200  # characters; file systems allow some more
 SMALLEST_BOX, LARGEST_BOX = 1e-3, 1e3  # metres
 UNIT_TOLERANCE = 1e-2  # of the length of a quaternion; tables are rounded, and readers normalise
+LARGE = ("ego_pose", "sample_data", "sample_annotation")  # tables with millions of records
 NO_CHANNEL = -2  # that no file has
 LATE = 0.5  # seconds between records of one keyframe above which a time is implausible
 
@@ -147,7 +148,7 @@ def checked_tables(dataroot: Path, version: str) -> TableCheck:
     """
     state = _state(dataroot, version)
     folder = dataroot / version
-    check = TableCheck(dataroot, folder, {name: Table(folder / f"{name}.json", READERS[name]) for name in TABLES})
+    check = TableCheck(dataroot, folder, Tables(folder))
     _accept(dataroot, version, check.run(), state)
     return check
 
@@ -187,31 +188,68 @@ def check_tables(
         All findings, errors first. A table that cannot be read ends the check.
     """
     folder = dataroot / version
-    unreadable, found = [], {}
+    unreadable, found = [], Tables(folder, tables)
     for name in TABLES:
-        path = folder / f"{name}.json"
         try:
-            found[name] = Table(path, READERS[name], None if tables is None else tables[name])
+            found[name]  # reads it
         except DataError as error:
+            path = folder / f"{name}.json"
             problem = str(error).removeprefix(f"{path} ")
             unreadable.append(Finding("error", str(path), "", (), 0, problem))
     return unreadable or TableCheck(dataroot, folder, found).run()
 
 
+class Tables(dict[str, Table]):
+    """Tables by name. Each is read when it is asked for, so that the large ones need not fit into memory together.
+
+    Args:
+        folder: of the tables.
+        records: from `read_tables`, if they are in memory.
+    """
+
+    def __init__(self, folder: Path, records: Mapping[str, Sequence[dict[str, Any]]] | None = None) -> None:
+        super().__init__()
+        self.folder, self.records = folder, records
+
+    def __missing__(self, name: str) -> Table:
+        records = None if self.records is None else self.records[name]
+        table = self[name] = Table(self.folder / f"{name}.json", READERS[name], records)
+        return table
+
+
+class Keyframes(NamedTuple):
+    """The K files of keyframes. Row numbers are -1 where a token is dangling, numbers NaN where they are malformed."""
+
+    row: np.ndarray  # [K] in sample_data
+    sample: np.ndarray  # [K] row of its sample
+    calibration: np.ndarray  # [K] row in calibrated_sensor
+    channel: np.ndarray  # [K] row in sensor
+    time: np.ndarray  # [K] int64 microseconds, -1 where it is malformed
+    size: np.ndarray  # [K, 2] int64 height and width; 0 for what is no camera
+    path: list[bytes]  # [K]
+    rotation: np.ndarray  # [K, 4] of the vehicle in the global frame
+    translation: np.ndarray  # [K, 3]
+
+    def poses(self, numbers: np.ndarray) -> np.ndarray:
+        """Returns the vehicle's poses global_from_ego [n, 4, 4] of files."""
+        with np.errstate(all="ignore"):
+            return rigid_from_quaternion(self.rotation[numbers], self.translation[numbers])
+
+
 class TableCheck(Columns):
     """One run of all checks. It leaves the columns that an index needs as attributes."""
 
-    def __init__(self, dataroot: Path, folder: Path, tables: Mapping[str, Table]) -> None:
+    def __init__(self, dataroot: Path, folder: Path, tables: Tables) -> None:
         super().__init__(folder, tables)
         self.dataroot = dataroot
 
     def run(self) -> list[Finding]:
         for table in TABLES:
-            self.tokens(table)
+            if table not in LARGE:
+                self.tokens(table)
         self.names()
         self.sensors()
-        self.poses()
-        del self.lookup["ego_pose"], self.lookup["sample_data"]  # frees 80 MB of trainval
+        self.files()
         self.samples()
         self.annotations()
         return sorted(self.findings, key=lambda finding: finding.severity != "error")
@@ -227,8 +265,8 @@ class TableCheck(Columns):
         repeated = [row for row, given in enumerate(self.column("scene", "name")) if name[text_of(given)] > 1]
         self.report("scene", "name", repeated, "a name that no other scene has", "warning")
         self.location = self.text("log", "location", _is_name, "the name of a map")
-        self.filename: Paths = self.column("sample_data", "filename")
-        self.report("sample_data", "filename", self.filename.state < 0, "a path below the root of the dataset")
+        paths: Paths = self.column("sample_data", "filename")
+        self.report("sample_data", "filename", paths.state < 0, "a path below the root of the dataset")
         masks = self.text("map", "filename", inside_root, "a path below the root of the dataset")
         gone = [row for row, mask in enumerate(masks) if mask != NO_TOKEN and not os.path.exists(self.dataroot / mask)]
         self.report(
@@ -284,38 +322,63 @@ class TableCheck(Columns):
         )
         return rotation, translation
 
-    def poses(self) -> None:
-        """Poses of the vehicle, and the files of all sensors."""
-        self.ego_pose = self.pose("ego_pose")
+    def files(self) -> None:
+        """The files of all sensors, and the poses of the vehicle."""
         table = "sample_data"
-        self.sample_of_data = self.key(table, "sample_token", "sample")
-        calibration = self.key(table, "calibrated_sensor_token", "calibrated_sensor")
-        self.pose_of_data = pose = self.key(table, "ego_pose_token", "ego_pose")
+        self.tokens(table)
         time, timed = self.integers(table, "timestamp", 0, "whole microseconds")
-        self.data_time = np.where(timed, time, -1)
+        time = np.where(timed, time, -1)
+        if self.has(table, "next"):
+            self.links(table, time, "warning")
+        del self.lookup[table]
         key = self.take(table, "is_key_frame")
         self.report(table, "is_key_frame", key < 0, "true or false")
-        self.is_key = key > 0
+        is_key = key > 0
+        sample = self.key(table, "sample_token", "sample")[is_key]
+        calibration = self.key(table, "calibrated_sensor_token", "calibrated_sensor")
+        self.images(is_key, calibration)
+        calibration = calibration[is_key]
+
+        self.tokens("ego_pose")
+        rotation, translation = self.pose("ego_pose")
+        pose = self.key(table, "ego_pose_token", "ego_pose")
+        del self.lookup["ego_pose"]
         if self.has("ego_pose", "timestamp"):
             pose_time, pose_timed = self.integers("ego_pose", "timestamp", 0, "whole microseconds")
             known = (pose >= 0) & timed
             other = np.abs(np.append(pose_time, 0)[pose] - time) > LATE * 1e6
             other &= known & np.append(pose_timed, False)[pose]
             self.report(table, "ego_pose_token", other, "the pose at its own timestamp", "warning")
-        if self.has(table, "next"):
-            self.links(table, self.data_time, "warning")
+        pose = pose[is_key]
+        posed = [np.full((len(pose), part.shape[1]), np.nan) for part in (rotation, translation)]
+        for kept, part in zip(posed, (rotation, translation), strict=True):
+            kept[pose >= 0] = part[pose[pose >= 0]]
+        self.keyframes = Keyframes(
+            row=np.flatnonzero(is_key),
+            sample=sample,
+            calibration=calibration,
+            channel=np.append(self.channel_of, -1)[calibration],
+            time=time[is_key],
+            size=self.image_size,
+            path=self.take(table, "filename").keyframes,
+            rotation=posed[0],
+            translation=posed[1],
+        )
 
-        self.calibration_of_data = calibration
-        self.channel_of_data = np.append(self.channel_of, -1)[calibration]  # row of a sensor
-        camera = self.is_key & np.append(self.is_camera, False)[calibration]
+    def images(self, is_key: np.ndarray, calibration: np.ndarray) -> None:
+        """Files and sizes of the images of keyframes."""
+        table = "sample_data"
+        camera = is_key & np.append(self.is_camera, False)[calibration]
         rows = np.flatnonzero(camera)
-        self.report(table, "filename", rows[self.filename.state[rows] == 0], "the path of an image")
+        unnamed = self.column(table, "filename").state[rows] == 0
+        self.report(table, "filename", rows[unnamed], "the path of an image")
         sizes, good = [], np.ones(len(rows), dtype=bool)
         for field in ("height", "width"):
             size, whole = self.integers(table, field, 1, "whole pixels", rows)
             sizes.append(size)
             good &= whole
-        self.camera_rows, self.camera_size = rows, np.stack(sizes, 1)
+        self.image_size = np.zeros((int(is_key.sum()), 2), dtype=np.int64)
+        self.image_size[camera[is_key]] = np.stack(sizes, 1)
         large = good & (sizes[0].astype(float) * sizes[1] > MAX_PIXELS)
         self.report(table, "width", rows[large], f"the width of an image of at most {MAX_PIXELS:.0e} pixels in all")
         good &= ~large & np.append(self.pinhole, False)[calibration[rows]]
@@ -367,63 +430,66 @@ class TableCheck(Columns):
         )
         self.summaries(of_scene, after)
         self.next_sample = np.where(linked, after, -1)
-        self.keyframes(self.next_sample)
+        self.order(self.next_sample)
 
-    def keyframes(self, after: np.ndarray) -> None:
+    def order(self, after: np.ndarray) -> None:
         """The records of each sample, and the time and motion from sample to sample; `after` [S] is the next one."""
         count = len(after)
-        keyframes = np.flatnonzero(self.is_key & (self.sample_of_data >= 0))
-        channel = self.channel_of_data[keyframes]
-        pair = self.sample_of_data[keyframes] * (len(self.channel) + 1) + channel
-        _, once = np.unique(pair, return_index=True)
-        again = np.ones(len(keyframes), dtype=bool)
+        files = self.keyframes
+        known = np.flatnonzero(files.sample >= 0)
+        sample = files.sample[known]
+        _, once = np.unique(sample * (len(self.channel) + 1) + files.channel[known], return_index=True)
+        again = np.ones(len(known), dtype=bool)
         again[once] = False
+        twice = known[again]
+        names = [*self.channel, ""]
+        channel_of = {
+            int(row): names[channel] for row, channel in zip(files.row[twice], files.channel[twice], strict=True)
+        }
         self.report(
             "sample_data",
             "sample_token",
-            keyframes[again],
-            lambda row: f"is a second keyframe of {self.name_of(row)} in its sample; a sample has one",
+            files.row[twice],
+            lambda row: f"is a second keyframe of {channel_of[row]} in its sample; a sample has one",
         )
-        self.keyframe_rows = keyframes
-        lidar = keyframes[channel == self.sensor_of_channel.get("LIDAR_TOP", NO_CHANNEL)]
+        lidar = known[files.channel[known] == self.sensor_of_channel.get("LIDAR_TOP", NO_CHANNEL)]
         lacking = np.ones(count, dtype=bool)
-        lacking[self.sample_of_data[lidar]] = False
+        lacking[files.sample[lidar]] = False
         self.report(
             "sample",
             "token",
             lacking,
             lambda row: f"has no LIDAR_TOP keyframe in {self.folder / 'sample_data.json'}, which gives the pose",
         )
-        late = np.abs(self.data_time[keyframes] - self.sample_time[self.sample_of_data[keyframes]]) > LATE * 1e6
+        late = np.abs(files.time[known] - self.sample_time[sample]) > LATE * 1e6
         self.report(
             "sample_data",
             "timestamp",
-            keyframes[late],
+            files.row[known[late]],
             "the microseconds of its sample, except for the exposure's delay",
             "warning",
         )
-        lidar_of = np.full(count, -1)  # row of the LIDAR_TOP keyframe
-        lidar_of[self.sample_of_data[lidar]] = lidar
-        self.lidar_of = lidar_of
+        self.lidar_of = lidar_of = np.full(count, -1)  # number of the LIDAR_TOP keyframe
+        lidar_of[files.sample[lidar]] = lidar
         rows = np.flatnonzero(after >= 0)
         here, there = lidar_of[rows], lidar_of[after[rows]]
-        known = (here >= 0) & (there >= 0) & (np.minimum(self.data_time[here], self.data_time[there]) >= 0)
-        rows, here, there = rows[known], here[known], there[known]
-        early = self.data_time[there] <= self.data_time[here]
+        timed = (here >= 0) & (there >= 0) & (np.minimum(files.time[here], files.time[there]) >= 0)
+        rows, here, there = rows[timed], here[timed], there[timed]
+        early = files.time[there] <= files.time[here]
+        time_of = dict(zip(files.row[there[early]].tolist(), files.time[there[early]].tolist(), strict=True))
         self.report(
             "sample_data",
             "timestamp",
-            there[early],
-            lambda row: (
-                f"has {self.data_time[row]} as 'timestamp', which is not later than LIDAR_TOP of the sample before it"
-            ),
+            files.row[there[early]],
+            lambda row: f"has {time_of[row]} as 'timestamp', which is not later than LIDAR_TOP of the sample before it",
         )
-        known = ~early & (self.pose_of_data[here] >= 0) & (self.pose_of_data[there] >= 0)
-        rows, here, there = rows[known], here[known], there[known]
+        lost = np.isnan(files.rotation[:, 0]) | np.isnan(files.translation[:, 0])
+        good = ~early & ~lost[here] & ~lost[there]
+        rows, here, there = rows[good], here[good], there[good]
         if not len(rows):
             return
-        ends = [self.ego_poses(self.pose_of_data[end]) for end in (here, there)]  # each [n, 4, 4]
-        seconds = (self.data_time[there] - self.data_time[here]) * 1e-6
+        ends = [files.poses(end) for end in (here, there)]  # each [n, 4, 4]
+        seconds = (files.time[there] - files.time[here]) * 1e-6
         broken = interrupted(invert_rigid(ends[1]) @ ends[0], seconds)
         self.report(
             "sample",
@@ -434,17 +500,6 @@ class TableCheck(Columns):
             ),
             "warning",
         )
-
-    def name_of(self, row: int) -> str:
-        """Returns the channel of a file."""
-        sensor = self.channel_of_data[row]
-        return self.channel[sensor] if sensor >= 0 else ""
-
-    def ego_poses(self, rows: np.ndarray) -> np.ndarray:
-        """Returns the poses [n, 4, 4] of records; NaN where they are malformed."""
-        rotation, translation = (part[rows] for part in self.ego_pose)
-        with np.errstate(all="ignore"):
-            return rigid_from_quaternion(rotation, translation)
 
     def summaries(self, of_scene: np.ndarray, after: np.ndarray) -> None:
         """Fields of scenes that repeat what other tables hold; nothing reads them."""
@@ -493,6 +548,7 @@ class TableCheck(Columns):
     def annotations(self) -> None:
         """Boxes, and what the devkit's evaluation expects of them."""
         table = "sample_annotation"
+        self.tokens(table)
         self.category = category = self.key("instance", "category_token", "category")
         self.sample_of_box = sample = self.key(table, "sample_token", "sample")
         self.instance = instance = self.key(table, "instance_token", "instance")
