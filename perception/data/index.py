@@ -43,6 +43,7 @@ ALIGNED = 64  # bytes: the start of each array
 KEPT_HASH = 1 << 24  # bytes of a file whose hash is kept
 SETTLED_NS = 2_000_000_000  # since the last change of such a file
 
+AT_ONCE = 50_000  # boxes whose matrices are in memory
 MAX_SECONDS = 1.5  # between boxes whose distance gives a velocity, as in the devkit
 WIDE_MARGIN = LaneRange(24.0, 30.0)  # metres that the range of `wide_lines` is larger
 
@@ -391,22 +392,29 @@ def _boxes(checked: TableCheck, samples: np.ndarray, global_from_ego: np.ndarray
     rows = np.flatnonzero((label >= 0) & (at >= 0))
     # Within a sample in the order of the table, as the devkit has them.
     rows = rows[np.argsort(at[rows], kind="stable")]
-    ego_from_global = invert_rigid(global_from_ego)[at[rows]]  # [boxes, 4, 4]
+    ego_from_global = invert_rigid(global_from_ego)
     rotation, translation = checked.box_pose
-    ego_from_box = ego_from_global @ rigid_from_quaternion(rotation[rows], translation[rows])
-    # Contiguous, because BLAS rounds the product of a slice in another way.
-    turn = np.ascontiguousarray(ego_from_global[:, :3, :3])
-    velocity = (turn @ _velocity(checked, rows)[..., None])[:, :2, 0]
+    velocity_global = _velocity(checked, rows)
+    center, yaw = np.zeros((len(rows), 3), np.float32), np.zeros(len(rows), np.float32)
+    velocity = np.zeros((len(rows), 2), np.float32)
+    for start in range(0, len(rows), AT_ONCE):
+        some = slice(start, start + AT_ONCE)
+        ego_from = ego_from_global[at[rows[some]]]  # [boxes, 4, 4]
+        ego_from_box = ego_from @ rigid_from_quaternion(rotation[rows[some]], translation[rows[some]])
+        center[some], yaw[some] = ego_from_box[:, :3, 3], yaw_from_rotation(ego_from_box)
+        # Contiguous, because BLAS rounds the product of a slice in another way.
+        turn = np.ascontiguousarray(ego_from[:, :3, :3])
+        velocity[some] = (turn @ velocity_global[some, :, None])[:, :2, 0]
     known = [ATTRIBUTES.index(name) if name in ATTRIBUTES else -1 for name in checked.attribute_name]
     attribute = np.full(len(label), -1)
     owner, first = np.unique(checked.attribute_rows, return_index=True)
     attribute[owner] = np.array([*known, -1])[checked.attribute[first]]
     return {
         "box_offset": np.concatenate([[0], np.cumsum(np.bincount(at[rows], minlength=len(samples)))]),
-        "box_center": ego_from_box[:, :3, 3].astype(np.float32),
+        "box_center": center,
         "box_size": checked.box_size[rows][:, [1, 0, 2]].astype(np.float32),
-        "box_yaw": yaw_from_rotation(ego_from_box).astype(np.float32),
-        "box_velocity": velocity.astype(np.float32),
+        "box_yaw": yaw,
+        "box_velocity": velocity,
         "box_label": label[rows],
         "box_attribute": attribute[rows],
         "box_points": checked.box_points[rows],

@@ -106,7 +106,7 @@ def read_blocks(path: Path) -> Iterator[Block]:
 
 def _read_blocks(path: Path, file: BinaryIO) -> Iterator[Block]:
     size = os.fstat(file.fileno()).st_size
-    text = file.read(BLOCK)
+    text = file.read(max(BLOCK, 1000))  # white space before the list is shorter
     opening = _OPENING.match(text)
     if opening is None:
         _refuse(path, text + file.read())
@@ -373,8 +373,10 @@ class Table:
                     text = file.read(stop - start).rstrip()
                 self.kept = number, json.loads(b"[" + text + (b"" if text.endswith(b"]") else b"]"))
             except (OSError, ValueError):
-                raise DataError(f"{self.path} changed while it was read: start again") from None
+                self.kept = number, ()
         first = self.blocks[number - 1][0] if number else 0
+        if row - first >= len(self.kept[1]):
+            raise DataError(f"{self.path} changed while it was read: start again")
         return self.kept[1][row - first]
 
 
