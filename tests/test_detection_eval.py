@@ -322,6 +322,32 @@ def test_boxes_that_no_devkit_could_read_are_named(change):
         submission_from_predictions({"t": FrameObjects(good, None)}, {"t": np.eye(4)})
 
 
+def test_numbers_of_a_submission_are_those_of_quaternion_objects():
+    """To the last digit: all boxes of a sample are turned at once."""
+    rng = np.random.default_rng(0)
+    count = 300
+    boxes = Boxes(
+        center=torch.from_numpy(rng.normal(0, 30, (count, 3))), size=torch.from_numpy(rng.uniform(0.1, 9, (count, 3))),
+        yaw=torch.from_numpy(rng.normal(0, 3, count)), velocity=torch.from_numpy(rng.normal(0, 0.2, (count, 2))),
+        label=torch.from_numpy(rng.integers(0, 10, count)), attribute=torch.full((count,), -1),
+        score=torch.linspace(1, 0, count), valid=torch.ones(count, dtype=torch.bool),
+        uncertainty=torch.zeros(count, 9),
+    )  # fmt: skip
+    turn = Quaternion(rng.normal(size=4)).normalised
+    pose = turn.transformation_matrix
+    pose[:3, 3] = rng.normal(0, 1000, 3)
+    objects = FrameObjects(boxes, Polylines(*(torch.zeros(0) for _ in Polylines._fields)))
+    records = submission_from_predictions({"sample": objects}, {"sample": pose})["results"]["sample"]
+    turn = Quaternion(matrix=pose[:3, :3])
+    for k, record in enumerate(records):
+        one = turn * Quaternion(axis=(0, 0, 1), radians=float(boxes.yaw[k]))
+        assert record["rotation"] == one.elements.tolist()
+        moving = np.linalg.norm(boxes.velocity[k].numpy()) > 0.2
+        assert moving == (".moving" in record["attribute_name"] or record["attribute_name"] == "cycle.with_rider") or (
+            record["attribute_name"] == ""
+        )
+
+
 def test_of_equal_scores_the_first_boxes_are_kept():
     M = 502
     boxes = Boxes(
