@@ -487,7 +487,9 @@ class TableCheck(Columns):
         lidar_of[files.sample[lidar]] = lidar
         rows = np.flatnonzero(after >= 0)
         here, there = lidar_of[rows], lidar_of[after[rows]]
-        timed = (here >= 0) & (there >= 0) & (np.minimum(files.time[here], files.time[there]) >= 0)
+        found = (here >= 0) & (there >= 0)
+        rows, here, there = rows[found], here[found], there[found]
+        timed = np.minimum(files.time[here], files.time[there]) >= 0
         rows, here, there = rows[timed], here[timed], there[timed]
         early = files.time[there] <= files.time[here]
         time_of = dict(zip(files.row[there[early]].tolist(), files.time[there[early]].tolist(), strict=True))
