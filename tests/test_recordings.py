@@ -29,7 +29,7 @@ from perception.recordings.predicting import predict_frames
 from perception.recordings.recording import chosen_streams, named_camera
 from perception.recordings.ros_images import decode_message
 from perception.recordings.trajectory import Trajectory, read_trajectory
-from perception.rigs import Rig, RigCamera
+from perception.rigs import Rig, RigCamera, import_rig
 from perception.rigs.models import BrownConrady, FTheta, KannalaBrandt, Pinhole
 from perception.synthetic import VERSION
 
@@ -543,6 +543,15 @@ def test_the_rig_of_a_bag_is_that_of_camera_info_and_tf_static(tmp_path):
     for camera in recording.rig:
         np.testing.assert_allclose(camera.ego_from_cam, poses[camera.name], atol=1e-12)
         np.testing.assert_allclose(camera.unproject(grid)[0], wanted[camera.name].unproject(grid)[0], atol=1e-12)
+    up = np.eye(4)
+    up[2, 3] = 0.4
+    imported = import_rig(path, cameras=["fisheye", "pinhole"], ego_from_vehicle=up)
+    assert imported.names == ("fisheye", "pinhole")
+    for camera in imported:
+        np.testing.assert_array_equal(camera.ego_from_cam, recording.rig[camera.name].ego_from_cam)
+        assert camera.model == recording.rig[camera.name].model
+    with pytest.raises(DataError, match="'pinhole_optical' end at 'base_link', not at 'cart'; give base_frame"):
+        import_rig(next(path.glob("*.mcap")), base_frame="cart")
     with pytest.raises(DataError, match="camera x has the model f_theta, which CameraInfo does not have"):
         camera_info(RigCamera("x", (45, 80), FTheta(cx=40, cy=22, polynomial=(30.0,)), np.eye(4)))
 

@@ -561,7 +561,7 @@ def test_formats_that_cannot_be_recognised_are_listed(tmp_path):
     with refused("scene was given, and the format kitti does not read it"):
         import_rig(path, "kitti", scene="scene-0001")
     assert set(FORMATS) == {
-        "nuscenes", "kitti", "kitti_raw", "kitti360", "argoverse2", "waymo", "kalibr", "ros", "autoware"
+        "nuscenes", "kitti", "kitti_raw", "kitti360", "argoverse2", "waymo", "kalibr", "ros", "rosbag", "autoware"
     }  # fmt: skip
 
 

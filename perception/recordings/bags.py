@@ -133,6 +133,26 @@ def read_bag(
     return Recording(name, times, partial(_decode, paths, of_camera), trajectory, rig, other, notes=tuple(notes))
 
 
+def bag_cameras(path: Path, base_frame: str = BASE_FRAME) -> list[RigCamera]:
+    """Reads the calibration in a bag: CameraInfo of the topics with images, and the transforms of tf_static.
+
+    Args:
+        path: a bag.
+        base_frame: the vehicle frame.
+
+    Raises:
+        ConfigError: rosbags is not installed.
+        DataError: the bag is damaged, or has no calibration.
+    """
+    with opened([path]) as reader:
+        types = {connection.topic: connection.msgtype for connection in reader.connections}
+        topics = _camera_topics(types, str(path), {})
+        found = _Index(reader, types, None, str(path))
+        found.read(set())
+        named = {_camera_name(topic, topics): topic for topic in topics}
+        return list(_rig(found, named, found.tree(base_frame), base_frame, 0.0, str(path)))
+
+
 def _camera_topics(types: Mapping[str, str], name: str, given: Mapping[str, str]) -> list[str]:
     """The topics with images in the order of the bag, one per camera: raw before rectified, Image before compressed."""
     images = [topic for topic, kind in types.items() if kind in IMAGES]

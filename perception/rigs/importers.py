@@ -47,6 +47,12 @@ def _up(height: float) -> NDArray[np.float64]:
     return raised
 
 
+def _bag_cameras(path: Path, **arguments: Any) -> list[RigCamera]:
+    from perception.recordings.bags import bag_cameras  # it needs rosbags
+
+    return bag_cameras(path, **arguments)
+
+
 FORMATS = {
     "nuscenes": _Format(datasets.nuscenes, "a folder of nuScenes tables, as v1.0-mini", "ego", np.eye(4), ("scene",)),
     # Height of the IMU above the road: Geiger et al., Vision meets Robotics, figure 3.
@@ -67,6 +73,9 @@ FORMATS = {
     "ros": _Format(
         ros.camera_info, "a camera_info YAML file or a folder of them", "base_link", np.eye(4),
         ("poses", "frames", "base_frame"),
+    ),
+    "rosbag": _Format(
+        _bag_cameras, "a ROS bag with CameraInfo and tf_static", "base_link", np.eye(4), ("base_frame",)
     ),
     "autoware": _Format(
         ros.autoware, "a folder with sensor_kit_calibration.yaml of Autoware", "base_link", np.eye(4),
@@ -92,8 +101,8 @@ def import_rig(
 
     Args:
         path: a file or folder, as the format has it.
-        format: "nuscenes", "kitti", "kitti_raw", "kitti360", "argoverse2", "waymo", "kalibr", "ros" or "autoware"; None
-            to recognise it.
+        format: "nuscenes", "kitti", "kitti_raw", "kitti360", "argoverse2", "waymo", "kalibr", "ros", "rosbag" or
+            "autoware"; None to recognise it.
         cameras: names of the cameras to keep, in this order; None for all.
         ego_from_vehicle: [4, 4] metres; pose of the format's own vehicle frame in the ego frame (x forward, y left, z
             up, origin on the ground below the rear axle). None for the one that the format documents.
@@ -101,7 +110,7 @@ def import_rig(
         image_size: KITTI object: height and width of the images, which its files do not hold.
         poses: ROS: a URDF, a YAML list of static transforms, or a folder of Autoware.
         frames: ROS: frame of each camera, by the camera's name; None to find it by the name.
-        base_frame: ROS and Autoware: the vehicle frame; None for base_link.
+        base_frame: ROS, bags and Autoware: the vehicle frame; None for base_link.
         intrinsics: Autoware: a folder of camera_info YAML files, or such a file for each camera.
 
     Raises:
@@ -155,6 +164,8 @@ def _recognised(path: Path) -> str:
     found = {format for file, format in files.items() if file in names}
     if not found and path.is_dir() and (path / "calibration" / "intrinsics.feather").exists():
         found = {"argoverse2"}
+    elif not found and (path.suffix in (".bag", ".mcap", ".db3") or "metadata.yaml" in names):
+        found = {"rosbag"}
     elif not found and path.suffix == ".txt":
         found = {"kitti"} if "Tr_velo_to_cam:" in read_text(path, "a calibration file") else set()
     elif not found and path.suffix in (".yaml", ".yml", ".json"):
