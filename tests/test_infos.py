@@ -447,6 +447,13 @@ def test_crossings_in_either_direction_count(tmp_path, points):
     assert not ring.is_ccw and shapely.Polygon(ring).equals(shapely.Polygon(RING))
 
 
+def test_a_triangle_whose_first_and_last_vertex_share_a_coordinate_is_closed(tmp_path):
+    triangle = [[1.0, 1.0], [5.0, 4.0], [1.0, 6.0]]
+    path = write(tmp_path / "map.json", {"features": [{"kind": "ped_crossing", "polyline": triangle}]})
+    (line,) = load_map_vectors(path, np.eye(4))
+    assert shapely.Polygon(line.points).equals(shapely.Polygon(triangle))
+
+
 def test_a_ring_inside_a_crossing_is_a_hole_if_it_runs_the_other_way(tmp_path):
     inner = [[3, -1], [4, -1], [4, 1], [3, 1]]
     for outer, hole, count in ((RING, inner[::-1], 2), (RING[::-1], inner, 2), (RING, inner, 1)):
