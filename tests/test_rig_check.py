@@ -374,6 +374,7 @@ def test_import_and_show(tmp_path, capsys):
     assert code == 0 and "1242 x 375" in capsys.readouterr().out
     assert run("show", tmp_path / "rig.yaml") == 0 and run("check", tmp_path / "rig.yaml") == 0
     assert "no camera sees" in capsys.readouterr().out
+    assert run("show", "nuscenes") == 0 and "CAM_FRONT and CAM_FRONT_RIGHT 6" in capsys.readouterr().out
     pose = ["--ego-from-vehicle", "0.5", "0", "0.8", "0", "0", "90"]
     run("import", tmp_path / "calib.txt", "--image-size", "375x1242", "--out", tmp_path / "turned.json", *pose)
     before, after = (Rig.load(tmp_path / name)["P2"].ego_from_cam for name in ("rig.yaml", "turned.json"))

@@ -128,7 +128,9 @@ class RigReport(NamedTuple):
         sectors = ", ".join(f"{start} to {end}" for start, end in self.view.blind_sectors())
         blind = f"no camera sees {sectors} degrees (from ahead to the left, at {RING:.0f} m)"
         unseen = f"{self.view.unseen_share():.0%} of the cells within {REACH:.0f} m are seen by no camera"
-        return f"{blind if sectors else 'the view is all around'}; {unseen}"
+        pairs = ", ".join(f"{a} and {b} {degrees}" for a, b, degrees in self.view.overlaps())
+        overlaps = f"; degrees that two cameras see: {pairs}" if pairs else ""
+        return f"{blind if sectors else 'the view is all around'}; {unseen}{overlaps}"
 
     def to_dict(self) -> dict[str, object]:
         """Returns plain JSON values."""
