@@ -47,6 +47,7 @@ SKY_BRIGHTNESS = 150.0  # grey value
 DAYLIGHT = 60.0  # mean grey value
 ENOUGH_CAMERAS = 3  # pictures of fewer may be odd by chance
 MIN_INVERTED = 0.12, 0.45  # share by which there is more sky below than above: enough cameras, fewer cameras
+CLEARLY, MIN_VOTES = 0.05, 3  # such a share in one camera; so many cameras with it for each camera with the contrary
 
 
 class Warnings:
@@ -244,7 +245,7 @@ class Statistics(NamedTuple):
     """Sums over frames, of which older ones count less."""
 
     frames: int
-    sums: NDArray[np.float64]  # [8] of `_color_and_sky`
+    sums: NDArray[np.float64]  # [10] of `_color_and_sky`, and shares of cameras with more sky below, and above
 
 
 class ImageStatistics:
@@ -252,14 +253,15 @@ class ImageStatistics:
 
     Red and blue: foliage reflects more red than blue, and a bright sky is blue or white. If nearly all green pixels are
     bluish and bright pixels in the upper half are rather orange, red and blue are swapped. Upside down: more of the
-    sky, which is bright and not reddish, is in the lower third of the images than in the upper third. Nothing can be
-    told by night, in a tunnel, without foliage, of one camera among several, or of the colours of one or two cameras.
-    Snow below dark trees may look upside down. In 40 generated drives of three frames, 27 of 40 with swapped colours
-    and 39 of 40 upside down are found, and none of the good ones; both are found in the two recordings of real drives.
+    sky, which is bright and not reddish, is in the lower third of the images than in the upper third, and few cameras
+    have it the other way: bright pavement before a wall looks like sky too. Nothing can be told by night, in a tunnel,
+    without foliage, of one camera among several, or of the colours of one or two cameras. Snow below dark trees may
+    look upside down. In 40 generated drives of three frames, 27 of 40 with swapped colours are found, in 24 others 20
+    upside down, and none of the good ones; both are found in the two recordings of real drives.
     """
 
     def __init__(self) -> None:
-        self._kept = Statistics(0, np.zeros(8))
+        self._kept = Statistics(0, np.zeros(10))
 
     def keep(self, statistics: Statistics) -> None:
         """Stores the statistics that `implausible` returned."""
@@ -291,7 +293,10 @@ class ImageStatistics:
         usable = [pixels for n, pixels in images.items() if n not in flat + dark]
         if not usable:
             return found, self._kept
-        shares = np.mean([_color_and_sky(pixels) for pixels in usable], axis=0)
+        of_camera = np.array([_color_and_sky(pixels) for pixels in usable])
+        above, below = of_camera[:, 4], of_camera[:, 5]
+        votes = [(below - above > CLEARLY).mean(), (above - below > CLEARLY).mean()]
+        shares = np.append(of_camera.mean(0), votes)
         statistics = Statistics(self._kept.frames + 1, DECAY * self._kept.sums + shares)
         return found | _over_frames(statistics, len(usable)), statistics
 
@@ -299,7 +304,7 @@ class ImageStatistics:
 def _over_frames(statistics: Statistics, cameras: int) -> Findings:
     found: Findings = {}
     weight = (1 - DECAY**statistics.frames) / (1 - DECAY)
-    reddish, bluish, blue_sky, orange_sky, above, below, green, brightness = statistics.sums / weight
+    reddish, bluish, blue_sky, orange_sky, above, below, green, brightness, inverted, upright = statistics.sums / weight
     if statistics.frames < MIN_FRAMES or brightness < DAYLIGHT:
         return found
     is_swapped = bluish > MIN_SWAPPED * reddish and orange_sky > blue_sky
@@ -309,7 +314,7 @@ def _over_frames(statistics: Statistics, cameras: int) -> Findings:
             "green pixels are bluish and bright pixels above are rather orange than blue; give RGB (OpenCV reads "
             "BGR: reverse the last axis)"
         )
-    if below - above > MIN_INVERTED[cameras < ENOUGH_CAMERAS]:
+    if below - above > MIN_INVERTED[cameras < ENOUGH_CAMERAS] and inverted >= MIN_VOTES * upright:
         found["upside down"] = (
             f"images: probably upside down, because {100 * below:.0f} % of their lower third and {100 * above:.0f} % "
             "of their upper third look like sky; turn them, or check the order of their rows"
