@@ -12,6 +12,7 @@ from pathlib import Path
 DOCS = Path(__file__).resolve().parent
 MODULES = (
     "__init__", "types", "geometry", "cameras", "grid", "errors", "inference.predictor", "inference.sequence",
+    "inference.ego_motion", "inference.images", "inference.result",
     "rigs.rig", "rigs.importers", "rigs.virtual", "rigs.coverage",
     "models.__init__", "models.base", "models.checkpoint", "models.provenance", "models.bev_transformer.config",
     "models.bev_transformer.model", "models.bevformer.model", "models.maptr.model", "models.maptrv2.model",
@@ -21,7 +22,7 @@ MODULES = (
     "evaluation.lanes", "evaluation.lane_report", "evaluation.stability", "evaluation.confidence",
     "evaluation.robustness", "evaluation.submission", "engine.config", "engine.training", "engine.weights",
     "export.onnx", "export.contract", "export.dialect", "export.parity", "export.runtime", "export.tensorrt",
-    "visualization.pictures",
+    "visualization.pictures", "visualization.live",
 )  # fmt: skip
 
 

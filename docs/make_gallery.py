@@ -21,7 +21,7 @@ from perception.types import Ids
 from perception.visualization.live import draw_live
 
 GALLERY = Path(__file__).resolve().parent / "gallery"
-RIGS = {"nuscenes": 77, "surround_fisheye": 77, "argoverse2": 80}  # rig and seed of the town
+RIGS = {"nuscenes": 77, "surround_fisheye": 77, "argoverse2": 77}  # rig and seed of the town
 QUALITY = 80
 
 

@@ -90,15 +90,27 @@ def rigid_from_yaw(yaw: float, translation: Sequence[float] | Array = (0.0, 0.0,
 
 
 def rigid_from_quaternion(quaternion_wxyz: Sequence[float] | Array, translation: Sequence[float] | Array) -> Array:
-    """Returns a [4, 4] float64 transform from nuScenes' rotation (w, x, y, z) and translation (metres)."""
-    w, x, y, z = np.asarray(quaternion_wxyz, dtype=np.float64) / np.linalg.norm(quaternion_wxyz)
-    transform = np.eye(4)
-    transform[:3, :3] = [
+    """Returns [..., 4, 4] float64 transforms from nuScenes' rotations (w, x, y, z) and translations (metres).
+
+    Args:
+        quaternion_wxyz: [..., 4], of any length above 0.
+        translation: [..., 3].
+    """
+    quaternion = np.asarray(quaternion_wxyz, dtype=np.float64)
+    # The product of one row and one column has the same digits as `np.linalg.norm` of one quaternion.
+    length = np.sqrt(quaternion[..., None, :] @ quaternion[..., :, None])[..., 0]  # [..., 1]
+    w, x, y, z = np.moveaxis(quaternion / length, -1, 0)
+    transform = np.zeros((*quaternion.shape[:-1], 4, 4))
+    rows = [
         [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
         [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
         [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
     ]
-    transform[:3, 3] = translation
+    for i, row in enumerate(rows):
+        for j, entry in enumerate(row):
+            transform[..., i, j] = entry
+    transform[..., :3, 3] = translation
+    transform[..., 3, 3] = 1
     return transform
 
 

@@ -27,6 +27,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,7 +44,7 @@ MODULES = {
     "perception.matching": "losses lanes_eval",
     "perception.ops.sampling": "sampling bilinear",
     "perception.ops.deformable": "bilinear",
-    "perception.models.decoding": "model maptr",
+    "perception.models.decoding": "model",
     "perception.models.bev_transformer.encoder": "model shipped_weights",
     "perception.models.bev_transformer.decoder": "model shipped_weights",
     "perception.models.bev_transformer.losses": "losses",
@@ -64,20 +65,20 @@ MODULES = {
     "perception.data.splits": "splits",
     "perception.data.geographic_split": "splits",
     "perception.data.leakage": "splits",
-    "perception.engine.checkpoints": "interruption",
+    "perception.engine.checkpoints": "work_dir",
     "perception.evaluation.lanes": "lanes_eval",
     "perception.evaluation.lane_report": "lane_report",
-    "perception.evaluation.detection": "detection_eval",
+    "perception.evaluation.detection": "detection_eval splits",
     "perception.evaluation.dataset": "evaluation_dataset",
     "perception.evaluation.robustness": "robustness",
     "perception.evaluation.stability": "stability",
     "perception.evaluation.confidence": "confidence",
     "perception.evaluation.submission": "submission",
     "perception.inference.checks": "checks",
-    "perception.inference.plausibility": "live_input",
-    "perception.inference.live": "live_input predictor",
+    "perception.inference.plausibility": "plausibility",
+    "perception.inference.live": "live_step",
     "perception.inference.visibility": "visibility",
-    "perception.inference.ego_motion": "ego_motion checks",
+    "perception.inference.ego_motion": "ego_motion",
     "perception.inference.fitting": "loader images",
     "perception.rigs.models": "camera_models",
     "perception.rigs.lenses": "camera_models",
@@ -90,7 +91,7 @@ MODULES = {
     "perception.rigs.ros": "rig_importers",
     "perception.export.images": "images",
     "perception.export.runtime": "runtime",
-    "perception.export.contract": "contract runtime",
+    "perception.export.contract": "contract",
 }
 COMPARE = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
@@ -281,18 +282,8 @@ def path_of(name: str) -> Path:
     return PROJECT / f"{name.replace('.', '/')}.py"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--modules", nargs="+", default=list(MODULES), choices=list(MODULES), metavar="MODULE")
-    parser.add_argument("--faults", type=int, default=10, help="planted in each module (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="which faults (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="file for the results; one that exists is continued")
-    arguments = parser.parse_args()
-
-    os.chdir(PROJECT)
-    sys.path.insert(0, str(PROJECT))
-    os.environ["OMP_NUM_THREADS"] = "1"
-    # What takes long to load and is not under test; children inherit it.
+def load_packages() -> None:
+    """Loads what takes long to load and is not under test; the processes of the tests inherit it."""
     import hypothesis.internal.observability
     import matplotlib.pyplot
     import nuscenes.eval.detection.evaluate
@@ -305,10 +296,47 @@ def main() -> None:
         assert package
     torch.set_num_threads(1)
     gc.freeze()
+
+
+def plant(name: str, chosen: dict[str, ast.Module], done: dict[str, str], save: Callable[[], None]) -> None:
+    """Plants the faults of a module that are not in `done` or have survived, and notes what noticed each of them."""
+    tests = [f"tests/test_{test}.py" for test in MODULES[name].split()]
+    good = run_tests(name, tests, None, 3000, {})
+    if good.noticed:
+        print(f"{name}: fails without a fault: {good.noticed}", flush=True)
+        return
+    print(f"{name}: its tests take {good.cpu_seconds:.0f} s", flush=True)
+    for fault, tree in chosen.items():
+        if not done.get(fault):
+            done[fault] = run_tests(name, tests, tree, max(60, LONGER * good.cpu_seconds), good.took).noticed
+            if not done[fault]:
+                print(f"survived: {path_of(name).relative_to(PROJECT)}, {fault}", flush=True)
+            save()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--modules", nargs="+", default=list(MODULES), choices=list(MODULES), metavar="MODULE")
+    parser.add_argument("--faults", type=int, default=10, help="planted in each module (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="which faults (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="file for the results; one that exists is continued")
+    parser.add_argument("--table", action="store_true", help="plant nothing; print what the file holds")
+    arguments = parser.parse_args()
+
+    os.chdir(PROJECT)
+    sys.path.insert(0, str(PROJECT))
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if not arguments.table:
+        load_packages()
     results = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else {}
+
+    def save() -> None:
+        if arguments.json:
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            arguments.json.write_text(json.dumps(results, indent=1))
+
     rows = {}
     for name in arguments.modules:
-        tests = [f"tests/test_{test}.py" for test in MODULES[name].split()]
         source = path_of(name).read_text(encoding="utf-8")
         digest = hashlib.sha256(source.encode()).hexdigest()
         if results.get(name, {}).get("source") != digest:
@@ -317,28 +345,17 @@ def main() -> None:
         count = len(faults_of(ast.parse(source)))
         numbers = random.Random(f"{arguments.seed} {name}").sample(range(count), min(arguments.faults, count))
         chosen = {f"{number}: {fault}": tree for number in numbers for tree, fault in [planted(source, number)]}
-        rows[name] = [done.get(fault, "") for fault in chosen]
-        if all(rows[name]):
-            continue
-        good = run_tests(name, tests, None, 3000, {})
-        if good.noticed:
-            sys.exit(f"{name}: fails without a fault: {good.noticed}")
-        print(f"{name}: its tests take {good.cpu_seconds:.0f} s", flush=True)
-        for fault, tree in chosen.items():
-            if not done.get(fault):
-                limit = max(60, LONGER * good.cpu_seconds)
-                done[fault] = run_tests(name, tests, tree, limit, good.took).noticed
-                if not done[fault]:
-                    print(f"survived: {path_of(name).relative_to(PROJECT)}, {fault}", flush=True)
-                if arguments.json:
-                    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-                    arguments.json.write_text(json.dumps(results, indent=1))
-        rows[name] = [done[fault] for fault in chosen]
+        if not arguments.table and not all(done.get(fault) for fault in chosen):
+            plant(name, chosen, done, save)
+        rows[name] = [done[fault] for fault in chosen if fault in done]
     print("\n| module | faults | caught | share |\n|---|---|---|---|")
     rows["all"] = [value for values in rows.values() for value in values]
     for name, values in rows.items():
-        caught = sum(map(bool, values))
-        print(f"| {name} | {len(values)} | {caught} | {caught / max(1, len(values)):.0%} |")
+        if values:
+            caught = sum(map(bool, values))
+            print(f"| {name} | {len(values)} | {caught} | {caught / len(values):.0%} |")
+    if missing := [name for name, values in rows.items() if not values]:
+        sys.exit(f"not measured: {', '.join(missing)}")
 
 
 if __name__ == "__main__":

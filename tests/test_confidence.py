@@ -119,6 +119,13 @@ def test_a_line_walked_backwards_has_the_same_errors():
         assert uncertainty.mean_error == pytest.approx(0.1, abs=1e-6)
 
 
+def test_the_range_of_a_class_is_measured_on_the_ground():
+    walkers = boxes([(7, 39.9, 0.0, 0.9), (7, 0.0, 40.0, 0.8)])
+    walkers.center[:, 2] = 9.0
+    gt = {"a": FrameObjects(walkers, lines([]))}
+    assert sum(evaluate_confidence(gt, gt).boxes.count) == 1
+
+
 def test_ranges_are_those_of_the_official_score():
     config = config_factory("detection_cvpr_2019")
     assert config.class_range == BOX_RANGE and config.dist_th_tp == BOX_THRESHOLD

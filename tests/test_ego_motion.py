@@ -34,6 +34,17 @@ def test_limits_of_speed_and_turn_rate():
     assert not pair(rigid_from_yaw(0.02, (0.6, 0.5, 0)), 0.001).is_first
 
 
+def test_times_must_increase():
+    ego_motion = EgoMotion()
+    ego_motion.keep(ego_motion.since_last(np.eye(4), 7.0))
+    for time in (7.0, 6.9):
+        with pytest.raises(DataError, match=r"but the last step was at 7\.000000: give frames in order"):
+            ego_motion.since_last(np.eye(4), time)
+    assert ego_motion.since_last(np.eye(4), np.nextafter(7.0, 8)).seconds > 0
+    ego_motion.reset()
+    assert ego_motion.since_last(np.eye(4), 7.0).is_first
+
+
 def test_a_motion_at_the_limit_is_no_jump():
     at_limit = rigid_from_yaw(0.0, (3.0, 0, 0))  # 4 m/s for half a second, and the margin of 1 m
     assert not jumped(at_limit, 0.5, max_speed=4) and jumped(at_limit, 0.5, max_speed=3.99)

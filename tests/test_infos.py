@@ -311,6 +311,8 @@ ENTRY_FAULTS = {
     "NaN box": (("instances", [{"bbox_3d": [np.nan] * 7, "bbox_label_3d": 0}]), r"bbox_3d is \[NaN, .* 7 finite"),
     "flat box": (("instances", [{"bbox_3d": [5, 5, 0, 0, 1, 1, 0], "bbox_label_3d": 0}]), "not above 0"),
     "far box": (("instances", [{"bbox_3d": [1e300, 5, 0, 1, 1, 1, 0], "bbox_label_3d": 0}]), "metres from the LiDAR"),
+    "turned box": (("instances", [{"bbox_3d": [5, 5, 0, 1, 1, 1, -101], "bbox_label_3d": 0}]), "and radians"),
+    "a box 1001 m away": (("instances", [{"bbox_3d": [5, -1001, 0, 1, 1, 1, 0], "bbox_label_3d": 0}]), "LiDAR and rad"),
     "label": (("instances", [{"bbox_3d": [5, 5, 0, 1, 1, 1, 0], "bbox_label_3d": "car"}]), "bbox_label_3d is \"car\""),
     "velocity": (
         ("instances", [{"bbox_3d": [5, 5, 0, 1, 1, 1, 0], "bbox_label_3d": 0, "velocity": [1e9, 0]}]), "metres per sec"
@@ -351,6 +353,11 @@ def test_boxes_that_cannot_be_placed_are_named(tmp_path):
     )
     assert boxes.gt.boxes.center[0].tolist() == [[11, 2, 2]] and boxes.gt.boxes.valid.tolist() == [[True]]
     assert boxes.gt.boxes.velocity.isnan().all()
+    box["bbox_3d"] = [999, -999, 0, 4, 2, 1.5, 99]  # far, but possible
+    boxes = read_info(write(path, {"metainfo": {"categories": {"car": 0}}, "data_list": [entry]})).clip(
+        image_size=SMALL
+    )
+    assert boxes.gt.boxes.center[0].tolist() == [[1000, -999, 2]]
 
 
 @pytest.fixture
@@ -438,6 +445,13 @@ def test_crossings_in_either_direction_count(tmp_path, points):
     assert [LINE_CLASSES[line.label] for line in lines] == ["divider", "ped_crossing"]
     ring = shapely.LinearRing(lines[1].points)
     assert not ring.is_ccw and shapely.Polygon(ring).equals(shapely.Polygon(RING))
+
+
+def test_a_triangle_whose_first_and_last_vertex_share_a_coordinate_is_closed(tmp_path):
+    triangle = [[1.0, 1.0], [5.0, 4.0], [1.0, 6.0]]
+    path = write(tmp_path / "map.json", {"features": [{"kind": "ped_crossing", "polyline": triangle}]})
+    (line,) = load_map_vectors(path, np.eye(4))
+    assert shapely.Polygon(line.points).equals(shapely.Polygon(triangle))
 
 
 def test_a_ring_inside_a_crossing_is_a_hole_if_it_runs_the_other_way(tmp_path):

@@ -71,6 +71,28 @@ def test_paths_of_a_lane_join_in_one_vertex():
     assert np.allclose(points, [[0, 0], [10, 0], [20, 0], [20, 10]], atol=1e-2)
 
 
+def test_the_longest_segment():
+    assert polyline_length(lane_points([straight(0, 0, 0.99e5, 0)])) == pytest.approx(0.99e5)
+    with pytest.raises(ValueError, match="lengths must be at most 100000 m"):
+        lane_points([straight(0, 0, 1.01e5, 0)])
+
+
+def test_lanes_along_the_border_of_the_patch_count(tmp_path):
+    lanes = {f"{x0} {y}": [straight(x0, y, x0 + 60, y)] for x0 in (-30, -80, 20) for y in (-5.0, 5.0)}
+    lane_map = LaneMap(write_graph(tmp_path / "map.json", lanes, {}))
+    found = lane_map.centerlines(0.0, 0.0, 0.0, LaneRange(40.0, 10.0))
+    assert sorted(found.token) == ["-30 -5.0", "-30 5.0"]  # the others end or begin at a corner
+    assert [points.tolist() for points in found.points] == [[[-20, y], [20, y]] for y in (-5, 5)]
+
+
+def test_vertices_inside_are_kept_to_the_last_bit():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        points = rng.uniform(-1, 1, (4, 2)) * [[1, 1], [1, 1], [1, 1], [1e-9, 1]]  # differences lose digits
+        ((piece, has_start, has_end),) = clip_to_box(points, np.array([1.0, 1.0]))
+        assert np.array_equal(piece, points) and has_start and has_end
+
+
 def test_clipping_keeps_order_direction_and_ends():
     """A zig-zag that leaves the 4 x 2 m box through its top and comes back; both its ends are inside."""
     zigzag = np.array([[-1.0, 0.0], [-1.0, 2.0], [1.0, 2.0], [1.0, 0.0]])

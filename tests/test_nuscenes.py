@@ -187,7 +187,7 @@ def test_streams_of_several_roots_are_those_of_each_root(hand_root, root, tmp_pa
 def test_cache_is_used_and_never_stale(root, tmp_path, monkeypatch):
     before = read(root, tmp_path)
     files = list((tmp_path / "cache").iterdir())
-    assert len(files) == 1 and files[0].suffix == ".npz"
+    assert len(files) == 1 and files[0].suffix == ".bin"
     with monkeypatch.context() as context:  # a warm cache does not need the devkit
         context.setitem(__import__("sys").modules, "nuscenes.nuscenes", None)
         again = read(root, tmp_path)
@@ -222,7 +222,7 @@ def set_intrinsic(value):
         (lambda r: (r / VERSION / "sample.json").write_text("[{"), r"sample\.json is not valid JSON"),
         (
             lambda r: edit(r, "calibrated_sensor", set_intrinsic([[float("nan"), 0, 0], [0, 1, 0], [0, 0, 1]])),
-            r"calibrated_sensor\.json: record CAM_FRONT needs 3 x 3 finite numbers as 'camera_intrinsic'.*nan",
+            r"calibrated_sensor\.json: record CAM_FRONT needs 3 x 3 finite numbers as 'camera_intrinsic'.*NaN",
         ),
         (lambda r: edit(r, "calibrated_sensor", set_intrinsic([[1, 0], [0, 1]])), r"CAM_FRONT needs 3 x 3 finite"),
         (

@@ -17,6 +17,7 @@ from perception.engine.dry_run import dry_run
 from perception.engine.training import TrainingModel, build_optimizer, train
 from perception.engine.weights import make_core
 from perception.errors import ConfigError
+from perception.matching import Match
 from perception.models import build_network
 from perception.models.bevformer.config import BEVFormerConfig
 from perception.models.bevformer.losses import bevformer_losses, encode_lidar_boxes, lidar_boxes, match_boxes
@@ -26,6 +27,7 @@ from perception.models.maptr.config import MapTRConfig
 from perception.models.maptr.losses import LINE_LOSS_WEIGHTS, maptr_losses, match_lines, published_orderings
 from perception.models.maptr.model import RawLines
 from perception.models.published.backbone import FPNConfig
+from perception.models.published.losses import class_loss, sum_layers
 from perception.synthetic import VERSION
 from perception.types import Polylines, map_tensors
 
@@ -202,12 +204,13 @@ def test_perfect_predictions_have_no_loss(network, town_root):
     assert sum(model.loss(moved, gt, frame).values()) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "preset",
     [
         "bevformer_tiny",
-        pytest.param("maptr_tiny_r50_24e_gkt", marks=pytest.mark.slow),
-        pytest.param("maptrv2_nusc_r50_24ep", marks=pytest.mark.slow),
+        "maptr_tiny_r50_24e_gkt",
+        "maptrv2_nusc_r50_24ep",
     ],
 )
 def test_published_networks_are_trained(preset, town_root, tmp_path):
@@ -247,3 +250,16 @@ train = dict(
         train(load_config(path, {"train.image_epochs": 1}), tmp_path / "other")
     with pytest.raises(ConfigError, match="names 'heatmap'; the losses are"):
         TrainingModel(trained, ("heatmap",))
+
+
+@pytest.mark.parametrize("pairs", [0, 1, 2])
+def test_class_loss_is_per_matched_query_and_at_least_of_one(pairs):
+    at = torch.arange(pairs)
+    loss = class_loss(torch.zeros(1, 2, 3), torch.tensor([[2, 0]]), Match(0 * at, at, at))
+    expected = (pairs * 0.25 + (6 - pairs) * 0.75) * 0.25 * math.log(2) / max(pairs, 1)
+    assert loss.item() == pytest.approx(expected)
+
+
+def test_losses_of_layers_add_up():
+    layers = [{"a": torch.tensor(x), "b": torch.tensor(2 * x)} for x in (1.0, 3.0, 0.5)]
+    assert sum_layers(layers) == {"a": 4.5, "b": 9.0}

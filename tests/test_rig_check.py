@@ -232,7 +232,7 @@ def miscalibrated(camera, rpy_deg):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rpy_deg", [(0, 0, 0), (0, 4, 0), (0, -5, 0), (4, 0, 0), (-3, 0, 0), (0, 0, 6), (0, 0, -8)])
+@pytest.mark.parametrize("rpy_deg", [(0, 0, 0), (0, 4, 0), (0, -5, 0), (4, 0, 0), (-4, 0, 0), (0, 0, 6), (0, 0, -8)])
 def test_lines_show_how_a_camera_really_stands(drive, lines, rpy_deg):
     rig, _ = drive
     for name in rig.names:
@@ -277,6 +277,21 @@ def test_check_of_a_drive(drive, tmp_path, capsys):
     Rig([miscalibrated(rig["CAM_FRONT"], (0, 5, 0)), rig["CAM_BACK_LEFT"]]).save(tmp_path / "wrong.yaml")
     assert run("check", tmp_path / "wrong.yaml", "--images", tmp_path) == 1
     assert "looks 5.0 degrees farther downwards (pitch;" in capsys.readouterr().out
+
+
+def test_lines_of_a_real_image(real_keyframe):
+    """A right calibration has no finding, and a planted pitch is found, in one image of a street with buildings."""
+    info = json.loads((real_keyframe / "sample.json").read_text())["data_list"][0]["images"]["CAM_BACK"]
+    image = np.asarray(Image.open(real_keyframe / info["img_path"].rpartition("/")[2]).convert("RGB"))
+    (fx, _, cx), (_, fy, cy), _ = info["cam2img"]
+    pose = np.array(info["cam2ego"])
+    camera = RigCamera("CAM_BACK", image.shape[:2], Pinhole(fx=fx, fy=fy, cx=cx, cy=cy), pose)
+    lines = [find_lines(image, camera)]
+    right, wrong = measure_tilt(lines, camera), measure_tilt(lines, miscalibrated(camera, (0, 5, 0)))
+    assert not right.finding() and abs(right.pitch_deg) < 2 and abs(right.roll_deg) < 2
+    assert "farther downwards (pitch;" in wrong.finding() and wrong.pitch_deg - right.pitch_deg == pytest.approx(
+        5, abs=0.5
+    )
 
 
 SMALL = Rig.load("nuscenes").scaled(0.1)
@@ -359,6 +374,11 @@ def test_import_and_show(tmp_path, capsys):
     assert code == 0 and "1242 x 375" in capsys.readouterr().out
     assert run("show", tmp_path / "rig.yaml") == 0 and run("check", tmp_path / "rig.yaml") == 0
     assert "no camera sees" in capsys.readouterr().out
+    assert run("show", "nuscenes") == 0 and "CAM_FRONT and CAM_FRONT_RIGHT 6" in capsys.readouterr().out
+    pose = ["--ego-from-vehicle", "0.5", "0", "0.8", "0", "0", "90"]
+    run("import", tmp_path / "calib.txt", "--image-size", "375x1242", "--out", tmp_path / "turned.json", *pose)
+    before, after = (Rig.load(tmp_path / name)["P2"].ego_from_cam for name in ("rig.yaml", "turned.json"))
+    np.testing.assert_allclose(after[:3, 3], [0.5 - before[1, 3], before[0, 3], before[2, 3] - 0.93 + 0.8], atol=1e-9)
     with pytest.raises(DataError, match="there is no rig 'nuscene'"):
         run("check", "nuscene")
     with pytest.raises(ConfigError, match="--out"):

@@ -6,15 +6,19 @@ from dataclasses import replace
 import cv2
 import numpy as np
 import pytest
+import torch
 from nuscenes import NuScenes
 from PIL import Image
 
 from perception.cli.simulate import main
+from perception.data.augment import Augment
 from perception.data.inspection import inspect_dataset
+from perception.data.loader import ClipRequest
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError, DataError
 from perception.geometry import invert_rigid, rigid_from_yaw, transform_points
 from perception.inference.predictor import Predictor
+from perception.inference.sequence import predict_stream
 from perception.models.provenance import provenance_of
 from perception.rigs import Rig, RigCamera, import_rig
 from perception.rigs.models import BrownConrady, FTheta, KannalaBrandt, Mei, Pinhole
@@ -269,7 +273,33 @@ def test_the_reader_gives_the_pinholes_of_live_use(rig_town, rig_dataset, small_
     assert provenance.focal == pytest.approx((0.52, 0.72), abs=0.02)  # of the pinholes, not 0.25 of the fisheye
 
 
-def test_cameras_of_the_rig_file_can_be_chosen_and_absent(rig_town, tmp_path):
+@pytest.mark.filterwarnings("ignore::perception.errors.PerceptionWarning")
+def test_a_dataset_and_live_use_predict_the_same(rig_town, small_network):
+    """Of cameras that become pinholes; of one that passes through, the dataset decodes the JPEG at a reduced size."""
+    rig = Rig.load(rig_town / VERSION / RIG_FILE)
+    rig = Rig([rig["wide"], rig["brown"]])
+    dataset = NuScenesDataset(rig_town, VERSION, "town_val", image_size=IMAGE_SIZE, cameras=rig.names)
+    stream = predict_stream(small_network, dataset).objects
+    predictor = Predictor(small_network, rig=rig, min_seen=0)
+    for i, token in enumerate(dataset.tokens):
+        images = [np.asarray(Image.open(path.decode())) for path in dataset.index.image_path[i]]
+        live = predictor.step(images, dataset.ego_pose(i), float(dataset.timestamps[i]))
+        for field in ("center", "size", "score"):
+            expected = getattr(stream[token].boxes, field)[stream[token].boxes.valid]
+            torch.testing.assert_close(getattr(live.boxes, field), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(live.lines.points, stream[token].lines.points, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::perception.errors.PerceptionWarning")
+def test_training_clips_of_a_rig(rig_town):
+    augment = Augment(drop_camera=1.0, extrinsics_noise=1.0, corrupt=0.5)
+    dataset = NuScenesDataset(rig_town, VERSION, "town_val", image_size=IMAGE_SIZE, augment=augment)
+    clip = dataset[ClipRequest((0, 1), -1, (1, 2))]
+    assert clip.frames.images.shape == (2, 5, 3, *IMAGE_SIZE) and clip.frames.rig.present.sum(1).tolist() == [4, 4]
+    assert torch.isfinite(clip.frames.rig.img_from_cam).all() and clip.gt.boxes.valid.any()
+
+
+def test_cameras_of_the_rig_file_can_be_chosen(rig_town):
     dataset = NuScenesDataset(rig_town, VERSION, "town_val", image_size=IMAGE_SIZE, cameras=("ahead",))
     assert dataset.cameras == ("ahead",) and dataset[0].frames.images.shape == (1, 1, 3, *IMAGE_SIZE)
 

@@ -3,6 +3,7 @@
 rclpy is part of ROS and not of any package index: the node runs here on stand-ins for it, with the same messages.
 """
 
+import importlib
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -58,10 +59,14 @@ def expected(bag, small_network):
     return results
 
 
+def is_data(entry):
+    return "camera_info" not in entry[0] and "static" not in entry[0]
+
+
 def play(bridge, messages):
-    """Gives a bridge all messages, and returns its outputs."""
+    """Gives a bridge all messages, the calibration first, and returns its outputs."""
     outputs = []
-    for topic, message in messages:
+    for topic, message in sorted(messages, key=is_data):
         camera = topic.split("/")[1]
         if topic.endswith("camera_info") and camera in CAMERAS:
             bridge.add_camera_info(camera, message)
@@ -84,8 +89,8 @@ def assert_same(results, expected):
 
 def test_predictions_are_those_of_the_recording(small_network, messages, expected):
     outputs = play(Bridge(CAMERAS, lambda rig: Predictor(small_network, rig=rig)), messages)
-    assert_same([objects for _, objects in outputs], expected)
-    assert [objects.info.used_memory for _, objects in outputs[:FRAMES]] == [False, True, True, True]
+    assert_same([output.objects for output in outputs], expected)
+    assert [output.objects.info.used_memory for output in outputs[:FRAMES]] == [False, True, True, True]
 
 
 def test_a_rig_replaces_camera_info(small_network, bag, messages, expected):
@@ -94,13 +99,13 @@ def test_a_rig_replaces_camera_info(small_network, bag, messages, expected):
     bridge = Bridge(CAMERAS, lambda rig: Predictor(small_network, rig=rig), rig=open_recording(bag).rig)
     assert bridge.waits_for == ""
     images = [(topic, message) for topic, message in messages if topic.endswith("compressed") or "odometry" in topic]
-    assert_same([objects for _, objects in play(bridge, images)], expected)
+    assert_same([output.objects for output in play(bridge, images)], expected)
 
 
 def test_without_odometry_frames_stand_for_themselves(small_network, messages):
     silent = [(topic, message) for topic, message in messages if topic != "/odometry"]
     outputs = play(Bridge(CAMERAS, lambda rig: Predictor(small_network, rig=rig)), silent)
-    assert len(outputs) >= FRAMES and not any(objects.info.used_memory for _, objects in outputs)
+    assert len(outputs) >= FRAMES and not any(output.objects.info.used_memory for output in outputs)
 
 
 def test_what_is_missing_is_named(messages):
@@ -215,20 +220,18 @@ def stand(monkeypatch):
     made = Stand(dict(TOPICS))
     for name, module in made.modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "perception.ros2.node", raising=False)
+    made.node = importlib.import_module("perception.ros2.node")
     yield made
-    sys.modules.pop("perception.ros2.node", None)
+    del sys.modules["perception.ros2.node"]
 
 
 def test_the_node_publishes(stand, messages, expected, small_network, monkeypatch):
     monkeypatch.setattr("perception.inference.predictor.load_model", lambda name: small_network)
-    from perception.ros2 import node
-
-    node.PerceptionNode()
+    stand.node.PerceptionNode()
     stand.report()
     assert stand.logged == ["waiting for camera_info of CAM_FRONT, CAM_FRONT_LEFT, CAM_BACK"]
     assert stand.takers["/CAM_BACK/image_raw/compressed"][0] == "sensor_msgs/msg/CompressedImage"
-    for topic, message in messages:
+    for topic, message in sorted(messages, key=is_data):
         if topic in stand.takers:
             stand.takers[topic][1](message)
     of_topic = {}
@@ -254,10 +257,8 @@ def test_the_node_publishes(stand, messages, expected, small_network, monkeypatc
 
 def test_the_node_goes_on_after_a_bad_message(stand, messages, small_network, monkeypatch):
     monkeypatch.setattr("perception.inference.predictor.load_model", lambda name: small_network)
-    from perception.ros2 import node
-
-    node.PerceptionNode()
-    for topic, message in messages:
+    stand.node.PerceptionNode()
+    for topic, message in sorted(messages, key=is_data):
         if topic in stand.takers:
             if topic == "/CAM_BACK/image_raw/compressed" and not stand.published:
                 message = SimpleNamespace(header=message.header, format="jpeg", data=b"no picture")
@@ -266,31 +267,37 @@ def test_the_node_goes_on_after_a_bad_message(stand, messages, small_network, mo
     assert stand.published
 
 
-def test_an_export_is_run_by_the_runtime(stand, fp32_export, monkeypatch):
+def test_an_export_is_run_by_the_runtime(stand, fp32_export, bag, tmp_path):
     from perception import Runtime
-    from perception.ros2 import node
+    from perception.recordings import open_recording
 
-    stand.given |= {"weights": str(fp32_export), "rig": "nuscenes", "camera_info_topics": [""], "markers_topic": ""}
-    made = node.PerceptionNode()
+    rig = open_recording(bag).rig
+    rig.save(tmp_path / "rig.yaml")
+
+    stand.given |= {
+        "weights": str(fp32_export),
+        "rig": str(tmp_path / "rig.yaml"),
+        "camera_info_topics": [""],
+        "markers_topic": "",
+    }
+    stand.given["cameras"] = list(rig.names)
+    stand.given["image_topics"] = [f"/{camera}/image" for camera in stand.given["cameras"]]
+    made = stand.node.PerceptionNode()
     assert isinstance(made._bridge._predictor, Runtime)
     assert "/tf_static" not in stand.takers
 
 
 def test_wrong_parameters_end_the_node(stand, capsys):
-    from perception.ros2 import node
-
     stand.given["image_topics"] = ["/a"]
     stand.modules["rclpy"].init = lambda: None
     fatal = []
     stand.modules["rclpy"].logging = SimpleNamespace(get_logger=lambda name: SimpleNamespace(fatal=fatal.append))
     with pytest.raises(SystemExit) as end:
-        node.main()
+        stand.node.main()
     assert end.value.code == 2 and "3 cameras have 1 image_topics" in fatal[0]
 
 
 def test_the_node_runs_until_it_is_interrupted(stand):
-    from perception.ros2 import node
-
     calls = []
 
     def spin(node):
@@ -301,5 +308,5 @@ def test_the_node_runs_until_it_is_interrupted(stand):
     )
     monkey = stand.modules["rclpy.node"].Node
     monkey.destroy_node = lambda self: calls.append("destroy")
-    node.main()
+    stand.node.main()
     assert calls == ["init", "destroy", "shutdown"]

@@ -394,7 +394,7 @@ def test_any_damaged_cache_is_made_again(hand_root, tmp_path, damage):
         flipped = whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :]
         content = {"empty": b"", "half": whole[:middle], "text": b"<html>", "flipped": flipped}[damage]
         cache.write_bytes(content)
-    with pytest.warns(PerceptionWarning, match=r"index cache .*\.npz cannot be read .*; it is made again"):
+    with pytest.warns(PerceptionWarning, match=r"index cache .*\.bin cannot be read .*; it is made again"):
         again = read(hand_root, tmp_path)[0]
     assert torch.equal(again.gt.boxes.center, want.gt.boxes.center)
     with warnings.catch_warnings():
@@ -415,7 +415,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(hand_root, tmp_path, mon
 def test_the_environment_gives_the_folder_of_the_cache(hand_root, tmp_path, monkeypatch):
     monkeypatch.setenv("PERCEPTION_CACHE", str(tmp_path / "here"))
     read(hand_root, tmp_path, cache_dir=None)
-    assert [path.suffix for path in (tmp_path / "here").iterdir()] == [".npz"]
+    assert [path.suffix for path in (tmp_path / "here").iterdir()] == [".bin"]
 
 
 def _load(arguments):
@@ -439,20 +439,20 @@ def test_threads_build_one_cache(hand_root, tmp_path):
     for thread in threads:
         thread.join()
     assert not errors and len(results) == 4 and len(set(results)) == 1
-    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".npz"]
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".bin"]
 
 
 def test_processes_build_one_cache(hand_root, tmp_path):
     with multiprocessing.get_context("fork").Pool(4) as pool:
         results = pool.map(_load, [(hand_root, tmp_path / "cache")] * 4, chunksize=1)
     assert len(set(results)) == 1
-    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".npz"]
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".bin"]
 
 
 def _build_forever(root, cache):
     tqdm.set_lock(threading.RLock())  # its usual lock is shared with the parent, and would stay locked after a kill
     while True:
-        for path in Path(cache).glob("*.npz"):
+        for path in Path(cache).glob("*.bin"):
             path.unlink()
         _load((root, cache))
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from perception.cli import command_parser, output_file, output_folder
+from perception.cli import command_parser, number, output_file, output_folder
 
 if TYPE_CHECKING:
     from perception.rigs.rig import RigCamera
@@ -72,7 +72,7 @@ def check(arguments: argparse.Namespace) -> int:
             for path in paths[:: max(1, len(paths) // MOST_IMAGES)][:MOST_IMAGES]:
                 with open_image(path) as image:
                     images[name].append(np.asarray(image.convert("RGB")))
-    report = check_rig(entries, images)
+    report = check_rig(entries, images, progress=True)
     print_table(report.rows())
     print(report.surroundings())
     for finding in report.findings:
@@ -107,12 +107,17 @@ def print_table(rows: Sequence[tuple[str, ...]]) -> None:
 
 def import_file(arguments: argparse.Namespace) -> None:
     """Writes the rig file of a calibration of another format."""
-    from perception.rigs.importers import import_rig
+    import numpy as np
 
+    from perception.rigs.importers import import_rig
+    from perception.rigs.rig import rigid_from_rpy
+
+    given = arguments.ego_from_vehicle
     rig = import_rig(
         arguments.path,
         arguments.format,
         cameras=arguments.cameras,
+        ego_from_vehicle=None if given is None else rigid_from_rpy(np.radians(given[3:]), given[:3]),
         scene=arguments.scene,
         image_size=arguments.image_size,
         poses=arguments.poses,
@@ -157,6 +162,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     importing.add_argument("--out", type=output_file("--out"), required=True, help="rig file to write, .yaml or .json")
     importing.add_argument("--format", help="of the calibration (default: recognised)")
     importing.add_argument("--cameras", nargs="+", metavar="NAME", help="cameras to keep, in this order (default: all)")
+    importing.add_argument(
+        "--ego-from-vehicle",
+        nargs=6,
+        type=number(float, -1000, 1000),
+        metavar=("X", "Y", "Z", "ROLL", "PITCH", "YAW"),
+        help="pose of the format's vehicle frame in the ego frame, metres and degrees (default: as it documents it)",
+    )
     importing.add_argument("--scene", help="nuScenes: name of a scene (default: that of the first sample)")
     importing.add_argument("--image-size", type=image_size, metavar="HxW", help="KITTI object: size of the images")
     importing.add_argument("--poses", type=Path, help="ROS: URDF, static transforms as YAML, or a folder of Autoware")

@@ -12,8 +12,8 @@ from tqdm import tqdm
 from perception.data.lane_map import LaneMap
 from perception.data.loader import open_image
 from perception.data.splits import custom_splits, split_scenes
-from perception.data.table_checks import check_tables, inside_root
-from perception.data.tables import SHOWN, Finding, read_tables
+from perception.data.table_checks import check_tables
+from perception.data.tables import SHOWN, Finding, inside_root, read_tables
 from perception.errors import DataError
 
 

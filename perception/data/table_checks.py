@@ -7,13 +7,11 @@ rows at once. Each check works on a whole column, because trainval has millions 
 
 from __future__ import annotations
 
-import ntpath
 import os
-import posixpath
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -26,11 +24,22 @@ from perception.data.tables import (
     TABLES,
     Columns,
     Finding,
+    Paths,
+    Reader,
+    Table,
+    as_they_are,
+    flags,
     floats,
+    inside_root,
+    keyframe_paths,
+    own_keys,
     read_rig,
-    read_table,
     read_tables,
     text_of,
+    token_keys,
+    token_lists,
+    vectors,
+    wholes,
 )  # fmt: skip
 from perception.errors import DataError
 from perception.geometry import invert_rigid, rigid_from_quaternion
@@ -43,10 +52,67 @@ if TYPE_CHECKING:
     from nuscenes.nuscenes import NuScenes
 
 MODALITIES = ("camera", "lidar", "radar")
-LONGEST_NAME, LONGEST_PATH = 200, 1000  # characters; file systems allow some more
+LONGEST_NAME = 200  # characters; file systems allow some more
 SMALLEST_BOX, LARGEST_BOX = 1e-3, 1e3  # metres
 UNIT_TOLERANCE = 1e-2  # of the length of a quaternion; tables are rounded, and readers normalise
+LARGE = ("ego_pose", "sample_data", "sample_annotation")  # tables with millions of records
+NO_CHANNEL = -2  # that no file has
 LATE = 0.5  # seconds between records of one keyframe above which a time is implausible
+
+# What is kept of each table while it is read
+READERS: dict[str, dict[str, Reader]] = {
+    "category": {"token": as_they_are, "name": as_they_are},
+    "attribute": {"token": as_they_are, "name": as_they_are},
+    "visibility": {"token": as_they_are},
+    "instance": {
+        "token": own_keys, "category_token": token_keys, "nbr_annotations": as_they_are,
+        "first_annotation_token": token_keys, "last_annotation_token": token_keys,
+    },
+    "sensor": {"token": as_they_are, "channel": as_they_are, "modality": as_they_are},
+    "calibrated_sensor": {
+        "token": own_keys, "sensor_token": token_keys, "rotation": vectors(4), "translation": vectors(3),
+        "camera_intrinsic": as_they_are,
+    },
+    "ego_pose": {"token": own_keys, "timestamp": wholes, "rotation": vectors(4), "translation": vectors(3)},
+    "log": {"token": as_they_are, "location": as_they_are},
+    "scene": {
+        "token": as_they_are, "name": as_they_are, "log_token": token_keys, "first_sample_token": token_keys,
+        "last_sample_token": token_keys, "nbr_samples": as_they_are,
+    },
+    "sample": {
+        "token": as_they_are, "timestamp": wholes, "scene_token": token_keys, "prev": token_keys, "next": token_keys,
+    },
+    "sample_data": {
+        "token": own_keys, "sample_token": token_keys, "ego_pose_token": token_keys, "timestamp": wholes,
+        "calibrated_sensor_token": token_keys, "is_key_frame": flags, "height": wholes, "width": wholes,
+        "filename": keyframe_paths, "prev": token_keys, "next": token_keys,
+    },
+    "sample_annotation": {
+        "token": own_keys, "sample_token": token_keys, "instance_token": token_keys, "visibility_token": token_keys,
+        "attribute_tokens": token_lists, "rotation": vectors(4), "translation": vectors(3), "size": vectors(3),
+        "num_lidar_pts": wholes, "num_radar_pts": wholes, "prev": token_keys, "next": token_keys,
+    },
+    "map": {"token": as_they_are, "filename": as_they_are, "log_tokens": token_lists},
+}  # fmt: skip
+
+# The class of the detection task by category, as in `category_to_detection_name` of the devkit, which takes seconds and
+# 100 MB to import.
+DETECTION_CLASS = {
+    "movable_object.barrier": "barrier",
+    "vehicle.bicycle": "bicycle",
+    "vehicle.bus.bendy": "bus",
+    "vehicle.bus.rigid": "bus",
+    "vehicle.car": "car",
+    "vehicle.construction": "construction_vehicle",
+    "vehicle.motorcycle": "motorcycle",
+    "human.pedestrian.adult": "pedestrian",
+    "human.pedestrian.child": "pedestrian",
+    "human.pedestrian.construction_worker": "pedestrian",
+    "human.pedestrian.police_officer": "pedestrian",
+    "movable_object.trafficcone": "traffic_cone",
+    "vehicle.trailer": "trailer",
+    "vehicle.truck": "truck",
+}
 
 _accepted: set[tuple[object, ...]] = set()  # states of the files of tables that this process has found to be right
 
@@ -57,21 +123,10 @@ def open_tables(dataroot: Path, version: str) -> NuScenes:
     Raises:
         DataError: a table is missing or malformed, or records of it cannot be right; the message names the first.
     """
+    state = _state(dataroot, version)
     tables = read_tables(dataroot / version)
-    rig_file = dataroot / version / RIG_FILE
-    files = [dataroot / version / f"{table}.json" for table in TABLES] + [rig_file] * rig_file.is_file()
-    stats = (os.stat(file) for file in files)
-    state = (str(dataroot.resolve()), version, *((stat.st_mtime_ns, stat.st_size) for stat in stats))
-    # Each validation of a training opens the tables, and checking those of trainval takes a minute.
-    findings = [] if state in _accepted else check_tables(dataroot, version, tables)
-    errors = [finding for finding in findings if finding.severity == "error"]
-    if errors:
-        others = f"; {len(errors) - 1} more kinds of faults were found" if len(errors) > 1 else ""
-        raise DataError(
-            f"{errors[0].sentence()}{others}: correct the tables, or unpack the metadata again; all faults: "
-            + as_called(f"perception doctor data {dataroot} --version {version}")
-        )
-    _accepted.add(state)
+    if state not in _accepted:  # each validation of a training opens the tables
+        _accept(dataroot, version, check_tables(dataroot, version, tables), state)
     from nuscenes.nuscenes import NuScenes  # slow to import, and not needed if the index is cached
 
     class CheckedTables(NuScenes):
@@ -85,6 +140,42 @@ def open_tables(dataroot: Path, version: str) -> NuScenes:
     except Exception as error:  # of an optional table, such as lidarseg, which only the devkit knows
         reason = f"key {error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise DataError(f"{dataroot / version} cannot be read by the nuScenes devkit: {reason}") from error
+
+
+def checked_tables(dataroot: Path, version: str) -> TableCheck:
+    """Reads and checks all tables, of which it keeps what an index needs.
+
+    Raises:
+        DataError: as for `open_tables`.
+    """
+    state = _state(dataroot, version)
+    folder = dataroot / version
+    check = TableCheck(dataroot, folder, Tables(folder), read_rig(folder))
+    _accept(dataroot, version, check.run(), state)
+    return check
+
+
+def _state(dataroot: Path, version: str) -> tuple[object, ...]:
+    """Returns what changes with the files of the tables."""
+    rig_file = dataroot / version / RIG_FILE
+    files = [dataroot / version / f"{table}.json" for table in TABLES] + [rig_file] * rig_file.is_file()
+    try:
+        stats = [os.stat(file) for file in files]
+    except OSError:  # reading the table will name it
+        return ()
+    return (str(dataroot.resolve()), version, *((stat.st_mtime_ns, stat.st_size) for stat in stats))
+
+
+def _accept(dataroot: Path, version: str, findings: list[Finding], state: tuple[object, ...]) -> None:
+    """Raises the first error among findings; tables without are not checked again by this process."""
+    errors = [finding for finding in findings if finding.severity == "error"]
+    if errors:
+        others = f"; {len(errors) - 1} more kinds of faults were found" if len(errors) > 1 else ""
+        raise DataError(
+            f"{errors[0].sentence()}{others}: correct the tables, or unpack the metadata again; all faults: "
+            + as_called(f"perception doctor data {dataroot} --version {version}")
+        )
+    _accepted.add(state)
 
 
 def check_tables(
@@ -101,41 +192,74 @@ def check_tables(
         All findings, errors first. A table that cannot be read ends the check.
     """
     folder = dataroot / version
-    if tables is None:
-        unreadable, found = [], {}
-        for name in TABLES:
-            try:
-                found[name] = read_table(folder / f"{name}.json")
-            except DataError as error:
-                problem = str(error).removeprefix(f"{folder / name}.json ")
-                unreadable.append(Finding("error", str(folder / f"{name}.json"), "", (), 0, problem))
-        if unreadable:
-            return unreadable
-        tables = found
+    unreadable, found = [], Tables(folder, tables)
+    for name in TABLES:
+        try:
+            found[name]  # reads it
+        except DataError as error:
+            path = folder / f"{name}.json"
+            problem = str(error).removeprefix(f"{path} ")
+            unreadable.append(Finding("error", str(path), "", (), 0, problem))
     try:
         rig = read_rig(folder)
     except DataError as error:
-        path = str(folder / RIG_FILE)
-        return [Finding("error", path, "", (), 0, str(error).removeprefix(path).lstrip(": "))]
-    return _Check(dataroot, folder, tables, rig).run()
+        path = folder / RIG_FILE
+        problem = str(error).removeprefix(str(path)).lstrip(": ")
+        unreadable.append(Finding("error", str(path), "", (), 0, problem))
+    return unreadable or TableCheck(dataroot, folder, found, rig).run()
 
 
-class _Check(Columns):
-    """One run of all checks."""
+class Tables(dict[str, Table]):
+    """Tables by name. Each is read when it is asked for, so that the large ones need not fit into memory together.
 
-    def __init__(
-        self, dataroot: Path, folder: Path, tables: Mapping[str, Sequence[dict[str, Any]]], rig: Rig | None
-    ) -> None:
+    Args:
+        folder: of the tables.
+        records: from `read_tables`, if they are in memory.
+    """
+
+    def __init__(self, folder: Path, records: Mapping[str, Sequence[dict[str, Any]]] | None = None) -> None:
+        super().__init__()
+        self.folder, self.records = folder, records
+
+    def __missing__(self, name: str) -> Table:
+        records = None if self.records is None else self.records[name]
+        table = self[name] = Table(self.folder / f"{name}.json", READERS[name], records)
+        return table
+
+
+class Keyframes(NamedTuple):
+    """The K files of keyframes. Row numbers are -1 where a token is dangling, numbers NaN where they are malformed."""
+
+    row: np.ndarray  # [K] in sample_data
+    sample: np.ndarray  # [K] row of its sample
+    calibration: np.ndarray  # [K] row in calibrated_sensor
+    channel: np.ndarray  # [K] row in sensor
+    time: np.ndarray  # [K] int64 microseconds, -1 where it is malformed
+    size: np.ndarray  # [K, 2] int64 height and width; 0 for what is no camera
+    path: list[bytes]  # [K]
+    rotation: np.ndarray  # [K, 4] of the vehicle in the global frame
+    translation: np.ndarray  # [K, 3]
+
+    def poses(self, numbers: np.ndarray) -> np.ndarray:
+        """Returns the vehicle's poses global_from_ego [n, 4, 4] of files."""
+        with np.errstate(all="ignore"):
+            return rigid_from_quaternion(self.rotation[numbers], self.translation[numbers])
+
+
+class TableCheck(Columns):
+    """One run of all checks. It leaves the columns that an index needs as attributes."""
+
+    def __init__(self, dataroot: Path, folder: Path, tables: Tables, rig: Rig | None) -> None:
         super().__init__(folder, tables)
-        self.dataroot = dataroot
-        self.in_rig_file = {camera.name: camera for camera in rig or ()}
+        self.dataroot, self.rig = dataroot, rig
 
     def run(self) -> list[Finding]:
         for table in TABLES:
-            self.tokens(table)
+            if table not in LARGE:
+                self.tokens(table)
         self.names()
         self.sensors()
-        self.poses()
+        self.files()
         self.samples()
         self.annotations()
         return sorted(self.findings, key=lambda finding: finding.severity != "error")
@@ -144,15 +268,15 @@ class _Check(Columns):
         """Text that the library or the devkit compares, and names of files."""
         self.category_name = self.text("category", "name")
         self.attribute_name = self.text("attribute", "name")
-        self.channel = np.array(self.text("sensor", "channel"), dtype=object)
+        self.channel = self.text("sensor", "channel")
         self.text("sensor", "modality", MODALITIES.__contains__, " or ".join(MODALITIES))
-        name = Counter(self.text("scene", "name"))
-        repeated = [row for row, scene in enumerate(self.tables["scene"]) if name[text_of(scene.get("name"))] > 1]
+        self.scene_name = self.text("scene", "name")
+        name = Counter(self.scene_name)
+        repeated = [row for row, given in enumerate(self.column("scene", "name")) if name[text_of(given)] > 1]
         self.report("scene", "name", repeated, "a name that no other scene has", "warning")
-        self.text("log", "location", _is_name, "the name of a map")
-        self.filename = self.text(
-            "sample_data", "filename", inside_root, "a path below the root of the dataset", empty=True
-        )
+        self.location = self.text("log", "location", _is_name, "the name of a map")
+        paths: Paths = self.column("sample_data", "filename")
+        self.report("sample_data", "filename", paths.state < 0, "a path below the root of the dataset")
         masks = self.text("map", "filename", inside_root, "a path below the root of the dataset")
         gone = [row for row, mask in enumerate(masks) if mask != NO_TOKEN and not os.path.exists(self.dataroot / mask)]
         self.report(
@@ -160,25 +284,30 @@ class _Check(Columns):
         )
         # nuScenes' own mini version lists the logs of the whole dataset, so dangling tokens are usual here.
         _, logs = self.keys("map", "log_tokens", "log", check=False)
-        lacking = np.ones(len(self.tables["log"]), dtype=bool)
+        lacking = np.ones(self.tables["log"].rows, dtype=bool)
         lacking[logs] = False
         self.report("log", "token", lacking, lambda row: "is in no 'log_tokens' of map.json; add it to its map")
-        if not self.tables["map"]:
+        if not self.tables["map"].rows:
             self.add("error", "map", "", [], "has no record; add one for each map")
 
     def sensors(self) -> None:
         """Calibration, as in live use."""
         sensor = self.key("calibrated_sensor", "sensor_token", "sensor")
-        modality = np.array([text_of(row.get("modality")) for row in self.tables["sensor"]] + [""], dtype=object)
-        self.is_camera = modality[sensor] == "camera"  # [calibrations]
-        self.channel_of = np.append(self.channel, "")[sensor]
-        _, position = self.pose("calibrated_sensor")
+        self.modality = [text_of(value) for value in self.column("sensor", "modality")]
+        self.sensor = sensor
+        self.is_camera = np.array([*(kind == "camera" for kind in self.modality), False])[sensor]  # [calibrations]
+        # Sensors with the same channel count as one.
+        self.sensor_of_channel = {channel: row for row, channel in enumerate(self.channel)}
+        same = [self.sensor_of_channel[channel] for channel in self.channel]
+        self.channel_of = np.array([*same, -1])[sensor]
+        self.calibration = _, position = self.pose("calibrated_sensor")
         far = np.abs(position).max(1, initial=0) > FARTHEST_CAMERA
         self.report("calibrated_sensor", "translation", far, f"metres, at most {FARTHEST_CAMERA:g} from the ego origin")
         values = list(self.column("calibrated_sensor", "camera_intrinsic"))
-        for row, (value, camera, channel) in enumerate(zip(values, self.is_camera, self.channel_of, strict=True)):
-            if camera and value == [] and channel in self.in_rig_file:  # its model has distortion
-                values[row] = self.in_rig_file[channel].model.img_from_cam.tolist()
+        for row, sensor_row in enumerate(self.channel_of.tolist()):
+            name = self.channel[sensor_row] if sensor_row >= 0 else ""
+            if self.is_camera[row] and values[row] == [] and self.rig is not None and name in self.rig.names:
+                values[row] = self.rig[name].model.img_from_cam.tolist()  # its model has distortion
         self.intrinsics = np.array(
             [floats(v, (3, 3)) if camera else np.eye(3) for v, camera in zip(values, self.is_camera, strict=True)]
         ).reshape(-1, 3, 3)
@@ -195,7 +324,7 @@ class _Check(Columns):
 
     def pose(self, table: str) -> tuple[np.ndarray, np.ndarray]:
         """Checks rotations and translations; returns them [R, 4] and [R, 3]."""
-        rotation, translation = self.vector(table, "rotation", 4), self.vector(table, "translation", 3)
+        rotation, translation = self.vector(table, "rotation"), self.vector(table, "translation")
         with np.errstate(over="ignore", invalid="ignore"):
             length = np.sqrt((rotation**2).sum(1))
         self.report(table, "rotation", np.abs(length - 1) > UNIT_TOLERANCE, "a unit quaternion")
@@ -207,38 +336,63 @@ class _Check(Columns):
         )
         return rotation, translation
 
-    def poses(self) -> None:
-        """Poses of the vehicle, and the files of all sensors."""
-        self.ego_pose = self.pose("ego_pose")
+    def files(self) -> None:
+        """The files of all sensors, and the poses of the vehicle."""
         table = "sample_data"
-        self.sample_of_data = self.key(table, "sample_token", "sample")
-        calibration = self.key(table, "calibrated_sensor_token", "calibrated_sensor")
-        self.pose_of_data = pose = self.key(table, "ego_pose_token", "ego_pose")
+        self.tokens(table)
         time, timed = self.integers(table, "timestamp", 0, "whole microseconds")
-        self.data_time = np.where(timed, time, -1)
-        key = self.column(table, "is_key_frame")
-        unclear = [row for row, value in enumerate(key) if type(value) is not bool]
-        self.report(table, "is_key_frame", unclear, "true or false")
-        self.is_key = np.array([value is True for value in key], dtype=bool)
+        time = np.where(timed, time, -1)
+        if self.has(table, "next"):
+            self.links(table, time, "warning")
+        del self.lookup[table]
+        key = self.take(table, "is_key_frame")
+        self.report(table, "is_key_frame", key < 0, "true or false")
+        is_key = key > 0
+        sample = self.key(table, "sample_token", "sample")[is_key]
+        calibration = self.key(table, "calibrated_sensor_token", "calibrated_sensor")
+        self.images(is_key, calibration)
+        calibration = calibration[is_key]
+
+        self.tokens("ego_pose")
+        rotation, translation = self.pose("ego_pose")
+        pose = self.key(table, "ego_pose_token", "ego_pose")
+        del self.lookup["ego_pose"]
         if self.has("ego_pose", "timestamp"):
             pose_time, pose_timed = self.integers("ego_pose", "timestamp", 0, "whole microseconds")
             known = (pose >= 0) & timed
             other = np.abs(np.append(pose_time, 0)[pose] - time) > LATE * 1e6
             other &= known & np.append(pose_timed, False)[pose]
             self.report(table, "ego_pose_token", other, "the pose at its own timestamp", "warning")
-        if self.has(table, "next"):
-            self.links(table, self.data_time, "warning")
+        pose = pose[is_key]
+        posed = [np.full((len(pose), part.shape[1]), np.nan) for part in (rotation, translation)]
+        for kept, part in zip(posed, (rotation, translation), strict=True):
+            kept[pose >= 0] = part[pose[pose >= 0]]
+        self.keyframes = Keyframes(
+            row=np.flatnonzero(is_key),
+            sample=sample,
+            calibration=calibration,
+            channel=np.append(self.channel_of, -1)[calibration],
+            time=time[is_key],
+            size=self.image_size,
+            path=self.take(table, "filename").keyframes,
+            rotation=posed[0],
+            translation=posed[1],
+        )
 
-        self.channel_of_data = np.append(self.channel_of, "")[calibration]
-        camera = self.is_key & np.append(self.is_camera, False)[calibration]
+    def images(self, is_key: np.ndarray, calibration: np.ndarray) -> None:
+        """Files and sizes of the images of keyframes."""
+        table = "sample_data"
+        camera = is_key & np.append(self.is_camera, False)[calibration]
         rows = np.flatnonzero(camera)
-        unnamed = [row for row in rows.tolist() if not self.filename[row]]
-        self.report(table, "filename", unnamed, "the path of an image")
+        unnamed = self.column(table, "filename").state[rows] == 0
+        self.report(table, "filename", rows[unnamed], "the path of an image")
         sizes, good = [], np.ones(len(rows), dtype=bool)
         for field in ("height", "width"):
             size, whole = self.integers(table, field, 1, "whole pixels", rows)
             sizes.append(size)
             good &= whole
+        self.image_size = np.zeros((int(is_key.sum()), 2), dtype=np.int64)
+        self.image_size[camera[is_key]] = np.stack(sizes, 1)
         large = good & (sizes[0].astype(float) * sizes[1] > MAX_PIXELS)
         self.report(table, "width", rows[large], f"the width of an image of at most {MAX_PIXELS:.0e} pixels in all")
         good &= ~large & np.append(self.pinhole, False)[calibration[rows]]
@@ -259,8 +413,8 @@ class _Check(Columns):
 
     def samples(self) -> None:
         """Scenes, their keyframes in order, and the records of each keyframe."""
-        self.key("scene", "log_token", "log")
-        first = self.key("scene", "first_sample_token", "sample")
+        self.log_of_scene = self.key("scene", "log_token", "log")
+        self.first_sample = first = self.key("scene", "first_sample_token", "sample")
         of_scene = self.key("sample", "scene_token", "scene")
         time, timed = self.integers("sample", "timestamp", 0, "whole microseconds")
         self.sample_time = np.where(timed, time, -1)
@@ -289,61 +443,69 @@ class _Check(Columns):
             lambda row: "is not reached from its scene's 'first_sample_token' by way of 'next'",
         )
         self.summaries(of_scene, after)
-        self.keyframes(np.where(linked, after, -1))
+        self.next_sample = np.where(linked, after, -1)
+        self.order(self.next_sample)
 
-    def keyframes(self, after: np.ndarray) -> None:
+    def order(self, after: np.ndarray) -> None:
         """The records of each sample, and the time and motion from sample to sample; `after` [S] is the next one."""
         count = len(after)
-        keyframes = np.flatnonzero(self.is_key & (self.sample_of_data >= 0))
-        channels, channel = np.unique(self.channel_of_data[keyframes].astype(str), return_inverse=True)
-        pair = self.sample_of_data[keyframes] * max(len(channels), 1) + channel
-        _, once = np.unique(pair, return_index=True)
-        again = np.ones(len(keyframes), dtype=bool)
+        files = self.keyframes
+        known = np.flatnonzero(files.sample >= 0)
+        sample = files.sample[known]
+        _, once = np.unique(sample * (len(self.channel) + 1) + files.channel[known], return_index=True)
+        again = np.ones(len(known), dtype=bool)
         again[once] = False
+        twice = known[again]
+        names = [*self.channel, ""]
+        channel_of = {
+            int(row): names[channel] for row, channel in zip(files.row[twice], files.channel[twice], strict=True)
+        }
         self.report(
             "sample_data",
             "sample_token",
-            keyframes[again],
-            lambda row: f"is a second keyframe of {self.channel_of_data[row]} in its sample; a sample has one",
+            files.row[twice],
+            lambda row: f"is a second keyframe of {channel_of[row]} in its sample; a sample has one",
         )
-        lidar = keyframes[self.channel_of_data[keyframes] == "LIDAR_TOP"]
+        lidar = known[files.channel[known] == self.sensor_of_channel.get("LIDAR_TOP", NO_CHANNEL)]
         lacking = np.ones(count, dtype=bool)
-        lacking[self.sample_of_data[lidar]] = False
+        lacking[files.sample[lidar]] = False
         self.report(
             "sample",
             "token",
             lacking,
             lambda row: f"has no LIDAR_TOP keyframe in {self.folder / 'sample_data.json'}, which gives the pose",
         )
-        late = np.abs(self.data_time[keyframes] - self.sample_time[self.sample_of_data[keyframes]]) > LATE * 1e6
+        late = np.abs(files.time[known] - self.sample_time[sample]) > LATE * 1e6
         self.report(
             "sample_data",
             "timestamp",
-            keyframes[late],
+            files.row[known[late]],
             "the microseconds of its sample, except for the exposure's delay",
             "warning",
         )
-        lidar_of = np.full(count, -1)  # row of the LIDAR_TOP keyframe
-        lidar_of[self.sample_of_data[lidar]] = lidar
+        self.lidar_of = lidar_of = np.full(count, -1)  # number of the LIDAR_TOP keyframe
+        lidar_of[files.sample[lidar]] = lidar
         rows = np.flatnonzero(after >= 0)
         here, there = lidar_of[rows], lidar_of[after[rows]]
-        known = (here >= 0) & (there >= 0) & (np.minimum(self.data_time[here], self.data_time[there]) >= 0)
-        rows, here, there = rows[known], here[known], there[known]
-        early = self.data_time[there] <= self.data_time[here]
+        found = (here >= 0) & (there >= 0)
+        rows, here, there = rows[found], here[found], there[found]
+        timed = np.minimum(files.time[here], files.time[there]) >= 0
+        rows, here, there = rows[timed], here[timed], there[timed]
+        early = files.time[there] <= files.time[here]
+        time_of = dict(zip(files.row[there[early]].tolist(), files.time[there[early]].tolist(), strict=True))
         self.report(
             "sample_data",
             "timestamp",
-            there[early],
-            lambda row: (
-                f"has {self.data_time[row]} as 'timestamp', which is not later than LIDAR_TOP of the sample before it"
-            ),
+            files.row[there[early]],
+            lambda row: f"has {time_of[row]} as 'timestamp', which is not later than LIDAR_TOP of the sample before it",
         )
-        known = ~early & (self.pose_of_data[here] >= 0) & (self.pose_of_data[there] >= 0)
-        rows, here, there = rows[known], here[known], there[known]
+        lost = np.isnan(files.rotation[:, 0]) | np.isnan(files.translation[:, 0])
+        good = ~early & ~lost[here] & ~lost[there]
+        rows, here, there = rows[good], here[good], there[good]
         if not len(rows):
             return
-        ends = [self.ego_poses(self.pose_of_data[end]) for end in (here, there)]  # each [n, 4, 4]
-        seconds = (self.data_time[there] - self.data_time[here]) * 1e-6
+        ends = [files.poses(end) for end in (here, there)]  # each [n, 4, 4]
+        seconds = (files.time[there] - files.time[here]) * 1e-6
         broken = interrupted(invert_rigid(ends[1]) @ ends[0], seconds)
         self.report(
             "sample",
@@ -354,12 +516,6 @@ class _Check(Columns):
             ),
             "warning",
         )
-
-    def ego_poses(self, rows: np.ndarray) -> np.ndarray:
-        """Returns the poses [n, 4, 4] of records; NaN where they are malformed."""
-        rotation, translation = (part[rows] for part in self.ego_pose)
-        with np.errstate(all="ignore"):
-            return np.array([rigid_from_quaternion(q, t) for q, t in zip(rotation, translation, strict=True)])
 
     def summaries(self, of_scene: np.ndarray, after: np.ndarray) -> None:
         """Fields of scenes that repeat what other tables hold; nothing reads them."""
@@ -392,7 +548,7 @@ class _Check(Columns):
 
         not_later = rows[known & (time[after[rows]] <= time[rows])]
         self.report(table, "next", not_later, early, severity)
-        if self.has(table, "prev"):
+        if self.has(table, "prev") or table == "sample_annotation":  # whose velocity is computed by it
             before = self.key(table, "prev", table, empty=True, severity=severity)
             self.report(
                 table, "next", rows[before[after[rows]] != rows], "a record whose 'prev' is this record", severity
@@ -407,14 +563,13 @@ class _Check(Columns):
 
     def annotations(self) -> None:
         """Boxes, and what the devkit's evaluation expects of them."""
-        from nuscenes.eval.detection.utils import category_to_detection_name
-
         table = "sample_annotation"
-        category = self.key("instance", "category_token", "category")
-        sample = self.key(table, "sample_token", "sample")
-        instance = self.key(table, "instance_token", "instance")
-        self.pose(table)
-        size = self.vector(table, "size", 3)
+        self.tokens(table)
+        self.category = category = self.key("instance", "category_token", "category")
+        self.sample_of_box = sample = self.key(table, "sample_token", "sample")
+        self.instance = instance = self.key(table, "instance_token", "instance")
+        self.box_pose = self.pose(table)
+        self.box_size = size = self.vector(table, "size")
         self.report(
             table,
             "size",
@@ -424,6 +579,7 @@ class _Check(Columns):
         points = np.zeros(len(sample), dtype=np.int64)
         for field in ("num_lidar_pts", "num_radar_pts"):
             points += self.integers(table, field, -1, "a whole number, -1 if it is unknown,")[0]
+        self.box_points = points
         if len(points) and not points.any():
             self.report(
                 table,
@@ -438,6 +594,7 @@ class _Check(Columns):
         after = self.links(table, np.append(self.sample_time, -1)[sample], "error")
         rows = np.flatnonzero(after >= 0)
         self.report(table, "next", rows[instance[after[rows]] != instance[rows]], "a record of the same instance")
+        self.next_box = after
         pair = sample * max(len(category), 1) + instance
         _, number, counts = np.unique(pair, return_inverse=True, return_counts=True)
         twice = (counts[number] > 1) & (sample >= 0) & (instance >= 0)
@@ -446,8 +603,8 @@ class _Check(Columns):
             self.key(table, "visibility_token", "visibility", empty=True, severity="warning")
 
         rows, attribute = self.keys(table, "attribute_tokens", "attribute")
-        names = [name if name != NO_TOKEN else "" for name in self.category_name]
-        detected = np.array([category_to_detection_name(name) is not None for name in names] + [False], dtype=bool)
+        self.attribute_rows, self.attribute = rows, attribute
+        detected = np.array([*(name in DETECTION_CLASS for name in self.category_name), False])
         counted = detected[np.append(category, -1)[instance]]  # of the ten classes
         several = np.bincount(rows, minlength=len(sample)) > 1
         self.report(table, "attribute_tokens", several & counted, "at most one attribute")
@@ -470,7 +627,7 @@ class _Check(Columns):
         """Checks a field that holds the number of records that belong to each record; nothing reads it."""
         if not self.has(table, field):
             return
-        counts = np.bincount(owner[owner >= 0], minlength=len(self.tables[table])).tolist()
+        counts = np.bincount(owner[owner >= 0], minlength=self.tables[table].rows).tolist()
         given = self.column(table, field)
         wrong = [row for row, number in enumerate(given) if number is not NOTHING and number != counts[row]]
         self.report(table, field, wrong, needs, "warning")
@@ -479,14 +636,3 @@ class _Check(Columns):
 def _is_name(text: str) -> bool:
     """Returns whether text can be the name of a file."""
     return len(text) <= LONGEST_NAME and not {"/", "\\"} & set(text) and text not in (".", "..")
-
-
-def inside_root(name: str) -> bool:
-    """Returns whether a path stays below the folder that it is relative to, on any system."""
-    if len(name) > LONGEST_PATH:
-        return False
-    if name[0] not in "/\\." and ".." not in name and ":" not in name:
-        return True
-    slashes = name.replace("\\", "/")
-    absolute = slashes.startswith("/") or ntpath.splitdrive(name)[0] != ""
-    return not absolute and posixpath.normpath(slashes).split("/")[0] != ".." and posixpath.normpath(slashes) != "."

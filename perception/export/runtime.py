@@ -226,9 +226,11 @@ class Runtime:
                 f"Runtime: the export takes {self.images.image_format}, and images of a rig are remapped as rgb or "
                 "bgr; export the network for one of them"
             )
+        about = self.contract.get("weights", {})  # older contracts have none
+        weights = Weights(about.get("name"), about.get("trained_on"))
         is_bgr = self.images.image_format.startswith("bgr")  # arrays are in the order of the export
         self._live = LiveInput(
-            (H, W), remembers, rig=rig, sizes=self.images.sizes, weights=Weights(self.contract["network"]),
+            (H, W), remembers, rig=rig, sizes=self.images.sizes, weights=weights,
             bgr=is_bgr, as_bgr=is_bgr,
             max_speed=max_speed, max_turn_rate=max_turn_rate,
         )  # fmt: skip

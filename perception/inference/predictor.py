@@ -7,7 +7,6 @@ for images, global_from_ego, time_s in sequence:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -33,6 +32,7 @@ from perception.inference.visibility import MIN_SEEN, kept_by
 from perception.models import Network
 from perception.models.checkpoint import load_model, on_device, read_provenance
 from perception.models.decoding import empty_boxes, empty_lines
+from perception.models.provenance import weights_of
 from perception.types import (
     Boxes,
     CameraRig,
@@ -92,8 +92,7 @@ class Predictor:
         self.min_score = checked_setting("Predictor: min_score", min_score, 0, 1, "a number from 0 to 1")
         self.min_seen = checked_setting("Predictor: min_seen", min_seen, 0, 1, "a number from 0 to 1")
         self.provenance = read_provenance(model) if isinstance(model, str | Path) else None
-        trained_on = None if self.provenance is None else json.loads(self.provenance.to_json())
-        weights = Weights(Path(model).name if isinstance(model, str | Path) else None, trained_on)
+        weights = weights_of(model, self.provenance) if isinstance(model, str | Path) else Weights()
         self.model = on_device(load_model(model) if isinstance(model, str | Path) else model, device)
         self.device = torch.device(device)
         remembers = self.model.initial_state(1).bev.numel() > 0

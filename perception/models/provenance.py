@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from perception.inference.crop import fitted_rig, fitting_crop
-from perception.types import CameraRig, NumpyCameraRig
+from perception.types import CameraRig, NumpyCameraRig, Weights
 
 if TYPE_CHECKING:
     from perception.data.nuscenes import NuScenesDataset
@@ -116,6 +117,16 @@ class Provenance:
             cameras=tuple(map(str, values["cameras"])),
             **ranges,
         )
+
+
+def weights_of(name_or_path: str | Path, provenance: Provenance | None) -> Weights:
+    """Returns what results of live use say about their weights.
+
+    Args:
+        name_or_path: of shipped weights, or a file, whose name alone is taken.
+        provenance: of these weights, from `read_provenance`.
+    """
+    return Weights(Path(name_or_path).name, None if provenance is None else json.loads(provenance.to_json()))
 
 
 def provenance_of(dataset: NuScenesDataset) -> Provenance:

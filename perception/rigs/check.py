@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from perception.errors import DataError
 from perception.geometry import invert_rigid, transform_points
@@ -33,7 +34,7 @@ UNEQUAL = 1.1  # ratio of the focal lengths from which an image was probably res
 SWAPPED = 0.08  # share of the image within which an exchanged principal point is in its middle
 STEEP_DEG = 60.0  # below the horizon, from which a direction on the ground means little
 TURNED_DEG = 40.0  # around 90, 180 or 270 degrees for a frame with other axes
-MOST_IMAGES = 12  # of a camera in which lines are looked for
+MOST_IMAGES = 6  # of a camera in which lines are looked for
 
 _SIDES = {"left": 90.0, "l": 90.0, "right": -90.0, "r": -90.0}
 _ENDS = {
@@ -127,7 +128,9 @@ class RigReport(NamedTuple):
         sectors = ", ".join(f"{start} to {end}" for start, end in self.view.blind_sectors())
         blind = f"no camera sees {sectors} degrees (from ahead to the left, at {RING:.0f} m)"
         unseen = f"{self.view.unseen_share():.0%} of the cells within {REACH:.0f} m are seen by no camera"
-        return f"{blind if sectors else 'the view is all around'}; {unseen}"
+        pairs = ", ".join(f"{a} and {b} {degrees}" for a, b, degrees in self.view.overlaps())
+        overlaps = f"; degrees that two cameras see: {pairs}" if pairs else ""
+        return f"{blind if sectors else 'the view is all around'}; {unseen}{overlaps}"
 
     def to_dict(self) -> dict[str, object]:
         """Returns plain JSON values."""
@@ -162,13 +165,16 @@ def describe(camera: RigCamera) -> dict[str, Any]:
 
 
 def check_rig(
-    entries: Mapping[str, RigCamera | DataError], images: Mapping[str, Sequence[NDArray[np.uint8]]] | None = None
+    entries: Mapping[str, RigCamera | DataError],
+    images: Mapping[str, Sequence[NDArray[np.uint8]]] | None = None,
+    progress: bool = False,
 ) -> RigReport:
     """Finds what is wrong with the cameras of a rig.
 
     Args:
         entries: from `perception.rigs.rig.read_cameras`.
         images: uint8 RGB [H, W, 3] of cameras by name, in order of time; cameras may be missing.
+        progress: show a progress bar of the cameras on stderr.
 
     Returns:
         All findings, and what the cameras see.
@@ -190,7 +196,7 @@ def check_rig(
     if images:
         found += _wrong_images(usable, images)
         blamed = {finding.camera for finding in found}
-        for camera in usable:
+        for camera in tqdm(usable, desc="lines", unit="camera", disable=not progress, delay=2):
             fitting = [image for image in images.get(camera.name, ()) if image.shape[:2] == camera.image_size]
             if fitting and camera.name not in blamed:
                 tilts[camera.name] = measure_tilt(

@@ -21,7 +21,7 @@ from scipy import ndimage, optimize
 
 from perception.rigs.rig import RigCamera
 
-WIDTH = 800  # pixels to which images are reduced
+WIDTH = 1600  # pixels to which larger images are reduced
 SECTORS = 16  # of the gradient direction
 LEAST_LENGTH = 22.0  # pixels of a line
 WIDEST = 1.1  # pixels: standard deviation across a line
@@ -35,7 +35,7 @@ LEAST_IMAGES = 3  # for the yaw: one image shows where a street leads, not where
 HALVES_DEG = 1.0  # difference of the directions that two halves of the lines have, at most
 GAIN = 1.35  # of the agreement over that of the calibration
 SHARP = 0.8  # share of the agreement that is left 2 degrees off the best direction, at most
-TILT_DEG, YAW_DEG = 2.0, 3.0  # deviations from the calibration that are reported
+TILT_DEG, YAW_DEG = 3.0, 4.0  # deviations that are reported; roads slope, and bodies lean, by one or two degrees
 
 
 Floats = NDArray[np.float64]

@@ -28,6 +28,7 @@ class Output(NamedTuple):
 
     time_ns: int
     objects: LiveObjects | NumpyLiveObjects
+    damaged: tuple[str, ...]  # for each image that cannot be decoded, a sentence; the camera is absent in this frame
 
 
 def check_topics(cameras: Sequence[str], images: Sequence[str], infos: Sequence[str], has_rig: bool) -> None:
@@ -155,7 +156,7 @@ class Bridge:
         """Takes a sensor_msgs/Image or CompressedImage and returns the predictions of the frames that are complete now.
 
         Raises:
-            DataError: an image cannot be decoded, or does not fit the rig.
+            DataError: an image does not fit the rig, or what `Predictor.step` refuses.
         """
         if self._predictor is None:
             return []
@@ -167,11 +168,15 @@ class Bridge:
             self._predictor.reset()
             poses = [entry for entry in self._poses if entry[0] <= frame.time_ns + round(ALIVE_S * 1e9)]
             self._poses = deque(poses, maxlen=KEPT_POSES)
-        images = {camera: decode_message(message, f"camera {camera}") for camera, (_, message) in frame.images.items()}
-        times = {camera: time * 1e-9 for camera, (time, _) in frame.images.items()}
+        images, times, damaged = {}, {}, []
+        for camera, (time, message) in frame.images.items():
+            try:
+                images[camera], times[camera] = decode_message(message, f"camera {camera}"), time * 1e-9
+            except DataError as error:
+                damaged.append(str(error))
         pose = self._pose_at(frame.time_ns)
         objects = self._predictor.step(images, pose, time_s=frame.time_ns * 1e-9, camera_times_s=times)
-        return Output(frame.time_ns, objects)
+        return Output(frame.time_ns, objects, tuple(damaged))
 
     def _pose_at(self, time_ns: int) -> NDArray[np.float64] | None:
         if not self._poses:

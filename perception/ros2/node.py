@@ -113,8 +113,8 @@ class PerceptionNode(Node):  # type: ignore[misc]  # rclpy has no types
         self.create_subscription(kind, topic, callback, qos)
 
     def _on_image(self, camera: str, message: Any) -> None:
-        for time_ns, objects in self._bridge.add_image(camera, message):
-            for warning in objects.warnings:
+        for time_ns, objects, damaged in self._bridge.add_image(camera, message):
+            for warning in (*damaged, *objects.warnings):
                 self.get_logger().warning(warning, throttle_duration_sec=5.0)
             head = header(time_ns, self._settings["base_frame"])
             base_in_ego = (0.0, 0.0, self._settings["base_height"])

@@ -122,7 +122,8 @@ class TownRenderer:
         origin, rotation = self._mount(camera.ego_from_cam, time)
         rays_cam = camera.rays()  # [H, W, 3]
         dark = np.isnan(rays_cam[..., 0])  # outside the image circle of a fisheye
-        rays_cam = np.where(dark[..., None], np.array([0, 0, 1], np.float32), rays_cam)
+        if dark.any():
+            rays_cam = np.where(dark[..., None], np.array([0, 0, 1], np.float32), rays_cam)
         rays = (rays_cam.reshape(-1, 3) @ rotation.T).reshape(H, W, 3)
         hits = self._trace(np.broadcast_to(origin, (H * W, 3)), rays.reshape(-1, 3))
         with np.errstate(divide="ignore"):
@@ -151,7 +152,8 @@ class TownRenderer:
             light.reshape(-1, 3)[flat] = self._horizon + (color - self._horizon) * haze.reshape(-1, 1)[flat]
             material.reshape(-1)[flat] = self._materials[face]
             actor.reshape(-1)[flat] = np.maximum(self._owners[face], -1)
-        light[dark], material[dark], actor[dark], distance[dark] = 0.0, Material.SKY, -1, np.nan
+        if dark.any():
+            light[dark], material[dark], actor[dark], distance[dark] = 0.0, Material.SKY, -1, np.nan
         depth = np.where(np.isinf(distance), np.inf, distance * rays_cam[..., 2])
         return Picture(_expose(light, camera, rng), depth, distance, actor, material)
 

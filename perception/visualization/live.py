@@ -228,7 +228,8 @@ def _draw_box(
     if number >= 0 and pieces:
         every = np.concatenate([uv for _, uv in pieces])
         at = (float(every[:, 0].mean()), float(every[:, 1].min()))
-        pen.text(at, str(number), fill=color, font=font(round(11 * stroke)), anchor="mb")
+        face = font(round(12 * stroke))
+        pen.text(at, str(number), fill=color, font=face, anchor="mb", stroke_width=2, stroke_fill=BACKGROUND)
 
 
 def draw_above(
@@ -269,7 +270,7 @@ def draw_above(
         if np.linalg.norm(shown.velocity[m]) > 0.5:
             canvas.arrow(nose, nose + flip(shown.velocity[m]) - zero, color, BOX_WIDTH)
         if shown.ids[m] >= 0:
-            canvas.text(center - [0, 14 * SUPERSAMPLING], str(shown.ids[m]), color, 11)
+            canvas.text(center - [0, 14 * SUPERSAMPLING], str(shown.ids[m]), shown.box_colors[m], 11)
     return canvas.finished()
 
 
@@ -348,11 +349,18 @@ def _write_caption(picture: Image.Image, caption: str, objects: LiveObjects | Nu
     pen, face = ImageDraw.Draw(picture), font(16)
     text = "   |   ".join(parts)
     pen.text((GAP + 4, TOP / 2), text, fill=TEXT, font=face, anchor="lm")
-    left, note = GAP + 28 + pen.textlength(text, font=face), objects.warnings[0] if objects.warnings else ""
-    while note and left + pen.textlength(note, font=face) > picture.width - GAP:  # at the end of a word
-        note = note.rpartition(" ")[0]
-    if note:
+    if objects.warnings:
+        left = GAP + 28 + round(pen.textlength(text, font=face))
+        note = _shortened(objects.warnings[0], picture.width - GAP - left)
         pen.text((left, TOP / 2), note, fill=NOTE, font=face, anchor="lm")
+
+
+@lru_cache(maxsize=64)
+def _shortened(note: str, width: int) -> str:
+    """As many words of a note as have place; the same in all frames, and measuring text takes long."""
+    while note and font(16).getlength(note) > width:
+        note = note.rpartition(" ")[0]
+    return note
 
 
 def _every(pixels: NDArray[np.uint8], step: int) -> NDArray[np.uint8]:
