@@ -29,6 +29,7 @@ from perception.recordings.predicting import predict_frames
 from perception.recordings.recording import chosen_streams, named_camera
 from perception.recordings.ros_images import decode_message
 from perception.recordings.trajectory import Trajectory, read_trajectory
+from perception.recordings.videos import VideoWriter
 from perception.rigs import Rig, RigCamera, import_rig
 from perception.rigs.models import BrownConrady, FTheta, KannalaBrandt, Pinhole
 from perception.synthetic import VERSION
@@ -333,6 +334,39 @@ def test_folders_that_cannot_be_read(tmp_path):
         open_recording(picture(tmp_path / "a.png"), rig)
     with pytest.raises(DataError, match="no recording was given"):
         open_recording([], rig)
+
+
+# Videos
+
+
+def test_videos_that_cannot_be_read(tmp_path):
+    front = Rig([two_cameras()["front"]])
+    with VideoWriter(tmp_path / "front.mp4") as video:
+        for k in range(3):
+            video.add(np.full((47, 81, 3), 60 * k, np.uint8), k * SECOND)
+
+    def refused(words, path="front.mp4", **how):
+        with pytest.raises(PerceptionError, match=words):
+            list(open_recording(tmp_path / path, **how))
+
+    assert [round(frame.images["front"].mean() / 60) for frame in open_recording(tmp_path / "front.mp4", front)] == [
+        0,
+        1,
+        2,
+    ]
+    refused("front.mp4 holds no calibration; give a rig, or put rig.yaml next to the videos")
+    (tmp_path / "front.avi").write_text("no video")
+    refused(r"front.avi cannot be read as a video \(.*\); copy it again", "front.avi", rig=front)
+    refused("--pose-topic does not belong to it", rig=front, pose_topic="/odom")
+    (tmp_path / "front.avi").unlink()
+    (tmp_path / "other.mp4").write_bytes((tmp_path / "front.mp4").read_bytes())
+    two = [tmp_path / "front.mp4", tmp_path / "other.mp4"]
+    rig = two_cameras()
+    found = open_recording(two, rig, streams={"back": str(tmp_path / "other.mp4")})
+    assert found.cameras == ("front", "back") and [len(frame.images) for frame in found] == [2, 2, 2]
+    whole = (tmp_path / "front.mp4").read_bytes()
+    (tmp_path / "front.mp4").write_bytes(whole[: whole.index(b"mdat") + 300])
+    refused("front.mp4 cannot be read as a video|ends before its image", rig=front)
 
 
 # Images of ROS
