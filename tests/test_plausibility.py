@@ -202,12 +202,12 @@ def test_a_few_frames_the_other_way_do_not_outweigh_many():
         result, kept = statistics.implausible({n: sampled_rgb(np.roll(image, n, 1)) for n in range(4)})
         statistics.keep(kept)
         counts.append("upside down" in result)
-    # With weights of 0.9 to the age: after k bad frames 1 - 0.9^k against 0.9^k (1 - 0.9^5), three times as much.
+    # With weights of 0.9 to the age: after k bad frames 1 - 0.9^k against 0.9^k (1 - 0.9^5), twice as much.
     expected = []
     for k in range(1, 13):
         good_weight, bad_weight = 0.9**k * (1 - 0.9**5), 1 - 0.9**k
-        expected.append(bad_weight >= 3 * good_weight)
-    assert counts == [False] * 5 + expected and 5 < expected.index(True) < 12
+        expected.append(bad_weight >= 2 * good_weight)
+    assert counts == [False] * 5 + expected and 3 < expected.index(True) < 12
 
 
 def test_images_without_content_and_the_same_image_twice():

@@ -47,7 +47,7 @@ SKY_BRIGHTNESS = 150.0  # grey value
 DAYLIGHT = 60.0  # mean grey value
 ENOUGH_CAMERAS = 3  # pictures of fewer may be odd by chance
 MIN_INVERTED = 0.12, 0.45  # share by which there is more sky below than above: enough cameras, fewer cameras
-CLEARLY, MIN_VOTES = 0.05, 3  # such a share in one camera; so many cameras with it for each camera with the contrary
+CLEARLY, MIN_VOTES = 0.05, 2  # such a share in one camera; so many cameras with it for each camera with the contrary
 
 
 class Warnings:
