@@ -11,8 +11,6 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
-import re
-import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -23,21 +21,20 @@ from typing import Any
 
 import cv2
 import numpy as np
-from nuscenes.utils.splits import is_predefined_split
 from PIL import Image
 from pyquaternion import Quaternion
 from tqdm import tqdm
 
-from perception.errors import ConfigError, DataError
+from perception.errors import DataError
 from perception.files import check_writable, new_folder
 from perception.rigs.models import Pinhole
 from perception.rigs.rig import RIG_FILE, Rig
 from perception.synthetic.district import District
+from perception.synthetic.limits import SWEEP_US, check_request, check_rig, check_space
 from perception.synthetic.map_expansion import write_map_expansion
 from perception.synthetic.render import TownRenderer
 from perception.synthetic.sensors import (
     LIDAR_NAME,
-    MOST_CAMERAS,
     SIX_CAMERAS,
     Camera,
     Lidar,
@@ -60,17 +57,11 @@ CATEGORIES = (
 )  # fmt: skip
 _VISIBILITIES = ("v0-40", "v40-60", "v60-80", "v80-100")
 
-SWEEP_US = 100_000  # cameras at 10 Hz
-RATES = (1, 2, 5, 10, 20)  # supported keyframes per second; nuScenes has 2
 # The first keyframe is later than the scene's start, because some cameras expose before the LiDAR.
 _LEAD_US = 100_000
 # Largest distance of annotated boxes from the car, metres.
 ANNOTATION_RANGE = 60.0
 _JPEG_QUALITY = 92
-MAX_SCENES, MAX_SIDE = 100_000, 4096
-LOWEST = 0.1  # metres of a camera above the ground
-LONGEST_SCENE = 59  # seconds; scenes start a minute apart
-KEYFRAME_BYTES = 700_000  # of one keyframe without its images: a LiDAR sweep and its rows of the tables
 
 
 @dataclass(frozen=True)
@@ -149,15 +140,15 @@ def simulate(
         DataError: `out` is not empty, another run is writing it, or the disk is full or about to be.
     """
     out = Path(out)
-    _check_request(scenes, seed, keyframes, rate, image_size, split, workers, sweeps, rare)
+    check_request(scenes, seed, keyframes, rate, image_size, split, workers, sweeps, rare)
     if isinstance(rig, Rig):
-        _check_rig(rig)
+        check_rig(rig)
         sizes = [camera.image_size for camera in rig]
     else:
         rig, sizes = tuple(rig), [(image_size[0], image_size[1])] * len(rig)
     check_writable("out", out, folder=True)
     with new_folder(out) as root:
-        _check_space(out, scenes, keyframes, rate, sizes, sweeps)
+        check_space(out, scenes, keyframes, rate, sizes, sweeps)
         for channel in (*(camera.name for camera in rig), LIDAR_NAME):
             (root / "samples" / channel).mkdir(parents=True)
             if sweeps and channel != LIDAR_NAME:
@@ -178,79 +169,6 @@ def simulate(
             if here:
                 (root / "maps" / "expansion").mkdir(parents=True, exist_ok=True)
                 write_map_expansion(here, root / "maps" / "expansion" / f"{location}.json")
-
-
-def _check_request(
-    scenes: int,
-    seed: int,
-    keyframes: int,
-    rate: int,
-    image_size: tuple[int, int],
-    split: str,
-    workers: int | None,
-    sweeps: bool,
-    rare: float,
-) -> None:
-    """Checks the arguments of `simulate`."""
-    if rate not in RATES:
-        raise ConfigError(f"simulate: rate is {rate}; use one of {', '.join(map(str, RATES))} keyframes per second")
-    for field, value, low, high in (
-        ("scenes", scenes, 1, MAX_SCENES),
-        ("keyframes", keyframes, 1, 1 + LONGEST_SCENE * rate),
-        ("workers", 1 if workers is None else workers, 1, max(64, 4 * (os.cpu_count() or 1))),
-        ("seed", seed, 0, 2**63 - 1),
-        ("height of image_size", image_size[0], 16, MAX_SIDE),
-        ("width of image_size", image_size[1], 16, MAX_SIDE),
-    ):
-        if not low <= value <= high:
-            raise ConfigError(f"simulate: {field} is {value}; give {low} to {high}")
-    if sweeps and rate > 5:
-        raise ConfigError(f"simulate: sweeps at 10 Hz leave nothing between keyframes at {rate} Hz; leave sweeps out")
-    if not 0 <= rare <= 1:
-        raise ConfigError(f"simulate: rare is {rare}; give a number from 0 to 1")
-    if is_predefined_split(split):
-        raise ConfigError(
-            f"simulate: split {split!r} is reserved by the nuScenes devkit; give another name, such as town_{split}"
-        )
-
-
-def _check_rig(rig: Rig) -> None:
-    """Checks that the cameras of a rig can be rendered and stored."""
-    if len(rig) > MOST_CAMERAS:
-        raise ConfigError(f"simulate: the rig has {len(rig)} cameras; give at most {MOST_CAMERAS}")
-    folded = [name.casefold() for name in rig.names]
-    for name in rig.names:
-        if not re.fullmatch(r"\w[\w .-]*", name) or name == LIDAR_NAME or folded.count(name.casefold()) > 1:
-            raise ConfigError(
-                f"simulate: camera {name!r} gives a folder its name; give letters, digits, _ and -, no other camera's "
-                f"name in capitals, and not {LIDAR_NAME}"
-            )
-        height, width = rig[name].image_size
-        if not (16 <= height <= MAX_SIDE and 16 <= width <= MAX_SIDE):
-            raise ConfigError(
-                f"simulate: images of camera {name!r} have {height} x {width} pixels; give 16 to {MAX_SIDE}, or scale "
-                "the rig"
-            )
-        if rig[name].ego_from_cam[2, 3] < LOWEST:
-            raise ConfigError(
-                f"simulate: camera {name!r} is {rig[name].ego_from_cam[2, 3]:.3g} m above the ground; give at least "
-                f"{LOWEST:g} m"
-            )
-
-
-def _check_space(
-    out: Path, scenes: int, keyframes: int, rate: int, sizes: Sequence[tuple[int, int]], sweeps: bool
-) -> None:
-    """Checks that the dataset will fit on the disk. The estimate is about right for images of 256 x 448 pixels."""
-    images = 1 + (keyframes - 1) * (1_000_000 // rate // SWEEP_US if sweeps else 1)  # per camera and scene
-    pixels = sum(700 + 0.2 * height * width for height, width in sizes)  # bytes of one image of every camera
-    expected = scenes * (images * pixels + keyframes * KEYFRAME_BYTES)
-    free = shutil.disk_usage(out.parent).free
-    if expected > free:
-        raise DataError(
-            f"{out}: about {expected / 1e9:.1f} GB will be written, but {free / 1e9:.1f} GB are free; give fewer "
-            "scenes, keyframes or pixels, or a folder on another disk"
-        )
 
 
 def _run(jobs: list[_Job], workers: int) -> Iterator[tuple[dict[str, list[dict]], District]]:

@@ -142,7 +142,8 @@ def draw_coverage(cameras: Sequence[RigCamera], view: SurroundView, *, size: int
     for start, end in view.blind_sectors():
         # Pillow counts clockwise from the right, we to the left from ahead (up).
         pen.arc([*at(20, 20), *at(-20, -20)], -90 - end, -90 - start, fill=_BAD, width=SMOOTH * 5)
-    pen.rectangle([*at(3.8, 0.95), *at(-1.0, -0.95)], outline=_FAINT, width=SMOOTH)
+    pen.line([at(0, -1), at(0, 1)], fill=_FAINT, width=SMOOTH)  # the rear axle, and where ahead is
+    pen.line([at(0, 0), at(3, 0)], fill=_FAINT, width=SMOOTH)
     for k, camera in enumerate(cameras):
         color = _CAMERA_COLORS[k % len(_CAMERA_COLORS)]
         x, y = camera.ego_from_cam[:2, 3]
