@@ -2,7 +2,7 @@
 
     python docs/make_gallery.py
 
-Takes about 5 minutes on one core. Everything is generated here; no recording of a real street is used.
+Takes about 3 minutes on one core. Everything is generated here; no recording of a real street is used.
 """
 
 import sys

@@ -158,6 +158,7 @@ def test_a_whole_rig_loses_nothing_and_a_stream_sees_the_same(town):
         boxes, lines = (int((part.valid & (part.score >= 0.05)).sum()) for part in streamed.objects)
         assert live.warnings == () and len(live.boxes.score) == boxes > 10 and len(live.lines.score) == lines > 2
         assert torch.equal(streamed.seen.lines[:lines], live.seen.lines)  # best score first
+        assert streamed.info[2:4] == live.info[2:4] == ((True, "") if k else (False, "it is the first frame"))
 
 
 def test_the_runtime_sees_what_the_predictor_sees(make_live, live_frames):

@@ -21,6 +21,7 @@ MAX_SPEED = 60.0  # m/s above which a motion is a jump of the pose
 MAX_TURN_RATE = 2.0  # rad/s above which a motion is a jump of the pose
 # Allowance for pose noise, which is large compared with the motion in a few milliseconds.
 JUMP_MARGIN_M, JUMP_MARGIN_RAD = 1.0, 0.1
+FIRST_FRAME = "it is the first frame"  # why it uses no memory
 STEP_UNITS = (("nanoseconds", 1e7, "1e9"), ("microseconds", 1e4, "1e6"), ("milliseconds", 1e1, "1e3"))
 
 
@@ -136,7 +137,7 @@ class EgoMotion:
         if pose is None or time is None:
             return first._replace(first_because=f"no {'pose' if pose is None else 'time'} was given")
         if last is None:
-            return first._replace(first_because="it is the first frame")
+            return first._replace(first_because=FIRST_FRAME)
         if last.global_from_ego is None or last.time_s is None:
             return first._replace(first_because="the last frame had no pose and time")
         # In float64, because global coordinates are kilometres and the motion is centimetres.
@@ -158,7 +159,7 @@ class EgoMotion:
         first = FrameMotion(np.eye(4), 0.0, True, pose, time, 0, "")
         if last is None:
             path = ((time - motion.seconds, start),)
-            return first._replace(first_because="it is the first frame", path=path)
+            return first._replace(first_because=FIRST_FRAME, path=path)
         return self._judged(first, motion.ego_from_prev, motion.seconds, last._replace(global_from_ego=start))
 
     def _judged(

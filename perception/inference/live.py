@@ -39,6 +39,8 @@ NO_MEMORY = (
     "global_from_ego and time_s, or motion=Motion.from_speed_yaw_rate(...)"
 )
 
+NO_MEMORY_IN_NETWORK = "the network has no memory"
+
 
 class Step(NamedTuple):
     """The checked input of one step."""
@@ -244,7 +246,7 @@ class LiveInput:
         if is_blank:
             findings["no camera"] = "no camera is present and the memory is empty: nothing is predicted"
         odd, statistics = self._statistics.implausible(pixels)
-        reason = motion.first_because if self._remembers else "the network has no memory"
+        reason = motion.first_because if self._remembers else NO_MEMORY_IN_NETWORK
         info = StepInfo(motion.time_s, motion.global_from_ego, not reason, reason, self._weights)
         return Step(motion, fitted, view, statistics, findings | odd, is_blank, info)
 
