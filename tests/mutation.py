@@ -347,7 +347,7 @@ def main() -> None:
         chosen = {f"{number}: {fault}": tree for number in numbers for tree, fault in [planted(source, number)]}
         if not arguments.table and not all(done.get(fault) for fault in chosen):
             plant(name, chosen, done, save)
-        rows[name] = [done[fault] for fault in chosen if fault in done]
+        rows[name] = [done[fault] for fault in chosen] if done.keys() >= chosen.keys() else []
     print("\n| module | faults | caught | share |\n|---|---|---|---|")
     rows["all"] = [value for values in rows.values() for value in values]
     for name, values in rows.items():
