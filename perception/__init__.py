@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from perception.evaluation.lanes import evaluate_lanes
     from perception.export.runtime import Runtime
     from perception.grid import BEVGrid
+    from perception.inference.ego_motion import Motion
     from perception.inference.predictor import Predictor
     from perception.models.checkpoint import load_model, read_metrics
     from perception.rigs.importers import import_rig
@@ -42,6 +43,7 @@ _MODULES = {
     "FrameObjects": "types",
     "LINE_CLASSES": "types",
     "MapLine": "types",
+    "Motion": "inference.ego_motion",
     "NuScenesDataset": "data.nuscenes",
     "PerceptionError": "errors",
     "Polylines": "types",
@@ -68,6 +70,7 @@ __all__ = [
     "Frame",
     "FrameObjects",
     "MapLine",
+    "Motion",
     "NuScenesDataset",
     "PerceptionError",
     "Polylines",

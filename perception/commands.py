@@ -13,10 +13,12 @@ from pathlib import Path
 
 COMMANDS = {
     "demo": "generate a small town, predict it with the shipped weights, draw and score the result",
-    "predict": "predict one sample, draw it, and write its boxes and lines",
+    "predict": "predict a recording or one sample, draw it, and write its boxes and lines",
+    "view": "open the predictions of a recording in the rerun viewer",
     "train": "train a network from a config",
     "evaluate": "evaluate weights, or a submission, on a nuScenes-format split",
     "export": "export a network for the vehicle and certify the export",
+    "rig": "check, import or show the calibration of cameras",
     "simulate": "generate a dataset of the synthetic town in nuScenes format",
     "benchmark": "compare trainings and runtimes, and measure a GPU",
     "doctor": "check the installation, or a dataset",

@@ -67,6 +67,7 @@ EXTRAS = {
     "tensorrt": ("tensorrt_rtx", "cuda"),
     "viewer": ("matplotlib",),
     "argoverse": ("pyarrow",),
+    "recordings": ("rosbags", "av", "mcap", "mcap_protobuf", "foxglove_schemas_protobuf", "rerun"),
 }
 
 

@@ -76,8 +76,7 @@ def new_folder(out: str | Path) -> Iterator[Path]:
         out = out.resolve()
     root = out.with_name(f".{out.name}.partial")
     while True:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise DataError(f"{out}: exists and is not empty; remove it or give another folder")
+        check_new(out)
         root.mkdir(parents=True, exist_ok=True)
         try:
             lock = os.open(root, os.O_RDONLY)
@@ -105,6 +104,17 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(root, ignore_errors=True)
         os.close(lock)
+
+
+def check_new(out: str | Path) -> None:
+    """Checks that a folder to create does not exist, or is empty.
+
+    Raises:
+        DataError: it is there, and not empty.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out}: exists and is not empty; remove it or give another folder")
 
 
 def _own_name() -> str:

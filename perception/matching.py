@@ -70,8 +70,9 @@ def focal_loss(logits: Tensor, target: Tensor, alpha: float = FOCAL_ALPHA) -> Te
     logits = logits.float()
     probability = logits.sigmoid()
     entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    wrong = torch.where(target > 0.5, 1 - probability, probability)
-    return torch.where(target > 0.5, alpha, 1 - alpha) * wrong**FOCAL_GAMMA * entropy
+    positive = target == 1
+    wrong = torch.where(positive, 1 - probability, probability)
+    return torch.where(positive, alpha, 1 - alpha) * wrong**FOCAL_GAMMA * entropy
 
 
 def focal_cost(logits: Tensor, label: Tensor) -> Tensor:

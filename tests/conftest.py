@@ -205,6 +205,19 @@ def town_root(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def converted(town_root, tmp_path_factory):
+    """The first scene of the town as a recording, by format of `recordings.convert`, each made on first use."""
+    from perception.recordings.convert import convert_dataset
+    from perception.synthetic import VERSION
+
+    @cache
+    def make(format: str) -> Path:
+        return convert_dataset(town_root, VERSION, tmp_path_factory.mktemp("recorded") / format, format)[0]
+
+    return make
+
+
 HAND_STEP = 0.5  # seconds between keyframes of the dataset written by hand
 HAND_SPEED = 6.0  # m/s of its ego car along its own x
 

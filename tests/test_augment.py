@@ -257,6 +257,51 @@ def test_corrupted_images_are_drawn_with_their_probability(data, clip):
     assert 17 < sum(changed) < 43  # of 100 draws at 0.3: 30 +- 4.6
 
 
+def test_the_reach_is_that_of_the_corners_of_the_turned_range():
+    rng, refused = np.random.default_rng(3), 0
+    for _ in range(200):
+        lane_range = LaneRange(*rng.uniform(20, 100, 2))
+        settings = Augment(yaw_deg=rng.uniform(0, 40), shift=rng.uniform(0, 12))
+        corners = np.array([[x, y] for x in (-1, 1) for y in (-1, 1)]) * lane_range / 2
+        turned = [corners @ rigid_from_yaw(np.radians(settings.yaw_deg) * k / 50)[:2, :2].T for k in range(51)]
+        # The largest angle reaches farthest, unless a diagonal comes to lie along an axis before.
+        beyond = (np.abs(turned[-1]) + settings.shift > np.array(wide_range(lane_range)) / 2).any()
+        assert beyond <= (np.abs(turned) + settings.shift > np.array(wide_range(lane_range)) / 2).any()
+        if beyond:
+            refused += 1
+            with pytest.raises(ConfigError, match="too far for the map"):
+                settings.check_reach(lane_range)
+        else:
+            settings.check_reach(lane_range)
+    assert 50 < refused < 150
+
+
+def test_crops_and_pads_are_anywhere_and_colours_change_around_what_they_are(clip):
+    rng, H, W = np.random.default_rng(5), 90, 160
+    zoomed = {"in": [], "out": []}
+    for _ in range(60):
+        rig, before = zoom_cameras(clip.frames, 0.2, rng).rig, clip.frames.rig
+        for n in range(2):
+            scale = rig.img_from_cam[0, n, [0, 1], [0, 1]] / before.img_from_cam[0, n, [0, 1], [0, 1]]
+            corner = rig.img_from_cam[0, n, :2, 2] - scale * before.img_from_cam[0, n, :2, 2]
+            free = torch.tensor([W, H]) * (scale - 1)  # pixels of the result that the crop or the image may move by
+            if free.abs().min() > 8:
+                zoomed["in" if free[0] > 0 else "out"].append((-corner / free).tolist())
+    for shares in zoomed.values():
+        low, high = np.min(shares, 0), np.max(shares, 0)
+        assert (
+            len(shares) > 20
+            and (low > -0.01).all()
+            and (low < 0.2).all()
+            and (high > 0.8).all()
+            and (high < 1.01).all()
+        )
+    same = change_colors(clip.frames, 1e-9, rng).images
+    assert torch.equal(same, clip.frames.images)
+    changed = change_colors(clip.frames, 0.1, rng).images.float()
+    assert 0.5 < (changed - same).abs().mean() < 25 and (changed.mean() - same.float().mean()).abs() < 25
+
+
 def test_impossible_settings():
     with pytest.raises(ConfigError, match=r"Augment\.drop_camera is 1\.5; it is a probability"):
         Augment(drop_camera=1.5)
@@ -264,6 +309,7 @@ def test_impossible_settings():
         Augment(extrinsics_noise_deg=-1)
     with pytest.raises(ConfigError, match=r"Augment\.zoom is -0\.1"):
         Augment(zoom=-0.1)
+    assert Augment(extrinsics_noise=1, drop_camera=1, corrupt=1, mirror=1).extrinsics_noise_deg == 1
     with pytest.raises(ConfigError, match="too far for the map"):
         Augment(yaw_deg=45.0).check_reach(DEFAULT_LANE_RANGE)
     Augment().check_reach(LaneRange(100.0, 50.0))

@@ -106,14 +106,15 @@ def test_bev(dtype, fast):
 
 @FAST
 @HALF
-def test_deformable_attention(dtype, fast):
+@pytest.mark.parametrize("sizes", [[(6, 9), (3, 5), (1, 2)], [(6, 9)]], ids=["three levels", "one level"])
+def test_deformable_attention(sizes, dtype, fast):
     generator = torch.Generator().manual_seed(4)
-    B, heads, C, Q, P, sizes = 2, 2, 3, 5, 4, [(6, 9), (3, 5), (1, 2)]
+    B, heads, C, Q, P = 2, 2, 3, 5, 4
     locations = torch.stack([smooth_locations((B, Q, heads, P), size, generator) for size in sizes], 3)
     floats = [
         torch.randn(B, sum(h * w for h, w in sizes), heads, C, generator=generator),
         locations,
-        drawn_weight((B, Q, heads, 3, P), generator),
+        drawn_weight((B, Q, heads, len(sizes), P), generator),
     ]
     compare(lambda implementation, *x: deformable_attention(x[0], sizes, *x[1:], implementation), fast, floats, dtype)
 

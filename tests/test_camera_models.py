@@ -165,6 +165,39 @@ def test_distortion_that_turns_back_is_cut_where_it_turns():
     assert np.isnan(rays_cam[0]).all()
 
 
+def test_the_field_of_view_ends_just_before_the_turn():
+    """r - 0.4 r^3 turns at r^2 = 1 / 1.2, and r / (1 + 2 r^2) at r^2 = 1 / 2; the models end at 0.999 of it."""
+    for distortion, square in (((-0.4, 0.0, 0.0, 0.0), 1 / 1.2), ((0.0,) * 5 + (2.0, 0.0, 0.0), 1 / 2)):
+        model = BrownConrady(**FOCAL, distortion=distortion)
+        assert model.max_angle == pytest.approx(np.arctan(0.999 * np.sqrt(square)), abs=1e-9)
+    # Tangential distortion folds earlier on one side: u = x + 3 p2 x^2 on the horizontal axis turns at x = -1 / (6 p2).
+    folded = BrownConrady(**FOCAL, distortion=(0.0, 0.0, 0.0, 0.2))
+    assert 0.97 / 1.2 < np.tan(folded.max_angle) < 1 / 1.2
+
+
+@pytest.mark.parametrize(
+    ("xi", "degrees"),
+    # The outline of the sphere at cos = -1 / xi; the whole sphere; cos = -xi, where all radii end, with the margin of
+    # half a degree that the pinhole keeps from 90 degrees.
+    [(2.0, 120), (1.25, np.degrees(np.arccos(-0.8))), (1.0, 180), (0.5, 119.5), (0.0, 89.5)],
+)
+def test_the_field_of_view_of_a_mirror_in_closed_form(xi, degrees):
+    model = Mei(**FOCAL, xi=xi, distortion=(0.0,) * 4)
+    assert np.degrees(model.max_angle) == pytest.approx(degrees, abs=0.06)
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_a_model_can_be_moved_and_gives_the_matrix_of_a_pinhole(name):
+    model = MANY[name]
+    moved = model.moved(0.5)
+    assert (moved.cx, moved.cy) == (model.cx + 0.5, model.cy + 0.5) and type(moved) is type(model)
+    np.testing.assert_allclose(moved.project([0.1, -0.2, 1.0])[0] - model.project([0.1, -0.2, 1.0])[0], 0.5, atol=1e-9)
+    fx, fy = (model.polynomial[0],) * 2 if name == "f-theta" else (model.fx, model.fy)
+    shrunk = 1 + getattr(model, "xi", 0.0)
+    expected = [[fx / shrunk, getattr(model, "skew", 0.0) / shrunk, model.cx], [0, fy / shrunk, model.cy], [0, 0, 1]]
+    np.testing.assert_allclose(model.img_from_cam, expected, rtol=1e-12)
+
+
 def test_leading_dimensions_and_units_do_not_matter():
     model = MANY["brown 8"]
     points = rays(0.6, 24).reshape(2, 3, 4, 3)

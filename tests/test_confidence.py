@@ -75,7 +75,13 @@ def test_reliability_by_hand():
     point = result.uncertainties["line point m"]  # five points off by 0 along x and 0.9 along y
     assert point.count == 10 and point.mean_error == pytest.approx(0.45) and point.half == 0.5
     record = json.loads(json.dumps(result.as_dict()))
-    assert record["boxes"]["precision"][1] is None and "ECE" in result.table()
+    assert record["boxes"]["precision"][1] is None
+    table = [line.split() for line in result.table().splitlines()]
+    assert table[0][:3] == ["confidence", "(score", ">="] and table[0][3:5] == ["0.05)", "0.0-0.1"]
+    assert table[0][-2:] == ["0.9-1.0", "ECE"]
+    assert table[1] == "boxes, precision 0.000 - - 0.000 - - - 0.500 1.000 - 0.216".split()
+    assert table[2] == "boxes, number 1 0 0 1 0 0 0 2 1 0".split()
+    assert table[-1] == "line point m 0.450 1.000 0.500 1.000 10".split()
 
 
 def test_true_probabilities_and_laplace_errors_are_calibrated():
@@ -113,9 +119,40 @@ def test_a_line_walked_backwards_has_the_same_errors():
         assert uncertainty.mean_error == pytest.approx(0.1, abs=1e-6)
 
 
+def test_the_range_of_a_class_is_measured_on_the_ground():
+    walkers = boxes([(7, 39.9, 0.0, 0.9), (7, 0.0, 40.0, 0.8)])
+    walkers.center[:, 2] = 9.0
+    gt = {"a": FrameObjects(walkers, lines([]))}
+    assert sum(evaluate_confidence(gt, gt).boxes.count) == 1
+
+
 def test_ranges_are_those_of_the_official_score():
     config = config_factory("detection_cvpr_2019")
     assert config.class_range == BOX_RANGE and config.dist_th_tp == BOX_THRESHOLD
+
+
+def test_each_uncertainty_is_compared_with_the_error_of_its_quantity():
+    gt = boxes([(0, 10.0, 0.0, 1.0)])
+    found = boxes([(0, 10.3, 0.1, 0.9)])._replace(
+        yaw=torch.tensor([2 * math.pi - 0.5]), velocity=torch.tensor([[3.0, -4.0]]), size=torch.full((1, 3), math.e**2)
+    )
+    found.center[0, 2] = -0.7
+    found = found._replace(uncertainty=torch.arange(1.0, 10.0)[None])
+    nothing = lines([])
+    checks = evaluate_confidence({"a": FrameObjects(found, nothing)}, {"a": FrameObjects(gt, nothing)}).uncertainties
+    expected = {
+        "position m": (0.2, 1.5, 2), "height above ground m": (0.7, 3, 1), "log size": (2, 5, 3),
+        "yaw rad": (0.5, 7, 1), "velocity m/s": (3.5, 8.5, 2),
+    }  # fmt: skip
+    for name, (error, uncertainty, count) in expected.items():
+        check = checks[name]
+        assert check.mean_error == pytest.approx(error, abs=1e-6) and check.mean_uncertainty == uncertainty, name
+        assert check.count == count
+    unknown = gt._replace(velocity=torch.tensor([[math.nan, 1.0]]))
+    checks = evaluate_confidence(
+        {"a": FrameObjects(found, nothing)}, {"a": FrameObjects(unknown, nothing)}
+    ).uncertainties
+    assert checks["velocity m/s"].count == 1 and checks["velocity m/s"].mean_error == 5
 
 
 def test_other_tokens_are_refused():

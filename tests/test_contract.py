@@ -91,6 +91,8 @@ DAMAGED = {
     "odd nv12": (with_value("nv12", "image_format"), "the shape of image_0 is not that of its raw_size"),
     "other classes": (with_value(["car"], "box_classes"), "box_classes is not the list of this version"),
     "limit as text": (with_value("2", "max_gap_s"), 'max_gap_s is "2", not a finite number'),
+    "weights as text": (with_value("nano", "weights"), r'weights is "nano", not a name'),
+    "training as text": (with_value({"name": "nano", "trained_on": "town"}, "weights"), "weights is .*, not a name"),
     "negative limit": (with_value(-1, "jump_margin_m"), "jump_margin_m is -1, not"),
     "checks as number": (with_value({"onnxruntime": 3}, "checked"), "is not a list of text"),
     "input as text": (with_value("images", "inputs", 0), r"inputs\[0\] has no name, no shape .* or no dtype"),
@@ -117,6 +119,8 @@ def test_damaged_contracts_are_rejected(folder):
         assert "\n" not in str(caught.value) and str(folder) in str(caught.value), case
     (folder / "contract.json").write_text(good)
     assert read_contract(folder) == json.loads(good)
+    rewrite(folder, without("weights"))  # as in older exports
+    assert "weights" not in read_contract(folder)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000])

@@ -12,6 +12,7 @@ from PIL import Image
 from pyquaternion import Quaternion
 
 from perception.data.nuscenes import NuScenesDataset
+from perception.errors import DataError
 from perception.evaluation.detection import (
     evaluate_boxes,
     evaluate_submission,
@@ -303,6 +304,24 @@ def test_boxes_of_the_submission_are_those_of_the_devkit():
         assert record["velocity"] == pytest.approx(box.velocity[:2], abs=1e-6)
         assert (record["detection_name"], record["attribute_name"]) == (BOX_CLASSES[k], ATTRIBUTES[k])
         assert record["detection_score"] == pytest.approx(0.9 - k / 10)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"center": [0.0, math.nan, 0]}, {"center": [math.inf, 0, 0]}, {"size": [1.0, 0.0, 1]}, {"size": [1.0, 1, -1]},
+     {"size": [1.0, math.nan, 1]}, {"yaw": math.nan}, {"score": math.nan}, {"velocity": [math.inf, 0.0]}],
+    ids=repr,
+)  # fmt: skip
+def test_boxes_that_no_devkit_could_read_are_named(change):
+    good = Boxes(
+        torch.ones(2, 3), torch.ones(2, 3), torch.ones(2), torch.tensor([[math.nan, 0], [1.0, 2]]),
+        torch.zeros(2).long(), torch.zeros(2).long() - 1, torch.ones(2), torch.ones(2).bool(), torch.zeros(2, 9),
+    )  # fmt: skip
+    submission_from_predictions({"t": FrameObjects(good, None)}, {"t": np.eye(4)})  # a velocity may be unknown
+    (name, value), *_ = change.items()
+    getattr(good, name)[1] = torch.tensor(value)
+    with pytest.raises(DataError, match="box 1 of sample t has a number that is not finite or a size that is not pos"):
+        submission_from_predictions({"t": FrameObjects(good, None)}, {"t": np.eye(4)})
 
 
 def test_numbers_of_a_submission_are_those_of_quaternion_objects():

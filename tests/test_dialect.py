@@ -211,7 +211,7 @@ def test_what_the_misread_forms_mean():
     [
         ("fp32", False),
         ("fp16", False),
-        ("int8", False),
+        pytest.param("int8", False, marks=pytest.mark.slow),
         pytest.param("fp8", False, marks=pytest.mark.slow),
         pytest.param("int8", True, marks=pytest.mark.slow),
     ],

@@ -139,6 +139,7 @@ def test_published_weights_of_the_backbone_and_frozen_stages(config_path, tmp_pa
         train(load_config(config_path, options | {"train.init_from": "x.pth"}), tmp_path / "both")
 
 
+@pytest.mark.slow
 def test_a_dry_run_estimates_the_cost_of_a_training(config_path, tmp_path):
     """Parameters and FLOPs against a count by hand of the network alone; the dataset of the config gives the steps."""
     from perception.engine.dry_run import dry_run

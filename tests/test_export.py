@@ -95,6 +95,7 @@ def test_standard_operators_and_a_contract(fp32_export):
     assert all(x["shape"] == [*RAW, 3] and x["meaning"].startswith("RGB [H, W, 3], 0..255") for x in images)
 
 
+@pytest.mark.slow
 def test_a_mixed_rig_is_certified(small_network, mixed_export, small_town):
     """Cameras of several sizes in NV12; the original network gets the same images in RGB, resized by Pillow."""
     contract = read_contract(mixed_export)
@@ -318,6 +319,7 @@ def test_other_numbers_of_cameras(small_network, small_town, other_rig_town, tmp
     assert f"{cameras} cameras, focal lengths in image widths: " in found.markdown()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["bevformer", "maptr"])
 def test_published_networks_are_exported(network, small_town, tmp_path):
     """They have static shapes, run in single precision, and have or do not have a memory."""
@@ -368,6 +370,7 @@ def test_relative_change_weights_queries_by_score_and_ignores_their_order():
     assert relative_change(wanted, unsure) < 0.02 * relative_change(wanted, sure)
 
 
+@pytest.mark.slow
 def test_int8_where_it_changes_little(small_network, small_town, exports, tmp_path):
     """Q/DQ nodes with real ranges except in the most sensitive layers, float16 around them, and the certificate."""
     with pytest.raises(ConfigError, match="int8 needs a dataset"):
@@ -442,6 +445,7 @@ def test_int8_for_cpus(small_network, small_town, exports, tmp_path):
     assert found.precision == "int8" and 1e-4 < found.replays[0].raw["memory"][1] < 0.05
 
 
+@pytest.mark.slow
 def test_fp8_rounds_weights_to_three_bits(small_graph, small_town):
     """Weights in FP8 have an error of at most half of their last bit."""
     images = ImageInputs.of_rig(6, (40, 80), RAW)
@@ -465,6 +469,7 @@ def test_fp8_rounds_weights_to_three_bits(small_graph, small_town):
     assert compared > 3
 
 
+@pytest.mark.slow
 def test_graph_optimisations_keep_a_relu_before_a_quantized_layer(small_graph, small_town):
     """Graph optimisations of ONNX Runtime do not change the outputs, for every kind of quantization."""
     import onnxruntime

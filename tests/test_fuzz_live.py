@@ -173,7 +173,8 @@ def fuzz(make, live_frames, cases, seed):
             assert result.warnings or is_usual(frame[1]), (seed, case)
             warned += bool(result.warnings)
             images, rig, pose, _ = live_frames[2]
-            following = step(live, (images, rig, pose, float(np.asarray(frame[3])) + 0.5))
+            given = live_frames[1][3] if frame[3] is None else frame[3]  # without a time it stands for itself
+            following = step(live, (images, rig, pose, float(np.asarray(given)) + 0.5))
             if not isinstance(following, str):  # a time of 1e11 s is the largest, and half a second later is refused
                 assert all(np.isfinite(array).all() for array in arrays(following)), (seed, case)
                 assert len(following.boxes.score), (seed, case)

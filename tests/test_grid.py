@@ -51,3 +51,4 @@ def test_invalid_grids_are_rejected():
         BEVGrid((1.0, 1.0), (0.0, 1.0), (1, 1))
     with pytest.raises(ConfigError, match="shape"):
         BEVGrid((0.0, 1.0), (0.0, 1.0), (0, 1))
+    assert BEVGrid((0.0, 1.0), (0.0, 2.0), (1, 1)).cell_size == (1.0, 2.0)

@@ -311,6 +311,8 @@ ENTRY_FAULTS = {
     "NaN box": (("instances", [{"bbox_3d": [np.nan] * 7, "bbox_label_3d": 0}]), r"bbox_3d is \[NaN, .* 7 finite"),
     "flat box": (("instances", [{"bbox_3d": [5, 5, 0, 0, 1, 1, 0], "bbox_label_3d": 0}]), "not above 0"),
     "far box": (("instances", [{"bbox_3d": [1e300, 5, 0, 1, 1, 1, 0], "bbox_label_3d": 0}]), "metres from the LiDAR"),
+    "turned box": (("instances", [{"bbox_3d": [5, 5, 0, 1, 1, 1, -101], "bbox_label_3d": 0}]), "and radians"),
+    "a box 1001 m away": (("instances", [{"bbox_3d": [5, -1001, 0, 1, 1, 1, 0], "bbox_label_3d": 0}]), "LiDAR and rad"),
     "label": (("instances", [{"bbox_3d": [5, 5, 0, 1, 1, 1, 0], "bbox_label_3d": "car"}]), "bbox_label_3d is \"car\""),
     "velocity": (
         ("instances", [{"bbox_3d": [5, 5, 0, 1, 1, 1, 0], "bbox_label_3d": 0, "velocity": [1e9, 0]}]), "metres per sec"
@@ -351,6 +353,11 @@ def test_boxes_that_cannot_be_placed_are_named(tmp_path):
     )
     assert boxes.gt.boxes.center[0].tolist() == [[11, 2, 2]] and boxes.gt.boxes.valid.tolist() == [[True]]
     assert boxes.gt.boxes.velocity.isnan().all()
+    box["bbox_3d"] = [999, -999, 0, 4, 2, 1.5, 99]  # far, but possible
+    boxes = read_info(write(path, {"metainfo": {"categories": {"car": 0}}, "data_list": [entry]})).clip(
+        image_size=SMALL
+    )
+    assert boxes.gt.boxes.center[0].tolist() == [[1000, -999, 2]]
 
 
 @pytest.fixture

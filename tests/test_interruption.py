@@ -219,6 +219,7 @@ def test_one_training_at_a_time(config_path, tmp_path):
         train(load_config(config_path), tmp_path, seed=5)
 
 
+@pytest.mark.slow
 def test_changed_settings_are_refused_or_taken(config_path, whole, tmp_path):
     folder = copy_of(whole, tmp_path / "work", 2)
 
@@ -266,6 +267,7 @@ def test_a_signal_saves_the_batches_that_are_done(config_path, whole, tmp_path, 
     assert len(calls) == 12 and results(folder) == results(whole)
 
 
+@pytest.mark.slow
 def test_long_epochs_have_checkpoints_inside(config_path, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(loops, "SAVE_SECONDS", 0)
     saved = []

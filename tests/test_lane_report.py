@@ -70,6 +70,15 @@ def test_position_error_is_measured_to_the_line_and_not_to_its_vertices():
     assert (point.error, point.median_error, point.bins[0].error) == pytest.approx((expected,) * 3)
 
 
+def test_a_line_shorter_than_a_metre_counts():
+    point = evaluate_lanes({"a": [line([[0, 0.2], [0.6, 0.2]])]}, {"a": [line([[0, 0], [0.6, 0]])]}).operating_points[
+        "divider"
+    ]
+    assert (point.error, point.median_error) == pytest.approx((0.2, 0.2))
+    first = point.bins[0]
+    assert (first.metres_per_frame, first.recall, first.error) == pytest.approx((0.6, 1, 0.2))
+
+
 def test_equal_scores_are_used_together():
     # Two ground-truth lines. From 0.9 on one hit is used: F1 = 2 / (1 + 2). From 0.5 on two hits and three false lines:
     # F1 = 4 / (5 + 2), which is worse, though with the hit alone it would be 1.

@@ -14,6 +14,7 @@ from perception.evaluation.lanes import (
     LANE_PROTOCOLS,
     STRICT_THRESHOLDS,
     evaluate_lanes,
+    lane_rules,
     match_lines,
 )
 from perception.types import LINE_CLASSES, LaneRange, MapLine
@@ -121,6 +122,41 @@ def test_a_line_at_exactly_the_threshold_is_a_hit(protocol):
             matches = match_lines([straight(offset)], [straight(0.0)], protocol=protocol)
             assert matches.hit[0].tolist() == [j >= first for j in range(3)], (threshold, offset)
             assert matches.distance[0] == (offset if first < 3 else np.inf)
+
+
+def test_thresholds_are_those_of_the_published_evaluators():
+    assert (
+        lane_rules("maptr", LaneRange(60.0, 30.0))[1] == lane_rules("maptr", LaneRange(90.0, 40.0))[1] == (0.5, 1, 1.5)
+    )
+    assert lane_rules("streammapnet", LaneRange(60.0, 30.0))[1] == (0.5, 1.0, 1.5)
+    assert lane_rules("streammapnet", LaneRange(100.0, 50.0))[1] == (1.0, 1.5, 2.0)
+    assert STRICT_THRESHOLDS == (0.2, 0.5, 1.0)
+
+
+@pytest.mark.parametrize("protocol", ["maptr", "streammapnet"])
+def test_lines_whose_boxes_are_at_the_largest_threshold_are_compared(protocol):
+    upright = MapLine(0, np.array([[0.0, -10], [0, 10]]), 1.0)
+    beside = MapLine(0, np.array([[1.5, -10], [1.5, 10]]), 1.0)
+    assert match_lines([beside], [upright], protocol=protocol).distance[0] == 1.5
+
+
+def test_predictions_and_their_errors_belong_together_over_many_frames():
+    """The lines above the score are 0.3 m off, the others 0.6 m; frames are tallied in parts."""
+    gt = {f"{k:03d}": [straight(0.0)] for k in range(120)}
+    sure = {f"{k:03d}": k % 3 == 0 for k in range(120)}
+    found = {token: [straight(0.3, 0.9) if sure[token] else straight(0.6, 0.2)] for token in gt}
+    point = evaluate_lanes(found, gt, score_threshold=0.5).operating_points["divider"]
+    assert (point.error, point.median_error) == pytest.approx((0.3, 0.3))
+    assert (point.precision, point.recall, point.bins[0].recall) == pytest.approx((1, 1 / 3, 1 / 3))
+
+
+def test_progress_counts_all_frames(capfd):
+    gt = {f"{k:03d}": [straight(0.0)] for k in range(120)}
+    result = evaluate_lanes(gt, gt, progress=True)
+    bar = capfd.readouterr().err
+    assert "120/120" in bar and "lane maps" in bar
+    assert evaluate_lanes(gt, gt) == result and capfd.readouterr().err == ""
+    assert result.operating_points["divider"].score == 1
 
 
 def test_of_equal_scores_the_first_counts_first():

@@ -21,6 +21,7 @@ BOUNDS = {"passes": 3, "threads": 0, "max_seconds": 60.0}
 needs_openvino = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is not installed")
 
 
+@pytest.mark.slow
 def test_runtimes_take_turns(small_network, fp32_export, capsys):
     threads = torch.get_num_threads()
     measured = measure(small_network, fp32_export, ["pytorch", "ort"], passes=3, threads=threads + 1, progress=True)
@@ -36,6 +37,7 @@ def test_runtimes_take_turns(small_network, fp32_export, capsys):
     assert "preparing ort" in shown and "passes of all runtimes: 100%" in shown
 
 
+@pytest.mark.slow
 @needs_openvino
 def test_openvino_takes_its_turn(small_network, fp32_export):
     measured = measure(small_network, fp32_export, ["ort", "openvino"], passes=1)

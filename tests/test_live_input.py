@@ -124,7 +124,7 @@ def inspected(live, sizes, rig, images, k=0, image_format="rgb"):
     pose[0, 3] = k
     checked = checked_rig(rig, len(sizes))
     pixels = {n: sampled_rgb(image, image_format) for n, image in enumerate(images)}
-    step = live.inspect(live.ego_motion.since_last(pose, 0.1 * k), checked, sizes, pixels)
+    step = live.inspect(live.ego_motion.since_last(pose, 0.1 * k), checked, sizes, pixels, {})
     live.keep(step)
     return step.findings
 

@@ -10,11 +10,30 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from perception.data import loader
 from perception.data.augment import Augment
-from perception.data.loader import ClipRequest, SceneStreamSampler, TrainSampler, collate, decode_image, pad_lines
+from perception.data.loader import (
+    ClipRequest,
+    SceneStreamSampler,
+    TrainSampler,
+    collate,
+    decode_image,
+    pad_boxes,
+    pad_lines,
+)
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError, DataError
+from perception.models.decoding import empty_boxes
 from perception.types import MapLine, map_tensors
+
+
+def test_boxes_of_several_frames_are_padded_to_the_most():
+    def some(count):
+        return map_tensors(lambda x: torch.ones(count, *x.shape[2:], dtype=x.dtype), empty_boxes(1, "cpu"))
+
+    assert pad_boxes([some(0)]).center.shape == (1, 0, 3)
+    assert pad_boxes([some(1), some(2)]).valid.tolist() == [[True, False], [True, True]]
+    assert pad_boxes([some(1)], 3).score.tolist() == [[1, 0, 0]]
 
 
 @pytest.mark.parametrize("size", [(90, 160), (150, 400), (113, 200), (256, 704), (300, 200), (900, 1600)])
@@ -117,6 +136,8 @@ def test_a_picture_that_needs_another_program_is_not_opened(tmp_path):
 def test_lines_are_resampled_and_padded():
     corner = MapLine(2, np.array([[0.0, 0], [4, 0], [4, 4]]))
     ring = MapLine(1, np.array([[0.0, 0], [0, 1], [1, 1], [1, 0], [0, 0]]), score=0.5)
+    assert pad_lines([[], [corner]], points_per_line=5).valid.tolist() == [[False], [True]]
+    assert pad_lines([[]], points_per_line=5).points.shape == (1, 0, 5, 2)
     lines = pad_lines([[corner], [], [ring, corner]], points_per_line=5, count=3)
     assert lines.points.shape == (3, 3, 5, 2)
     assert lines.valid.tolist() == [[True, False, False], [False] * 3, [True, True, False]]
@@ -204,6 +225,26 @@ def test_ranks_have_different_scenes_and_equal_numbers_of_batches():
     whole = list(TrainSampler(list(range(12)) * 3, batch_size=4, streams=2, frames_per_clip=1, drop=0.0, seed=1))
     ranks = [list(TrainSampler(list(range(12)) * 3, 2, 2, 1, 0.0, seed=1, rank=rank, world_size=2)) for rank in (0, 1)]
     assert [len(rank) for rank in ranks] == [18, 18] and sorted(ranks[0] + ranks[1]) == sorted(whole)
+
+
+def test_small_datasets_and_scenes_that_lose_all_but_a_clip():
+    one = TrainSampler([0, 0], batch_size=2, streams=1, frames_per_clip=2, drop=0.0, seed=0)
+    assert len(one) == len(list(one)) == 2  # one batch, though it holds the only clip twice
+    sampler, found = TrainSampler([0] * 4, batch_size=1, streams=1, frames_per_clip=2, drop=0.5, seed=0), set()
+    for epoch in range(60):
+        sampler.set_epoch(epoch)
+        found |= {request.samples for request in sampler}
+    # All pairs occur: the first and the last sample make a clip if exactly these two are kept.
+    assert found == {(i, j) for i in range(4) for j in range(i + 1, 4)}
+
+
+def test_the_largest_image_is_decoded(tmp_path, monkeypatch):
+    Image.new("RGB", (32, 18)).save(tmp_path / "a.png")
+    monkeypatch.setattr(loader, "MAX_PIXELS", 32 * 18)
+    assert decode_image(tmp_path / "a.png", np.eye(3), (9, 16))[0].shape == (3, 9, 16)
+    monkeypatch.setattr(loader, "MAX_PIXELS", 32 * 18 - 1)
+    with pytest.raises(DataError, match=r"a\.png is 32 x 18 pixels according to its header, and at most"):
+        decode_image(tmp_path / "a.png", np.eye(3), (9, 16))
 
 
 def test_clips_longer_than_all_scenes_are_refused():

@@ -1,5 +1,6 @@
 """Losses against hand-worked cases and against the symmetries they must have."""
 
+import itertools
 import math
 
 import pytest
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 
 from perception.geometry import rigid_from_yaw, transform_points
 from perception.grid import BEVGrid
-from perception.matching import focal_loss, hungarian
+from perception.matching import focal_loss, hungarian, match_layers
 from perception.models.bev_transformer.decoder import decode
 from perception.models.bev_transformer.encoder import depth_bin
 from perception.models.bev_transformer.losses import frame_losses, image_losses
@@ -127,6 +128,48 @@ def test_box_error_by_hand():
     assert losses["box_params"].item() == pytest.approx((3.0 * 1 + 2.0 * 2.0) / 3 * 0.25, rel=1e-5)
 
 
+def test_line_error_by_hand():
+    boxes, lines = make_boxes(), make_lines()
+    prediction = perfect_prediction(boxes, lines)
+    prediction.line_points[0, 0, 3] += torch.tensor([0.3, -0.1])  # 0.4 m at every point of one of two lines
+    losses = frame_losses(prediction, FrameObjects(boxes, lines), FRAME, GRID)
+    assert losses["line_points"].item() == pytest.approx(0.5 * 0.4 / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("center", [[19.9, 20.1, 1.0], [20.1, 0.0, 1.0], [-20.1, 19.9, 1.0], [3.0, -20.1, 1.0]])
+def test_a_box_beside_the_grid_is_not_asked_for(center):
+    boxes, lines = make_boxes(), make_lines()
+    prediction = perfect_prediction(boxes, lines)
+    expected = frame_losses(prediction, FrameObjects(boxes, lines), FRAME, GRID)
+    more = map_tensors(torch.clone, boxes)
+    more.center[0, 3], more.size[0, 3], more.valid[0, 3] = torch.tensor(center), torch.tensor([4.0, 2, 1.5]), True
+    found = frame_losses(prediction, FrameObjects(more, lines), FRAME, GRID)
+    for name in ("box_class", "box_params", "box_uncertainty", "heatmap"):
+        assert found[name] == expected[name], name
+    more.center[0, 3] = torch.tensor([19.9, -19.9, 1.0])
+    found = frame_losses(prediction, FrameObjects(more, lines), FRAME, GRID)
+    assert found["box_class"] > expected["box_class"] + 0.1 and found["heatmap"] > expected["heatmap"] + 0.1
+
+
+def test_depth_loss_by_hand():
+    """A box between two depth bins: the divergence from a uniform and from a shifted prediction, in closed form."""
+    boxes = one_box([10.0, 0, 1.5], [2.0, 2, 2], 0.0)
+    prediction = perfect_prediction(make_boxes(), make_lines())
+    at = depth_bin(torch.tensor(10.0), 8).item()
+    low, share = int(at), at - int(at)
+    assert 0.02 < share < 0.98
+    entropy = -share * math.log(share) - (1 - share) * math.log(1 - share)
+    uniform = prediction.images._replace(depth_logits=torch.zeros_like(prediction.images.depth_logits))
+    loss = image_losses(uniform, boxes, FRAME)["image_depth"]
+    assert loss.item() == pytest.approx(0.5 * (math.log(8) - entropy), rel=1e-4)
+    # All on the upper bin, but for 0.01 of each of the seven others.
+    logits = torch.full_like(prediction.images.depth_logits, math.log(0.01))
+    logits[:, :, low + 1] = math.log(0.93)
+    loss = image_losses(uniform._replace(depth_logits=logits), boxes, FRAME)["image_depth"]
+    expected = -entropy - share * math.log(0.93) - (1 - share) * math.log(0.01)
+    assert loss.item() == pytest.approx(0.5 * expected, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("label", "turned", "error"),
     [("car", 180, 2.0), ("car", 90, 2.0), ("barrier", 180, 0.0), ("barrier", 90, 2.0), ("traffic_cone", 90, 0.0)],
@@ -221,6 +264,23 @@ def test_matching_is_the_cheapest_and_ignores_padding():
     match = hungarian(cost, torch.tensor([[True, True, False]]))
     # 1.5 + 2.0 beats 1.0 + 8.0
     assert sorted(zip(match.query.tolist(), match.target.tolist(), strict=True)) == [(0, 1), (1, 0)]
+
+
+def test_layers_and_samples_are_matched_one_by_one():
+    torch.manual_seed(0)
+    cost = torch.rand(3, 2, 5, 4)  # [L, B, Q, M]
+    valid = torch.tensor([[True, False, True, True], [False, True, True, False]])
+    (layer, sample, query), (sample_again, target) = match_layers(cost, valid)
+    assert torch.equal(sample, sample_again) and len(layer) == 3 * 5
+    for k in range(3):
+        for b in range(2):
+            found = {
+                (q, m) for at, at_b, q, m in zip(layer, sample, query, target, strict=True) if (at, at_b) == (k, b)
+            }
+            objects = valid[b].nonzero()[:, 0].tolist()
+            ways = itertools.permutations(range(5), len(objects))  # the query of each object
+            best = min(ways, key=lambda way: sum(cost[k, b, q, m] for q, m in zip(way, objects, strict=True)))
+            assert {(int(q), int(m)) for q, m in found} == set(zip(best, objects, strict=True))
 
 
 def test_empty_scene_has_finite_losses_and_gradients():

@@ -10,14 +10,15 @@ import torch
 
 from perception.geometry import invert_rigid, project_points, transform_points
 from perception.models.checkpoint import load_model, save_checkpoint
+from perception.models.decoding import empty_boxes
 from perception.models.maptrv2.config import MapTRv2Config
 from perception.models.maptrv2.encoder import camera_parameters, lifted_points
 from perception.models.maptrv2.losses import draw_lines_in_images
-from perception.models.maptrv2.model import MapTRv2
+from perception.models.maptrv2.model import MapTRv2, MapTRv2Outputs
 from perception.models.published.backbone import FPNConfig
 from perception.models.published.encoder import GeometryKernelAttention
 from perception.models.published.geometry import NUSCENES_EGO_FROM_LIDAR
-from perception.types import CameraRig, Frame, Polylines
+from perception.types import Boxes, CameraRig, Frame, FrameObjects, Polylines, map_tensors
 
 AHEAD = torch.tensor([[0.0, 0, 1, 1.5], [-1, 0, 0, 0], [0, -1, 0, 1.6], [0, 0, 0, 1]])
 BEHIND = torch.tensor([[0.0, 0, -1, 0], [1, 0, 0, 0], [0, -1, 0, 1.6], [0, 0, 0, 1]])
@@ -119,6 +120,100 @@ def test_lines_are_drawn_into_images():
     near, far = 32 + 60 * 1.6 / 3.5, 32 + 60 * 1.6 / 18.5
     assert rows.max() == int(near) and rows.min() == int(far)
     assert not draw_lines_in_images(lines._replace(valid=~yes), RIG, SIZE, (64, 96)).any()
+
+
+# A divider on the ground straight ahead and 2.4 m to the left, and one that is padding.
+DIVIDER = torch.stack([torch.linspace(1.2, 9.0, 5), torch.full((5,), 2.4)], -1)
+LINES = Polylines(
+    torch.stack([DIVIDER, DIVIDER + 3])[None], torch.zeros(1, 2, dtype=torch.bool), torch.zeros(1, 2).long(),
+    torch.ones(1, 2), torch.tensor([[True, False]]), torch.zeros(1, 2, 5, 2),
+)  # fmt: skip
+
+
+def box_ahead(distance: float) -> Boxes:
+    """A box of which the camera that looks ahead sees a face at a distance in metres.
+
+    Boxes grow by half a pixel of the feature map, 8 pixels of the image, at the distance of their centre.
+    """
+    center = (distance + 2) / (1 - 16 / 60 / 2)
+    boxes = map_tensors(lambda x: torch.zeros(1, 1, *x.shape[2:], dtype=x.dtype), empty_boxes(1, "cpu"))
+    boxes.center[0, 0], boxes.size[0, 0] = torch.tensor([1.5 + center, 0, 1.6]), torch.tensor([4.0, 3, 2])
+    return boxes._replace(valid=torch.ones(1, 1, dtype=torch.bool))
+
+
+@pytest.fixture(scope="module")
+def network() -> MapTRv2:
+    return MapTRv2(SMALL).train()
+
+
+@pytest.fixture(scope="module")
+def perfect() -> MapTRv2Outputs:
+    """Two layers and two one-to-many copies that predict `LINES` and a face 9.5 m away, with logits of 20."""
+    in_lidar = torch.stack([-DIVIDER[:, 1], DIVIDER[:, 0] - NUSCENES_EGO_FROM_LIDAR[0][3]], -1)  # x right, y ahead
+    low, extent = torch.tensor([-15.0, -30]), torch.tensor([30.0, 60])
+    points = ((in_lidar - low) / extent).expand(2, 1, 8, 5, 2).clone()
+    logits = torch.full((2, 1, 8, 3), -20.0)
+    logits[:, :, 2:4, 0] = 20
+    points[:, :, [0, 1, *range(4, 8)]] = 0.9
+    bev = torch.full((1, 1, 20, 10), -20.0)
+    bev[0, 0, 10:13, 4] = 20  # cells of 3 m: x = -2.4 is in column 4, and y from 0.26 to 8.06 in rows 10 to 12
+    image = 40 * draw_lines_in_images(LINES, RIG, SIZE, (4, 6)) - 20
+    depth = torch.full((1, 2, 24, 4, 6), -20.0)
+    depth[:, :, 8] = 20  # bins of 1 m from 1 m on
+    return MapTRv2Outputs(logits[:, :, 3:], points[:, :, 3:], logits, points, bev, image, depth)
+
+
+def losses_of(network, prediction, boxes=None, lines=LINES, rig=RIG) -> dict[str, float]:
+    gt = FrameObjects(box_ahead(9.5) if boxes is None else boxes, lines)
+    losses = network.loss(prediction, gt, frame()._replace(rig=rig))
+    return {name: float(loss) for name, loss in losses.items()}
+
+
+def test_a_perfect_prediction_has_no_loss(network, perfect):
+    losses = losses_of(network, perfect)
+    assert set(losses) == {
+        "line_class", "line_points", "line_direction", "one_to_many_class", "one_to_many_points",
+        "one_to_many_direction", "bev_seg", "image_seg", "depth",
+    }  # fmt: skip
+    assert max(losses.values()) < 1e-4 and perfect.image_seg_logits.amax() == 20
+
+
+def test_each_line_is_asked_for_once_and_of_the_further_queries_as_often_as_it_is_repeated(network, perfect):
+    points = perfect.one_to_many_points.clone()
+    points[:, 0, 3, :, 0] += 0.01  # 0.3 m
+    losses = losses_of(network, perfect._replace(one_to_many_points=points))
+    # Two layers, one of two copies, five points; loss weight 5.
+    assert losses["one_to_many_points"] == pytest.approx(2 * 5 * 0.05 / 2, rel=1e-3) and losses["line_points"] < 1e-4
+    points = perfect.points.clone()
+    points[1, 0, 0, :, 1] -= 0.01
+    losses = losses_of(network, perfect._replace(points=points))
+    assert losses["line_points"] == pytest.approx(5 * 0.05, rel=1e-3) and losses["one_to_many_points"] < 1e-4
+    turned = LINES._replace(points=LINES.points.flip(2))
+    assert losses_of(network, perfect, lines=turned)["line_points"] < 1e-4
+
+
+def test_segmentation_losses_by_hand(network, perfect):
+    zero = perfect._replace(bev_seg_logits=torch.zeros(1, 1, 20, 10), image_seg_logits=torch.zeros(1, 2, 1, 4, 6))
+    losses = losses_of(network, zero)
+    # An entropy of log 2 in each cell; of the three cells of the line it counts four times. Weights 1 and 2.
+    assert losses["bev_seg"] == pytest.approx(math.log(2) * (197 + 4 * 3) / 200, rel=1e-4)
+    assert losses["image_seg"] == pytest.approx(2 * math.log(2), rel=1e-4)
+    # Of an absent camera nothing is learned, whatever it predicts.
+    wrong = perfect.image_seg_logits.clone()
+    wrong[:, 1] = 20
+    assert losses_of(network, perfect._replace(image_seg_logits=wrong))["image_seg"] > 10
+    alone = RIG._replace(present=torch.tensor([[True, False]]))
+    assert losses_of(network, perfect._replace(image_seg_logits=wrong), rig=alone)["image_seg"] < 1e-4
+
+
+def test_depth_is_learned_from_the_faces_of_boxes_within_the_range(network, perfect):
+    uniform = perfect._replace(depth_logits=torch.zeros(1, 2, 24, 4, 6))
+    assert losses_of(network, uniform)["depth"] == pytest.approx(3 * math.log(24), rel=1e-4)
+    assert losses_of(network, perfect, box_ahead(8.5))["depth"] == pytest.approx(3 * 40, rel=1e-3)
+    # Beyond 25 m, nearer than 1 m, and in an absent camera there is nothing to learn.
+    for distance, expected in ((24.0, True), (26.5, False), (0.5, False)):
+        assert (losses_of(network, uniform, box_ahead(distance))["depth"] > 0) == expected, distance
+    assert losses_of(network, uniform, rig=RIG._replace(present=torch.tensor([[False, True]])))["depth"] == 0
 
 
 @torch.no_grad()

@@ -16,8 +16,8 @@ from perception.models.bev_transformer.decoder import MIN_NMS_RADIUS, USUAL_SIZE
 from perception.models.bev_transformer.encoder import SpatialCrossAttention, TemporalFusion, depth_bin, sample_depth
 from perception.models.bev_transformer.model import BEVTransformer
 from perception.models.checkpoint import load_model, read_metrics, save_checkpoint
-from perception.models.decoding import close_rings
-from perception.types import CameraRig, Frame, ImagePrediction, Prediction, map_tensors
+from perception.models.decoding import close_rings, empty_boxes, empty_lines
+from perception.types import CameraRig, Frame, FrameObjects, ImagePrediction, Prediction, map_tensors
 
 CONFIG = BEVTransformerConfig.preset(
     "nano", image_size=(48, 80), channels=16, grid=(20, 20), heads=2, depth_bins=6, decoder_layers=2,
@@ -325,6 +325,33 @@ def test_decode_by_hand():
     assert scene.lines.label[0].tolist() == [2]
     assert scene.lines.closed[0].tolist() == [True]  # the ends are 0.5 m apart
     assert scene.lines.points[0, 0].tolist() == [[0, 0], [10, 0], [10, 5], [0, 0]]
+
+
+def test_sizes_and_uncertainties_are_limited():
+    params, nothing = torch.zeros(1, 1, 3, 10), torch.zeros(1, 1, 2, 2)
+    params[0, 0, :, 3:6] = torch.tensor([-30.0, 1.0, 30.0])[:, None]
+    params[0, 0, :, 0] = torch.tensor([0.0, 30.0, 60.0])
+    logits = torch.full((1, 1, 3, 10), -9.0)
+    logits[0, 0, :, 0] = torch.tensor([3.0, 2.0, 1.0])
+    extreme = torch.tensor([-30.0, 1.0, 30.0])
+    uncertainty = extreme.view(1, 1, 3, 1).expand(-1, -1, -1, 9)
+    lines = torch.zeros(1, 1, 1, 3), torch.rand(1, 1, 1, 3, 2), extreme.view(1, 1, 1, 3, 1).expand(-1, -1, -1, -1, 2)
+    boxes, found = decode(Prediction(logits, params, uncertainty, *lines, nothing, nothing, NO_IMAGES))
+    assert boxes.size[0, :, 1].tolist() == pytest.approx([math.exp(x) for x in (-3, 1, 4)])
+    assert boxes.uncertainty[0, :, 8].tolist() == pytest.approx([math.exp(x) for x in (-5, 1, 4)])
+    assert found.uncertainty[0, 0, :2, 0].tolist() == pytest.approx([math.exp(x) for x in (-5, 1)])
+
+
+def test_no_boxes_and_no_lines_have_the_shapes_of_some():
+    nothing = FrameObjects(empty_boxes(4, "cpu"), empty_lines(4, "cpu", 7))
+    shapes = {name: tuple(tensor.shape) for name, tensor in nothing.boxes._asdict().items()}
+    assert shapes.pop("center") == shapes.pop("size") == (4, 0, 3) and shapes.pop("velocity") == (4, 0, 2)
+    assert shapes.pop("uncertainty") == (4, 0, 9) and set(shapes.values()) == {(4, 0)}
+    assert nothing.lines.points.shape == nothing.lines.uncertainty.shape == (4, 0, 7, 2)
+    assert {tuple(part.shape) for part in nothing.lines[1:5]} == {(4, 0)}
+    assert empty_lines(1, "cpu").points.shape == (1, 0, 20, 2)
+    assert nothing.boxes.valid.dtype == nothing.lines.valid.dtype == nothing.lines.closed.dtype == torch.bool
+    assert nothing.boxes.label.dtype == nothing.boxes.attribute.dtype == nothing.lines.label.dtype == torch.int64
 
 
 def test_a_closed_line_repeats_its_first_point():

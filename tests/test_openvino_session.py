@@ -68,7 +68,7 @@ def test_float32_outputs_equal_onnx_runtime(fp32_export, small_town):
     ("precision", "for_cpu", "most"),
     [
         ("fp16", False, 0.002),
-        ("int8", False, 0.02),
+        pytest.param("int8", False, 0.02, marks=pytest.mark.slow),
         pytest.param("int8", True, 0.02, marks=pytest.mark.slow),
         pytest.param("fp8", False, 0.02, marks=pytest.mark.slow),
     ],
@@ -110,6 +110,7 @@ def test_types_are_those_of_the_graph(with_bfloat16, fp32_export, small_town):
     assert 1e-3 < relative_change(wanted, found) < 0.03
 
 
+@pytest.mark.slow
 def test_certificates_of_openvino(with_bfloat16, small_network, fp32_export, small_town, tmp_path):
     folder = Path(shutil.copytree(fp32_export, tmp_path / "copy"))
     for backend in (FLOAT32, BFLOAT16):
@@ -123,6 +124,7 @@ def test_certificates_of_openvino(with_bfloat16, small_network, fp32_export, sma
         assert json.loads((folder / f"certificate.{backend}.json").read_text())["backend"] == backend
 
 
+@pytest.mark.slow
 def test_the_gate_sees_a_broken_weight_in_openvino(small_network, fp32_export, small_town, tmp_path):
     def change(graph):
         weight = next(x for x in graph.initializer if "smooth" in x.name and len(x.dims) == 4)

@@ -139,6 +139,7 @@ def test_other_data_of_the_same_layout(tmp_path):
     assert "skipped" not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_wrong_folder_is_named(tmp_path):
     """A suite that skips itself would prove nothing."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "golden", "-p", "no:cacheprovider", "tests/test_maptr.py"]

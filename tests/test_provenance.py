@@ -106,6 +106,27 @@ def rig_of(mountings, height=0.0) -> CameraRig:
     return CameraRig(np.stack([camera.img_from_cam for camera in cameras]), poses, np.ones(len(cameras), bool))
 
 
+def test_each_limit_of_what_is_like_the_training():
+    trained = Provenance(("a",), 10, 1, tuple("ABCDEF"), (0.8, 1.2), (1.0, 2.0), (0.1, 0.5))
+
+    def kinds(count=6, focal=1.0, height=1.5, seconds=0.2, absent=False) -> list[str]:
+        img_from_cam, ego_from_cam = np.tile(np.eye(3), (count, 1, 1)), np.tile(np.eye(4), (count, 1, 1))
+        img_from_cam[:, 0, 0], ego_from_cam[:, 2, 3] = 448.0, 1.5
+        img_from_cam[-1, 0, 0], ego_from_cam[-1, 2, 3] = 448.0 * focal, height
+        present = np.ones(count, bool)
+        present[-1] = not absent
+        found = trained.misfit(CameraRig(img_from_cam, ego_from_cam, present), (176, 448), seconds)
+        assert all(f"camera {count - 1} " in found[name] for name in found if name.endswith(("length", "height")))
+        return [name.removeprefix("weights: ") for name in found]
+
+    assert kinds() == kinds(3) == kinds(12) == [] and kinds(2) == kinds(13) == ["cameras"]
+    assert kinds(focal=0.65) == kinds(focal=1.49) == [] and kinds(focal=0.63) == kinds(focal=1.51) == ["focal length"]
+    assert kinds(height=0.51) == kinds(height=2.49) == [] and kinds(height=0.49) == kinds(height=2.51) == ["height"]
+    assert kinds(seconds=0.041) == kinds(seconds=1.24) == [] == kinds(seconds=0.0)
+    assert kinds(seconds=0.039) == kinds(seconds=1.26) == ["interval"]
+    assert kinds(focal=9.0, height=9.0, absent=True) == []
+
+
 def test_only_data_unlike_the_training_are_named():
     shipped = read_provenance("nano")
 

@@ -202,12 +202,13 @@ def test_perfect_predictions_have_no_loss(network, town_root):
     assert sum(model.loss(moved, gt, frame).values()) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "preset",
     [
         "bevformer_tiny",
-        pytest.param("maptr_tiny_r50_24e_gkt", marks=pytest.mark.slow),
-        pytest.param("maptrv2_nusc_r50_24ep", marks=pytest.mark.slow),
+        "maptr_tiny_r50_24e_gkt",
+        "maptrv2_nusc_r50_24ep",
     ],
 )
 def test_published_networks_are_trained(preset, town_root, tmp_path):

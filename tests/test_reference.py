@@ -303,7 +303,9 @@ def test_misread_modes_of_opset_20_are_found(small_network, fp32_export, small_t
     assert any(text.startswith("memory of the second executor differs by") for text in found.failures)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", pytest.param("fp8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "precision", ["fp32", "fp16", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("int8", "fp8"))]
+)
 def test_misread_nodes_are_found_in_every_precision(exports, precision, small_town, tmp_path):
     """In eight bits, rounding hides one of them from a comparison with ONNX Runtime, but not from `by_reading`."""
     folder = exports(precision)

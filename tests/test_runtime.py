@@ -184,7 +184,9 @@ def test_a_contract_of_another_graph_is_refused(fp32_export, tmp_path):
         Runtime(folder)
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int8", pytest.param("fp8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "precision", ["fp16", *(pytest.param(precision, marks=pytest.mark.slow) for precision in ("int8", "fp8"))]
+)
 def test_engines_are_built_without_a_gpu(exports, precision, tmp_path):
     pytest.importorskip("tensorrt_rtx")
     folder = Path(shutil.copytree(exports(precision), tmp_path / precision))
@@ -285,6 +287,7 @@ def test_an_engine_whose_output_is_not_finite_drops_the_memory(engine_folder, sm
     assert np.array_equal(runtime.memory(), fresh.memory())
 
 
+@pytest.mark.slow
 def test_a_certificate_of_an_engine(engine_folder, small_network, small_town):
     found = certify(small_network, engine_folder, small_town, backend="tensorrt")
     assert found.failures == [] and "run by tensorrt" in found.markdown()

@@ -1,10 +1,11 @@
 """The fast sampling against loops in numpy, forward and backward."""
 
 import numpy as np
+import pytest
 import torch
 
 from perception.grid import BEVGrid
-from perception.ops import sample_bev, sample_cameras
+from perception.ops import read_cameras, sample_bev, sample_cameras
 
 
 def bilinear(image: np.ndarray, row: float, column: float, border: bool) -> np.ndarray:
@@ -35,6 +36,21 @@ def test_sample_cameras_equals_a_loop():
         expected[b, q] += weight[b, q, s] * value
     result = sample_cameras(*(torch.from_numpy(x) for x in (features, uv, camera, weight)))
     np.testing.assert_allclose(result.numpy(), expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("implementation", ["plain", "embedding_bag"])
+def test_read_cameras_equals_a_loop(implementation):
+    rng = np.random.default_rng(2)
+    B, N, C, h, w, Q, S = 2, 3, 4, 5, 7, 6, 3
+    features = rng.normal(size=(B, N, C, h, w))
+    uv = rng.uniform(-0.2, 1.2, size=(B, Q, S, 2))
+    camera = rng.integers(0, N, size=(B, Q, S))
+    result = read_cameras(*(torch.from_numpy(x) for x in (features, uv, camera)), implementation)
+    assert result.shape == (B, C, Q, S)
+    for b, q, s in np.ndindex(B, Q, S):
+        u, v = uv[b, q, s]
+        value = bilinear(features[b, camera[b, q, s]], v * h - 0.5, u * w - 0.5, border=True)
+        np.testing.assert_allclose(result[b, :, q, s].numpy(), value, atol=1e-6)
 
 
 def test_sample_bev_equals_a_loop():

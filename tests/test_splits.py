@@ -15,7 +15,7 @@ from PIL import Image
 from perception.data.geographic_split import geographic_split, scenes_within
 from perception.data.leakage import Keyframes, draw_leakage, measure_leakage, read_keyframes
 from perception.data.nuscenes import NuScenesDataset
-from perception.data.splits import is_split_file, read_split_file, split_scenes, write_split_file
+from perception.data.splits import is_official, is_split_file, read_split_file, split_scenes, write_split_file
 from perception.errors import ConfigError, DataError
 from perception.evaluation.detection import evaluate_boxes, evaluate_submission, load_tables, split_tokens
 from perception.types import FrameObjects, Polylines
@@ -105,6 +105,11 @@ def shortest(keyframes: Keyframes, first, second) -> float:
     location = dict(zip(keyframes.scene_name, keyframes.location, strict=True))
     pairs = [(a, b) for a, b in itertools.product(first, second) if location[a] == location[b]]
     return min((np.linalg.norm(xy[a][:, None] - xy[b], axis=-1).min() for a, b in pairs), default=np.inf)
+
+
+def test_official_splits_are_those_of_the_devkit():
+    assert all(map(is_official, ("train", "val", "test", "mini_train", "mini_val", "train_detect", "train_track")))
+    assert not any(map(is_official, ("my_val", "val.txt", "town_val", Path("val.txt"), "Val")))
 
 
 def test_is_split_file():

@@ -152,3 +152,26 @@ def test_result_as_json_and_as_table():
     assert set(record["boxes"]) == set(BOX_CLASSES)
     lines = result.table().splitlines()
     assert lines[1].split() == ["car", "0.500", "m", "1.000", "1"]
+
+
+def test_the_limits_of_what_is_compared():
+    def divider(y):
+        return {"lines": [(0, global_line(y, -20, 20), 0.9)]}
+
+    assert stability(divider(0.0), divider(1.49)).all_lines.pairs == 1
+    assert stability(divider(0.0), divider(1.51)).all_lines.pairs == 0
+    car = (0, 110.0, 52.0, STILL)
+    assert stability({"boxes": [(*car, 0.9)]}, {"boxes": [(*car, 0.301)]}).all_boxes.pairs == 1
+    assert stability({"boxes": [(*car, 0.9)]}, {"boxes": [(*car, 0.299)]}).all_boxes.pairs == 0
+    # Boxes count below 50 m: the ego stands still, and the first box is exactly so far ahead.
+    still = {"a": np.eye(4), "b": np.eye(4)}
+    far, near = (scene("a")._replace(boxes=scene("a", boxes=[(0, 0.0, 0.0, STILL, 0.9)]).boxes) for _ in range(2))
+    far.boxes.center[0], near.boxes.center[0] = torch.tensor([30.0, 40.0, 1.0]), torch.tensor([30.0, 39.9, 1.0])
+    for objects, pairs in ((far, 0), (near, 1)):
+        result = evaluate_stability({"a": objects, "b": objects}, [["a", "b"]], still, SECONDS)
+        assert result.all_boxes.pairs == pairs
+
+
+def test_what_is_missing_is_a_dash_in_the_table():
+    text = stability({}, {"boxes": [(0, 110.0, 52.0, STILL, 0.9)]}).table().splitlines()
+    assert [line.split()[2:] for line in text[1:]] == [["-", "0.000", "0"], ["-", "-", "0"]]

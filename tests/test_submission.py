@@ -186,6 +186,7 @@ def test_larger_range_and_other_protocol_change_ground_truth_and_thresholds(hand
         assert lanes["operating_points"]["divider"]["bins"][-1]["near"] == 50
 
 
+@pytest.mark.slow
 def test_weights_leave_submissions_and_name_the_protocol(hand_root, tmp_path):
     """The script as people run it: with a config and weights, then on what that left behind."""
     small = dict(image_size=(64, 96), grid=(20, 20), channels=16, depth_bins=8, backbone_stages=2, decoder_layers=2)

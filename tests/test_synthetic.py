@@ -92,6 +92,7 @@ def tree_hash(root: Path) -> dict[str, str]:
     return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
+@pytest.mark.slow
 def test_same_seed_same_bytes_with_any_number_of_workers(tmp_path):
     common = dict(scenes=2, keyframes=2, image_size=(32, 56), sweeps=True)
     simulate(tmp_path / "one", seed=3, workers=1, **common)
@@ -115,6 +116,7 @@ def test_same_seed_same_bytes_with_any_number_of_workers(tmp_path):
     assert len(other & set(one.values())) <= 5  # the tables that are equal in all datasets, the empty map image
 
 
+@pytest.mark.slow
 def test_rare_classes_become_frequent():
     def count(rare):
         actors = [a for i in range(4) for a in scene_district(5, i, keyframes=4, rare=rare).actors]
@@ -299,6 +301,7 @@ def test_threads_do_not_write_one_folder_at_once(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["town"]
 
 
+@pytest.mark.slow
 def test_interrupted_run_leaves_nothing(tmp_path):
     script = Path(__file__).resolve().parent.parent / "scripts" / "simulate.py"
     out = tmp_path / "town"
@@ -552,6 +555,7 @@ def test_far_ground_has_the_mean_colour():
     assert (ground.materials(x + np.float32(0.3), y) == Material.ASPHALT).all()
 
 
+@pytest.mark.slow
 def test_another_rig(tmp_path):
     """The devkit reads rigs other than nuScenes' with the right number, directions and focal lengths of cameras."""
     for name, rig, count in (("five", FIVE_CAMERAS, 5), ("eight", EIGHT_CAMERAS, 8)):
@@ -570,6 +574,7 @@ def test_another_rig(tmp_path):
             assert np.asarray(Image.open(tmp_path / name / record["filename"])).std() > 5
 
 
+@pytest.mark.slow
 def test_a_longer_focal_length_magnifies_the_centre():
     """The enlarged centre of a wide-angle image equals the narrow image from the same position."""
     district = scene_district(SEED, 0, KEYFRAMES)

@@ -61,6 +61,13 @@ def test_a_long_diagonal_has_no_gaps():
     assert found.nonzero().tolist() == [[i + 15, i] for i in range(30)]
 
 
+def test_a_short_line_is_sampled_at_a_quarter_of_a_cell():
+    grid = BEVGrid((0.0, 4.0), (0.0, 4.0), (4, 4))
+    line = np.array([[0.66, 1.01], [1.006, 0.664]])  # 0.49 m, of which 0.47 m in cell (0, 0), where no end is
+    found = draw_bev_segmentation(polylines([line], [0], [True]), grid, 1)[0, 0]
+    assert found.nonzero().tolist() == [[0, 0], [0, 1], [1, 0]]
+
+
 def test_orderings_are_both_directions_of_a_line_and_all_turns_of_a_ring():
     open_line = np.array([[0.0, 0], [1, 0], [3, 1], [4, 4], [9, 9]])
     ring = np.array([[0.0, 0], [4, 0], [4, 2], [1, 3], [0, 0]])

@@ -98,7 +98,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from perception.export.progress import stage
     from perception.export.quantize import KINDS
     from perception.export.tensorrt import build_engines, gpus_of
-    from perception.models.checkpoint import load_model
+    from perception.models.checkpoint import load_model, read_provenance
+    from perception.models.provenance import weights_of
     from perception.synthetic import VERSION, simulate
     from perception.synthetic.sensors import EIGHT_CAMERAS, FIVE_CAMERAS, SIX_CAMERAS, Mounting
 
@@ -151,6 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 network, arguments.out, cameras=arguments.cameras, raw_size=images.sizes,
                 image_format=images.image_format, precision=arguments.precision, for_cpu=for_cpu,
                 calibration=calibration, progress=True,
+                weights=weights_of(arguments.checkpoint, read_provenance(arguments.checkpoint)),
             )  # fmt: skip
         backends = ["onnxruntime", *dict.fromkeys(arguments.also)]
         if arguments.format != "onnx":

@@ -1,19 +1,25 @@
-"""Runs inference on one sample, draws the result with the ground truth, and writes boxes and lines as JSON."""
+"""Runs inference on a recording of cameras, or on one sample of a dataset, and writes and draws the result."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from perception.cli import command_parser, number, output_file
 
 EXAMPLE = """examples:
+  perception predict --images drive.mcap --out out/drive --write jsonl,mp4,rrd
+  perception predict --images front.mp4 left.mp4 right.mp4 --rig rig.yaml --out out/drive
+  perception predict --images images/ --rig rig.yaml --poses poses.txt --out out/drive --write pictures
   perception predict --dataroot out/town --version v1.0-synthetic --split town_try --sample TOKEN \\
       --out out/sample.png --json out/sample.json
   perception predict --info sample.json --map-vectors map_vectors.json --out out/sample.png
   perception predict --info data/kitti/kitti_infos_val.pkl --sample 8 --data-prefix training/image_2 --out out/8.png
 
-A sample of a dataset is predicted with the temporal memory of its scene, a sample of an info file without memory.
+A recording is a folder of images, videos (one per camera), a ROS bag, a drive of KITTI raw, or a nuScenes-format
+dataset. A sample of a dataset is predicted with the temporal memory of its scene, a sample of an info file without
+memory.
 """
 
 
@@ -159,28 +165,120 @@ def count_matches(scene, gt) -> tuple[int, int]:
     return boxes, int(matches.hit.sum())
 
 
+def predict_recording(arguments) -> None:
+    """Predicts the frames of a recording, writes them into a folder, and prints a table."""
+    from perception.inference.live import NO_MEMORY
+    from perception.inference.predictor import Predictor
+    from perception.recordings import open_recording
+    from perception.recordings.outputs import FILES, parsed_formats, write_predictions
+
+    formats = parsed_formats(arguments.write)
+    names = ("fps", "start", "poses", "pose_topic", "reference", "base_frame", "base_height", "version", "scene")
+    given = {name: getattr(arguments, name) for name in names}
+    recording = open_recording(arguments.images, arguments.rig, streams=streams(arguments.cameras), **given)
+    plan = recording.plan(
+        reference=arguments.reference, tolerance=arguments.tolerance, rate=arguments.rate, count=arguments.frames
+    )
+    predictor = Predictor(
+        arguments.checkpoint, arguments.device, min_score=arguments.min_score, min_seen=arguments.min_seen
+    )
+    notes = list(recording.notes)
+    provenance = predictor.provenance
+    if provenance is not None and provenance.is_generated and arguments.version != provenance.versions[0]:
+        notes.insert(0, "the weights were trained on generated scenes only and are of no use on real images")
+    with caught() as found:
+        summary = write_predictions(
+            predictor, recording, arguments.out, plan=plan, formats=formats, note=notes[0] if notes else "",
+            progress=True,
+        )  # fmt: skip
+    known = NO_MEMORY.format(reason="no pose was given")  # said below in the words of the command line
+    notes += [sentence for sentence in found if sentence != known]
+    print(f"{'camera':24s}{'frames':>8s}")
+    for camera, count in summary.images.items():
+        print(f"{camera:24s}{count:>8d}")
+    rows = {"all": summary.frames, "with memory": summary.with_memory, "without a pose": summary.without_pose}
+    for name, count in rows.items():
+        print(f"{name:24s}{count:>8d}")
+    print(f"{summary.boxes} boxes and {summary.lines} lines of score {arguments.min_score:g} or more")
+    for format in formats:
+        print(f"wrote {arguments.out / FILES[format]}")
+    print(f"weights: {provenance or 'their file does not say what they were trained on'}")
+    if recording.trajectory is None:
+        notes.append("the recording has no odometry: give --poses, or every frame stands for itself, without memory")
+    elif summary.without_pose:
+        notes.append(
+            f"the pose of {summary.without_pose} frames is not known, and they stand for themselves, without memory: "
+            f"poses are those of {recording.trajectory.source}"
+        )
+    for note in notes:
+        print(f"note: {note}")
+
+
+@contextmanager
+def caught() -> Iterator[list[str]]:
+    """Yields a list that holds the sentences of the PerceptionWarnings of the block after it; others are passed on."""
+    import warnings
+
+    from perception.errors import PerceptionWarning
+
+    sentences: list[str] = []
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always", PerceptionWarning)
+        yield sentences
+    for warning in found:
+        if issubclass(warning.category, PerceptionWarning):
+            sentences.append(str(warning.message))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    sentences[:] = dict.fromkeys(sentences)
+
+
+def streams(texts: Sequence[str] | None) -> dict[str, str]:
+    """The topic, folder or file by camera of `--cameras`."""
+    from perception.errors import ConfigError
+
+    found = {}
+    for text in texts or ():
+        camera, equals, label = text.partition("=")
+        if not (camera and equals and label):
+            raise ConfigError(f"--cameras has {text!r}; give CAMERA=TOPIC, CAMERA=FOLDER or CAMERA=FILE")
+        found[camera] = label
+    return found
+
+
+# Options by the source that they belong to.
+OWN = {
+    "images": ("rig", "write", "cameras", "poses", "pose_topic", "reference", "tolerance", "rate", "frames", "fps",
+               "start", "base_frame", "base_height", "scene", "version", "device"),
+    "dataroot": ("version", "split", "sample", "json"),
+    "info": ("sample", "index", "data_prefix", "map_vectors", "json"),
+}  # fmt: skip
+DEFAULTS = {"write": "jsonl,pictures,mp4", "tolerance": 0.05, "device": "cpu"}
+
+
+def check_options(arguments) -> str:
+    """Returns the source, after checking that all other options belong to it; fills in the defaults of its options."""
+    from perception.errors import ConfigError
+
+    source = next(name for name in OWN if getattr(arguments, name))
+    for name in dict.fromkeys(name for names in OWN.values() for name in names):
+        if name not in OWN[source] and getattr(arguments, name) is not None:
+            owners = " or ".join(f"--{owner}" for owner, names in OWN.items() if name in names)
+            raise ConfigError(f"--{name.replace('_', '-')} belongs to {owners}; leave it out")
+    for name, value in DEFAULTS.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    return source
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     from perception.inference.visibility import MIN_SEEN
 
     parser = command_parser("predict", __doc__, EXAMPLE)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--dataroot", type=Path, help="nuScenes-format dataset")
-    source.add_argument("--info", type=Path, help="info file of mmdet3d v1.1, .pkl or JSON")
-    parser.add_argument("--version", help="folder of tables of the dataset")
-    parser.add_argument("--split", help="split that holds the sample")
-    parser.add_argument(
-        "--sample",
-        help="token (default: the last sample of the split); with --info the token or sample_idx of an entry",
-    )
-    parser.add_argument("--index", type=number(int, 0), help="with --info: number of the entry (default: 0)")
-    parser.add_argument(
-        "--data-prefix",
-        nargs="+",
-        metavar="[CAMERA=]FOLDER",
-        help="with --info: where the images are, as in mmdet3d's data_prefix, relative to the info file (default: next "
-        "to it, or where nuScenes, KITTI and Waymo have them)",
-    )
-    parser.add_argument("--map-vectors", type=Path, help="with --info: JSON of global polylines, drawn as ground truth")
+    source.add_argument("--images", nargs="+", type=Path, metavar="PATH", help="a recording, see below")
+    source.add_argument("--dataroot", type=Path, help="one sample of a nuScenes-format dataset")
+    source.add_argument("--info", type=Path, help="one entry of an info file of mmdet3d v1.1, .pkl or JSON")
     parser.add_argument(
         "--checkpoint",
         default="nano",
@@ -195,23 +293,74 @@ def main(argv: Sequence[str] | None = None) -> None:
         default=MIN_SEEN,
         help="share of a box or line that a camera must see, or have seen before (default: %(default)s)",
     )
-    parser.add_argument("--out", type=output_file("--out"), required=True, help="picture to write, .png")
-    parser.add_argument("--json", type=output_file("--json"), help="file for the predicted boxes and lines, ego frame")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder to create, with --images; else the picture to write, .png"
+    )
+    recorded = parser.add_argument_group("with --images")
+    recorded.add_argument(
+        "--rig", help="rig file, or the name of a rig of the library (default: that of the recording)"
+    )
+    recorded.add_argument(
+        "--write",
+        metavar="FORMATS",
+        help=f"some of jsonl,pictures,mp4,rrd,mcap (default: {DEFAULTS['write']})",
+    )
+    recorded.add_argument(
+        "--cameras", nargs="+", metavar="CAMERA=STREAM", help="topic, folder or file of cameras, if names do not tell"
+    )
+    recorded.add_argument("--poses", type=Path, help="trajectory file: lines of time x y z qx qy qz qw")
+    recorded.add_argument("--pose-topic", help="bags: topic of the odometry (default: the one there is), or /tf")
+    recorded.add_argument(
+        "--reference", metavar="STREAM", help="camera, or topic, whose times are those of the frames (default: slowest)"
+    )
+    recorded.add_argument(
+        "--tolerance",
+        type=number(float, 0, 10),
+        help=f"seconds between the images of a frame and its time (default: {DEFAULTS['tolerance']})",
+    )
+    recorded.add_argument("--rate", type=number(float, 1e-3, 1000), help="frames per second (default: all)")
+    recorded.add_argument("--frames", type=number(int, 1), help="at most so many frames")
+    recorded.add_argument("--fps", type=number(float, 1e-3, 1000), help="folders, videos: images per second")
+    recorded.add_argument("--start", type=number(float, 0), help="folders, videos: seconds of the first image")
+    recorded.add_argument("--base-frame", help="bags: the vehicle frame (default: base_link)")
+    recorded.add_argument(
+        "--base-height", type=number(float, -10, 10), help="bags: metres of the vehicle frame above the ground"
+    )
+    recorded.add_argument("--scene", help="nuScenes format: name of the scene (default: the first)")
+    recorded.add_argument("--device", help=f"such as cpu or cuda (default: {DEFAULTS['device']})")
+    sample = parser.add_argument_group("with --dataroot or --info")
+    sample.add_argument("--version", help="folder of tables of the dataset")
+    sample.add_argument("--split", help="split that holds the sample")
+    sample.add_argument(
+        "--sample",
+        help="token (default: the last sample of the split); with --info the token or sample_idx of an entry",
+    )
+    sample.add_argument("--index", type=number(int, 0), help="with --info: number of the entry (default: 0)")
+    sample.add_argument(
+        "--data-prefix",
+        nargs="+",
+        metavar="[CAMERA=]FOLDER",
+        help="with --info: where the images are, as in mmdet3d's data_prefix, relative to the info file (default: next "
+        "to it, or where nuScenes, KITTI and Waymo have them)",
+    )
+    sample.add_argument("--map-vectors", type=Path, help="with --info: JSON of global polylines, drawn as ground truth")
+    sample.add_argument("--json", type=output_file("--json"), help="file for the predicted boxes and lines, ego frame")
     arguments = parser.parse_args(argv)
 
     from perception.errors import ConfigError
-    from perception.files import check_dataset, replacing, write_json
+    from perception.files import check_dataset, check_writable, replacing, write_json
 
+    kind = check_options(arguments)
+    check_writable("--out", arguments.out, folder=kind == "images")
+    if kind == "images":
+        predict_recording(arguments)
+        return
     if arguments.out.suffix.lower() != ".png":
         raise ConfigError(f"--out {arguments.out}: the picture is a PNG; give a name that ends in .png")
     if arguments.dataroot:
         if missing := [name for name in ("version", "split") if getattr(arguments, name) is None]:
             raise ConfigError(f"--{missing[0]} is missing: with --dataroot give --version and --split too")
         check_dataset(arguments.dataroot, arguments.version)
-    for name in ("index", "data_prefix", "map_vectors") if arguments.dataroot else ("version", "split"):
-        if getattr(arguments, name) is not None:
-            owner = "--info" if arguments.dataroot else "--dataroot"
-            raise ConfigError(f"--{name.replace('_', '-')} belongs to {owner}; leave it out")
     if arguments.index is not None and arguments.sample is not None:
         raise ConfigError("--index and --sample both choose the entry of the info file; leave one out")
 

@@ -1,4 +1,4 @@
-"""Generates a dataset of the synthetic town in nuScenes format."""
+"""Generates scenes of the synthetic town: a dataset in nuScenes format, or recordings as a vehicle makes them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from perception.cli import command_parser
+from perception.cli import command_parser, number
 from perception.files import check_writable, write_json
 
-EXAMPLE = """example:
+EXAMPLE = """examples:
   perception simulate --out data/town --scenes 20 --seed 7 --image-size 256x448
+  perception simulate --out data/fisheye --scenes 4 --seed 7 --rig surround_fisheye --scale 0.5
+  perception simulate --out data/bags --scenes 2 --seed 7 --sweeps --format bag
 """
+FORMATS = ("nuscenes", "bag", "sqlite-bag", "ros1-bag", "video", "folder")
 
 
 def image_size(text: str) -> tuple[int, int]:
@@ -58,8 +61,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the whole dataset (default: %(default)s)")
     parser.add_argument("--keyframes", type=int, default=10, help="keyframes per scene (default: %(default)s)")
     parser.add_argument("--rate", type=int, default=2, help="keyframes per second (default: 2, as nuScenes has)")
+    parser.add_argument("--image-size", type=image_size, metavar="HxW", help="pixels (default: 256x448)")
     parser.add_argument(
-        "--image-size", type=image_size, default=(256, 448), metavar="HxW", help="pixels (default: 256x448)"
+        "--rig",
+        help="rig file, or the name of a rig of the library, whose cameras are rendered (default: about nuScenes')",
+    )
+    parser.add_argument(
+        "--scale", type=number(float, 0.01, 4), help="with --rig: factor of the image sizes that it names (default: 1)"
     )
     parser.add_argument("--split", default="town_val", help="name of the split in splits.json (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=None, help="processes (default: all CPU cores)")
@@ -71,27 +79,45 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="0..1",
         help="more of the rare classes: trucks, buses, trailers, cycles, work sites (default: 0)",
     )
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="nuscenes",
+        help="bags of ROS 2 (MCAP or SQLite) or ROS 1, or for each scene a folder of videos or images with calibration "
+        "and poses (default: %(default)s)",
+    )
     parser.add_argument("--json", type=Path, default=None, help="write the summary to this file as well")
     args = parser.parse_args(argv)
 
-    from perception.synthetic import simulate
+    from perception.errors import ConfigError
+    from perception.files import scratch_folder
+    from perception.recordings.convert import check_convertible, convert_dataset
+    from perception.rigs import Rig
+    from perception.synthetic import VERSION, simulate
+    from perception.synthetic.sensors import SIX_CAMERAS
 
+    if args.rig and args.image_size:
+        raise ConfigError("--image-size: the rig has the size of each camera's images; give --scale to change them")
+    if args.scale and not args.rig:
+        raise ConfigError("--scale belongs to --rig; give --image-size instead")
+    rig = Rig.load(args.rig).scaled(args.scale or 1) if args.rig else SIX_CAMERAS
     if args.json:
         check_writable("--json", args.json)
     start = time.perf_counter()
-    simulate(
-        args.out,
-        scenes=args.scenes,
-        seed=args.seed,
-        keyframes=args.keyframes,
-        rate=args.rate,
-        image_size=args.image_size,
-        split=args.split,
-        workers=args.workers,
-        sweeps=args.sweeps,
-        rare=args.rare,
-    )
-    summary = summarise(args.out, time.perf_counter() - start)
+    settings = {
+        "scenes": args.scenes, "seed": args.seed, "keyframes": args.keyframes, "rate": args.rate,
+        "image_size": args.image_size or (256, 448), "split": args.split, "workers": args.workers,
+        "sweeps": args.sweeps, "rare": args.rare, "rig": rig,
+    }  # fmt: skip
+    if args.format == "nuscenes":
+        simulate(args.out, **settings)
+        summary = summarise(args.out, time.perf_counter() - start)
+    else:
+        check_convertible(args.format, args.out)
+        with scratch_folder("town") as scratch:
+            simulate(scratch / "town", **settings)
+            convert_dataset(scratch / "town", VERSION, args.out, args.format)
+            summary = summarise(scratch / "town", time.perf_counter() - start)
     for name in ("scenes", "keyframes", "pictures"):
         print(f"{name:24s}{summary[name]:>10d}")
     for name, count in summary["boxes"].items():

@@ -33,6 +33,7 @@ from perception.data.tables import TABLES
 from perception.errors import DataError, PerceptionWarning
 from perception.files import replacing
 from perception.geometry import invert_rigid, rigid_from_quaternion, rigid_from_yaw, yaw_from_rotation
+from perception.rigs.rig import RIG_FILE, Rig
 from perception.types import ATTRIBUTES, BOX_CLASSES, LaneRange, MapLine
 
 _building = threading.Lock()
@@ -43,6 +44,7 @@ ALIGNED = 64  # bytes: the start of each array
 KEPT_HASH = 1 << 24  # bytes of a file whose hash is kept
 SETTLED_NS = 2_000_000_000  # since the last change of such a file
 
+SAME_POSE = 0.05  # metres and radians between the tables, which count, and a rig file; calibrations of cars differ
 AT_ONCE = 50_000  # boxes whose matrices are in memory
 MAX_SECONDS = 1.5  # between boxes whose distance gives a velocity, as in the devkit
 WIDE_MARGIN = LaneRange(24.0, 30.0)  # metres that the range of `wide_lines` is larger
@@ -72,7 +74,11 @@ class Lines(NamedTuple):
 
 
 class Index(NamedTuple):
-    """Poses, calibration, boxes and lines of S samples in scene order, with N cameras."""
+    """Poses, calibration, boxes and lines of S samples in scene order, with N cameras.
+
+    If a rig file lies beside the tables, `img_from_cam` of a camera with distortion is that of the pinhole which agrees
+    with it near the optical axis.
+    """
 
     token: np.ndarray  # [S] bytes
     timestamp_us: np.ndarray  # [S] int64 of LIDAR_TOP: the reference time
@@ -197,7 +203,7 @@ def _content_hash(
     facts = [version, wanted, *cameras, str(lane_range), package_version("nuscenes-devkit"), package_version("shapely")]
     digest.update(json.dumps(facts).encode())
     files = [dataroot / version / f"{table}.json" for table in TABLES]
-    files += [path for path in [dataroot / version / "splits.json"] if path.is_file()]
+    files += [path for name in ("splits.json", RIG_FILE) if (path := dataroot / version / name).is_file()]
     files += sorted(path for path in (dataroot / "maps" / "expansion").glob("*.json") if path.is_file())
     code = [
         Path(__file__),
@@ -369,6 +375,11 @@ def _samples(checked: TableCheck, samples: np.ndarray, cameras: tuple[str, ...],
             paths[i][k] = files.path[number]
         sizes[at, k] = files.size[found]
         img_from_cam[at, k] = checked.intrinsics[calibration]
+        if checked.rig is not None and len(found):
+            kinds = np.unique(np.column_stack([calibration, files.size[found]]), axis=0)
+            for row, height, width in kinds.tolist():
+                model = _checked_model(folder, checked.rig, camera, (height, width), calibrations[row])
+                img_from_cam[at[calibration == row], k] = model
         ego_from_cam[at, k] = invert_rigid(global_from_ego[at]) @ files.poses(found) @ calibrations[calibration]
     return {
         "timestamp_us": files.time[lidar],
@@ -379,6 +390,33 @@ def _samples(checked: TableCheck, samples: np.ndarray, cameras: tuple[str, ...],
         "img_from_cam": img_from_cam,
         "ego_from_cam": ego_from_cam,
     }
+
+
+def _checked_model(
+    folder: Path, rig: Rig, name: str, image_size: tuple[int, int], ego_from_cam: np.ndarray
+) -> np.ndarray:
+    """Returns img_from_cam [3, 3] of a camera of the rig file after comparing it with the tables.
+
+    Raises:
+        DataError: the rig has no such camera, or it is for images of another size, or has another pose.
+    """
+    if name not in rig.names:
+        raise DataError(
+            f"{folder / RIG_FILE} has no camera {name}, which sample_data.json has; add it, or delete the file"
+        )
+    camera = rig[name]
+    if camera.image_size != image_size:
+        (H, W), (given_H, given_W) = camera.image_size, image_size
+        raise DataError(
+            f"{folder / RIG_FILE}: camera {name} has images of {W} x {H} pixels (width x height), and sample_data.json "
+            f"of {given_W} x {given_H}; correct one of them"
+        )
+    if np.abs(camera.ego_from_cam - ego_from_cam).max() > SAME_POSE:
+        raise DataError(
+            f"{folder / RIG_FILE}: camera {name} has another pose than in calibrated_sensor.json, by up to "
+            f"{np.abs(camera.ego_from_cam - ego_from_cam).max():.2g} in an element of the matrix; correct one of them"
+        )
+    return camera.model.img_from_cam
 
 
 def _boxes(checked: TableCheck, samples: np.ndarray, global_from_ego: np.ndarray) -> dict[str, np.ndarray]:

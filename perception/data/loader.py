@@ -95,7 +95,7 @@ def pad_lines(lines: Sequence[Sequence[MapLine]], points_per_line: int, count: i
     stacked = []
     for frame_lines in lines:
         count_in_frame = len(frame_lines)
-        points = np.zeros((count_in_frame, points_per_line, 2), dtype=np.float32)
+        points = np.empty((count_in_frame, points_per_line, 2), dtype=np.float32)
         for row, line in zip(points, frame_lines, strict=True):
             row[:] = resample_polyline(line.points, points_per_line)
         closed = [len(line.points) > 2 and np.array_equal(line.points[0], line.points[-1]) for line in frame_lines]

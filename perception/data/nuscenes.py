@@ -15,11 +15,14 @@ from perception.data.augment import Augment
 from perception.data.index import Index, concatenate, ego_from_patch, lines_around, load_index
 from perception.data.lane_map import LaneMap
 from perception.data.lane_topology import Centerlines
-from perception.data.loader import ClipRequest, decode_image, pad_boxes, pad_lines
-from perception.errors import PerceptionWarning
+from perception.data.loader import ClipRequest, decode_image, open_image, pad_boxes, pad_lines
+from perception.data.tables import read_rig
+from perception.errors import DataError, PerceptionWarning
 from perception.geometry import invert_rigid, yaw_from_rotation
 from perception.inference.ego_motion import MAX_GAP, interrupted
-from perception.rigs.coverage import CUT_FIRST, fitted_coverage
+from perception.rigs.coverage import CUT_FIRST, SEE_TABLE, fitted_coverage
+from perception.rigs.rig import RIG_FILE, Rig
+from perception.rigs.virtual import VirtualCamera, VirtualRig, chosen_pinholes
 from perception.types import (
     BOX_CLASSES,
     DEFAULT_LANE_RANGE,
@@ -46,6 +49,9 @@ class NuScenesDataset(Dataset):
     gap of more than 2 s or a jump of the pose. Index it with a `ClipRequest` to get a longer clip for training, which
     may leave keyframes out.
 
+    A rig file `rig.yaml` beside the tables describes cameras with distortion, which the tables cannot. The images of
+    clips are then those of its virtual pinholes, as in `Predictor(rig=...)`, and `cameras` names them.
+
     Lines of clips follow the MapTR protocol: a patch of `lane_range`, centred at LIDAR_TOP.
 
     Args:
@@ -54,7 +60,8 @@ class NuScenesDataset(Dataset):
         split: an official split, one of `<version>/splits.json`, or a file of scene names: a Path, or text that ends in
             `.json` or `.txt` or contains a `/` (see `perception.data.splits`). Every root must have the file's scenes.
         image_size: height and width of the images; images of other sizes are fitted, see `fit_image`.
-        cameras: channels, in order. A camera that a sample lacks is marked as not present.
+        cameras: channels, in order; None for those of the rig file, or else nuScenes' six. A camera that a sample
+            lacks is marked as not present.
         points_per_line: P of the ground-truth lines.
         lane_range: extent of the ground-truth lines.
         cache_dir: folder of the index cache, see `load_index`.
@@ -62,7 +69,8 @@ class NuScenesDataset(Dataset):
 
     Raises:
         ConfigError: the augmentation moves the ego frame beyond the lines in the index.
-        DataError: a file or field is missing or malformed, here or when an item is read.
+        DataError: a file or field is missing or malformed, here or when an item is read; or the rig files of several
+            roots differ.
 
     Warns:
         PerceptionWarning: the boxes or times are implausible, or resizing to `image_size` cuts off the horizon or most
@@ -78,7 +86,7 @@ class NuScenesDataset(Dataset):
         split: str | Path,
         *,
         image_size: tuple[int, int],
-        cameras: Sequence[str] = NUSCENES_CAMERAS,
+        cameras: Sequence[str] | None = None,
         points_per_line: int = 20,
         lane_range: LaneRange = DEFAULT_LANE_RANGE,
         cache_dir: str | Path | None = None,
@@ -86,19 +94,23 @@ class NuScenesDataset(Dataset):
     ) -> None:
         roots = [Path(root) for root in ([dataroot] if isinstance(dataroot, str | Path) else dataroot)]
         cache = None if cache_dir is None else Path(cache_dir)
-        indices = [load_index(root, version, split, tuple(cameras), lane_range, cache) for root in roots]
+        rig = _common_rig(roots, version)
+        channels = tuple(cameras or (rig.names if rig else NUSCENES_CAMERAS))
+        indices = [load_index(root, version, split, channels, lane_range, cache) for root in roots]
+        size = (image_size[0], image_size[1])
+        self.virtual_rig = chosen_pinholes(Rig([rig[name] for name in channels]), size) if rig else None
         for root, part in zip(roots, indices, strict=True):
             _warn_if_implausible(part, root / version)
-            _warn_of_lost_views(part, root / version, tuple(cameras), (image_size[0], image_size[1]))
+            _warn_of_lost_views(part, root / version, channels, self.virtual_rig or size)
         self._index = index = concatenate(indices, roots)
         self.roots, self.version, self.split = tuple(roots), version, split
-        self.image_size = (image_size[0], image_size[1])
+        self.image_size = size
         self.points_per_line = points_per_line
         self.lane_range = lane_range
         if augment is not None:
             augment.check_reach(lane_range)
         self.augment = augment
-        self.cameras = tuple(cameras)
+        self.cameras = _image_names(self.virtual_rig) if self.virtual_rig else channels
         self._lane_maps: dict[bytes, LaneMap] = {}  # by file, read on first use
         self.max_boxes = int(np.diff(index.box_offset).max())
         self.max_lines = int(np.diff(index.lines.sample_offset).max())
@@ -232,12 +244,15 @@ class NuScenesDataset(Dataset):
         is_first = (previous < 0) | interrupted(ego_from_prev, np.where(previous < 0, 0.0, seconds))
         ego_from_prev[is_first], seconds[is_first] = np.eye(4), 0.0
         images, img_from_cam = zip(*(self._images(i) for i in samples), strict=True)
-        present = np.char.str_len(index.image_path[samples]) > 0
+        present, ego_from_cam = np.char.str_len(index.image_path[samples]) > 0, index.ego_from_cam[samples]
+        if self.virtual_rig is not None:
+            sources, source_from_pinhole = _mounting(self.virtual_rig)
+            present, ego_from_cam = present[:, sources], ego_from_cam[:, sources] @ source_from_pinhole
         return Frame(
             images=torch.stack(images),  # [T, N, 3, H, W]
             rig=CameraRig(
                 img_from_cam=torch.from_numpy(np.stack(img_from_cam)).float(),  # [T, N, 3, 3]
-                ego_from_cam=torch.from_numpy(index.ego_from_cam[samples]).float(),  # [T, N, 4, 4]
+                ego_from_cam=torch.from_numpy(ego_from_cam).float(),  # [T, N, 4, 4]
                 present=torch.from_numpy(present),  # [T, N]
             ),
             ego_from_prev=torch.from_numpy(ego_from_prev).float(),  # [T, 4, 4]
@@ -248,6 +263,8 @@ class NuScenesDataset(Dataset):
     def _images(self, i: int) -> tuple[torch.Tensor, np.ndarray]:
         """Decodes the images of all cameras of one sample: [N, 3, H, W] uint8, and img_from_cam [N, 3, 3]."""
         index = self._index
+        if self.virtual_rig is not None:
+            return self._pinhole_images(i, self.virtual_rig)
         images = torch.zeros(len(self.cameras), 3, *self.image_size, dtype=torch.uint8)
         img_from_cam = index.img_from_cam[i].copy()
         for camera, path in enumerate(index.image_path[i]):
@@ -257,6 +274,61 @@ class NuScenesDataset(Dataset):
                     os.fsdecode(path), img_from_cam[camera], self.image_size, (height, width)
                 )
         return images, img_from_cam
+
+    def _pinhole_images(self, i: int, rig: VirtualRig) -> tuple[torch.Tensor, np.ndarray]:
+        """As `_images`, of the pinholes that stand for the cameras of a rig file."""
+        index = self._index
+        images = torch.zeros(len(rig), 3, *self.image_size, dtype=torch.uint8)
+        img_from_cam = rig.camera_rig().img_from_cam
+        raw: dict[str, np.ndarray] = {}  # the last decoded image; the pinholes of a camera follow each other
+        for n, (camera, source) in enumerate(zip(rig.cameras, _mounting(rig)[0], strict=True)):
+            path, name = os.fsdecode(index.image_path[i, source]), camera.source.name
+            if not path:
+                continue
+            if camera.is_unchanged:
+                images[n], img_from_cam[n] = decode_image(
+                    path, index.img_from_cam[i, source], self.image_size, camera.image_size
+                )
+                continue
+            if name not in raw:
+                with open_image(path, camera.source.image_size) as image:
+                    raw = {name: np.asarray(image.convert("RGB"))}
+            images[n] = torch.from_numpy(camera.table(raw[name])).permute(2, 0, 1)
+        return images, img_from_cam
+
+
+def _common_rig(roots: Sequence[Path], version: str) -> Rig | None:
+    """Reads the rig file of several roots, whose frames must have the same cameras."""
+    rigs = [read_rig(root / version) for root in roots]
+    for root, rig in zip(roots, rigs, strict=True):
+        if _rig_numbers(rig) != _rig_numbers(rigs[0]):
+            raise DataError(
+                f"{root / version} and {roots[0] / version} have different cameras in {RIG_FILE}; give roots of one rig"
+            )
+    return rigs[0]
+
+
+def _rig_numbers(rig: Rig | None) -> list[tuple]:
+    return [(c.name, c.image_size, c.model, c.lens_angle, c.ego_from_cam.tobytes()) for c in rig or ()]
+
+
+def _image_names(rig: VirtualRig) -> tuple[str, ...]:
+    """The name of each pinhole: that of its camera, with a number if several stand for it."""
+    of_camera: dict[str, list[VirtualCamera]] = {}
+    for camera in rig.cameras:
+        of_camera.setdefault(camera.source.name, []).append(camera)
+    return tuple(
+        name if len(cameras) == 1 else f"{name} {k + 1}/{len(cameras)}"
+        for name, cameras in of_camera.items()
+        for k in range(len(cameras))
+    )
+
+
+def _mounting(rig: VirtualRig) -> tuple[list[int], np.ndarray]:
+    """The number of each pinhole's camera, and source_from_pinhole [N, 4, 4]."""
+    sources = [rig.rig.names.index(camera.source.name) for camera in rig.cameras]
+    poses = [invert_rigid(camera.source.ego_from_cam) @ camera.ego_from_cam for camera in rig.cameras]
+    return sources, np.stack(poses)
 
 
 def _warn_if_implausible(index: Index, tables: Path) -> None:
@@ -283,11 +355,21 @@ def _warn_if_implausible(index: Index, tables: Path) -> None:
         )
 
 
-def _warn_of_lost_views(index: Index, tables: Path, cameras: tuple[str, ...], image_size: tuple[int, int]) -> None:
-    """Warns if fitting the images cuts off the horizon or most of the ground, in the first sample with all cameras."""
+def _warn_of_lost_views(
+    index: Index, tables: Path, cameras: tuple[str, ...], network: tuple[int, int] | VirtualRig
+) -> None:
+    """Warns if fitting the images cuts off the horizon or most of the ground, in the first sample with all cameras.
+
+    Args:
+        network: height and width of its images, or the pinholes that it sees.
+    """
+    if isinstance(network, VirtualRig):
+        if finding := network.coverage().finding(SEE_TABLE):
+            warnings.warn(f"{tables / RIG_FILE}: {finding}", PerceptionWarning, stacklevel=3)
+        return
     present = index.image_path != b""
     i = int(present.sum(1).argmax())
     rig = NumpyCameraRig(index.img_from_cam[i], index.ego_from_cam[i], present[i])
-    coverage = fitted_coverage(cameras, rig, [(int(H), int(W)) for H, W in index.image_size[i]], image_size)
+    coverage = fitted_coverage(cameras, rig, [(int(H), int(W)) for H, W in index.image_size[i]], network)
     if finding := coverage.finding(CUT_FIRST):
         warnings.warn(f"{tables}: {finding}", PerceptionWarning, stacklevel=3)

@@ -33,6 +33,7 @@ from perception.data.tables import (
     inside_root,
     keyframe_paths,
     own_keys,
+    read_rig,
     read_tables,
     text_of,
     token_keys,
@@ -44,6 +45,7 @@ from perception.errors import DataError
 from perception.geometry import invert_rigid, rigid_from_quaternion
 from perception.inference.checks import FARTHEST_CAMERA, FARTHEST_POSE, check_intrinsics
 from perception.inference.ego_motion import MAX_GAP, interrupted
+from perception.rigs.rig import RIG_FILE, Rig
 from perception.types import ATTRIBUTES
 
 if TYPE_CHECKING:
@@ -148,15 +150,17 @@ def checked_tables(dataroot: Path, version: str) -> TableCheck:
     """
     state = _state(dataroot, version)
     folder = dataroot / version
-    check = TableCheck(dataroot, folder, Tables(folder))
+    check = TableCheck(dataroot, folder, Tables(folder), read_rig(folder))
     _accept(dataroot, version, check.run(), state)
     return check
 
 
 def _state(dataroot: Path, version: str) -> tuple[object, ...]:
     """Returns what changes with the files of the tables."""
+    rig_file = dataroot / version / RIG_FILE
+    files = [dataroot / version / f"{table}.json" for table in TABLES] + [rig_file] * rig_file.is_file()
     try:
-        stats = [os.stat(dataroot / version / f"{table}.json") for table in TABLES]
+        stats = [os.stat(file) for file in files]
     except OSError:  # reading the table will name it
         return ()
     return (str(dataroot.resolve()), version, *((stat.st_mtime_ns, stat.st_size) for stat in stats))
@@ -196,7 +200,13 @@ def check_tables(
             path = folder / f"{name}.json"
             problem = str(error).removeprefix(f"{path} ")
             unreadable.append(Finding("error", str(path), "", (), 0, problem))
-    return unreadable or TableCheck(dataroot, folder, found).run()
+    try:
+        rig = read_rig(folder)
+    except DataError as error:
+        path = folder / RIG_FILE
+        problem = str(error).removeprefix(str(path)).lstrip(": ")
+        unreadable.append(Finding("error", str(path), "", (), 0, problem))
+    return unreadable or TableCheck(dataroot, folder, found, rig).run()
 
 
 class Tables(dict[str, Table]):
@@ -239,9 +249,9 @@ class Keyframes(NamedTuple):
 class TableCheck(Columns):
     """One run of all checks. It leaves the columns that an index needs as attributes."""
 
-    def __init__(self, dataroot: Path, folder: Path, tables: Tables) -> None:
+    def __init__(self, dataroot: Path, folder: Path, tables: Tables, rig: Rig | None) -> None:
         super().__init__(folder, tables)
-        self.dataroot = dataroot
+        self.dataroot, self.rig = dataroot, rig
 
     def run(self) -> list[Finding]:
         for table in TABLES:
@@ -293,7 +303,11 @@ class TableCheck(Columns):
         self.calibration = _, position = self.pose("calibrated_sensor")
         far = np.abs(position).max(1, initial=0) > FARTHEST_CAMERA
         self.report("calibrated_sensor", "translation", far, f"metres, at most {FARTHEST_CAMERA:g} from the ego origin")
-        values = self.column("calibrated_sensor", "camera_intrinsic")
+        values = list(self.column("calibrated_sensor", "camera_intrinsic"))
+        for row, sensor_row in enumerate(self.channel_of.tolist()):
+            name = self.channel[sensor_row] if sensor_row >= 0 else ""
+            if self.is_camera[row] and values[row] == [] and self.rig is not None and name in self.rig.names:
+                values[row] = self.rig[name].model.img_from_cam.tolist()  # its model has distortion
         self.intrinsics = np.array(
             [floats(v, (3, 3)) if camera else np.eye(3) for v, camera in zip(values, self.is_camera, strict=True)]
         ).reshape(-1, 3, 3)
@@ -473,7 +487,9 @@ class TableCheck(Columns):
         lidar_of[files.sample[lidar]] = lidar
         rows = np.flatnonzero(after >= 0)
         here, there = lidar_of[rows], lidar_of[after[rows]]
-        timed = (here >= 0) & (there >= 0) & (np.minimum(files.time[here], files.time[there]) >= 0)
+        found = (here >= 0) & (there >= 0)
+        rows, here, there = rows[found], here[found], there[found]
+        timed = np.minimum(files.time[here], files.time[there]) >= 0
         rows, here, there = rows[timed], here[timed], there[timed]
         early = files.time[there] <= files.time[here]
         time_of = dict(zip(files.row[there[early]].tolist(), files.time[there[early]].tolist(), strict=True))

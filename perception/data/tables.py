@@ -20,6 +20,7 @@ import numpy as np
 
 from perception.errors import DataError
 from perception.reading import short
+from perception.rigs.rig import RIG_FILE, Rig
 
 TABLES = (
     "category", "attribute", "visibility", "instance", "sensor", "calibrated_sensor", "ego_pose",
@@ -74,6 +75,19 @@ def read_tables(folder: Path) -> dict[str, list[dict[str, Any]]]:
         DataError: a table is missing, is not JSON, or is not a list of objects.
     """
     return {name: read_table(folder / f"{name}.json") for name in TABLES}
+
+
+def read_rig(folder: Path) -> Rig | None:
+    """Reads the rig file that lies beside the tables of a dataset whose cameras are not all pinholes.
+
+    Returns:
+        The rig; None if there is no such file, and the tables describe the cameras alone.
+
+    Raises:
+        DataError: the file is malformed.
+    """
+    path = folder / RIG_FILE
+    return Rig.load(path) if path.is_file() else None
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:

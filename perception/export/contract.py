@@ -21,7 +21,7 @@ from perception.errors import CheckpointError, ConfigError, DataError
 from perception.files import write_json
 from perception.inference.ego_motion import JUMP_MARGIN_M, JUMP_MARGIN_RAD, MAX_GAP, MAX_SPEED, MAX_TURN_RATE
 from perception.reading import number, short
-from perception.types import BOX_CLASSES, LINE_CLASSES
+from perception.types import BOX_CLASSES, LINE_CLASSES, Weights
 
 CONTRACT, MODEL = "contract.json", "model.onnx"
 FORMAT = "perception-export-3"  # changes when this version cannot read older folders
@@ -197,6 +197,7 @@ def write_contract(
     outputs: Mapping[str, np.ndarray],
     sha256: Mapping[str, str],
     network: str,
+    weights: Weights,
     image_size: tuple[int, int],
     images: ImageInputs,
     precision: str,
@@ -213,6 +214,7 @@ def write_contract(
         inputs, outputs: example arrays by name, for shapes and types.
         sha256: hashes by file name.
         network: name of the network class.
+        weights: which ones it has.
         image_size: height and width of the network's images.
         images: sizes and format of the camera images.
         precision: of the export.
@@ -240,6 +242,7 @@ def write_contract(
             "format": FORMAT,
             "version": version,
             "network": network,
+            "weights": {"name": weights.name, "trained_on": weights.trained_on},
             "precision": precision,
             "opset": opset,
             "image_size": list(image_size),
@@ -340,6 +343,13 @@ def _fault(contract: dict) -> str:
     for key in LIMITS:
         if key in contract and (isinstance(contract[key], bool) or not 0 <= number(contract[key]) < inf):
             return f"{key} is {short(contract[key])}, not a finite number of at least 0"
+    weights = contract.get("weights", {})  # older contracts have none
+    if not (
+        isinstance(weights, dict)
+        and isinstance(weights.get("name"), str | None)
+        and isinstance(weights.get("trained_on"), dict | None)
+    ):
+        return f"weights is {short(weights)}, not a name and what they were trained on"
     for runtime, checks in contract["checked"].items():
         if not isinstance(checks, list) or not all(isinstance(check, str) for check in checks):
             return f"checked[{short(runtime)}] is not a list of text"

@@ -32,7 +32,7 @@ from perception.export.progress import stage
 from perception.export.quantize import KINDS, quantize_graph, quiet, record_frames
 from perception.files import replacing
 from perception.models import Network
-from perception.types import CameraRig, Frame, State
+from perception.types import CameraRig, Frame, State, Weights
 
 if TYPE_CHECKING:
     import onnx
@@ -180,6 +180,7 @@ def export_onnx(
     for_cpu: bool = False,
     calibration: NuScenesDataset | None = None,
     graph: onnx.ModelProto | None = None,
+    weights: Weights | None = None,
     progress: bool = False,
 ) -> Path:
     """Writes `model.onnx` and `contract.json`, and deletes certificates of an older graph in the folder.
@@ -197,6 +198,7 @@ def export_onnx(
             float16.
         calibration: dataset for the quantization ranges, with images of the export's size or larger.
         graph: result of `trace` for the same network, cameras and sizes, which takes longest; traced here if None.
+        weights: what results say about the weights of the network, from `weights_of`; None if that is not known.
         progress: show the steps and their duration on stderr.
 
     Returns:
@@ -244,6 +246,7 @@ def export_onnx(
         outputs={name: _array(tensor) for name, tensor in outputs.items()},
         sha256={MODEL: hashlib.sha256(content).hexdigest()},
         network=type(network).__name__,
+        weights=weights or Weights(),
         image_size=network.config.image_size,
         images=images,
         precision=precision,

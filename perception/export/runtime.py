@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from perception.errors import ConfigError
 from perception.export.contract import MODEL, ImageInputs, check_graph, read_contract
 from perception.inference.checks import NOT_FINITE, check_images, checked_rig, checked_setting, objects_are_finite
-from perception.inference.ego_motion import MAX_SPEED, MAX_TURN_RATE
+from perception.inference.ego_motion import MAX_SPEED, MAX_TURN_RATE, Motion
+from perception.inference.images import AnyImage
 from perception.inference.live import LiveInput, Step, without_result
 from perception.inference.plausibility import sampled_rgb
 from perception.inference.visibility import MIN_SEEN, kept_by
@@ -225,8 +226,12 @@ class Runtime:
                 f"Runtime: the export takes {self.images.image_format}, and images of a rig are remapped as rgb or "
                 "bgr; export the network for one of them"
             )
+        about = self.contract.get("weights", {})  # older contracts have none
+        weights = Weights(about.get("name"), about.get("trained_on"))
+        is_bgr = self.images.image_format.startswith("bgr")  # arrays are in the order of the export
         self._live = LiveInput(
-            (H, W), remembers, rig=rig, sizes=self.images.sizes, weights=Weights(self.contract["network"]),
+            (H, W), remembers, rig=rig, sizes=self.images.sizes, weights=weights,
+            bgr=is_bgr, as_bgr=is_bgr,
             max_speed=max_speed, max_turn_rate=max_turn_rate,
         )  # fmt: skip
         self._session: Session
@@ -265,10 +270,13 @@ class Runtime:
 
     def step(
         self,
-        images: NDArray[np.uint8] | Sequence[NDArray[np.uint8] | None] | Mapping[str, NDArray[np.uint8] | None],
+        images: NDArray[np.uint8] | Sequence[AnyImage | None] | Mapping[str, AnyImage | None],
         rig: CameraRig | NumpyCameraRig | NDArray[Any] | None = None,
         global_from_ego: NDArray[Any] | float | None = None,
         time_s: float | None = None,
+        *,
+        motion: Motion | None = None,
+        camera_times_s: Mapping[str, float | None] | Sequence[float | None] | None = None,
     ) -> NumpyLiveObjects:
         """Predicts the boxes and lines of one frame, as `perception.inference.predictor.Predictor.step` does.
 
@@ -278,10 +286,18 @@ class Runtime:
             rig: img_from_cam [N, 3, 3] in pixels of these images, ego_from_cam [N, 4, 4] metres, present [N] bool.
             global_from_ego: [4, 4] pose at `time_s`, metres, in any frame that is the same in all steps.
             time_s: seconds, later than in the last step.
+            motion: the motion since the last step, for vehicles without a pose (see `Motion.from_speed_yaw_rate`).
+            camera_times_s: when each camera exposed, seconds: by name with a rig at construction, else in the order of
+                the images. `ego_from_cam` of a moving vehicle is carried from there to `time_s`, between the poses of
+                this step and of those before.
 
         With a rig at construction the call is `step(images, global_from_ego, time_s)`: `images` are those of the
         cameras of the rig, in the sizes that it names, as a dict from names or a list in its order. A camera that is
-        None, or missing in the dict, is absent.
+        None, or missing in the dict, is absent. An image may be anything that `perception.inference.images.as_pixels`
+        takes: a file name, bytes of a JPEG or PNG, a Pillow image, a numpy array or a torch tensor.
+
+        Without a pose or a time, and without a motion, the frame stands for itself: no memory is used, and the result
+        says so in `info`.
 
         Returns:
             Boxes [M] and lines [M] in the ego frame, highest score first, as numpy arrays; what of them is seen; and
@@ -297,19 +313,20 @@ class Runtime:
         """
         live = self._live
         images, rig, global_from_ego, time_s = live.arguments(images, rig, global_from_ego, time_s)
-        motion = live.ego_motion.since_last(global_from_ego, time_s)
+        frame_motion = live.ego_motion.since_last(global_from_ego, time_s, motion)
         N = len(self.images.sizes)
         check_images(images, N, self.images.axes)
         checked = checked_rig(rig, N)
+        checked, found = live.carried(checked, frame_motion, camera_times_s)
         given = {int(n): self.images.checked(int(n), images[n]) for n in np.flatnonzero(checked.present)}
         pixels = {n: sampled_rgb(image, self.images.image_format) for n, image in given.items()}
-        step = live.inspect(motion, checked, self.images.sizes, pixels)
+        step = live.inspect(frame_motion, checked, self.images.sizes, pixels, found)
         if step.is_blank:
             self.reset()
             return self._nothing(step, live.warnings.emit(step.findings))
         for n, image in given.items():
             self.inputs[f"image_{n}"][...] = image
-        self.fill(checked, motion.ego_from_prev, motion.seconds, motion.is_first)
+        self.fill(checked, frame_motion.ego_from_prev, frame_motion.seconds, frame_motion.is_first)
         self.run()
         predicted = self.objects()
         objects = NumpyFrameObjects(self._above_threshold(predicted.boxes), self._above_threshold(predicted.lines))

@@ -71,6 +71,18 @@ def checked_time(time_s: object) -> float:
     return seconds
 
 
+def checked_number(name: str, value: object, unit: str) -> float:
+    """Converts a measured number to float.
+
+    Raises:
+        DataError: it is not a finite number.
+    """
+    number = _real(value)
+    if number is None or not np.isfinite(number):
+        raise DataError(f"{name} is {_described(value) if number is None else number}; give a finite number of {unit}")
+    return number
+
+
 def checked_pose(global_from_ego: object) -> NDArray[np.float64]:
     """Converts a pose [4, 4] to float64.
 

@@ -1,8 +1,11 @@
 """What the predictor and the torch-free runtime do around a network in one step, with numpy alone.
 
-step = live.inspect(motion, rig, sizes, pixels)   # refuses what cannot be right, changes nothing
-...                                               # the network runs
-live.keep(step)                                   # only now pose, time and what was seen are stored
+images, rig, pose, time = live.arguments(...)      # images and calibration of pinholes
+motion = live.ego_motion.since_last(pose, time)
+rig, found = live.carried(rig, motion, times)      # poses of cameras that expose at other times
+step = live.inspect(motion, rig, ..., found)       # refuses what cannot be right, changes nothing
+...                                                # the network runs
+live.keep(step)                                    # only now pose, time and what was seen are stored
 live.warnings.emit(step.findings)
 """
 
@@ -11,12 +14,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 from numpy.typing import NDArray
 
 from perception.errors import DataError
-from perception.inference.checks import check_intrinsics
+from perception.inference.checks import check_intrinsics, checked_time
 from perception.inference.crop import fitted_rig
-from perception.inference.ego_motion import EgoMotion, Motion
+from perception.inference.ego_motion import EgoMotion, FrameMotion, ego_from_ego_at
+from perception.inference.images import as_pixels
 from perception.inference.plausibility import Findings, ImageStatistics, Sizes, Statistics, Warnings, implausible_rig
 from perception.inference.visibility import SeenMap, View, sees_ground
 from perception.types import CameraRig, NumpyCameraRig, StepInfo, Weights
@@ -26,10 +31,19 @@ if TYPE_CHECKING:
     from perception.rigs.virtual import VirtualRig
 
 
+MAX_CAMERA_OFFSET = 1.0  # seconds between a camera and its frame that are refused
+USUAL_CAMERA_OFFSET = 0.25  # seconds above which they are warned of
+STILL_OFFSET = 0.1  # seconds above which an unknown motion is warned of; it is 1.5 m at 15 m/s
+NO_MEMORY = (
+    "{reason}, so every frame stands for itself: there is no memory, and velocities are at their worst; give "
+    "global_from_ego and time_s, or motion=Motion.from_speed_yaw_rate(...)"
+)
+
+
 class Step(NamedTuple):
     """The checked input of one step."""
 
-    motion: Motion
+    motion: FrameMotion
     fitted_rig: NumpyCameraRig  # in pixels of the network's images
     view: View
     statistics: Statistics
@@ -47,6 +61,8 @@ class LiveInput:
         rig: the physical cameras whose images `step` gets; None if it gets images and calibration of pinholes.
         sizes: height and width of the images that the network takes, if they are fixed.
         weights: which ones the network has.
+        bgr: arrays and tensors of images have blue first.
+        as_bgr: the network takes images with blue first.
         max_speed, max_turn_rate: see `EgoMotion`.
 
     Raises:
@@ -61,12 +77,15 @@ class LiveInput:
         rig: Rig | VirtualRig | None = None,
         sizes: Sequence[tuple[int, int]] | None = None,
         weights: Weights,
+        bgr: bool = False,
+        as_bgr: bool = False,
         max_speed: float,
         max_turn_rate: float,
     ) -> None:
         self.ego_motion = EgoMotion(max_speed, max_turn_rate)
         self.warnings = Warnings()
         self._image_size, self._remembers, self._weights = image_size, remembers, weights
+        self._bgr, self._as_bgr = bgr, as_bgr
         self._seen_map, self._statistics = SeenMap(remembers), ImageStatistics()
         self._last_rig: tuple[bytes, Findings] = (b"", {})
         self._virtual, self._sizes, self._cut_off = None, sizes, ""
@@ -95,6 +114,7 @@ class LiveInput:
                     "step needs images, rig, global_from_ego and time_s; without rig if one was given at construction"
                 )
             return images, rig, global_from_ego, time_s
+        names = self._virtual.rig.names
         if rig is not None:
             if global_from_ego is not None and time_s is not None:
                 raise DataError(
@@ -102,7 +122,87 @@ class LiveInput:
                     "images, global_from_ego and time_s"
                 )
             global_from_ego, time_s = rig, global_from_ego if time_s is None else time_s
+        if isinstance(images, Mapping):
+            images = {name: self._converted(name, image) for name, image in images.items()}
+        elif isinstance(images, Sequence | np.ndarray) and len(images) == len(names) and not isinstance(images, str):
+            images = [self._converted(name, image) for name, image in zip(names, images, strict=True)]
         return *self._virtual.frame(images, self._sizes), global_from_ego, time_s
+
+    def pixels(self, n: int, image: Any) -> NDArray[np.uint8]:
+        """Returns the pixels of an image that `arguments` returned, of a present camera."""
+        pixels: NDArray[np.uint8] = image if self._virtual is not None else self._as_pixels(n, image)
+        return pixels
+
+    def _converted(self, name: Any, image: Any) -> NDArray[np.uint8] | None:
+        return None if image is None else self._as_pixels(name, image)
+
+    def _as_pixels(self, camera: Any, image: Any) -> NDArray[np.uint8]:
+        return as_pixels(f"images[{camera!r}]", image, given_bgr=self._bgr, wanted_bgr=self._as_bgr)
+
+    def carried(self, rig: NumpyCameraRig, motion: FrameMotion, camera_times_s: Any) -> tuple[NumpyCameraRig, Findings]:
+        """Carries the poses of cameras from their exposure to the time of the frame.
+
+        Args:
+            rig: with the poses of the cameras on the vehicle.
+            motion: of the frame.
+            camera_times_s: seconds by name of a camera if a rig was given at construction, else one per camera in their
+                order. A camera without a time, or with None, exposed at the time of the frame. None for no times.
+
+        Returns:
+            The rig with `ego_from_cam` in the ego frame at the time of the frame, and what is implausible.
+
+        Raises:
+            DataError: the times have no frame time to be compared with, name no camera, are no seconds, or are farther
+                than `MAX_CAMERA_OFFSET` from the time of the frame.
+        """
+        if camera_times_s is None:
+            return rig, {}
+        if motion.time_s is None:
+            raise DataError("camera_times_s was given without time_s; give the time of the frame in the same clock")
+        poses, found = rig.ego_from_cam.copy(), Findings()
+        for n, time in enumerate(self._times(camera_times_s, len(poses))):
+            if time is None or not rig.present[n] or (offset := checked_time(time) - motion.time_s) == 0:
+                continue
+            if abs(offset) > MAX_CAMERA_OFFSET:
+                raise DataError(
+                    f"camera_times_s of camera {self._name(n)} is {offset:+.4g} s from time_s; give seconds of one "
+                    "clock, and leave out a camera that is this late"
+                )
+            moved = ego_from_ego_at(motion, motion.time_s + offset)
+            if moved is not None:
+                poses[n] = moved @ poses[n]
+            elif abs(offset) > STILL_OFFSET:
+                found["camera motion"] = (
+                    f"camera {n} exposed {offset:+.2g} s from the time of the frame, and the motion there is not known "
+                    "in a first frame: its pose is taken as it is on the vehicle"
+                )
+            if abs(offset) > USUAL_CAMERA_OFFSET:
+                found["camera time"] = (
+                    f"camera {n} exposed {offset:+.2g} s from the time of the frame: what moves has moved since; give "
+                    "times of one clock, or leave out a camera that is late"
+                )
+        return rig._replace(ego_from_cam=poses), found
+
+    def _times(self, camera_times_s: Any, cameras: int) -> list[Any]:
+        """One time or None for each image of the network."""
+        if self._virtual is None:
+            if not isinstance(camera_times_s, Sequence | np.ndarray) or len(camera_times_s) != cameras:
+                raise DataError(
+                    f"camera_times_s has not one time for each of the {cameras} images; give a list in their order, "
+                    "with None for a camera at time_s"
+                )
+            return list(camera_times_s)
+        names = self._virtual.rig.names
+        if not isinstance(camera_times_s, Mapping):
+            raise DataError(
+                f"camera_times_s is {type(camera_times_s).__name__}; give a dict of camera names and seconds"
+            )
+        if unknown := [name for name in camera_times_s if name not in names]:
+            raise DataError(f"camera_times_s: the rig has no camera {unknown[0]!r}; it has {', '.join(names)}")
+        return [camera_times_s.get(camera.source.name) for camera in self._virtual.cameras]
+
+    def _name(self, n: int) -> str:
+        return str(n) if self._virtual is None else repr(self._virtual.cameras[n].source.name)
 
     def reset(self) -> None:
         """Drops the last frame and what was seen; the next frame is a first frame."""
@@ -111,10 +211,11 @@ class LiveInput:
 
     def inspect(
         self,
-        motion: Motion,
+        motion: FrameMotion,
         rig: NumpyCameraRig,
         sizes: Sizes,
         pixels: Mapping[int, NDArray[Any]],
+        found: Findings,
     ) -> Step:
         """Checks a frame. It changes nothing.
 
@@ -123,6 +224,7 @@ class LiveInput:
             rig: of the given images, from `checked_rig`.
             sizes: height and width of the given images by number of the camera, for all present cameras.
             pixels: from `sampled_rgb`, for all present cameras.
+            found: what is implausible so far, from `carried`.
 
         Raises:
             DataError: the intrinsics do not fit the size of their image, or no camera sees the ground.
@@ -133,16 +235,18 @@ class LiveInput:
         fitted = fitted_rig(rig, sizes, self._image_size)
         view = self._seen_map.look(fitted, self._image_size, motion.ego_from_prev, motion.is_first)
         is_blank = not present and (motion.is_first or not self._remembers)
-        findings = {"motion": motion.warning} if motion.warning else {}
+        findings = found | ({"motion": motion.warning} if motion.warning else {})
+        if self._remembers and (motion.global_from_ego is None or motion.time_s is None):
+            findings["no memory"] = NO_MEMORY.format(reason=motion.first_because)
         if self._cut_off:
             findings["coverage"] = self._cut_off
         findings |= self._implausible_rig(rig, fitted, {n: sizes[n] for n in present})
         if is_blank:
             findings["no camera"] = "no camera is present and the memory is empty: nothing is predicted"
-        found, statistics = self._statistics.implausible(pixels)
+        odd, statistics = self._statistics.implausible(pixels)
         reason = motion.first_because if self._remembers else "the network has no memory"
         info = StepInfo(motion.time_s, motion.global_from_ego, not reason, reason, self._weights)
-        return Step(motion, fitted, view, statistics, findings | found, is_blank, info)
+        return Step(motion, fitted, view, statistics, findings | odd, is_blank, info)
 
     def _implausible_rig(self, rig: NumpyCameraRig, fitted: NumpyCameraRig, sizes: Sizes) -> Findings:
         """Returns what is implausible in a rig, which most vehicles give unchanged in every step."""

@@ -7,7 +7,6 @@ for images, global_from_ego, time_s in sequence:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,19 +19,20 @@ from PIL import Image
 from perception.inference.checks import (
     NOT_FINITE,
     check_images,
-    checked_image,
     checked_rig,
     checked_setting,
     objects_are_finite,
 )
-from perception.inference.ego_motion import MAX_SPEED, MAX_TURN_RATE
+from perception.inference.ego_motion import MAX_SPEED, MAX_TURN_RATE, Motion
 from perception.inference.fitting import fit_image
+from perception.inference.images import AnyImage
 from perception.inference.live import LiveInput, Step, without_result
-from perception.inference.plausibility import sampled_rgb
+from perception.inference.plausibility import Warnings, sampled_rgb
 from perception.inference.visibility import MIN_SEEN, kept_by
 from perception.models import Network
 from perception.models.checkpoint import load_model, on_device, read_provenance
 from perception.models.decoding import empty_boxes, empty_lines
+from perception.models.provenance import weights_of
 from perception.types import (
     Boxes,
     CameraRig,
@@ -63,6 +63,8 @@ class Predictor:
         rig: the cameras of the vehicle, of any model, size and mounting; `step` then takes their images, and the
             network sees them through virtual pinholes (see `perception.rigs.virtual`). None if every step gets the
             calibration of pinholes.
+        bgr: images that are numpy arrays or tensors have blue first, as OpenCV reads them. Files and Pillow images name
+            their order.
         min_score: score threshold 0..1; boxes and lines below it are not returned.
         min_seen: share 0..1 of a box (of its centre and corners) or of the points of a line that must lie where a
             camera looks, or looked while the memory lasted; others are not returned.
@@ -81,6 +83,7 @@ class Predictor:
         device: str | torch.device = "cpu",
         *,
         rig: Rig | VirtualRig | None = None,
+        bgr: bool = False,
         min_score: float = 0.0,
         min_seen: float = MIN_SEEN,
         max_speed: float = MAX_SPEED,
@@ -89,13 +92,12 @@ class Predictor:
         self.min_score = checked_setting("Predictor: min_score", min_score, 0, 1, "a number from 0 to 1")
         self.min_seen = checked_setting("Predictor: min_seen", min_seen, 0, 1, "a number from 0 to 1")
         self.provenance = read_provenance(model) if isinstance(model, str | Path) else None
-        trained_on = None if self.provenance is None else json.loads(self.provenance.to_json())
-        weights = Weights(Path(model).name if isinstance(model, str | Path) else None, trained_on)
+        weights = weights_of(model, self.provenance) if isinstance(model, str | Path) else Weights()
         self.model = on_device(load_model(model) if isinstance(model, str | Path) else model, device)
         self.device = torch.device(device)
         remembers = self.model.initial_state(1).bev.numel() > 0
         self._live = LiveInput(
-            self.model.config.image_size, remembers, rig=rig, weights=weights,
+            self.model.config.image_size, remembers, rig=rig, weights=weights, bgr=bgr,
             max_speed=max_speed, max_turn_rate=max_turn_rate,
         )  # fmt: skip
         self.reset()
@@ -107,6 +109,7 @@ class Predictor:
         device: str | torch.device = "cpu",
         *,
         rig: Rig | VirtualRig | None = None,
+        bgr: bool = False,
         min_score: float = 0.0,
         min_seen: float = MIN_SEEN,
         max_speed: float = MAX_SPEED,
@@ -116,15 +119,22 @@ class Predictor:
 
         Args:
             name_or_path: the name of weights that are part of the library, such as "nano", or a `.safetensors` file.
-            device, rig, min_score, min_seen, max_speed, max_turn_rate: as for `Predictor`.
+            device, rig, bgr, min_score, min_seen, max_speed, max_turn_rate: as for `Predictor`.
 
         Raises:
             CheckpointError, ConfigError: as for `Predictor`.
         """
         return cls(
-            name_or_path, device, rig=rig,
+            name_or_path, device, rig=rig, bgr=bgr,
             min_score=min_score, min_seen=min_seen, max_speed=max_speed, max_turn_rate=max_turn_rate,
         )  # fmt: skip
+
+    def name_cameras(self, names: Sequence[str]) -> None:
+        """Gives the cameras names, in the order of the images, which then stand in warnings instead of their numbers.
+
+        With a rig at construction they have those of the rig.
+        """
+        self._live.warnings = Warnings(names)
 
     def reset(self) -> None:
         """Clears the memory; the next step is a first frame."""
@@ -133,10 +143,13 @@ class Predictor:
 
     def step(
         self,
-        images: NDArray[np.uint8] | Sequence[NDArray[np.uint8] | None] | Mapping[str, NDArray[np.uint8] | None],
+        images: NDArray[np.uint8] | Sequence[AnyImage | None] | Mapping[str, AnyImage | None],
         rig: CameraRig | NumpyCameraRig | NDArray[Any] | None = None,
         global_from_ego: NDArray[Any] | float | None = None,
         time_s: float | None = None,
+        *,
+        motion: Motion | None = None,
+        camera_times_s: Mapping[str, float | None] | Sequence[float | None] | None = None,
     ) -> LiveObjects:
         """Predicts the boxes and lines of one frame.
 
@@ -150,10 +163,18 @@ class Predictor:
             rig: img_from_cam [N, 3, 3] in pixels of these images, ego_from_cam [N, 4, 4] metres, present [N] bool.
             global_from_ego: [4, 4] pose at `time_s`, metres, in any frame that is the same in all steps.
             time_s: seconds, later than in the last step.
+            motion: the motion since the last step, for vehicles without a pose (see `Motion.from_speed_yaw_rate`).
+            camera_times_s: when each camera exposed, seconds: by name with a rig at construction, else in the order of
+                the images. `ego_from_cam` of a moving vehicle is carried from there to `time_s`, between the poses of
+                this step and of those before.
 
         With a rig at construction the call is `step(images, global_from_ego, time_s)`: `images` are those of the
         cameras of the rig, in the sizes that it names, as a dict from names or a list in its order. A camera that is
-        None, or missing in the dict, is absent.
+        None, or missing in the dict, is absent. An image may be anything that `perception.inference.images.as_pixels`
+        takes: a file name, bytes of a JPEG or PNG, a Pillow image, a numpy array or a torch tensor.
+
+        Without a pose or a time, and without a motion, the frame stands for itself: no memory is used, and the result
+        says so in `info`.
 
         Returns:
             Boxes [M] and lines [M] in the ego frame, without batch dimension, highest score first, as tensors on the
@@ -172,14 +193,16 @@ class Predictor:
         """
         live = self._live
         images, rig, global_from_ego, time_s = live.arguments(images, rig, global_from_ego, time_s)
-        motion = live.ego_motion.since_last(global_from_ego, time_s)
+        frame_motion = live.ego_motion.since_last(global_from_ego, time_s, motion)
         check_images(images)
         checked = checked_rig(rig, len(images))
-        given = {int(n): checked_image(f"images[{n}]", images[n]) for n in np.flatnonzero(checked.present)}
+        checked, found = live.carried(checked, frame_motion, camera_times_s)
+        given = {int(n): live.pixels(int(n), images[n]) for n in np.flatnonzero(checked.present)}
         sizes = {n: image.shape[:2] for n, image in given.items()}
-        step = live.inspect(motion, checked, sizes, {n: sampled_rgb(image) for n, image in given.items()})
+        samples = {n: sampled_rgb(image) for n, image in given.items()}
+        step = live.inspect(frame_motion, checked, sizes, samples, found)
         if self.provenance is not None:
-            unlike = self.provenance.misfit(step.fitted_rig, self.model.config.image_size, motion.seconds)
+            unlike = self.provenance.misfit(step.fitted_rig, self.model.config.image_size, frame_motion.seconds)
             step = step._replace(findings=step.findings | unlike)
         if step.is_blank:
             self.reset()

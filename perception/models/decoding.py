@@ -51,13 +51,13 @@ def close_rings(points: Tensor, uncertainty: Tensor) -> tuple[Tensor, Tensor, Te
 def empty_lines(batch_size: int, device: torch.device, line_points: int = 20) -> Polylines:
     """Returns no lines [B, 0]."""
     points = torch.zeros(batch_size, 0, line_points, 2, device=device)
-    score = points.flatten(2).sum(-1)  # [B, 0]
+    score = points[..., 0, 0]  # [B, 0]
     return Polylines(points, score.bool(), score.long(), score, score.bool(), points)
 
 
 def empty_boxes(batch_size: int, device: torch.device) -> Boxes:
     """Returns no boxes [B, 0]."""
-    three = torch.zeros(batch_size, 0, 3, device=device)
-    score = three.sum(-1)  # [B, 0]
+    nine = torch.zeros(batch_size, 0, 9, device=device)
+    three, score = nine[..., :3], nine[..., 0]  # [B, 0, 3], [B, 0]
     label = score.long()
-    return Boxes(three, three, score, three[..., :2], label, label, score, score.bool(), three.repeat(1, 1, 3))
+    return Boxes(three, three, score, nine[..., :2], label, label, score, score.bool(), nine)

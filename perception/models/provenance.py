@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from perception.inference.crop import fitting_crop
-from perception.types import CameraRig, NumpyCameraRig
+from perception.inference.crop import fitted_rig, fitting_crop
+from perception.types import CameraRig, NumpyCameraRig, Weights
 
 if TYPE_CHECKING:
     from perception.data.nuscenes import NuScenesDataset
@@ -118,6 +119,16 @@ class Provenance:
         )
 
 
+def weights_of(name_or_path: str | Path, provenance: Provenance | None) -> Weights:
+    """Returns what results of live use say about their weights.
+
+    Args:
+        name_or_path: of shipped weights, or a file, whose name alone is taken.
+        provenance: of these weights, from `read_provenance`.
+    """
+    return Weights(Path(name_or_path).name, None if provenance is None else json.loads(provenance.to_json()))
+
+
 def provenance_of(dataset: NuScenesDataset) -> Provenance:
     """Describes a training dataset. It reads the index only, no images."""
     index = dataset.index
@@ -127,6 +138,12 @@ def provenance_of(dataset: NuScenesDataset) -> Provenance:
     for size in np.unique(sizes[present], axis=0):
         crop = fitting_crop((int(size[0]), int(size[1])), dataset.image_size)
         widths[(sizes == size).all(-1)] = dataset.image_size[1] / crop.scale
+    focal, height = index.img_from_cam[..., 0, 0] / widths, index.ego_from_cam[..., 2, 3]
+    if dataset.virtual_rig is not None:  # the network sees its pinholes
+        rig = dataset.virtual_rig
+        fitted = fitted_rig(rig.camera_rig(), [camera.image_size for camera in rig.cameras], dataset.image_size)
+        focal, height = fitted.img_from_cam[:, 0, 0] / dataset.image_size[1], fitted.ego_from_cam[:, 2, 3]
+        present = fitted.present
     _, once = np.unique(index.token, return_index=True)  # roots may be given several times
     following = index.previous >= 0
     seconds = 1e-6 * (index.timestamp_us[following] - index.timestamp_us[index.previous[following]])
@@ -135,8 +152,8 @@ def provenance_of(dataset: NuScenesDataset) -> Provenance:
         frames=len(once),
         scenes=int((~following[once]).sum()),
         cameras=tuple(dataset.cameras),
-        focal=_range((index.img_from_cam[..., 0, 0] / widths)[present]),
-        height=_range(index.ego_from_cam[..., 2, 3][present]),
+        focal=_range(focal[present]),
+        height=_range(height[present]),
         interval_s=_range(seconds),
     )
 

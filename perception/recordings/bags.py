@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from perception.errors import ConfigError, DataError, not_installed
 from perception.geometry import invert_rigid
-from perception.recordings.recording import Image, Moment, Recording, checked_times, chosen_streams
+from perception.recordings.recording import FramePlan, Image, Recording, checked_times, chosen_streams
 from perception.recordings.ros_images import decode_message
 from perception.recordings.trajectory import Trajectory, pose_from, read_trajectory
 from perception.rigs.documents import Fields, located, nearest
@@ -101,7 +101,7 @@ def read_bag(
         pose_topic: topic of nav_msgs/Odometry, PoseStamped or PoseWithCovarianceStamped, or "/tf"; None for the
             Odometry with the most messages, else one of the others, else tf.
         poses: trajectory file, instead of what is in the bag.
-        reference: a topic whose times are wanted, see `Recording.moments`.
+        reference: a topic whose times are wanted, see `Recording.plan`.
         base_frame: the vehicle frame of the transforms.
         base_height: metres that it lies above the ground.
 
@@ -113,10 +113,7 @@ def read_bag(
     with opened(paths) as reader:
         types = {connection.topic: connection.msgtype for connection in reader.connections}
         topics = _camera_topics(types, name, streams or {})
-        if rig is None:
-            topics_of = {_camera_name(topic, topics): topic for topic in topics}
-        else:
-            topics_of = {}
+        topics_of = dict(streams or {_camera_name(topic, topics): topic for topic in topics})  # without a rig
         pose_topic, notes = _pose_topic(reader, types, pose_topic, name) if poses is None else (None, [])
         extra = set() if reference is None else {reference} & set(types)
         found = _Index(reader, types, pose_topic, name)
@@ -125,8 +122,6 @@ def read_bag(
         if rig is None:
             rig = _rig(found, topics_of, tree, base_frame, base_height, name)
             chosen = {camera.name: topics_of[camera.name] for camera in rig}
-            if streams:
-                chosen = chosen_streams(topics, rig.names, {**chosen, **streams}, name)
         else:
             chosen = chosen_streams(topics, rig.names, streams or {}, name)
         of_camera = {camera: found.stream(topic) for camera, topic in chosen.items()}
@@ -139,7 +134,7 @@ def read_bag(
 
 
 def _camera_topics(types: Mapping[str, str], name: str, given: Mapping[str, str]) -> list[str]:
-    """The topics with images, one per camera: raw before rectified, Image before CompressedImage."""
+    """The topics with images in the order of the bag, one per camera: raw before rectified, Image before compressed."""
     images = [topic for topic, kind in types.items() if kind in IMAGES]
     for topic in given.values():
         if topic not in images:
@@ -156,7 +151,7 @@ def _camera_topics(types: Mapping[str, str], name: str, given: Mapping[str, str]
             f"{name} has no topic of sensor_msgs Image or CompressedImage; it has {kinds}: give "
             "the bag with the cameras"
         )
-    return sorted(chosen)
+    return [topic for topic in types if topic in chosen]
 
 
 def _namespace(topic: str) -> str:
@@ -412,20 +407,20 @@ def camera_from_info(
 
 
 def _decode(
-    paths: Sequence[Path], streams: Mapping[str, Stream], moments: Sequence[Moment]
+    paths: Sequence[Path], streams: Mapping[str, Stream], plan: Sequence[FramePlan]
 ) -> Iterator[dict[str, Image]]:
     """Reads the bag once, and keeps the messages that wait for those of other cameras."""
-    needed: Counter[tuple[str, int]] = Counter()  # by topic and place: how many moments use the image
+    needed: Counter[tuple[str, int]] = Counter()  # by topic and place: how many frames use the image
     wanted = []
-    for moment in moments:
-        of_moment = {
-            camera: (streams[camera].topic, int(streams[camera].place[k])) for camera, k in moment.images.items()
+    for planned in plan:
+        of_frame = {
+            camera: (streams[camera].topic, int(streams[camera].place[k])) for camera, k in planned.images.items()
         }
-        needed.update(of_moment.values())
-        wanted.append(of_moment)
+        needed.update(of_frame.values())
+        wanted.append(of_frame)
     held: dict[tuple[str, int], Any] = {}
     places: Counter[str] = Counter()
-    next_moment = 0
+    next_frame = 0
     topics = {stream.topic for stream in streams.values()}
     with opened(paths) as reader:
         connections = [connection for connection in reader.connections if connection.topic in topics]
@@ -435,14 +430,14 @@ def _decode(
             if key not in needed:
                 continue
             held[key] = reader.deserialize(raw, connection.msgtype)
-            while next_moment < len(wanted) and all(key in held for key in wanted[next_moment].values()):
+            while next_frame < len(wanted) and all(key in held for key in wanted[next_frame].values()):
                 images = {}
-                for camera, key in wanted[next_moment].items():
+                for camera, key in wanted[next_frame].items():
                     images[camera] = decode_message(held[key], f"{', '.join(map(str, paths))}: {key[0]}")
                     needed[key] -= 1
                     if not needed[key]:
                         del held[key]
-                next_moment += 1
+                next_frame += 1
                 yield images
-            if next_moment == len(wanted):
+            if next_frame == len(wanted):
                 return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -12,14 +13,14 @@ from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 from perception.errors import ConfigError, DataError, not_installed
-from perception.files import new_folder
+from perception.files import check_new, check_writable, new_folder
 from perception.recordings.bags import TRANSFORMS
-from perception.recordings.folders import POSES_FILE, RIG_FILE, read_image
+from perception.recordings.folders import POSES_FILE, read_image
 from perception.recordings.nuscenes import REFERENCE, Scene, read_scene, scene_names
 from perception.recordings.trajectory import Trajectory
 from perception.recordings.videos import VideoWriter
 from perception.rigs.models import FROM_INTEGER_CENTERS, BrownConrady, KannalaBrandt, Pinhole
-from perception.rigs.rig import RigCamera
+from perception.rigs.rig import RIG_FILE, RigCamera
 from perception.rigs.ros import BASE_FRAME
 
 VIDEO_QUALITY = 17  # x264's constant rate factor: hardly any loss is seen
@@ -43,13 +44,30 @@ def convert_dataset(root: str | Path, version: str, out: str | Path, format: str
         ConfigError: the format is another one, or its package is not installed.
         DataError: the dataset is malformed, `out` is not empty, or a camera cannot be described in ROS.
     """
-    if format not in FORMATS:
-        raise ConfigError(f"format is {format!r}; give one of {', '.join(FORMATS)}")
+    check_convertible(format, out)
     made = []
     with new_folder(out) as folder:
         for name in tqdm(scene_names(Path(root), version), desc=f"scenes as {format}", unit="scene"):
             made.append(Path(out) / FORMATS[format](read_scene(Path(root), version, name), folder).relative_to(folder))
     return made
+
+
+def check_convertible(format: str, out: str | Path) -> None:
+    """Checks, before long work, that `convert_dataset` can write a format to a folder.
+
+    Raises:
+        ConfigError: the format is another one, its package is not installed, or the folder cannot be written.
+        DataError: `out` is not empty.
+    """
+    if format not in FORMATS:
+        raise ConfigError(f"format is {format!r}; give one of {', '.join(FORMATS)}")
+    check_writable("out", out, folder=True)
+    check_new(out)
+    try:
+        if format in PACKAGES:
+            importlib.import_module(PACKAGES[format])
+    except ImportError as error:
+        raise not_installed(error) or error from None
 
 
 class _Event(NamedTuple):
@@ -62,11 +80,9 @@ class _Event(NamedTuple):
 
 
 def _write_ros2(scene: Scene, folder: Path, storage: str) -> Path:
-    try:
-        from rosbags.rosbag2 import StoragePlugin, Writer
-        from rosbags.typesys import Stores, get_typestore
-    except ImportError as error:
-        raise not_installed(error) or error from None
+    from rosbags.rosbag2 import StoragePlugin, Writer
+    from rosbags.typesys import Stores, get_typestore
+
     store = get_typestore(Stores.ROS2_HUMBLE)
     with Writer(folder / scene.name, version=9, storage_plugin=StoragePlugin[storage]) as writer:
         _write_events(scene, writer, store, store.serialize_cdr)
@@ -74,11 +90,9 @@ def _write_ros2(scene: Scene, folder: Path, storage: str) -> Path:
 
 
 def _write_ros1(scene: Scene, folder: Path) -> Path:
-    try:
-        from rosbags.rosbag1 import Writer
-        from rosbags.typesys import Stores, get_types_from_msg, get_typestore
-    except ImportError as error:
-        raise not_installed(error) or error from None
+    from rosbags.rosbag1 import Writer
+    from rosbags.typesys import Stores, get_types_from_msg, get_typestore
+
     store = get_typestore(Stores.ROS1_NOETIC)
     store.register(get_types_from_msg("geometry_msgs/TransformStamped[] transforms", TRANSFORMS))
     with Writer(folder / f"{scene.name}.bag") as writer:
@@ -87,10 +101,10 @@ def _write_ros1(scene: Scene, folder: Path) -> Path:
 
 
 def _write_events(scene: Scene, writer: Any, store: Any, serialize: Callable[[Any, str], Any]) -> None:
-    connections: dict[str, Any] = {}
-    for event in sorted(_events(scene), key=lambda event: event.time_ns):
-        if event.topic not in connections:
-            connections[event.topic] = writer.add_connection(event.topic, event.kind, typestore=store)
+    events = list(_events(scene))
+    kinds = {event.topic: event.kind for event in events}  # cameras in the order of the rig
+    connections = {topic: writer.add_connection(topic, kind, typestore=store) for topic, kind in kinds.items()}
+    for event in sorted(events, key=lambda event: event.time_ns):
         writer.write(
             connections[event.topic], event.time_ns, serialize(_message(store, event.kind, event.fields()), event.kind)
         )
@@ -247,6 +261,7 @@ def write_trajectory(path: Path, trajectory: Trajectory) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+PACKAGES = {"bag": "rosbags", "sqlite-bag": "rosbags", "ros1-bag": "rosbags", "video": "av"}
 FORMATS: dict[str, Callable[[Scene, Path], Path]] = {
     "bag": lambda scene, folder: _write_ros2(scene, folder, "MCAP"),
     "sqlite-bag": lambda scene, folder: _write_ros2(scene, folder, "SQLITE3"),

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from perception.errors import DataError
-from perception.recordings.recording import Image, Moment, Recording, checked_times, chosen_streams, named_camera
+from perception.recordings.recording import FramePlan, Image, Recording, checked_times, chosen_streams, named_camera
 from perception.recordings.trajectory import nanoseconds, read_trajectory
-from perception.rigs.rig import Rig
+from perception.rigs.rig import RIG_FILE, Rig
 
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm"))
-RIG_FILE, POSES_FILE = "rig.yaml", "poses.txt"  # of a folder that describes itself
+POSES_FILE = "poses.txt"  # beside the rig file of a folder that describes itself
 # Units of a time stamp by its number of digits; dates from 2001 to 2286.
 DIGITS = {10: 9, 13: 6, 16: 3, 19: 0}  # digits: power of ten to nanoseconds
 
@@ -118,10 +118,10 @@ def _time_ns(stem: str, fps: float | None, start: float) -> int | None:
     return None
 
 
-def decode_files(files: Mapping[str, Sequence[Path]], moments: Sequence[Moment]) -> Iterator[dict[str, Image]]:
-    """Returns the images of moments from the files of each camera, see `Recording.decode`."""
-    for moment in moments:
-        yield {camera: read_image(files[camera][k]) for camera, k in moment.images.items()}
+def decode_files(files: Mapping[str, Sequence[Path]], plan: Sequence[FramePlan]) -> Iterator[dict[str, Image]]:
+    """Returns the images of planned frames from the files of each camera, see `Recording.decode`."""
+    for planned in plan:
+        yield {camera: read_image(files[camera][k]) for camera, k in planned.images.items()}
 
 
 def read_image(path: Path) -> Image:

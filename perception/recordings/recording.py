@@ -19,8 +19,8 @@ TOLERANCE = 0.05  # seconds between an image and the time of its frame
 Image = NDArray[np.uint8]  # [H, W, 3] RGB
 
 
-class Moment(NamedTuple):
-    """The images of one frame, by their numbers."""
+class FramePlan(NamedTuple):
+    """Which images make up a frame."""
 
     time_ns: int
     images: dict[str, int]  # number of the image in the stream of each camera that has one
@@ -48,7 +48,7 @@ class Recording:
     Attributes:
         name: of the file or folder, for messages.
         times_ns: [K] int64 nanoseconds, rising, of the images of each camera.
-        decode: returns the images of one moment after another. Moments come in the order of time.
+        decode: returns the images of one planned frame after another. They come in the order of time.
         trajectory: poses of the vehicle; None if the recording has none.
         rig: calibration of the cameras; None if the recording has none.
         other_times_ns: times of streams that are no cameras, such as a LiDAR, by name.
@@ -58,7 +58,7 @@ class Recording:
 
     name: str
     times_ns: Mapping[str, NDArray[np.int64]]
-    decode: Callable[[Sequence[Moment]], Iterator[dict[str, Image]]]
+    decode: Callable[[Sequence[FramePlan]], Iterator[dict[str, Image]]]
     trajectory: Trajectory | None = None
     rig: Rig | None = None
     other_times_ns: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
@@ -70,14 +70,14 @@ class Recording:
         """Names of the cameras."""
         return tuple(self.times_ns)
 
-    def moments(
+    def plan(
         self,
         *,
         reference: str | None = None,
         tolerance: float = TOLERANCE,
         rate: float | None = None,
         count: int | None = None,
-    ) -> list[Moment]:
+    ) -> list[FramePlan]:
         """Groups the images to frames: one for each time of the reference, with the nearest image of each camera.
 
         Args:
@@ -99,7 +99,7 @@ class Recording:
             raise ConfigError(
                 f"{self.name} has no {reference!r} to take the times from; {nearest(reference, everything)}"
             )
-        found: list[Moment] = []
+        found: list[FramePlan] = []
         for time in map(int, _thinned(everything[reference], rate)):
             images = {}
             for camera, times in self.times_ns.items():
@@ -107,7 +107,7 @@ class Recording:
                 if abs(int(times[k]) - time) <= tolerance * 1e9:
                     images[camera] = k
             if images:
-                found.append(Moment(time, images))
+                found.append(FramePlan(time, images))
             if len(found) == count:
                 break
         if not found:
@@ -117,25 +117,25 @@ class Recording:
             )
         return found
 
-    def frames(self, moments: Sequence[Moment] | None = None) -> Iterator[RecordedFrame]:
+    def frames(self, plan: Sequence[FramePlan] | None = None) -> Iterator[RecordedFrame]:
         """Yields the frames in the order of time.
 
         Args:
-            moments: from `moments`; None for all frames with the default settings.
+            plan: from `plan`; None for all frames with the default settings.
 
         Raises:
             DataError: an image cannot be decoded.
         """
-        moments = self.moments() if moments is None else moments
-        for moment, images in zip(moments, self.decode(moments), strict=True):
-            pose = None if self.trajectory is None else self.trajectory.at(moment.time_ns)
+        plan = self.plan() if plan is None else plan
+        for planned, images in zip(plan, self.decode(plan), strict=True):
+            pose = None if self.trajectory is None else self.trajectory.at(planned.time_ns)
             motion = {camera: np.eye(4) for camera in images}
             for camera in images if pose is not None else ():
                 assert self.trajectory is not None and pose is not None
-                exposed = self.trajectory.at(int(self.times_ns[camera][moment.images[camera]]))
+                exposed = self.trajectory.at(int(self.times_ns[camera][planned.images[camera]]))
                 if exposed is not None:
                     motion[camera] = invert_rigid(pose) @ exposed
-            yield RecordedFrame(moment.time_ns, images, pose, motion)
+            yield RecordedFrame(planned.time_ns, images, pose, motion)
 
     def __iter__(self) -> Iterator[RecordedFrame]:
         return self.frames()
@@ -154,10 +154,13 @@ def _nearest(times: NDArray[np.int64], time: int) -> int:
 
 
 def _thinned(times: NDArray[np.int64], rate: float | None) -> Iterable[int]:
-    """Yields the first time of each step of a grid with `rate` steps per second; all times without a rate."""
+    """Yields the first time of each step of a grid with `rate` steps per second; all times without a rate.
+
+    A time may be a quarter of a step early, as times are never exact.
+    """
     last = None
     for time in times.tolist():
-        step = time if rate is None else round((time - int(times[0])) * 1e-9 * rate)
+        step = time if rate is None else int((time - int(times[0])) * 1e-9 * rate + 0.25)
         if step != last:
             yield time
         last = step

@@ -49,7 +49,7 @@ def open_recording(
         start: folders and videos: seconds of the first image with `fps`; of videos, seconds that are added.
         poses: trajectory file with lines of `time x y z qx qy qz qw`.
         pose_topic: bags: where the poses are.
-        reference: bags: a topic whose times are wanted, see `Recording.moments`.
+        reference: bags: a topic whose times are wanted, see `Recording.plan`.
         base_frame: bags: the vehicle frame, base_link by default.
         base_height: bags: metres that the vehicle frame lies above the ground, 0 by default.
         version, scene: nuScenes format.
@@ -73,7 +73,7 @@ def open_recording(
     }  # fmt: skip
     given = {key: value for key, value in given.items() if value is not None}
     for key in given:
-        if key not in TAKES[kind] and key != "reference":  # which `Recording.moments` takes too
+        if key not in TAKES[kind] and key != "reference":  # which `Recording.plan` takes too
             raise ConfigError(
                 f"{found[0]} is {kind}, and --{key.replace('_', '-')} does not belong to it; leave it out"
             )

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perception.errors import DataError, not_installed
-from perception.recordings.folders import POSES_FILE, RIG_FILE
-from perception.recordings.recording import Image, Moment, Recording, checked_times, chosen_streams
+from perception.recordings.folders import POSES_FILE
+from perception.recordings.recording import FramePlan, Image, Recording, checked_times, chosen_streams
 from perception.recordings.trajectory import read_trajectory
-from perception.rigs.rig import Rig
+from perception.rigs.rig import RIG_FILE, Rig
 
 SUFFIXES = frozenset((".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v", ".ts", ".mjpeg", ".mpg", ".h264", ".hevc"))
 MICROSECONDS = Fraction(1, 1_000_000)
@@ -106,14 +106,14 @@ def _times(path: Path, fps: float | None, start: float) -> NDArray[np.int64]:
     return checked_times(found, str(path))
 
 
-def _decode(paths: Mapping[str, Path], moments: Sequence[Moment]) -> Iterator[dict[str, Image]]:
+def _decode(paths: Mapping[str, Path], plan: Sequence[FramePlan]) -> Iterator[dict[str, Image]]:
     """Decodes all videos side by side, each of them once from its beginning."""
     videos = {camera: _images(path) for camera, path in paths.items()}
     last: dict[str, tuple[int, Any]] = {}
     try:
-        for moment in moments:
+        for planned in plan:
             found = {}
-            for camera, k in moment.images.items():
+            for camera, k in planned.images.items():
                 while last.get(camera, (-1,))[0] < k:
                     if (found_next := next(videos[camera], None)) is None:
                         raise DataError(f"{paths[camera]} ends before its image {k}; it is damaged, copy it again")

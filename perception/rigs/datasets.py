@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from perception.errors import DataError, not_installed
 from perception.geometry import rigid_from_quaternion
 from perception.rigs.documents import Fields, located, nearest, read_document, read_text
 from perception.rigs.models import FROM_INTEGER_CENTERS, BrownConrady, CameraModel, Mei, Pinhole
-from perception.rigs.rig import BODY_FROM_OPTICAL, RigCamera
+from perception.rigs.rig import BODY_FROM_OPTICAL, RIG_FILE, Rig, RigCamera
 
 Matrix = NDArray[np.float64]
 
@@ -44,7 +45,7 @@ def nuscenes(path: Path, scene: str | None = None) -> list[RigCamera]:
     """Reads the cameras of one sample from the tables of nuScenes.
 
     Images are undistorted, and the ego frame is the library's. Principal points are taken as they are stored, as
-    `NuScenesDataset` does.
+    `NuScenesDataset` does. A camera without intrinsics has its model in the rig file beside the tables.
 
     Args:
         path: folder of the tables, such as `v1.0-mini`.
@@ -54,6 +55,7 @@ def nuscenes(path: Path, scene: str | None = None) -> list[RigCamera]:
         DataError: a table is missing or malformed, or there is no such scene.
     """
     tables = {name: _table(path, name) for name in ("sensor", "calibrated_sensor", "sample_data")}
+    rig = Rig.load(path / RIG_FILE) if (path / RIG_FILE).is_file() else None  # cameras that the tables cannot describe
     if scene is None:
         sample = _table(path, "sample")[0].text("token")
     else:
@@ -72,9 +74,13 @@ def nuscenes(path: Path, scene: str | None = None) -> list[RigCamera]:
         if sensor.get("modality") != "camera":
             continue
         pose = rigid_from_quaternion(calibration.array("rotation", (4,)), calibration.array("translation", (3,)))
+        name, size = sensor.text("channel"), (row.pixels("height"), row.pixels("width"))
+        if rig is not None and calibration.get("camera_intrinsic") == []:
+            cameras.append(replace(rig[name], ego_from_cam=pose))
+            continue
         with located(calibration.at("camera_intrinsic")):
             model = pinhole_or_brown(calibration.array("camera_intrinsic", (3, 3)), ())
-        cameras.append(RigCamera(sensor.text("channel"), (row.pixels("height"), row.pixels("width")), model, pose))
+        cameras.append(RigCamera(name, size, model, pose))
     if not cameras:
         raise DataError(f"{path / 'sample_data.json'} has no camera images of sample {sample}; give another scene")
     return cameras

@@ -57,6 +57,10 @@ class CameraModel(ABC):
         """Returns the model with its principal point moved by `pixels` along both axes."""
 
     @abstractmethod
+    def scaled(self: Model, factor: float) -> Model:
+        """Returns the model of the image resized by `factor`."""
+
+    @abstractmethod
     def _plane_from_cam(self, rays_cam: Floats) -> tuple[Floats, Bools]:
         """Maps unit rays [P, 3] to the plane [P, 2], and says which ones the model can map."""
 
@@ -144,6 +148,9 @@ class _FocalModel(CameraModel):
 
     def moved(self: Any, pixels: float) -> Any:
         return replace(self, cx=self.cx + pixels, cy=self.cy + pixels)
+
+    def scaled(self: Any, factor: float) -> Any:
+        return replace(self, **{key: factor * getattr(self, key) for key in ("fx", "fy", "cx", "cy", "skew")})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,6 +333,10 @@ class FTheta(CameraModel):
 
     def moved(self: Any, pixels: float) -> Any:
         return replace(self, cx=self.cx + pixels, cy=self.cy + pixels)
+
+    def scaled(self: Any, factor: float) -> Any:
+        polynomial = tuple(factor * a for a in self.polynomial)
+        return replace(self, cx=factor * self.cx, cy=factor * self.cy, polynomial=polynomial)
 
     def _plane_from_cam(self, rays_cam: Floats) -> tuple[Floats, Bools]:
         return self._radius.plane_from_cam(rays_cam)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 SHIPPED = Path(__file__).parent  # *.yaml
 SCHEMA = SHIPPED / "rig.schema.json"
+RIG_FILE = "rig.yaml"  # beside the tables of a dataset whose cameras are not all pinholes
 RIG_FORMAT = 1  # version of the file format
 
 # A frame with body axes (x forward, y left, z up) has its points from the optical frame (x right, y down, z forward).
@@ -167,6 +168,25 @@ class Rig:
             np.ones(len(cameras), dtype=bool),
         )
 
+    def scaled(self, factor: float) -> Rig:
+        """Returns the rig of images that are resized by a factor; their sizes are rounded to whole pixels.
+
+        Raises:
+            DataError: the factor is not above 0, or an image would have no pixels.
+        """
+        if not 0 < factor < np.inf:
+            raise DataError(f"the scale of the images is {factor:g}; give a number above 0, such as 0.5")
+        return Rig(
+            [
+                replace(
+                    camera,
+                    image_size=(round(factor * camera.image_size[0]), round(factor * camera.image_size[1])),
+                    model=camera.model.scaled(factor),
+                )
+                for camera in self
+            ]
+        )
+
     def coverage(self, image_size: tuple[int, int]) -> Coverage:
         """Returns which rays and which ground of each camera reach a network (see `perception.rigs.virtual`).
 
@@ -187,25 +207,12 @@ class Rig:
         Raises:
             DataError: the file does not exist or is malformed; the message names the camera, the field and the fix.
         """
-        path = _shipped_or_given(path)
-        root = Fields(str(path), read_document(path, "a rig file (docs/rigs.md), .yaml or .json"))
-        root.only("rig_format", "description", "pixel_center", "cameras")
-        if root.get("rig_format") != RIG_FORMAT:
-            raise DataError(f"{root.at('rig_format')} is {root.get('rig_format')!r}; this version reads {RIG_FORMAT}")
-        if "description" in root:
-            root.text("description")
-        shift = 0.0
-        if "pixel_center" in root:
-            if (center := root.number("pixel_center")) not in (0.0, 0.5):
-                raise DataError(
-                    f"{root.at('pixel_center')} is {center:g}; give 0.5, or 0 for calibrations of OpenCV: the "
-                    "coordinate of the centre of the first pixel"
-                )
-            shift = FROM_INTEGER_CENTERS if center == 0 else 0.0
-        cameras = root.section("cameras")
-        entries = {name: Fields(f"{path}: camera {name!r}", cameras.get(name)) for name in cameras}
-        with located(str(path)):
-            return cls([_camera(name, entry, shift) for name, entry in entries.items()])
+        cameras = read_cameras(path)
+        for camera in cameras.values():
+            if isinstance(camera, DataError):
+                raise camera
+        with located(str(_shipped_or_given(path))):
+            return cls([camera for camera in cameras.values() if isinstance(camera, RigCamera)])
 
     def save(self, path: str | Path) -> None:
         """Writes a rig file that `Rig.load` reads back without loss, JSON if the suffix is `.json`, else YAML.
@@ -226,6 +233,43 @@ class Rig:
             text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
         with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
+
+
+def read_cameras(path: str | Path) -> dict[str, RigCamera | DataError]:
+    """Reads the cameras of a rig file, whatever their numbers say: `Rig` and `perception.rigs.check` judge these.
+
+    Args:
+        path: as for `Rig.load`.
+
+    Returns:
+        By name a camera, or what is wrong with its entry.
+
+    Raises:
+        DataError: the file does not exist, or is no rig file.
+    """
+    path = _shipped_or_given(path)
+    root = Fields(str(path), read_document(path, "a rig file (docs/rigs.md), .yaml or .json"))
+    root.only("rig_format", "description", "pixel_center", "cameras")
+    if root.get("rig_format") != RIG_FORMAT:
+        raise DataError(f"{root.at('rig_format')} is {root.get('rig_format')!r}; this version reads {RIG_FORMAT}")
+    if "description" in root:
+        root.text("description")
+    shift = 0.0
+    if "pixel_center" in root:
+        if (center := root.number("pixel_center")) not in (0.0, 0.5):
+            raise DataError(
+                f"{root.at('pixel_center')} is {center:g}; give 0.5, or 0 for calibrations of OpenCV: the "
+                "coordinate of the centre of the first pixel"
+            )
+        shift = FROM_INTEGER_CENTERS if center == 0 else 0.0
+    entries = root.section("cameras")
+    cameras: dict[str, RigCamera | DataError] = {}
+    for name in entries:
+        try:
+            cameras[name] = _camera(name, Fields(f"{path}: camera {name!r}", entries.get(name)), shift)
+        except DataError as error:
+            cameras[name] = error
+    return cameras
 
 
 def _shipped_or_given(path: str | Path) -> Path:
@@ -256,15 +300,20 @@ def _checked(cameras: list[RigCamera]) -> list[RigCamera]:
     )
     try:
         poses = checked_rig(given, len(cameras)).ego_from_cam
-    except DataError as error:  # those checks count cameras, and a person knows them by name
-        named = re.sub(r"rig\.(\w+)\[(\d+)\]", lambda m: f"camera {names[int(m[2])]!r}: {m[1]}", str(error))
-        raise DataError(named) from None
+    except DataError as error:
+        raise DataError(with_names(str(error), names)) from None
     found = []
     for camera, pose in zip(cameras, poses, strict=True):
         check_intrinsics(f"camera {camera.name!r}", camera.model.img_from_cam, camera.image_size)
         pose.setflags(write=False)
         found.append(replace(camera, ego_from_cam=pose))
     return found
+
+
+def with_names(sentence: str, names: Sequence[str]) -> str:
+    """Returns a sentence of the checks of live use, which count cameras, with the names that a person knows them by."""
+    sentence = re.sub(r"rig\.(\w+)\[(\d+)\]", lambda m: f"camera {names[int(m[2])]!r}: {m[1]}", sentence)
+    return re.sub(r"(?<=images\[)\d+(?=\])|(?<=camera )\d+", lambda m: repr(names[int(m[0])]), sentence)
 
 
 def _pose_array(camera: RigCamera) -> NDArray[np.float64]:

@@ -24,7 +24,7 @@ class AssembledFrame(NamedTuple):
 class FrameAssembler:
     """Groups images by their times: the nearest image of each camera to each image of a reference camera.
 
-    These are the frames of `Recording.moments`. A frame is complete when every camera that is alive has sent an image
+    These are the frames of `Recording.plan`. A frame is complete when every camera that is alive has sent an image
     of its time or later, or when `PATIENCE_S` have passed, by the times of the images. If the reference camera falls
     silent, the next camera takes its place. Images that come late or out of order are dropped; if the clock goes back
     by more than `ALIVE_S`, as when a recording is played again, the assembler starts anew.
@@ -46,7 +46,8 @@ class FrameAssembler:
     def _clear(self) -> None:
         self._images: dict[str, deque[tuple[int, Any]]] = {camera: deque() for camera in self._cameras}
         self._newest = dict.fromkeys(self._cameras, -1)  # time of the newest image
-        self._done = -1  # time of the last frame
+        self._heard: dict[str, int] = {}  # the same, but that of the very first image for a camera without any
+        self._done = -(10**18)  # time of the last frame; before all times at first
         self._reference: str | None = None  # of the last frame
 
     def add(self, camera: str, time_ns: int, image: Any) -> list[AssembledFrame]:
@@ -70,6 +71,8 @@ class FrameAssembler:
             return []
         self._images[camera].append((time_ns, image))
         self._newest[camera] = time_ns
+        self._heard = self._heard or dict.fromkeys(self._cameras, time_ns)
+        self._heard[camera] = time_ns
         frames = []
         while frame := self._next():
             frames.append(frame)
@@ -77,11 +80,15 @@ class FrameAssembler:
 
     def _next(self) -> AssembledFrame | None:
         newest = max(self._newest.values())
-        alive = [camera for camera in self._cameras if self._newest[camera] >= newest - ALIVE_S * 1e9]
+        alive = [camera for camera in self._cameras if self._heard[camera] >= newest - ALIVE_S * 1e9]
         tolerance = round(TOLERANCE * 1e9)
-        # After the reference has changed, its images of the last frame's time do not make another one.
-        since = self._done if alive[0] == self._reference or self._done < 0 else self._done + tolerance
-        time = next((time for time, _ in self._images[alive[0]] if time > since), None)
+        times = [time for time, _ in self._images[alive[0]]]
+        since = self._done
+        if alive[0] != self._reference:
+            since += tolerance  # not the last frame again
+            if alive[0] != self._cameras[0] and len(times) > 1:
+                since = max(since, times[-2])  # nor all that came while the first camera was waited for
+        time = next((time for time in times if time > since), None)
         if time is None:
             return None
         is_settled = all(self._newest[camera] >= time for camera in alive)

@@ -41,19 +41,19 @@ _LIFETIME_S = 1.0  # of markers: they vanish when nothing new comes
 _LINE_WIDTH_M = 0.15
 
 
-def header(time_s: float, frame_id: str) -> Fields:
+def header(time_ns: int, frame_id: str) -> Fields:
     """Returns the fields of `std_msgs/Header`.
 
     Args:
-        time_s: seconds since the epoch of the clock that stamped the images.
+        time_ns: nanoseconds since the epoch of the clock that stamped the images.
         frame_id: the name of the frame.
 
     Raises:
-        DataError: the time is negative, not finite, or beyond the 32 bits of the message.
+        DataError: the seconds do not fit into the 31 bits of the message.
     """
-    if not 0 <= time_s < 2**31:
-        raise DataError(f"a ROS 2 header holds 0 to 2147483648 seconds, and the time of the frame is {time_s} s")
-    seconds, nanoseconds = divmod(round(time_s * 1e9), 10**9)
+    seconds, nanoseconds = divmod(time_ns, 10**9)
+    if not 0 <= seconds < 2**31:
+        raise DataError(f"a ROS 2 header holds 0 to 2147483647 seconds, and the time of the frame is {seconds} s")
     return {"stamp": {"sec": seconds, "nanosec": nanoseconds}, "frame_id": frame_id}
 
 

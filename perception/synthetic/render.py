@@ -33,7 +33,8 @@ class Picture(NamedTuple):
     """Image of one camera with its depth, actor and material buffers."""
 
     rgb: np.ndarray  # [H, W, 3] uint8
-    depth: np.ndarray  # [H, W] float32 metres along the optical axis, inf for the sky
+    depth: np.ndarray  # [H, W] float32 metres along the optical axis, inf for the sky, NaN where the lens shows nothing
+    distance: np.ndarray  # [H, W] float32 metres along the ray, in the same way
     actor: np.ndarray  # [H, W] int32 index into District.actors, -1 otherwise
     material: np.ndarray  # [H, W] uint8 Material
 
@@ -120,6 +121,9 @@ class TownRenderer:
         self._move_to(time)
         origin, rotation = self._mount(camera.ego_from_cam, time)
         rays_cam = camera.rays()  # [H, W, 3]
+        dark = np.isnan(rays_cam[..., 0])  # outside the image circle of a fisheye
+        if dark.any():
+            rays_cam = np.where(dark[..., None], np.array([0, 0, 1], np.float32), rays_cam)
         rays = (rays_cam.reshape(-1, 3) @ rotation.T).reshape(H, W, 3)
         hits = self._trace(np.broadcast_to(origin, (H * W, 3)), rays.reshape(-1, 3))
         with np.errstate(divide="ignore"):
@@ -148,8 +152,10 @@ class TownRenderer:
             light.reshape(-1, 3)[flat] = self._horizon + (color - self._horizon) * haze.reshape(-1, 1)[flat]
             material.reshape(-1)[flat] = self._materials[face]
             actor.reshape(-1)[flat] = np.maximum(self._owners[face], -1)
-        rgb = _expose(light, camera, rng)
-        return Picture(rgb, distance * rays_cam[..., 2], actor, material)
+        if dark.any():
+            light[dark], material[dark], actor[dark], distance[dark] = 0.0, Material.SKY, -1, np.nan
+        depth = np.where(np.isinf(distance), np.inf, distance * rays_cam[..., 2])
+        return Picture(_expose(light, camera, rng), depth, distance, actor, material)
 
     def lidar(self, lidar: Lidar, time: float, rng: np.random.Generator) -> Sweep:
         """Simulates one revolution of the LiDAR at `time` seconds; `rng` draws range noise and lost returns."""
@@ -192,17 +198,16 @@ class TownRenderer:
         expected, seen = np.zeros(A), np.zeros(A)
         for camera in cameras:
             origin, rotation = self._mount(camera.ego_from_cam, time)
-            H, W = camera.image_size
             owners, all_rays = [], []
             for k, actor in enumerate(self.district.actors):
                 xy, yaw = actor.trajectory.at(time)
                 center = np.append(xy - self._low, 0.0)
-                if np.linalg.norm(center - origin) > 90 or (center - origin) @ rotation[:, 2] < -8:
+                ahead = (center - origin) @ rotation[:, 2]
+                if np.linalg.norm(center - origin) > 90 or (ahead < -8 and camera.max_angle < np.pi / 2):
                     continue
                 turn = rigid_from_yaw(yaw)[:3, :3]
                 target = (unit * actor.size) @ turn.T + center - origin  # [R, 3]
-                uvw = target @ rotation @ camera.img_from_cam.T
-                inside = (uvw[:, 2] > 0.3) & (uvw[:, :2] > 0).all(1) & (uvw[:, :2] < uvw[:, 2:] * [W, H]).all(1)
+                inside = camera.sees(target @ rotation)
                 if not inside.any():
                     continue
                 rays = target[inside] / np.linalg.norm(target[inside], axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Sensors of the simulated car: camera rigs (nuScenes' and others) and one LiDAR.
+"""Sensors of the simulated car: cameras of nuScenes' rig, of other nominal rigs and of rig files, and one LiDAR.
 
 Frames: `ego` is the rear axle on the ground (x forward, y left, z up), `cam` is x right, y down, z forward, `lidar` is
 x right, y forward, z up. Pixel centres are at +0.5.
@@ -8,11 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from perception.rigs.models import CameraModel, Pinhole
+from perception.rigs.rig import BODY_FROM_OPTICAL, Rig, RigCamera
+
 LIDAR_NAME = "LIDAR_TOP"
+MOST_CAMERAS = 12
 
 
 class Mounting(NamedTuple):
@@ -62,40 +67,67 @@ EIGHT_CAMERAS = (
     Mounting("CAM_BACK_NARROW", (0.00, 0.00, 1.66), 180.0, 1.00, -10_000),
 )
 
-# Columns are the camera's axes (right, down, forward) in a frame that is x forward, y left, z up.
-_FORWARD_FROM_CAM = np.array([[0.0, 0.0, 1.0], [-1.0, 0.0, 0.0], [0.0, -1.0, 0.0]])
+NEAREST = 0.3  # metres in front of a camera from which a point counts as seen
 
 
-@dataclass(frozen=True, eq=False)
-class Camera:
-    """A calibrated pinhole camera with gain, vignetting and noise.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Camera(RigCamera):
+    """A calibrated camera of any model with gain, vignetting and noise.
 
-    Args:
-        name: nuScenes channel.
-        image_size: height and width in pixels.
-        img_from_cam: [3, 3] pixels.
-        ego_from_cam: [4, 4] metres.
+    Attributes:
         delay_us: exposure time minus the LiDAR's time, microseconds.
         gain: [3] factors on red, green and blue: exposure and white balance of this camera.
         vignette: loss of light in the corners, 0..1.
         noise: standard deviation of the sensor noise; white is 1.
     """
 
-    name: str
-    image_size: tuple[int, int]
-    img_from_cam: np.ndarray
-    ego_from_cam: np.ndarray
     delay_us: int
     gain: np.ndarray
     vignette: float
     noise: float
 
+    @property
+    def img_from_cam(self) -> np.ndarray:
+        """[3, 3] pixels; of the pinhole that agrees near the optical axis if the model is another one."""
+        return self.model.img_from_cam
+
     def rays(self) -> np.ndarray:
-        """Returns unit directions through all pixel centres, [H, W, 3] float32 in the camera frame."""
-        height, width = self.image_size
-        u, v = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
-        directions = np.stack([u, v, np.ones_like(u)], -1) @ np.linalg.inv(self.img_from_cam).T  # [H, W, 3]
+        """Returns unit directions through all pixel centres, [H, W, 3] float32 in the camera frame, NaN for none."""
+        if not self._is_plain:
+            return _lens_rays(self.model, self.image_size, self.lens_angle)
+        centres = _pixel_centres(self.image_size)
+        homogeneous = np.concatenate([centres, np.ones_like(centres[..., :1])], -1)
+        directions = homogeneous @ np.linalg.inv(self.img_from_cam).T  # [H, W, 3]
         return (directions / np.linalg.norm(directions, axis=-1, keepdims=True)).astype(np.float32)
+
+    @property
+    def _is_plain(self) -> bool:
+        """A pinhole whose lens fills the image: a matrix is all it needs."""
+        return isinstance(self.model, Pinhole) and self.lens_angle >= np.pi / 2
+
+    def sees(self, points_cam: np.ndarray) -> np.ndarray:
+        """Returns whether points [..., 3] of the camera frame lie in the image, [...] bool, nothing standing before."""
+        if not self._is_plain:
+            return (np.linalg.norm(points_cam, axis=-1) > NEAREST) & self.project(points_cam)[1]
+        H, W = self.image_size
+        uvw = points_cam @ self.img_from_cam.T
+        inside = (uvw[..., :2] > 0).all(-1) & (uvw[..., :2] < uvw[..., 2:] * [W, H]).all(-1)
+        return (uvw[..., 2] > NEAREST) & inside
+
+
+def _pixel_centres(image_size: tuple[int, int]) -> np.ndarray:
+    height, width = image_size
+    return np.stack(np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5), -1)  # [H, W, 2]
+
+
+@lru_cache(maxsize=MOST_CAMERAS)
+def _lens_rays(model: CameraModel, image_size: tuple[int, int], lens_angle: float) -> np.ndarray:
+    """Finds the rays of a camera with distortion, which takes seconds; all scenes of a rig share them."""
+    rays, seen = RigCamera("", image_size, model, np.eye(4), lens_angle).unproject(_pixel_centres(image_size))
+    rays[~seen] = np.nan
+    found = rays.astype(np.float32)
+    found.setflags(write=False)
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,24 +183,51 @@ def make_cameras(
     for name, position, yaw_deg, focal, delay_us in rig:
         focal_px = focal * width * rng.uniform(0.97, 1.03)
         center = np.array([width, height]) * (0.5 + rng.uniform(-0.015, 0.015, 2))
-        img_from_cam = np.array([[focal_px, 0, center[0]], [0, focal_px, center[1]], [0, 0, 1]])
         yaw, pitch, roll = np.radians(np.array([yaw_deg, 0.0, 0.0]) + rng.uniform(-1.5, 1.5, 3) * [1.0, 0.7, 0.4])
         ego_from_cam = np.eye(4)
-        ego_from_cam[:3, :3] = _rotation(yaw, pitch, roll) @ _FORWARD_FROM_CAM
+        ego_from_cam[:3, :3] = _rotation(yaw, pitch, roll) @ BODY_FROM_OPTICAL[:3, :3]
         ego_from_cam[:3, 3] = np.array(position) + rng.uniform(-0.04, 0.04, 3)
         cameras.append(
             Camera(
                 name=name,
                 image_size=(height, width),
-                img_from_cam=img_from_cam,
+                model=Pinhole(fx=focal_px, fy=focal_px, cx=float(center[0]), cy=float(center[1])),
                 ego_from_cam=ego_from_cam,
                 delay_us=delay_us,
-                gain=rng.uniform(0.9, 1.1) * rng.uniform(0.97, 1.03, 3),
-                vignette=rng.uniform(0.0, 0.25),
-                noise=rng.uniform(0.004, 0.02),
+                **_optics(rng),
             )
         )
     return tuple(cameras)
+
+
+def cameras_of(rig: Rig, rng: np.random.Generator) -> tuple[Camera, ...]:
+    """Returns the cameras of a rig exactly as it has them, all exposed at the LiDAR's time.
+
+    Args:
+        rig: of any models and mountings.
+        rng: source of gain, vignetting and noise.
+    """
+    return tuple(
+        Camera(
+            name=camera.name,
+            image_size=camera.image_size,
+            model=camera.model,
+            ego_from_cam=camera.ego_from_cam,
+            lens_angle=camera.lens_angle,
+            delay_us=0,
+            **_optics(rng),
+        )
+        for camera in rig
+    )
+
+
+def _optics(rng: np.random.Generator) -> dict[str, Any]:
+    """Draws gain, vignetting and noise of a camera."""
+    return {
+        "gain": rng.uniform(0.9, 1.1) * rng.uniform(0.97, 1.03, 3),
+        "vignette": rng.uniform(0.0, 0.25),
+        "noise": rng.uniform(0.004, 0.02),
+    }
 
 
 def make_lidar(rng: np.random.Generator) -> Lidar:

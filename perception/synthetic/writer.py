@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
@@ -29,10 +30,22 @@ from tqdm import tqdm
 
 from perception.errors import ConfigError, DataError
 from perception.files import check_writable, new_folder
+from perception.rigs.models import Pinhole
+from perception.rigs.rig import RIG_FILE, Rig
 from perception.synthetic.district import District
 from perception.synthetic.map_expansion import write_map_expansion
 from perception.synthetic.render import TownRenderer
-from perception.synthetic.sensors import LIDAR_NAME, SIX_CAMERAS, Camera, Lidar, Mounting, make_cameras, make_lidar
+from perception.synthetic.sensors import (
+    LIDAR_NAME,
+    MOST_CAMERAS,
+    SIX_CAMERAS,
+    Camera,
+    Lidar,
+    Mounting,
+    cameras_of,
+    make_cameras,
+    make_lidar,
+)
 from perception.synthetic.town import LOCATIONS, make_district
 from perception.types import ATTRIBUTES
 
@@ -55,6 +68,7 @@ _LEAD_US = 100_000
 ANNOTATION_RANGE = 60.0
 _JPEG_QUALITY = 92
 MAX_SCENES, MAX_SIDE = 100_000, 4096
+LOWEST = 0.1  # metres of a camera above the ground
 LONGEST_SCENE = 59  # seconds; scenes start a minute apart
 KEYFRAME_BYTES = 700_000  # of one keyframe without its images: a LiDAR sweep and its rows of the tables
 
@@ -71,7 +85,7 @@ class _Job:
     image_size: tuple[int, int]
     sweeps: bool
     rare: float
-    rig: tuple[Mounting, ...]
+    rig: Rig | tuple[Mounting, ...]
 
     @property
     def name(self) -> str:
@@ -105,7 +119,7 @@ def simulate(
     workers: int | None = None,
     sweeps: bool = False,
     rare: float = 0.0,
-    rig: Sequence[Mounting] = SIX_CAMERAS,
+    rig: Rig | Sequence[Mounting] = SIX_CAMERAS,
 ) -> None:
     """Generates a dataset in nuScenes format (version `v1.0-synthetic`).
 
@@ -119,36 +133,46 @@ def simulate(
         seed: of the whole dataset; datasets of different seeds share no scene.
         keyframes: annotated samples per scene, for up to 59 s.
         rate: annotated samples per second, one of 1, 2 (as nuScenes), 5, 10 and 20.
-        image_size: height and width of the images in pixels, 16 to 4096.
+        image_size: height and width of the images in pixels, 16 to 4096; a `Rig` has its own sizes.
         split: name under which `splits.json` lists the scenes. The devkit reserves its names (`train`, `val`, `test`,
             ...) for the scenes of nuScenes, so they cannot be used.
         workers: number of processes; None uses all CPU cores, 1 works in this process.
         sweeps: also write camera images between keyframes, 10 Hz in total; for rates of 1 to 5.
         rare: frequency of rare classes, from 0 (as in usual streets) to 1, see `make_district`.
-        rig: the cameras and their nominal mountings.
+        rig: nominal mountings of pinholes, from which each scene deviates a little; or 1 to 12 cameras of any model,
+            size and mounting, which are rendered exactly, all at the LiDAR's time. Such a rig is written as
+            `<version>/rig.yaml`, because the tables can hold pinholes only: `camera_intrinsic` of other cameras is
+            empty, as that of a LiDAR. `NuScenesDataset` reads both.
 
     Raises:
-        ConfigError: an argument is out of its range.
+        ConfigError: an argument is out of its range, or the rig has too many cameras, or names that are no folders.
         DataError: `out` is not empty, another run is writing it, or the disk is full or about to be.
     """
     out = Path(out)
     _check_request(scenes, seed, keyframes, rate, image_size, split, workers, sweeps, rare)
+    if isinstance(rig, Rig):
+        _check_rig(rig)
+        sizes = [camera.image_size for camera in rig]
+    else:
+        rig, sizes = tuple(rig), [(image_size[0], image_size[1])] * len(rig)
     check_writable("out", out, folder=True)
     with new_folder(out) as root:
-        _check_space(out, scenes, keyframes, rate, image_size, sweeps, len(rig))
+        _check_space(out, scenes, keyframes, rate, sizes, sweeps)
         for channel in (*(camera.name for camera in rig), LIDAR_NAME):
             (root / "samples" / channel).mkdir(parents=True)
             if sweeps and channel != LIDAR_NAME:
                 (root / "sweeps" / channel).mkdir(parents=True)
         jobs = [
-            _Job(root, seed, i, keyframes, rate, (image_size[0], image_size[1]), sweeps, rare, tuple(rig))
+            _Job(root, seed, i, keyframes, rate, (image_size[0], image_size[1]), sweeps, rare, rig)
             for i in range(scenes)
         ]
         parts, districts = [], []
         for tables, district in tqdm(_run(jobs, workers or os.cpu_count() or 1), total=scenes, desc="scenes"):
             parts.append(tables)
             districts.append(district)
-        _write_tables(root, seed, parts, split, rig)
+        _write_tables(root, seed, parts, split, [camera.name for camera in rig])
+        if isinstance(rig, Rig):
+            rig.save(root / VERSION / RIG_FILE)
         for location in LOCATIONS:
             here = [d for d in districts if d.location == location]
             if here:
@@ -190,13 +214,37 @@ def _check_request(
         )
 
 
+def _check_rig(rig: Rig) -> None:
+    """Checks that the cameras of a rig can be rendered and stored."""
+    if len(rig) > MOST_CAMERAS:
+        raise ConfigError(f"simulate: the rig has {len(rig)} cameras; give at most {MOST_CAMERAS}")
+    folded = [name.casefold() for name in rig.names]
+    for name in rig.names:
+        if not re.fullmatch(r"\w[\w .-]*", name) or name == LIDAR_NAME or folded.count(name.casefold()) > 1:
+            raise ConfigError(
+                f"simulate: camera {name!r} gives a folder its name; give letters, digits, _ and -, no other camera's "
+                f"name in capitals, and not {LIDAR_NAME}"
+            )
+        height, width = rig[name].image_size
+        if not (16 <= height <= MAX_SIDE and 16 <= width <= MAX_SIDE):
+            raise ConfigError(
+                f"simulate: images of camera {name!r} have {height} x {width} pixels; give 16 to {MAX_SIDE}, or scale "
+                "the rig"
+            )
+        if rig[name].ego_from_cam[2, 3] < LOWEST:
+            raise ConfigError(
+                f"simulate: camera {name!r} is {rig[name].ego_from_cam[2, 3]:.3g} m above the ground; give at least "
+                f"{LOWEST:g} m"
+            )
+
+
 def _check_space(
-    out: Path, scenes: int, keyframes: int, rate: int, image_size: tuple[int, int], sweeps: bool, cameras: int
+    out: Path, scenes: int, keyframes: int, rate: int, sizes: Sequence[tuple[int, int]], sweeps: bool
 ) -> None:
     """Checks that the dataset will fit on the disk. The estimate is about right for images of 256 x 448 pixels."""
     images = 1 + (keyframes - 1) * (1_000_000 // rate // SWEEP_US if sweeps else 1)  # per camera and scene
-    image = 700 + 0.2 * image_size[0] * image_size[1]
-    expected = scenes * (cameras * images * image + keyframes * KEYFRAME_BYTES)
+    pixels = sum(700 + 0.2 * height * width for height, width in sizes)  # bytes of one image of every camera
+    expected = scenes * (images * pixels + keyframes * KEYFRAME_BYTES)
     free = shutil.disk_usage(out.parent).free
     if expected > free:
         raise DataError(
@@ -267,11 +315,12 @@ def scene_renderer(
     index: int,
     district: District,
     image_size: tuple[int, int],
-    rig: Sequence[Mounting] = SIX_CAMERAS,
+    rig: Rig | Sequence[Mounting] = SIX_CAMERAS,
 ) -> tuple[TownRenderer, tuple[Camera, ...], Lidar]:
     """Makes the renderer, the cameras and the LiDAR of scene `index`."""
     rng = np.random.default_rng(_sequence(seed, index, 1))
-    cameras, lidar = make_cameras(rng, image_size, rig), make_lidar(rng)
+    cameras = cameras_of(rig, rng) if isinstance(rig, Rig) else make_cameras(rng, image_size, rig)
+    lidar = make_lidar(rng)
     return TownRenderer(district, np.random.default_rng(_sequence(seed, index, 2))), cameras, lidar
 
 
@@ -311,7 +360,7 @@ def _simulate_scene(job: _Job) -> tuple[dict[str, list[dict]], District]:
             step, key = image * stride, image % steps == 0
             time_us = start_us + image * (job.keyframe_us // steps) + camera.delay_us
             # An image between keyframes belongs to the next keyframe, as in nuScenes.
-            path = record(camera.name, time_us, -(-image // steps), key, "jpg", job.image_size)
+            path = record(camera.name, time_us, -(-image // steps), key, "jpg", camera.image_size)
             noise = np.random.default_rng(_sequence(job.seed, job.index, 3, c, step))
             picture = renderer.camera(camera, (time_us - start_us + _LEAD_US) * 1e-6, noise)
             Image.fromarray(picture.rgb).save(path, quality=_JPEG_QUALITY)
@@ -362,7 +411,10 @@ def _pose_fields(pose: np.ndarray) -> dict[str, Any]:
 
 def _calibration(job: _Job, cameras: tuple[Camera, ...], lidar: Lidar) -> list[dict]:
     """Makes the calibrated_sensor rows of one scene."""
-    mounts = [(c.name, c.ego_from_cam, c.img_from_cam.tolist()) for c in cameras]
+    # A matrix would say nothing true of a camera with distortion: the devkit finds none, and rig.yaml has the model.
+    mounts = [
+        (c.name, c.ego_from_cam, c.img_from_cam.tolist() if isinstance(c.model, Pinhole) else []) for c in cameras
+    ]
     rows = []
     for channel, ego_from_sensor, intrinsic in [*mounts, (LIDAR_NAME, lidar.ego_from_lidar, [])]:
         row = {"token": job.token("calibrated_sensor", channel), "sensor_token": _token("sensor", channel)}
@@ -418,7 +470,7 @@ def _link_instances(job: _Job, district: District, annotations: list[dict]) -> l
 
 
 def _write_tables(
-    root: Path, seed: int, parts: list[dict[str, list[dict]]], split: str, rig: Sequence[Mounting]
+    root: Path, seed: int, parts: list[dict[str, list[dict]]], split: str, cameras: Sequence[str]
 ) -> None:
     """Writes the thirteen tables, `splits.json` and the map images that the devkit requires."""
     tables = {name: [row for part in parts for row in part[name]] for name in parts[0]}
@@ -435,9 +487,9 @@ def _write_tables(
         {
             "token": _token("sensor", channel),
             "channel": channel,
-            "modality": "lidar" if "LIDAR" in channel else "camera",
+            "modality": "lidar" if channel == LIDAR_NAME else "camera",
         }
-        for channel in (*(camera.name for camera in rig), LIDAR_NAME)
+        for channel in (*cameras, LIDAR_NAME)
     ]
     tables["map"] = []
     for location in LOCATIONS:

@@ -1,4 +1,6 @@
-"""Draws boxes and lines onto camera images and a bird's-eye view. This is the only module that flips axes.
+"""Draws boxes, lines and ground truth onto the network's images and a bird's-eye view.
+
+`perception.visualization.live` draws results of live use on the original, distorted images.
 
 Pictures are drawn at twice their size and reduced, which smooths the edges. Predictions are solid, in the colour of
 their class; ground truth is thin, dashed and white. In the bird's-eye view, ego x points up and ego y points to the
@@ -7,7 +9,7 @@ left.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -29,26 +31,26 @@ from perception.types import (
     Polylines,
     Seen,
 )
+from perception.visualization.canvas import (
+    BACKGROUND,
+    BOX_COLORS,
+    GT_COLOR,
+    LINE_COLORS,
+    NOTE,
+    PANEL,
+    SUPERSAMPLING,
+    TEXT,
+    UNSEEN_ALPHA,
+    UNSEEN_WIDTH,
+    Canvas,
+    draw_ego_marker,
+    draw_rings,
+    draw_tag,
+    legend_picture,
+)
 
-BOX_COLORS = dict(
-    zip(
-        BOX_CLASSES,
-        (
-            (56, 189, 248), (251, 146, 60), (217, 200, 158), (250, 204, 21), (163, 230, 53),
-            (244, 114, 182), (232, 89, 249), (167, 139, 250), (255, 94, 58), (45, 212, 191),
-        ),
-        strict=True,
-    )
-)  # fmt: skip
-LINE_COLORS = dict(zip(LINE_CLASSES, ((253, 224, 110), (74, 222, 128), (248, 90, 90)), strict=True))
-
-_GT_COLOR = (236, 240, 246)
-_BACKGROUND, _PANEL, _GRID, _TEXT, _FAINT = (13, 17, 23), (22, 27, 34), (44, 53, 66), (223, 228, 236), (125, 138, 155)
-_NOTE = (255, 123, 114)
-_SUPERSAMPLING = 2
 _NEAR = 0.1  # metres; lines are clipped at this depth
 _GAP = 8  # pixels between the tiles of a composite
-_UNSEEN_ALPHA, _UNSEEN_WIDTH = 90, 1.0  # of lines where no camera has looked
 _LINE_DASH, _BOX_DASH = (7.0, 5.0), (3.5, 2.5)  # lengths of dashes and gaps in pixels
 
 # Edges of geometry.box_corners: the bottom and top rings and the four posts; corners 0, 3, 7, 4 are the front face.
@@ -109,24 +111,24 @@ def draw_frame(
     tile_width, tile_height = tiles[0].size
     wall_width, wall_height = columns * (tile_width + _GAP) - _GAP, rows * (tile_height + _GAP) - _GAP
 
-    legend = _legend(wall_width, gt is not None, seen is not None)
+    legend = legend_picture(wall_width, gt is not None, seen is not None)
     height = max(wall_height + _GAP + legend.height, 360)
     bev = draw_bev(objects, gt, seen=seen, x_range=x_range, y_range=y_range, height=height, min_score=min_score)
     top = 44
-    picture = Image.new("RGB", (wall_width + bev.width + 3 * _GAP, top + height + _GAP), _BACKGROUND)
+    picture = Image.new("RGB", (wall_width + bev.width + 3 * _GAP, top + height + _GAP), BACKGROUND)
     for tile, name, present, (row, column) in zip(tiles, names, frame.rig.present, cells, strict=True):
-        _tag(tile, name.removeprefix("CAM_").replace("_", " ").lower() + ("" if present else " (no image)"))
+        draw_tag(tile, name.removeprefix("CAM_").replace("_", " ").lower() + ("" if present else " (no image)"))
         picture.paste(tile, (_GAP + column * (tile_width + _GAP), top + row * (tile_height + _GAP)))
     picture.paste(legend, (_GAP, top + height - legend.height))
     picture.paste(bev, (wall_width + 2 * _GAP, top))
     pen = ImageDraw.Draw(picture)
     font = ImageFont.load_default(19)
-    pen.text((_GAP + 4, top / 2), caption, fill=_TEXT, font=font, anchor="lm")
+    pen.text((_GAP + 4, top / 2), caption, fill=TEXT, font=font, anchor="lm")
     if note:
         left = _GAP + 4 + (pen.textlength(caption, font=font) + 24 if caption else 0)
         while note and left + pen.textlength(note, font=font) > picture.width - _GAP:  # at the end of a word
             note = note.rpartition(" ")[0]
-        pen.text((left, top / 2), note, fill=_NOTE, font=font, anchor="lm")
+        pen.text((left, top / 2), note, fill=NOTE, font=font, anchor="lm")
     return picture
 
 
@@ -165,10 +167,10 @@ def draw_cameras(
     pictures = []
     for camera in range(N):
         if not rig.present[camera]:
-            pictures.append(Image.new("RGB", size, _PANEL))
+            pictures.append(Image.new("RGB", size, PANEL))
             continue
         pixels = images[camera].clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()  # [H, W, 3]
-        canvas = _Canvas(Image.fromarray(pixels).resize([_SUPERSAMPLING * s for s in size], Image.Resampling.LANCZOS))
+        canvas = Canvas(Image.fromarray(pixels).resize([SUPERSAMPLING * s for s in size], Image.Resampling.LANCZOS))
         scale = canvas.image.width / W
         canvas_from_cam = np.diag([scale, canvas.image.height / H, 1.0]) @ _numpy(rig.img_from_cam[camera])
         cam_from_ego = invert_rigid(_numpy(rig.ego_from_cam[camera]))
@@ -217,23 +219,23 @@ def draw_bev(
     for name, (low, high) in (("x_range", x_range), ("y_range", y_range)):
         if not low < high:
             raise DataError(f"{name} of the bird's-eye view is ({low}, {high}); the first number must be smaller")
-    scale = _SUPERSAMPLING * height / (x_range[1] - x_range[0])  # canvas pixels per metre
-    width = max(round((y_range[1] - y_range[0]) * scale / _SUPERSAMPLING), 1)
-    canvas = _Canvas(Image.new("RGB", (_SUPERSAMPLING * width, _SUPERSAMPLING * height), _PANEL))
+    scale = SUPERSAMPLING * height / (x_range[1] - x_range[0])  # canvas pixels per metre
+    width = max(round((y_range[1] - y_range[0]) * scale / SUPERSAMPLING), 1)
+    canvas = Canvas(Image.new("RGB", (SUPERSAMPLING * width, SUPERSAMPLING * height), PANEL))
 
     def flip(points_ego: np.ndarray) -> np.ndarray:
         """Converts ego metres [..., 2+] to canvas pixels [..., 2]: x up, y left."""
         return np.stack([y_range[1] - points_ego[..., 1], x_range[1] - points_ego[..., 0]], -1) * scale
 
-    _rings(canvas, flip(np.zeros(2)), scale)
+    draw_rings(canvas, flip(np.zeros(2)), scale)
     layers = _layers(objects, gt, seen, min_score)
     for layer in layers:
         for color, points, visible in layer.lines:
             corners = flip(points)
             segments = np.stack([corners[:-1], corners[1:]], 1)
-            canvas.stroke(segments[~visible], (*color, _UNSEEN_ALPHA), _UNSEEN_WIDTH, layer.line_dash)
+            canvas.stroke(segments[~visible], (*color, UNSEEN_ALPHA), UNSEEN_WIDTH, layer.line_dash)
             canvas.stroke(segments[visible], color, layer.line_width, layer.line_dash)
-    _ego_marker(canvas, flip)
+    draw_ego_marker(canvas, flip)
     for layer in layers:
         for color, corners, velocity in layer.boxes:
             ground = flip(corners[:4])  # [4, 2]
@@ -264,8 +266,8 @@ def _layers(objects: FrameObjects, gt: FrameObjects | None, seen: Seen | None, m
     lines = list(_lines(objects.lines, min_score, seen_lines))
     layers = [_Layer(list(_boxes(objects.boxes, min_score)), lines, 1.6, None, 2.2, None)]
     if gt is not None:
-        boxes = [(_GT_COLOR, corners, velocity) for _, corners, velocity in _boxes(gt.boxes, 0.0)]
-        lines = [(_GT_COLOR, points, visible) for _, points, visible in _lines(gt.lines, 0.0, None)]
+        boxes = [(GT_COLOR, corners, velocity) for _, corners, velocity in _boxes(gt.boxes, 0.0)]
+        lines = [(GT_COLOR, points, visible) for _, points, visible in _lines(gt.lines, 0.0, None)]
         layers.append(_Layer(boxes, lines, 1.0, _BOX_DASH, 1.5, _LINE_DASH))
     return layers
 
@@ -323,115 +325,3 @@ def _clip(segments_cam: np.ndarray, img_from_cam: np.ndarray, size: tuple[int, i
     first, last = segments_cam[seen, :1], segments_cam[seen, 1:]
     homogeneous = (first + ends * (last - first)) @ img_from_cam.T  # [S', 2, 3]
     return homogeneous[..., :2] / homogeneous[..., 2:]
-
-
-class _Canvas:
-    """Draws on an RGB image of `_SUPERSAMPLING` times its final size; widths are in pixels of the final image."""
-
-    def __init__(self, image: Image.Image) -> None:
-        self.image = image
-        self._pen = ImageDraw.Draw(image, "RGBA")
-
-    def stroke(self, segments: np.ndarray, color: tuple, width: float, dash: tuple[float, float] | None) -> None:
-        """Draws segments [S, 2, 2] in canvas pixels; a dash pattern continues from one segment to the next."""
-        width = max(round(width * _SUPERSAMPLING), 1)
-        phase = 0.0
-        for start, end in segments:
-            length = float(np.linalg.norm(end - start))
-            if length == 0:
-                continue
-            pieces = [(0.0, 1.0)]
-            if dash is not None:
-                on, period = dash[0] * _SUPERSAMPLING, sum(dash) * _SUPERSAMPLING
-                begins = np.arange(-phase, length, period)
-                pieces = [(max(b, 0) / length, min(b + on, length) / length) for b in begins if b + on > 0]
-                phase = (phase + length) % period
-            for a, b in pieces:
-                ends = [tuple(start + t * (end - start)) for t in (a, b)]
-                self._pen.line(ends, fill=color, width=width)
-            if dash is None and width > 2:  # round the joints
-                self._pen.circle(tuple(end), (width - 1) / 2, fill=color)
-
-    def fill(self, corners: np.ndarray, color: tuple) -> None:
-        """Draws a filled polygon [P, 2] in canvas pixels, blended if the colour has an alpha value."""
-        self._pen.polygon([tuple(corner) for corner in corners], fill=color)
-
-    def arrow(self, start: np.ndarray, end: np.ndarray, color: tuple, width: float) -> None:
-        """Draws an arrow between two points in canvas pixels."""
-        along = (end - start) / np.linalg.norm(end - start)
-        across = np.array([-along[1], along[0]])
-        head = 4.5 * _SUPERSAMPLING
-        self.stroke(np.array([[start, end]]), color, width * 0.75, None)
-        self.fill(np.array([end + along * head, end + across * head / 2, end - across * head / 2]), color)
-
-    def circle(self, center: np.ndarray, radius: float, color: tuple) -> None:
-        """Draws a circle in canvas pixels."""
-        self._pen.circle(tuple(center), radius, outline=color, width=_SUPERSAMPLING)
-
-    def text(self, position: np.ndarray, text: str, color: tuple, size: int) -> None:
-        """Draws text centred at a position in canvas pixels; `size` is in pixels of the final image."""
-        font = ImageFont.load_default(size * _SUPERSAMPLING)
-        self._pen.text(tuple(position), text, fill=color, font=font, anchor="mm")
-
-    def finished(self) -> Image.Image:
-        """Returns the image in its final size."""
-        return self.image.reduce(_SUPERSAMPLING)
-
-
-def _rings(canvas: _Canvas, center: np.ndarray, scale: float) -> None:
-    """Draws circles of equal distance around the car, labelled in metres at the upper right."""
-    reach = max(canvas.image.size) / scale
-    step = next(s for s in (5, 10, 20, 50, 100, 1000) if reach / s <= 8)
-    slant = np.array([np.sin(np.pi / 4), -np.cos(np.pi / 4)])
-    for radius in range(step, int(reach) + step, step):
-        canvas.circle(center, radius * scale, _GRID)
-        canvas.text(center + slant * radius * scale, f"{radius} m", _FAINT, 11)
-
-
-def _ego_marker(canvas: _Canvas, flip: Callable[[np.ndarray], np.ndarray]) -> None:
-    """Draws an arrow head of the size of a car, with its origin on the rear axle."""
-    canvas.fill(flip(np.array([[3.6, 0.0], [-1.0, 1.1], [-0.2, 0.0], [-1.0, -1.1]])), _TEXT)
-
-
-def _tag(tile: Image.Image, name: str) -> None:
-    """Draws the camera's name on a dark plate in the upper left corner."""
-    pen = ImageDraw.Draw(tile, "RGBA")
-    font = ImageFont.load_default(13)
-    right = 8 + pen.textlength(name, font=font) + 14
-    pen.rounded_rectangle((8, 8, right, 29), radius=5, fill=(*_BACKGROUND, 190))
-    pen.text((15, 18), name, fill=_TEXT, font=font, anchor="lm")
-
-
-def _legend(width: int, with_gt: bool, with_unseen: bool) -> Image.Image:
-    """Draws the colours of box classes, line classes and the two styles, in as many rows as the width needs."""
-    font = ImageFont.load_default(13 * _SUPERSAMPLING)
-    boxes = [(name, color, "box") for name, color in BOX_COLORS.items()]
-    lines = [(name, color, "solid") for name, color in LINE_COLORS.items()]
-    lines += [("prediction", _TEXT, "solid"), ("ground truth", _GT_COLOR, "dashed")] if with_gt else []
-    lines += [("not seen by a camera", _TEXT, "faint")] if with_unseen else []
-    placed: list[tuple[float, int, str, tuple, str]] = []
-    row = -1
-    for group in (boxes, lines):
-        x, row = 14.0, row + 1
-        for name, color, kind in group:
-            text = name.replace("_", " ")
-            advance = 30 + font.getlength(text) / _SUPERSAMPLING + 18
-            if x + advance > width and x > 14:
-                x, row = 14.0, row + 1
-            placed.append((x, row, text, color, kind))
-            x += advance
-    canvas = _Canvas(Image.new("RGB", (_SUPERSAMPLING * width, _SUPERSAMPLING * (16 + 24 * (row + 1))), _PANEL))
-    pen = ImageDraw.Draw(canvas.image)
-    for x, row, text, color, kind in placed:
-        y = 8 + 24 * row + 12
-        if kind == "box":
-            corners = np.array([[x, y - 5], [x + 20, y - 5], [x + 20, y + 5], [x, y + 5]]) * float(_SUPERSAMPLING)
-            canvas.fill(corners, (*color, 70))
-            canvas.stroke(np.stack([corners, np.roll(corners, -1, 0)], 1), color, 1.6, None)
-        else:
-            stroke = np.array([[[x, y], [x + 20, y]]]) * float(_SUPERSAMPLING)
-            width_px, dash = {"solid": (2.4, None), "dashed": (1.2, (5.0, 2.5)), "faint": (_UNSEEN_WIDTH, None)}[kind]
-            canvas.stroke(stroke, (*color, _UNSEEN_ALPHA) if kind == "faint" else color, width_px, dash)
-        at = ((x + 28) * _SUPERSAMPLING, y * _SUPERSAMPLING)
-        pen.text(at, text, fill=_TEXT, font=font, anchor="lm")
-    return canvas.finished()

@@ -1,0 +1,72 @@
+"""Runs a network over the frames of a recording."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perception.inference.predictor import Predictor
+from perception.recordings.recording import RecordedFrame
+from perception.rigs.rig import Rig
+from perception.rigs.virtual import VirtualRig, virtual_rig
+from perception.types import LiveObjects, NumpyBoxes, NumpyCameraRig, NumpyFrameObjects, NumpyPolylines
+
+
+class PredictedFrame(NamedTuple):
+    """One frame of a recording with its prediction."""
+
+    recorded: RecordedFrame
+    # What the network sees: a pinhole is a camera, or a part of one, see `perception.rigs.virtual`.
+    names: tuple[str, ...]  # of the pinholes
+    images: list[NDArray[np.uint8] | None]  # [H, W, 3] of each pinhole, None for an absent one
+    rig: NumpyCameraRig  # of these images, at the time of the frame
+    objects: LiveObjects
+
+
+def predict_frames(predictor: Predictor, rig: Rig, frames: Iterable[RecordedFrame]) -> Iterator[PredictedFrame]:
+    """Yields the predictions of the frames of a recording.
+
+    Each camera's pose is that at its own exposure, carried to the time of the frame. A frame whose pose is not known
+    is predicted without memory, and its result says so.
+
+    Args:
+        predictor: made without a rig.
+        rig: the cameras.
+        frames: in the order of time.
+
+    Raises:
+        DataError: an image has another size than in the rig, or a pose or time is out of range.
+
+    Warns:
+        PerceptionWarning: as `virtual_rig` and `Predictor.step` do.
+    """
+    virtual = virtual_rig(rig, predictor.model.config.image_size)
+    virtual.make_tables()
+    names = pinhole_names(virtual)
+    predictor.name_cameras(names)
+    predictor.reset()
+    for recorded in frames:
+        images, pinholes = virtual.frame(recorded.images)
+        for n, camera in enumerate(virtual.cameras):
+            if pinholes.present[n]:
+                pinholes.ego_from_cam[n] = recorded.ego_from_exposure[camera.source.name] @ pinholes.ego_from_cam[n]
+        objects = predictor.step(images, pinholes, recorded.global_from_ego, recorded.time_s)
+        yield PredictedFrame(recorded, names, images, pinholes, objects)
+
+
+def as_arrays(objects: LiveObjects) -> NumpyFrameObjects:
+    """Returns boxes and lines as numpy arrays."""
+    return NumpyFrameObjects(
+        NumpyBoxes(*map(np.asarray, objects.boxes)), NumpyPolylines(*map(np.asarray, objects.lines))
+    )
+
+
+def pinhole_names(virtual: VirtualRig) -> tuple[str, ...]:
+    """Returns a name for each pinhole: that of its camera, numbered from left to right if the camera has several."""
+    sources = [camera.source.name for camera in virtual.cameras]
+    return tuple(
+        name if sources.count(name) == 1 else f"{name}_{sources[:n].count(name)}" for n, name in enumerate(sources)
+    )
