@@ -15,6 +15,8 @@ from perception.data.nuscenes import NuScenesDataset
 from perception.errors import DataError
 from perception.evaluation.detection import (
     evaluate_boxes,
+    evaluate_submission,
+    load_tables,
     submission_from_predictions,
 )
 from perception.geometry import rigid_from_quaternion
@@ -346,6 +348,30 @@ def test_numbers_of_a_submission_are_those_of_quaternion_objects():
         assert moving == (".moving" in record["attribute_name"] or record["attribute_name"] == "cycle.with_rider") or (
             record["attribute_name"] == ""
         )
+
+
+def test_processes_give_the_digits_of_one(town_root, tmp_path):
+    """On predictions with errors of all kinds, classes without ground truth and samples without predictions."""
+    (version,) = [path.parent.name for path in town_root.glob("*/sample.json")]
+    splits = json.loads((town_root / version / "splits.json").read_text())
+    (split,) = [name for name, scenes in splits.items() if scenes]
+    data = NuScenesDataset(town_root, version, split, image_size=(128, 224), cache_dir=tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    predictions = {}
+    for i, token in enumerate(data.tokens):
+        boxes = data.gt_boxes(i)
+        noise = torch.randn(len(boxes.score), 3, generator=generator)
+        boxes = boxes._replace(
+            center=boxes.center + noise, size=boxes.size * (1 + 0.1 * noise.abs()), yaw=boxes.yaw + noise[:, 0],
+            score=noise[:, 1].sigmoid(), valid=boxes.valid & (noise[:, 2] > -1) & (i != 2),
+        )  # fmt: skip
+        predictions[token] = FrameObjects(boxes, Polylines(*(torch.zeros(0) for _ in Polylines._fields)))
+    poses = {token: data.ego_pose(i) for i, token in enumerate(data.tokens)}
+    submission = submission_from_predictions(predictions, poses)
+    nusc = load_tables(town_root, version)
+    alone = evaluate_submission(nusc, split, submission, workers=1)
+    assert 0.05 < alone.nds < 0.9 and len(set(alone.class_ap.values())) > 3
+    assert json.dumps(evaluate_submission(nusc, split, submission, workers=2).as_dict()) == json.dumps(alone.as_dict())
 
 
 def test_of_equal_scores_the_first_boxes_are_kept():

@@ -15,13 +15,16 @@ import tempfile
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from nuscenes import NuScenes
 from nuscenes.eval.common.config import config_factory
+from nuscenes.eval.common.data_classes import EvalBoxes
 from nuscenes.eval.common.loaders import get_samples_of_scenes
+from nuscenes.eval.detection.data_classes import DetectionConfig, DetectionMetrics
 from nuscenes.eval.detection.evaluate import DetectionEval
 from nuscenes.eval.detection.utils import category_to_detection_name
 from pyquaternion import Quaternion
@@ -38,6 +41,7 @@ _CONFIG = "detection_cvpr_2019"
 _MAX_BOXES = 500
 # The devkit's names of the true-positive errors, and those in papers.
 _ERRORS = {"trans_err": "mATE", "scale_err": "mASE", "orient_err": "mAOE", "vel_err": "mAVE", "attr_err": "mAAE"}
+_MANY_BOXES = 100_000  # predictions whose evaluation takes longer than starting processes
 _MOVING_SPEED = 0.2  # m/s
 
 
@@ -129,13 +133,17 @@ def evaluate_boxes(
     return result
 
 
-def evaluate_submission(nusc: NuScenes, split: str | Path, submission: Mapping[str, Any]) -> DetectionResult:
+def evaluate_submission(
+    nusc: NuScenes, split: str | Path, submission: Mapping[str, Any], *, workers: int | None = None
+) -> DetectionResult:
     """Runs the official nuScenes detection evaluation on a submission.
 
     Args:
         nusc: the tables, see `load_tables`.
         split: as in `evaluate_boxes`.
         submission: `meta` and `results` in nuScenes' format, see `perception.evaluation.submission`.
+        workers: processes that share the classes and distances, with the same result; None takes one for each core,
+            at most 8, or none for submissions of less than 100,000 boxes.
 
     Raises:
         DataError: the split does not exist or has no boxes, or the submission is not one of the split.
@@ -161,7 +169,10 @@ def evaluate_submission(nusc: NuScenes, split: str | Path, submission: Mapping[s
                     f"no box of split {split} in {nusc.table_root} has LiDAR or radar points and lies in the range of "
                     "its class, so nothing can be scored; check the poses in ego_pose.json, or choose another split"
                 )
-            metrics, _ = evaluation.evaluate()
+            if workers is None:
+                many = sum(map(len, submission["results"].values())) >= _MANY_BOXES
+                workers = min(os.cpu_count() or 1, 8) if many else 1
+            metrics = _evaluate(evaluation, workers)
     summary = metrics.serialize()
     counted = Counter(box.detection_name for box in evaluation.gt_boxes.all)
     return DetectionResult(
@@ -176,6 +187,57 @@ def evaluate_submission(nusc: NuScenes, split: str | Path, submission: Mapping[s
         gt_count={name: counted[name] for name in BOX_CLASSES},
         samples=len(tokens),
     )
+
+
+def _evaluate(evaluation: DetectionEval, workers: int) -> DetectionMetrics:
+    """Runs the devkit's evaluation, in several processes by class and distance if there are workers."""
+    if workers <= 1:
+        metrics, _ = evaluation.evaluate()
+        return metrics
+    config = evaluation.cfg
+    units = [(name, distance) for name in config.class_names for distance in config.dist_ths]
+    metrics = DetectionMetrics(config)
+    boxes = {
+        name: tuple(_of_class(part, name) for part in (evaluation.gt_boxes, evaluation.pred_boxes))
+        for name in BOX_CLASSES
+    }
+    # Forked processes see the boxes without copying them through a pipe.
+    with get_context("fork").Pool(workers, _share, (config, boxes)) as pool:
+        for (name, distance), (ap, errors) in zip(units, pool.imap(_evaluate_unit, units), strict=True):
+            metrics.add_label_ap(name, distance, ap)
+            if distance == config.dist_th_tp:
+                for error, value in errors.items():
+                    metrics.add_label_tp(name, error, value)
+    return metrics
+
+
+def _of_class(boxes: EvalBoxes, name: str) -> EvalBoxes:
+    """Returns the boxes of one class, of all samples."""
+    found = EvalBoxes()
+    for token in boxes.sample_tokens:
+        found.add_boxes(token, [box for box in boxes[token] if box.detection_name == name])
+    return found
+
+
+_shared: tuple[DetectionConfig, dict[str, tuple[EvalBoxes, ...]]]  # of a process of `_evaluate`
+
+
+def _share(config: DetectionConfig, boxes: dict[str, tuple[EvalBoxes, ...]]) -> None:
+    global _shared
+    _shared = config, boxes
+
+
+def _evaluate_unit(unit: tuple[str, float]) -> tuple[float, dict[str, float]]:
+    """Runs the devkit's evaluation of one class at one distance: AP, and the true-positive errors at that distance."""
+    config, boxes = _shared
+    name, distance = unit
+    part = DetectionEval.__new__(DetectionEval)  # its constructor would read files
+    part.verbose = False
+    part.cfg = copy.copy(config)
+    part.cfg.class_names, part.cfg.dist_ths, part.cfg.dist_th_tp = [name], [distance], distance
+    part.gt_boxes, part.pred_boxes = boxes[name]
+    metrics, _ = part.evaluate()
+    return metrics.get_label_ap(name, distance), {error: metrics.get_label_tp(name, error) for error in _ERRORS}
 
 
 def check_counted(points: Collection[int], tables: str | os.PathLike[str], split: str | Path) -> None:
