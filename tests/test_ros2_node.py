@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from perception import Predictor, Rig
-from perception.errors import ConfigError, DataError
+from perception.errors import ConfigError, DataError, run_script
+from perception.ros2 import __main__ as ros2
 from perception.ros2.bridge import Bridge, check_topics
 
 rosbags = pytest.importorskip("rosbags.highlevel", reason="rosbags reads the bag")
@@ -289,12 +290,22 @@ def test_an_export_is_run_by_the_runtime(stand, fp32_export, bag, tmp_path):
 
 def test_wrong_parameters_end_the_node(stand, capsys):
     stand.given["image_topics"] = ["/a"]
-    stand.modules["rclpy"].init = lambda: None
-    fatal = []
-    stand.modules["rclpy"].logging = SimpleNamespace(get_logger=lambda name: SimpleNamespace(fatal=fatal.append))
+    calls = []
+    vars(stand.modules["rclpy"]).update(
+        init=lambda: calls.append("init"), try_shutdown=lambda: calls.append("shutdown")
+    )
     with pytest.raises(SystemExit) as end:
-        stand.node.main()
-    assert end.value.code == 2 and "3 cameras have 1 image_topics" in fatal[0]
+        run_script(ros2.main)
+    assert end.value.code == 2 and calls == ["init", "shutdown"]
+    assert capsys.readouterr().err.startswith("error: 3 cameras have 1 image_topics")
+
+
+def test_without_ros_the_package_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "rclpy", None)
+    with pytest.raises(SystemExit) as end:
+        run_script(ros2.main)
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith("error: rclpy is not installed; it is part of ROS 2: source its setup")
 
 
 def test_the_node_runs_until_it_is_interrupted(stand):

@@ -24,5 +24,5 @@ def generate_launch_description():
     }
     arguments = [word for name, value in parameters.items() for word in ("-p", f"{name}:={value}")]
     # The Python of the environment with the library, which must see the packages of ROS as well.
-    command = [sys.executable, "-m", "perception.ros2.node", "--ros-args", *arguments]
+    command = [sys.executable, "-m", "perception.ros2", "--ros-args", *arguments]
     return LaunchDescription([ExecuteProcess(cmd=command, output="screen")])

@@ -1,4 +1,4 @@
-"""The ROS 2 node: `python -m perception.ros2.node --ros-args -p cameras:="[front, left]" ...` (docs/ros2.md).
+"""The ROS 2 node, which `python -m perception.ros2` runs (docs/ros2.md).
 
 Only this module imports rclpy and messages of ROS. It subscribes to images, camera_info, static transforms and
 odometry, and publishes boxes, lane lines and markers.
@@ -130,21 +130,19 @@ class PerceptionNode(Node):  # type: ignore[misc]  # rclpy has no types
 
 
 def main() -> None:
-    """Runs the node until it is interrupted."""
+    """Runs the node until it is interrupted.
+
+    Raises:
+        PerceptionError: a parameter is wrong.
+    """
     rclpy.init()
+    node = None
     try:
         node = PerceptionNode()
-    except PerceptionError as error:
-        rclpy.logging.get_logger("perception").fatal(str(error))
-        raise SystemExit(2) from None
-    try:
         rclpy.spin(node)
     except KeyboardInterrupt:
         pass
     finally:
-        node.destroy_node()
+        if node is not None:
+            node.destroy_node()
         rclpy.try_shutdown()
-
-
-if __name__ == "__main__":
-    main()
