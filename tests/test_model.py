@@ -185,6 +185,18 @@ def test_rotated_rig_gives_a_rotated_bev():
 
 
 @torch.no_grad()
+def test_a_camera_that_does_not_see_a_cell_takes_no_weight():
+    """The fields of view of four cameras of 80 degrees do not meet: a second camera per cell adds nothing."""
+    torch.manual_seed(0)
+    grid = BEVGrid((-16.0, 16.0), (-16.0, 16.0), (16, 16))
+    attention = SpatialCrossAttention(grid, (0.0, 1.0), channels_in=9, channels=8, cameras=2, samples=3)
+    arguments = torch.zeros(1, 256, 8), torch.randn(1, 4, 9, 6, 10), torch.rand(1, 4, 7, 6, 10)
+    two = attention(*arguments, make_rig(4, (48, 80)), (48, 80))
+    attention.cameras = 1
+    torch.testing.assert_close(two, attention(*arguments, make_rig(4, (48, 80)), (48, 80)))
+
+
+@torch.no_grad()
 def test_a_cell_is_lit_by_the_pixels_at_its_depth():
     """One camera whose every pixel shows something 8 m away: cells are lit by how well 8 m fits them."""
     torch.manual_seed(0)
