@@ -24,7 +24,6 @@ EXAMPLE = """examples:
   perception rig import calib.txt --image-size 375x1242 --out rig.yaml
   perception rig show surround_fisheye
 """
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 
 def images_of(folder: Path, names: Sequence[str]) -> dict[str, list[Path]]:
@@ -38,16 +37,16 @@ def images_of(folder: Path, names: Sequence[str]) -> dict[str, list[Path]]:
         DataError: there is no such folder, or no image of any camera in it.
     """
     from perception.errors import DataError
+    from perception.recordings.folders import SUFFIXES
+    from perception.recordings.recording import named_camera
 
     if not folder.is_dir():
         raise DataError(f"--images {folder} is not a folder; give one with images named after the cameras")
-    longest_first = sorted(names, key=len, reverse=True)  # CAM_BACK_LEFT before CAM_BACK
-    patterns = [(name, re.compile(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])")) for name in longest_first]
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in SUFFIXES:
             place = str(path.relative_to(folder).with_suffix(""))
-            name = next((name for name, pattern in patterns if pattern.search(place)), None)
+            name = named_camera(place, names)
             if name is not None:
                 found.setdefault(name, []).append(path)
     if not found:

@@ -126,7 +126,7 @@ def read_bag(
             chosen = chosen_streams(topics, rig.names, streams or {}, name)
         of_camera = {camera: found.stream(topic) for camera, topic in chosen.items()}
         other = {topic: found.stream(topic).times_ns for topic in extra - set(topics)}
-        trajectory = read_trajectory(poses) if poses is not None else found.trajectory(tree, base_frame)
+        trajectory = read_trajectory(poses) if poses is not None else found.trajectory(tree, base_frame, base_height)
     if found.unstamped:
         notes.append(f"messages of {', '.join(sorted(found.unstamped))} have no time in their header: those of the bag")
     times = {camera: stream.times_ns for camera, stream in of_camera.items()}
@@ -272,22 +272,24 @@ class _Index:
                 edges.append((moved[0][1], frame, moved[0][2]))
         return Frames.of(Path(self._name), edges)
 
-    def trajectory(self, tree: Frames, base_frame: str) -> Trajectory | None:
-        """The poses of the vehicle frame; None if there are none."""
+    def trajectory(self, tree: Frames, base_frame: str, base_height: float) -> Trajectory | None:
+        """The poses of the ego frame, which lies below the vehicle frame on the ground; None if there are none."""
+        base_from_ego = np.eye(4)
+        base_from_ego[2, 3] = -base_height
         if self.poses:
             child = self.poses[0][1]
             child_from_base = np.eye(4)
             if child and child != base_frame and base_frame in (*tree.parents, *(p for p, _ in tree.parents.values())):
                 child_from_base = _between(tree, child, base_frame)
             times = np.array([time for time, _, _ in self.poses], np.int64)
-            poses = np.stack([pose for _, _, pose in self.poses]) @ child_from_base
+            poses = np.stack([pose for _, _, pose in self.poses]) @ child_from_base @ base_from_ego
             return Trajectory(times, poses, f"{self._name}: {self._pose_topic}")
         frame = self._moving_above(base_frame)
         if frame is None or self._pose_topic is None:
             return None
         frame_from_base = tree.base_from(base_frame, frame) if base_frame != frame else np.eye(4)
         times = np.array([time for time, _, _ in self.moving[frame]], np.int64)
-        poses = np.stack([pose for _, _, pose in self.moving[frame]]) @ frame_from_base
+        poses = np.stack([pose for _, _, pose in self.moving[frame]]) @ frame_from_base @ base_from_ego
         return Trajectory(times, poses, f"{self._name}: {self._pose_topic}")
 
     def _moving_above(self, base_frame: str) -> str | None:

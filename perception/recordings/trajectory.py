@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.spatial.transform import Rotation, Slerp
 
 from perception.errors import DataError
-from perception.geometry import rigid_from_quaternion
-from perception.inference.ego_motion import MAX_GAP
+from perception.geometry import invert_rigid, rigid_from_quaternion
+from perception.inference.ego_motion import MAX_GAP, part_of_motion
 from perception.reading import read_bytes, short
 
 BEYOND_NS = 100_000_000  # how far beyond the first and the last pose the motion is continued
@@ -44,8 +43,8 @@ class Trajectory:
     def at(self, time_ns: int) -> NDArray[np.float64] | None:
         """Returns the pose at a time, interpolated between the two poses around it.
 
-        Positions are interpolated linearly and rotations with constant speed. Up to 0.1 s before the first pose and
-        after the last one, the motion there is continued.
+        The vehicle moves with constant speed and turn rates, as in `ego_from_ego_at`. Up to 0.1 s before the first pose
+        and after the last one, the motion there is continued.
 
         Args:
             time_ns: nanoseconds.
@@ -63,15 +62,9 @@ class Trajectory:
         low, high = int(times[after - 1]), int(times[after])
         if high - low > MAX_GAP_NS:
             return None
-        share = (time_ns - low) / (high - low)
-        before, behind = self.global_from_ego[after - 1], self.global_from_ego[after]
-        pose = np.eye(4)
-        pose[:3, 3] = (1 - share) * before[:3, 3] + share * behind[:3, 3]
-        if 0 <= share <= 1:
-            pose[:3, :3] = Slerp([0, 1], Rotation.from_matrix([before[:3, :3], behind[:3, :3]]))(share).as_matrix()
-        else:
-            turn = Rotation.from_matrix(before[:3, :3].T @ behind[:3, :3]).as_rotvec()
-            pose[:3, :3] = before[:3, :3] @ Rotation.from_rotvec(share * turn).as_matrix()
+        earlier, later = self.global_from_ego[after - 1], self.global_from_ego[after]
+        back = (high - time_ns) / (high - low)
+        pose: NDArray[np.float64] = later @ part_of_motion(invert_rigid(later) @ earlier, back)
         return pose
 
 
