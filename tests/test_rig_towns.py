@@ -252,7 +252,7 @@ def test_tables_say_nothing_false_of_cameras_with_distortion(rig_town):
 
 def test_the_reader_gives_the_pinholes_of_live_use(rig_town, rig_dataset, small_network):
     rig = Rig.load(rig_town / VERSION / RIG_FILE)
-    assert rig_dataset.cameras == ("wide 1/3", "wide 2/3", "wide 3/3", "ahead", "brown")
+    assert rig_dataset.cameras == ("wide_1", "wide_2", "wide_3", "ahead", "brown")
     virtual, predictor = chosen_pinholes(rig, IMAGE_SIZE), Predictor(small_network, rig=rig, min_seen=0)
     predicted = []
     for i in range(2):

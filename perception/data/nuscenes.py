@@ -22,7 +22,7 @@ from perception.geometry import invert_rigid, yaw_from_rotation
 from perception.inference.ego_motion import MAX_GAP, interrupted
 from perception.rigs.coverage import CUT_FIRST, SEE_TABLE, fitted_coverage
 from perception.rigs.rig import RIG_FILE, Rig
-from perception.rigs.virtual import VirtualCamera, VirtualRig, chosen_pinholes
+from perception.rigs.virtual import VirtualRig, chosen_pinholes
 from perception.types import (
     BOX_CLASSES,
     DEFAULT_LANE_RANGE,
@@ -110,7 +110,7 @@ class NuScenesDataset(Dataset):
         if augment is not None:
             augment.check_reach(lane_range)
         self.augment = augment
-        self.cameras = _image_names(self.virtual_rig) if self.virtual_rig else channels
+        self.cameras = self.virtual_rig.names if self.virtual_rig else channels
         self._lane_maps: dict[bytes, LaneMap] = {}  # by file, read on first use
         self.max_boxes = int(np.diff(index.box_offset).max())
         self.max_lines = int(np.diff(index.lines.sample_offset).max())
@@ -310,18 +310,6 @@ def _common_rig(roots: Sequence[Path], version: str) -> Rig | None:
 
 def _rig_numbers(rig: Rig | None) -> list[tuple]:
     return [(c.name, c.image_size, c.model, c.lens_angle, c.ego_from_cam.tobytes()) for c in rig or ()]
-
-
-def _image_names(rig: VirtualRig) -> tuple[str, ...]:
-    """The name of each pinhole: that of its camera, with a number if several stand for it."""
-    of_camera: dict[str, list[VirtualCamera]] = {}
-    for camera in rig.cameras:
-        of_camera.setdefault(camera.source.name, []).append(camera)
-    return tuple(
-        name if len(cameras) == 1 else f"{name} {k + 1}/{len(cameras)}"
-        for name, cameras in of_camera.items()
-        for k in range(len(cameras))
-    )
 
 
 def _mounting(rig: VirtualRig) -> tuple[list[int], np.ndarray]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from perception.inference.predictor import Predictor
 from perception.recordings.recording import RecordedFrame
 from perception.rigs.rig import Rig
-from perception.rigs.virtual import VirtualRig, virtual_rig
+from perception.rigs.virtual import virtual_rig
 from perception.types import LiveObjects, NumpyBoxes, NumpyCameraRig, NumpyFrameObjects, NumpyPolylines
 
 
@@ -45,7 +45,7 @@ def predict_frames(predictor: Predictor, rig: Rig, frames: Iterable[RecordedFram
     """
     virtual = virtual_rig(rig, predictor.model.config.image_size)
     virtual.make_tables()
-    names = pinhole_names(virtual)
+    names = virtual.names
     predictor.name_cameras(names)
     predictor.reset()
     for recorded in frames:
@@ -61,12 +61,4 @@ def as_arrays(objects: LiveObjects) -> NumpyFrameObjects:
     """Returns boxes and lines as numpy arrays."""
     return NumpyFrameObjects(
         NumpyBoxes(*map(np.asarray, objects.boxes)), NumpyPolylines(*map(np.asarray, objects.lines))
-    )
-
-
-def pinhole_names(virtual: VirtualRig) -> tuple[str, ...]:
-    """Returns a name for each pinhole: that of its camera, numbered from left to right if the camera has several."""
-    sources = [camera.source.name for camera in virtual.cameras]
-    return tuple(
-        name if sources.count(name) == 1 else f"{name}_{sources[:n].count(name)}" for n, name in enumerate(sources)
     )

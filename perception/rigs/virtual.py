@@ -82,6 +82,15 @@ class VirtualRig:
     def __len__(self) -> int:
         return len(self.cameras)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """A name for each pinhole: that of its camera, numbered from left to right if several stand for it."""
+        sources = [camera.source.name for camera in self.cameras]
+        return tuple(
+            name if sources.count(name) == 1 else f"{name}_{1 + sources[:n].count(name)}"
+            for n, name in enumerate(sources)
+        )
+
     def camera_rig(self) -> NumpyCameraRig:
         """Returns the calibration of the pinholes, in pixels of the images that `frame` returns."""
         return NumpyCameraRig(
