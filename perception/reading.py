@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import reprlib
+from collections.abc import Iterable
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -110,3 +112,18 @@ def short(value: object) -> str:
             return f"of type {type(value).__name__}"
     text = " ".join(text[:200].split())
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def nearest(key: str, known: Iterable[str], found: bool = False) -> str:
+    """The fix for a wrong name: the most similar right one, or all of them.
+
+    Args:
+        key: the wrong name.
+        known: the right ones, or with `found` those that are there instead.
+        found: a key is missing, and `known` are the others.
+    """
+    known = list(known)
+    close = difflib.get_close_matches(key, known, 1)
+    if found:
+        return f"it has {', '.join(known) or 'nothing'}" + (f" (did you mean {key} by {close[0]}?)" if close else "")
+    return f"did you mean {close[0]}?" if close else f"give one of {', '.join(known)}"

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from perception.errors import ConfigError, DataError, not_installed
 from perception.geometry import invert_rigid
+from perception.reading import nearest
 from perception.recordings.recording import FramePlan, Image, Recording, checked_times, chosen_streams
 from perception.recordings.ros_images import decode_message
 from perception.recordings.trajectory import Trajectory, pose_from, read_trajectory
-from perception.rigs.documents import Fields, located, nearest
+from perception.rigs.documents import Fields, located
 from perception.rigs.models import FROM_INTEGER_CENTERS, Pinhole
 from perception.rigs.rig import Rig, RigCamera
 from perception.rigs.ros import BASE_FRAME, Frames, model_of_camera_info

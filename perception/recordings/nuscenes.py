@@ -12,10 +12,11 @@ import numpy as np
 from perception.data.tables import read_table
 from perception.errors import DataError
 from perception.geometry import rigid_from_quaternion
+from perception.reading import nearest
 from perception.recordings.folders import decode_files
 from perception.recordings.recording import Recording, checked_times, chosen_streams
 from perception.recordings.trajectory import Trajectory
-from perception.rigs.documents import Fields, nearest
+from perception.rigs.documents import Fields
 from perception.rigs.importers import import_rig
 from perception.rigs.rig import Rig
 

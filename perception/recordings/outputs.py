@@ -17,10 +17,10 @@ from tqdm import tqdm
 from perception.errors import ConfigError, DataError
 from perception.files import new_folder
 from perception.inference.predictor import Predictor
+from perception.reading import nearest
 from perception.recordings.predicting import PredictedFrame, predict_frames
 from perception.recordings.recording import FramePlan, Recording
 from perception.recordings.videos import VideoWriter
-from perception.rigs.documents import nearest
 from perception.rigs.rig import Rig
 from perception.visualization.live import draw_live
 

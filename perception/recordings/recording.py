@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from perception.errors import ConfigError, DataError
 from perception.geometry import invert_rigid
+from perception.reading import nearest
 from perception.recordings.trajectory import Trajectory
-from perception.rigs.documents import nearest
 from perception.rigs.rig import Rig
 
 TOLERANCE = 0.05  # seconds between an image and the time of its frame

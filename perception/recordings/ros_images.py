@@ -12,8 +12,8 @@ from PIL import Image as PillowImage
 from perception.data.loader import IMAGE_FORMATS
 from perception.data.tables import MAX_PIXELS
 from perception.errors import DataError
+from perception.reading import nearest
 from perception.recordings.recording import Image
-from perception.rigs.documents import nearest
 
 # Channels of the encodings that are arrays of pixels, and which of them are red, green and blue.
 CHANNELS = {

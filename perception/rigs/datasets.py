@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from perception.errors import DataError, not_installed
 from perception.geometry import rigid_from_quaternion
-from perception.rigs.documents import Fields, located, nearest, read_document, read_text
+from perception.reading import nearest
+from perception.rigs.documents import Fields, located, read_document, read_text
 from perception.rigs.models import FROM_INTEGER_CENTERS, BrownConrady, CameraModel, Mei, Pinhole
 from perception.rigs.rig import BODY_FROM_OPTICAL, RIG_FILE, Rig, RigCamera
 

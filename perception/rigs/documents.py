@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perception.errors import DataError
-from perception.reading import short
+from perception.reading import nearest, short
 
 
 def read_text(path: str | Path, what: str) -> str:
@@ -185,18 +184,3 @@ def located(where: str) -> Iterator[None]:
         yield
     except DataError as error:
         raise DataError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
-
-
-def nearest(key: str, known: Iterable[str], found: bool = False) -> str:
-    """The fix for a wrong name: the most similar right one, or all of them.
-
-    Args:
-        key: the wrong name.
-        known: the right ones, or with `found` those that are there instead.
-        found: a key is missing, and `known` are the others.
-    """
-    known = list(known)
-    close = difflib.get_close_matches(key, known, 1)
-    if found:
-        return f"it has {', '.join(known) or 'nothing'}" + (f" (did you mean {key} by {close[0]}?)" if close else "")
-    return f"did you mean {close[0]}?" if close else f"give one of {', '.join(known)}"

@@ -17,8 +17,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from perception.errors import DataError
 from perception.inference.checks import checked_rigid
+from perception.reading import nearest
 from perception.rigs import datasets, ros
-from perception.rigs.documents import located, nearest, read_document, read_text
+from perception.rigs.documents import located, read_document, read_text
 from perception.rigs.rig import Rig, RigCamera
 
 

@@ -17,7 +17,8 @@ from perception.errors import DataError
 from perception.files import replacing
 from perception.geometry import rigid_from_quaternion
 from perception.inference.checks import check_intrinsics, checked_rig
-from perception.rigs.documents import Fields, located, nearest, read_document
+from perception.reading import nearest
+from perception.rigs.documents import Fields, located, read_document
 from perception.rigs.models import (
     FROM_INTEGER_CENTERS,
     MODELS,

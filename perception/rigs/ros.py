@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from perception.errors import DataError
 from perception.geometry import invert_rigid, rigid_from_quaternion
+from perception.reading import nearest
 from perception.rigs.datasets import pinhole_or_brown
-from perception.rigs.documents import Fields, located, nearest, read_document, read_documents, read_text
+from perception.rigs.documents import Fields, located, read_document, read_documents, read_text
 from perception.rigs.models import FROM_INTEGER_CENTERS, CameraModel, KannalaBrandt, Mei
 from perception.rigs.rig import BODY_FROM_OPTICAL, RigCamera, rigid_from_rpy
 

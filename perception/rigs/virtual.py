@@ -24,8 +24,8 @@ from PIL import Image
 from perception.errors import ConfigError, DataError, PerceptionWarning
 from perception.inference.checks import checked_image
 from perception.inference.crop import cropped_pixels, fitting_crop
+from perception.reading import nearest
 from perception.rigs.coverage import SEE_TABLE, Coverage, cover
-from perception.rigs.documents import nearest
 from perception.rigs.models import Pinhole
 from perception.rigs.remap import RemapTable, remap_table
 from perception.rigs.rig import Rig, RigCamera

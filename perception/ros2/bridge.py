@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perception.errors import ConfigError, DataError
+from perception.reading import nearest
 from perception.recordings.bags import camera_from_info, pose_from_message, stamp_ns
 from perception.recordings.ros_images import decode_message
 from perception.recordings.trajectory import Trajectory
-from perception.rigs.documents import nearest
 from perception.rigs.rig import Rig
 from perception.rigs.ros import BASE_FRAME, Frames
 from perception.ros2.assembly import ALIVE_S, AssembledFrame, FrameAssembler

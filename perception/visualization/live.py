@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 from perception.errors import DataError
 from perception.geometry import box_corners, invert_rigid, transform_points
 from perception.inference.images import AnyImage, as_pixels
-from perception.rigs.documents import nearest
+from perception.reading import nearest
 from perception.rigs.models import Pinhole
 from perception.rigs.rig import Rig, RigCamera
 from perception.types import (
