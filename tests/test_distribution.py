@@ -153,6 +153,6 @@ def test_the_wheel_holds_configs_weights_and_types(tmp_path):
     assert "perception = perception.cli:run" in entry_points
     expected = {path for path in FILES} | {"perception/py.typed", "perception/weights/nano.safetensors"}
     expected |= {f"perception/{path.relative_to(PROJECT)}" for path in (PROJECT / "configs").rglob("*.py")}
-    rigs = PROJECT / "perception" / "rigs"
-    expected |= {str(path.relative_to(PROJECT)) for path in (*rigs.glob("*.yaml"), *rigs.glob("*.json"))}
+    data = [path for kind in ("*.yaml", "*.json") for path in (PROJECT / "perception").rglob(kind)]
+    expected |= {str(path.relative_to(PROJECT)) for path in data}
     assert expected == {name for name in inside if ".dist-info/" not in name}
