@@ -93,6 +93,9 @@ DAMAGED = {
     "limit as text": (with_value("2", "max_gap_s"), 'max_gap_s is "2", not a finite number'),
     "weights as text": (with_value("nano", "weights"), r'weights is "nano", not a name'),
     "training as text": (with_value({"name": "nano", "trained_on": "town"}, "weights"), "weights is .*, not a name"),
+    "training with NaN": (
+        with_value({"name": "nano", "trained_on": {"scenes": float("nan")}}, "weights"), "weights is .*, not a name"
+    ),
     "negative limit": (with_value(-1, "jump_margin_m"), "jump_margin_m is -1, not"),
     "checks as number": (with_value({"onnxruntime": 3}, "checked"), "is not a list of text"),
     "input as text": (with_value("images", "inputs", 0), r"inputs\[0\] has no name, no shape .* or no dtype"),

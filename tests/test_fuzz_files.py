@@ -35,7 +35,7 @@ from perception.geometry import is_rigid
 from perception.models.bev_transformer.config import BEVTransformerConfig
 from perception.models.bev_transformer.model import BEVTransformer
 from perception.models.checkpoint import import_published, load_model, read_metrics, save_checkpoint
-from perception.types import BOX_CLASSES, LINE_CLASSES, LaneRange, MapLine
+from perception.types import BOX_CLASSES, LINE_CLASSES, LaneRange, MapLine, Weights
 
 # Cases of the fast suite and of the slow one, by reader.
 BUDGET = {
@@ -362,7 +362,7 @@ def test_contracts(run, tmp_path):
     hashes = {"model.onnx": hashlib.sha256(b"graph").hexdigest()}
     write_contract(
         tmp_path / "contract.json", inputs=inputs, outputs=outputs, sha256=hashes,
-        network="BEVTransformer", image_size=(8, 16), images=images, precision="fp32", opset=17,
+        network="BEVTransformer", weights=Weights("nano", {"scenes": 3}), image_size=(8, 16), images=images, precision="fp32", opset=17,
         layers={"Conv": {"float32": 3}}, quantization={}, checked={"onnxruntime": ["resize"]}, version="0",
     )  # fmt: skip
     tree = json.loads((tmp_path / "contract.json").read_text())
@@ -380,6 +380,7 @@ def test_contracts(run, tmp_path):
             assert {tuple(x["shape"]) for x in contract["inputs"] if x["name"] == name} == {found.shape(n)}
         assert all((tmp_path / name).resolve().is_relative_to(tmp_path.resolve()) for name in contract["sha256"])
         assert all(isinstance(side, int) and side > 0 for side in contract["image_size"])
+        json.dumps(contract.get("weights"), allow_nan=False)  # they are part of every result
         for field in ("max_gap_s", "max_speed_m_s", "max_turn_rate_rad_s", "jump_margin_m", "jump_margin_rad"):
             assert 0 <= contract.get(field, 0) < math.inf
 

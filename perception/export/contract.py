@@ -304,6 +304,15 @@ def read_contract(folder: str | Path) -> dict:
     return contract
 
 
+def _is_finite(value: object) -> bool:
+    """Whether a value of a JSON file can be written as JSON again, which holds no NaN and no infinity."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return False
+    return True
+
+
 def _fault(contract: dict) -> str:
     """Returns the first error in a contract as text, empty for none."""
     for key, kinds in FIELDS.items():
@@ -348,6 +357,7 @@ def _fault(contract: dict) -> str:
         isinstance(weights, dict)
         and isinstance(weights.get("name"), str | None)
         and isinstance(weights.get("trained_on"), dict | None)
+        and _is_finite(weights)
     ):
         return f"weights is {short(weights)}, not a name and what they were trained on"
     for runtime, checks in contract["checked"].items():
