@@ -8,7 +8,7 @@ from perception.inference.checks import checked_rig
 from perception.inference.live import LiveInput
 from perception.rigs.models import Pinhole
 from perception.rigs.rig import Rig, RigCamera
-from perception.types import NumpyCameraRig
+from perception.types import NumpyCameraRig, Weights
 
 SIZE = 90, 160
 AHEAD = np.array([[0.0, 0, 1, 1], [-1, 0, 0, 0], [0, -1, 0, 1.5], [0, 0, 0, 1]])  # ego_from_cam, looking along x
@@ -28,11 +28,11 @@ def inspect(live, rig, k=0):
     pose = np.eye(4)
     pose[0, 3] = k
     sizes = [SIZE] * len(rig.present)
-    return live.inspect(live.ego_motion.since_last(pose, float(k)), checked_rig(rig, len(sizes)), sizes, {})
+    return live.inspect(live.ego_motion.since_last(pose, float(k)), checked_rig(rig, len(sizes)), sizes, {}, {})
 
 
 def make(remembers=True, **options) -> LiveInput:
-    return LiveInput(SIZE, remembers, **LIMITS, **options)
+    return LiveInput(SIZE, remembers, weights=Weights(None, None), **LIMITS, **options)
 
 
 def test_a_good_frame_has_no_findings_and_is_fitted():
@@ -86,7 +86,7 @@ def test_a_jump_is_a_finding_and_only_kept_frames_count():
     live.keep(step)
     far = np.eye(4)
     far[0, 3] = 500
-    jump = live.inspect(live.ego_motion.since_last(far, 1.0), checked_rig(rig, 1), [SIZE], {})
+    jump = live.inspect(live.ego_motion.since_last(far, 1.0), checked_rig(rig, 1), [SIZE], {}, {})
     assert "moved 500 m" in jump.findings["motion"] and jump.motion.is_first
     assert not inspect(live, rig, 1).motion.is_first  # the jump was not kept
     assert inspect(live, rig, 1).motion.ego_from_prev[0, 3] == -1

@@ -321,10 +321,11 @@ def test_the_viewer_serves_a_page(written):
     command = [sys.executable, "-m", "perception", "view", str(written[0]), "--web"]
     viewer = subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        for _ in range(60):
+        page = b""
+        for _ in range(240):
             time.sleep(0.5)
             try:
-                page = urllib.request.urlopen("http://127.0.0.1:9090", timeout=1).read()
+                page = urllib.request.urlopen("http://127.0.0.1:9090", timeout=10).read()
                 break
             except OSError:
                 assert viewer.poll() is None
