@@ -362,7 +362,8 @@ def test_contracts(run, tmp_path):
     hashes = {"model.onnx": hashlib.sha256(b"graph").hexdigest()}
     write_contract(
         tmp_path / "contract.json", inputs=inputs, outputs=outputs, sha256=hashes,
-        network="BEVTransformer", weights=Weights("nano", {"scenes": 3}), image_size=(8, 16), images=images, precision="fp32", opset=17,
+        network="BEVTransformer", weights=Weights("nano", {"scenes": 3}), image_size=(8, 16), images=images,
+        precision="fp32", opset=17,
         layers={"Conv": {"float32": 3}}, quantization={}, checked={"onnxruntime": ["resize"]}, version="0",
     )  # fmt: skip
     tree = json.loads((tmp_path / "contract.json").read_text())
