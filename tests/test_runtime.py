@@ -21,7 +21,7 @@ from perception.export import latency
 from perception.export.contract import ImageInputs, read_contract
 from perception.export.parity import certify
 from perception.export.replay import camera_frame, replay_frames
-from perception.export.runtime import Runtime
+from perception.export.runtime import Runtime, objects_of
 from perception.export.tensorrt import build_engines, runtime_name
 from perception.inference.predictor import Predictor
 from perception.types import (
@@ -348,3 +348,23 @@ def test_stubs_have_the_signatures_of_the_real_functions():
             taken = getattr(cuda, name).__doc__.splitlines()[0].split("(")[1].rstrip(")")
             count = len([argument for argument in taken.split(",") if argument.strip()])
             assert count == function.__code__.co_argcount - 1, name
+
+
+def test_what_a_network_does_not_predict_is_empty():
+    """A network of boxes or of lines alone; no attribute is predicted, which -1 says."""
+    boxes = {
+        "box_center": np.ones((4, 3)), "box_size": np.ones((4, 3)), "box_yaw": np.ones(4),
+        "box_velocity": np.ones((4, 2)), "box_label": np.ones(4, np.int32), "box_score": np.ones(4), "box_valid": np.ones(4, bool),
+        "box_uncertainty": np.ones((4, 9)),
+    }  # fmt: skip
+    lines = {
+        "line_points": np.ones((3, 5, 2)), "line_closed": np.ones(3, bool), "line_label": np.ones(3, np.int32),
+        "line_score": np.ones(3), "line_uncertainty": np.ones((3, 5, 2)),
+    }  # fmt: skip
+    both = objects_of(boxes | lines)
+    assert both.boxes.attribute.tolist() == [-1] * 4 and both.lines.valid.tolist() == [True] * 3
+    only_lines, only_boxes = objects_of(lines), objects_of(boxes)
+    for empty, full in ((only_lines.boxes, both.boxes), (only_boxes.lines, both.lines)):
+        for name, part, other in zip(full._fields, empty, full, strict=True):
+            assert len(part) == 0 and part.ndim == other.ndim and part.dtype.kind == other.dtype.kind, name
+            assert part.shape[-1] == other.shape[-1] or part.ndim == 1, name
