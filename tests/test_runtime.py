@@ -354,8 +354,8 @@ def test_what_a_network_does_not_predict_is_empty():
     """A network of boxes or of lines alone; no attribute is predicted, which -1 says."""
     boxes = {
         "box_center": np.ones((4, 3)), "box_size": np.ones((4, 3)), "box_yaw": np.ones(4),
-        "box_velocity": np.ones((4, 2)), "box_label": np.ones(4, np.int32), "box_score": np.ones(4), "box_valid": np.ones(4, bool),
-        "box_uncertainty": np.ones((4, 9)),
+        "box_velocity": np.ones((4, 2)), "box_label": np.ones(4, np.int32), "box_score": np.ones(4),
+        "box_valid": np.ones(4, bool), "box_uncertainty": np.ones((4, 9)),
     }  # fmt: skip
     lines = {
         "line_points": np.ones((3, 5, 2)), "line_closed": np.ones(3, bool), "line_label": np.ones(3, np.int32),
