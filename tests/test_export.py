@@ -515,7 +515,7 @@ def test_the_command(small_network, small_town, tmp_path, monkeypatch, capsys):
         (("--cameras", "2", "--raw-size", "5x8", "--image-format", "nv12"), "camera 1 is 5x8; nv12 needs even numbers"),
         (("--split", "certificate"), "--dataroot, --version and --split go together"),
         (("--format", "tensorrt", "--target", "cpu"), "leave it out with --target cpu"),
-        (("--drift", "-1"), "--drift is -1; give a number of frames, or 0 for none"),
+        (("--drift", "-1"), "argument --drift: -1 is out of range; give a whole number of at least 0"),
         (("--cameras", "0"), "cameras"),
         (("--target", "cpu", "--precision", "fp16"), "precision fp16 is slow on CPUs"),
         (("--out", checkpoint), f"--out {checkpoint} is a file; give a folder"),
