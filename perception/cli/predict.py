@@ -107,33 +107,16 @@ def shown(scene, min_score: float, min_seen: float):
     )
 
 
+BOX_KEYS = ("class", "score", "center", "size", "yaw", "velocity", "seen")
+LINE_KEYS = ("class", "score", "points", "seen")
+
+
 def as_records(scene) -> dict:
     """Boxes and lines of one frame as plain JSON values, in the ego frame, metres and radians."""
-    from perception.types import BOX_CLASSES, LINE_CLASSES
-
-    boxes, lines, seen = scene[:3]
+    values = scene.to_dict()
     return {
-        "boxes": [
-            {
-                "class": BOX_CLASSES[boxes.label[m]],
-                "score": float(boxes.score[m]),
-                "center": boxes.center[m].tolist(),
-                "size": boxes.size[m].tolist(),
-                "yaw": float(boxes.yaw[m]),
-                "velocity": boxes.velocity[m].tolist(),
-                "seen": float(seen.boxes[m]),
-            }
-            for m in range(len(boxes.score))
-        ],
-        "lines": [
-            {
-                "class": LINE_CLASSES[lines.label[m]],
-                "score": float(lines.score[m]),
-                "points": lines.points[m].tolist(),
-                "seen": seen.lines[m].tolist(),
-            }
-            for m in range(len(lines.score))
-        ],
+        kind: [{key: row[key] for key in keys} for row in values[kind]]
+        for kind, keys in (("boxes", BOX_KEYS), ("lines", LINE_KEYS))
     }
 
 

@@ -304,10 +304,10 @@ class TableCheck(Columns):
         far = np.abs(position).max(1, initial=0) > FARTHEST_CAMERA
         self.report("calibrated_sensor", "translation", far, f"metres, at most {FARTHEST_CAMERA:g} from the ego origin")
         values = list(self.column("calibrated_sensor", "camera_intrinsic"))
-        for row, sensor_row in enumerate(self.channel_of.tolist()):
-            name = self.channel[sensor_row] if sensor_row >= 0 else ""
-            if self.is_camera[row] and values[row] == [] and self.rig is not None and name in self.rig.names:
-                values[row] = self.rig[name].model.img_from_cam.tolist()  # its model has distortion
+        in_rig_file = {camera.name: camera for camera in self.rig or ()}
+        for row in np.flatnonzero(self.is_camera & (self.channel_of >= 0)) if in_rig_file else ():
+            if values[row] == [] and (camera := in_rig_file.get(self.channel[self.channel_of[row]])):
+                values[row] = camera.model.img_from_cam.tolist()  # its model has distortion
         self.intrinsics = np.array(
             [floats(v, (3, 3)) if camera else np.eye(3) for v, camera in zip(values, self.is_camera, strict=True)]
         ).reshape(-1, 3, 3)

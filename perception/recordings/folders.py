@@ -20,6 +20,26 @@ POSES_FILE = "poses.txt"  # beside the rig file of a folder that describes itsel
 DIGITS = {10: 9, 13: 6, 16: 3, 19: 0}  # digits: power of ten to nanoseconds
 
 
+def described_by(folder: Path, rig: Rig | None, poses: Path | None, name: str, place: str) -> tuple[Rig, Path | None]:
+    """Returns the rig and the trajectory file of a recording: those that were given, or else those in its folder.
+
+    Args:
+        folder: which may hold `rig.yaml` and `poses.txt`.
+        rig, poses: given by the user, or None.
+        name, place: of the recording, and where its rig file belongs, for the message.
+
+    Raises:
+        DataError: there is no rig.
+    """
+    if rig is None and (folder / RIG_FILE).exists():
+        rig = Rig.load(folder / RIG_FILE)
+    if rig is None:
+        raise DataError(f"{name} holds no calibration; give a rig, or put {RIG_FILE} {place}")
+    if poses is None and (folder / POSES_FILE).exists():
+        poses = folder / POSES_FILE
+    return rig, poses
+
+
 def read_folder(
     path: Path,
     rig: Rig | None = None,
@@ -46,12 +66,7 @@ def read_folder(
     Raises:
         DataError: there are no images, no rig, or no times, or they are ambiguous.
     """
-    if rig is None and (path / RIG_FILE).exists():
-        rig = Rig.load(path / RIG_FILE)
-    if rig is None:
-        raise DataError(f"{path} is a folder of images and holds no calibration; give a rig, or put {RIG_FILE} into it")
-    if poses is None and (path / POSES_FILE).exists():
-        poses = path / POSES_FILE
+    rig, poses = described_by(path, rig, poses, f"{path} is a folder of images and", "into it")
     files = _files_by_camera(path, rig.names, streams or {})
     stamps = {camera: [_time_ns(file.stem, fps, start) for file in found] for camera, found in files.items()}
     untimed = [

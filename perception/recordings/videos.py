@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perception.errors import DataError, not_installed
-from perception.recordings.folders import POSES_FILE
+from perception.recordings.folders import described_by
 from perception.recordings.recording import FramePlan, Image, Recording, checked_times, chosen_streams
 from perception.recordings.trajectory import read_trajectory
-from perception.rigs.rig import RIG_FILE, Rig
+from perception.rigs.rig import Rig
 
 SUFFIXES = frozenset((".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v", ".ts", ".mjpeg", ".mpg", ".h264", ".hevc"))
 MICROSECONDS = Fraction(1, 1_000_000)
@@ -48,13 +48,7 @@ def read_videos(
     if len(paths) == 1 and paths[0].is_dir():
         paths = sorted(path for path in paths[0].iterdir() if path.suffix.lower() in SUFFIXES)
     name = str(paths[0]) if len(paths) == 1 else f"{paths[0].parent} ({len(paths)} videos)"
-    folder = paths[0].parent
-    if rig is None and (folder / RIG_FILE).exists():
-        rig = Rig.load(folder / RIG_FILE)
-    if rig is None:
-        raise DataError(f"{name} holds no calibration; give a rig, or put {RIG_FILE} next to the videos")
-    if poses is None and (folder / POSES_FILE).exists():
-        poses = folder / POSES_FILE
+    rig, poses = described_by(paths[0].parent, rig, poses, name, "next to the videos")
     names = [path.name for path in paths]
     files = {path.name if names.count(path.name) == 1 else str(path): path for path in paths}
     given = {camera: Path(file).name if file not in files else file for camera, file in (streams or {}).items()}
