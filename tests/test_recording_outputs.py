@@ -30,7 +30,7 @@ from perception.models.bev_transformer.config import BEVTransformerConfig
 from perception.models.bev_transformer.model import BEVTransformer
 from perception.models.checkpoint import save_checkpoint
 from perception.recordings import open_recording
-from perception.recordings.outputs import FILES, FORMATS, Painter, parsed_formats, write_predictions
+from perception.recordings.outputs import FILES, FORMATS, parsed_formats, picture_of, write_predictions
 from perception.recordings.predicting import predict_frames
 from perception.rigs import Rig
 from perception.types import BOX_CLASSES, LINE_CLASSES, LiveObjects, map_tensors
@@ -163,7 +163,7 @@ def test_pictures_and_the_video_show_the_same(written, converted):
     with av.open(str(out / FILES["mp4"])) as video:
         images = list(video.decode(video=0))
     first = frames[0].recorded.time_ns
-    painter = Painter(open_recording(converted("folder")).rig, "a note")
+    rig = open_recording(converted("folder")).rig
     for image, path, frame in zip(images, pictures, frames, strict=True):
         assert round(float(image.pts * image.time_base), 6) == round((frame.recorded.time_ns - first) * 1e-9, 6)
         shown, drawn = image.to_ndarray(format="rgb24"), np.asarray(Image.open(path))
@@ -171,7 +171,7 @@ def test_pictures_and_the_video_show_the_same(written, converted):
         assert np.abs(shown.astype(int) - drawn).mean() < 3
         boxes, lines, seen = (map_tensors(lambda tensor: tensor[:0], part) for part in frame.objects[:3])
         nothing = frame.objects._replace(boxes=boxes, lines=lines, seen=seen)
-        without = np.asarray(painter(frame._replace(objects=nothing)))
+        without = np.asarray(picture_of(frame._replace(objects=nothing), rig, "a note"))
         assert (without != np.asarray(Image.open(path))).any(-1).sum() > 999
 
 

@@ -76,8 +76,8 @@ class Lines(NamedTuple):
 class Index(NamedTuple):
     """Poses, calibration, boxes and lines of S samples in scene order, with N cameras.
 
-    If a rig file lies beside the tables, `img_from_cam` of a camera with distortion is that of the pinhole which agrees
-    with it near the optical axis.
+    If there is a rig file in the folder of the tables, `img_from_cam` of a camera with distortion is that of the
+    pinhole which agrees with it near the optical axis.
     """
 
     token: np.ndarray  # [S] bytes

@@ -49,8 +49,8 @@ class NuScenesDataset(Dataset):
     gap of more than 2 s or a jump of the pose. Index it with a `ClipRequest` to get a longer clip for training, which
     may leave keyframes out.
 
-    A rig file `rig.yaml` beside the tables describes cameras with distortion, which the tables cannot. The images of
-    clips are then those of its virtual pinholes, as in `Predictor(rig=...)`, and `cameras` names them.
+    A rig file `rig.yaml` in the folder of the tables describes cameras with distortion, which the tables cannot. The
+    images of clips are then those of its virtual pinholes, as in `Predictor(rig=...)`, and `cameras` names them.
 
     Lines of clips follow the MapTR protocol: a patch of `lane_range`, centred at LIDAR_TOP.
 

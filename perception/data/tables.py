@@ -78,7 +78,7 @@ def read_tables(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def read_rig(folder: Path) -> Rig | None:
-    """Reads the rig file that lies beside the tables of a dataset whose cameras are not all pinholes.
+    """Reads the rig file in the folder of the tables of a dataset whose cameras are not all pinholes.
 
     Returns:
         The rig; None if there is no such file, and the tables describe the cameras alone.

@@ -254,7 +254,7 @@ class ImageStatistics:
     Red and blue: foliage reflects more red than blue, and a bright sky is blue or white. If nearly all green pixels are
     bluish and bright pixels in the upper half are rather orange, red and blue are swapped. Upside down: more of the
     sky, which is bright and not reddish, is in the lower third of the images than in the upper third, and few cameras
-    have it the other way: bright pavement before a wall looks like sky too. Nothing can be told by night, in a tunnel,
+    have it the other way: bright pavement before a wall looks like sky too. Nothing can be found by night, in a tunnel,
     without foliage, of one camera among several, or of the colours of one or two cameras. Snow below dark trees may
     look upside down. In 40 generated drives of three frames, 27 of 40 with swapped colours are found, in 24 others 20
     upside down, and none of the good ones; both are found in the two recordings of real drives.

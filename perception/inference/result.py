@@ -1,6 +1,6 @@
 """Writes the result of one step in live use as JSON and reads it back, with numpy alone.
 
-`result.schema.json` beside this file is the JSON Schema of the format. Numbers are those of the arrays: reading gives
+`result.schema.json` is the JSON Schema of the format. Numbers are those of the arrays: reading gives
 the same values bit by bit. Padding (rows that are not valid) is left out.
 """
 

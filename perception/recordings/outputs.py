@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ from perception.rigs.rig import Rig
 from perception.visualization.live import draw_live
 
 JPEG_QUALITY = 90  # of images in .rrd and .mcap
+Result = TypeVar("Result")
 
 
 class Output(Protocol):
@@ -80,45 +81,41 @@ class Video:
         self._writer.close()
 
 
-class Painter:
-    """Draws frames; the last picture is kept, as several outputs show it.
+class OncePerFrame(Generic[Result]):
+    """Calls a function of a frame once, although several outputs need its result."""
+
+    def __init__(self, function: Callable[[PredictedFrame], Result]) -> None:
+        self._function = function
+        self._last: tuple[PredictedFrame, Result] | None = None
+
+    def __call__(self, frame: PredictedFrame) -> Result:
+        """Returns the result for a frame."""
+        if self._last is None or self._last[0] is not frame:
+            self._last = frame, self._function(frame)
+        return self._last[1]
+
+
+def picture_of(frame: PredictedFrame, rig: Rig, note: str) -> Image.Image:
+    """Draws a frame, with the cameras where they were when they exposed.
 
     Args:
+        frame: to draw.
         rig: the physical cameras.
-        note: what limits the predictions, in red.
+        note: what limits the predictions, in red; empty for none.
     """
-
-    def __init__(self, rig: Rig, note: str) -> None:
-        self._rig, self._note = rig, note
-        self._last: tuple[PredictedFrame, Image.Image] | None = None
-
-    def __call__(self, frame: PredictedFrame) -> Image.Image:
-        """Returns the picture of a frame, with the cameras where they were when they exposed."""
-        if self._last is None or self._last[0] is not frame:
-            motion = frame.recorded.ego_from_exposure
-            cameras = [
-                replace(camera, ego_from_cam=motion[camera.name] @ camera.ego_from_cam)
-                if camera.name in motion
-                else camera
-                for camera in self._rig
-            ]
-            notes = (self._note,) if self._note else ()
-            objects = frame.objects._replace(warnings=(*notes, *frame.objects.warnings))
-            self._last = frame, draw_live(frame.recorded.images, Rig(cameras), objects, min_score=0.0)
-        return self._last[1]
+    motion = frame.recorded.ego_from_exposure
+    cameras = [
+        replace(camera, ego_from_cam=motion[camera.name] @ camera.ego_from_cam) if camera.name in motion else camera
+        for camera in rig
+    ]
+    notes = (note,) if note else ()
+    objects = frame.objects._replace(warnings=(*notes, *frame.objects.warnings))
+    return draw_live(frame.recorded.images, Rig(cameras), objects, min_score=0.0)
 
 
-class Encoder:
-    """Encodes the images of frames; those of the last frame are kept, as several outputs hold them."""
-
-    def __init__(self) -> None:
-        self._last: tuple[PredictedFrame, list[bytes | None]] | None = None
-
-    def __call__(self, frame: PredictedFrame) -> list[bytes | None]:
-        """Returns the image of each pinhole as JPEG; None for an absent one."""
-        if self._last is None or self._last[0] is not frame:
-            self._last = frame, [None if image is None else _jpeg(image) for image in frame.images]
-        return self._last[1]
+def encoded_images(frame: PredictedFrame) -> list[bytes | None]:
+    """Returns the image of each pinhole as JPEG; None for an absent one."""
+    return [None if image is None else _jpeg(image) for image in frame.images]
 
 
 def _jpeg(image: NDArray[np.uint8]) -> bytes:
@@ -167,7 +164,8 @@ class Outputs:
         from perception.recordings.mcap_file import McapFile
         from perception.recordings.rerun_file import RerunFile
 
-        painter, encoder = Painter(rig, note), Encoder()
+        painter = OncePerFrame(lambda frame: picture_of(frame, rig, note))
+        encoder = OncePerFrame(encoded_images)
         makers: dict[str, Callable[[Path], Output]] = {
             "jsonl": JsonLines,
             "pictures": lambda path: Pictures(path, painter),

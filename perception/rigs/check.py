@@ -122,7 +122,7 @@ class RigReport(NamedTuple):
         return rows
 
     def surroundings(self) -> str:
-        """Says which directions and how much of the ground no camera sees."""
+        """Describes which directions and how much of the ground no camera sees."""
         if not self.cameras:
             return "no camera can be drawn"
         sectors = ", ".join(f"{start} to {end}" for start, end in self.view.blind_sectors())

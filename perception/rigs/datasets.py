@@ -46,7 +46,7 @@ def nuscenes(path: Path, scene: str | None = None) -> list[RigCamera]:
     """Reads the cameras of one sample from the tables of nuScenes.
 
     Images are undistorted, and the ego frame is the library's. Principal points are taken as they are stored, as
-    `NuScenesDataset` does. A camera without intrinsics has its model in the rig file beside the tables.
+    `NuScenesDataset` does. A camera without intrinsics has its model in the rig file of the dataset.
 
     Args:
         path: folder of the tables, such as `v1.0-mini`.

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 SHIPPED = Path(__file__).parent  # *.yaml
 SCHEMA = SHIPPED / "rig.schema.json"
-RIG_FILE = "rig.yaml"  # beside the tables of a dataset whose cameras are not all pinholes
+RIG_FILE = "rig.yaml"  # in the folder of the tables of a dataset whose cameras are not all pinholes
 RIG_FORMAT = 1  # version of the file format
 
 # A frame with body axes (x forward, y left, z up) has its points from the optical frame (x right, y down, z forward).

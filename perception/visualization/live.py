@@ -1,6 +1,6 @@
 """Draws results of live use on the images of the vehicle as they are, with their lens distortion; needs no torch.
 
-`draw_live` makes one picture of a step: all camera images, a bird's-eye view, and what the result says about itself.
+`draw_live` makes one picture of a step: all camera images, a bird's-eye view, and how the result was made.
 
 - Boxes are wire frames with a tinted front, and lines lie on the ground plane z = 0. Both are curves where the lens
   bends them, and end where the lens ends.
@@ -83,7 +83,7 @@ def draw_live(
     y_range: tuple[float, float] = (-51.2, 51.2),
     height: int = 560,
 ) -> Image.Image:
-    """Draws one picture of a step: the images of all cameras, the bird's-eye view, a legend, and what the result says.
+    """Draws one picture of a step: all camera images, the bird's-eye view, a legend, and the origin of the result.
 
     Cameras that look ahead stand in the upper row from left to right, those that look back in the lower one.
 
@@ -93,7 +93,7 @@ def draw_live(
         objects: result of the step.
         bgr: images that are arrays or tensors have blue first.
         min_score: score threshold; what is below it is not drawn.
-        caption: one line of text before what the result says about itself.
+        caption: one line of text in front of how the result was made.
         x_range, y_range: range of the bird's-eye view in metres, along ego x (up) and ego y (to the left).
         height: of all rows of camera images together, pixels; less where a row would be too wide.
 
