@@ -319,7 +319,11 @@ def test_the_viewer_gets_a_recording(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_viewer_serves_a_page(written):
     command = [sys.executable, "-m", "perception", "view", str(written[0]), "--web"]
-    viewer = subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # A shell lets the processes that it runs in the background ignore SIGINT, and pytest may be one of them.
+    viewer = subprocess.Popen(
+        command, cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     try:
         page = b""
         for _ in range(240):

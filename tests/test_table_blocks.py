@@ -249,8 +249,9 @@ def test_tables_of_the_size_of_trainval_need_little_memory(tmp_path):
     import subprocess
     import sys
 
+    from large_tables import main
+
     from perception.synthetic import simulate
-    from tests.large_tables import main
 
     simulate(tmp_path / "town", scenes=1, seed=7, keyframes=40, image_size=(16, 32), workers=1)
     main(tmp_path / "town", tmp_path / "large", scenes=106)
