@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from test_sparse4d import Sequence, box_config, close, load_head, network_config, of_frame
 
 from perception.models.sparse4d.blocks import DepthBranch
-from perception.models.sparse4d.denoising import Denoised, DenoisingConfig, make_noisy
+from perception.models.sparse4d.config import DenoisingConfig
+from perception.models.sparse4d.denoising import Denoised, make_noisy
 from perception.models.sparse4d.head import Instances, box_head
 from perception.models.sparse4d.losses import (
     BoxTargets,

@@ -32,7 +32,8 @@ from perception.export.progress import stage
 from perception.export.quantize import KINDS, quantize_graph, quiet, record_frames
 from perception.files import replacing
 from perception.models import Network
-from perception.types import CameraRig, Frame, State, Weights
+from perception.models.base import memory_tensors, with_tensors
+from perception.types import CameraRig, Frame, Weights
 
 if TYPE_CHECKING:
     import onnx
@@ -60,11 +61,12 @@ class DeployedNetwork(nn.Module):
     def __init__(self, network: Network, images: ImageInputs) -> None:
         super().__init__()
         self.network = network
-        self.remembers = network.initial_state(1).bev.numel() > 0
-        self.input_names = (*images.names, *CALIBRATION_AND_MOTION, *(("memory",) if self.remembers else ()))
+        memories = tuple(memory_tensors(network.initial_state(1)))
+        self.remembers = bool(memories)
+        self.input_names = (*images.names, *CALIBRATION_AND_MOTION, *memories)
         self.output_names = tuple(
-            name for kind in network.finds for name in (*OUTPUTS[kind], *raw_names(network, kind))
-        ) + (("new_memory",) if self.remembers else ())
+            name for kind in network.finds for name in (*output_names(network, kind), *raw_names(network, kind))
+        ) + tuple(f"new_{name}" for name in memories)
         self.preprocess = ImagePreprocessing(images, network.config.image_size)
 
     def forward(
@@ -76,7 +78,7 @@ class DeployedNetwork(nn.Module):
         ego_from_prev: Tensor,
         seconds_since_prev: Tensor,
         is_first: Tensor,
-        memory: Tensor | None = None,
+        *memory: Tensor,
     ) -> tuple[Tensor, ...]:
         """Predicts one frame.
 
@@ -92,18 +94,26 @@ class DeployedNetwork(nn.Module):
             seconds_since_prev,
             is_first,
         )
-        state = self.network.initial_state(1) if memory is None else State(memory)
+        state = with_tensors(self.network.initial_state(1), memory)
         prediction, state = self.network(frame, state)
         objects = self.network.decode(prediction)
         raw = named_raw_outputs(self.network, prediction)
         results = []
         for kind in self.network.finds:
             tensors = objects.boxes if kind == "box" else objects.lines
-            for name in OUTPUTS[kind]:
+            for name in output_names(self.network, kind):
+                if name == "box_id" and objects.ids is not None:
+                    results.append(objects.ids.boxes[0].int())
+                    continue
                 result = getattr(tensors, name.removeprefix(f"{kind}_"))[0]
                 results.append(result.int() if name.endswith("label") else result)
             results += [raw[name][0] for name in raw_names(self.network, kind)]
-        return (*results, state.bev) if self.remembers else tuple(results)
+        return (*results, *memory_tensors(state).values())
+
+
+def output_names(network: Network, kind: str) -> tuple[str, ...]:
+    """Returns the names of an export's decoded boxes ("box") or lines ("line"); those of a tracker have ids."""
+    return (*OUTPUTS[kind], "box_id") if kind == "box" and network.tracks else OUTPUTS[kind]
 
 
 def raw_names(network: Network, kind: str) -> tuple[str, ...]:
@@ -119,8 +129,8 @@ def named_raw_outputs(network: Network, prediction: Any) -> dict[str, Tensor]:
 def example_inputs(network: Network, images: ImageInputs) -> tuple[Any, ...]:
     """Returns arguments of `DeployedNetwork.forward` for a first frame, with cameras in all directions.
 
-    The first argument holds the images of all cameras. The last one is the memory, which a network without a memory
-    does not have.
+    The first argument holds the images of all cameras. The last ones are the tensors of the memory, which
+    a network without a memory does not have.
     """
     cameras = len(images.sizes)
     angle = torch.arange(cameras) * (2 * torch.pi / cameras)
@@ -133,11 +143,11 @@ def example_inputs(network: Network, images: ImageInputs) -> tuple[Any, ...]:
     img_from_cam = torch.tensor(
         [[[0.7 * W, 0.0, W / 2], [0.0, 0.7 * W, H / 2], [0.0, 0.0, 1.0]] for H, W in images.sizes]
     )
-    memory = network.initial_state(1).bev
+    memory = memory_tensors(network.initial_state(1)).values()
     return (
         tuple(torch.randint(0, 256, images.shape(n), dtype=torch.uint8) for n in range(cameras)),
         img_from_cam, ego_from_cam, torch.ones(cameras, dtype=torch.bool), torch.eye(4), torch.zeros(1),
-        torch.ones(1, dtype=torch.bool), *((memory,) if memory.numel() else ()),
+        torch.ones(1, dtype=torch.bool), *memory,
     )  # fmt: skip
 
 

@@ -96,6 +96,8 @@ class BEVFormer(nn.Module):
     finds: ClassVar[tuple[str, ...]] = ("box",)
     loss_weights: ClassVar[Mapping[str, float]] = BOX_LOSS_WEIGHTS
     image_loss = None
+    needs_gt: ClassVar[bool] = False
+    tracks: ClassVar[bool] = False
     raw_names: ClassVar[tuple[str, ...]] = ("box_logits", "box_params")
     no_export: ClassVar[str] = ""
     published_prefixes: ClassVar[Mapping[str, str]] = PREFIXES

@@ -86,6 +86,8 @@ class MapTR(nn.Module):
     finds: ClassVar[tuple[str, ...]] = ("line",)
     loss_weights: ClassVar[Mapping[str, float]] = LINE_LOSS_WEIGHTS
     image_loss = None
+    needs_gt: ClassVar[bool] = False
+    tracks: ClassVar[bool] = False
     raw_names: ClassVar[tuple[str, ...]] = ("line_logits", "line_points")
     no_export: ClassVar[str] = ""
     published_prefixes: ClassVar[Mapping[str, str]] = PREFIXES

@@ -103,6 +103,23 @@ class LineHeadConfig(HeadConfig):
 
 
 @dataclass(frozen=True)
+class DenoisingConfig:
+    """Configures denoising, see `perception.models.sparse4d.denoising`.
+
+    Args:
+        groups: of noisy instances, 0 for none.
+        handed_on: how many of them are handed on to the next frame.
+        max_boxes: boxes of a frame that take part.
+        noise: largest noise of a positive instance, in each of the first values of an encoded box.
+    """
+
+    groups: int = 5
+    handed_on: int = 3
+    max_boxes: int = 32
+    noise: tuple[float, ...] = (2.0, 2.0, 2.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True)
 class Sparse4DConfig:
     """Configures Sparse4Dv3.
 
@@ -119,12 +136,14 @@ class Sparse4DConfig:
         dropout: in attention and feed-forward layers.
         sampling_dropout: of sampling weights.
         depth_layers: feature levels from which the auxiliary depth branch learns.
+        denoising: noisy instances in training.
+        box_range: metres; the loss leaves out boxes farther from the LiDAR.
         ego_from_lidar: pose of the LiDAR in whose frame the network works.
     """
 
     image_size: tuple[int, int] = (256, 704)
     backbone: PublishedBackboneConfig = field(
-        default_factory=lambda: PublishedBackboneConfig(outputs=(0, 1, 2, 3), levels=4)
+        default_factory=lambda: PublishedBackboneConfig(outputs=(0, 1, 2, 3), levels=4, trains_norm=True)
     )
     channels: int = 256
     groups: int = 8
@@ -135,6 +154,8 @@ class Sparse4DConfig:
     dropout: float = 0.1
     sampling_dropout: float = 0.15
     depth_layers: int = 3
+    denoising: DenoisingConfig = field(default_factory=DenoisingConfig)
+    box_range: float = 55.0
     ego_from_lidar: tuple[tuple[float, ...], ...] = NUSCENES_EGO_FROM_LIDAR
     cameras: ClassVar[None] = None  # any number: their calibration is encoded
     # Of the ground-truth lines that datasets load; Sparse4D predicts no lines.
@@ -145,3 +166,35 @@ class Sparse4DConfig:
     def presets(cls) -> Mapping[str, Callable[[], Sparse4DConfig]]:
         """Returns the published network by name."""
         return {"sparse4dv3_temporal_r50_1x8_bs6_256x704": cls}
+
+
+def _sparsedrive_boxes() -> BoxHeadConfig:
+    return BoxHeadConfig(swaps_yaw=False, keeps_confidence=False, scores_all_layers=True)
+
+
+@dataclass(frozen=True)
+class SparseDriveConfig(Sparse4DConfig):
+    """Configures SparseDrive's first stage: the box head of Sparse4D with its slips repaired, and a head for lines.
+
+    Args:
+        lines: the head.
+    """
+
+    boxes: BoxHeadConfig = field(default_factory=_sparsedrive_boxes)
+    denoising: DenoisingConfig = field(default_factory=lambda: DenoisingConfig(groups=0, handed_on=0))
+    lines: LineHeadConfig = field(default_factory=LineHeadConfig)
+
+    @property
+    def line_points(self) -> int:  # type: ignore[override]
+        """Points per line."""
+        return self.lines.points
+
+    @property
+    def lane_range(self) -> LaneRange:  # type: ignore[override]
+        """The range of the lines along the vehicle and across it; the LiDAR's y is ahead."""
+        return LaneRange(self.lines.size[1], self.lines.size[0])
+
+    @classmethod
+    def presets(cls) -> Mapping[str, Callable[[], SparseDriveConfig]]:
+        """Returns the published network by name."""
+        return {"sparsedrive_small_stage1": cls}

@@ -7,7 +7,6 @@ same objects (`ids`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -15,27 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perception.matching import hungarian
+from perception.models.sparse4d.config import DenoisingConfig
 
 NEGATIVE, LOST, PADDING = -3, -1, -1  # classes of noisy instances without a box; a handed-on one may lose its own
-
-
-@dataclass(frozen=True)
-class DenoisingConfig:
-    """Configures denoising.
-
-    Args:
-        groups: of noisy instances, 0 for none.
-        handed_on: how many of them are handed on to the next frame.
-        max_boxes: boxes of a frame that take part.
-        noise: largest noise of a positive instance, in each of the first values of an encoded box.
-        match_weights: of these values, to decide which of the instances has which box.
-    """
-
-    groups: int = 5
-    handed_on: int = 3
-    max_boxes: int = 32
-    noise: tuple[float, ...] = (2.0, 2.0, 2.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5)
-    match_weights: tuple[float, ...] = (2.0, 2.0, 2.0, 0.5, 0.5, 0.5, 0.0, 0.0, 0.0, 0.0)
+# Of the values of an encoded box, to decide which of the noisy instances has which box.
+MATCH_WEIGHTS = (2.0, 2.0, 2.0, 0.5, 0.5, 0.5, 0.0, 0.0, 0.0, 0.0)
 
 
 class NoisyTarget(NamedTuple):
@@ -87,7 +70,7 @@ def make_noisy(
     boxes: Tensor,
     label: Tensor,
     valid: Tensor,
-    ids: Tensor,
+    ids: Tensor | None,
     draws: Tensor | None = None,
     permutation: Tensor | None = None,
 ) -> Noisy | None:
@@ -98,7 +81,7 @@ def make_noisy(
         boxes: encoded ground truth [B, M, 10].
         label: [B, M] in the published order.
         valid: [B, M] bool.
-        ids: [B, M] of the objects, -1 for unknown.
+        ids: [B, M] of the objects; None if they are unknown, in which case no group is handed on.
         draws: [3, groups * B, M', 10] uniform in 0..1: noise of positives, size of the noise of negatives, its sign;
             drawn here if None.
         permutation: [groups] of the groups, of which the lowest numbers are handed on; drawn here if None.
@@ -115,7 +98,8 @@ def make_noisy(
     order = order[:, :M]
     valid = valid.gather(1, order)
     label = torch.where(valid, label.gather(1, order), PADDING).repeat(G, 1)  # [G * B, M]
-    ids = torch.where(valid, ids.gather(1, order), -1).repeat(G, 1)
+    known = torch.full_like(order, -1) if ids is None else ids.gather(1, order)
+    ids_of_box = torch.where(valid, known, -1).repeat(G, 1)
     boxes = torch.where(valid[..., None], boxes.gather(1, order[..., None].expand(-1, -1, 10)), 0.0).repeat(G, 1, 1)
     draws = torch.rand(3, *boxes.shape, device=boxes.device) if draws is None else draws
     noise = boxes.new_tensor(config.noise)
@@ -123,14 +107,14 @@ def make_noisy(
     negative = boxes + (draws[1] + 1) * torch.where(draws[2] > 0.5, 1.0, -1.0) * noise
     anchor = torch.cat([positive, negative], 1)  # [G * B, 2 M, 10]
     # As published, the nearer of the two becomes the positive one. Padding takes part.
-    weights = boxes.new_tensor(config.match_weights)
+    weights = boxes.new_tensor(MATCH_WEIGHTS)
     cost = ((anchor[:, :, None] - boxes[:, None]).abs() * weights).sum(-1)
     match = hungarian(cost, torch.ones_like(label, dtype=torch.bool))
     found_boxes = torch.zeros_like(anchor)
     found_label = torch.full(anchor.shape[:2], NEGATIVE, device=boxes.device)
     found_ids = torch.full_like(found_label, -1)
     instance, source = (match.batch, match.query), (match.batch, match.target)
-    found_boxes[instance], found_label[instance], found_ids[instance] = boxes[source], label[source], ids[source]
+    found_boxes[instance], found_label[instance], found_ids[instance] = boxes[source], label[source], ids_of_box[source]
     exists = torch.cat([label, label], 1) >= 0
     found_valid = (found_label >= 0) | (exists & (found_label == NEGATIVE))
 
@@ -139,11 +123,12 @@ def make_noisy(
 
     target = NoisyTarget(*map(by_sample, (found_boxes, found_label, found_valid, found_ids)))
     permutation = torch.randperm(G) if permutation is None else permutation
-    return Noisy(F.pad(by_sample(anchor), (0, 1)), target, G, (permutation < config.handed_on).to(boxes.device))
+    handed_on = permutation < (0 if ids is None else config.handed_on)
+    return Noisy(F.pad(by_sample(anchor), (0, 1)), target, G, handed_on.to(boxes.device))
 
 
 def take_handed_on(
-    feature: Tensor, anchor: Tensor, noisy: Noisy, handed_on: HandedOn | None, fresh: Tensor
+    feature: Tensor, anchor: Tensor, noisy: Noisy, handed_on: HandedOn, fresh: Tensor
 ) -> tuple[Tensor, Tensor, Noisy]:
     """Replaces the first groups by those of the previous frame, in samples with a fresh memory.
 
@@ -151,13 +136,13 @@ def take_handed_on(
         feature: of the noisy instances [B, D, C].
         anchor: [B, D, 11].
         noisy: how they started.
-        handed_on: groups of the previous frame, moved to this one; None for none.
+        handed_on: groups of the previous frame, moved to this one.
         fresh: [B] bool, see `Recalled`.
 
     Returns:
         Feature, anchor, and `noisy` with the targets of what is there now.
     """
-    if handed_on is None:
+    if handed_on.ids.shape[1] == 0:
         return feature, anchor, noisy
     G, target = noisy.groups, noisy.target
 
@@ -180,8 +165,16 @@ def take_handed_on(
     return feature, anchor, noisy._replace(target=NoisyTarget(*rest))
 
 
-def hand_on(feature: Tensor, anchor: Tensor, noisy: Noisy) -> HandedOn | None:
-    """Returns the groups that are handed on to the next frame, without gradients; None for none.
+def no_groups(feature: Tensor, anchor: Tensor) -> HandedOn:
+    """Returns no groups for instances with these features [B, ..., C] and anchors [B, ..., D]."""
+    B = len(feature)
+    none = feature.new_zeros(B, 0, 0, dtype=torch.long)
+    of_feature, of_anchor = (x.new_zeros(B, 0, 0, x.shape[-1]) for x in (feature, anchor))
+    return HandedOn(of_feature, of_anchor, none, none.bool(), none)
+
+
+def hand_on(feature: Tensor, anchor: Tensor, noisy: Noisy) -> HandedOn:
+    """Returns the groups that are handed on to the next frame, without gradients.
 
     Args:
         feature: of the noisy instances [B, D, C].
@@ -190,5 +183,4 @@ def hand_on(feature: Tensor, anchor: Tensor, noisy: Noisy) -> HandedOn | None:
     """
     target = noisy.target
     parts = (feature.detach(), anchor.detach(), target.label, target.valid, target.ids)
-    handed_on = HandedOn(*(x.unflatten(1, (noisy.groups, -1))[:, noisy.handed_on] for x in parts))
-    return handed_on if handed_on.ids.shape[1] else None
+    return HandedOn(*(x.unflatten(1, (noisy.groups, -1))[:, noisy.handed_on] for x in parts))

@@ -19,7 +19,7 @@ from perception.models.sparse4d.aggregation import CameraView, DeformableAggrega
 from perception.models.sparse4d.blocks import Attention, FeedForward
 from perception.models.sparse4d.boxes import BoxEncoder, BoxKeyPoints, BoxRefinement, initial_boxes, move_boxes
 from perception.models.sparse4d.config import HeadConfig, LineHeadConfig, Sparse4DConfig
-from perception.models.sparse4d.denoising import Denoised, HandedOn, Noisy, hand_on, take_handed_on
+from perception.models.sparse4d.denoising import Denoised, HandedOn, Noisy, hand_on, no_groups, take_handed_on
 from perception.models.sparse4d.lines import LineEncoder, LineKeyPoints, LineRefinement, initial_lines, move_lines
 from perception.models.sparse4d.memory import InstanceBank, InstanceMemory, Motion
 
@@ -40,7 +40,7 @@ class HeadOutput(NamedTuple):
     feature: Tensor  # [B, Q, C] of the instances after the last layer
     memory: InstanceMemory  # for the next frame
     denoised: Denoised | None  # in training with noisy instances
-    handed_on: HandedOn | None  # noisy instances for the next frame
+    handed_on: HandedOn  # noisy instances for the next frame
 
 
 def operations(config: HeadConfig) -> list[str]:
@@ -132,9 +132,9 @@ class SparseHead(nn.Module):
             anchor = torch.cat([anchor, noisy.anchor], 1)
             feature = torch.cat([feature, feature.new_zeros(B, noisy.anchor.shape[1], feature.shape[2])], 1)
             mask = noisy.mask_with(Q)
-            if handed_on is not None:
-                moved = bank.move(handed_on.anchor.flatten(1, 2), *motion[:2])
-                handed_on = handed_on._replace(anchor=moved.view_as(handed_on.anchor))
+            handed_on = no_groups(feature, anchor) if handed_on is None else handed_on
+            moved = bank.move(handed_on.anchor.flatten(1, 2), *motion[:2])
+            handed_on = handed_on._replace(anchor=moved.view_as(handed_on.anchor))
         encoding = self.anchor_encoder(anchor)
         remembered = self.anchor_encoder(recalled.memory.anchor)
         scored: list[tuple[Tensor, Tensor]] = []
@@ -162,7 +162,7 @@ class SparseHead(nn.Module):
                         feature[:, :Q], anchor[:, :Q], scored[-1][0][:, :Q], recalled
                     )
                     rest_feature, rest_anchor = feature[:, Q:], anchor[:, Q:]
-                    if noisy is not None:
+                    if noisy is not None and handed_on is not None:
                         rest_feature, rest_anchor, target = take_handed_on(
                             rest_feature, rest_anchor, noisy, handed_on, recalled.fresh
                         )
@@ -177,7 +177,7 @@ class SparseHead(nn.Module):
         logits, quality = (torch.stack(x) for x in zip(*scored, strict=True))
         stacked = torch.stack(anchors)
         ids, memory = bank.remember(feature[:, :Q], anchor[:, :Q], logits[-1, :, :Q], recalled)
-        denoised = next_handed_on = None
+        denoised, next_handed_on = None, no_groups(feature, anchor)
         if noisy is not None:
             denoised = Denoised(logits[:, :, Q:], stacked[:, :, Q:], targets[0].target, targets[-1].target)
             next_handed_on = hand_on(feature[:, Q:], anchor[:, Q:], targets[-1])

@@ -20,8 +20,8 @@ class InstanceMemory(NamedTuple):
     feature: Tensor  # [B, T, C]
     anchor: Tensor  # [B, T, D] in the LiDAR frame of that frame
     confidence: Tensor  # [B, T] 0..1
-    ids: Tensor  # [B, T] int32
-    next_id: Tensor  # [B] int32, the first id that has not been given; the same for the whole batch
+    ids: Tensor  # [B, T] int32, -1 for none
+    next_id: Tensor  # [B, 1] int32, the first id that has not been given; the same for the whole batch
 
 
 class Motion(NamedTuple):
@@ -82,7 +82,7 @@ class InstanceBank(nn.Module):
             anchor=zeros(batch_size, T, D),
             confidence=zeros(batch_size, T),
             ids=torch.full((batch_size, T), -1, dtype=torch.int32, device=self.anchor.device),
-            next_id=zeros(batch_size, dtype=torch.int32),
+            next_id=zeros(batch_size, min(T, 1), dtype=torch.int32),
         )
 
     def recall(self, memory: InstanceMemory, motion: Motion) -> Recalled:
@@ -135,18 +135,23 @@ class InstanceBank(nn.Module):
     def identify(self, recalled: Recalled, count: int) -> tuple[Tensor, Tensor]:
         """Gives ids to `count` instances: those of the memory keep theirs, others get new ones.
 
-        As published, every instance has an id, and new ids are numbered over the whole batch.
+        As published, every instance has an id, and new ids are numbered over the whole batch. Without a memory there
+        are no ids.
 
         Returns:
-            Ids [B, count] int32, and the next free id [B] int32.
+            Ids [B, count] int32, -1 for none, and the next free id [B, 1] int32.
         """
-        memory = recalled.memory
-        known = torch.where(recalled.fresh[:, None], memory.ids, -1)
-        ids = F.pad(known, (0, count - known.shape[1]), value=-1)
-        new = (ids < 0).flatten()
-        number = new.cumsum(0, dtype=torch.int32).view_as(ids)
-        start = memory.next_id[:1, None]
-        return torch.where(ids < 0, start + number - 1, ids), memory.next_id + number[-1, -1]
+        memory, T = recalled.memory, self.config.remembered
+        if T == 0:
+            return torch.full((len(memory.ids), count), -1, dtype=torch.int32, device=memory.ids.device), memory.next_id
+        # Every remembered instance has an id, so what is new follows from the places alone, without counting.
+        kept = recalled.fresh.int()[:, None] * T  # [B, 1]
+        new = count - kept
+        earlier = torch.ones(len(new), len(new), dtype=torch.int32, device=new.device).tril(-1)
+        start = memory.next_id[:1] + (earlier * new.T).sum(1, keepdim=True, dtype=torch.int32)
+        place = torch.arange(count, dtype=torch.int32, device=new.device)
+        ids = torch.where(place < kept, F.pad(memory.ids, (0, count - T)), start + place - kept)
+        return ids, memory.next_id + new.sum(0, keepdim=True, dtype=torch.int32)
 
     def remember(
         self, feature: Tensor, anchor: Tensor, logits: Tensor, recalled: Recalled
