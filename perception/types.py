@@ -153,7 +153,7 @@ class Ids(NamedTuple):
     """Ids of boxes and lines, the same for the same thing in several frames: tensors in `FrameObjects`, else arrays."""
 
     boxes: Any  # [..., M] int64, -1 for none
-    lines: Any  # [..., M] int64, -1 for none
+    lines: Any  # [..., M] int64, -1 for none; None in ground truth, whose lines have no ids
 
 
 class Weights(NamedTuple):

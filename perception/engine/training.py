@@ -95,7 +95,7 @@ class TrainingModel(BaseModel):
             prediction, state = self.core(step.frames, state, *gt)
             # Matching and losses always run in float32.
             with torch.autocast(clip.sample_index.device.type, enabled=False):
-                prediction = map_tensors(Tensor.float, prediction)
+                prediction = map_tensors(lambda x: x.float() if x.is_floating_point() else x, prediction)
                 for name, loss in self.core.loss(prediction, step.gt, step.frames).items():
                     losses[name] = losses[name] + loss / T if name in losses else loss / T
         return self._checked(losses), map_tensors(Tensor.detach, state)
