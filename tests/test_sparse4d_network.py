@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from perception.cameras import usual_mounting
 from perception.data.loader import collate
 from perception.data.nuscenes import NuScenesDataset
 from perception.engine.config import load_config
@@ -30,7 +31,16 @@ from perception.models.sparse4d.lines import PUBLISHED_LINE_CLASSES, move_lines,
 from perception.models.sparse4d.losses import encode_boxes
 from perception.models.sparse4d.model import decode_boxes, decode_lines, lidar_boxes, to_published
 from perception.synthetic import VERSION
-from perception.types import BOX_CLASSES, LINE_CLASSES, Boxes, CameraRig, Frame, map_tensors, named_tensors
+from perception.types import (
+    BOX_CLASSES,
+    LINE_CLASSES,
+    NUSCENES_EGO_FROM_LIDAR,
+    Boxes,
+    CameraRig,
+    Frame,
+    map_tensors,
+    named_tensors,
+)
 
 HEAD = {"layers": 3, "feed_forward": 64}
 BOXES = {"anchors": 40, "remembered": 24, "encoder": (16, 4, 4, 8), "max_boxes": 20, **HEAD}
@@ -68,7 +78,7 @@ def frame(seed: int, ego_from_prev=None, batch: int = 1) -> Frame:
     first = ego_from_prev is None
     return Frame(
         images.byte(), rig, motion.expand(batch, 4, 4), torch.full((batch,), 0.0 if first else 0.5),
-        torch.full((batch,), first),
+        torch.full((batch,), first), *usual_mounting(batch, 2),
     )  # fmt: skip
 
 
@@ -90,7 +100,7 @@ def test_classes_are_converted_by_name():
 
 def test_boxes_pass_the_lidar_frame_and_back():
     """Encoding the ground truth and decoding it gives the same boxes, with a tilted LiDAR."""
-    tilt = np.array(SPARSE4D.ego_from_lidar) @ rigid_from_yaw(0.02)
+    tilt = np.array(NUSCENES_EGO_FROM_LIDAR) @ rigid_from_yaw(0.02)
     roll = np.eye(4)
     roll[1:3, 1:3] = [[math.cos(0.03), -math.sin(0.03)], [math.sin(0.03), math.cos(0.03)]]
     ego_from_lidar = torch.from_numpy(tilt @ roll).float()[None]

@@ -45,6 +45,7 @@ class ToyNetwork(nn.Module):
     image_loss = None
     needs_gt = tracks = False
     raw_names = ("box_logits", "box_params")
+    extra_inputs = ()
     no_export = ""
     published_prefixes: ClassVar[dict[str, str]] = {}
 

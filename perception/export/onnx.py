@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from perception import __version__
+from perception.cameras import usual_mounting
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError
 from perception.export.contract import CONTRACT, MODEL, ImageInputs, write_contract
@@ -33,7 +34,7 @@ from perception.export.quantize import KINDS, quantize_graph, quiet, record_fram
 from perception.files import replacing
 from perception.models import Network
 from perception.models.base import memory_tensors, with_tensors
-from perception.types import CameraRig, Frame, Weights
+from perception.types import NUSCENES_EGO_FROM_LIDAR, CameraRig, Frame, Weights
 
 if TYPE_CHECKING:
     import onnx
@@ -58,16 +59,22 @@ class DeployedNetwork(nn.Module):
         images: sizes and format of the camera images.
     """
 
+    usual_lidar: Tensor
+    still: Tensor
+
     def __init__(self, network: Network, images: ImageInputs) -> None:
         super().__init__()
         self.network = network
         memories = tuple(memory_tensors(network.initial_state(1)))
-        self.remembers = bool(memories)
-        self.input_names = (*images.names, *CALIBRATION_AND_MOTION, *memories)
+        self.others = (*network.extra_inputs, *memories)
+        self.input_names = (*images.names, *CALIBRATION_AND_MOTION, *self.others)
         self.output_names = tuple(
             name for kind in network.finds for name in (*output_names(network, kind), *raw_names(network, kind))
         ) + tuple(f"new_{name}" for name in memories)
         self.preprocess = ImagePreprocessing(images, network.config.image_size)
+        # For networks that do not read them.
+        for name, tensor in zip(("usual_lidar", "still"), usual_mounting(1, len(images.sizes)), strict=True):
+            self.register_buffer(name, tensor.clone(), persistent=False)
 
     def forward(
         self,
@@ -78,7 +85,7 @@ class DeployedNetwork(nn.Module):
         ego_from_prev: Tensor,
         seconds_since_prev: Tensor,
         is_first: Tensor,
-        *memory: Tensor,
+        *others: Tensor,
     ) -> tuple[Tensor, ...]:
         """Predicts one frame.
 
@@ -87,14 +94,17 @@ class DeployedNetwork(nn.Module):
         """
         if self.preprocess.fitted:
             img_from_cam = self.preprocess.img_from_raw @ img_from_cam
+        given = dict(zip(self.others, others, strict=True))
         frame = Frame(
             self.preprocess(images)[None],
             CameraRig(img_from_cam[None], ego_from_cam[None], present[None]),
             ego_from_prev[None],
             seconds_since_prev,
             is_first,
+            given["ego_from_lidar"][None] if "ego_from_lidar" in given else self.usual_lidar,
+            self.still,
         )
-        state = with_tensors(self.network.initial_state(1), memory)
+        state = with_tensors(self.network.initial_state(1), others[len(self.network.extra_inputs) :])
         prediction, state = self.network(frame, state)
         objects = self.network.decode(prediction)
         raw = named_raw_outputs(self.network, prediction)
@@ -129,8 +139,8 @@ def named_raw_outputs(network: Network, prediction: Any) -> dict[str, Tensor]:
 def example_inputs(network: Network, images: ImageInputs) -> tuple[Any, ...]:
     """Returns arguments of `DeployedNetwork.forward` for a first frame, with cameras in all directions.
 
-    The first argument holds the images of all cameras. The last ones are the tensors of the memory, which
-    a network without a memory does not have.
+    The first argument holds the images of all cameras. The last ones are `Network.extra_inputs` and the tensors of the
+    memory, which a network without a memory does not have.
     """
     cameras = len(images.sizes)
     angle = torch.arange(cameras) * (2 * torch.pi / cameras)
@@ -144,10 +154,11 @@ def example_inputs(network: Network, images: ImageInputs) -> tuple[Any, ...]:
         [[[0.7 * W, 0.0, W / 2], [0.0, 0.7 * W, H / 2], [0.0, 0.0, 1.0]] for H, W in images.sizes]
     )
     memory = memory_tensors(network.initial_state(1)).values()
+    extra = {"ego_from_lidar": torch.tensor(NUSCENES_EGO_FROM_LIDAR)}
     return (
         tuple(torch.randint(0, 256, images.shape(n), dtype=torch.uint8) for n in range(cameras)),
         img_from_cam, ego_from_cam, torch.ones(cameras, dtype=torch.bool), torch.eye(4), torch.zeros(1),
-        torch.ones(1, dtype=torch.bool), *memory,
+        torch.ones(1, dtype=torch.bool), *(extra[name] for name in network.extra_inputs), *memory,
     )  # fmt: skip
 
 

@@ -144,7 +144,7 @@ def replay(
         in_graph = preprocess([torch.from_numpy(image) for image in exported_frame.images])
         pixels.append((in_graph - original_frame.images[0]).abs().numpy().ravel())
         prediction, state, expected = _run_original(network, original_frame, state)
-        inputs = frame_inputs(exported_frame)
+        inputs = frame_inputs(exported_frame, network.extra_inputs)
         if monitor:
             monitor.run(inputs)
         memory = runtime.memories()
@@ -294,7 +294,7 @@ def _drift(
             frame = frame._replace(is_first=torch.tensor([not differences]))
             exported_frame = camera_frame(frame, runtime.images)
             _, state, _ = _run_original(network, fitted_frame(exported_frame, runtime.images, image_size), state)
-            _run_export(runtime, frame_inputs(exported_frame))
+            _run_export(runtime, frame_inputs(exported_frame, network.extra_inputs))
             errors = [
                 np.abs(one - (other[match_rows(one, other)] if one.ndim > 1 else other)).mean()
                 for one, other in memory_pairs(state, runtime.memories()).values()

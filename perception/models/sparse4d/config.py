@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from perception.models.published.backbone import PublishedBackboneConfig
-from perception.models.published.geometry import NUSCENES_EGO_FROM_LIDAR
 from perception.types import DEFAULT_LANE_RANGE, LaneRange
 
 # Key points of a box in parts of its length, width and height: the centre and points near the six faces.
@@ -138,7 +137,6 @@ class Sparse4DConfig:
         depth_layers: feature levels from which the auxiliary depth branch learns.
         denoising: noisy instances in training.
         box_range: metres; the loss leaves out boxes farther from the LiDAR.
-        ego_from_lidar: pose of the LiDAR in whose frame the network works.
     """
 
     image_size: tuple[int, int] = (256, 704)
@@ -156,7 +154,6 @@ class Sparse4DConfig:
     depth_layers: int = 3
     denoising: DenoisingConfig = field(default_factory=DenoisingConfig)
     box_range: float = 55.0
-    ego_from_lidar: tuple[tuple[float, ...], ...] = NUSCENES_EGO_FROM_LIDAR
     cameras: ClassVar[None] = None  # any number: their calibration is encoded
     # Of the ground-truth lines that datasets load; Sparse4D predicts no lines.
     line_points: ClassVar[int] = 20

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from perception.geometry import invert_rigid
 from perception.models.decoding import LOG_UNCERTAINTY_RANGE, close_rings, empty_lines
+from perception.models.maptr.losses import lidar_lines
 from perception.models.published.backbone import padded_size
-from perception.models.published.geometry import lidar_projections
+from perception.models.published.geometry import lidar_level, lidar_projections
 from perception.models.published.losses import sum_layers
 from perception.models.sparse4d.aggregation import CameraView
 from perception.models.sparse4d.blocks import DepthBranch
@@ -83,8 +84,8 @@ class Sparse4D(nn.Module):
     tracks: ClassVar[bool] = True
     raw_names: ClassVar[tuple[str, ...]] = ("box_logits", "box_params", "box_quality")
     no_export: ClassVar[str] = ""
+    extra_inputs: ClassVar[tuple[str, ...]] = ("ego_from_lidar",)
     published_prefixes: ClassVar[Mapping[str, str]] = PREFIXES
-    ego_from_lidar: Tensor
 
     def __init__(self, config: Sparse4DConfig) -> None:
         super().__init__()
@@ -92,7 +93,6 @@ class Sparse4D(nn.Module):
         self.image_encoder = config.backbone.build(config.channels)
         self.head = self._build_head()
         self.depth_branch = DepthBranch(config.channels, config.depth_layers)
-        self.register_buffer("ego_from_lidar", torch.tensor(config.ego_from_lidar), persistent=False)
 
     def _build_head(self) -> nn.Module:
         return box_head(self.config)
@@ -126,10 +126,9 @@ class Sparse4D(nn.Module):
         features = self.image_encoder(frame.images)
         with _without_autocast(frame.images.device):  # as published, the heads run in float32
             features = [level.float() for level in features]
-            view = CameraView(features, lidar_projections(frame, self.ego_from_lidar), padded_size(frame.images))
-            ego_from_lidar = self.ego_from_lidar.float().expand(len(frame.images), -1, -1)
-            ego_from_prev = frame.ego_from_prev.float()
-            lidar_from_prev = invert_rigid(ego_from_lidar) @ ego_from_prev @ ego_from_lidar
+            view = CameraView(features, lidar_projections(frame), padded_size(frame.images))
+            ego_from_lidar = frame.ego_from_lidar.float()
+            lidar_from_prev = invert_rigid(ego_from_lidar) @ frame.ego_from_prev.float() @ ego_from_lidar
             motion = Motion(lidar_from_prev, frame.seconds_since_prev, frame.is_first)
             noisy = self._noisy(gt, ego_from_lidar) if gt is not None else None
             box, line = self._heads
@@ -217,9 +216,7 @@ class SparseDrive(Sparse4D):
     def loss(self, prediction: SparsePrediction, gt: FrameObjects, frame: Frame) -> dict[str, Tensor]:
         """Computes the weighted losses by name, summed over decoder layers."""
         assert prediction.lines is not None
-        ego_from_lidar = prediction.ego_from_lidar
-        rotation, translation = ego_from_lidar[:, None, :2, :2], ego_from_lidar[:, None, None, :2, 3]
-        lines = gt.lines._replace(points=(gt.lines.points - translation) @ rotation)
+        lines = lidar_lines(gt.lines, prediction.ego_from_lidar)
         points, exists = line_orderings(lines)
         label = to_published(lines.label, PUBLISHED_LINE_CLASSES)
         targets = LineTargets(points.flatten(3), exists, label, lines.valid)
@@ -309,8 +306,8 @@ def decode_lines(instances: Instances, ego_from_lidar: Tensor) -> Polylines:
         ego_from_lidar: [B, 4, 4].
     """
     score, label, points = rank_lines(instances.logits[-1].float(), instances.anchors[-1].float())
-    rotation = ego_from_lidar[:, None, :2, :2].transpose(2, 3)
-    points = points @ rotation + ego_from_lidar[:, None, None, :2, 3]
+    rotation, translation = lidar_level(ego_from_lidar)
+    points = points @ rotation[:, None].mT + translation[:, None, None]
     uncertainty = torch.full_like(points, math.exp(LOG_UNCERTAINTY_RANGE[1]))
     points, uncertainty, closed = close_rings(points, uncertainty)
     return Polylines(points, closed, to_library_line_classes(label), score, torch.ones_like(closed), uncertainty)
