@@ -71,6 +71,7 @@ class Index(NamedTuple):
     image_size: np.ndarray  # [S, N, 2] int32 height, width
     img_from_cam: np.ndarray  # [S, N, 3, 3] float64 pixels of the original image
     ego_from_cam: np.ndarray  # [S, N, 4, 4] float64, the exposure's pose carried to the reference time
+    ego_from_exposure: np.ndarray  # [S, N, 4, 4] float64, ego motion from the camera's exposure to the reference time
     box_offset: np.ndarray  # [S+1] int64
     box_center: np.ndarray  # [boxes, 3] float32 ego
     box_size: np.ndarray  # [boxes, 3] float32 length, width, height
@@ -234,7 +235,7 @@ def _samples(checked: TableCheck, samples: np.ndarray, cameras: tuple[str, ...],
     paths = [[b""] * N for _ in range(S)]
     sizes = np.zeros((S, N, 2), dtype=np.int32)
     img_from_cam = np.tile(np.eye(3), (S, N, 1, 1))
-    ego_from_cam = np.tile(np.eye(4), (S, N, 1, 1))
+    ego_from_cam, ego_from_exposure = np.tile(np.eye(4), (2, S, N, 1, 1))
     place = np.full(checked.tables["sample"].rows, -1)
     place[samples] = np.arange(S)
     for k, camera in enumerate(cameras):
@@ -257,7 +258,8 @@ def _samples(checked: TableCheck, samples: np.ndarray, cameras: tuple[str, ...],
             for row, height, width in kinds.tolist():
                 model = _checked_model(folder, checked.rig, camera, (height, width), calibrations[row])
                 img_from_cam[at[calibration == row], k] = model
-        ego_from_cam[at, k] = invert_rigid(global_from_ego[at]) @ files.poses(found) @ calibrations[calibration]
+        ego_from_exposure[at, k] = invert_rigid(global_from_ego[at]) @ files.poses(found)
+        ego_from_cam[at, k] = ego_from_exposure[at, k] @ calibrations[calibration]
     return {
         "timestamp_us": files.time[lidar],
         "global_from_ego": global_from_ego,
@@ -266,6 +268,7 @@ def _samples(checked: TableCheck, samples: np.ndarray, cameras: tuple[str, ...],
         "image_size": sizes,
         "img_from_cam": img_from_cam,
         "ego_from_cam": ego_from_cam,
+        "ego_from_exposure": ego_from_exposure,
     }
 
 
