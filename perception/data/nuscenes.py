@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from perception.data.augment import Augment
-from perception.data.index import Index, concatenate, ego_from_patch, lines_around, load_index
+from perception.data.index import Index, concatenate, load_index
 from perception.data.lane_map import LaneMap
 from perception.data.lane_topology import Centerlines
 from perception.data.loader import ClipRequest, decode_image, open_image, pad_boxes, pad_lines
-from perception.data.tables import read_rig
+from perception.data.sample_lines import ego_from_patch, lines_around
+from perception.data.table_files import read_rig
 from perception.errors import DataError, PerceptionWarning
 from perception.geometry import invert_rigid, yaw_from_rotation
 from perception.inference.ego_motion import MAX_GAP, interrupted

@@ -66,8 +66,8 @@ class DeployedNetwork(nn.Module):
         super().__init__()
         self.network = network
         memories = tuple(memory_tensors(network.initial_state(1)))
-        self.others = (*network.extra_inputs, *memories)
-        self.input_names = (*images.names, *CALIBRATION_AND_MOTION, *self.others)
+        self.remembers = bool(memories)
+        self.input_names = (*images.names, *CALIBRATION_AND_MOTION, *network.extra_inputs, *memories)
         self.output_names = tuple(
             name for kind in network.finds for name in (*output_names(network, kind), *raw_names(network, kind))
         ) + tuple(f"new_{name}" for name in memories)
@@ -85,7 +85,7 @@ class DeployedNetwork(nn.Module):
         ego_from_prev: Tensor,
         seconds_since_prev: Tensor,
         is_first: Tensor,
-        *others: Tensor,
+        *extra_and_memory: Tensor,
     ) -> tuple[Tensor, ...]:
         """Predicts one frame.
 
@@ -94,17 +94,17 @@ class DeployedNetwork(nn.Module):
         """
         if self.preprocess.fitted:
             img_from_cam = self.preprocess.img_from_raw @ img_from_cam
-        given = dict(zip(self.others, others, strict=True))
+        extra = dict(zip(self.network.extra_inputs, extra_and_memory, strict=False))
         frame = Frame(
             self.preprocess(images)[None],
             CameraRig(img_from_cam[None], ego_from_cam[None], present[None]),
             ego_from_prev[None],
             seconds_since_prev,
             is_first,
-            given["ego_from_lidar"][None] if "ego_from_lidar" in given else self.usual_lidar,
+            extra["ego_from_lidar"][None] if "ego_from_lidar" in extra else self.usual_lidar,
             self.still,
         )
-        state = with_tensors(self.network.initial_state(1), others[len(self.network.extra_inputs) :])
+        state = with_tensors(self.network.initial_state(1), extra_and_memory[len(extra) :])
         prediction, state = self.network(frame, state)
         objects = self.network.decode(prediction)
         raw = named_raw_outputs(self.network, prediction)

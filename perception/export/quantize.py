@@ -260,7 +260,7 @@ def record_frames(
 
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     memory = empty_memory(session)
-    extra = [x.name for x in session.get_inputs() if x.name == "ego_from_lidar"]
+    extra = [name for name in ("ego_from_lidar",) if name in {x.name for x in session.get_inputs()}]
     last = range(len(dataset) - EVALUATION_FRAMES, len(dataset))
     spread = np.linspace(0, last[0] - 1, CALIBRATION_FRAMES).round().astype(int).tolist()
     recorded: list[dict[str, np.ndarray]] = []
