@@ -20,15 +20,18 @@ from perception.models.maptr.losses import (
 from perception.models.published.backbone import padded_size
 from perception.models.published.losses import sum_layers
 from perception.targets import densify, draw_bev_segmentation, ray_cast_boxes
-from perception.types import CameraRig, Frame, FrameObjects, Polylines, map_tensors
+from perception.types import LINE_CLASSES, CameraRig, Frame, FrameObjects, Polylines, map_tensors
 
 if TYPE_CHECKING:
+    from perception.models.mapqr.model import MapQR, MapQROutputs
     from perception.models.maptrv2.model import MapTRv2, MapTRv2Outputs
 
-MAPTRV2_LOSS_WEIGHTS = LINE_LOSS_WEIGHTS | {
+# Of the one-to-many queries and the segmentation heads.
+AUXILIARY_LOSS_WEIGHTS = {
     "one_to_many_class": 2.0, "one_to_many_points": 5.0, "one_to_many_direction": 0.005, "bev_seg": 1.0,
-    "image_seg": 2.0, "depth": 3.0,
+    "image_seg": 2.0,
 }  # fmt: skip
+MAPTRV2_LOSS_WEIGHTS = LINE_LOSS_WEIGHTS | AUXILIARY_LOSS_WEIGHTS | {"depth": 3.0}
 
 
 def maptrv2_losses(network: MapTRv2, prediction: MapTRv2Outputs, gt: FrameObjects, frame: Frame) -> dict[str, Tensor]:
@@ -44,27 +47,9 @@ def maptrv2_losses(network: MapTRv2, prediction: MapTRv2Outputs, gt: FrameObject
     """
     config, rig = network.config, frame.rig
     losses = line_losses(prediction.logits, prediction.points, gt, network.ego_from_lidar, config)
-    lines = lidar_lines(gt.lines, network.ego_from_lidar)
-    repeated = map_tensors(lambda tensor: tensor.repeat_interleave(config.one_to_many_repeats, 1), lines)
-    layers = maptr_losses(
-        prediction.one_to_many_logits, prediction.one_to_many_points, *published_orderings(repeated), repeated.label,
-        repeated.valid, config.low, config.high,
-    )  # fmt: skip
-    losses |= {name.replace("line", "one_to_many"): loss for name, loss in sum_layers(layers).items()}
-
-    rows, columns = config.bev
-    grid = BEVGrid((config.low[0], config.high[0]), (config.low[1], config.high[1]), (columns, rows))
-    bev_seg = draw_bev_segmentation(lines, grid, config.classes).amax(1, keepdim=True).transpose(2, 3)
-    losses["bev_seg"] = network.head.loss_seg(prediction.bev_seg_logits, bev_seg)  # [B, 1, rows, columns]
-
-    image_size = padded_size(frame.images)
-    h, w = prediction.image_seg_logits.shape[-2:]
-    image_seg = draw_lines_in_images(gt.lines, rig, image_size, (h, w))
-    present = rig.present[..., None, None, None].expand_as(image_seg)
-    image_loss = network.head.loss_pv_seg(prediction.image_seg_logits[present], image_seg[present])
-    losses["image_seg"] = MAPTRV2_LOSS_WEIGHTS["image_seg"] * image_loss
-
-    depth, _ = ray_cast_boxes(gt.boxes, rig, image_size, (h, w))  # [B, N, h, w]
+    losses |= auxiliary_losses(network, prediction, gt.lines, frame)
+    h, w = prediction.depth_logits.shape[-2:]
+    depth, _ = ray_cast_boxes(gt.boxes, rig, padded_size(frame.images), (h, w))  # [B, N, h, w]
     first, end, step = config.depth_range
     supervised = (depth >= first) & (depth < end) & rig.present[..., None, None]
     b, n, v, u = supervised.nonzero(as_tuple=True)
@@ -72,6 +57,39 @@ def maptrv2_losses(network: MapTRv2, prediction: MapTRv2Outputs, gt: FrameObject
     bins = ((depth[supervised] - first) / step).long()
     cross_entropy = -log_probability.gather(1, bins[:, None]).sum() / max(len(bins), 1)
     losses["depth"] = MAPTRV2_LOSS_WEIGHTS["depth"] * cross_entropy
+    return losses
+
+
+def auxiliary_losses(
+    network: MapTRv2 | MapQR, prediction: MapTRv2Outputs | MapQROutputs, gt: Polylines, frame: Frame
+) -> dict[str, Tensor]:
+    """Computes the weighted losses of the one-to-many queries and of the segmentation of lines in BEV and in images.
+
+    Args:
+        network: the network of the prediction, in training mode.
+        prediction: leading [B].
+        gt: lines of the ground truth [B] in the ego frame.
+        frame: leading [B].
+    """
+    config, head = network.config, network.head
+    lines = lidar_lines(gt, network.ego_from_lidar)
+    repeated = map_tensors(lambda tensor: tensor.repeat_interleave(config.one_to_many_repeats, 1), lines)
+    layers = maptr_losses(
+        prediction.one_to_many_logits, prediction.one_to_many_points, *published_orderings(repeated), repeated.label,
+        repeated.valid, config.low, config.high,
+    )  # fmt: skip
+    losses = {name.replace("line", "one_to_many"): loss for name, loss in sum_layers(layers).items()}
+
+    rows, columns = config.bev
+    grid = BEVGrid((config.low[0], config.high[0]), (config.low[1], config.high[1]), (columns, rows))
+    bev_seg = draw_bev_segmentation(lines, grid, len(LINE_CLASSES)).amax(1, keepdim=True).transpose(2, 3)
+    losses["bev_seg"] = head.loss_seg(prediction.bev_seg_logits, bev_seg)  # [B, 1, rows, columns]
+
+    h, w = prediction.image_seg_logits.shape[-2:]
+    image_seg = draw_lines_in_images(gt, frame.rig, padded_size(frame.images), (h, w))
+    present = frame.rig.present[..., None, None, None].expand_as(image_seg)
+    image_loss = head.loss_pv_seg(prediction.image_seg_logits[present], image_seg[present])
+    losses["image_seg"] = AUXILIARY_LOSS_WEIGHTS["image_seg"] * image_loss
     return losses
 
 
