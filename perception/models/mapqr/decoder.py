@@ -55,10 +55,10 @@ class InstancePointAttention(BEVCrossAttention):
         Returns:
             [B, Q, C].
         """
-        B, Q, P, C = position.shape
+        Q, P = position.shape[1:3]
         scattered = (query[:, :, None] + position).flatten(1, 2)  # [B, Q * P, C]
-        gathered = self.attend(scattered, bev, references.flatten(1, 2), size).view(B, Q, P * C)
-        return self.output_proj(gathered) + query
+        samples = self.attend(scattered, bev, references.flatten(1, 2), size)  # [B, Q * P, C]
+        return self.output_proj(samples.unflatten(1, (Q, P)).flatten(2)) + query
 
 
 class MapQRDecoderLayer(nn.Module):
