@@ -48,7 +48,7 @@ MODULES = {
     "perception.models.bev_transformer.encoder": "model shipped_weights",
     "perception.models.bev_transformer.decoder": "model shipped_weights",
     "perception.models.bev_transformer.losses": "losses",
-    "perception.models.published.geometry": "bevformer maptr",
+    "perception.models.published.geometry": "bevformer maptr mapqr",
     "perception.models.published.losses": "published_losses",
     "perception.models.provenance": "provenance",
     "perception.data.index": "nuscenes tables table_blocks",
