@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_maptrv2 import LINES, RIG, SIZE, frame
+from test_maptrv2 import EGO_FROM_LIDAR, LINES, RIG, SIZE, frame
 
 from perception.models.checkpoint import import_published, load_model, save_checkpoint
 from perception.models.decoding import empty_boxes
@@ -60,7 +60,7 @@ def published(golden):
 
 def predict(head, inputs):
     size = tuple(inputs["img_shape"][:2].tolist())
-    return head(inputs["img_feat"], inputs["lidar2img"][None], inputs["can_bus"][None], size)
+    return head(inputs["img_feat"], inputs["lidar2img"][None], inputs["can_bus"][None], size, EGO_FROM_LIDAR)
 
 
 @torch.no_grad()
@@ -215,11 +215,11 @@ def test_projection_is_float32_under_autocast(network):
 
 
 @pytest.fixture(scope="module")
-def perfect(network) -> MapQROutputs:
+def perfect() -> MapQROutputs:
     """Two layers and two one-to-many copies that predict the one line of `LINES`, with logits of 20."""
     (low_x, low_y, _), (high_x, high_y, _) = SMALL.low, SMALL.high
     low, extent = torch.tensor([low_x, low_y]), torch.tensor([high_x - low_x, high_y - low_y])
-    line = lidar_lines(LINES, network.ego_from_lidar).points[0, 0]
+    line = lidar_lines(LINES, EGO_FROM_LIDAR).points[0, 0]
     points = ((line - low) / extent).expand(2, 1, 8, 5, 2).clone()
     logits = torch.full((2, 1, 8, 3), -20.0)
     logits[:, :, 2:4, 0] = 20
@@ -228,7 +228,7 @@ def perfect(network) -> MapQROutputs:
     for x, y in (line[:-1, None] + (line[1:] - line[:-1])[:, None] * torch.linspace(0, 1, 50)[:, None]).flatten(0, 1):
         bev[0, 0, int((y - low_y) / 3), int((x - low_x) / 3)] = 20  # cells of 3 m
     image = 40 * draw_lines_in_images(LINES, RIG, SIZE, (4, 6)) - 20
-    return MapQROutputs(logits[:, :, 3:], points[:, :, 3:], logits, points, bev, image)
+    return MapQROutputs(logits[:, :, 3:], points[:, :, 3:], logits, points, bev, image, EGO_FROM_LIDAR)
 
 
 def losses_of(network, prediction) -> dict[str, float]:

@@ -42,6 +42,7 @@ class MapQROutputs(NamedTuple):
     one_to_many_points: Tensor  # [L, B, Q', P, 2]
     bev_seg_logits: Tensor  # [B, 1, rows, columns], lines in BEV
     image_seg_logits: Tensor  # [B, N, 1, h, w], lines in images
+    ego_from_lidar: Tensor  # [B, 4, 4] of the frame
 
 
 class MapQRTransformer(nn.Module):
@@ -113,9 +114,18 @@ class MapQRHead(nn.Module):
         self.code_weights = nn.Parameter(torch.ones(4), requires_grad=False)
 
     def forward(
-        self, features: Tensor, img_from_lidar: Tensor, can_bus: Tensor, image_size: tuple[int, int]
+        self,
+        features: Tensor,
+        img_from_lidar: Tensor,
+        can_bus: Tensor,
+        image_size: tuple[int, int],
+        ego_from_lidar: Tensor,
     ) -> tuple[MapQROutputs, Tensor]:
-        """Predicts lines and segmentation; arguments as in `MapQRTransformer.encode`.
+        """Predicts lines and segmentation.
+
+        Args:
+            features, img_from_lidar, can_bus, image_size: as in `MapQRTransformer.encode`.
+            ego_from_lidar: [B, 4, 4], for decoding.
 
         Returns:
             Predictions; BEV features [B, h * w, C].
@@ -153,6 +163,7 @@ class MapQRHead(nn.Module):
             one_to_many_points=points[:, :, n:],
             bev_seg_logits=self.seg_head(bev.transpose(1, 2).unflatten(2, config.bev)),
             image_seg_logits=self.pv_seg_head(features.flatten(0, 1)).unflatten(0, features.shape[:2]),
+            ego_from_lidar=ego_from_lidar.float(),
         ), bev
 
 
@@ -174,20 +185,19 @@ class MapQR(nn.Module):
     loss_weights: ClassVar[Mapping[str, float]] = LINE_LOSS_WEIGHTS | AUXILIARY_LOSS_WEIGHTS
     image_loss = None
     raw_names: ClassVar[tuple[str, ...]] = ("line_logits", "line_points")
+    extra_inputs: ClassVar[tuple[str, ...]] = ("ego_from_lidar",)
     no_export: ClassVar[str] = ""
     published_prefixes: ClassVar[Mapping[str, str]] = PREFIXES
-    ego_from_lidar: Tensor
 
     def __init__(self, config: MapQRConfig) -> None:
         super().__init__()
         self.config = config
         self.image_encoder = config.backbone.build(config.channels)
         self.head = MapQRHead(config)
-        self.register_buffer("ego_from_lidar", torch.tensor(config.ego_from_lidar), persistent=False)
 
     def initial_state(self, batch_size: int) -> State:
         """Returns an empty state: the network has no memory."""
-        return State(self.ego_from_lidar.new_zeros(batch_size, 0, 1, 1))
+        return State(self.head.code_weights.new_zeros(batch_size, 0, 1, 1))
 
     def forward(self, frame: Frame, state: State) -> tuple[MapQROutputs, State]:
         """Predicts the lines of one frame.
@@ -201,13 +211,13 @@ class MapQR(nn.Module):
         """
         can_bus = can_bus_vector(frame._replace(is_first=torch.ones_like(frame.is_first)))
         features = self.image_encoder(frame.images)[-1]
-        img_from_lidar = lidar_projections(frame, self.ego_from_lidar)
-        prediction, _ = self.head(features, img_from_lidar, can_bus, padded_size(frame.images))
+        image_size = padded_size(frame.images)
+        prediction, _ = self.head(features, lidar_projections(frame), can_bus, image_size, frame.ego_from_lidar)
         return prediction, state
 
     def loss(self, prediction: MapQROutputs, gt: FrameObjects, frame: Frame) -> dict[str, Tensor]:
         """Computes the weighted losses by name, summed over decoder layers."""
-        losses = line_losses(prediction.logits, prediction.points, gt, self.ego_from_lidar, self.config)
+        losses = line_losses(prediction.logits, prediction.points, gt, frame.ego_from_lidar, self.config)
         return losses | auxiliary_losses(self, prediction, gt.lines, frame)
 
     def raw_outputs(self, prediction: MapQROutputs) -> tuple[Tensor, ...]:
@@ -216,4 +226,4 @@ class MapQR(nn.Module):
 
     def decode(self, prediction: MapQROutputs) -> FrameObjects:
         """Decodes lines in the ego frame, best score first, and no boxes."""
-        return decode_lines(prediction.logits[-1], prediction.points[-1], self.ego_from_lidar, self.config)
+        return decode_lines(prediction.logits[-1], prediction.points[-1], prediction.ego_from_lidar, self.config)

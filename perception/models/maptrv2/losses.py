@@ -46,7 +46,7 @@ def maptrv2_losses(network: MapTRv2, prediction: MapTRv2Outputs, gt: FrameObject
         frame: leading [B].
     """
     config, rig = network.config, frame.rig
-    losses = line_losses(prediction.logits, prediction.points, gt, network.ego_from_lidar, config)
+    losses = line_losses(prediction.logits, prediction.points, gt, frame.ego_from_lidar, config)
     losses |= auxiliary_losses(network, prediction, gt.lines, frame)
     h, w = prediction.depth_logits.shape[-2:]
     depth, _ = ray_cast_boxes(gt.boxes, rig, padded_size(frame.images), (h, w))  # [B, N, h, w]
@@ -72,7 +72,7 @@ def auxiliary_losses(
         frame: leading [B].
     """
     config, head = network.config, network.head
-    lines = lidar_lines(gt, network.ego_from_lidar)
+    lines = lidar_lines(gt, frame.ego_from_lidar)
     repeated = map_tensors(lambda tensor: tensor.repeat_interleave(config.one_to_many_repeats, 1), lines)
     layers = maptr_losses(
         prediction.one_to_many_logits, prediction.one_to_many_points, *published_orderings(repeated), repeated.label,
