@@ -49,6 +49,8 @@ MODULES = {
     "perception.models.bev_transformer.decoder": "model shipped_weights",
     "perception.models.bev_transformer.losses": "losses",
     "perception.models.published.geometry": "bevformer maptr mapqr",
+    "perception.models.mapqr.encoder": "mapqr",
+    "perception.models.mapqr.decoder": "mapqr",
     "perception.models.published.losses": "published_losses",
     "perception.models.provenance": "provenance",
     "perception.data.index": "nuscenes tables table_blocks",
