@@ -292,7 +292,7 @@ def decode_boxes(instances: Instances, ego_from_lidar: Tensor, count: int) -> tu
         label=to_library_classes(ranked.label),
         attribute=torch.full_like(ranked.label, -1),
         score=ranked.score,
-        valid=ranked.score >= 0,  # all of them; not a constant, which some graph tools drop from the outputs
+        valid=torch.ones_like(ranked.label, dtype=torch.bool),
         uncertainty=torch.full((*score.shape[:1], count, 9), math.exp(LOG_UNCERTAINTY_RANGE[1]), device=score.device),
     )
     return boxes, instances.ids.gather(1, ranked.instance).long()
