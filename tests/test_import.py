@@ -50,6 +50,14 @@ def test_networks_and_live_use_load_no_training_packages():
     assert "torch" in loaded and not loaded & set(HEAVY)
 
 
+def test_live_use_loads_little_more_than_torch():
+    """A vehicle that starts waits for them; torchvision loads the compiler and takes almost as long as PyTorch."""
+    slow = {"torchvision", "scipy", "shapely", "sympy", "triton", "torch._dynamo", "torch._inductor", *HEAVY}
+    code = f"import sys, perception.inference.predictor; print(*{slow} & set(sys.modules), 'perception')"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert found == ["perception"]
+
+
 def test_one_loader_for_names_and_files(tmp_path):
     network = perception.load_model("nano")
     path = PROJECT / "perception" / "weights" / "nano.safetensors"

@@ -10,7 +10,6 @@ from urllib.parse import parse_qsl
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 
 from perception.errors import CheckpointError, ConfigError
@@ -62,6 +61,8 @@ class TorchvisionBackbone(nn.Module):
 
     def __init__(self, name: str, count: int) -> None:
         super().__init__()
+        import torchvision  # it takes almost as long to load as PyTorch
+
         if name in RESNETS:
             network = getattr(torchvision.models, name)(weights=None)
             self.stem = nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool)

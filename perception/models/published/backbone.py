@@ -12,7 +12,6 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import deform_conv2d
 
 from perception.errors import ConfigError
 from perception.models.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone, FPNEncoder, weight_of_shape
@@ -94,6 +93,8 @@ class DeformableConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolves [B, C, H, W] to [B, C, H / stride, W / stride]."""
+        from torchvision.ops import deform_conv2d  # it is slow to load
+
         offset, mask = self.conv_offset(x).split([18, 9], 1)  # (dy, dx) and modulation of the nine sampling locations
         return deform_conv2d(x, offset, self.weight, stride=self.stride, padding=1, mask=mask.sigmoid())
 
