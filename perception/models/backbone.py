@@ -1,4 +1,4 @@
-"""Image encoders: one feature map per camera, from a backbone of torchvision or mmdet and a feature pyramid."""
+"""Image encoders: one feature map per camera, from a ResNet, a ConvNeXt or a backbone of mmdet and a feature pyramid."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from perception.errors import CheckpointError, ConfigError
 from perception.models.foreign import read_state_dict
+from perception.models.resnet import resnet
 
 RESNETS = {"resnet18": 64, "resnet34": 64, "resnet50": 256, "resnet101": 256, "resnet152": 256}
 CONVNEXTS = {"convnext_tiny": 96, "convnext_small": 96, "convnext_base": 128, "convnext_large": 192}
@@ -49,7 +50,7 @@ class Backbone(Protocol):
 
 
 class TorchvisionBackbone(nn.Module):
-    """A classification network of torchvision without its head: a stem, then stages at strides 4, 8, 16 and 32.
+    """A classification network with torchvision's names without its head: a stem, then stages at strides 4, 8, 16 and 32.
 
     Args:
         name: a key of `RESNETS` or `CONVNEXTS`.
@@ -61,13 +62,11 @@ class TorchvisionBackbone(nn.Module):
 
     def __init__(self, name: str, count: int) -> None:
         super().__init__()
-        import torchvision  # it takes almost as long to load as PyTorch
-
         if name in RESNETS:
-            network = getattr(torchvision.models, name)(weights=None)
-            self.stem = nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool)
-            stages = [network.layer1, network.layer2, network.layer3, network.layer4]
+            self.stem, stages = resnet(int(name.removeprefix("resnet")), count)
         elif name in CONVNEXTS:
+            import torchvision  # it takes almost as long to load as PyTorch
+
             parts = list(getattr(torchvision.models, name)(weights=None).features)
             self.stem = parts[0]
             stages = [parts[1], *(nn.Sequential(*parts[i : i + 2]) for i in (2, 4, 6))]

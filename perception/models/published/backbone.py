@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from perception.errors import ConfigError
 from perception.models.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone, FPNEncoder, weight_of_shape
+from perception.models.resnet import BLOCKS, Bottleneck
 
 PAD_MULTIPLE = 32  # pixels; images are padded below and at the right to a multiple of it
-BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}  # residual blocks per stage by depth
 
 
 def padded_size(images: Tensor) -> tuple[int, int]:
@@ -99,34 +99,6 @@ class DeformableConv(nn.Module):
         return deform_conv2d(x, offset, self.weight, stride=self.stride, padding=1, mask=mask.sigmoid())
 
 
-class Bottleneck(nn.Module):
-    """A residual bottleneck block (https://arxiv.org/abs/1512.03385)."""
-
-    def __init__(self, channels_in: int, width: int, stride: int, caffe: bool, deformable: bool) -> None:
-        super().__init__()
-        stride1, stride2 = (stride, 1) if caffe else (1, stride)
-        self.conv1 = nn.Conv2d(channels_in, width, 1, stride1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = (
-            DeformableConv(width, stride2) if deformable else nn.Conv2d(width, width, 3, stride2, 1, bias=False)
-        )
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(4 * width)
-        self.downsample = None
-        if stride != 1 or channels_in != 4 * width:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(channels_in, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Transforms [B, channels_in, H, W] to [B, 4 * width, H / stride, W / stride]."""
-        skip = x if self.downsample is None else self.downsample(x)
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = F.relu(self.bn2(self.conv2(x)))
-        return F.relu(self.bn3(self.conv3(x)) + skip)
-
-
 class PublishedResNet(nn.Module):
     """ResNet-50 or ResNet-101 without its head. Batch norm is frozen, as in the published networks."""
 
@@ -147,7 +119,10 @@ class PublishedResNet(nn.Module):
             for block in range(count):
                 stride = 2 if stage > 0 and block == 0 else 1
                 inner = width * 2**stage
-                blocks.append(Bottleneck(channels, inner, stride, config.caffe, config.deformable[stage]))
+                bottleneck = Bottleneck(channels, inner, stride, config.caffe)
+                if config.deformable[stage]:
+                    bottleneck.conv2 = DeformableConv(inner, 1 if config.caffe else stride)
+                blocks.append(bottleneck)
                 channels = 4 * inner
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
             self.channels.append(channels)
