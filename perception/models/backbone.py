@@ -1,4 +1,4 @@
-"""Image encoders: one feature map per camera, from a ResNet, a ConvNeXt or a backbone of mmdet and a feature pyramid."""
+"""Image encoders: one feature map per camera, from a backbone and a feature pyramid."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Backbone(Protocol):
 
 
 class TorchvisionBackbone(nn.Module):
-    """A classification network with torchvision's names without its head: a stem, then stages at strides 4, 8, 16 and 32.
+    """A ResNet, or a ConvNeXt of torchvision, without its head: a stem, then stages at strides 4, 8, 16 and 32.
 
     Args:
         name: a key of `RESNETS` or `CONVNEXTS`.
