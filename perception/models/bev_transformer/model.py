@@ -120,8 +120,8 @@ class BEVTransformer(nn.Module):
             box_logits, box_params, box_log_uncertainty, line_logits, line_points, line_log_uncertainty, heatmap_logits,
             bev_seg_logits, image_prediction,
         )  # fmt: skip
-        # Always in the same memory layout, so that a compiled network is not compiled again for the next frame.
-        return prediction, State(memory.contiguous())
+        # Always in the same layout and precision, so that a compiled network is not compiled again for the next frame.
+        return prediction, State(memory.to(state.bev.dtype).contiguous())
 
     def loss(self, prediction: Prediction, gt: FrameObjects, frame: Frame) -> dict[str, Tensor]:
         """Weighted losses by name, averaged over the layers; see `perception.models.bev_transformer.losses`."""
