@@ -1,4 +1,4 @@
-"""torch.compile makes one graph of every network, which fits all frames of a sequence, also in channels_last and bf16."""
+"""torch.compile makes one graph of every network, which fits all frames, also in channels_last and bfloat16."""
 
 import math
 from dataclasses import fields, is_dataclass, replace
@@ -11,7 +11,7 @@ from perception.types import CameraRig, Frame
 
 # Values of the fields of any config, with which a network is small but has all its parts.
 SMALL = {
-    "image_size": (64, 96), "width": 4, "channels": 32, "feed_forward": 32, "heads": 4, "bev": (10, 8), "grid": (12, 10),
+    "image_size": (64, 96), "width": 4, "channels": 32, "feed_forward": 32, "heads": 4, "bev": (10, 8), "grid": (9, 8),
     "rotate_center": (4, 5), "encoder_layers": 1, "decoder_layers": 1, "queries": 20, "max_boxes": 10, "lines": 5,
     "max_lines": 5, "line_points": 4, "box_queries": 20, "line_queries": 8, "depth_bins": 8, "aspp_channels": 8,
     "backbone_stages": 2, "depth": 18,
