@@ -14,7 +14,7 @@ SMALL = {
     "image_size": (64, 96), "width": 4, "channels": 32, "feed_forward": 32, "heads": 4, "bev": (10, 8), "grid": (9, 8),
     "rotate_center": (4, 5), "encoder_layers": 1, "decoder_layers": 1, "queries": 20, "max_boxes": 10, "lines": 5,
     "max_lines": 5, "line_points": 4, "box_queries": 20, "line_queries": 8, "depth_bins": 8, "aspp_channels": 8,
-    "backbone_stages": 2, "depth": 18,
+    "backbone_stages": 2, "feature_stride": 8, "depth": 18,
 }  # fmt: skip
 PRESETS = tuple(name for kind, _ in NETWORKS.values() for name in kind.presets())
 # One of each network of other code; the others are slow tests.

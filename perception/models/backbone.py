@@ -175,6 +175,13 @@ class FPNEncoder(nn.Module):
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
 
+    def feature_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Returns height and width of the feature map of images of this height and width."""
+        H, W = image_size
+        if getattr(self.backbone, "name", "") in CONVNEXTS:  # its strided convolutions have no padding
+            return H // self.stride, W // self.stride
+        return -(-H // self.stride), -(-W // self.stride)
+
     def forward(self, images: Tensor) -> Tensor:
         """Encodes images [B, 3, H, W] (RGB 0..255, uint8 or float) to features [B, C, H / stride, W / stride]."""
         maps = self.backbone((images.float() - self.mean) / self.std)[self.first :]

@@ -95,8 +95,11 @@ class DeformableConv(nn.Module):
         """Convolves [B, C, H, W] to [B, C, H / stride, W / stride]."""
         from torchvision.ops import deform_conv2d  # it is slow to load
 
-        offset, mask = self.conv_offset(x).split([18, 9], 1)  # (dy, dx) and modulation of the nine sampling locations
-        return deform_conv2d(x, offset, self.weight, stride=self.stride, padding=1, mask=mask.sigmoid())
+        # In float32 at least: torchvision has no half precision on CPUs, where its autocast does not change this.
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        x, offsets, weight = (tensor.to(dtype) for tensor in (x, self.conv_offset(x), self.weight))
+        offset, mask = offsets.split([18, 9], 1)  # (dy, dx) and modulation of the nine sampling locations
+        return deform_conv2d(x, offset, weight, stride=self.stride, padding=1, mask=mask.sigmoid())
 
 
 class PublishedResNet(nn.Module):
