@@ -6,7 +6,11 @@ from dataclasses import fields, is_dataclass, replace
 import pytest
 import torch
 
+from perception.cameras import see_points
+from perception.grid import BEVGrid
 from perception.models import NETWORKS, build_network, preset_config
+from perception.models.maptrv2.encoder import lifted_points
+from perception.models.published.geometry import lidar_projections, project_pillars
 from perception.types import CameraRig, Frame
 
 # Values of the fields of any config, with which a network is small but has all its parts.
@@ -80,13 +84,14 @@ def outputs(network, call, precision) -> list[list[torch.Tensor]]:
 
 
 def cases():
+    """Yields the arguments of the test."""
     for name in PRESETS:
         for precision, layout in (("bf16", "channels_last"), ("fp32", "contiguous_format")):
             fast = name in FAST and precision == "bf16"
             yield pytest.param(name, precision, layout, marks=() if fast else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("name", "precision", "layout"), cases())
+@pytest.mark.parametrize(("name", "precision", "layout"), list(cases()))
 def test_one_graph_for_a_sequence(name, precision, layout):
     network = small_preset(name).to(memory_format=getattr(torch, layout))
     expected = outputs(network, network, precision)
@@ -99,3 +104,23 @@ def test_one_graph_for_a_sequence(name, precision, layout):
     for ours, theirs in zip(found, expected, strict=True):
         for our, their in zip(ours, theirs, strict=True):
             torch.testing.assert_close(our, their, rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_does_not_change_geometry():
+    """Products of matrices in bfloat16 would move image points by pixels and lifted pixels by metres."""
+    frame = replay_frames(SMALL["image_size"], 2)[1]
+    size = SMALL["image_size"]
+    bevformer, maptr = (small(preset_config(name)) for name in ("bevformer_tiny", "maptrv2_nusc_r50_24ep"))
+    ego_from_lidar = torch.tensor(bevformer.ego_from_lidar)
+
+    def geometry():
+        projections = lidar_projections(frame, ego_from_lidar)
+        pillars = project_pillars(bevformer, projections, size)
+        lifted = lifted_points(maptr, frame.rig, ego_from_lidar, size, (2, 3))
+        grid = BEVGrid((-5.0, 5.0), (-5.0, 5.0), (10, 10))
+        warped = grid.warp(torch.rand(1, 1, 10, 10, generator=torch.Generator().manual_seed(0)), frame.ego_from_prev)
+        return projections, *pillars, lifted, warped, *see_points(frame.rig, lifted[0].flatten(0, -2), size)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found = geometry()
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, geometry(), strict=True))

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perception.geometry import invert_rigid
+from perception.geometry import full_precision, invert_rigid
 from perception.models.published.backbone import FPNConfig, PublishedBackboneConfig
 from perception.types import Frame, LaneRange
 
@@ -91,6 +91,7 @@ def cell_centers(h: int, w: int, device: torch.device | str) -> Tensor:
     return torch.stack([x, y], -1).flatten(0, 1)
 
 
+@full_precision
 def project_pillars(
     config: PublishedConfig, img_from_lidar: Tensor, image_size: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
@@ -162,6 +163,7 @@ def can_bus_vector(frame: Frame) -> Tensor:
     return torch.cat([translation * has_previous, torch.ones_like(yaw_change), zeros, yaw_change * has_previous], 1)
 
 
+@full_precision
 def lidar_projections(frame: Frame, ego_from_lidar: Tensor) -> Tensor:
     """Returns matrices [B, N, 4, 4] from LiDAR points to (u depth, v depth, depth, 1), zero for absent cameras."""
     rig = frame.rig
