@@ -26,6 +26,7 @@ from perception.inference.checks import (
 )
 from perception.inference.ego_motion import MAX_SPEED, MAX_TURN_RATE, Motion
 from perception.inference.fitting import fit_image
+from perception.inference.fixed_rig import FixedRig
 from perception.inference.images import AnyImage
 from perception.inference.live import LiveInput, Step, without_result
 from perception.inference.plausibility import Warnings, sampled_rgb
@@ -96,6 +97,7 @@ class Predictor:
         self.provenance = read_provenance(model) if isinstance(model, str | Path) else None
         weights = weights_of(model, self.provenance) if isinstance(model, str | Path) else Weights()
         self.model = on_device(load_model(model) if isinstance(model, str | Path) else model, device)
+        self._run = FixedRig(self.model)
         self.device = torch.device(device)
         self._live = LiveInput(
             self.model.config.image_size, remembers(self.model), rig=rig, weights=weights, bgr=bgr,
@@ -210,7 +212,7 @@ class Predictor:
             return self._nothing(step, live.warnings.emit(step.findings))
         frame = self._frame(given, step)
         with torch.inference_mode():
-            prediction, state = self.model(map_tensors(lambda tensor: tensor.to(self.device), frame), self._state)
+            prediction, state = self._run(map_tensors(lambda tensor: tensor.to(self.device), frame), self._state)
             predicted = map_tensors(lambda tensor: tensor[0].cpu(), self.model.decode(prediction))
             above = self._above_threshold(predicted.boxes), self._above_threshold(predicted.lines)
             objects = chosen(predicted, *above)

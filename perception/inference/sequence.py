@@ -16,6 +16,7 @@ from tqdm import tqdm
 from perception.data.loader import SceneStreamSampler, collate
 from perception.data.nuscenes import NuScenesDataset
 from perception.inference.ego_motion import FIRST_FRAME
+from perception.inference.fixed_rig import FixedRig
 from perception.inference.live import NO_MEMORY_IN_NETWORK
 from perception.inference.visibility import SeenMap
 from perception.models import Network
@@ -45,11 +46,11 @@ def run_sequence(model: Network, clips: Iterable[Clip]) -> Iterator[tuple[Clip, 
         Each clip, its predictions without leading dimensions on the CPU, and the seconds for network and decoding.
     """
     device = next(model.parameters()).device
-    state = model.initial_state(1)
+    state, run = model.initial_state(1), FixedRig(model)
     for clip in clips:
         frame = map_tensors(lambda tensor: tensor[:, 0].to(device), clip.frames)
         start = _now(device)
-        prediction, state = model(frame, state)
+        prediction, state = run(frame, state)
         objects = model.decode(prediction)
         seconds = _now(device) - start
         yield clip, map_tensors(lambda tensor: tensor[0].cpu(), objects), seconds

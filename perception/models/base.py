@@ -53,6 +53,9 @@ class Network(Protocol):
 
     Also an `nn.Module` with an `image_encoder`, whose `backbone` has `freeze(stages)` and `load_published(weights,
     path)`; see `perception.models.backbone`. The memory is an argument and a result, never an attribute.
+
+    A network may have a method `rig_geometry(rig, image_size)` that returns a NamedTuple of tensors, and take it as the
+    third argument of `forward`; see `perception.inference.fixed_rig`.
     """
 
     config: Any  # a NetworkConfig
