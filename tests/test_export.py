@@ -628,3 +628,29 @@ def test_what_cannot_be_exported(small_network, small_graph, fp32_export, small_
         certify(small_network, fp32_export, short)
     with pytest.raises(DataError, match="the dataset for calibration has 7 frames; give at least 22"):
         export_onnx(small_network, tmp_path, raw_size=RAW, precision="int8", calibration=short, graph=small_graph)
+
+
+def test_a_rig_is_for_networks_whose_export_holds_the_calibration(tmp_path):
+    out = ["--out", str(tmp_path / "out"), "--rig", "nuscenes"]
+    with pytest.raises(ConfigError, match="--rig and --raw-size were given; leave --raw-size out"):
+        main(["nano", *out, "--raw-size", "90x160"])
+    with pytest.raises(ConfigError, match="a BEVTransformer takes any calibration as an input"):
+        main(["nano", *out])
+
+
+@pytest.mark.slow
+def test_the_command_exports_maptrv2_for_a_rig(tmp_path):
+    """From a rig file to a folder that passes its gates and runs with that rig."""
+    torch.manual_seed(0)
+    config = MapTRv2Config(
+        image_size=RAW, backbone=FPNConfig(stages=2), channels=16, feed_forward=24, heads=2, decoder_layers=1,
+        bev=(20, 10), lines=6, line_points=5, max_lines=5, one_to_many_queries=0, depth_range=(1.0, 30.0, 1.0),
+        aspp_channels=4,
+    )  # fmt: skip
+    save_checkpoint(tmp_path / "w.safetensors", build_network(config), {})
+    Rig.load("nuscenes").scaled(0.07).save(tmp_path / "rig.yaml")
+    main([str(tmp_path / "w.safetensors"), "--out", str(tmp_path / "out"), "--rig", str(tmp_path / "rig.yaml")])
+    contract = read_contract(tmp_path / "out")
+    assert contract["raw_size"] == [[63, 112]] * 6 and len(contract["calibration"]["img_from_cam"]) == 6
+    assert {x["name"]: x["meaning"] for x in contract["inputs"]}["ego_from_cam"].startswith("not read: fixed in the")
+    Runtime(tmp_path / "out", rig=Rig.load(tmp_path / "rig.yaml"))

@@ -3,11 +3,14 @@
 Parity with the published code is tested in test_maptrv2_golden.py and test_maptr.py, keys in test_bevformer.py.
 """
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from perception.cameras import usual_mounting
 from perception.geometry import invert_rigid, project_points, rigid_from_yaw, transform_points
@@ -130,6 +133,16 @@ def test_one_to_many_queries_only_in_training(tmp_path):
     assert again.config == SMALL
     with torch.no_grad():
         assert torch.equal(again(frame(), state)[0].points, alone.points)
+    # In earlier versions the config had the pose of the LiDAR.
+    with safe_open(tmp_path / "w.safetensors", "pt") as file:
+        metadata = file.metadata()
+    former = json.loads(metadata["config"]) | {
+        "ego_from_lidar": [[0, 1, 0, 1], [-1, 0, 0, 0], [0, 0, 1, 2], [0, 0, 0, 1]]
+    }
+    save_file(
+        load_file(tmp_path / "w.safetensors"), tmp_path / "old.safetensors", metadata | {"config": json.dumps(former)}
+    )
+    assert load_model(tmp_path / "old.safetensors").config == SMALL
 
 
 def drawn(lines: Polylines, size: tuple[int, int], of: Frame | None = None) -> torch.Tensor:

@@ -41,7 +41,7 @@ class FixedRig(NamedTuple):
 
         pinholes = rig_for_network(rig, image_size)
         cameras = pinholes.camera_rig()
-        lidar = np.array(NUSCENES_EGO_FROM_LIDAR) if rig.ego_from_lidar is None else rig.ego_from_lidar
+        lidar = np.array(NUSCENES_EGO_FROM_LIDAR if rig.ego_from_lidar is None else rig.ego_from_lidar)
         return cls(cameras.img_from_cam, cameras.ego_from_cam, lidar), tuple(c.image_size for c in pinholes.cameras)
 
     @classmethod
