@@ -18,6 +18,7 @@ from perception.models.maptr.losses import lidar_lines
 from perception.models.maptr.model import topk_lines
 from perception.models.maptrv2.losses import draw_lines_in_images
 from perception.models.published.backbone import FPNConfig, PublishedBackboneConfig
+from perception.models.published.geometry import lidar_projections
 from perception.types import Frame, FrameObjects, map_tensors
 
 CLOSE = {"atol": 1e-4, "rtol": 0}
@@ -227,7 +228,8 @@ def perfect() -> MapQROutputs:
     bev = torch.full((1, 1, 20, 10), -20.0)
     for x, y in (line[:-1, None] + (line[1:] - line[:-1])[:, None] * torch.linspace(0, 1, 50)[:, None]).flatten(0, 1):
         bev[0, 0, int((y - low_y) / 3), int((x - low_x) / 3)] = 20  # cells of 3 m
-    image = 40 * draw_lines_in_images(LINES, RIG, SIZE, (4, 6)) - 20
+    drawn = draw_lines_in_images(lidar_lines(LINES, EGO_FROM_LIDAR), lidar_projections(frame()), SIZE, (4, 6))
+    image = 40 * drawn - 20
     return MapQROutputs(logits[:, :, 3:], points[:, :, 3:], logits, points, bev, image, EGO_FROM_LIDAR)
 
 

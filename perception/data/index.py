@@ -80,6 +80,7 @@ class Index(NamedTuple):
     box_label: np.ndarray  # [boxes] int64 index into BOX_CLASSES
     box_attribute: np.ndarray  # [boxes] int64 index into ATTRIBUTES, -1 for none
     box_points: np.ndarray  # [boxes] int64 LiDAR and radar points on the object, see `NuScenesDataset.gt_boxes`
+    box_instance: np.ndarray  # [boxes] int64 row of the object in the instance table, the same in all its samples
     lines: Lines  # of the lane range that the index was made for
     wide_lines: Lines  # of its `wide_range`
 
@@ -336,6 +337,7 @@ def _boxes(checked: TableCheck, samples: np.ndarray, global_from_ego: np.ndarray
         "box_label": label[rows],
         "box_attribute": attribute[rows],
         "box_points": checked.box_points[rows],
+        "box_instance": checked.instance[rows].astype(np.int64),
     }
 
 

@@ -20,6 +20,8 @@ from perception.models.maptr.config import MapTRConfig
 from perception.models.maptr.model import MapTR
 from perception.models.maptrv2.config import MapTRv2Config
 from perception.models.maptrv2.model import MapTRv2
+from perception.models.sparse4d.config import Sparse4DConfig, SparseDriveConfig
+from perception.models.sparse4d.model import Sparse4D, SparseDrive
 
 NETWORKS: dict[str, tuple[type[Any], type[Any]]] = {
     "bev_transformer": (BEVTransformerConfig, BEVTransformer),
@@ -27,6 +29,8 @@ NETWORKS: dict[str, tuple[type[Any], type[Any]]] = {
     "maptr": (MapTRConfig, MapTR),
     "mapqr": (MapQRConfig, MapQR),
     "maptrv2": (MapTRv2Config, MapTRv2),
+    "sparse4d": (Sparse4DConfig, Sparse4D),
+    "sparsedrive": (SparseDriveConfig, SparseDrive),
 }
 
 __all__ = [

@@ -186,6 +186,8 @@ class MapTRv2(nn.Module):
     finds: ClassVar[tuple[str, ...]] = ("line",)
     loss_weights: ClassVar[Mapping[str, float]] = MAPTRV2_LOSS_WEIGHTS
     image_loss = None
+    needs_gt: ClassVar[bool] = False
+    tracks: ClassVar[bool] = False
     raw_names: ClassVar[tuple[str, ...]] = ("line_logits", "line_points")
     extra_inputs: ClassVar[tuple[str, ...]] = ("ego_from_lidar",)
     no_export: ClassVar[str] = "it adds image features to BEV cells that depend on the calibration: a scatter"
