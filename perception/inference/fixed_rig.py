@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from perception.models import Network
-from perception.types import Frame, State
+from perception.types import Frame
 
 
 class FixedRig:
@@ -31,10 +31,10 @@ class FixedRig:
         self._key: tuple[Any, ...] = ()
         self._geometry: Any = None
 
-    def __call__(self, frame: Frame, state: State) -> tuple[Any, State]:
+    def __call__(self, frame: Frame, state: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
         """Processes one frame, as `Network.forward` does."""
         if self._compute is None:
-            result: tuple[Any, State] = self._network(frame, state)
+            result: tuple[Any, tuple[Any, ...]] = self._network(frame, state)
             return result
         size = (frame.images.shape[-2], frame.images.shape[-1])
         key = (size, *map(_content, frame.rig))
