@@ -31,7 +31,7 @@ from perception.data.splits import is_split_file, read_split_file, split_scenes
 from perception.data.table_checks import DETECTION_CLASS, NO_CHANNEL, TableCheck, checked_tables
 from perception.data.tables import TABLES
 from perception.errors import DataError, PerceptionWarning
-from perception.files import replacing
+from perception.files import replacing, user_cache
 from perception.geometry import invert_rigid, rigid_from_quaternion, rigid_from_yaw, yaw_from_rotation
 from perception.rigs.rig import RIG_FILE, Rig
 from perception.types import ATTRIBUTES, BOX_CLASSES, LaneRange, MapLine
@@ -138,7 +138,7 @@ def load_index(
     for table in TABLES:
         if not (tables / f"{table}.json").is_file():
             raise DataError(f"{tables / f'{table}.json'} is missing: unpack the dataset's metadata again")
-    folder = cache_dir or _default_cache()
+    folder = cache_dir or user_cache()
     content = _content_hash(dataroot, version, split, cameras, lane_range, folder)
     cache = folder / f"index-{content}.bin"
     with _building:  # threads of one process wait for each other; processes may build the same index and both store it
@@ -147,15 +147,6 @@ def load_index(
             index = _build(dataroot, version, split, cameras, lane_range)
             _write(cache, index)
     return index
-
-
-def _default_cache() -> Path:
-    if folder := os.environ.get("PERCEPTION_CACHE"):
-        return Path(folder)
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "perception"
-    except RuntimeError:  # the user has no home, as in some containers: storing the index fails with a warning
-        return Path(os.devnull) / "perception"
 
 
 def concatenate(indices: list[Index], roots: list[Path]) -> Index:
