@@ -6,8 +6,11 @@ import math
 import pytest
 import torch
 
+from perception.cameras import usual_mounting
 from perception.models.bevformer.config import BEVFormerConfig
 from perception.models.bevformer.model import BEVFormer
+from perception.models.mapqr.config import MapQRConfig
+from perception.models.mapqr.model import MapQR
 from perception.models.maptr.config import MapTRConfig
 from perception.models.maptr.model import MapTR
 from perception.models.maptrv2.config import MapTRv2Config
@@ -33,6 +36,7 @@ def network(request, small_network):
         "maptr": lambda: MapTR(MapTRConfig(**SHARED, **LINES)),
         "maptr_gkt": lambda: MapTR(MapTRConfig(**SHARED, **LINES, gkt_kernel=(3, 5))),
         "maptrv2": lambda: MapTRv2(MapTRv2Config(**SHARED, **LINES, aspp_channels=8)),
+        "mapqr": lambda: MapQR(MapQRConfig(**SHARED, **LINES, pillar_points=4)),
     }[request.param]()
     with torch.no_grad():  # outputs of fresh networks hardly depend on images and calibration
         for parameter in made.parameters():
@@ -60,7 +64,9 @@ def replay_frames(size: tuple[int, int], frames: int) -> list[Frame]:
         rig = CameraRig(matrix[None], pose[None], torch.ones(1, 6, dtype=torch.bool))
         motion = torch.eye(4)[None].clone()
         motion[:, 0, 3] = -float(t)
-        made.append(Frame(images[t], rig, motion, torch.tensor([0.5 * t]), torch.tensor([t == 0])))
+        made.append(
+            Frame(images[t], rig, motion, torch.tensor([0.5 * t]), torch.tensor([t == 0]), *usual_mounting(1, 6))
+        )
     return made
 
 
@@ -82,7 +88,7 @@ def outputs(network, call) -> list[list[torch.Tensor]]:
     ("network", "layout"),
     [
         ("flagship", "channels_last"), ("bevformer", "channels_last"), ("maptr", "channels_last"),
-        ("maptr_gkt", "channels_last"), ("maptrv2", "channels_last"),
+        ("maptr_gkt", "channels_last"), ("maptrv2", "channels_last"), ("mapqr", "channels_last"),
         *(pytest.param(name, "contiguous_format", marks=pytest.mark.slow) for name in ("flagship", "bevformer")),
     ],
     indirect=["network"],

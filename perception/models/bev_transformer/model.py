@@ -39,7 +39,9 @@ class BEVTransformer(nn.Module):
 
     finds = ("box", "line")
     loss_weights = LOSS_WEIGHTS
+    needs_gt = tracks = False
     raw_names = ("box_logits", "box_params", "line_logits", "line_points")
+    extra_inputs: ClassVar[tuple[str, ...]] = ()
     no_export = ""
     published_prefixes: ClassVar[dict[str, str]] = {}
 
