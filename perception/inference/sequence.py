@@ -46,11 +46,11 @@ def run_sequence(model: Network, clips: Iterable[Clip]) -> Iterator[tuple[Clip, 
         Each clip, its predictions without leading dimensions on the CPU, and the seconds for network and decoding.
     """
     device = next(model.parameters()).device
-    state, run = model.initial_state(1), FixedRig(model)
+    state, fixed_rig = model.initial_state(1), FixedRig(model)
     for clip in clips:
         frame = map_tensors(lambda tensor: tensor[:, 0].to(device), clip.frames)
         start = _now(device)
-        prediction, state = run(frame, state)
+        prediction, state = model(frame, state, *fixed_rig(frame))
         objects = model.decode(prediction)
         seconds = _now(device) - start
         yield clip, map_tensors(lambda tensor: tensor[0].cpu(), objects), seconds
