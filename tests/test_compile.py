@@ -18,16 +18,15 @@ SMALL = {
     "image_size": (64, 96), "width": 4, "channels": 32, "feed_forward": 32, "heads": 4, "bev": (10, 8), "grid": (9, 8),
     "rotate_center": (4, 5), "encoder_layers": 1, "decoder_layers": 1, "queries": 20, "max_boxes": 10, "lines": 5,
     "max_lines": 5, "line_points": 4, "box_queries": 20, "line_queries": 8, "depth_bins": 8, "aspp_channels": 8,
-    "backbone_stages": 2, "feature_stride": 8, "depth": 18, "anchors": 20, "remembered": 8, "layers": 2,
-    "encoder": (16, 4, 4, 8), "encoder_loops": 1, "groups": 4, "pillar_points": 4, "one_to_many_queries": 8,
+    "backbone_stages": 2, "feature_stride": 8, "depth": 18,
+    "anchors": 20, "remembered": 10, "layers": 2, "points": 4, "groups": 4, "encoder": (16, 4, 4, 8),
+    "encoder_loops": 1, "pillar_points": 4,
 }  # fmt: skip
-# A last bit of a float32 position, which the compiler may change, moves a bfloat16 number by a step.
-CLOSE = {"fp32": {"rtol": 1e-4, "atol": 1e-4}, "bf16": {"rtol": 1e-2, "atol": 2e-3}}
 PRESETS = tuple(name for kind, _ in NETWORKS.values() for name in kind.presets())
 # One of each network of other code; the others are slow tests.
 FAST = (
-    "nano", "tiny", "bevformer_tiny", "maptr_tiny_r50_24e_bevformer", "maptr_tiny_r50_24e_gkt", "maptrv2_nusc_r50_24ep",
-    "mapqr_nusc_r50_24ep",
+    "nano", "tiny", "bevformer_tiny", "maptr_tiny_r50_24e_bevformer", "maptr_tiny_r50_24e_gkt", "mapqr_nusc_r50_24ep",
+    "maptrv2_nusc_r50_24ep", "sparse4dv3_temporal_r50_1x8_bs6_256x704",
 )  # fmt: skip
 
 
@@ -35,7 +34,8 @@ def small(config):
     """Replaces all fields of a config, and of the configs in it, that `SMALL` names."""
     named = {field.name: getattr(config, field.name) for field in fields(config)}
     inner = {name: small(value) for name, value in named.items() if is_dataclass(value)}
-    return replace(config, **{name: value for name, value in SMALL.items() if named.get(name)}, **inner)
+    # Zero means that there is none of it.
+    return replace(config, **{name: value for name, value in SMALL.items() if named.get(name)} | inner)
 
 
 def small_preset(name):
@@ -75,7 +75,9 @@ def replay_frames(size: tuple[int, int], frames: int) -> list[Frame]:
 
 
 def tensors(noun) -> list[torch.Tensor]:
-    return [tensor for part in noun for tensor in tensors(part)] if isinstance(noun, tuple) else [noun]
+    if isinstance(noun, tuple):
+        return [tensor for part in noun for tensor in tensors(part)]
+    return [] if noun is None else [noun.float()]
 
 
 @torch.inference_mode()
@@ -102,29 +104,34 @@ def test_one_graph_for_a_sequence(name, precision, layout):
     network = small_preset(name).to(memory_format=getattr(torch, layout))
     expected = outputs(network, network, precision)
     change = max(float((x - y).abs().max()) for x, y in zip(expected[0], expected[2], strict=True) if x.numel())
-    assert change > 0.02  # at least ten times the tolerance below
+    tolerance = 1e-4 if precision == "fp32" else 0.05
+    assert change > 2 * tolerance
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
         # A graph break is an error too. The graph is not compiled further, which would take minutes.
         found = outputs(network, torch.compile(network, backend="eager", fullgraph=True), precision)
     for ours, theirs in zip(found, expected, strict=True):
         for our, their in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(our, their, **CLOSE[precision])
+            torch.testing.assert_close(our, their, rtol=tolerance, atol=tolerance)
 
 
 def test_autocast_does_not_change_geometry():
     """Products of matrices in bfloat16 would move image points by pixels and lifted pixels by metres."""
-    frame = replay_frames(SMALL["image_size"], 2)[1]
     size = SMALL["image_size"]
+    frame = replay_frames(size, 2)[1]
+    frame.rig.ego_from_cam[..., :3, 3] *= 1.01
+    frame.ego_from_prev[:, 0, 3] *= 1.01
+    frame = frame._replace(ego_from_exposure=frame.ego_from_prev[:, None].expand(-1, 6, -1, -1))
     bevformer, maptr = (small(preset_config(name)) for name in ("bevformer_tiny", "maptrv2_nusc_r50_24ep"))
 
     def geometry():
-        projections = lidar_projections(frame)
+        projections, rig = lidar_projections(frame), mounted_rig(frame)
         pillars = project_pillars(bevformer, projections, size)
-        lifted = lifted_points(maptr, mounted_rig(frame), frame.ego_from_lidar, size, (2, 3))
+        lifted = lifted_points(maptr, rig, frame.ego_from_lidar, size, (2, 3))
         grid = BEVGrid((-5.0, 5.0), (-5.0, 5.0), (10, 10))
         warped = grid.warp(torch.rand(1, 1, 10, 10, generator=torch.Generator().manual_seed(0)), frame.ego_from_prev)
-        return projections, *pillars, lifted, warped, *see_points(frame.rig, lifted[0].flatten(0, -2), size)
+        seen = see_points(frame.rig, lifted[0].flatten(0, -2), size)
+        return projections, *pillars, *rig, lifted, warped, *seen
 
     with torch.autocast("cpu", torch.bfloat16):
         found = geometry()

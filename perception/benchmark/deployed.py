@@ -18,9 +18,7 @@ import torch
 from perception.benchmark.frames import (
     CAMERAS,
     COMPILE_LIMIT,
-    WARM_UP,
     Mode,
-    capture_graph,
     load_network,
     mode_settings,
     runs_on,
@@ -36,6 +34,7 @@ from perception.export.parity import as_tensors, largest_and_mean, matched_dista
 from perception.export.replay import camera_frame, frame_inputs, replay_frames
 from perception.export.runtime import objects_of
 from perception.files import scratch_folder
+from perception.inference.acceleration import WARM_UP, capture_graph
 from perception.models import Network
 from perception.models.base import memory_tensors
 from perception.synthetic import VERSION, simulate

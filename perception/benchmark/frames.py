@@ -25,6 +25,7 @@ from perception.errors import CheckpointError
 from perception.export.contract import ImageInputs, comparable_memory
 from perception.export.onnx import example_inputs, named_raw_outputs, raw_names
 from perception.export.replay import match_rows
+from perception.inference.acceleration import WARM_UP, capture_graph
 from perception.models import Network, build_network, preset_config
 from perception.models.base import memory_tensors
 from perception.models.checkpoint import load_model, shipped_weights
@@ -33,7 +34,6 @@ from perception.types import CameraRig, Frame, FrameObjects, Memory, map_tensors
 
 CAMERAS = 6
 SECONDS, LEAST_PASSES, MOST_PASSES = 1.0, 30, 200  # of the timed passes of one mode
-WARM_UP = 3  # passes that are not timed
 LIMIT, COMPILE_LIMIT = 20.0, 110.0  # seconds of one measurement, with preparation
 KEPT_SHARE = 0.15  # of a stage's time, reserved for further measurements of the fastest mode
 PORTS = ("bevformer_tiny", "maptr_tiny_r50_24e_bevformer")  # published networks for boxes and for lines
@@ -244,21 +244,6 @@ def mode_settings(mode: Mode, device: torch.device) -> AbstractContextManager:
     if mode.precision in DTYPES:
         stack.enter_context(torch.autocast(device.type, DTYPES[mode.precision]))
     return stack
-
-
-def capture_graph(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """Captures a pass as a CUDA graph, after warm-up passes on another stream, which capturing requires."""
-    other = torch.cuda.Stream()
-    other.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(other):
-        for _ in range(WARM_UP):
-            run()
-    torch.cuda.current_stream().wait_stream(other)
-    graph = torch.cuda.CUDAGraph()
-    # Relaxed: kernels that run for the first time may be loaded during the capture.
-    with torch.cuda.graph(graph, capture_error_mode="relaxed"):
-        run()
-    return graph
 
 
 @contextmanager

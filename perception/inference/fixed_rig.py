@@ -1,8 +1,13 @@
-"""Runs a network, and computes what depends on the calibration alone only when the calibration has changed.
+"""Computes what depends on the calibration alone only when the calibration has changed.
 
 Most vehicles have the same calibration in every frame. A network that can use that has a pure function
-`rig_geometry(rig, image_size)`, whose result its `forward` takes as a third argument. Other networks, exports and
-training compute everything in every frame.
+`rig_geometry(rig, image_size)`, whose result its `forward` takes as a third argument:
+
+    fixed_rig = FixedRig(network)
+    for frame in frames:
+        prediction, state = network(frame, state, *fixed_rig(frame))
+
+Other networks, exports, CUDA graphs and training compute everything in every frame.
 """
 
 from __future__ import annotations
@@ -11,38 +16,31 @@ from typing import Any
 
 import torch
 
-from perception.models import Network
-from perception.models.base import Memory
+from perception.models.base import InferenceNetwork
 from perception.types import Frame
 
 
 class FixedRig:
-    """A network for consecutive frames. It is called as the network itself, and returns the same numbers.
-
-    The geometry of the last calibration is kept together with all bits of that calibration, so that it is never used
-    for another one. It does not depend on weights.
+    """The geometry of the last calibration, kept together with all bits of that calibration, so that it is never stale.
 
     Args:
-        network: any network, also a compiled one.
+        network: any network. Its weights do not influence the geometry.
     """
 
-    def __init__(self, network: Network) -> None:
-        self._network: Any = network
+    def __init__(self, network: InferenceNetwork) -> None:
         self._compute = getattr(network, "rig_geometry", None)
         self._key: tuple[Any, ...] = ()
         self._geometry: Any = None
 
-    def __call__(self, frame: Frame, state: Memory) -> tuple[Any, Memory]:
-        """Processes one frame, as `Network.forward` does."""
+    def __call__(self, frame: Frame) -> tuple[Any, ...]:
+        """Returns the geometry for a frame as further arguments of the network, none if the network takes none."""
         if self._compute is None:
-            result: tuple[Any, Memory] = self._network(frame, state)
-            return result
+            return ()
         size = (frame.images.shape[-2], frame.images.shape[-1])
         key = (size, *map(_content, frame.rig))
         if key != self._key:
             self._key, self._geometry = key, self._compute(frame.rig, size)
-        result = self._network(frame, state, self._geometry)
-        return result
+        return (self._geometry,)
 
 
 def _content(tensor: torch.Tensor) -> tuple[Any, ...]:
