@@ -7,7 +7,7 @@ Most vehicles have the same calibration in every frame. A network that can use t
     for frame in frames:
         prediction, state = network(frame, state, *fixed_rig(frame))
 
-Other networks, exports, CUDA graphs and training compute everything in every frame.
+Other networks, exports and training compute everything in every frame.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from perception.models.base import InferenceNetwork
 from perception.types import Frame
 
 
@@ -24,10 +23,10 @@ class FixedRig:
     """The geometry of the last calibration, kept together with all bits of that calibration, so that it is never stale.
 
     Args:
-        network: any network. Its weights do not influence the geometry.
+        network: any network, also a prepared one. Its weights do not influence the geometry.
     """
 
-    def __init__(self, network: InferenceNetwork) -> None:
+    def __init__(self, network: Any) -> None:
         self._compute = getattr(network, "rig_geometry", None)
         self._key: tuple[Any, ...] = ()
         self._geometry: Any = None
