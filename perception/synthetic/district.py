@@ -37,6 +37,8 @@ class Trajectory:
 
     def at(self, t: float) -> tuple[np.ndarray, float]:
         """Returns position [2] in global metres and yaw in radians at time `t` seconds."""
+        if self.static:
+            return self.xy[0].copy(), float(self.yaw[0])
         xy = np.array([np.interp(t, self.times, self.xy[:, d]) for d in range(2)])
         return xy, float(np.interp(t, self.times, self.yaw))
 
