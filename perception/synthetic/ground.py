@@ -23,8 +23,8 @@ _TILE = 480
 _STONE, _SLAB = 12, 60
 _STRIP = 8  # rows of the texture that are painted at once
 _LEVELS = 8
-# Pixels of a level per pixel of the finest one. The last is negative by an overflow in the first version, so that ground
-# of that level has the colour of the texture's corner; it stays, so that the same seed gives the same pictures.
+# Pixels of a level per pixel of the finest one. The last is negative, which gives the farthest ground the colour of the
+# texture's corner: an overflow of the first version, kept so that the same seed gives the same pictures.
 _SCALE = np.array([2.0**-level for level in range(_LEVELS - 1)] + [-(2.0 ** -(_LEVELS - 1))], np.float32)
 
 
@@ -110,7 +110,7 @@ class Ground:
         joints[::_STONE], joints[:, ::_STONE] = 0.8, 0.8
         slabs = np.ones((_TILE, _TILE), np.float32)
         slabs[::_SLAB], slabs[:, ::_SLAB] = 0.72, 0.72
-        patches = self._patches(rng)
+        patches, factors = self._patches(rng)
 
         color = np.empty((rows, columns, 3), np.uint8)
         for top in range(0, rows, _STRIP):  # arrays of one strip stay in the cache
@@ -120,7 +120,7 @@ class Ground:
             shade += blotch.take(kind) * self._tiled(coarse, top, kind.shape)
             shade *= np.where(kind == Material.WALKWAY, self._tiled(joints, top, kind.shape), 1)
             shade *= np.where(kind == Material.CONCRETE, self._tiled(slabs, top, kind.shape), 1)
-            shade *= np.where((kind == Material.ASPHALT) | (kind == Material.PARKING), patches[part], 1)
+            shade *= np.where((kind == Material.ASPHALT) | (kind == Material.PARKING), factors.take(patches[part]), 1)
             strip = [base[:, c].take(kind) * shade for c in range(3)]  # [strip, columns] each
             for name, mask in paint.items():
                 there = np.flatnonzero(mask[part])
@@ -138,21 +138,27 @@ class Ground:
             material[mask > 127] = Material.MARKING
         return material, color
 
-    def _patches(self, rng: np.random.Generator) -> np.ndarray:
-        """Draws repairs, stains and manhole covers: a brightness factor of the asphalt, [rows, columns] float16."""
+    def _patches(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Draws repairs, stains and manhole covers.
+
+        Returns:
+            [rows, columns] uint16 index into the second array, [K] float16 factors on the brightness of the asphalt.
+        """
         rows, columns = self.shape
-        factor = np.ones((rows, columns), np.float32)
+        index, factors = np.zeros((rows, columns), np.uint16), [1.0]
         for _ in range(int(rows * columns * self.resolution**2 / 220)):
             center = rng.uniform(0, [columns, rows])
             half = np.array([rng.uniform(0.4, 4.0), rng.uniform(0.3, 1.2)]) / self.resolution
             angle = np.degrees(rng.uniform(0, np.pi))
             corners = cv2.boxPoints((tuple(center), tuple(2 * half), angle)).astype(np.int32)
-            cv2.fillPoly(factor, [corners], (rng.uniform(0.78, 1.1),))
+            cv2.fillPoly(index, [corners], (len(factors),))
+            factors.append(rng.uniform(0.78, 1.1))
+        cover = len(factors)
         for _ in range(int(rows * columns * self.resolution**2 / 900)):
             manhole = [int(c) for c in rng.uniform(0, [columns, rows])]
-            cv2.circle(factor, manhole, int(0.35 / self.resolution), (0.6,), -1)
-            cv2.circle(factor, manhole, int(0.29 / self.resolution), (0.8,), -1)
-        return factor.astype(np.float16)
+            cv2.circle(index, manhole, int(0.35 / self.resolution), (cover,), -1)
+            cv2.circle(index, manhole, int(0.29 / self.resolution), (cover + 1,), -1)
+        return index, np.array([*factors, 0.6, 0.8], np.float32).astype(np.float16)
 
     def _tiled(self, tile: np.ndarray, top: int, shape: tuple[int, ...]) -> np.ndarray:
         """Repeats a tile over a strip of the given shape that starts at row `top`."""

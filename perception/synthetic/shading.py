@@ -64,7 +64,7 @@ class Shader:
         self._street = 0.35 * self._ambient_light  # reflections from below the horizon are about as bright as this
 
     def sky(self, rays: np.ndarray) -> np.ndarray:
-        """Computes the light [3, R] of the sky along `rays` [3, R]: a gradient, clouds on a plane, a glow at the sun."""
+        """Computes the light [3, R] of the sky along rays [3, R]: a gradient, clouds on a plane, a glow at the sun."""
         up = rays[2].clip(0.0, 1.0)
         lift = 90 / (up + 0.12)
         u, v = ((rays[d] * lift) % (_NOISE_SIDE - 1) for d in (0, 1))
@@ -229,8 +229,8 @@ class Shader:
     ) -> None:
         """Adds reflections of sky, street and sun to the `smooth` columns of light [3, R].
 
-        `glass` [S] tells windows from paint, `facing` [S] is the cosine between ray and normal, `toward` [S] the share of
-        sunlight, None without sun.
+        `glass` [S] tells windows from paint, `facing` [S] is the cosine between ray and normal, `toward` [S] the share
+        of sunlight, None without sun.
         """
         mirrored = rays - 2 * facing * normal
         shine = None
@@ -253,7 +253,7 @@ class Shader:
     def _windows(
         self, buildings: np.ndarray, wall: np.ndarray, point: np.ndarray, normal: np.ndarray, footprint: np.ndarray
     ) -> np.ndarray:
-        """Draws rows of windows on the albedo [3, R] of walls, in place, and returns whether each point is glass [R]."""
+        """Draws rows of windows on the albedo [3, R] of walls, in place; returns whether each point is glass [R]."""
         storey, spacing, width, height, bright, seed = self._facades.take(buildings, axis=1)
         along = point[1] * normal[0] - point[0] * normal[1]
         column, row = along / spacing, point[2] / storey

@@ -1,4 +1,4 @@
-"""Casts rays against the meshes of a district with Embree: what stands still is built once, what moves for each time."""
+"""Casts rays against the meshes of a district with Embree."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Hits(NamedTuple):
 class RayCaster:
     """Static meshes, and moving meshes placed at one time, in the light of one sun.
 
-    Embree looks at each ray alone, so most of the work is saved by rays that need not be cast: those that pass all moving
-    meshes (`may_hit`), and those towards the sun from points where no moving mesh throws a shadow.
+    What stands still is built once, what moves for each time. Embree looks at each ray alone, so rays that can hit no
+    moving mesh are not cast at them: those outside `may_hit`, and those to the sun from where no shadow may fall.
 
     Args:
         static: in the renderer's frame.
@@ -39,7 +39,8 @@ class RayCaster:
         meshes = _join(static), _join(moving)
         self._static = embree_scene(meshes[0].vertices, meshes[0].faces)
         self._static_count = len(meshes[0].faces)
-        self._moving_faces = _rows(meshes[1].faces)
+        self._moving_faces = np.empty(len(meshes[1].faces), object)
+        self._moving_faces[:] = meshes[1].faces.tolist()
         self.colors = np.ascontiguousarray(np.concatenate([mesh.colors for mesh in meshes]).T) ** 2  # [3, F] linear
         self.materials = np.concatenate([mesh.materials for mesh in meshes])  # [F]
         self.walls = self.materials == Material.FACADE  # [F]
@@ -49,11 +50,17 @@ class RayCaster:
         self._scene: EmbreeScene | None = None
 
     def place(self, vertices: list[np.ndarray], corners: np.ndarray) -> None:
-        """Places the moving meshes in the renderer's frame: vertices [V, 3] of each, corners [M, 8, 3] of their boxes."""
+        """Places the moving meshes in the renderer's frame.
+
+        Args:
+            vertices: [V, 3] of each mesh.
+            corners: [M, 8, 3] of boxes in which the meshes lie.
+        """
         self._corners = corners
         if vertices:
             # One mesh of all: where faces coincide, the order in which Embree finds them decides on the picture.
-            self._scene = _scene(np.concatenate(vertices), self._moving_faces)
+            # Embree's wrapper reads lists and Python's numbers twice as fast as arrays.
+            self._scene = embree_scene(np.concatenate(vertices).astype(object), self._moving_faces)
             self._shadows = _ShadowMap(corners, self._sun)
 
     def cones(self, origin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -129,21 +136,10 @@ class _ShadowMap:
 
 
 def embree_scene(vertices: np.ndarray, faces: np.ndarray) -> EmbreeScene:
-    """Builds an Embree scene of vertices [V, 3] and faces [F, 3]."""
-    return _scene(vertices, _rows(faces))
-
-
-def _scene(vertices: np.ndarray, rows: np.ndarray) -> EmbreeScene:
+    """Builds an Embree scene of vertices [V, 3] and faces [F, 3], or [F] lists of three."""
     scene = EmbreeScene()
-    TriangleMesh(scene, vertices.astype(object), rows)
+    TriangleMesh(scene, vertices, faces)
     return scene
-
-
-def _rows(faces: np.ndarray) -> np.ndarray:
-    """Returns faces [F, 3] as an array [F] of lists, which Embree's wrapper reads three times as fast as an array."""
-    rows = np.empty(len(faces), object)
-    rows[:] = faces.tolist()
-    return rows
 
 
 def _join(meshes: list[Mesh]) -> Mesh:
