@@ -10,7 +10,7 @@ import copy
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ import torch
 from perception.benchmark.frames import (
     CAMERAS,
     COMPILE_LIMIT,
-    WARM_UP,
     Mode,
     capture_graph,
     load_network,
@@ -48,6 +47,20 @@ MODES = (
 )  # fmt: skip
 
 
+class FrameRunner(Protocol):
+    """A network that is ready to run, with its memory."""
+
+    device: str
+
+    def __call__(self, inputs: Sequence[np.ndarray]) -> tuple[dict[str, np.ndarray], float]:
+        """Runs the next frame: outputs by name, and the seconds from inputs to outputs on the host."""
+        ...
+
+    def reset(self) -> None:
+        """Clears the memory."""
+        ...
+
+
 class DeployedRunner:
     """Runs a deployed network in one mode, with buffers for its inputs and its memory on the device.
 
@@ -66,25 +79,32 @@ class DeployedRunner:
         if mode.channels_last:
             model = model.to(memory_format=torch.channels_last)
         self._mode, self._device, self._names = mode, device, model.output_names
+        self.device = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         self._model = torch.compile(model, dynamic=False) if mode.compiled else model
         self._cameras = len(images.sizes)
         self._inputs = [torch.from_numpy(array.copy()).to(device) for array in inputs]
-        self._memory = model.network.initial_state(1).bev
+        self._memory = [model.network.initial_state(1).bev] if model.remembers else []
         self._results: tuple[torch.Tensor, ...] = ()
         self._graph: torch.cuda.CUDAGraph | None = None
         with torch.inference_mode():
             if mode.graph:
                 self._graph = capture_graph(self._pass)
             else:
-                for _ in range(WARM_UP):
-                    self._pass()
-            self._memory.zero_()
+                self._pass()
+        self.reset()
 
     def _pass(self) -> None:
         images, others = tuple(self._inputs[: self._cameras]), self._inputs[self._cameras :]
         with mode_settings(self._mode, self._device):
-            self._results = self._model(images, *others, self._memory)
-        self._memory.copy_(self._results[-1])
+            self._results = self._model(images, *others, *self._memory)
+        for memory in self._memory:
+            memory.copy_(self._results[-1])
+
+    def reset(self) -> None:
+        """Clears the memory."""
+        with torch.inference_mode():
+            for memory in self._memory:
+                memory.zero_()
 
     @torch.inference_mode()
     def __call__(self, inputs: Sequence[np.ndarray]) -> tuple[dict[str, np.ndarray], float]:
@@ -101,13 +121,43 @@ class DeployedRunner:
             self._pass()
         else:
             self._graph.replay()
-        outputs = [_on_host(result) for result in self._results[:-1]]
+        results = self._results[: len(self._names) - len(self._memory)]
+        outputs = [_on_host(result) for result in results]
         seconds = time.perf_counter() - start
-        return dict(zip(self._names, [*outputs, _on_host(self._memory)], strict=True)), seconds
+        return dict(zip(self._names, [*outputs, *map(_on_host, self._memory)], strict=True)), seconds
 
 
 def _on_host(tensor: torch.Tensor) -> np.ndarray:
     return (tensor.float() if tensor.is_floating_point() else tensor).to("cpu", copy=True).numpy()
+
+
+class Town(NamedTuple):
+    """A generated dataset, and its frames as inputs of a deployed network."""
+
+    dataset: NuScenesDataset
+    frames: dict[str, list[np.ndarray]]  # by sample token, in their order
+
+    @property
+    def first(self) -> list[np.ndarray]:
+        """The inputs of the first frame."""
+        return next(iter(self.frames.values()))
+
+
+def make_town(folder: Path, images: ImageInputs, size: tuple[int, int], scenes: int, seed: int) -> Town:
+    """Generates a dataset for six cameras.
+
+    Args:
+        folder: receives it.
+        images: sizes and format that the deployed network takes.
+        size: height and width of the rendered images.
+        scenes: number of scenes of `KEYFRAMES` frames each.
+        seed: of the town.
+    """
+    simulate(folder / "town", scenes=scenes, seed=seed, keyframes=KEYFRAMES, split="benchmark", image_size=size)
+    dataset = NuScenesDataset(folder / "town", VERSION, "benchmark", image_size=size, cache_dir=folder / "cache")
+    replayed = replay_frames(dataset, CAMERAS)
+    frames = {token: list(frame_inputs(camera_frame(frame, images)).values()) for token, frame in replayed}
+    return Town(dataset, frames)
 
 
 class Run(NamedTuple):
@@ -119,7 +169,7 @@ class Run(NamedTuple):
     seconds: np.ndarray
 
 
-def replay_all(runner: DeployedRunner, dataset: NuScenesDataset, frames: dict[str, list[np.ndarray]]) -> Run:
+def replay_all(runner: FrameRunner, dataset: NuScenesDataset, frames: dict[str, list[np.ndarray]]) -> Run:
     """Runs all frames, given as inputs by sample token, in their order."""
     passes = [runner(inputs) for inputs in frames.values()]
     objects = [objects_of(outputs) for outputs, _ in passes]
@@ -174,31 +224,27 @@ def measure_deployed(recorder: Recorder, model: str, device_name: str) -> None:
     network = load_network(model, cpu)
     size = network.config.image_size
     images = ImageInputs.of_rig(CAMERAS, size)
-    frames: dict[str, list[np.ndarray]] = {}
-    reference: list[tuple[NuScenesDataset, Run]] = []
+    reference: list[tuple[Town, Run]] = []
 
     def measure_reference(folder: Path) -> dict:
         """Generates the dataset and measures the reference on it."""
         start = time.perf_counter()
-        simulate(folder / "town", scenes=SCENES, seed=SEED, keyframes=KEYFRAMES, split="benchmark", image_size=size)
-        dataset = NuScenesDataset(folder / "town", VERSION, "benchmark", image_size=size, cache_dir=folder / "cache")
-        for token, frame in replay_frames(dataset, CAMERAS):
-            frames[token] = list(frame_inputs(camera_frame(frame, images)).values())
-        runner = DeployedRunner(network, images, next(iter(frames.values())), Mode(), cpu)
+        town = make_town(folder, images, size, SCENES, SEED)
+        runner = DeployedRunner(network, images, town.first, Mode(), cpu)
         prepared = time.perf_counter() - start
-        run = replay_all(runner, dataset, frames)
-        reference.append((dataset, run))
+        run = replay_all(runner, town.dataset, town.frames)
+        reference.append((town, run))
         metrics = {name: run.metrics[name] for name in METRICS}
-        return {"prepared_s": prepared, **timings(run.seconds), "frames": len(frames), "metrics": metrics}
+        return {"prepared_s": prepared, **timings(run.seconds), "frames": len(town.frames), "metrics": metrics}
 
     def measure_mode(mode: Mode) -> dict:
         """Measures a mode against the reference."""
-        ((dataset, wanted),) = reference
+        ((town, wanted),) = reference
         start = time.perf_counter()
-        runner = DeployedRunner(network, images, next(iter(frames.values())), mode, device)
+        runner = DeployedRunner(network, images, town.first, mode, device)
         prepared = time.perf_counter() - start
-        found = replay_all(runner, dataset, frames)
-        first = dataset[0].frames
+        found = replay_all(runner, town.dataset, town.frames)
+        first = town.dataset[0].frames
         focal_lengths = tuple((first.rig.img_from_cam[0, :, 0, 0] / size[1]).tolist())
         judged = compare(wanted, found, "fp32" if mode.precision == "fp32" else "fp16", focal_lengths).as_dict()
         row = {name: judged["replays"][0][name] for name in ("raw", "boxes", "lines", "metrics")}

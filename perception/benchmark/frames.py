@@ -49,6 +49,7 @@ class Mode:
         graph: captured as a CUDA graph and replayed.
         tuned: cuDNN autotunes its algorithms.
         plain: cameras and BEV are sampled by `F.grid_sample`, not by kernels of this library.
+        folded: batch norms are folded into convolutions.
     """
 
     precision: str = "fp32"
@@ -57,16 +58,18 @@ class Mode:
     graph: bool = False
     tuned: bool = True
     plain: bool = False
+    folded: bool = False
 
     @property
     def name(self) -> str:
         """Name of the mode in tables."""
         parts = ["compile" if self.compiled else "eager", self.precision]
         parts += ["channels_last"] * self.channels_last + ["untuned"] * (not self.tuned)
-        parts += ["plain sampling"] * self.plain + ["graph"] * self.graph
+        parts += ["folded"] * self.folded + ["plain sampling"] * self.plain + ["graph"] * self.graph
         return " ".join(parts)
 
 
+BASELINE = Mode()  # what a network does as it is loaded, without a choice for speed
 REFERENCE = Mode(tuned=False, plain=True)
 EAGER = (
     Mode(), Mode(graph=True), Mode("bf16", True, graph=True), Mode("fp16", True, graph=True),
