@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from perception.export.latency import resident_bytes
+from perception.benchmark.latency import resident_bytes
 from perception.geometry import box_corners, invert_rigid, project_points, transform_points
 from perception.models.bev_transformer.config import BEVTransformerConfig
 from perception.models.bev_transformer.decoder import decode

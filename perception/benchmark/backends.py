@@ -64,8 +64,8 @@ def check_backends(names: Sequence[str]) -> None:
     """Checks that backends exist and can run on this machine. Call it before long work.
 
     Raises:
-        ConfigError: a backend is unknown, named twice, or cannot run here: a package, the compiler or an instruction set
-            is missing.
+        ConfigError: a backend is unknown, named twice, or cannot run here: a package, the compiler or an instruction
+            set is missing.
     """
     if unknown := [name for name in names if name not in BACKENDS]:
         raise ConfigError(f"backend {unknown[0]!r} is not known; use some of {', '.join(BACKENDS)}")
@@ -106,7 +106,7 @@ class ExportedRunner:
     """
 
     def __init__(self, folder: str | Path, backend: str, threads: int) -> None:
-        self._runtime = Runtime(folder, backend=backend, threads=threads, **_providers(backend))
+        self._runtime = Runtime(folder, backend=backend, threads=threads, providers=_providers(backend))
         self._names = [name for name in self._runtime.inputs if name != "memory"]
         self.device = self._runtime.device
 
@@ -125,14 +125,14 @@ class ExportedRunner:
         return (outputs | {"new_memory": self._runtime.memory()} if "new_memory" in outputs else outputs), seconds
 
 
-def _providers(backend: str) -> dict[str, list[str]]:
-    """Returns the execution provider of ONNX Runtime as an argument of `Runtime`: the GPU, if ONNX Runtime has one."""
-    if backend != "onnxruntime":
-        return {}
-    import onnxruntime
+def _providers(backend: str) -> tuple[str, ...]:
+    """Returns the execution providers of ONNX Runtime: the GPU, if ONNX Runtime has one."""
+    if backend == "onnxruntime":
+        import onnxruntime
 
-    gpu, cpu = "CUDAExecutionProvider", "CPUExecutionProvider"
-    return {"providers": [gpu if gpu in onnxruntime.get_available_providers() else cpu]}
+        if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+            return ("CUDAExecutionProvider",)
+    return ("CPUExecutionProvider",)
 
 
 def make_runner(
@@ -194,16 +194,20 @@ def check_exports(network: Network, root: Path | None, model: str, backends: Seq
             continue
         contract = read_contract(folder)
         exported, expected = (
-            f"{kind} for images of {height} x {width} in {precision}"
+            f"{kind} for images of {height} x {width}, {precision}"
             for kind, (height, width), precision in (
                 (contract["network"], contract["image_size"], contract["precision"]),
                 (type(network).__name__, network.config.image_size, backend.precision),
             )
         )
         if exported != expected:
-            raise ConfigError(f"{folder} is an export of a {exported}, needed is a {expected}; delete it or export it again")
+            raise ConfigError(
+                f"{folder} is an export of a {exported}, needed is a {expected}; delete it or export it again"
+            )
         if backend.runtime == "tensorrt":
             find_engine(folder, contract)
+    if root is not None:
+        images_of(network, root, model, backends)
 
 
 def export_folder(root: Path, model: str, precision: str) -> Path:
@@ -211,11 +215,37 @@ def export_folder(root: Path, model: str, precision: str) -> Path:
     return root / f"{Path(model).stem}-{precision}"
 
 
+def images_of(network: Network, root: Path, model: str, backends: Sequence[str]) -> ImageInputs:
+    """Returns the images that all exports of a model take; six of the network's size if there is no export yet.
+
+    Raises:
+        ConfigError: exports take different images, or not those of six cameras.
+    """
+    found = {}
+    for precision in _precisions(backends):
+        folder = export_folder(root, model, precision)
+        if (folder / CONTRACT).exists():
+            found[ImageInputs.of_contract(read_contract(folder))] = folder
+    if not found:
+        return ImageInputs.of_rig(CAMERAS, network.config.image_size)
+    images, *others = found
+    if others or len(images.sizes) != CAMERAS:
+        names = " and ".join(map(str, found.values()))
+        raise ConfigError(f"{names}: exports of one model take the same images of {CAMERAS} cameras; export it again")
+    return images
+
+
+def _precisions(backends: Sequence[str]) -> list[str]:
+    """Returns the precisions of the exports that backends need."""
+    return list(dict.fromkeys(BACKENDS[name].precision for name in backends if BACKENDS[name].mode is None))
+
+
 def make_exports(
     network: Network,
     root: Path,
     model: str,
     backends: Sequence[str],
+    images: ImageInputs,
     calibration: Callable[[], NuScenesDataset] | None,
     *,
     progress: bool = False,
@@ -227,6 +257,7 @@ def make_exports(
         root: receives a folder per precision, see `export_folder`.
         model: name of the network.
         backends: that will run.
+        images: see `images_of`.
         calibration: makes the dataset for eight bits, of which the search for sensitive layers takes minutes. None for
             random weights: then all layers with weights are quantized, with the ranges of one random frame.
         progress: show the steps on stderr.
@@ -234,12 +265,10 @@ def make_exports(
     Returns:
         The folders by precision.
     """
-    precisions = dict.fromkeys(BACKENDS[name].precision for name in backends if BACKENDS[name].mode is None)
-    folders = {precision: export_folder(root, model, precision) for precision in precisions}
+    folders = {precision: export_folder(root, model, precision) for precision in _precisions(backends)}
     missing = {precision: folder for precision, folder in folders.items() if not (folder / CONTRACT).exists()}
     if not missing:
         return folders
-    images = ImageInputs.of_rig(CAMERAS, network.config.image_size)
     deployed, inputs = DeployedNetwork(network, images).eval(), example_inputs(network, images)
     with stage(f"tracing {model}", progress):
         traced = trace(deployed, inputs).SerializeToString()
@@ -251,7 +280,8 @@ def make_exports(
             arrays = [*inputs[0], *inputs[1:]]
             frames = [{name: x.numpy() for name, x in zip(deployed.input_names, arrays, strict=True)}]
         export_onnx(
-            network, folder, cameras=CAMERAS, precision=precision, for_cpu=True, graph=onnx.load_from_string(traced),
+            network, folder, cameras=CAMERAS, raw_size=images.sizes, image_format=images.image_format,
+            precision=precision, for_cpu=True, graph=onnx.load_from_string(traced),
             calibration=calibration() if calibration and frames else frames, progress=progress,
         )  # fmt: skip
     return folders

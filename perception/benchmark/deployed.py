@@ -22,6 +22,7 @@ from perception.benchmark.frames import (
     capture_graph,
     load_network,
     mode_settings,
+    prepared_network,
     runs_on,
     timings,
 )
@@ -75,9 +76,7 @@ class DeployedRunner:
     def __init__(
         self, network: Network, images: ImageInputs, inputs: Sequence[np.ndarray], mode: Mode, device: torch.device
     ) -> None:
-        model = DeployedNetwork(copy.deepcopy(network), images).eval().to(device)
-        if mode.channels_last:
-            model = model.to(memory_format=torch.channels_last)
+        model = DeployedNetwork(prepared_network(copy.deepcopy(network).to(device), mode), images).eval()
         self._mode, self._device, self._names = mode, device, model.output_names
         self.device = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         self._model = torch.compile(model, dynamic=False) if mode.compiled else model
@@ -144,7 +143,7 @@ class Town(NamedTuple):
 
 
 def make_town(folder: Path, images: ImageInputs, size: tuple[int, int], scenes: int, seed: int) -> Town:
-    """Generates a dataset for six cameras.
+    """Generates a dataset.
 
     Args:
         folder: receives it.
@@ -155,7 +154,7 @@ def make_town(folder: Path, images: ImageInputs, size: tuple[int, int], scenes: 
     """
     simulate(folder / "town", scenes=scenes, seed=seed, keyframes=KEYFRAMES, split="benchmark", image_size=size)
     dataset = NuScenesDataset(folder / "town", VERSION, "benchmark", image_size=size, cache_dir=folder / "cache")
-    replayed = replay_frames(dataset, CAMERAS)
+    replayed = replay_frames(dataset, len(images.sizes))
     frames = {token: list(frame_inputs(camera_frame(frame, images)).values()) for token, frame in replayed}
     return Town(dataset, frames)
 

@@ -24,6 +24,7 @@ from perception.errors import CheckpointError
 from perception.export.contract import ImageInputs
 from perception.export.onnx import example_inputs, named_raw_outputs, raw_names
 from perception.export.replay import match_rows
+from perception.inference.acceleration import accelerated
 from perception.models import Network, build_network, preset_config
 from perception.models.checkpoint import load_model, shipped_weights
 from perception.ops.bilinear import preferred_implementation
@@ -35,6 +36,7 @@ WARM_UP = 3  # passes that are not timed
 LIMIT, COMPILE_LIMIT = 20.0, 110.0  # seconds of one measurement, with preparation
 KEPT_SHARE = 0.15  # of a stage's time, reserved for further measurements of the fastest mode
 PORTS = ("bevformer_tiny", "maptr_tiny_r50_24e_bevformer")  # published networks for boxes and for lines
+NAMES = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -173,6 +175,11 @@ def warm_state(network: Network, frame: Frame) -> State:
 # ------------------------------------------------------------------------------------------------------------ one mode
 
 Pass = Callable[[Frame, State], tuple[Any, FrameObjects, State]]
+
+
+def prepared_network(network: Any, mode: Mode) -> Any:
+    """Prepares a network, in evaluation mode, for the precision, the layout and the folding of a mode."""
+    return accelerated(network, precision=NAMES[mode.precision], channels_last=mode.channels_last, fold=mode.folded)
 
 
 class Runner:

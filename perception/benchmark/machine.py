@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -18,10 +19,11 @@ from perception.benchmark.frames import wait
 from perception.errors import ConfigError
 
 PACKAGES = ("torch", "onnxruntime", "openvino")
-TRIES, SECONDS = 5, 0.5  # of a peak: the best of so many tries, which take so many seconds in all or one try
-GEMM_SIDE = {"cpu": 1536, "cuda": 8192}
-CONVOLUTION = (6, 128, 64, 112)  # images, channels, height, width
-COPIED_BYTES = {"cpu": 2**28, "cuda": 2**31}  # far more than the caches hold
+TRIES, SECONDS = 5, 1.0  # of a peak: the best of at least so many tries, which go on for so many seconds
+# Large enough for all units, and short: a long try never has a busy machine for itself.
+GEMM_SIDE = {"cpu": 1024, "cuda": 8192}
+CONVOLUTION = {"cpu": (1, 128, 64, 112), "cuda": (32, 256, 128, 128)}  # images, channels, height, width
+COPIED_BYTES = {"cpu": 2**27, "cuda": 2**31}  # far more than the caches hold
 
 
 @contextmanager
@@ -115,19 +117,19 @@ class Peaks:
 
 def measure_peaks(device: torch.device) -> Peaks:
     """Measures the peaks of a device with the threads that are set; takes a few seconds."""
-    side, (N, C, H, W) = GEMM_SIDE[device.type], CONVOLUTION
+    side, (N, C, H, W) = GEMM_SIDE[device.type], CONVOLUTION[device.type]
     gemm, convolution = {}, {}
     with torch.inference_mode():
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
             a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-            gemm[name] = 2e-9 * side**3 / _shortest(lambda a=a, b=b: a @ b, device)
+            gemm[name] = 2e-9 * side**3 / _shortest(partial(torch.mm, a, b), device)
             x = torch.randn(N, C, H, W, device=device).to(dtype, memory_format=torch.channels_last)
             weight = torch.randn(C, C, 3, 3, device=device).to(dtype, memory_format=torch.channels_last)
-            seconds = _shortest(lambda x=x, weight=weight: F.conv2d(x, weight, padding=1), device)
+            seconds = _shortest(partial(F.conv2d, x, weight, padding=1), device)
             convolution[name] = 2e-9 * N * H * W * 9 * C**2 / seconds
         source = torch.zeros(COPIED_BYTES[device.type], dtype=torch.uint8, device=device)
         target = torch.empty_like(source).fill_(1)
-        bandwidth = 2e-9 * source.numel() / _shortest(lambda: target.copy_(source), device)
+        bandwidth = 2e-9 * source.numel() / _shortest(partial(target.copy_, source), device)
     return Peaks(gemm, convolution, bandwidth)
 
 
