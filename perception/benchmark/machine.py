@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from perception.benchmark.frames import wait
 from perception.errors import ConfigError
 
-PACKAGES = ("torch", "onnxruntime", "openvino")
+PACKAGES = ("onnxruntime", "openvino")
 TRIES, SECONDS = 5, 1.0  # of a peak: the best of at least so many tries, which go on for so many seconds
 # Large enough for all units, and short: a long try never has a busy machine for itself.
 GEMM_SIDE = {"cpu": 1024, "cuda": 8192}
@@ -81,7 +81,8 @@ def describe(device: torch.device, threads: int) -> dict:
     cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     gpu = {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda} if device.type == "cuda" else {}
     python = platform.python_version()
-    return {"cpu": cpu_name(), "cpus": cpus, "threads": threads, **gpu, "python": python, **found}
+    software = {"python": python, **found, "torch": torch.__version__}
+    return {"cpu": cpu_name(), "cpus": cpus, "threads": threads, **gpu, **software}
 
 
 def cpu_name() -> str:
