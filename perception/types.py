@@ -42,6 +42,16 @@ ATTRIBUTES = (
 )  # fmt: skip
 
 
+# The pose of LIDAR_TOP on the cars of nuScenes, level and with its yaw rounded to a whole degree: what networks that
+# were trained in the LiDAR frame get where no other pose is given. Axes of the LiDAR: x right, y ahead, z up.
+NUSCENES_EGO_FROM_LIDAR = (
+    (0.0, 1.0, 0.0, 0.9437),
+    (-1.0, 0.0, 0.0, 0.0),
+    (0.0, 0.0, 1.0, 1.8402),
+    (0.0, 0.0, 0.0, 1.0),
+)
+
+
 class LaneRange(NamedTuple):
     """The rectangle for prediction, training and evaluation of lines, centred at the origin of the frame.
 
@@ -91,6 +101,11 @@ class Frame(NamedTuple):
     ego_from_prev: Tensor  # [B, 4, 4] transforms points from the previous ego frame to this one; identity if first
     seconds_since_prev: Tensor  # [B] float32, 0 if first
     is_first: Tensor  # [B] bool, True where the memory must be ignored
+    # Pose of the LiDAR frame, in which published networks were trained (docs/conventions.md); calibration, as the rig.
+    ego_from_lidar: Tensor  # [B, 4, 4] metres
+    # Transforms points from the ego frame at the exposure of each camera to this one; identity where it is the same.
+    # `invert_rigid(ego_from_exposure) @ rig.ego_from_cam` is the pose of the camera on the vehicle.
+    ego_from_exposure: Tensor  # [B, N, 4, 4]
 
 
 class Boxes(NamedTuple):

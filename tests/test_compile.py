@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from perception.cameras import usual_mounting
 from perception.models.bevformer.config import BEVFormerConfig
 from perception.models.bevformer.model import BEVFormer
 from perception.models.maptr.config import MapTRConfig
@@ -60,7 +61,9 @@ def replay_frames(size: tuple[int, int], frames: int) -> list[Frame]:
         rig = CameraRig(matrix[None], pose[None], torch.ones(1, 6, dtype=torch.bool))
         motion = torch.eye(4)[None].clone()
         motion[:, 0, 3] = -float(t)
-        made.append(Frame(images[t], rig, motion, torch.tensor([0.5 * t]), torch.tensor([t == 0])))
+        made.append(
+            Frame(images[t], rig, motion, torch.tensor([0.5 * t]), torch.tensor([t == 0]), *usual_mounting(1, 6))
+        )
     return made
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from perception.cameras import usual_mounting
 from perception.data.nuscenes import NuScenesDataset
 from perception.engine.config import load_config
 from perception.engine.training import train
@@ -113,12 +114,12 @@ def test_lines_are_decoded_to_the_ego_frame_and_predicted_live(tmp_path):
     logits[0, 0, 2, 1] = 3.0
     points = torch.rand(1, 1, 6, 5, 2)
     points[0, 0, 2] = torch.stack([torch.full((5,), 18 / 30), torch.linspace(24, 36, 5) / 60], -1)
-    lines = model.decode(RawLines(logits, points)).lines
+    lines = model.decode(RawLines(logits, points, usual_mounting(len(logits[0]), 1)[0])).lines
     assert lines.label[0, 0] == 1 and lines.score[0, 0].item() == pytest.approx(0.9526, abs=1e-4)
     assert lines.points[0, 0, :, 0].tolist() == pytest.approx([-5.0563, -2.0563, 0.9437, 3.9437, 6.9437], abs=1e-4)
     assert lines.points[0, 0, :, 1].tolist() == pytest.approx([-3] * 5, abs=1e-5)
     points[0, 0, 2] = torch.tensor([[0.5, 0.5], [0.6, 0.5], [0.6, 0.6], [0.5, 0.6], [0.51, 0.51]])
-    ring = model.decode(RawLines(logits, points)).lines
+    ring = model.decode(RawLines(logits, points, usual_mounting(len(logits[0]), 1)[0])).lines
     assert ring.closed[0, 0] and torch.equal(ring.points[0, 0, 0], ring.points[0, 0, -1])  # given 0.67 m apart
     save_checkpoint(tmp_path / "w.safetensors", model, {})
     assert load_model(tmp_path / "w.safetensors").config == config

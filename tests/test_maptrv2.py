@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from perception.cameras import usual_mounting
 from perception.geometry import invert_rigid, project_points, transform_points
 from perception.models.checkpoint import load_model, save_checkpoint
 from perception.models.decoding import empty_boxes
@@ -17,8 +18,7 @@ from perception.models.maptrv2.losses import draw_lines_in_images
 from perception.models.maptrv2.model import MapTRv2, MapTRv2Outputs
 from perception.models.published.backbone import FPNConfig
 from perception.models.published.encoder import GeometryKernelAttention
-from perception.models.published.geometry import NUSCENES_EGO_FROM_LIDAR
-from perception.types import Boxes, CameraRig, Frame, FrameObjects, Polylines, map_tensors
+from perception.types import NUSCENES_EGO_FROM_LIDAR, Boxes, CameraRig, Frame, FrameObjects, Polylines, map_tensors
 
 AHEAD = torch.tensor([[0.0, 0, 1, 1.5], [-1, 0, 0, 0], [0, -1, 0, 1.6], [0, 0, 0, 1]])
 BEHIND = torch.tensor([[0.0, 0, -1, 0], [1, 0, 0, 0], [0, -1, 0, 1.6], [0, 0, 0, 1]])
@@ -28,7 +28,7 @@ RIG = CameraRig(
     torch.ones(1, 2, dtype=torch.bool),
 )
 SIZE = (64, 96)
-EGO_FROM_LIDAR = torch.tensor(NUSCENES_EGO_FROM_LIDAR)
+EGO_FROM_LIDAR = torch.tensor([NUSCENES_EGO_FROM_LIDAR])
 SMALL = MapTRv2Config(
     image_size=SIZE, backbone=FPNConfig(stages=3, stride=16), bev=(20, 10), channels=16, feed_forward=24, heads=2,
     decoder_layers=2, lines=6, line_points=5, one_to_many_queries=8, one_to_many_repeats=2,
@@ -38,7 +38,9 @@ SMALL = MapTRv2Config(
 
 def frame(seed: int = 0) -> Frame:
     images = torch.randint(0, 256, (1, 2, 3, *SIZE), generator=torch.Generator().manual_seed(seed)).byte()
-    return Frame(images, RIG, torch.eye(4)[None], torch.zeros(1), torch.ones(1, dtype=torch.bool))
+    return Frame(
+        images, RIG, torch.eye(4)[None], torch.zeros(1), torch.ones(1, dtype=torch.bool), *usual_mounting(1, 2)
+    )
 
 
 def test_lifted_points_project_to_their_pixels():
@@ -160,7 +162,7 @@ def perfect() -> MapTRv2Outputs:
     image = 40 * draw_lines_in_images(LINES, RIG, SIZE, (4, 6)) - 20
     depth = torch.full((1, 2, 24, 4, 6), -20.0)
     depth[:, :, 8] = 20  # bins of 1 m from 1 m on
-    return MapTRv2Outputs(logits[:, :, 3:], points[:, :, 3:], logits, points, bev, image, depth)
+    return MapTRv2Outputs(logits[:, :, 3:], points[:, :, 3:], logits, points, bev, image, depth, EGO_FROM_LIDAR)
 
 
 def losses_of(network, prediction, boxes=None, lines=LINES, rig=RIG) -> dict[str, float]:

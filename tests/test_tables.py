@@ -16,11 +16,11 @@ import torch
 from tqdm import tqdm
 
 from perception.cli.doctor import main
+from perception.data.checked_tables import check_tables, open_tables
 from perception.data.index import load_index
 from perception.data.loader import ClipRequest
 from perception.data.nuscenes import NuScenesDataset
-from perception.data.table_checks import check_tables, open_tables
-from perception.data.tables import TABLES
+from perception.data.table_files import TABLES
 from perception.errors import DataError, PerceptionWarning
 from perception.evaluation.dataset import check_evaluable
 from perception.evaluation.detection import evaluate_boxes, load_tables

@@ -44,6 +44,7 @@ class ToyNetwork(nn.Module):
     loss_weights: ClassVar[dict[str, float]] = {"box_class": 1.0, "box_params": 0.25}
     image_loss = None
     raw_names = ("box_logits", "box_params")
+    extra_inputs = ()
     no_export = ""
     published_prefixes: ClassVar[dict[str, str]] = {}
 

@@ -20,6 +20,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from perception.benchmark.stages import Recorder
+from perception.cameras import usual_mounting
 from perception.errors import CheckpointError
 from perception.export.contract import ImageInputs
 from perception.export.onnx import example_inputs, named_raw_outputs, raw_names
@@ -161,7 +162,7 @@ def example_frame(network: Network, device: torch.device, seed: int = 0) -> Fram
     img_from_cam, ego_from_cam, present, motion, seconds, is_first = inputs[1:7]
     motion[0, 3] = -3.0
     rig = CameraRig(img_from_cam[None], ego_from_cam[None], present[None])
-    frame = Frame(images, rig, motion[None], torch.full_like(seconds, 0.5), ~is_first)
+    frame = Frame(images, rig, motion[None], torch.full_like(seconds, 0.5), ~is_first, *usual_mounting(1, CAMERAS))
     return map_tensors(lambda x: x.to(device), frame)
 
 

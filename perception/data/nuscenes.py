@@ -12,11 +12,12 @@ import torch
 from torch.utils.data import Dataset
 
 from perception.data.augment import Augment
-from perception.data.index import Index, concatenate, ego_from_patch, lines_around, load_index
+from perception.data.index import Index, concatenate, load_index
 from perception.data.lane_map import LaneMap
 from perception.data.lane_topology import Centerlines
 from perception.data.loader import ClipRequest, decode_image, open_image, pad_boxes, pad_lines
-from perception.data.tables import read_rig
+from perception.data.sample_lines import ego_from_patch, lines_around
+from perception.data.table_files import read_rig
 from perception.errors import DataError, PerceptionWarning
 from perception.geometry import invert_rigid, yaw_from_rotation
 from perception.inference.ego_motion import MAX_GAP, interrupted
@@ -245,9 +246,11 @@ class NuScenesDataset(Dataset):
         ego_from_prev[is_first], seconds[is_first] = np.eye(4), 0.0
         images, img_from_cam = zip(*(self._images(i) for i in samples), strict=True)
         present, ego_from_cam = np.char.str_len(index.image_path[samples]) > 0, index.ego_from_cam[samples]
+        ego_from_exposure = index.ego_from_exposure[samples]
         if self.virtual_rig is not None:
             sources, source_from_pinhole = _mounting(self.virtual_rig)
             present, ego_from_cam = present[:, sources], ego_from_cam[:, sources] @ source_from_pinhole
+            ego_from_exposure = ego_from_exposure[:, sources]
         return Frame(
             images=torch.stack(images),  # [T, N, 3, H, W]
             rig=CameraRig(
@@ -258,6 +261,8 @@ class NuScenesDataset(Dataset):
             ego_from_prev=torch.from_numpy(ego_from_prev).float(),  # [T, 4, 4]
             seconds_since_prev=torch.from_numpy(seconds).float(),  # [T]
             is_first=torch.from_numpy(is_first),  # [T]
+            ego_from_lidar=torch.from_numpy(index.ego_from_lidar[samples]).float(),  # [T, 4, 4]
+            ego_from_exposure=torch.from_numpy(ego_from_exposure).float(),  # [T, N, 4, 4]
         )
 
     def _images(self, i: int) -> tuple[torch.Tensor, np.ndarray]:

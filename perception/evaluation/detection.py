@@ -29,8 +29,8 @@ from nuscenes.eval.detection.evaluate import DetectionEval
 from nuscenes.eval.detection.utils import category_to_detection_name
 from pyquaternion import Quaternion
 
+from perception.data.checked_tables import open_tables
 from perception.data.splits import is_official, split_scenes
-from perception.data.table_checks import open_tables
 from perception.errors import DataError
 from perception.evaluation.submission import CAMERA_ONLY
 from perception.files import check_dataset, write_json

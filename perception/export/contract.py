@@ -60,6 +60,8 @@ MEANING = {
     "is_first": "true if the memory must be ignored: in the first frame; if the previous frame was more than max_gap_s "
     "ago; if the pose has jumped since then, which is a distance above max_speed_m_s * seconds + jump_margin_m or an "
     "angle about any axis above max_turn_rate_rad_s * seconds + jump_margin_rad; after an output that is not finite",
+    "ego_from_lidar": "pose of the LiDAR frame (x right, y ahead, z up) in the ego frame, metres; the network was "
+    "trained in it, and a vehicle without a LiDAR gives the one of the training data",
     "memory": "new_memory of the previous frame; any finite values if first, so fill it with zeros after an output "
     "that is not finite",
     "box_center": "centre of the boxes, metres, ego frame",

@@ -32,7 +32,7 @@ from perception.export.progress import stage
 from perception.export.quantize import KINDS, FrameInputs, quantize_all, quantize_graph, quiet, record_frames
 from perception.files import replacing
 from perception.models import Network
-from perception.types import CameraRig, Frame, State, Weights
+from perception.types import NUSCENES_EGO_FROM_LIDAR, CameraRig, Frame, State, Weights
 
 if TYPE_CHECKING:
     import onnx
@@ -61,7 +61,8 @@ class DeployedNetwork(nn.Module):
         super().__init__()
         self.network = network
         self.remembers = network.initial_state(1).bev.numel() > 0
-        self.input_names = (*images.names, *CALIBRATION_AND_MOTION, *(("memory",) if self.remembers else ()))
+        self.others = (*network.extra_inputs, *(("memory",) if self.remembers else ()))
+        self.input_names = (*images.names, *CALIBRATION_AND_MOTION, *self.others)
         self.output_names = tuple(
             name for kind in network.finds for name in (*OUTPUTS[kind], *raw_names(network, kind))
         ) + (("new_memory",) if self.remembers else ())
@@ -76,7 +77,7 @@ class DeployedNetwork(nn.Module):
         ego_from_prev: Tensor,
         seconds_since_prev: Tensor,
         is_first: Tensor,
-        memory: Tensor | None = None,
+        *others: Tensor,
     ) -> tuple[Tensor, ...]:
         """Predicts one frame.
 
@@ -85,14 +86,17 @@ class DeployedNetwork(nn.Module):
         """
         if self.preprocess.fitted:
             img_from_cam = self.preprocess.img_from_raw @ img_from_cam
+        given = dict(zip(self.others, others, strict=True))
         frame = Frame(
             self.preprocess(images)[None],
             CameraRig(img_from_cam[None], ego_from_cam[None], present[None]),
             ego_from_prev[None],
             seconds_since_prev,
             is_first,
+            given.get("ego_from_lidar", ego_from_prev)[None],  # a network that reads it has it as an input
+            torch.eye(4, device=ego_from_cam.device).expand(1, *ego_from_cam.shape),
         )
-        state = self.network.initial_state(1) if memory is None else State(memory)
+        state = State(given["memory"]) if self.remembers else self.network.initial_state(1)
         prediction, state = self.network(frame, state)
         objects = self.network.decode(prediction)
         raw = named_raw_outputs(self.network, prediction)
@@ -119,8 +123,8 @@ def named_raw_outputs(network: Network, prediction: Any) -> dict[str, Tensor]:
 def example_inputs(network: Network, images: ImageInputs) -> tuple[Any, ...]:
     """Returns arguments of `DeployedNetwork.forward` for a first frame, with cameras in all directions.
 
-    The first argument holds the images of all cameras. The last one is the memory, which a network without a memory
-    does not have.
+    The first argument holds the images of all cameras. The last ones are `Network.extra_inputs` and the memory, which a
+    network without a memory does not have.
     """
     cameras = len(images.sizes)
     angle = torch.arange(cameras) * (2 * torch.pi / cameras)
@@ -134,10 +138,12 @@ def example_inputs(network: Network, images: ImageInputs) -> tuple[Any, ...]:
         [[[0.7 * W, 0.0, W / 2], [0.0, 0.7 * W, H / 2], [0.0, 0.0, 1.0]] for H, W in images.sizes]
     )
     memory = network.initial_state(1).bev
+    extra = {"ego_from_lidar": torch.tensor(NUSCENES_EGO_FROM_LIDAR)}
     return (
         tuple(torch.randint(0, 256, images.shape(n), dtype=torch.uint8) for n in range(cameras)),
         img_from_cam, ego_from_cam, torch.ones(cameras, dtype=torch.bool), torch.eye(4), torch.zeros(1),
-        torch.ones(1, dtype=torch.bool), *((memory,) if memory.numel() else ()),
+        torch.ones(1, dtype=torch.bool), *(extra[name] for name in network.extra_inputs),
+        *((memory,) if memory.numel() else ()),
     )  # fmt: skip
 
 

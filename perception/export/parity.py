@@ -143,7 +143,7 @@ def replay(
         in_graph = preprocess([torch.from_numpy(image) for image in exported_frame.images])
         pixels.append((in_graph - original_frame.images[0]).abs().numpy().ravel())
         prediction, state, expected = _run_original(network, original_frame, state)
-        inputs = frame_inputs(exported_frame)
+        inputs = frame_inputs(exported_frame, network.extra_inputs)
         if monitor:
             monitor.run(inputs)
         memory = runtime.memory()
@@ -285,7 +285,7 @@ def _drift(
             frame = frame._replace(is_first=torch.tensor([not differences]))
             exported_frame = camera_frame(frame, runtime.images)
             _, state, _ = _run_original(network, fitted_frame(exported_frame, runtime.images, image_size), state)
-            _run_export(runtime, frame_inputs(exported_frame))
+            _run_export(runtime, frame_inputs(exported_frame, network.extra_inputs))
             differences.append(float(np.abs(state.bev.numpy() - runtime.memory()).mean()))
             bar.update()
             if len(differences) == frames:

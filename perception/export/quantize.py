@@ -275,6 +275,7 @@ def record_frames(
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     shapes = {x.name: x.shape for x in session.get_inputs()}
     memory = {"memory": np.zeros(shapes["memory"], np.float32)} if "memory" in shapes else {}
+    extra = [name for name in ("ego_from_lidar",) if name in shapes]
     last = range(len(dataset) - EVALUATION_FRAMES, len(dataset))
     spread = np.linspace(0, last[0] - 1, CALIBRATION_FRAMES).round().astype(int).tolist()
     recorded: list[dict[str, np.ndarray]] = []
@@ -286,11 +287,12 @@ def record_frames(
         disable=not progress,
     )
     for number, (_, frame) in enumerate(frames):
-        inputs = frame_inputs(camera_frame(frame, images)) | memory
+        inputs = frame_inputs(camera_frame(frame, images), extra) | memory
         variants = [inputs] if number in spread or number in last else []
         if number in spread[::BLINDED_EVERY]:  # so that the ranges hold the activations of a blinded camera
             for camera, grey in ((number, 0), (number + 1, 255)):
-                variants.append(frame_inputs(camera_frame(fill_image(frame, camera, grey), images)) | memory)
+                blinded = camera_frame(fill_image(frame, camera, grey), images)
+                variants.append(frame_inputs(blinded, extra) | memory)
         recorded += [{name: array.copy() for name, array in variant.items()} for variant in variants]
         if memory:
             memory = {"memory": session.run(["new_memory"], inputs)[0]}

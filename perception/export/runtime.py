@@ -317,10 +317,10 @@ class Runtime:
         N = len(self.images.sizes)
         check_images(images, N, self.images.axes)
         checked = checked_rig(rig, N)
-        checked, found = live.carried(checked, frame_motion, camera_times_s)
+        checked, moved, found = live.carried(checked, frame_motion, camera_times_s)
         given = {int(n): self.images.checked(int(n), images[n]) for n in np.flatnonzero(checked.present)}
         pixels = {n: sampled_rgb(image, self.images.image_format) for n, image in given.items()}
-        step = live.inspect(frame_motion, checked, self.images.sizes, pixels, found)
+        step = live.inspect(frame_motion, checked, moved, self.images.sizes, pixels, found)
         if step.is_blank:
             self.reset()
             return self._nothing(step, live.warnings.emit(step.findings))
@@ -351,6 +351,8 @@ class Runtime:
         self.inputs["ego_from_prev"][...] = ego_from_prev
         self.inputs["seconds_since_prev"][...] = seconds
         self.inputs["is_first"][...] = is_first
+        if "ego_from_lidar" in self.inputs:
+            self.inputs["ego_from_lidar"][...] = self._live.ego_from_lidar
 
     def objects(self) -> NumpyFrameObjects:
         """Returns all predictions of the last `run`, in the output buffers that the next run overwrites."""

@@ -196,11 +196,11 @@ class Predictor:
         frame_motion = live.ego_motion.since_last(global_from_ego, time_s, motion)
         check_images(images)
         checked = checked_rig(rig, len(images))
-        checked, found = live.carried(checked, frame_motion, camera_times_s)
+        checked, moved, found = live.carried(checked, frame_motion, camera_times_s)
         given = {int(n): live.pixels(int(n), images[n]) for n in np.flatnonzero(checked.present)}
         sizes = {n: image.shape[:2] for n, image in given.items()}
         samples = {n: sampled_rgb(image) for n, image in given.items()}
-        step = live.inspect(frame_motion, checked, sizes, samples, found)
+        step = live.inspect(frame_motion, checked, moved, sizes, samples, found)
         if self.provenance is not None:
             unlike = self.provenance.misfit(step.fitted_rig, self.model.config.image_size, frame_motion.seconds)
             step = step._replace(findings=step.findings | unlike)
@@ -258,4 +258,6 @@ class Predictor:
             ego_from_prev=torch.from_numpy(motion.ego_from_prev).float()[None],  # [B, 4, 4]
             seconds_since_prev=torch.tensor([motion.seconds], dtype=torch.float32),
             is_first=torch.tensor([motion.is_first]),
+            ego_from_lidar=torch.from_numpy(self._live.ego_from_lidar).float()[None],  # [B, 4, 4]
+            ego_from_exposure=torch.from_numpy(step.ego_from_exposure).float()[None],  # [B, N, 4, 4]
         )

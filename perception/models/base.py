@@ -65,6 +65,8 @@ class Network(Protocol):
     image_loss: Callable[[Frame, FrameObjects], dict[str, Tensor]] | None
     # Names of the tensors that `raw_outputs` returns, the first part of each "box" or "line".
     raw_names: ClassVar[tuple[str, ...]]
+    # What it reads of `Frame` beyond images, rig and motion, which its export has as inputs: ("ego_from_lidar",) or ().
+    extra_inputs: ClassVar[tuple[str, ...]]
     # Why the network cannot be exported, empty if it can.
     no_export: ClassVar[str]
     # Prefixes of the keys in published checkpoints and the library's own; empty if nobody has published weights.

@@ -233,6 +233,9 @@ def _check_exists(path: Path, kind: str) -> None:
         raise CheckpointError(f"{path}: no such checkpoint; give the path of {kind}")
 
 
+_FORMER = {"ego_from_lidar"}  # fields of earlier versions, which are inputs of a network today
+
+
 def _config(kind: type, values: Mapping[str, Any]) -> Any:
     """Builds a config dataclass from JSON.
 
@@ -241,6 +244,7 @@ def _config(kind: type, values: Mapping[str, Any]) -> Any:
         ValueError: a number is out of range.
     """
     hints = get_type_hints(kind)
+    values = {key: value for key, value in values.items() if key not in _FORMER}
     if unknown := sorted(values.keys() - {field.name for field in fields(kind)}):
         raise TypeError(f"{kind.__name__} has no {short(unknown[0])}")
     return kind(**{key: _of_type(key, value, hints[key]) for key, value in values.items()})

@@ -87,7 +87,7 @@ class Bridge:
         if rig is not None:
             if missing := [camera for camera in cameras if camera not in rig.names]:
                 raise DataError(f"the rig has no camera {missing[0]!r}; {nearest(missing[0], rig.names)}")
-            self._start(Rig([rig[camera] for camera in cameras]))
+            self._start(Rig([rig[camera] for camera in cameras], rig.ego_from_lidar))
 
     def _start(self, rig: Rig) -> None:
         self._predictor, self.waits_for = self._make_predictor(rig), ""

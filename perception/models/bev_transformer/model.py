@@ -40,6 +40,7 @@ class BEVTransformer(nn.Module):
     finds = ("box", "line")
     loss_weights = LOSS_WEIGHTS
     raw_names = ("box_logits", "box_params", "line_logits", "line_points")
+    extra_inputs: ClassVar[tuple[str, ...]] = ()
     no_export = ""
     published_prefixes: ClassVar[dict[str, str]] = {}
 

@@ -174,8 +174,8 @@ class LiftSplat(nn.Module):
 
         Args:
             features: [B, N, C, h, w].
-            rig: leading [B, N].
-            ego_from_lidar: [4, 4].
+            rig: leading [B, N], with the poses of the cameras on the vehicle, see `mounted_rig`.
+            ego_from_lidar: [B, 4, 4].
             image_size: height and width in pixels of the images that the rig is calibrated for.
 
         Returns:
@@ -222,8 +222,8 @@ def lifted_points(
 
     Args:
         config: the depth bins.
-        rig: leading [B, N].
-        ego_from_lidar: [4, 4].
+        rig: leading [B, N], with the poses of the cameras on the vehicle.
+        ego_from_lidar: [B, 4, 4].
         image_size: height and width in pixels of the images that the rig is calibrated for.
         feature_size: height and width of the feature map.
 
@@ -240,5 +240,5 @@ def lifted_points(
         torch.where(rig.present[..., None, None], rig.img_from_cam.float(), torch.eye(3, device=device))
     )
     points_cam = pixels.flatten(0, 2) @ cam_from_img.transpose(-1, -2)  # [B, N, D * h * w, 3]
-    lidar_from_cam = invert_rigid(ego_from_lidar.float()) @ rig.ego_from_cam.float()
+    lidar_from_cam = invert_rigid(ego_from_lidar.float())[:, None] @ rig.ego_from_cam.float()
     return transform_points(lidar_from_cam, points_cam).unflatten(2, depth.shape)

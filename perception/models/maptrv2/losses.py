@@ -43,8 +43,8 @@ def maptrv2_losses(network: MapTRv2, prediction: MapTRv2Outputs, gt: FrameObject
         frame: leading [B].
     """
     config, rig = network.config, frame.rig
-    losses = line_losses(prediction.logits, prediction.points, gt, network.ego_from_lidar, config)
-    lines = lidar_lines(gt.lines, network.ego_from_lidar)
+    losses = line_losses(prediction.logits, prediction.points, gt, frame.ego_from_lidar, config)
+    lines = lidar_lines(gt.lines, frame.ego_from_lidar)
     repeated = map_tensors(lambda tensor: tensor.repeat_interleave(config.one_to_many_repeats, 1), lines)
     layers = maptr_losses(
         prediction.one_to_many_logits, prediction.one_to_many_points, *published_orderings(repeated), repeated.label,

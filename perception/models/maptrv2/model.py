@@ -32,7 +32,7 @@ from perception.models.published.decoder import (
     regression_branches,
 )
 from perception.models.published.encoder import can_bus_mlp
-from perception.models.published.geometry import PREFIXES
+from perception.models.published.geometry import PREFIXES, mounted_rig
 from perception.ops.deformable import refined
 from perception.types import LINE_CLASSES, CameraRig, Frame, FrameObjects, State
 
@@ -91,6 +91,7 @@ class MapTRv2Outputs(NamedTuple):
     bev_seg_logits: Tensor  # [B, 1, rows, columns], lines in BEV
     image_seg_logits: Tensor  # [B, N, 1, h, w], lines in images
     depth_logits: Tensor  # [B, N, D, h, w]
+    ego_from_lidar: Tensor  # [B, 4, 4] of the frame
 
 
 class _MapTRv2Transformer(nn.Module):
@@ -171,6 +172,7 @@ class MapTRv2Head(nn.Module):
             bev_seg_logits=self.seg_head(bev_features),
             image_seg_logits=self.pv_seg_head(features.flatten(0, 1)).unflatten(0, features.shape[:2]),
             depth_logits=depth_logits,
+            ego_from_lidar=ego_from_lidar.float(),
         )
 
 
@@ -181,20 +183,19 @@ class MapTRv2(nn.Module):
     loss_weights: ClassVar[Mapping[str, float]] = MAPTRV2_LOSS_WEIGHTS
     image_loss = None
     raw_names: ClassVar[tuple[str, ...]] = ("line_logits", "line_points")
+    extra_inputs: ClassVar[tuple[str, ...]] = ("ego_from_lidar",)
     no_export: ClassVar[str] = "it adds image features to BEV cells that depend on the calibration: a scatter"
     published_prefixes: ClassVar[Mapping[str, str]] = PREFIXES
-    ego_from_lidar: Tensor
 
     def __init__(self, config: MapTRv2Config) -> None:
         super().__init__()
         self.config = config
         self.image_encoder = config.backbone.build(config.channels)
         self.head = MapTRv2Head(config)
-        self.register_buffer("ego_from_lidar", torch.tensor(config.ego_from_lidar), persistent=False)
 
     def initial_state(self, batch_size: int) -> State:
         """Returns an empty state: the network has no memory."""
-        return State(self.ego_from_lidar.new_zeros(batch_size, 0, 1, 1))
+        return State(self.head.code_weights.new_zeros(batch_size, 0, 1, 1))
 
     def forward(self, frame: Frame, state: State) -> tuple[MapTRv2Outputs, State]:
         """Predicts the lines of one frame.
@@ -208,7 +209,7 @@ class MapTRv2(nn.Module):
         """
         image_size = padded_size(frame.images)
         features = self.image_encoder(frame.images)[-1]
-        return self.head(features, frame.rig, self.ego_from_lidar, image_size), state
+        return self.head(features, mounted_rig(frame), frame.ego_from_lidar, image_size), state
 
     def loss(self, prediction: MapTRv2Outputs, gt: FrameObjects, frame: Frame) -> dict[str, Tensor]:
         """Computes the weighted losses by name, summed over decoder layers."""
@@ -221,5 +222,8 @@ class MapTRv2(nn.Module):
     def decode(self, prediction: MapTRv2Outputs) -> FrameObjects:
         """Decodes lines in the ego frame, best score first, and no boxes."""
         return decode_lines(
-            prediction.logits[-1][..., : len(LINE_CLASSES)], prediction.points[-1], self.ego_from_lidar, self.config
+            prediction.logits[-1][..., : len(LINE_CLASSES)],
+            prediction.points[-1],
+            prediction.ego_from_lidar,
+            self.config,
         )
