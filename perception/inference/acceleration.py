@@ -1,75 +1,124 @@
 """Prepares a network for fast inference: precision, memory layout, folded batch norms, compiler, CUDA graph.
 
     fast = accelerated(network)
-    prediction, state = fast(frame, state)
-    objects = fast.decode(prediction)
+    with torch.inference_mode():
+        prediction, state = fast(frame, state)
+        objects = fast.decode(prediction)
 
 The given network is not changed. `accelerated(network, **PLAIN)` is the baseline that every option is compared with:
-eager float32 in the layout of training files, with the network's own weights.
+eager float32 in PyTorch's default layout, with the network's own weights.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from perception.errors import ConfigError
+from perception.export.progress import stage
+from perception.files import user_cache
+from perception.inference.folding import fold_batch_norms, keep_float32, observe
 from perception.models import Network
-from perception.types import CameraRig, Frame, FrameObjects, State, map_tensors
+from perception.types import Frame, FrameObjects, State, map_tensors
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 PLAIN: dict[str, Any] = {"precision": "float32", "channels_last": False, "fold": False}
+WARM_UP = 3  # passes before a CUDA graph is captured
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class AcceleratedNetwork(nn.Module):
-    """A network in evaluation mode that runs fast, made by `accelerated`; it is called as the network itself is.
+    """A network in evaluation mode that `accelerated` has prepared; it is called as the network itself is.
 
     Attributes:
         config, finds, raw_names: those of the network.
         precision: "float32", "bfloat16" or "float16".
-        choice: what was chosen and why, one line for logs.
+        choice: what was chosen, and why, in one line.
     """
 
-    def __init__(self, network: Network, precision: str, choice: str, channels_last: bool) -> None:
+    def __init__(
+        self, network: Network, precision: str, choice: str, *, channels_last: bool, compile: bool, cuda_graph: bool
+    ) -> None:
         super().__init__()
         self.network: Any = network
         self.config, self.finds, self.raw_names = network.config, network.finds, network.raw_names
         self.precision, self.choice = precision, choice
-        self._channels_last = channels_last
+        self._channels_last, self._cuda_graph = channels_last, cuda_graph
         self._device_type = next(network.parameters()).device.type
-        self._call: Any = self.network
+        self._compiled: Callable | None = _compiled(self.network) if compile else None
+        self._ready: set[tuple] = set()  # shapes of frames that were compiled
+        self._graphs: dict[tuple, _FrameGraph] = {}  # by shapes of the frame
+        self.training = False
+
+    def extra_repr(self) -> str:
+        """Returns what was chosen, for `repr`."""
+        return self.choice
 
     def initial_state(self, batch_size: int) -> State:
         """Returns the empty memory of a first frame, as `Network.initial_state`."""
-        return map_tensors(Tensor.float, self.network.initial_state(batch_size))
+        return self.network.initial_state(batch_size)
 
     def forward(self, frame: Frame, state: State) -> tuple[Any, State]:
-        """Processes one frame, as `Network.forward`. Memory and raw outputs are float32 in every precision."""
-        if self._channels_last:
-            frame = frame._replace(images=_channels_last(frame.images))
-        with self._autocast():
-            prediction, state = self._call(frame, state)
-        return map_tensors(_float, prediction), map_tensors(_float, state)
+        """Processes one frame, as `Network.forward`. Raw outputs and memory are float32 in every precision.
+
+        The first frame of a number of cameras is compiled, if that was asked for, with a line on stderr. With
+        `cuda_graph` the prediction is valid until the next call.
+
+        Raises:
+            ConfigError: the network cannot be compiled here.
+        """
+        if not self._cuda_graph:
+            return self._run(frame, state)
+        key = _shapes(frame, state)
+        if key not in self._graphs:
+            self._graphs[key] = _FrameGraph(self._run, self.network.decode, frame, state)
+        return self._graphs[key](frame, state)
 
     def decode(self, prediction: Any) -> FrameObjects:
         """Decodes boxes and lines, as `Network.decode`."""
+        for graph in self._graphs.values():
+            if prediction is graph.prediction:
+                return map_tensors(torch.clone, graph.objects)
         return self.network.decode(prediction)
 
     def raw_outputs(self, prediction: Any) -> tuple[Tensor, ...]:
         """Returns the last layer before decoding, as `Network.raw_outputs`."""
         return self.network.raw_outputs(prediction)
 
+    def _run(self, frame: Frame, state: State) -> tuple[Any, State]:
+        if self._channels_last:
+            frame = frame._replace(images=_channels_last(frame.images))
+        with self._autocast():
+            prediction, state = (self._compiled_call if self._compiled else self.network)(frame, state)
+        return map_tensors(_float, prediction), map_tensors(_float, state)
+
+    def _compiled_call(self, frame: Frame, state: State) -> tuple[Any, State]:
+        assert self._compiled is not None
+        key = _shapes(frame, state)
+        if key in self._ready:
+            return self._compiled(frame, state)
+        _, N, _, H, W = frame.images.shape
+        name = f"compiling {type(self.network).__name__} for {N} images of {H} x {W}"
+        try:
+            with _compiler_cache() as folder, stage(f"{name} (minutes, unless {folder} holds it)", progress=True):
+                result = self._compiled(frame, state)
+        except Exception as error:  # compilers raise many types
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ConfigError(f"the network cannot be compiled here ({reason}); leave compile out") from None
+        self._ready.add(key)
+        return result
+
     def _autocast(self) -> AbstractContextManager:
         if self.precision == "float32":
             return nullcontext()
-        return torch.autocast(self._device_type, _DTYPES[self.precision], cache_enabled=False)
+        return torch.autocast(self._device_type, _DTYPES[self.precision])
 
 
 def accelerated(
@@ -81,47 +130,85 @@ def accelerated(
     compile: bool = False,
     cuda_graph: bool = False,
 ) -> AcceleratedNetwork:
-    """Prepares a copy of a network for inference on the device of its weights.
+    """Prepares a network for inference on the device of its weights.
 
     Args:
-        network: in evaluation mode.
-        precision: of the layers; geometry, softmax and sampling locations are float32 in all of them. "auto" takes
-            bfloat16 where the processor has instructions for it (see `choose_precision`).
-        channels_last: convolutions run in channels_last memory layout.
+        network: in evaluation mode; it is copied if weights change.
+        precision: "float32"; "bfloat16" for large convolutions, the rest in float32; "float16" for all layers; "auto"
+            for the fastest of them on this device that keeps the accuracy, see `choose_precision`. Geometry, sampling
+            locations and softmax are float32 in each of them.
+        channels_last: weights and images in channels_last memory format.
         fold: batch norms are folded into the convolutions before them.
-        compile: by `torch.compile`.
-        cuda_graph: a frame is captured as one CUDA graph and replayed.
+        compile: by `torch.compile`, once for each number of cameras. The result is stored in the user's cache folder.
+        cuda_graph: replay each frame as one CUDA graph, which takes the launches of kernels off the CPU.
 
     Raises:
-        ConfigError: the precision is unknown or cannot run here, or an option needs a GPU.
+        ConfigError: the precision is unknown or this device does not have it, there is no C++ compiler, or a CUDA graph
+            is asked for without a GPU.
     """
     device = next(network.parameters()).device
     chosen, reason = choose_precision(precision, device)
+    if cuda_graph and device.type != "cuda":
+        raise ConfigError(f"cuda_graph needs a GPU, and the network is on {device.type!r}; leave cuda_graph out")
+    if compile:
+        check_compiler()
+    choice = [f"{chosen} ({reason})"]
     prepared = network
-    if fold or channels_last:
-        prepared = copy.deepcopy(network)
-    if fold:
-        fold_batch_norms(prepared)
+    if channels_last or fold or chosen == "bfloat16":
+        prepared = copy.deepcopy(network).requires_grad_(False)
+    if fold or chosen == "bfloat16":
+        observer = observe(prepared)
+        if chosen == "bfloat16":
+            keep_float32(prepared, observer)
+        if fold:
+            choice.append(f"{fold_batch_norms(prepared, observer)} batch norms folded")
     if channels_last:
         prepared = prepared.to(memory_format=torch.channels_last)
-    return AcceleratedNetwork(prepared, chosen, reason, channels_last)
+        choice.append("channels_last")
+    choice += ["compiled"] * compile + ["CUDA graph"] * cuda_graph
+    return AcceleratedNetwork(
+        prepared, chosen, ", ".join(choice), channels_last=channels_last, compile=compile, cuda_graph=cuda_graph
+    )
 
 
 def choose_precision(precision: str, device: torch.device) -> tuple[str, str]:
-    """Returns the precision to run in, and a sentence that says why.
+    """Returns the precision to run in, and the reason in a few words.
+
+    Args:
+        precision: one of `PRECISIONS`.
+        device: of the network.
 
     Raises:
-        ConfigError: it is unknown, or this device has no instructions for it.
+        ConfigError: the precision is unknown, or this device has no instructions for it.
     """
     if precision not in PRECISIONS:
         raise ConfigError(f"precision is {precision!r}; use one of {', '.join(PRECISIONS)}")
-    if precision != "auto":
-        return precision, "as given"
-    if device.type == "cpu":
-        if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
-            return "bfloat16", "this CPU has bfloat16 instructions"
-        return "float32", "this CPU has no bfloat16 instructions"
-    return "bfloat16", "this GPU has bfloat16 units"
+    if device.type == "cuda":
+        half, name = "float16", torch.cuda.get_device_name(device)
+        available = {"float32", "float16"} if torch.cuda.get_device_capability(device) >= (7, 0) else {"float32"}
+        available |= {"bfloat16"} if torch.cuda.get_device_capability(device) >= (8, 0) else set()
+    else:
+        half, name = "bfloat16", "this CPU"
+        available = {"float32", "bfloat16"} if cpu_has_bfloat16() else {"float32"}
+    if precision == "auto":
+        return (half, f"{name} has it") if half in available else ("float32", f"{name} has no {half}")
+    if precision not in available:
+        raise ConfigError(
+            f"precision {precision} is slow on {name}, which has no instructions for it; use auto or float32"
+        )
+    return precision, "as asked for"
+
+
+def cpu_has_bfloat16() -> bool:
+    """Returns whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX); emulation is slower than float32.
+
+    PyTorch's own checks are private, so the flags that Linux lists are read.
+    """
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("flags", 1)[1].splitlines()[0].split()
+    except (OSError, IndexError):  # not Linux, or not x86
+        return False
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
 
 
 def _channels_last(images: Tensor) -> Tensor:
@@ -129,112 +216,106 @@ def _channels_last(images: Tensor) -> Tensor:
 
 
 def _float(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor
+    return tensor.float() if tensor is not None and tensor.is_floating_point() else tensor
 
 
-# ----------------------------------------------------------------------------------------------------- batch norms
+def _shapes(frame: Frame, state: State) -> tuple:
+    return tuple((tensor.shape, tensor.dtype) for tensor in (*_flat(frame), *_flat(state)))
 
 
-def fold_batch_norms(network: Network) -> int:
-    """Folds every batch norm that directly follows a convolution into it, in place, and returns their number.
+# -------------------------------------------------------------------------------------------------------- compiler
 
-    Which ones do is observed in one pass of an example frame, so it holds for any network: the convolution's output
-    goes nowhere else, and the batch norm gets no other input.
+
+def check_compiler() -> None:
+    """Checks that `torch.compile` finds a C++ compiler.
+
+    Raises:
+        ConfigError: there is none.
     """
-    pairs = _observed_pairs(network)
-    for conv, norm in pairs:
-        scale = norm.weight.data * (norm.running_var + norm.eps).rsqrt()
-        bias = torch.zeros_like(norm.running_mean) if conv.bias is None else conv.bias.data
-        conv.weight = nn.Parameter(conv.weight.data * scale.view(-1, 1, 1, 1), requires_grad=False)
-        conv.bias = nn.Parameter((bias - norm.running_mean) * scale + norm.bias.data, requires_grad=False)
-    folded = {id(norm) for _, norm in pairs}
-    for parent in list(network.modules()):
-        for name, child in list(parent.named_children()):
-            if id(child) in folded:
-                setattr(parent, name, nn.Identity())
-    return len(pairs)
+    from torch._inductor.cpp_builder import get_cpp_compiler  # takes a second to load
+
+    try:
+        get_cpp_compiler()
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ConfigError(
+            f"compile needs a C++ compiler, and there is none ({reason}); install one (apt install g++), name one in "
+            "CXX, or leave compile out"
+        ) from None
 
 
-class _Uses(TorchDispatchMode):
-    """Records the outputs of convolutions and where they go, and the inputs of batch norms, by operator."""
-
-    def __init__(self, convs: dict[int, Any], norms: dict[int, Any]) -> None:
-        super().__init__()
-        self._convs, self._norms = convs, norms
-        self.made: list[tuple[Any, Tensor]] = []  # the tensors are kept, so that no other gets the same id
-        self.users: dict[int, list[Any]] = {}  # by id of the output of a convolution: a batch norm, or None for others
-        self.inputs: dict[int, list[int]] = {}  # by id of a batch norm: ids of its inputs
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        given = list(_tensors((args, kwargs.values())))
-        norm = next((self._norms[id(tensor)] for tensor in given if id(tensor) in self._norms), None)
-        for tensor in given:
-            if id(tensor) in self.users:
-                self.users[id(tensor)].append(norm)
-        if norm is not None:
-            self.inputs.setdefault(id(norm), []).append(id(args[0]))
-        result = func(*args, **kwargs)
-        if func is torch.ops.aten.convolution.default and id(args[1]) in self._convs:
-            self.made.append((self._convs[id(args[1])], result))
-            self.users[id(result)] = []
-        return result
+def _compiled(network: Any) -> Callable:
+    # One graph without breaks. Weights are constants: they are packed for the processor once, not in every pass.
+    return torch.compile(network, fullgraph=True, dynamic=False, options={"freezing": True})
 
 
-def _tensors(values: Any) -> Iterable[Tensor]:
-    if isinstance(values, Tensor):
-        yield values
-    elif not isinstance(values, str) and isinstance(values, Iterable):
-        for value in values:
-            yield from _tensors(value)
+@contextmanager
+def _compiler_cache() -> Iterator[Path]:
+    """Lets the compiler store its results in the user's cache folder, for later processes.
+
+    The compiler's own default is a temporary folder. A folder that the user has named in `TORCHINDUCTOR_CACHE_DIR` is
+    kept.
+    """
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    folder = Path(os.environ.get(name) or user_cache() / "compiled")
+    before = os.environ.get(name)
+    os.environ[name] = str(folder)
+    try:
+        yield folder
+    finally:
+        if before is None:
+            del os.environ[name]
 
 
-@torch.no_grad()
-def _observed_pairs(network: Network) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
-    """Returns the convolutions whose output goes into one batch norm and nowhere else, each with this batch norm."""
-    convs = {id(module.weight): module for module in network.modules() if isinstance(module, nn.Conv2d)}
-    norms = {id(module.running_mean): module for module in network.modules() if isinstance(module, nn.BatchNorm2d)}
-    with _Uses(convs, norms) as uses:
-        network(example_frame(network), network.initial_state(1))
-    found: dict[int, tuple[Any, set[int]]] = {}
-    for conv, output in uses.made:
-        users = uses.users[id(output)]
-        only = id(users[0]) if len(users) == 1 and users[0] is not None else 0
-        found.setdefault(id(conv), (conv, set()))[1].add(only)
-    by_id = {id(norm): norm for norm in norms.values()}
-    outputs: dict[int, set[int]] = {}
-    for conv, output in uses.made:
-        outputs.setdefault(id(conv), set()).add(id(output))
-    pairs = []
-    for conv, targets in found.values():
-        (target, *others) = targets
-        if not others and target in by_id and set(uses.inputs[target]) == outputs[id(conv)]:
-            pairs.append((conv, by_id[target]))
-    return pairs
+# ------------------------------------------------------------------------------------------------------- CUDA graph
 
 
-def example_frame(network: Network, cameras: int | None = None) -> Frame:
-    """Makes a frame [1, ...] of cameras in all directions, on the device of a network.
+def capture_graph(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """Captures a pass as a CUDA graph, after warm-up passes on another stream, which capturing requires."""
+    other = torch.cuda.Stream()
+    other.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(other):
+        for _ in range(WARM_UP):
+            run()
+    torch.cuda.current_stream().wait_stream(other)
+    graph = torch.cuda.CUDAGraph()
+    # Relaxed: kernels that run for the first time may be loaded during the capture.
+    with torch.cuda.graph(graph, capture_error_mode="relaxed"):
+        run()
+    return graph
+
+
+class _FrameGraph:
+    """One frame, forward and decoding, as a CUDA graph on buffers that every replay reads and writes.
 
     Args:
-        network: decides the size of the images and the device.
-        cameras: number of cameras; that of the network's config by default, or one.
+        run: as `AcceleratedNetwork.forward`.
+        decode: as `Network.decode`.
+        frame, state: of the first call; copied.
     """
-    N = cameras or network.config.cameras or 1
-    H, W = network.config.image_size
-    device = next(network.parameters()).device
-    angle = torch.arange(N) * (2 * torch.pi / N)
-    ego_from_cam = torch.zeros(N, 4, 4)
-    ego_from_cam[:, 0, 0], ego_from_cam[:, 1, 0] = angle.sin(), -angle.cos()  # right
-    ego_from_cam[:, 2, 1] = -1.0  # down
-    ego_from_cam[:, 0, 2], ego_from_cam[:, 1, 2] = angle.cos(), angle.sin()  # forward
-    ego_from_cam[:, 2, 3], ego_from_cam[:, 3, 3] = 1.6, 1.0
-    img_from_cam = torch.tensor([[0.7 * W, 0.0, W / 2], [0.0, 0.7 * W, H / 2], [0.0, 0.0, 1.0]]).expand(N, 3, 3)
-    frame = Frame(
-        torch.randint(0, 256, (1, N, 3, H, W), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)),
-        CameraRig(img_from_cam[None], ego_from_cam[None], torch.ones(1, N, dtype=torch.bool)),
-        torch.eye(4)[None],
-        torch.full((1,), 0.5),
-        torch.zeros(1, dtype=torch.bool),
-    )
-    return map_tensors(lambda tensor: tensor.to(device), frame)
+
+    def __init__(self, run: Callable, decode: Callable, frame: Frame, state: State) -> None:
+        self._frame, self._state = map_tensors(torch.clone, frame), map_tensors(torch.clone, state)
+        self.prediction: Any = None
+        self.objects: Any = None
+        self._after: Any = None
+
+        def one_pass() -> None:
+            self.prediction, self._after = run(self._frame, self._state)
+            self.objects = decode(self.prediction)
+
+        self._graph = capture_graph(one_pass)
+
+    def __call__(self, frame: Frame, state: State) -> tuple[Any, State]:
+        """Processes one frame; the prediction is valid until the next call."""
+        for buffer, tensor in zip(
+            (*_flat(self._frame), *_flat(self._state)), (*_flat(frame), *_flat(state)), strict=True
+        ):
+            buffer.copy_(tensor)
+        self._graph.replay()
+        return self.prediction, map_tensors(torch.clone, self._after)
+
+
+def _flat(noun: Any) -> Iterator[Tensor]:
+    for part in noun:
+        yield from _flat(part) if isinstance(part, tuple) else [part]
