@@ -20,9 +20,9 @@ from perception.inference import acceleration
 from perception.inference.acceleration import PLAIN, accelerated, choose_precision, cpu_has_bfloat16
 from perception.inference.folding import fold_batch_norms, observe
 from perception.inference.predictor import Predictor
+from perception.models.bev_transformer.model import BEVTransformer
 from perception.models.bevformer.config import BEVFormerConfig
 from perception.models.bevformer.model import BEVFormer
-from perception.models.bev_transformer.model import BEVTransformer
 from perception.models.maptrv2.config import MapTRv2Config
 from perception.models.maptrv2.model import MapTRv2
 from perception.types import State

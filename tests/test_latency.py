@@ -296,10 +296,10 @@ def test_int8_of_trained_weights_searches_sensitive_layers(weights, tmp_path, mo
     measure_models([weights], ["ort-int8"], exports=tmp_path, passes=1, threads=1, scenes=0)
 
 
-@pytest.mark.slow
-def test_compilers_are_checked_first(monkeypatch):
-    check_request(["nano"], ["compile"])
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", lambda function: lambda x: shutil.copy("/nowhere", "/nowhere"))
-    with pytest.raises(ConfigError, match=r"backend compile finds no working compiler: .*nowhere"):
+def test_compilers_and_instructions_are_checked_first(monkeypatch):
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", lambda: shutil.copy("/nowhere", "/nowhere"))
+    with pytest.raises(ConfigError, match=r"compile needs a C\+\+ compiler, and there is none \(.*nowhere"):
         check_request(["nano"], ["compile"])
+    monkeypatch.setattr("perception.inference.acceleration.cpu_has_bfloat16", lambda: False)
+    with pytest.raises(ConfigError, match="precision bfloat16 is slow on this CPU"):
+        check_request(["nano"], ["bf16"])

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from perception.benchmark.deployed import DeployedRunner, FrameRunner
-from perception.benchmark.frames import BASELINE, CAMERAS, Mode
+from perception.benchmark.frames import BASELINE, CAMERAS, NAMES, Mode
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError, not_installed
 from perception.export.contract import CONTRACT, ImageInputs, read_contract
@@ -24,6 +24,7 @@ from perception.export.onnx import DeployedNetwork, check_export, example_inputs
 from perception.export.openvino_session import BFLOAT16, FLOAT32, import_openvino, openvino_core
 from perception.export.progress import stage
 from perception.export.runtime import Runtime
+from perception.inference.acceleration import check_compiler, choose_precision
 from perception.models import Network
 
 
@@ -47,10 +48,10 @@ class Backend:
 ORT, ONNX = ("onnxruntime",), ("onnx", "onnxscript", "onnxruntime")
 BACKENDS = {
     "baseline": Backend(BASELINE),
-    "pytorch": Backend(Mode(channels_last=True, folded=True)),
-    "bf16": Backend(Mode("bf16", channels_last=True, folded=True)),
-    "compile": Backend(Mode(channels_last=True, folded=True, compiled=True)),
-    "compile-bf16": Backend(Mode("bf16", channels_last=True, folded=True, compiled=True)),
+    "pytorch": Backend(Mode(channels_last=True)),
+    "bf16": Backend(Mode("bf16", channels_last=True)),
+    "compile": Backend(Mode(channels_last=True, compiled=True)),
+    "compile-bf16": Backend(Mode("bf16", channels_last=True, compiled=True)),
     "ort": Backend(runtime="onnxruntime", packages=ONNX),
     "ort-int8": Backend(runtime="onnxruntime", precision="int8", packages=ONNX),
     "openvino": Backend(runtime=FLOAT32, packages=(*ONNX, "openvino")),
@@ -80,17 +81,15 @@ def check_backends(names: Sequence[str]) -> None:
                 raise ConfigError(f"backend {name}: {not_installed(error) or error}") from None
         if backend.runtime in (FLOAT32, BFLOAT16):
             openvino_core(backend.runtime, backend.precision)
-        if backend.mode is not None and backend.mode.compiled:
-            _check_compiler(name)
+        if backend.mode is not None:
+            choose_precision(NAMES[backend.mode.precision], torch_device())
+            if backend.mode.compiled:
+                check_compiler()
 
 
-def _check_compiler(backend: str) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.compile(torch.sin)(torch.zeros(8, device=device))
-    except Exception as error:  # compilers raise many types
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ConfigError(f"backend {backend} finds no working compiler: {reason}") from None
+def torch_device() -> torch.device:
+    """The device of the backends of PyTorch: the GPU, if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class ExportedRunner:
@@ -159,8 +158,7 @@ def make_runner(
     backend = BACKENDS[name]
     if backend.mode is None:
         return ExportedRunner(exports[backend.precision], backend.runtime, threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return DeployedRunner(network, images, inputs, backend.mode, device)
+    return DeployedRunner(network, images, inputs, backend.mode, torch_device())
 
 
 # ------------------------------------------------------------------------------------------------------------- exports

@@ -19,7 +19,6 @@ from perception.benchmark.frames import (
     CAMERAS,
     COMPILE_LIMIT,
     Mode,
-    capture_graph,
     load_network,
     mode_settings,
     prepared_network,
@@ -36,6 +35,7 @@ from perception.export.parity import as_tensors, largest_and_mean, matched_dista
 from perception.export.replay import camera_frame, frame_inputs, replay_frames
 from perception.export.runtime import objects_of
 from perception.files import scratch_folder
+from perception.inference.acceleration import capture_graph
 from perception.models import Network
 from perception.synthetic import VERSION, simulate
 from perception.types import NumpyFrameObjects
@@ -79,7 +79,7 @@ class DeployedRunner:
         model = DeployedNetwork(prepared_network(copy.deepcopy(network).to(device), mode), images).eval()
         self._mode, self._device, self._names = mode, device, model.output_names
         self.device = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        self._model = torch.compile(model, dynamic=False) if mode.compiled else model
+        self._model = model
         self._cameras = len(images.sizes)
         self._inputs = [torch.from_numpy(array.copy()).to(device) for array in inputs]
         self._memory = [model.network.initial_state(1).bev] if model.remembers else []

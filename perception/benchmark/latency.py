@@ -18,7 +18,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from perception.benchmark.backends import BACKENDS, check_backends, check_exports, images_of, make_exports, make_runner
+from perception.benchmark.backends import (
+    BACKENDS,
+    check_backends,
+    check_exports,
+    images_of,
+    make_exports,
+    make_runner,
+    torch_device,
+)
 from perception.benchmark.deployed import FrameRunner, Town, make_town, replay_all
 from perception.benchmark.frames import CAMERAS, check_model, example_frame, has_weights, load_network
 from perception.benchmark.machine import describe, limited
@@ -180,7 +188,7 @@ def measure_models(
     check_request(models, backends, exports, passes=passes, scenes=scenes, max_seconds=max_seconds)
     results: dict[str, Measured] = {}
     with scratch_folder("latency") as folder, limited(cpus, threads) as count:
-        machine = describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"), count)
+        machine = describe(torch_device(), count)
         for model in models:
             own = Path(folder, Path(model).stem)
             own.mkdir()

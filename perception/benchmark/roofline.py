@@ -37,7 +37,7 @@ from perception.errors import ConfigError
 from perception.files import replacing, write_json
 from perception.types import Frame, State
 
-MODES = {"fp32": BASELINE, "bf16": Mode("bf16", channels_last=True, folded=True)}
+MODES = {"fp32": BASELINE, "bf16": Mode("bf16", channels_last=True)}
 REST = "rest"  # what no part does: geometry, normalisation, decoding
 BACKBONE = "image_encoder.backbone"
 SHOWN = 0.01  # share of the time from which a part is drawn
@@ -216,8 +216,8 @@ def measure_roofline(
 
     Args:
         models: presets, shipped weights or `.safetensors` files.
-        precisions: "fp32" is the network as it is loaded, "bf16" its autocast in channels_last with folded batch norms;
-            both take turns.
+        precisions: "fp32" is the network as it is loaded, "bf16" that of live use: bfloat16 for large convolutions, in
+            channels_last, with folded batch norms. Both take turns.
         device: "cpu" or "cuda".
         passes: timed per model and precision.
         threads, cpus: as for `perception.benchmark.machine.limited`.
