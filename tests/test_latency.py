@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import noisy
 
 from perception.benchmark import backends, deployed, latency
 from perception.benchmark.backends import images_of, make_exports
@@ -104,6 +105,17 @@ def test_a_backend_that_fails_is_left_out(small_network, fp32_export, monkeypatc
     measured = measure(small_network, ["ort", "pytorch"], {"fp32": fp32_export}, passes=1)
     assert list(measured.backends) == ["baseline", "pytorch"]
     assert measured.failures == {"ort": "RuntimeError: out of order"}
+
+
+def test_an_export_of_other_weights_is_not_measured(small_network, fp32_export):
+    torch.manual_seed(4)
+    other = noisy(BEVTransformer, small_network.config)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    measured = measure(other, ["ort"], {"fp32": fp32_export}, passes=1)
+    assert list(measured.backends) == ["baseline"]
+    assert measured.failures["ort"] == f"ConfigError: {fp32_export} is an export of other weights; delete it"
 
 
 @pytest.mark.slow

@@ -108,6 +108,10 @@ def test_the_roofline_command(small_network, tmp_path, monkeypatch, capsys):
         (("scaling", "--precision", "fp8"), "--precision is 'fp8'; use one of fp32, bf16"),
     ):
         assert run(*arguments) == 2 and message in capsys.readouterr().err
+    monkeypatch.setattr("perception.inference.acceleration.cpu_has_bfloat16", lambda: False)
+    for command in (("roofline", "--precisions", "bf16"), ("scaling", "--precision", "bf16")):
+        assert run(*command) == 2 and "precision bfloat16 is slow on this CPU" in capsys.readouterr().err
+    assert not roofline._has("bf16", CPU) and roofline._has("fp32", CPU)
 
 
 def test_sizes_change_one_thing_at_a_time():

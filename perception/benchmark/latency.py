@@ -41,6 +41,7 @@ from perception.models import Network
 
 BASELINE = "baseline"
 WARM_UP = 3  # consecutive frames before the timed passes; the outputs are compared after the last of them
+OTHER_WEIGHTS = 0.3  # change of raw outputs in standard deviations that no precision of the same network makes
 CALIBRATION_SCENES = 3  # of `deployed.KEYFRAMES` frames
 HEADLINE = ("nds", "lane_mAP")
 # How far from these metrics of the baseline an accurate backend may be, in eight bits and otherwise.
@@ -271,6 +272,9 @@ def measure(
         for inputs in warm_up:
             found, _ = runner(inputs)
         outputs[name] = {key: array for key, array in found.items() if is_compared(key)}
+        is_float32 = BACKENDS[name].mode is None and BACKENDS[name].precision == "fp32"
+        if is_float32 and _change(outputs[BASELINE], outputs[name]) > OTHER_WEIGHTS:
+            raise ConfigError(f"{exports['fp32']} is an export of other weights; delete it")
         megabytes[name] = (resident_bytes() - before) / 2**20
         runners[name] = runner
         return {}
@@ -351,12 +355,18 @@ def _summary(
             megabytes=megabytes[name],
             device=runner.device,
             largest=largest_difference(first, outputs[name]),
-            changed=relative_change(*({key: x[None] for key, x in found.items()} for found in (first, outputs[name]))),
+            changed=_change(first, outputs[name]),
             metrics=metrics.get(name),
         )
         for name, runner in runners.items()
     }
     return Measured(backends, failures)
+
+
+def _change(reference: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -> float:
+    """Returns `relative_change` of one frame."""
+    one, other = ({name: array[None] for name, array in outputs.items()} for outputs in (reference, found))
+    return relative_change(one, other)
 
 
 def largest_difference(reference: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -> float:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from perception.benchmark.frames import (
     BASELINE,
+    NAMES,
     Mode,
     check_model,
     example_frame,
@@ -35,6 +36,7 @@ from perception.benchmark.frames import (
 from perception.benchmark.machine import Peaks, describe, limited, measure_peaks
 from perception.errors import ConfigError
 from perception.files import replacing, write_json
+from perception.inference.acceleration import choose_precision
 from perception.types import Frame, State
 
 MODES = {"fp32": BASELINE, "bf16": Mode("bf16", channels_last=True)}
@@ -203,7 +205,7 @@ def _inner(network: Any) -> nn.Module:
 def measure_roofline(
     models: Sequence[str],
     *,
-    precisions: Sequence[str] = ("fp32", "bf16"),
+    precisions: Sequence[str] = (),
     device: str = "cpu",
     passes: int = 10,
     threads: int = 0,
@@ -217,7 +219,7 @@ def measure_roofline(
     Args:
         models: presets, shipped weights or `.safetensors` files.
         precisions: "fp32" is the network as it is loaded, "bf16" that of live use: bfloat16 for large convolutions, in
-            channels_last, with folded batch norms. Both take turns.
+            channels_last, with folded batch norms. Both take turns. Empty for those that the device has.
         device: "cpu" or "cuda".
         passes: timed per model and precision.
         threads, cpus: as for `perception.benchmark.machine.limited`.
@@ -235,6 +237,9 @@ def measure_roofline(
     if unknown := [name for name in precisions if name not in MODES]:
         raise ConfigError(f"--precisions: {unknown[0]!r} is not known; use some of {', '.join(MODES)}")
     where = checked_device(device)
+    for precision in precisions:
+        choose_precision(NAMES[precision], where)
+    precisions = precisions or [name for name in MODES if _has(name, where)]
     for model in models:
         check_model(model)
     with limited(cpus, threads) as count:
@@ -245,6 +250,14 @@ def measure_roofline(
             if json:
                 write_json(json, content)
     return content
+
+
+def _has(precision: str, device: torch.device) -> bool:
+    try:
+        choose_precision(NAMES[precision], device)
+    except ConfigError:
+        return False
+    return True
 
 
 def checked_device(name: str) -> torch.device:

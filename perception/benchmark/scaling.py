@@ -17,11 +17,12 @@ import torch
 from tqdm import tqdm
 
 from perception.benchmark.frames import CAMERAS as SIX
-from perception.benchmark.frames import example_frame, prepared_network, wait
+from perception.benchmark.frames import NAMES, example_frame, prepared_network, wait
 from perception.benchmark.machine import describe, limited
 from perception.benchmark.roofline import MODES, checked_device, count_costs
 from perception.errors import ConfigError
 from perception.files import replacing, write_json
+from perception.inference.acceleration import choose_precision
 from perception.models.bev_transformer.config import BEVTransformerConfig
 from perception.models.bev_transformer.model import BEVTransformer
 from perception.types import Frame, State, map_tensors
@@ -119,6 +120,7 @@ def measure_scaling(
     if precision not in MODES:
         raise ConfigError(f"--precision is {precision!r}; use one of {', '.join(MODES)}")
     where = checked_device(device)
+    choose_precision(NAMES[precision], where)
     presets = BEVTransformerConfig.presets()
     if unknown := [model for model in models if model not in presets]:
         raise ConfigError(f"--models: {unknown[0]!r} is not a preset of the flagship; use some of {', '.join(presets)}")

@@ -42,9 +42,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         command.add_argument("--json", type=output_file("--json"), help="file for all numbers")
     latency = commands.add_parser("latency", help="one frame in several backends that take turns, with their accuracy")
     latency.add_argument(
-        "--backends", nargs="+", default=["pytorch", "bf16", "ort"], metavar="BACKEND",
+        "--backends", nargs="+", default=["pytorch", "ort"], metavar="BACKEND",
         help="of baseline, which is always measured, pytorch, bf16, compile, compile-bf16, ort, ort-int8, openvino, "
-        "openvino-bf16, openvino-int8, tensorrt (default: pytorch bf16 ort)",
+        "openvino-bf16, openvino-int8, tensorrt (default: pytorch ort)",
     )  # fmt: skip
     latency.add_argument(
         "--exports", type=output_folder("--exports"), metavar="DIR",
@@ -78,8 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     roofline = commands.add_parser("roofline", help="parts of a frame against what the machine can do")
     roofline.add_argument(
-        "--precisions", nargs="+", default=["fp32", "bf16"], metavar="PRECISION",
-        help="fp32, bf16, which take turns (default: both)",
+        "--precisions", nargs="+", default=[], metavar="PRECISION",
+        help="fp32, bf16, which take turns (default: those that the device has)",
     )  # fmt: skip
     scaling = commands.add_parser("scaling", help="time of a frame over cameras, image size, grid, queries and batch")
     scaling.add_argument(
