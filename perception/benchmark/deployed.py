@@ -142,20 +142,24 @@ class Town(NamedTuple):
         return next(iter(self.frames.values()))
 
 
-def make_town(folder: Path, images: ImageInputs, size: tuple[int, int], scenes: int, seed: int) -> Town:
+def make_town(folder: Path, network: Network, images: ImageInputs, scenes: int, seed: int) -> Town:
     """Generates a dataset.
 
     Args:
         folder: receives it.
-        images: sizes and format that the deployed network takes.
-        size: height and width of the rendered images.
+        network: that will be deployed.
+        images: sizes and format that it takes; the largest size is rendered.
         scenes: number of scenes of `KEYFRAMES` frames each.
         seed: of the town.
     """
+    size = max(images.sizes, key=lambda size: size[0] * size[1])
     simulate(folder / "town", scenes=scenes, seed=seed, keyframes=KEYFRAMES, split="benchmark", image_size=size)
     dataset = NuScenesDataset(folder / "town", VERSION, "benchmark", image_size=size, cache_dir=folder / "cache")
     replayed = replay_frames(dataset, len(images.sizes))
-    frames = {token: list(frame_inputs(camera_frame(frame, images)).values()) for token, frame in replayed}
+    frames = {
+        token: list(frame_inputs(camera_frame(frame, images), network.extra_inputs).values())
+        for token, frame in replayed
+    }
     return Town(dataset, frames)
 
 
@@ -228,7 +232,7 @@ def measure_deployed(recorder: Recorder, model: str, device_name: str) -> None:
     def measure_reference(folder: Path) -> dict:
         """Generates the dataset and measures the reference on it."""
         start = time.perf_counter()
-        town = make_town(folder, images, size, SCENES, SEED)
+        town = make_town(folder, network, images, SCENES, SEED)
         runner = DeployedRunner(network, images, town.first, Mode(), cpu)
         prepared = time.perf_counter() - start
         run = replay_all(runner, town.dataset, town.frames)

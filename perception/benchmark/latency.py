@@ -11,6 +11,7 @@ import resource
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -196,17 +197,10 @@ def measure_models(
             network = load_network(model, torch.device("cpu"))
             root, trained = exports or own, has_weights(model)
             images = images_of(network, root, model, backends)
-            size = max(images.sizes, key=lambda size: size[0] * size[1])
 
-            def calibration(
-                own: Path = own, size: tuple[int, int] = size, images: ImageInputs = images
-            ) -> NuScenesDataset:
-                return make_town(own / "calibration", images, size, CALIBRATION_SCENES, seed + 1).dataset
-
-            made = make_exports(
-                network, root, model, backends, images, calibration if trained else None, progress=progress
-            )
-            town = make_town(own, images, size, scenes, seed) if trained and scenes else None
+            calibration = partial(_calibration, own / "calibration", network, images, seed + 1) if trained else None
+            made = make_exports(network, root, model, backends, images, calibration, progress=progress)
+            town = make_town(own, network, images, scenes, seed) if trained and scenes else None
             try:
                 results[model] = measure(
                     network, backends, made, town=town, passes=passes, threads=count, seed=seed,
@@ -308,6 +302,10 @@ def measure(
     return summary()
 
 
+def _calibration(folder: Path, network: Network, images: ImageInputs, seed: int) -> NuScenesDataset:
+    return make_town(folder, network, images, CALIBRATION_SCENES, seed).dataset
+
+
 def _baseline_first(backends: Sequence[str]) -> list[str]:
     return list(dict.fromkeys([BASELINE, *backends]))
 
@@ -324,7 +322,8 @@ def _random_frames(network: Network, images: ImageInputs, seed: int) -> list[lis
     frames = []
     for number in range(WARM_UP + 1):
         first = torch.full_like(frame.is_first, number == 0)
-        frames.append(list(frame_inputs(camera_frame(frame._replace(is_first=first), images)).values()))
+        given = camera_frame(frame._replace(is_first=first), images)
+        frames.append(list(frame_inputs(given, network.extra_inputs).values()))
     return frames
 
 

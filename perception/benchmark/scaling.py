@@ -78,7 +78,8 @@ def frames_of(network: Any, device: torch.device, cameras: int, batch: int) -> F
     frame = example_frame(network, device)
     index = torch.arange(cameras, device=device) % frame.images.shape[1]
     rig = map_tensors(lambda x: x[:, index], frame.rig)
-    frame = frame._replace(images=frame.images[:, index], rig=rig)
+    exposure = frame.ego_from_exposure[:, index]
+    frame = frame._replace(images=frame.images[:, index], rig=rig, ego_from_exposure=exposure)
     return map_tensors(lambda x: x.expand(batch, *x.shape[1:]).contiguous(), frame)
 
 
