@@ -27,8 +27,10 @@ from perception.types import CameraRig
 
 
 @torch.no_grad()
-def test_one_frame_and_decoded_lines(golden):
-    folder = golden / "maptr"
+@pytest.mark.parametrize("network", ["maptr", "maptr_gkt"])
+def test_one_frame_and_decoded_lines(golden, network):
+    """MapTR with deformable attention to the images, and with geometry-guided kernel attention."""
+    folder = golden / network
     published = json.loads((folder / "config.json").read_text())
     weights, inputs, expected = (load_file(folder / f"{name}.safetensors") for name in ("weights", "inputs", "outputs"))
     config = MapTRConfig(
@@ -43,6 +45,8 @@ def test_one_frame_and_decoded_lines(golden):
         line_points=published["num_pts"],
         level_embeddings=len(weights["pts_bbox_head.transformer.level_embeds"]),
         pillar_points=expected["inter_bev_mask"].shape[-1],
+        gkt_kernel=tuple(published["kernel"]) if "kernel" in published else None,
+        heads=published.get("heads", MapTRConfig.heads),
         cameras=len(inputs["lidar2img"]),
     )
     head = MapTRHead(config).eval()

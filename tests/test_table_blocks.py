@@ -3,15 +3,16 @@
 import json
 import os
 import shutil
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
-from perception.data import index_files, table_files
+from perception.data import index_files, sample_lines, table_files, tables
 from perception.data.checked_tables import check_tables
 from perception.data.index import load_index
 from perception.data.lane_map import LANE_PROTOCOLS, LaneMap
-from perception.data.table_files import TABLES, read_blocks, read_table, read_tables
+from perception.data.table_files import TABLES, divided, read_blocks, read_table, read_tables
 from perception.data.tables import DETECTION_CLASS, READERS, Table, as_they_are, own_keys
 from perception.errors import DataError
 from perception.geometry import invert_rigid, rigid_from_quaternion, yaw_from_rotation
@@ -51,6 +52,73 @@ def test_blocks_hold_the_records_of_any_json(tmp_path, monkeypatch, style, size)
         assert table.columns["token"].tolist() == [hash(row["token"]) if k != 3 else -1 for k, row in enumerate(ROWS)]
     path.write_text(" [ ]\n")
     assert list(read_blocks(path)) == []
+
+
+@pytest.fixture
+def parent_reads(monkeypatch):
+    """Divides small tables among processes; collects the spans that this process reads itself."""
+    monkeypatch.setattr(tables, "SPAN", 600)
+    monkeypatch.setattr(tables, "processors", lambda: 2)
+    spans = []
+
+    def read(path, span=None):
+        spans.append(span)
+        return read_blocks(path, span)
+
+    monkeypatch.setattr(tables, "read_blocks", read)
+    return spans
+
+
+READERS_OF_ROWS = {"token": own_keys, "text": as_they_are, "number": as_they_are}
+
+
+@pytest.mark.parametrize("style", ["one line", "a key a line, as nuScenes", "letters as they are"])
+def test_processes_read_the_columns_of_a_table(tmp_path, parent_reads, style):
+    """Text that looks like the end of a record does not mislead them."""
+    path = tmp_path / "table.json"
+    for rows in (ROWS[4:], ROWS, ROWS[4:40] + ROWS[:2] * 30 + ROWS[4:]):
+        path.write_bytes(json.dumps(rows, **FORMATS[style]).encode(errors="surrogatepass"))
+        spans = divided(path, 600)
+        assert len(spans) > 3 and spans[-1].stop is None
+        assert all(one.start < one.stop < two.start for one, two in pairwise(spans))
+        table = Table(path, READERS_OF_ROWS)
+        assert table.columns["text"] == [row["text"] for row in rows] and table.rows == len(rows)
+        alone = Table(path, READERS_OF_ROWS, rows)
+        assert np.array_equal(table.columns["token"], alone.columns["token"])
+        assert table.columns["number"] == alone.columns["number"] and table.present == alone.present
+        assert all(table.record(row) == rows[row] for row in range(0, len(rows), 7))
+        if rows == ROWS[4:]:
+            assert not parent_reads  # nothing was read twice
+
+
+def test_a_record_in_a_text_is_no_record(tmp_path, parent_reads):
+    """The text of one record holds many that look right: nothing of them may be read."""
+    rows = [{"token": "a", "text": '"},{"token": "b", "text": "c"},{"token": "d", "text": "' * 40}, *ROWS[4:]]
+    rows += [{"token": f"last {k}", "text": "},\n{"} for k in range(40)]
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps(rows, ensure_ascii=False))
+    table = Table(path, READERS_OF_ROWS)
+    assert table.columns["text"] == [row["text"] for row in rows] and parent_reads
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:-1],
+        lambda text: text[:-1] + ",]",
+        lambda text: text.replace('"row 30"', '"row" 30'),
+        lambda text: text.replace('\n{\n"token": "row 30"', '\n7,{\n"token": "row 30"'),
+        lambda text: text.replace('\n{\n"token": "row 30"', '\n,{\n"token": "row 30"'),
+    ],
+)
+def test_processes_name_malformed_json_as_one_does(tmp_path, parent_reads, damage):
+    path = tmp_path / "table.json"
+    path.write_text(damage(json.dumps(ROWS[4:], indent=0)))
+    with pytest.raises(DataError, match="is not") as alone:
+        read_table(path)
+    with pytest.raises(DataError, match="is not") as caught:
+        Table(path, READERS_OF_ROWS)
+    assert str(caught.value) == str(alone.value) and parent_reads
 
 
 @pytest.mark.parametrize("size", [1, 50, 1 << 20])
@@ -113,6 +181,22 @@ def test_findings_do_not_depend_on_the_blocks(hand_root, tmp_path, monkeypatch):
     assert check_tables(root, VERSION, read_tables(root / VERSION)) == want
     monkeypatch.setattr(table_files, "BLOCK", 300)
     assert check_tables(root, VERSION) == want
+
+
+def test_processes_build_the_same_index(town_root, tmp_path, monkeypatch):
+    (version,) = [path.parent.name for path in town_root.glob("*/sample.json")]
+    splits = json.loads((town_root / version / "splits.json").read_text())
+    (split,) = [name for name, scenes in splits.items() if scenes]
+    stored = []
+    for many in (1 << 30, 1):
+        monkeypatch.setattr(tables, "SPAN", many if many > 1 else 20_000)
+        monkeypatch.setattr(sample_lines, "MANY_SCENES", many)
+        for module in (tables, sample_lines):
+            monkeypatch.setattr(module, "processors", lambda: 3)
+        load_index(town_root, version, split, CAMERAS, DEFAULT_LANE_RANGE, tmp_path / str(many))
+        (path,) = (tmp_path / str(many)).glob("index-*.bin")
+        stored.append(path.read_bytes())
+    assert stored[0] == stored[1]
 
 
 def test_classes_of_categories_are_those_of_the_devkit():

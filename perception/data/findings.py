@@ -12,6 +12,7 @@ from perception.data.tables import EMPTY, MALFORMED, NO_TOKEN, Lists, Table, own
 from perception.reading import short
 
 SHOWN = 20  # records of a finding that are named
+FEW = 100_000  # records that are found without sorting
 
 
 class Finding(NamedTuple):
@@ -51,7 +52,8 @@ class Lookup:
         """Returns the row number [n] of the last record with each key; -1 where there is none."""
         if not len(self.own):
             return np.full(len(wanted), -1)
-        by_key = np.argsort(wanted)  # neighbours are found in neighbouring memory
+        # Neighbours are found in neighbouring memory; a small table is in the processor's cache as a whole.
+        by_key = np.argsort(wanted) if len(self.own) > FEW else slice(None)
         place = np.empty(len(wanted), dtype=np.int64)
         place[by_key] = np.searchsorted(self.own, wanted[by_key], side="right") - 1
         found = (place >= 0) & (self.own[place] == wanted) & (wanted != EMPTY) & (wanted != MALFORMED)

@@ -23,6 +23,8 @@ LONGEST_RECORD = 1 << 26  # bytes
 
 _OPENING = re.compile(rb"(?:\xef\xbb\xbf)?[ \t\r\n]*\[")
 _BETWEEN = (b"},", b"}\n,", b"} ,", b"}\r\n,")
+_NEXT = re.compile(rb"\}(?:\r?\n| )?,")  # the first of them
+TAIL = 1 << 14  # bytes at the end of a block that nearly always hold one of them
 _SEPARATOR = re.compile(rb"[ \t\r\n]*,[ \t\r\n]*")
 _TEXT_SEPARATOR = re.compile(r"[ \t\r\n]*,[ \t\r\n]*")
 _DECODER = json.JSONDecoder()
@@ -98,11 +100,11 @@ def divided(path: Path, size: int) -> list[Span]:
         for place in range(spans[0].start + size, os.fstat(file.fileno()).st_size - size // 2, size):
             file.seek(place)
             text = file.read(BLOCK)
-            ends = [text.find(mark) for mark in _BETWEEN]
-            stop = min((end for end in ends if end >= 0), default=-1) + 1
-            separator = _SEPARATOR.match(text, stop)
-            if stop and separator and place + stop > spans[-1].start:
-                spans[-1:] = [Span(spans[-1].start, place + stop), Span(place + separator.end(), None)]
+            end = _NEXT.search(text)
+            if end and place + end.start() > spans[-1].start:
+                stop = end.start() + 1
+                start = stop + len(_SEPARATOR.match(text, stop)[0])  # type: ignore[index]
+                spans[-1:] = [Span(spans[-1].start, place + stop), Span(place + start, None)]
     return spans
 
 
@@ -136,7 +138,7 @@ def _read_blocks(path: Path, file: BinaryIO, span: Span, found: bool) -> Iterato
         text += more
         last = start + len(text) >= end or not more
         # A block ends where one record ends and another starts. Strings may hold the same characters.
-        stop = len(text) if last else max(text.rfind(mark) for mark in _BETWEEN) + 1
+        stop = len(text) if last else _last_end(text)
         try:
             records = json.loads(b"[" + text[:stop] + (b"" if last and span.stop is None else b"]"))
             if last and found and not records:
@@ -157,6 +159,14 @@ def _read_blocks(path: Path, file: BinaryIO, span: Span, found: bool) -> Iterato
         if records:
             stop += len(_SEPARATOR.match(text, stop)[0])  # type: ignore[index]
         text, start = text[stop:], start + stop
+
+
+def _last_end(text: bytes) -> int:
+    """Returns the place after the last record that seems to end before another one, 0 for none."""
+    for start in (max(len(text) - TAIL, 0), 0):
+        if stop := max(text.rfind(mark, start) for mark in _BETWEEN) + 1:
+            return stop
+    return 0
 
 
 def _first_records(text: bytes) -> tuple[list[Any], int]:

@@ -10,6 +10,7 @@ import os
 import posixpath
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from enum import Enum
 from functools import partial
 from itertools import chain
 from operator import itemgetter
@@ -24,12 +25,19 @@ from perception.processes import in_processes, processors
 
 MAX_PIXELS = 80_000_000  # of one image: 240 MB when decoded; cameras of vehicles have up to 12 million
 LONGEST_PATH = 1000  # characters; file systems allow some more
-SPAN = 1 << 25  # bytes of a table that a process reads at a time
+SPAN = 1 << 23  # bytes of a table that a process reads at a time
 MOST_READERS = 4  # processes; each needs 50 MB
 
 Reader: TypeAlias = Callable[[Sequence[Any], Sequence[dict[str, Any]]], Any]
 
-NOTHING = object()  # a field that a record lacks
+
+class Missing(Enum):
+    """The value of a field that a record lacks. It stays itself when a process sends it to another one."""
+
+    FIELD = 0
+
+
+NOTHING = Missing.FIELD
 NO_TOKEN = "\0"  # equals no token
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from perception import __version__
+from perception.cameras import usual_mounting
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError
 from perception.export.contract import CONTRACT, MODEL, ImageInputs, write_contract
@@ -57,6 +58,9 @@ class DeployedNetwork(nn.Module):
         images: sizes and format of the camera images.
     """
 
+    usual_lidar: Tensor
+    still: Tensor
+
     def __init__(self, network: Network, images: ImageInputs) -> None:
         super().__init__()
         self.network = network
@@ -67,6 +71,9 @@ class DeployedNetwork(nn.Module):
             name for kind in network.finds for name in (*OUTPUTS[kind], *raw_names(network, kind))
         ) + (("new_memory",) if self.remembers else ())
         self.preprocess = ImagePreprocessing(images, network.config.image_size)
+        # For networks that do not read them.
+        for name, tensor in zip(("usual_lidar", "still"), usual_mounting(1, len(images.sizes)), strict=True):
+            self.register_buffer(name, tensor.clone(), persistent=False)
 
     def forward(
         self,
@@ -93,8 +100,8 @@ class DeployedNetwork(nn.Module):
             ego_from_prev[None],
             seconds_since_prev,
             is_first,
-            given.get("ego_from_lidar", ego_from_prev)[None],  # a network that reads it has it as an input
-            torch.eye(4, device=ego_from_cam.device).expand(1, *ego_from_cam.shape),
+            given["ego_from_lidar"][None] if "ego_from_lidar" in given else self.usual_lidar,
+            self.still,
         )
         state = State(given["memory"]) if self.remembers else self.network.initial_state(1)
         prediction, state = self.network(frame, state)
