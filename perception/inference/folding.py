@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from perception.cameras import usual_mounting
 from perception.models import Network
 from perception.types import CameraRig, Frame, map_tensors
 
@@ -168,6 +169,7 @@ def example_frame(network: Network, cameras: int | None = None) -> Frame:
         torch.eye(4)[None],
         torch.full((1,), 0.5),
         torch.zeros(1, dtype=torch.bool),
+        *usual_mounting(1, N),
     )
     device = next(network.parameters()).device
     return map_tensors(lambda tensor: tensor.to(device), frame)
