@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 from perception.errors import ConfigError
 from perception.inference import acceleration
-from perception.inference.acceleration import PLAIN, accelerated, choose_precision, cpu_has_bfloat16
+from perception.inference.acceleration import PLAIN, AcceleratedNetwork, accelerated, choose_precision, cpu_has_bfloat16
 from perception.inference.folding import fold_batch_norms, observe
 from perception.inference.predictor import Predictor
 from perception.models.bev_transformer.model import BEVTransformer
@@ -25,7 +26,7 @@ from perception.models.bevformer.config import BEVFormerConfig
 from perception.models.bevformer.model import BEVFormer
 from perception.models.maptrv2.config import MapTRv2Config
 from perception.models.maptrv2.model import MapTRv2
-from perception.types import State
+from perception.types import State, map_tensors
 
 CPU = torch.device("cpu")
 
@@ -212,6 +213,36 @@ def test_cpus_without_bfloat16(monkeypatch, text):
 def test_cuda_graphs_need_a_gpu(flagship):
     with pytest.raises(ConfigError, match="cuda_graph needs a GPU, and the network is on 'cpu'; leave cuda_graph out"):
         Predictor(flagship, cuda_graph=True)
+
+
+def test_a_replayed_frame_reads_its_own_inputs(flagship, monkeypatch):
+    """Without a GPU the pass is repeated instead of replayed; buffers and copies are those of a CUDA graph."""
+    captured = []
+
+    def capture(run):
+        captured.append(run)
+        run()
+        return SimpleNamespace(replay=run)
+
+    monkeypatch.setattr(acceleration, "capture_graph", capture)
+    plain = accelerated(flagship, precision="float32")
+    graph = AcceleratedNetwork(
+        plain.network, "float32", "", channels_last=True, compile=False, cuda_graph=True
+    )  # fmt: skip
+    first, second = replay_frames(flagship.config.image_size, 2)
+    narrow = second._replace(images=second.images[:, :5], rig=map_tensors(lambda tensor: tensor[:, :5], second.rig))
+    with torch.inference_mode():
+        kept = []
+        for run in (plain, graph):
+            state = run.initial_state(1)
+            for frame in (first, second, narrow):
+                prediction, state = run(frame, state)
+                kept.append((run.decode(prediction), state))
+        assert len(captured) == 2  # one for each number of cameras
+        for expected, found in zip(kept[:3], kept[3:], strict=True):
+            torch.testing.assert_close(found, expected)
+        prediction, _ = plain(first, plain.initial_state(1))
+        torch.testing.assert_close(graph.decode(prediction), kept[0][0])
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:

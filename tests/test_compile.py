@@ -9,6 +9,8 @@ import torch
 from perception.cameras import usual_mounting
 from perception.models.bevformer.config import BEVFormerConfig
 from perception.models.bevformer.model import BEVFormer
+from perception.models.mapqr.config import MapQRConfig
+from perception.models.mapqr.model import MapQR
 from perception.models.maptr.config import MapTRConfig
 from perception.models.maptr.model import MapTR
 from perception.models.maptrv2.config import MapTRv2Config
@@ -34,6 +36,7 @@ def network(request, small_network):
         "maptr": lambda: MapTR(MapTRConfig(**SHARED, **LINES)),
         "maptr_gkt": lambda: MapTR(MapTRConfig(**SHARED, **LINES, gkt_kernel=(3, 5))),
         "maptrv2": lambda: MapTRv2(MapTRv2Config(**SHARED, **LINES, aspp_channels=8)),
+        "mapqr": lambda: MapQR(MapQRConfig(**SHARED, **LINES, pillar_points=4)),
     }[request.param]()
     with torch.no_grad():  # outputs of fresh networks hardly depend on images and calibration
         for parameter in made.parameters():
@@ -85,7 +88,7 @@ def outputs(network, call) -> list[list[torch.Tensor]]:
     ("network", "layout"),
     [
         ("flagship", "channels_last"), ("bevformer", "channels_last"), ("maptr", "channels_last"),
-        ("maptr_gkt", "channels_last"), ("maptrv2", "channels_last"),
+        ("maptr_gkt", "channels_last"), ("maptrv2", "channels_last"), ("mapqr", "channels_last"),
         *(pytest.param(name, "contiguous_format", marks=pytest.mark.slow) for name in ("flagship", "bevformer")),
     ],
     indirect=["network"],

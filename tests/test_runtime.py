@@ -56,7 +56,7 @@ def test_numpy_types_have_the_fields_of_the_tensor_types():
 
 
 def test_step_equals_the_predictor(small_network, fp32_export, small_town):
-    predictor, runtime = Predictor(small_network), Runtime(fp32_export, min_score=0.02)
+    predictor, runtime = Predictor(small_network, precision="float32"), Runtime(fp32_export, min_score=0.02)
     predictor.min_score = 0.02
     rings = 0
     for step in five_steps(small_town):
@@ -78,7 +78,7 @@ def test_step_equals_the_predictor(small_network, fp32_export, small_town):
 
 def test_a_step_of_a_mixed_rig(small_network, mixed_export, small_town):
     """The runtime on NV12 of several sizes equals the predictor on the same images converted by OpenCV."""
-    predictor, runtime = Predictor(small_network), Runtime(mixed_export)
+    predictor, runtime = Predictor(small_network, precision="float32"), Runtime(mixed_export)
     images = ImageInputs(MIXED, "nv12")
     for k, (_, frame) in zip(range(3), replay_frames(small_town, 6), strict=False):
         given = camera_frame(frame, images)

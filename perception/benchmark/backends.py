@@ -18,7 +18,7 @@ from perception.benchmark.deployed import DeployedRunner, FrameRunner
 from perception.benchmark.frames import BASELINE, CAMERAS, NAMES, Mode
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError, not_installed
-from perception.export.contract import CONTRACT, ImageInputs, read_contract
+from perception.export.contract import CONTRACT, ImageInputs, memory_names, read_contract
 from perception.export.engine_session import find_engine
 from perception.export.onnx import DeployedNetwork, check_export, example_inputs, export_onnx, trace
 from perception.export.openvino_session import BFLOAT16, FLOAT32, import_openvino, openvino_core
@@ -106,7 +106,8 @@ class ExportedRunner:
 
     def __init__(self, folder: str | Path, backend: str, threads: int) -> None:
         self._runtime = Runtime(folder, backend=backend, threads=threads, providers=_providers(backend))
-        self._names = [name for name in self._runtime.inputs if name != "memory"]
+        memory = memory_names(self._runtime.inputs)
+        self._names = [name for name in self._runtime.inputs if name not in memory]
         self.device = self._runtime.device
 
     def reset(self) -> None:
@@ -121,7 +122,7 @@ class ExportedRunner:
         self._runtime.run()
         seconds = time.perf_counter() - start
         outputs = {name: array.copy() for name, array in self._runtime.outputs.items()}
-        return (outputs | {"new_memory": self._runtime.memory()} if "new_memory" in outputs else outputs), seconds
+        return outputs | {f"new_{name}": part for name, part in self._runtime.memories().items()}, seconds
 
 
 def _providers(backend: str) -> tuple[str, ...]:

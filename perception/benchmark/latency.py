@@ -34,7 +34,7 @@ from perception.benchmark.machine import describe, limited
 from perception.benchmark.stages import Recorder
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError
-from perception.export.contract import ImageInputs, read_contract
+from perception.export.contract import ImageInputs, comparable_memory, read_contract
 from perception.export.quantize import is_compared, relative_change
 from perception.export.replay import MISSING_AT, camera_frame, frame_inputs, match_rows
 from perception.files import scratch_folder, write_json
@@ -372,9 +372,17 @@ def largest_difference(reference: Mapping[str, np.ndarray], found: Mapping[str, 
     """Returns the largest difference of raw outputs and memory, relative for values above 1, absolute for others.
 
     Args:
-        reference, found: raw outputs [Q, ...] and "new_memory" by name; the order of rows may differ.
+        reference, found: raw outputs [Q, ...] and parts of the memory ("new_memory") by name; the order of rows may
+            differ.
     """
-    pairs = [(reference[name], found[name]) for name in ("new_memory",) if name in reference]
+    memories = [
+        comparable_memory({name.removeprefix("new_"): x for name, x in outputs.items() if name.startswith("new_")})
+        for outputs in (reference, found)
+    ]
+    pairs = []
+    for kind, one in memories[0].items():
+        other = memories[1][kind]
+        pairs.append((one, other[match_rows(one, other)] if one.ndim > 1 else other))
     for kind in ("box", "line"):
         names = [name for name in reference if name.startswith(f"raw_{kind}")]
         if names:

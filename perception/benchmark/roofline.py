@@ -37,7 +37,7 @@ from perception.benchmark.machine import Peaks, describe, limited, measure_peaks
 from perception.errors import ConfigError
 from perception.files import replacing, write_json
 from perception.inference.acceleration import choose_precision
-from perception.types import Frame, State
+from perception.types import Frame, Memory
 
 MODES = {"fp32": BASELINE, "bf16": Mode("bf16", channels_last=True)}
 REST = "rest"  # what no part does: geometry, normalisation, decoding
@@ -146,7 +146,7 @@ def network_parts(network: nn.Module) -> dict[str, nn.Module]:
 
 
 @torch.inference_mode()
-def count_costs(network: Any, frame: Frame, state: State) -> dict[str, Cost]:
+def count_costs(network: Any, frame: Frame, state: Memory) -> dict[str, Cost]:
     """Counts operations and bytes of a pass by part, without those of parts within it; idle parts are left out.
 
     Args:
@@ -159,7 +159,7 @@ def count_costs(network: Any, frame: Frame, state: State) -> dict[str, Cost]:
 
 
 @torch.inference_mode()
-def time_pass(network: Any, frame: Frame, state: State, costs: dict[str, Cost]) -> None:
+def time_pass(network: Any, frame: Frame, state: Memory, costs: dict[str, Cost]) -> None:
     """Adds the seconds of one pass to each part; the device is synchronized between parts."""
     device = frame.images.device
     seconds, stack = dict.fromkeys(costs, 0.0), [REST]

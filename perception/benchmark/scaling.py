@@ -25,7 +25,7 @@ from perception.files import replacing, write_json
 from perception.inference.acceleration import choose_precision
 from perception.models.bev_transformer.config import BEVTransformerConfig
 from perception.models.bev_transformer.model import BEVTransformer
-from perception.types import Frame, State, map_tensors
+from perception.types import Frame, Memory, map_tensors
 
 FACTORS = (0.25, 0.5, 1.0, 2.0)  # of image pixels, cells and queries
 CAMERAS, BATCHES = (1, 2, 4, 6, 8), (1, 2, 4)
@@ -165,7 +165,7 @@ def _measure_axis(
 
 
 @torch.inference_mode()
-def _run(network: Any, frame: Frame, state: State) -> float:
+def _run(network: Any, frame: Frame, state: Memory) -> float:
     start = time.perf_counter()
     network.decode(network(frame, state)[0])
     wait(frame.images.device)

@@ -1,5 +1,4 @@
-"""Imports a checkpoint of the published code, recognised by its keys: BEVFormer tiny, small or base, or MapTR-tiny with
-BEVFormer's encoder."""
+"""Imports a checkpoint of the published code of BEVFormer, MapTR, MapTRv2 or MapQR, recognised by its keys."""
 
 from __future__ import annotations
 

@@ -35,6 +35,7 @@ from perception.data.table_checks import NO_CHANNEL, TableCheck
 from perception.data.table_files import TABLES
 from perception.data.tables import DETECTION_CLASS
 from perception.errors import DataError
+from perception.files import user_cache
 from perception.geometry import invert_rigid, rigid_from_quaternion, yaw_from_rotation
 from perception.rigs.rig import RIG_FILE, Rig
 from perception.types import ATTRIBUTES, BOX_CLASSES, LaneRange
@@ -80,6 +81,7 @@ class Index(NamedTuple):
     box_label: np.ndarray  # [boxes] int64 index into BOX_CLASSES
     box_attribute: np.ndarray  # [boxes] int64 index into ATTRIBUTES, -1 for none
     box_points: np.ndarray  # [boxes] int64 LiDAR and radar points on the object, see `NuScenesDataset.gt_boxes`
+    box_instance: np.ndarray  # [boxes] int64 row of the object in the instance table, the same in all its samples
     lines: Lines  # of the lane range that the index was made for
     wide_lines: Lines  # of its `wide_range`
 
@@ -118,7 +120,7 @@ def load_index(
     for table in TABLES:
         if not (tables / f"{table}.json").is_file():
             raise DataError(f"{tables / f'{table}.json'} is missing: unpack the dataset's metadata again")
-    folder = cache_dir or index_files.default_cache()
+    folder = cache_dir or user_cache()
     cache = folder / f"index-{_inputs_hash(dataroot, version, split, cameras, lane_range, folder)}.bin"
     with _building:  # threads of one process wait for each other; processes may build the same index and both store it
         arrays = index_files.read(cache, _array_names())
@@ -336,6 +338,7 @@ def _boxes(checked: TableCheck, samples: np.ndarray, global_from_ego: np.ndarray
         "box_label": label[rows],
         "box_attribute": attribute[rows],
         "box_points": checked.box_points[rows],
+        "box_instance": checked.instance[rows].astype(np.int64),
     }
 
 

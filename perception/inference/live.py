@@ -103,7 +103,7 @@ class LiveInput:
             self.warnings = Warnings([camera.source.name for camera in self._virtual.cameras])
             self._cut_off = self._virtual.coverage().finding(SEE_TABLE)
             if self._virtual.rig.ego_from_lidar is not None:
-                self.ego_from_lidar = self._virtual.rig.ego_from_lidar
+                self.ego_from_lidar = self._virtual.rig.ego_from_lidar.copy()
 
     @property
     def cameras(self) -> int | None:

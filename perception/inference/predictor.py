@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from perception.inference.acceleration import accelerated
 from perception.inference.checks import (
@@ -32,6 +33,7 @@ from perception.inference.live import LiveInput, Step, without_result
 from perception.inference.plausibility import Warnings, sampled_rgb
 from perception.inference.visibility import MIN_SEEN, kept_by
 from perception.models import Network
+from perception.models.base import remembers
 from perception.models.checkpoint import load_model, on_device, read_provenance
 from perception.models.decoding import empty_boxes, empty_lines
 from perception.models.provenance import weights_of
@@ -45,14 +47,14 @@ from perception.types import (
     Polylines,
     Seen,
     Weights,
+    chosen,
     map_tensors,
+    named_tensors,
 )
 
 if TYPE_CHECKING:
     from perception.rigs.rig import Rig
     from perception.rigs.virtual import VirtualRig
-
-Objects = TypeVar("Objects", Boxes, Polylines)
 
 
 class Predictor:
@@ -108,9 +110,8 @@ class Predictor:
         network = on_device(load_model(model) if isinstance(model, str | Path) else model, device)
         self.model = accelerated(network, precision=precision, compile=compile, cuda_graph=cuda_graph)
         self.device = torch.device(device)
-        remembers = self.model.initial_state(1).bev.numel() > 0
         self._live = LiveInput(
-            self.model.config.image_size, remembers, rig=rig, weights=weights, bgr=bgr,
+            self.model.config.image_size, remembers(self.model), rig=rig, weights=weights, bgr=bgr,
             max_speed=max_speed, max_turn_rate=max_turn_rate,
         )  # fmt: skip
         if (compile or cuda_graph) and self._live.cameras is not None:
@@ -234,8 +235,10 @@ class Predictor:
         with torch.inference_mode():
             prediction, state = self.model(map_tensors(lambda tensor: tensor.to(self.device), frame), self._state)
             predicted = map_tensors(lambda tensor: tensor[0].cpu(), self.model.decode(prediction))
-            objects = FrameObjects(self._above_threshold(predicted.boxes), self._above_threshold(predicted.lines))
-            finite = bool(state.bev.sum().isfinite()) and objects_are_finite(predicted, objects)
+            above = self._above_threshold(predicted.boxes), self._above_threshold(predicted.lines)
+            objects = chosen(predicted, *above)
+            finite = all(bool(tensor.sum().isfinite()) for tensor in named_tensors(state).values())
+            finite = finite and objects_are_finite(predicted, objects)
         if not finite:
             self.reset()
             return self._nothing(step, live.warnings.emit(step.findings | {"not finite": NOT_FINITE}))
@@ -243,24 +246,24 @@ class Predictor:
         live.keep(step)
         seen = step.view.of_objects(objects)
         boxes, lines = kept_by(seen, self.min_seen)
-        kept_boxes, kept_lines = torch.from_numpy(boxes), torch.from_numpy(lines)
+        objects = chosen(objects, torch.from_numpy(boxes), torch.from_numpy(lines))
         return LiveObjects(
-            boxes=map_tensors(lambda tensor: tensor[kept_boxes], objects.boxes),
-            lines=map_tensors(lambda tensor: tensor[kept_lines], objects.lines),
+            boxes=objects.boxes,
+            lines=objects.lines,
             seen=Seen(torch.from_numpy(seen.boxes[boxes]), torch.from_numpy(seen.lines[lines])),
             warnings=live.warnings.emit(step.findings),
             info=step.info,
+            ids=map_tensors(torch.Tensor.numpy, objects.ids),
         )
 
-    def _above_threshold(self, objects: Objects) -> Objects:
-        keep = objects.valid & (objects.score >= self.min_score)
-        return map_tensors(lambda tensor: tensor[keep], objects)
+    def _above_threshold(self, objects: Boxes | Polylines) -> Tensor:
+        return objects.valid & (objects.score >= self.min_score)
 
     def _nothing(self, step: Step, warnings: tuple[str, ...]) -> LiveObjects:
         """Returns a result without boxes and lines."""
         cpu, points = torch.device("cpu"), self.model.config.line_points
         empty = FrameObjects(empty_boxes(1, cpu), empty_lines(1, cpu, points))
-        boxes, lines = map_tensors(lambda tensor: tensor[0], empty)
+        boxes, lines, _ = map_tensors(lambda tensor: tensor[0], empty)
         seen = Seen(torch.zeros(0), torch.zeros(0, points, dtype=torch.bool))
         return LiveObjects(boxes, lines, seen, warnings, without_result(step.info))
 

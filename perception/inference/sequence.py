@@ -19,6 +19,7 @@ from perception.inference.ego_motion import FIRST_FRAME
 from perception.inference.live import NO_MEMORY_IN_NETWORK
 from perception.inference.visibility import SeenMap
 from perception.models import Network
+from perception.models.base import remembers
 from perception.types import Clip, Frame, FrameObjects, LiveObjects, NumpyCameraRig, Seen, StepInfo, map_tensors
 
 # Changes frames with leading [1, 1] before the network sees them, given the number of their scene and of their sample.
@@ -57,8 +58,8 @@ def run_sequence(model: Network, clips: Iterable[Clip]) -> Iterator[tuple[Clip, 
 @torch.inference_mode()
 def run_sequence_seen(model: Network, clips: Iterable[Clip]) -> Iterator[tuple[Clip, LiveObjects, float]]:
     """As `run_sequence`, also with what the cameras see of the predictions now and have seen before."""
-    remembers = model.initial_state(1).bev.numel() > 0
-    seen_map = SeenMap(remembers)
+    has_memory = remembers(model)
+    seen_map = SeenMap(has_memory)
     for clip, objects, seconds in run_sequence(model, clips):
         frame = map_tensors(lambda tensor: tensor[0, 0], clip.frames)
         rig = NumpyCameraRig(*(tensor.numpy() for tensor in frame.rig))
@@ -66,9 +67,10 @@ def run_sequence_seen(model: Network, clips: Iterable[Clip]) -> Iterator[tuple[C
         view = seen_map.look(rig, (H, W), frame.ego_from_prev.numpy(), bool(frame.is_first))
         seen_map.keep(view)
         seen = Seen(*map(torch.from_numpy, view.of_objects(objects)))
-        reason = NO_MEMORY_IN_NETWORK if not remembers else FIRST_FRAME if frame.is_first else ""
+        reason = NO_MEMORY_IN_NETWORK if not has_memory else FIRST_FRAME if frame.is_first else ""
         info = StepInfo(used_memory=not reason, no_memory_because=reason)
-        yield clip, LiveObjects(objects.boxes, objects.lines, seen, (), info), seconds
+        ids = map_tensors(torch.Tensor.numpy, objects.ids)
+        yield clip, LiveObjects(objects.boxes, objects.lines, seen, (), info, ids), seconds
 
 
 def predict_stream(

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from torch import Tensor, nn
 
-from perception.types import Frame, FrameObjects, LaneRange, State
+from perception.types import Frame, FrameObjects, LaneRange, Memory, map_tensors, named_tensors
 
 Self = TypeVar("Self", bound="Network")
 
@@ -63,6 +63,10 @@ class Network(Protocol):
     loss_weights: ClassVar[Mapping[str, float]]
     # The losses of the images alone, for epochs before the rest is trained; None for a network without such losses.
     image_loss: Callable[[Frame, FrameObjects], dict[str, Tensor]] | None
+    # Whether `forward` takes the ground truth as a third argument in training, for denoising.
+    needs_gt: ClassVar[bool]
+    # Whether `decode` gives boxes ids that stay the same from frame to frame.
+    tracks: ClassVar[bool]
     # Names of the tensors that `raw_outputs` returns, the first part of each "box" or "line".
     raw_names: ClassVar[tuple[str, ...]]
     # What it reads of `Frame` beyond images, rig and motion, which its export has as inputs: ("ego_from_lidar",) or ().
@@ -73,7 +77,7 @@ class Network(Protocol):
     published_prefixes: ClassVar[Mapping[str, str]]
 
     # Methods of nn.Module that training, live use and export call.
-    def __call__(self, frame: Frame, state: State) -> tuple[Any, State]: ...
+    def __call__(self, frame: Frame, state: Any, *gt: FrameObjects) -> tuple[Any, Any]: ...
     def to(self: Self, *args: Any, **kwargs: Any) -> Self: ...
     def eval(self: Self) -> Self: ...
     def train(self: Self, mode: bool = True) -> Self: ...
@@ -86,11 +90,11 @@ class Network(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any: ...
 
-    def initial_state(self, batch_size: int) -> State:
+    def initial_state(self, batch_size: int) -> Memory:
         """The memory of a network that has seen nothing, on the device of the weights; empty without a memory."""
         ...
 
-    def forward(self, frame: Frame, state: State) -> tuple[Any, State]:
+    def forward(self, frame: Frame, state: Any) -> tuple[Any, Any]:
         """One frame.
 
         Args:
@@ -119,6 +123,26 @@ class Network(Protocol):
     def raw_outputs(self, prediction: Any) -> tuple[Tensor, ...]:
         """The last layer before decoding, for comparisons: tensors [B, Q, ...] in the order of `raw_names`."""
         ...
+
+
+def memory_tensors(memory: Memory) -> dict[str, Tensor]:
+    """Lists the tensors of a memory by the names of their inputs in an export; empty ones are left out.
+
+    The name is `memory` if there is one tensor, and else `memory_` and the names of its fields.
+    """
+    tensors = {name: tensor for name, tensor in named_tensors(memory).items() if tensor.numel()}
+    return {"memory" if len(tensors) == 1 else f"memory_{name}": tensor for name, tensor in tensors.items()}
+
+
+def with_tensors(memory: Memory, tensors: Sequence[Tensor]) -> Memory:
+    """Replaces the tensors of a memory that `memory_tensors` lists by others, in the same order."""
+    given = iter(tensors)
+    return map_tensors(lambda tensor: next(given) if tensor.numel() else tensor, memory)
+
+
+def remembers(network: Network) -> bool:
+    """Whether a network has a memory."""
+    return bool(memory_tensors(network.initial_state(1)))
 
 
 def dataclass_for(values: Mapping[str, Any], kinds: Sequence[type]) -> type:

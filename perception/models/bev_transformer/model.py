@@ -39,6 +39,7 @@ class BEVTransformer(nn.Module):
 
     finds = ("box", "line")
     loss_weights = LOSS_WEIGHTS
+    needs_gt = tracks = False
     raw_names = ("box_logits", "box_params", "line_logits", "line_points")
     extra_inputs: ClassVar[tuple[str, ...]] = ()
     no_export = ""

@@ -45,6 +45,7 @@ class PublishedBackboneConfig:
         levels: number of FPN levels; levels beyond `outputs` come from strided convolutions.
         width: channels of the stem, 64 in all published networks.
         channels: channels of the FPN.
+        trains_norm: batch norm of the ResNet is trained; else it always uses its running statistics.
     """
 
     depth: int = 50
@@ -54,6 +55,7 @@ class PublishedBackboneConfig:
     levels: int = 1
     width: int = 64
     channels: int = 256
+    trains_norm: bool = False
 
     def build(self, channels: int) -> PublishedImageEncoder:
         """Builds the image encoder of a network with this number of channels.
@@ -127,7 +129,7 @@ class Bottleneck(nn.Module):
 
 
 class PublishedResNet(nn.Module):
-    """ResNet-50 or ResNet-101 without its head. Batch norm is frozen, as in the published networks."""
+    """ResNet-50 or ResNet-101 without its head."""
 
     layer1: nn.Sequential
     layer2: nn.Sequential
@@ -137,6 +139,7 @@ class PublishedResNet(nn.Module):
     def __init__(self, config: PublishedBackboneConfig) -> None:
         super().__init__()
         width = config.width
+        self.trains_norm = config.trains_norm
         self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         channels = width
@@ -152,7 +155,7 @@ class PublishedResNet(nn.Module):
             self.channels.append(channels)
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.requires_grad_(False)
+                module.requires_grad_(config.trains_norm)
 
     def freeze(self, stages: int) -> None:
         """Freezes the weights of the stem and of the first stages; -1 freezes nothing.
@@ -167,10 +170,10 @@ class PublishedResNet(nn.Module):
             part.requires_grad_(False)
 
     def train(self, mode: bool = True) -> PublishedResNet:
-        """Sets the mode of all modules but batch norm, which always uses its running statistics."""
+        """Sets the mode of all modules but frozen batch norm, which always uses its running statistics."""
         super().train(mode)
         for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, nn.BatchNorm2d) and not self.trains_norm:
                 module.eval()
         return self
 

@@ -109,12 +109,24 @@ def project_pillars(
     xy = cell_centers(h, w, low.device)
     normalized = torch.cat([xy[:, None].expand(-1, Z, -1), z.view(1, Z, 1).expand(h * w, -1, -1)], -1)
     points = F.pad(low + normalized * (high - low), (0, 1), value=1.0)  # [h * w, Z, 4]
-    projected = torch.einsum("bnij,qzj->bnqzi", img_from_lidar, points)
+    references, inside = image_references(torch.einsum("bnij,qzj->bnqzi", img_from_lidar, points), image_size)
+    return references, inside.any(-1)
+
+
+def image_references(projected: Tensor, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Normalises projected points.
+
+    Args:
+        projected: [..., 4] of (u depth, v depth, depth, 1).
+        image_size: height and width in pixels of the images that they were projected to.
+
+    Returns:
+        Reference points [..., 2], x and y normalised to 0..1 over the image; whether the image shows the point [...].
+    """
     depth = projected[..., 2]
     references = projected[..., :2] / depth.clamp(min=MIN_DEPTH)[..., None]
     references = references / constants([image_size[1], image_size[0]], references)
-    inside = ((references > 0) & (references < 1)).all(-1) & (depth > MIN_DEPTH)
-    return references, inside.any(-1)
+    return references, ((references > 0) & (references < 1)).all(-1) & (depth > MIN_DEPTH)
 
 
 def rotate_bev(bev: Tensor, config: PublishedConfig, angle_deg: Tensor) -> Tensor:
