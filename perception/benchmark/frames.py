@@ -226,7 +226,7 @@ class Runner:
         with mode_settings(self.mode, self.device):
             prediction, after = self.network(self.frame, self.state)
             objects = self.network.decode(prediction)
-            self.state.bev.copy_(after.bev)
+            _copy(after, self.state)
         self.results = prediction, objects
 
 
