@@ -31,7 +31,7 @@ from perception.export.half import WEIGHTED, check_weight, convert_to_half
 from perception.export.images import ImagePreprocessing
 from perception.export.lowering import OPSET, OPSET_FP8, TRACED, lower_graph
 from perception.export.progress import stage
-from perception.export.quantize import KINDS, quantize_graph, quiet, record_frames
+from perception.export.quantize import KINDS, FrameInputs, quantize_all, quantize_graph, quiet, record_frames
 from perception.files import replacing
 from perception.inference.crop import fitted_rig
 from perception.models import Network
@@ -211,7 +211,7 @@ def export_onnx(
     image_format: str = "rgb",
     precision: str = "fp32",
     for_cpu: bool = False,
-    calibration: NuScenesDataset | None = None,
+    calibration: NuScenesDataset | Sequence[FrameInputs] | None = None,
     graph: onnx.ModelProto | None = None,
     weights: Weights | None = None,
     fixed_rig: FixedRig | None = None,
@@ -230,7 +230,8 @@ def export_onnx(
             bits in the layers with weights that are not too sensitive, and float16 as before in the others.
         for_cpu: with "int8", unsigned activations for instructions of CPUs such as AVX-512 VNNI, and float32 instead of
             float16.
-        calibration: dataset for the quantization ranges, with images of the export's size or larger.
+        calibration: dataset for the quantization ranges, with images of the export's size or larger. Or the frames for
+            the ranges themselves, by input of the graph: then no layer is excepted for its sensitivity.
         graph: result of `trace` for the same network, cameras and sizes, which takes longest; traced here if None.
         weights: what results say about the weights of the network, from `weights_of`; None if that is not known.
         fixed_rig: the only calibration that the graph is for, of a network with `for_rig`; None for the others.
@@ -259,8 +260,11 @@ def export_onnx(
         if halved:
             convert_to_half(graph)  # checks the weights that the trace has folded, before the long work
         kind = "uint8" if for_cpu else precision
-        frames = record_frames(graph, calibration, images, progress=progress)
-        graph, quantization = quantize_graph(graph, frames, kind, progress=progress)
+        if isinstance(calibration, NuScenesDataset):
+            frames = record_frames(graph, calibration, images, progress=progress)
+            graph, quantization = quantize_graph(graph, frames, kind, progress=progress)
+        else:
+            graph, quantization = quantize_all(graph, calibration, kind)
     if halved:
         graph = convert_to_half(graph)
     custom = sorted({node.op_type for node in graph.graph.node if node.domain not in ("", "ai.onnx")})
