@@ -12,20 +12,24 @@ import pytest
 import torch
 import torch._inductor.config
 from conftest import noisy
-from test_compile import LINES, SHARED, replay_frames, tensors
+from test_compile import replay_frames, small, tensors
 from torch import nn
 from torch.nn import functional as F
 
+from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError
+from perception.evaluation.dataset import evaluate_predictions
 from perception.inference import acceleration
 from perception.inference.acceleration import PLAIN, AcceleratedNetwork, accelerated, choose_precision, cpu_has_bfloat16
 from perception.inference.folding import fold_batch_norms, observe
 from perception.inference.predictor import Predictor
+from perception.inference.sequence import predict_stream
+from perception.models import preset_config
 from perception.models.bev_transformer.model import BEVTransformer
-from perception.models.bevformer.config import BEVFormerConfig
 from perception.models.bevformer.model import BEVFormer
-from perception.models.maptrv2.config import MapTRv2Config
+from perception.models.checkpoint import load_model
 from perception.models.maptrv2.model import MapTRv2
+from perception.synthetic import VERSION, simulate
 from perception.types import State, map_tensors
 
 CPU = torch.device("cpu")
@@ -50,9 +54,9 @@ def flagship(small_network):
 @pytest.fixture
 def network(request, flagship):
     if request.param == "bevformer":
-        return with_statistics(noisy(BEVFormer, BEVFormerConfig(**SHARED, queries=20, max_boxes=10)))
+        return with_statistics(noisy(BEVFormer, small(preset_config("bevformer_tiny"))))
     if request.param == "maptrv2":
-        return with_statistics(noisy(MapTRv2, MapTRv2Config(**SHARED, **LINES, aspp_channels=8)))
+        return with_statistics(noisy(MapTRv2, small(preset_config("maptrv2_nusc_r50_24ep"))))
     return flagship
 
 
@@ -230,7 +234,11 @@ def test_a_replayed_frame_reads_its_own_inputs(flagship, monkeypatch):
         plain.network, "float32", "", channels_last=True, compile=False, cuda_graph=True
     )  # fmt: skip
     first, second = replay_frames(flagship.config.image_size, 2)
-    narrow = second._replace(images=second.images[:, :5], rig=map_tensors(lambda tensor: tensor[:, :5], second.rig))
+    narrow = second._replace(
+        images=second.images[:, :5],
+        rig=map_tensors(lambda tensor: tensor[:, :5], second.rig),
+        ego_from_exposure=second.ego_from_exposure[:, :5],
+    )
     with torch.inference_mode():
         kept = []
         for run in (plain, graph):
@@ -307,3 +315,30 @@ def test_a_compiler_that_fails_is_named(tmp_path):
     run = run_python(COMPILE, PERCEPTION_CACHE=str(tmp_path), TORCHINDUCTOR_CACHE_DIR="", CXX=str(compiler))
     assert "ConfigError: the network cannot be compiled here (" in run.stderr
     assert run.stderr.rstrip().endswith("leave compile out")
+
+
+# -------------------------------------------------------------------------------------------------------- accuracy
+
+
+@pytest.mark.slow
+def test_the_shipped_network_is_as_accurate_in_bfloat16(tmp_path):
+    """The difference of the metrics is noise that falls with the number of samples; docs/benchmarks.md has 144."""
+    simulate(tmp_path / "town", scenes=2, seed=5000, keyframes=10, split="town", image_size=(176, 448), workers=1)
+    network = load_model("nano")
+    dataset = NuScenesDataset(tmp_path / "town", VERSION, "town", image_size=network.config.image_size)
+    found, expected = (
+        predict_stream(accelerated(network, **options), dataset).objects
+        for options in ({"precision": "bfloat16"}, PLAIN)
+    )
+    metrics, wanted = (evaluate_predictions(dataset, objects).metrics() for objects in (found, expected))
+    assert abs(metrics["nds"] - wanted["nds"]) < 0.005 and abs(metrics["lane_mAP"] - wanted["lane_mAP"]) < 0.008
+    shares = []
+    for token, objects in expected.items():
+        sure, other = objects.boxes.score > 0.2, found[token].boxes
+        distance = torch.cdist(objects.boxes.center[sure], other.center)
+        distance[objects.boxes.label[sure][:, None] != other.label] = torch.inf
+        nearest, which = distance.min(1)
+        off = (other.score[which] - objects.boxes.score[sure]).abs()
+        shares.append(((nearest < 0.3) & (off < 0.1)).float())
+    share = torch.cat(shares)
+    assert len(share) > 50 and share.mean() > 0.97

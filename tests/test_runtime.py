@@ -277,8 +277,8 @@ def test_an_engine_whose_output_is_not_finite_drops_the_memory(engine_folder, sm
     steps = list(five_steps(small_town))
     runtime, fresh = Runtime(engine_folder, backend="tensorrt"), Runtime(engine_folder)
     runtime.step(*steps[0])
-    for address in runtime._session._memories:
-        cuda.cudaMemsetAsync(address, 0xFF, runtime.inputs["memory"].nbytes, None)  # NaN
+    for memory in runtime._session._memories:
+        cuda.cudaMemsetAsync(memory["memory"], 0xFF, runtime.inputs["memory"].nbytes, None)  # NaN
     with pytest.warns(PerceptionWarning, match="memory is dropped, and the next step is a first one"):
         objects = runtime.step(*steps[1])
     assert len(objects.boxes.score) == len(objects.lines.score) == 0 and not runtime.memory().any()

@@ -26,7 +26,7 @@ from perception.export.progress import stage
 from perception.files import user_cache
 from perception.inference.folding import fold_batch_norms, keep_float32, observe
 from perception.models import Network
-from perception.types import Frame, FrameObjects, State, map_tensors
+from perception.types import Frame, FrameObjects, map_tensors
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 PLAIN: dict[str, Any] = {"precision": "float32", "channels_last": False, "fold": False}
@@ -47,26 +47,28 @@ class AcceleratedNetwork(nn.Module):
         self, network: Network, precision: str, choice: str, *, channels_last: bool, compile: bool, cuda_graph: bool
     ) -> None:
         super().__init__()
-        self.network: Any = network
+        self.network = network
         self.config, self.finds, self.raw_names = network.config, network.finds, network.raw_names
         self.extra_inputs = network.extra_inputs
         self.precision, self.choice = precision, choice
         self._channels_last, self._cuda_graph = channels_last, cuda_graph
         self._device_type = next(network.parameters()).device.type
-        self._compiled: Callable | None = _compiled(self.network) if compile else None
-        self._ready: set[tuple] = set()  # shapes of frames that were compiled
-        self._graphs: dict[tuple, _FrameGraph] = {}  # by shapes of the frame
+        self._compiled: Callable[..., Any] | None = _compiled(self.network) if compile else None
+        self._ready: set[tuple[Any, ...]] = set()  # shapes of frames that were compiled
+        self._graphs: dict[tuple[Any, ...], _FrameGraph] = {}  # by shapes of the frame
         self.training = False
+        if hasattr(network, "rig_geometry"):  # see `perception.models.base.Network`
+            self.rig_geometry = network.rig_geometry
 
     def extra_repr(self) -> str:
         """Returns what was chosen, for `repr`."""
         return self.choice
 
-    def initial_state(self, batch_size: int) -> State:
+    def initial_state(self, batch_size: int) -> Any:
         """Returns the empty memory of a first frame, as `Network.initial_state`."""
         return self.network.initial_state(batch_size)
 
-    def forward(self, frame: Frame, state: State) -> tuple[Any, State]:
+    def forward(self, frame: Frame, state: Any, *geometry: Any) -> tuple[Any, Any]:
         """Processes one frame, as `Network.forward`. Raw outputs and memory are float32 in every precision.
 
         The first frame of a number of cameras is compiled, if that was asked for, with a line on stderr. With
@@ -76,47 +78,50 @@ class AcceleratedNetwork(nn.Module):
             ConfigError: the network cannot be compiled here.
         """
         if not self._cuda_graph:
-            return self._run(frame, state)
-        key = _shapes(frame, state)
+            return self._run(frame, state, *geometry)
+        inputs = (frame, state, *geometry)
+        key = _shapes(inputs)
         if key not in self._graphs:
-            self._graphs[key] = _FrameGraph(self._run, self.network.decode, frame, state)
-        return self._graphs[key](frame, state)
+            self._graphs[key] = _FrameGraph(self._run, self.network.decode, inputs)
+        return self._graphs[key](inputs)
 
     def decode(self, prediction: Any) -> FrameObjects:
         """Decodes boxes and lines, as `Network.decode`."""
         for graph in self._graphs.values():
             if prediction is graph.prediction:
-                return map_tensors(torch.clone, graph.objects)
+                objects: FrameObjects = map_tensors(torch.clone, graph.objects)
+                return objects
         return self.network.decode(prediction)
 
     def raw_outputs(self, prediction: Any) -> tuple[Tensor, ...]:
         """Returns the last layer before decoding, as `Network.raw_outputs`."""
         return self.network.raw_outputs(prediction)
 
-    def _run(self, frame: Frame, state: State) -> tuple[Any, State]:
+    def _run(self, frame: Frame, state: Any, *geometry: Any) -> tuple[Any, Any]:
         if self._channels_last:
             frame = frame._replace(images=_channels_last(frame.images))
         with self._autocast():
-            prediction, state = (self._compiled_call if self._compiled else self.network)(frame, state)
+            call = self._compiled_call if self._compiled is not None else self.network
+            prediction, state = call(frame, state, *geometry)
         return map_tensors(_float, prediction), map_tensors(_float, state)
 
-    def _compiled_call(self, frame: Frame, state: State) -> tuple[Any, State]:
+    def _compiled_call(self, *inputs: Any) -> Any:
         assert self._compiled is not None
-        key = _shapes(frame, state)
+        key = _shapes(inputs)
         if key in self._ready:
-            return self._compiled(frame, state)
-        _, N, _, H, W = frame.images.shape
+            return self._compiled(*inputs)
+        _, N, _, H, W = inputs[0].images.shape
         name = f"compiling {type(self.network).__name__} for {N} images of {H} x {W}"
         try:
             with _compiler_cache() as folder, stage(f"{name} (minutes, unless {folder} holds it)", progress=True):
-                result = self._compiled(frame, state)
+                result = self._compiled(*inputs)
         except Exception as error:  # compilers raise many types
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise ConfigError(f"the network cannot be compiled here ({reason}); leave compile out") from None
         self._ready.add(key)
         return result
 
-    def _autocast(self) -> AbstractContextManager:
+    def _autocast(self) -> AbstractContextManager[object]:
         if self.precision == "float32":
             return nullcontext()
         return torch.autocast(self._device_type, _DTYPES[self.precision])
@@ -213,15 +218,16 @@ def cpu_has_bfloat16() -> bool:
 
 
 def _channels_last(images: Tensor) -> Tensor:
-    return images.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, images.shape[:2])
+    flat = images.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    return flat.view(*images.shape[:2], *flat.shape[1:])
 
 
 def _float(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor is not None and tensor.is_floating_point() else tensor
 
 
-def _shapes(frame: Frame, state: State) -> tuple:
-    return tuple((tensor.shape, tensor.dtype) for tensor in (*_flat(frame), *_flat(state)))
+def _shapes(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple((tensor.shape, tensor.dtype) for tensor in _flat(inputs))
 
 
 # -------------------------------------------------------------------------------------------------------- compiler
@@ -245,27 +251,34 @@ def check_compiler() -> None:
         ) from None
 
 
-def _compiled(network: Any) -> Callable:
+def _compiled(network: Any) -> Callable[..., Any]:
+    def call(*inputs: Any) -> Any:  # a function, because compiled modules become submodules
+        return network(*inputs)
+
     # One graph without breaks. Weights are constants: they are packed for the processor once, not in every pass.
-    return torch.compile(network, fullgraph=True, dynamic=False, options={"freezing": True})
+    return torch.compile(call, fullgraph=True, dynamic=False, options={"freezing": True})
 
 
 @contextmanager
 def _compiler_cache() -> Iterator[Path]:
     """Lets the compiler store its results in the user's cache folder, for later processes.
 
-    The compiler's own default is a temporary folder. A folder that the user has named in `TORCHINDUCTOR_CACHE_DIR` is
-    kept.
+    Its own default is a temporary folder. A folder that the user has named in `TORCHINDUCTOR_CACHE_DIR` is kept.
     """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
     name = "TORCHINDUCTOR_CACHE_DIR"
-    folder = Path(os.environ.get(name) or user_cache() / "compiled")
     before = os.environ.get(name)
+    own = before is not None and before != default_cache_dir()  # PyTorch writes its default into the environment
+    folder = Path(before) if before is not None and own else user_cache() / "compiled"
     os.environ[name] = str(folder)
     try:
         yield folder
     finally:
         if before is None:
             del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 # ------------------------------------------------------------------------------------------------------- CUDA graph
@@ -273,7 +286,7 @@ def _compiler_cache() -> Iterator[Path]:
 
 def capture_graph(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
     """Captures a pass as a CUDA graph, after warm-up passes on another stream, which capturing requires."""
-    other = torch.cuda.Stream()
+    other = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     other.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(other):
         for _ in range(WARM_UP):
@@ -292,31 +305,30 @@ class _FrameGraph:
     Args:
         run: as `AcceleratedNetwork.forward`.
         decode: as `Network.decode`.
-        frame, state: of the first call; copied.
+        inputs: of the first call; copied.
     """
 
-    def __init__(self, run: Callable, decode: Callable, frame: Frame, state: State) -> None:
-        self._frame, self._state = map_tensors(torch.clone, frame), map_tensors(torch.clone, state)
+    def __init__(self, run: Callable[..., Any], decode: Callable[..., Any], inputs: tuple[Any, ...]) -> None:
+        self._inputs = tuple(map_tensors(torch.clone, part) for part in inputs)
         self.prediction: Any = None
         self.objects: Any = None
         self._after: Any = None
 
         def one_pass() -> None:
-            self.prediction, self._after = run(self._frame, self._state)
+            self.prediction, self._after = run(*self._inputs)
             self.objects = decode(self.prediction)
 
         self._graph = capture_graph(one_pass)
 
-    def __call__(self, frame: Frame, state: State) -> tuple[Any, State]:
+    def __call__(self, inputs: tuple[Any, ...]) -> tuple[Any, Any]:
         """Processes one frame; the prediction is valid until the next call."""
-        for buffer, tensor in zip(
-            (*_flat(self._frame), *_flat(self._state)), (*_flat(frame), *_flat(state)), strict=True
-        ):
+        for buffer, tensor in zip(_flat(self._inputs), _flat(inputs), strict=True):
             buffer.copy_(tensor)
         self._graph.replay()
         return self.prediction, map_tensors(torch.clone, self._after)
 
 
 def _flat(noun: Any) -> Iterator[Tensor]:
+    """Yields all tensors of NamedTuples in NamedTuples."""
     for part in noun:
         yield from _flat(part) if isinstance(part, tuple) else [part]

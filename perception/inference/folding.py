@@ -72,7 +72,8 @@ def _tensors(value: Any) -> Iterable[Tensor]:
 @torch.no_grad()
 def observe(network: Network) -> _Observer:
     """Runs one example frame and returns what the network does with its convolutions and batch norms."""
-    with _Observer(network) as observer:
+    observer = _Observer(network)
+    with observer:
         network(example_frame(network), network.initial_state(1))
     return observer
 
@@ -124,7 +125,8 @@ class _Float32Conv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         with torch.autocast(input.device.type, enabled=False):
-            return self._conv_forward(input.float(), self.weight, self.bias)
+            output: Tensor = self._conv_forward(input.float(), self.weight, self.bias)
+            return output
 
 
 def keep_float32(network: Network, observer: _Observer) -> None:

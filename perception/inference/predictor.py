@@ -27,6 +27,7 @@ from perception.inference.checks import (
 )
 from perception.inference.ego_motion import MAX_SPEED, MAX_TURN_RATE, Motion
 from perception.inference.fitting import fit_image
+from perception.inference.fixed_rig import FixedRig
 from perception.inference.folding import example_frame
 from perception.inference.images import AnyImage
 from perception.inference.live import LiveInput, Step, without_result
@@ -109,6 +110,7 @@ class Predictor:
         weights = weights_of(model, self.provenance) if isinstance(model, str | Path) else Weights()
         network = on_device(load_model(model) if isinstance(model, str | Path) else model, device)
         self.model = accelerated(network, precision=precision, compile=compile, cuda_graph=cuda_graph)
+        self._fixed_rig = FixedRig(self.model)
         self.device = torch.device(device)
         self._live = LiveInput(
             self.model.config.image_size, remembers(self.model), rig=rig, weights=weights, bgr=bgr,
@@ -233,7 +235,8 @@ class Predictor:
             return self._nothing(step, live.warnings.emit(step.findings))
         frame = self._frame(given, step)
         with torch.inference_mode():
-            prediction, state = self.model(map_tensors(lambda tensor: tensor.to(self.device), frame), self._state)
+            frame = map_tensors(lambda tensor: tensor.to(self.device), frame)
+            prediction, state = self.model(frame, self._state, *self._fixed_rig(frame))
             predicted = map_tensors(lambda tensor: tensor[0].cpu(), self.model.decode(prediction))
             above = self._above_threshold(predicted.boxes), self._above_threshold(predicted.lines)
             objects = chosen(predicted, *above)
