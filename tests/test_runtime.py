@@ -56,7 +56,7 @@ def test_numpy_types_have_the_fields_of_the_tensor_types():
 
 
 def test_step_equals_the_predictor(small_network, fp32_export, small_town):
-    predictor, runtime = Predictor(small_network), Runtime(fp32_export, min_score=0.02)
+    predictor, runtime = Predictor(small_network, precision="float32"), Runtime(fp32_export, min_score=0.02)
     predictor.min_score = 0.02
     rings = 0
     for step in five_steps(small_town):
@@ -78,7 +78,7 @@ def test_step_equals_the_predictor(small_network, fp32_export, small_town):
 
 def test_a_step_of_a_mixed_rig(small_network, mixed_export, small_town):
     """The runtime on NV12 of several sizes equals the predictor on the same images converted by OpenCV."""
-    predictor, runtime = Predictor(small_network), Runtime(mixed_export)
+    predictor, runtime = Predictor(small_network, precision="float32"), Runtime(mixed_export)
     images = ImageInputs(MIXED, "nv12")
     for k, (_, frame) in zip(range(3), replay_frames(small_town, 6), strict=False):
         given = camera_frame(frame, images)
@@ -277,8 +277,8 @@ def test_an_engine_whose_output_is_not_finite_drops_the_memory(engine_folder, sm
     steps = list(five_steps(small_town))
     runtime, fresh = Runtime(engine_folder, backend="tensorrt"), Runtime(engine_folder)
     runtime.step(*steps[0])
-    for address in runtime._session._memories:
-        cuda.cudaMemsetAsync(address, 0xFF, runtime.inputs["memory"].nbytes, None)  # NaN
+    for memory in runtime._session._memories:
+        cuda.cudaMemsetAsync(memory["memory"], 0xFF, runtime.inputs["memory"].nbytes, None)  # NaN
     with pytest.warns(PerceptionWarning, match="memory is dropped, and the next step is a first one"):
         objects = runtime.step(*steps[1])
     assert len(objects.boxes.score) == len(objects.lines.score) == 0 and not runtime.memory().any()

@@ -18,9 +18,7 @@ import torch
 from perception.benchmark.frames import (
     CAMERAS,
     COMPILE_LIMIT,
-    WARM_UP,
     Mode,
-    capture_graph,
     load_network,
     mode_settings,
     runs_on,
@@ -30,13 +28,15 @@ from perception.benchmark.stages import Recorder
 from perception.data.nuscenes import NuScenesDataset
 from perception.evaluation.dataset import evaluate_predictions
 from perception.export.certificate import METRICS, Certificate, Replay
-from perception.export.contract import ImageInputs
+from perception.export.contract import ImageInputs, comparable_memory
 from perception.export.onnx import DeployedNetwork
 from perception.export.parity import as_tensors, largest_and_mean, matched_distances, raw_differences, raw_queries
 from perception.export.replay import camera_frame, frame_inputs, replay_frames
 from perception.export.runtime import objects_of
 from perception.files import scratch_folder
+from perception.inference.acceleration import WARM_UP, capture_graph
 from perception.models import Network
+from perception.models.base import memory_tensors
 from perception.synthetic import VERSION, simulate
 from perception.types import NumpyFrameObjects
 
@@ -69,7 +69,7 @@ class DeployedRunner:
         self._model = torch.compile(model, dynamic=False) if mode.compiled else model
         self._cameras = len(images.sizes)
         self._inputs = [torch.from_numpy(array.copy()).to(device) for array in inputs]
-        self._memory = model.network.initial_state(1).bev
+        self._memory = list(memory_tensors(model.network.initial_state(1)).values())
         self._results: tuple[torch.Tensor, ...] = ()
         self._graph: torch.cuda.CUDAGraph | None = None
         with torch.inference_mode():
@@ -78,13 +78,15 @@ class DeployedRunner:
             else:
                 for _ in range(WARM_UP):
                     self._pass()
-            self._memory.zero_()
+            for memory in self._memory:
+                memory.zero_()
 
     def _pass(self) -> None:
         images, others = tuple(self._inputs[: self._cameras]), self._inputs[self._cameras :]
         with mode_settings(self._mode, self._device):
-            self._results = self._model(images, *others, self._memory)
-        self._memory.copy_(self._results[-1])
+            self._results = self._model(images, *others, *self._memory)
+        for memory, new in zip(self._memory, self._results[len(self._results) - len(self._memory) :], strict=True):
+            memory.copy_(new)
 
     @torch.inference_mode()
     def __call__(self, inputs: Sequence[np.ndarray]) -> tuple[dict[str, np.ndarray], float]:
@@ -101,9 +103,9 @@ class DeployedRunner:
             self._pass()
         else:
             self._graph.replay()
-        outputs = [_on_host(result) for result in self._results[:-1]]
+        outputs = [_on_host(result) for result in self._results[: len(self._names) - len(self._memory)]]
         seconds = time.perf_counter() - start
-        return dict(zip(self._names, [*outputs, _on_host(self._memory)], strict=True)), seconds
+        return dict(zip(self._names, [*outputs, *map(_on_host, self._memory)], strict=True)), seconds
 
 
 def _on_host(tensor: torch.Tensor) -> np.ndarray:
@@ -136,15 +138,22 @@ def compare(wanted: Run, found: Run, precision: str, focal_lengths: tuple[float,
         precision: "fp32" or "fp16", selects the tolerances.
         focal_lengths: of the cameras, in image widths.
     """
-    raw: dict[str, list[np.ndarray]] = {"memory": [], "raw_box": [], "raw_line": []}
+    raw: dict[str, list[np.ndarray]] = {}
     boxes, lines = [], []
     for expected, outputs in zip(wanted.outputs, found.outputs, strict=True):
-        raw["memory"].append(raw_differences(expected["new_memory"].ravel(), outputs["new_memory"].ravel()))
+        memories = [
+            comparable_memory({n.removeprefix("new_"): x for n, x in of.items() if n.startswith("new_")})
+            for of in (expected, outputs)
+        ]
+        for name, rows in memories[0].items():
+            raw.setdefault(name, []).append(raw_differences(rows, memories[1][name]))
         for kind in ("box", "line"):
-            raw[f"raw_{kind}"].append(raw_differences(raw_queries(expected, kind), raw_queries(outputs, kind)))
-    for one, other in zip(wanted.objects, found.objects, strict=True):
-        boxes.append(matched_distances(one.boxes.center, other.boxes.center, one.boxes, other.boxes))
-        lines.append(matched_distances(one.lines.points, other.lines.points, one.lines, other.lines))
+            raw.setdefault(f"raw_{kind}", []).append(
+                raw_differences(raw_queries(expected, kind), raw_queries(outputs, kind))
+            )
+    for first, second in zip(wanted.objects, found.objects, strict=True):
+        boxes.append(matched_distances(first.boxes.center, second.boxes.center, first.boxes, second.boxes))
+        lines.append(matched_distances(first.lines.points, second.lines.points, first.lines, second.lines))
     judged = Replay(
         cameras=CAMERAS,
         slots=CAMERAS,

@@ -20,18 +20,20 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from perception.benchmark.stages import Recorder
+from perception.cameras import usual_mounting
 from perception.errors import CheckpointError
-from perception.export.contract import ImageInputs
+from perception.export.contract import ImageInputs, comparable_memory
 from perception.export.onnx import example_inputs, named_raw_outputs, raw_names
 from perception.export.replay import match_rows
+from perception.inference.acceleration import WARM_UP, capture_graph
 from perception.models import Network, build_network, preset_config
+from perception.models.base import memory_tensors
 from perception.models.checkpoint import load_model, shipped_weights
 from perception.ops.bilinear import preferred_implementation
-from perception.types import CameraRig, Frame, FrameObjects, State, map_tensors
+from perception.types import CameraRig, Frame, FrameObjects, Memory, map_tensors, named_tensors
 
 CAMERAS = 6
 SECONDS, LEAST_PASSES, MOST_PASSES = 1.0, 30, 200  # of the timed passes of one mode
-WARM_UP = 3  # passes that are not timed
 LIMIT, COMPILE_LIMIT = 20.0, 110.0  # seconds of one measurement, with preparation
 KEPT_SHARE = 0.15  # of a stage's time, reserved for further measurements of the fastest mode
 PORTS = ("bevformer_tiny", "maptr_tiny_r50_24e_bevformer")  # published networks for boxes and for lines
@@ -156,12 +158,12 @@ def example_frame(network: Network, device: torch.device, seed: int = 0) -> Fram
     img_from_cam, ego_from_cam, present, motion, seconds, is_first = inputs[1:7]
     motion[0, 3] = -3.0
     rig = CameraRig(img_from_cam[None], ego_from_cam[None], present[None])
-    frame = Frame(images, rig, motion[None], torch.full_like(seconds, 0.5), ~is_first)
+    frame = Frame(images, rig, motion[None], torch.full_like(seconds, 0.5), ~is_first, *usual_mounting(1, CAMERAS))
     return map_tensors(lambda x: x.to(device), frame)
 
 
 @torch.inference_mode()
-def warm_state(network: Network, frame: Frame) -> State:
+def warm_state(network: Network, frame: Frame) -> Memory:
     """Returns the memory of a network in evaluation mode after a frame as its first one."""
     first = frame._replace(is_first=torch.ones_like(frame.is_first))
     return network(first, network.initial_state(1))[1]
@@ -169,7 +171,7 @@ def warm_state(network: Network, frame: Frame) -> State:
 
 # ------------------------------------------------------------------------------------------------------------ one mode
 
-Pass = Callable[[Frame, State], tuple[Any, FrameObjects, State]]
+Pass = Callable[[Frame, Memory], tuple[Any, FrameObjects, Memory]]
 
 
 class Runner:
@@ -182,7 +184,7 @@ class Runner:
         advance: compiled pass of a runner without a graph; compiled here if not given.
     """
 
-    def __init__(self, network: Network, frame: Frame, state: State, mode: Mode, advance: Pass | None = None) -> None:
+    def __init__(self, network: Network, frame: Frame, state: Memory, mode: Mode, advance: Pass | None = None) -> None:
         if not mode.channels_last:
             frame = frame._replace(images=frame.images.contiguous())
         elif advance is None:
@@ -191,7 +193,7 @@ class Runner:
         self.frame, self.state = map_tensors(torch.clone, frame), map_tensors(torch.clone, state)
         self._start = state
 
-        def forward_and_decode(frame: Frame, state: State) -> tuple[Any, FrameObjects, State]:
+        def forward_and_decode(frame: Frame, state: Memory) -> tuple[Any, FrameObjects, Memory]:
             prediction, state = network(frame, state)
             return prediction, network.decode(prediction), state
 
@@ -211,10 +213,10 @@ class Runner:
             else:
                 self._graph.replay()
 
-    def first_pass(self) -> tuple[Any, FrameObjects, State]:
+    def first_pass(self) -> tuple[Any, FrameObjects, Memory]:
         """Runs a pass from the initial memory and returns copies of prediction, objects and new memory."""
         with torch.inference_mode():
-            self.state.bev.copy_(self._start.bev)
+            _copy(self._start, self.state)
             self()
             prediction, objects, state = (map_tensors(torch.clone, noun) for noun in (*self.results, self.state))
             return prediction, objects, state
@@ -222,8 +224,14 @@ class Runner:
     def _pass(self) -> None:
         with mode_settings(self.mode, self.device):
             prediction, objects, after = self.advance(self.frame, self.state)
-            self.state.bev.copy_(after.bev)
+            _copy(after, self.state)
         self.results = prediction, objects
+
+
+def _copy(memory: Memory, into: Memory) -> None:
+    """Copies the tensors of a memory into those of another one."""
+    for source, target in zip(named_tensors(memory).values(), named_tensors(into).values(), strict=True):
+        target.copy_(source)
 
 
 def mode_settings(mode: Mode, device: torch.device) -> AbstractContextManager:
@@ -236,21 +244,6 @@ def mode_settings(mode: Mode, device: torch.device) -> AbstractContextManager:
     if mode.precision in DTYPES:
         stack.enter_context(torch.autocast(device.type, DTYPES[mode.precision]))
     return stack
-
-
-def capture_graph(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """Captures a pass as a CUDA graph, after warm-up passes on another stream, which capturing requires."""
-    other = torch.cuda.Stream()
-    other.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(other):
-        for _ in range(WARM_UP):
-            run()
-    torch.cuda.current_stream().wait_stream(other)
-    graph = torch.cuda.CUDAGraph()
-    # Relaxed: kernels that run for the first time may be loaded during the capture.
-    with torch.cuda.graph(graph, capture_error_mode="relaxed"):
-        run()
-    return graph
 
 
 @contextmanager
@@ -377,7 +370,7 @@ def _measure_copies(runner: Runner, reference: Runner) -> dict:
 
 
 def differences(
-    network: Network, expected: tuple[Any, FrameObjects, State], found: tuple[Any, FrameObjects, State]
+    network: Network, expected: tuple[Any, FrameObjects, Memory], found: tuple[Any, FrameObjects, Memory]
 ) -> dict[str, list[float] | None]:
     """Compares memory, raw boxes and raw lines of the last layer.
 
@@ -387,7 +380,11 @@ def differences(
     Returns:
         Largest and mean difference by name; None if a number is not finite.
     """
-    pairs = {"memory": [noun[2].bev.flatten()[:, None] for noun in (expected, found)]}
+    memories = [
+        comparable_memory({name: x.cpu().numpy() for name, x in memory_tensors(noun[2]).items()})
+        for noun in (expected, found)
+    ]
+    pairs = {name: [torch.from_numpy(memory[name]) for memory in memories] for name in memories[0]}
     for kind in network.finds:
         raws = [named_raw_outputs(network, noun[0]) for noun in (expected, found)]
         names = raw_names(network, kind)
@@ -400,7 +397,7 @@ def differences(
         if not np.isfinite(other).all():
             result[name] = None
             continue
-        if name != "memory":
+        if one.ndim > 1:
             other = other[match_rows(one, other)]
         off = np.abs(one - other) / np.maximum(1, np.abs(one))
         result[name] = [float(off.max()), float(off.mean())]

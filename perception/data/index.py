@@ -35,6 +35,7 @@ from perception.data.table_checks import NO_CHANNEL, TableCheck
 from perception.data.table_files import TABLES
 from perception.data.tables import DETECTION_CLASS
 from perception.errors import DataError
+from perception.files import user_cache
 from perception.geometry import invert_rigid, rigid_from_quaternion, yaw_from_rotation
 from perception.rigs.rig import RIG_FILE, Rig
 from perception.types import ATTRIBUTES, BOX_CLASSES, LaneRange
@@ -71,6 +72,7 @@ class Index(NamedTuple):
     image_size: np.ndarray  # [S, N, 2] int32 height, width
     img_from_cam: np.ndarray  # [S, N, 3, 3] float64 pixels of the original image
     ego_from_cam: np.ndarray  # [S, N, 4, 4] float64, the exposure's pose carried to the reference time
+    ego_from_exposure: np.ndarray  # [S, N, 4, 4] float64, ego motion from the camera's exposure to the reference time
     box_offset: np.ndarray  # [S+1] int64
     box_center: np.ndarray  # [boxes, 3] float32 ego
     box_size: np.ndarray  # [boxes, 3] float32 length, width, height
@@ -79,6 +81,7 @@ class Index(NamedTuple):
     box_label: np.ndarray  # [boxes] int64 index into BOX_CLASSES
     box_attribute: np.ndarray  # [boxes] int64 index into ATTRIBUTES, -1 for none
     box_points: np.ndarray  # [boxes] int64 LiDAR and radar points on the object, see `NuScenesDataset.gt_boxes`
+    box_instance: np.ndarray  # [boxes] int64 row of the object in the instance table, the same in all its samples
     lines: Lines  # of the lane range that the index was made for
     wide_lines: Lines  # of its `wide_range`
 
@@ -117,7 +120,7 @@ def load_index(
     for table in TABLES:
         if not (tables / f"{table}.json").is_file():
             raise DataError(f"{tables / f'{table}.json'} is missing: unpack the dataset's metadata again")
-    folder = cache_dir or index_files.default_cache()
+    folder = cache_dir or user_cache()
     cache = folder / f"index-{_inputs_hash(dataroot, version, split, cameras, lane_range, folder)}.bin"
     with _building:  # threads of one process wait for each other; processes may build the same index and both store it
         arrays = index_files.read(cache, _array_names())
@@ -234,7 +237,7 @@ def _samples(checked: TableCheck, samples: np.ndarray, cameras: tuple[str, ...],
     paths = [[b""] * N for _ in range(S)]
     sizes = np.zeros((S, N, 2), dtype=np.int32)
     img_from_cam = np.tile(np.eye(3), (S, N, 1, 1))
-    ego_from_cam = np.tile(np.eye(4), (S, N, 1, 1))
+    ego_from_cam, ego_from_exposure = np.tile(np.eye(4), (2, S, N, 1, 1))
     place = np.full(checked.tables["sample"].rows, -1)
     place[samples] = np.arange(S)
     for k, camera in enumerate(cameras):
@@ -257,7 +260,8 @@ def _samples(checked: TableCheck, samples: np.ndarray, cameras: tuple[str, ...],
             for row, height, width in kinds.tolist():
                 model = _checked_model(folder, checked.rig, camera, (height, width), calibrations[row])
                 img_from_cam[at[calibration == row], k] = model
-        ego_from_cam[at, k] = invert_rigid(global_from_ego[at]) @ files.poses(found) @ calibrations[calibration]
+        ego_from_exposure[at, k] = invert_rigid(global_from_ego[at]) @ files.poses(found)
+        ego_from_cam[at, k] = ego_from_exposure[at, k] @ calibrations[calibration]
     return {
         "timestamp_us": files.time[lidar],
         "global_from_ego": global_from_ego,
@@ -266,6 +270,7 @@ def _samples(checked: TableCheck, samples: np.ndarray, cameras: tuple[str, ...],
         "image_size": sizes,
         "img_from_cam": img_from_cam,
         "ego_from_cam": ego_from_cam,
+        "ego_from_exposure": ego_from_exposure,
     }
 
 
@@ -333,6 +338,7 @@ def _boxes(checked: TableCheck, samples: np.ndarray, global_from_ego: np.ndarray
         "box_label": label[rows],
         "box_attribute": attribute[rows],
         "box_points": checked.box_points[rows],
+        "box_instance": checked.instance[rows].astype(np.int64),
     }
 
 

@@ -287,8 +287,8 @@ def _torch(network: Network, inputs: tuple, images: ImageInputs, *, compiled: bo
                 raise
             raise ConfigError(f"the network cannot be compiled here: {_first_line(error)}") from None
         if memory:
-            memory[0] = results[-1]
-        last[:] = [result.cpu() for result in (results[:-1] if memory else results)]
+            memory[:] = results[-len(memory) :]
+        last[:] = [result.cpu() for result in results[: len(results) - len(memory)]]
         return filling
 
     def outputs() -> dict[str, np.ndarray]:
