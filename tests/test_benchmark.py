@@ -217,7 +217,10 @@ def host_tensors_of_a_pass(config) -> HostTensors:
     return record
 
 
-@pytest.mark.parametrize("name", ["flagship", *frames.PORTS, "maptr_tiny_r50_24e_gkt", "maptrv2_nusc_r50_24ep"])
+@pytest.mark.parametrize(
+    "name",
+    ["flagship", *frames.PORTS, "maptr_tiny_r50_24e_gkt", "maptrv2_nusc_r50_24ep", "mapqr_nusc_r50_24ep"],
+)
 def test_a_pass_uses_no_host_tensors(name, small_network, monkeypatch):
     """A CUDA graph cannot capture host tensors; operators with data-dependent shapes raise here."""
     if "maptrv2" in name:  # its shapes are independent of data only when compiled

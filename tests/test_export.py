@@ -45,6 +45,7 @@ from perception.models import build_network
 from perception.models.bevformer.config import BEVFormerConfig
 from perception.models.bevformer.model import BEVFormer
 from perception.models.checkpoint import load_model, save_checkpoint
+from perception.models.mapqr.config import MapQRConfig
 from perception.models.maptr.config import MapTRConfig
 from perception.models.maptrv2.config import MapTRv2Config
 from perception.models.maptrv2.model import MapTRv2
@@ -327,7 +328,7 @@ def test_other_numbers_of_cameras(small_network, small_town, other_rig_town, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("network", ["bevformer", "maptr", "maptrv2"])
+@pytest.mark.parametrize("network", ["bevformer", "maptr", "maptrv2", "mapqr"])
 def test_published_networks_are_exported(network, small_town, tmp_path):
     """They have static shapes, run in single precision, and have or do not have a memory."""
     torch.manual_seed(0)
@@ -337,6 +338,9 @@ def test_published_networks_are_exported(network, small_town, tmp_path):
     }  # fmt: skip
     if network == "bevformer":
         config = BEVFormerConfig(**small, bev=(10, 10), rotate_center=(5, 5), queries=15, max_boxes=10)
+    elif network == "mapqr":
+        small["encoder_layers"] = 2  # the heights of the first layer reach the second
+        config = MapQRConfig(**small, bev=(10, 6), lines=6, line_points=5, max_lines=5)
     elif network == "maptr":
         config = MapTRConfig(**small, bev=(10, 6), lines=6, line_points=5, max_lines=5, gkt_kernel=(3, 5))
     else:

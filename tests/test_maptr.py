@@ -18,6 +18,8 @@ from perception.models.bev_transformer.config import BEVTransformerConfig
 from perception.models.bevformer.config import BEVFormerConfig
 from perception.models.bevformer.model import BEVFormer
 from perception.models.checkpoint import load_model, save_checkpoint
+from perception.models.mapqr.config import MapQRConfig
+from perception.models.mapqr.model import MapQR
 from perception.models.maptr.config import MapTRConfig
 from perception.models.maptr.model import MapTR, MapTRHead, RawLines, topk_lines
 from perception.models.published.backbone import PublishedBackboneConfig
@@ -75,13 +77,15 @@ def test_one_frame_and_decoded_lines(golden, network):
         torch.testing.assert_close(metres[0, keep], expected[f"{name}_pts"], atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("network", ["bevformer", "maptr"])
+@pytest.mark.parametrize("network", ["bevformer", "maptr", "mapqr"])
 def test_imported_networks_are_evaluated(network, tmp_path, town_root):
     """Runs scripts/evaluate.py's functions on a network without lines and on one without boxes."""
     backbone = PublishedBackboneConfig(width=4, channels=32)
     small = {"backbone": backbone, "channels": 32, "feed_forward": 48, "heads": 4, "decoder_layers": 2}
     if network == "maptr":
         model = MapTR(MapTRConfig(image_size=(60, 90), bev=(20, 10), lines=6, **small))
+    elif network == "mapqr":
+        model = MapQR(MapQRConfig(image_size=(60, 90), bev=(20, 10), lines=6, pillar_points=4, **small))
     else:
         model = BEVFormer(BEVFormerConfig(image_size=(60, 90), bev=(20, 20), queries=12, encoder_layers=1, **small))
     data = NuScenesDataset(town_root, VERSION, "town_val", image_size=(60, 90))
@@ -89,7 +93,9 @@ def test_imported_networks_are_evaluated(network, tmp_path, town_root):
     assert 0 <= evaluation.detection.nds < 0.2 and 0 <= evaluation.lanes.mean_ap < 0.2
     assert len(stream.objects) == len(data) and evaluation.table()
     path = tmp_path / f"{network}.py"
-    preset = "bevformer_tiny" if network == "bevformer" else "maptr_tiny_r50_24e_bevformer"
+    preset = {
+        "bevformer": "bevformer_tiny", "maptr": "maptr_tiny_r50_24e_bevformer", "mapqr": "mapqr_nusc_r50_24ep",
+    }[network]  # fmt: skip
     path.write_text(f"""
 model = dict(preset={preset!r}, image_size=(60, 90))
 val_data = dict(dataroot={str(town_root)!r}, version={VERSION!r}, split="town_val")

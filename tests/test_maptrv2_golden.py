@@ -10,7 +10,7 @@ from perception.models.maptr.losses import maptr_losses, match_lines
 from perception.models.maptr.model import topk_lines
 from perception.models.maptrv2.config import MapTRv2Config
 from perception.models.maptrv2.encoder import camera_parameters, lifted_points
-from perception.models.maptrv2.losses import MAPTRV2_LOSS_WEIGHTS, auxiliary_losses
+from perception.models.maptrv2.losses import MAPTRV2_LOSS_WEIGHTS, depth_loss, segmentation_losses
 from perception.models.maptrv2.model import MapTRv2
 from perception.models.published.backbone import PublishedBackboneConfig
 from perception.types import CameraRig
@@ -139,9 +139,9 @@ def test_losses_and_gradients(golden, network, published):
             prefix = "" if layer == len(layers) - 1 else f"d{layer}."
             terms |= {f"{prefix}loss_{key}{name}": values[f"line_{ours}"] for key, ours in LINE_TERMS.items()}
     depth = nearest_returns(inputs["gt_depth"], tuple(content["feat"]))
-    others = auxiliary_losses(
-        network, prediction, inputs["gt_seg"].float(), inputs["gt_pv_seg"].float(), depth, rig.present
-    )
+    others = segmentation_losses(
+        network, prediction, inputs["gt_seg"].float(), inputs["gt_pv_seg"].float(), rig.present
+    ) | {"depth": depth_loss(network, prediction, depth, rig.present)}
     terms |= {"loss_seg": others["bev_seg"], "loss_pv_seg": others["image_seg"], "loss_depth": others["depth"]}
     assert others.keys() | {f"line_{x}" for x in LINE_TERMS.values()} <= MAPTRV2_LOSS_WEIGHTS.keys()
     assert {name for name, value in expected["losses"].items() if value} <= terms.keys()

@@ -22,6 +22,7 @@ from perception.geometry import rigid_from_yaw
 from perception.inference.predictor import Predictor
 from perception.models import build_network
 from perception.models.bevformer.config import BEVFormerConfig
+from perception.models.mapqr.config import MapQRConfig
 from perception.models.maptr.config import MapTRConfig
 from perception.models.maptrv2.config import MapTRv2Config
 from perception.models.maptrv2.encoder import camera_parameters, lifted_points
@@ -35,6 +36,7 @@ from perception.types import NUSCENES_EGO_FROM_LIDAR, Clip, map_tensors
 
 PORTS = {
     "bevformer": BEVFormerConfig, "maptr": MapTRConfig, "gkt": MapTRConfig.gkt, "maptrv2": MapTRv2Config,
+    "mapqr": MapQRConfig,
 }  # fmt: skip
 
 

@@ -217,6 +217,7 @@ def test_perfect_predictions_have_no_loss(network, town_root):
         "bevformer_tiny",
         "maptr_tiny_r50_24e_gkt",
         "maptrv2_nusc_r50_24ep",
+        "mapqr_nusc_r50_24ep",
     ],
 )
 def test_published_networks_are_trained(preset, town_root, tmp_path):

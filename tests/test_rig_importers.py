@@ -3,6 +3,7 @@
 import json
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -12,10 +13,11 @@ from conftest import PROJECT, existing
 from scipy.spatial.transform import Rotation
 
 from perception.errors import DataError, PerceptionWarning
-from perception.geometry import invert_rigid, transform_points
+from perception.geometry import invert_rigid, rigid_from_yaw, transform_points
 from perception.rigs import Rig, import_rig
 from perception.rigs.importers import FORMATS
 from perception.rigs.models import BrownConrady, KannalaBrandt, Mei, Pinhole
+from perception.rigs.ros import Frames
 
 RIGS = PROJECT.parent / "shared" / "data" / "rigs"
 HALF = 0.5  # px, from pixel centres at whole numbers to ours
@@ -405,6 +407,17 @@ def test_ros_static_transforms_body_and_optical_frames(tmp_path):
     echoed = import_rig(tmp_path / "echo.yaml", "ros", poses=tmp_path / "tf.yaml")
     np.testing.assert_array_equal(echoed["echo"].ego_from_cam, rig["right"].ego_from_cam)
     assert echoed["echo"].model == rig["right"].model
+
+
+def test_frames_that_are_their_own_parents_are_named():
+    step = rigid_from_yaw(0.3, (1.0, 2.0, 0.0))
+    tree = Frames.of(Path("/tf"), [("a", "b", step), ("b", "a", step), ("base", "c", step), ("c", "d", step)])
+    for ask in (lambda: tree.base_from("a", "base"), lambda: tree.leads_to("b", "base"), lambda: tree.root("a")):
+        with refused("its own parent; give a tree of frames"):
+            ask()
+    assert tree.leads_to("d", "base") and not tree.leads_to("base", "d") and tree.root("d") == "base"
+    np.testing.assert_allclose(tree.base_from("d", "base"), step @ step)
+    np.testing.assert_allclose(tree.base_from("b", "a"), step)
 
 
 def test_mistakes_in_ros_files_are_named(tmp_path):

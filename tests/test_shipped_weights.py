@@ -62,7 +62,7 @@ def numbers() -> dict[str, list[float]]:
             value = getattr(prediction, name)
             if name not in dense and name != "images":  # [L, B, Q, ...]
                 found[f"{k} {name}"] = value.mean((1, 2)).flatten().tolist()
-        boxes, lines = model.decode(prediction)
+        boxes, lines, _ = model.decode(prediction)
         found[f"{k} decoded"] = [
             boxes.score[boxes.valid].sum().item(), lines.score[lines.valid].sum().item(), boxes.valid.sum().item(),
             boxes.size.mean().item(), boxes.uncertainty.mean().item(), lines.points.abs().mean().item(),

@@ -22,9 +22,9 @@ from perception.data.corruptions import (
     droppable_cameras,
     perturb_extrinsics,
 )
-from perception.data.index import wide_range
 from perception.data.lane_map import cut_lines
 from perception.data.loader import pad_lines
+from perception.data.sample_lines import wide_range
 from perception.errors import ConfigError
 from perception.geometry import invert_rigid, rigid_from_yaw, transform_points
 from perception.types import Boxes, Clip, Frame, LaneRange, MapLine

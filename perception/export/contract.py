@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, prod
 from pathlib import Path
@@ -79,7 +79,20 @@ MEANING = {
     "line_label": "index into line_classes",
     "line_score": "0..1, highest first",
     "line_uncertainty": "expected absolute error of each point along ego x and y, metres",
-    "new_memory": "the memory input of the next frame",
+    "box_id": "of the tracked object, the same from frame to frame",
+}
+MEMORY_PARTS = {  # of networks whose memory has several parts
+    "memory_boxes_feature": "features of the remembered instances",
+    "memory_boxes_anchor": "their boxes in the LiDAR frame of the previous frame: centre (m), logarithms of length, "
+    "width and height (m), sin and cos of the yaw, velocity (m/s)",
+    "memory_boxes_confidence": "their confidence, 0..1",
+    "memory_boxes_ids": "their ids; the graph gives new ids by counting",
+    "memory_boxes_next_id": "the next new id; zeros start anew",
+    "memory_lines_feature": "features of the remembered lines",
+    "memory_lines_anchor": "their points in the LiDAR frame of the previous frame, metres",
+    "memory_lines_confidence": "their confidence, 0..1",
+    "memory_lines_ids": "their ids",
+    "memory_lines_next_id": "the next new id of a line",
 }
 RAW_MEANING = "output of the last decoder layer before decoding, for comparisons"  # of outputs with the prefix raw_
 
@@ -235,6 +248,10 @@ def write_contract(
     image = IMAGE_FORMATS[images.image_format] + ", rows from the top; ignored while the camera is missing"
     meaning = MEANING | dict.fromkeys(images.names, image)
     meaning |= {name: RAW_MEANING for name in outputs if name.startswith("raw_")}
+    for name in memory_names(inputs):
+        text = MEANING["memory"].replace("new_memory", f"new_{name}")
+        meaning[name] = f"{MEMORY_PARTS[name]}; {text}" if name in MEMORY_PARTS else text
+        meaning[f"new_{name}"] = f"the {name} input of the next frame"
     if fixed_rig:
         meaning |= {name: f"not read: fixed in the graph, see calibration; {meaning[name]}" for name in FIXED}
 
@@ -274,6 +291,30 @@ def write_contract(
         }
         | ({"calibration": fixed_rig.as_dict()} if fixed_rig else {}),
     )
+
+
+def memory_names(names: Iterable[str]) -> list[str]:
+    """Returns those of the names of inputs that are parts of the memory; the outputs are called `new_` and the same."""
+    return [name for name in names if name == "memory" or name.startswith("memory_")]
+
+
+def comparable_memory(memory: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Joins the parts of a memory for comparisons.
+
+    Args:
+        memory: its parts [1, ...] by name.
+
+    Returns:
+        A single part as a flat array. Of instances their parts as rows [T, C], whose order is not defined where two
+        have the same confidence. Ids are left out, because the order decides which instance gets which.
+    """
+    if set(memory) <= {"memory"}:
+        return {name: part.ravel() for name, part in memory.items()}
+    kinds: dict[str, list[np.ndarray]] = {}
+    for name, part in memory.items():
+        if part.dtype.kind == "f":
+            kinds.setdefault("_".join(name.split("_")[:2]), []).append(part[0].reshape(part.shape[1], -1))
+    return {kind: np.concatenate(parts, 1) for kind, parts in kinds.items()}
 
 
 def read_contract(folder: str | Path) -> dict:

@@ -31,11 +31,12 @@ from perception.export.half import WEIGHTED, check_weight, convert_to_half
 from perception.export.images import ImagePreprocessing
 from perception.export.lowering import OPSET, OPSET_FP8, TRACED, lower_graph
 from perception.export.progress import stage
-from perception.export.quantize import KINDS, quantize_graph, quiet, record_frames
+from perception.export.quantize import KINDS, FrameInputs, quantize_all, quantize_graph, quiet, record_frames
 from perception.files import replacing
 from perception.inference.crop import fitted_rig
 from perception.models import Network
-from perception.types import NUSCENES_EGO_FROM_LIDAR, CameraRig, Frame, NumpyCameraRig, State, Weights
+from perception.models.base import memory_tensors, with_tensors
+from perception.types import NUSCENES_EGO_FROM_LIDAR, CameraRig, Frame, NumpyCameraRig, Weights
 
 if TYPE_CHECKING:
     import onnx
@@ -66,12 +67,12 @@ class DeployedNetwork(nn.Module):
     def __init__(self, network: Network, images: ImageInputs) -> None:
         super().__init__()
         self.network = network
-        self.remembers = network.initial_state(1).bev.numel() > 0
-        self.others = (*network.extra_inputs, *(("memory",) if self.remembers else ()))
-        self.input_names = (*images.names, *CALIBRATION_AND_MOTION, *self.others)
+        memories = tuple(memory_tensors(network.initial_state(1)))
+        self.remembers = bool(memories)
+        self.input_names = (*images.names, *CALIBRATION_AND_MOTION, *network.extra_inputs, *memories)
         self.output_names = tuple(
-            name for kind in network.finds for name in (*OUTPUTS[kind], *raw_names(network, kind))
-        ) + (("new_memory",) if self.remembers else ())
+            name for kind in network.finds for name in (*output_names(network, kind), *raw_names(network, kind))
+        ) + tuple(f"new_{name}" for name in memories)
         self.preprocess = ImagePreprocessing(images, network.config.image_size)
         # For networks that do not read them.
         for name, tensor in zip(("usual_lidar", "still"), usual_mounting(1, len(images.sizes)), strict=True):
@@ -86,7 +87,7 @@ class DeployedNetwork(nn.Module):
         ego_from_prev: Tensor,
         seconds_since_prev: Tensor,
         is_first: Tensor,
-        *others: Tensor,
+        *extra_and_memory: Tensor,
     ) -> tuple[Tensor, ...]:
         """Predicts one frame.
 
@@ -95,28 +96,36 @@ class DeployedNetwork(nn.Module):
         """
         if self.preprocess.fitted:
             img_from_cam = self.preprocess.img_from_raw @ img_from_cam
-        given = dict(zip(self.others, others, strict=True))
+        extra = dict(zip(self.network.extra_inputs, extra_and_memory, strict=False))
         frame = Frame(
             self.preprocess(images)[None],
             CameraRig(img_from_cam[None], ego_from_cam[None], present[None]),
             ego_from_prev[None],
             seconds_since_prev,
             is_first,
-            given["ego_from_lidar"][None] if "ego_from_lidar" in given else self.usual_lidar,
+            extra["ego_from_lidar"][None] if "ego_from_lidar" in extra else self.usual_lidar,
             self.still,
         )
-        state = State(given["memory"]) if self.remembers else self.network.initial_state(1)
+        state = with_tensors(self.network.initial_state(1), extra_and_memory[len(extra) :])
         prediction, state = self.network(frame, state)
         objects = self.network.decode(prediction)
         raw = named_raw_outputs(self.network, prediction)
         results = []
         for kind in self.network.finds:
             tensors = objects.boxes if kind == "box" else objects.lines
-            for name in OUTPUTS[kind]:
+            for name in output_names(self.network, kind):
+                if name == "box_id" and objects.ids is not None:
+                    results.append(objects.ids.boxes[0].int())
+                    continue
                 result = getattr(tensors, name.removeprefix(f"{kind}_"))[0]
                 results.append(result.int() if name.endswith("label") else result)
             results += [raw[name][0] for name in raw_names(self.network, kind)]
-        return (*results, state.bev) if self.remembers else tuple(results)
+        return (*results, *memory_tensors(state).values())
+
+
+def output_names(network: Network, kind: str) -> tuple[str, ...]:
+    """Returns the names of an export's decoded boxes ("box") or lines ("line"); those of a tracker have ids."""
+    return (*OUTPUTS[kind], "box_id") if kind == "box" and network.tracks else OUTPUTS[kind]
 
 
 def raw_names(network: Network, kind: str) -> tuple[str, ...]:
@@ -132,8 +141,8 @@ def named_raw_outputs(network: Network, prediction: Any) -> dict[str, Tensor]:
 def example_inputs(network: Network, images: ImageInputs) -> tuple[Any, ...]:
     """Returns arguments of `DeployedNetwork.forward` for a first frame, with cameras in all directions.
 
-    The first argument holds the images of all cameras. The last ones are `Network.extra_inputs` and the memory, which a
-    network without a memory does not have.
+    The first argument holds the images of all cameras. The last ones are `Network.extra_inputs` and the tensors of the
+    memory, which a network without a memory does not have.
     """
     cameras = len(images.sizes)
     angle = torch.arange(cameras) * (2 * torch.pi / cameras)
@@ -146,13 +155,12 @@ def example_inputs(network: Network, images: ImageInputs) -> tuple[Any, ...]:
     img_from_cam = torch.tensor(
         [[[0.7 * W, 0.0, W / 2], [0.0, 0.7 * W, H / 2], [0.0, 0.0, 1.0]] for H, W in images.sizes]
     )
-    memory = network.initial_state(1).bev
+    memory = memory_tensors(network.initial_state(1)).values()
     extra = {"ego_from_lidar": torch.tensor(NUSCENES_EGO_FROM_LIDAR)}
     return (
         tuple(torch.randint(0, 256, images.shape(n), dtype=torch.uint8) for n in range(cameras)),
         img_from_cam, ego_from_cam, torch.ones(cameras, dtype=torch.bool), torch.eye(4), torch.zeros(1),
-        torch.ones(1, dtype=torch.bool), *(extra[name] for name in network.extra_inputs),
-        *((memory,) if memory.numel() else ()),
+        torch.ones(1, dtype=torch.bool), *(extra[name] for name in network.extra_inputs), *memory,
     )  # fmt: skip
 
 
@@ -203,7 +211,7 @@ def export_onnx(
     image_format: str = "rgb",
     precision: str = "fp32",
     for_cpu: bool = False,
-    calibration: NuScenesDataset | None = None,
+    calibration: NuScenesDataset | Sequence[FrameInputs] | None = None,
     graph: onnx.ModelProto | None = None,
     weights: Weights | None = None,
     fixed_rig: FixedRig | None = None,
@@ -222,7 +230,8 @@ def export_onnx(
             bits in the layers with weights that are not too sensitive, and float16 as before in the others.
         for_cpu: with "int8", unsigned activations for instructions of CPUs such as AVX-512 VNNI, and float32 instead of
             float16.
-        calibration: dataset for the quantization ranges, with images of the export's size or larger.
+        calibration: dataset for the quantization ranges, with images of the export's size or larger. Or the frames for
+            the ranges themselves, by input of the graph: then no layer is excepted for its sensitivity.
         graph: result of `trace` for the same network, cameras and sizes, which takes longest; traced here if None.
         weights: what results say about the weights of the network, from `weights_of`; None if that is not known.
         fixed_rig: the only calibration that the graph is for, of a network with `for_rig`; None for the others.
@@ -251,8 +260,11 @@ def export_onnx(
         if halved:
             convert_to_half(graph)  # checks the weights that the trace has folded, before the long work
         kind = "uint8" if for_cpu else precision
-        frames = record_frames(graph, calibration, images, progress=progress)
-        graph, quantization = quantize_graph(graph, frames, kind, progress=progress)
+        if isinstance(calibration, NuScenesDataset):
+            frames = record_frames(graph, calibration, images, progress=progress)
+            graph, quantization = quantize_graph(graph, frames, kind, progress=progress)
+        else:
+            graph, quantization = quantize_all(graph, calibration, kind)
     if halved:
         graph = convert_to_half(graph)
     custom = sorted({node.op_type for node in graph.graph.node if node.domain not in ("", "ai.onnx")})

@@ -105,6 +105,11 @@ class LiveInput:
             if self._virtual.rig.ego_from_lidar is not None:
                 self.ego_from_lidar = self._virtual.rig.ego_from_lidar.copy()
 
+    @property
+    def cameras(self) -> int | None:
+        """Number of images that the network gets, None if every step decides."""
+        return None if self._virtual is None else len(self._virtual.cameras)
+
     def arguments(self, images: Any, rig: Any, global_from_ego: Any, time_s: Any) -> tuple[Any, Any, Any, Any]:
         """Returns the arguments of `step` with the images and the calibration of pinholes.
 

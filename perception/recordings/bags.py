@@ -347,20 +347,13 @@ def pose_from_message(position: Any, orientation: Any, where: str) -> NDArray[np
 
 def _between(tree: Frames, frame: str, base: str) -> NDArray[np.float64]:
     """The pose of `base` in `frame`, through the root of both."""
-
-    def root_from(at: str) -> tuple[str, NDArray[np.float64]]:
-        root = at
-        while root in tree.parents:
-            root = tree.parents[root][0]
-        return root, tree.base_from(at, root) if root != at else np.eye(4)
-
-    (root, root_from_frame), (other, root_from_base) = root_from(frame), root_from(base)
-    if root != other:
+    root = tree.root(frame)
+    if root != tree.root(base):
         raise DataError(
             f"{tree.path}: poses are those of {frame!r}, and the transforms do not say where it is in {base!r}; give "
             "--base-frame, or another --pose-topic"
         )
-    return invert_rigid(root_from_frame) @ root_from_base
+    return invert_rigid(tree.base_from(frame, root)) @ tree.base_from(base, root)
 
 
 def _rig(found: _Index, topics: Mapping[str, str], tree: Frames, base_frame: str, base_height: float, name: str) -> Rig:

@@ -97,6 +97,8 @@ class BEVFormer(nn.Module):
     finds: ClassVar[tuple[str, ...]] = ("box",)
     loss_weights: ClassVar[Mapping[str, float]] = BOX_LOSS_WEIGHTS
     image_loss = None
+    needs_gt: ClassVar[bool] = False
+    tracks: ClassVar[bool] = False
     raw_names: ClassVar[tuple[str, ...]] = ("box_logits", "box_params")
     extra_inputs: ClassVar[tuple[str, ...]] = ("ego_from_lidar",)
     no_export: ClassVar[str] = ""

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perception.geometry import invert_rigid, transform_points
+from perception.geometry import full_precision, invert_rigid, transform_points
 from perception.models.maptrv2.config import MapTRv2Config
 from perception.models.published.geometry import constants
 from perception.types import CameraRig
@@ -228,6 +228,7 @@ class LiftSplat(nn.Module):
         return (batch * rows + cell[..., 1]) * columns + cell[..., 0], inside
 
 
+@full_precision
 def lifted_points(
     config: MapTRv2Config,
     rig: CameraRig,

@@ -24,12 +24,15 @@ from perception.targets import densify, draw_bev_segmentation, ray_cast_boxes
 from perception.types import Frame, FrameObjects, Polylines, map_tensors
 
 if TYPE_CHECKING:
+    from perception.models.mapqr.model import MapQR, MapQROutputs
     from perception.models.maptrv2.model import MapTRv2, MapTRv2Outputs
 
-MAPTRV2_LOSS_WEIGHTS = LINE_LOSS_WEIGHTS | {
+# Of the one-to-many queries and the segmentation heads.
+AUXILIARY_LOSS_WEIGHTS = {
     "one_to_many_class": 2.0, "one_to_many_points": 5.0, "one_to_many_direction": 0.005, "bev_seg": 1.0,
-    "image_seg": 2.0, "depth": 3.0,
+    "image_seg": 2.0,
 }  # fmt: skip
+MAPTRV2_LOSS_WEIGHTS = LINE_LOSS_WEIGHTS | AUXILIARY_LOSS_WEIGHTS | {"depth": 3.0}
 LINE_HEIGHT = -1.6  # metres along z of the LiDAR: where the published code takes the road to be
 LINE_SAMPLES = 200  # points of a line that are projected
 FAR_PIXEL = 1e6  # of points at the plane of the camera
@@ -46,60 +49,80 @@ def maptrv2_losses(network: MapTRv2, prediction: MapTRv2Outputs, gt: FrameObject
         gt: ground truth [B] in the ego frame.
         frame: leading [B].
     """
-    config, rig = network.config, frame.rig
-    losses = line_losses(prediction.logits, prediction.points, gt, frame.ego_from_lidar, config)
-    lines = lidar_lines(gt.lines, frame.ego_from_lidar)
-    repeated = map_tensors(lambda tensor: tensor.repeat_interleave(config.one_to_many_repeats, 1), lines)
-    layers = maptr_losses(
-        prediction.one_to_many_logits, prediction.one_to_many_points, *published_orderings(repeated), repeated.label,
-        repeated.valid, config.low, config.high,
-    )  # fmt: skip
-    losses |= {name.replace("line", "one_to_many"): loss for name, loss in sum_layers(layers).items()}
-
-    rows, columns = config.bev
-    grid = BEVGrid((config.low[0], config.high[0]), (config.low[1], config.high[1]), (columns, rows))
-    bev_seg = (
-        draw_bev_segmentation(lines, grid, config.classes).amax(1, keepdim=True).transpose(2, 3)
-    )  # [B, 1, rows, columns]
-
-    image_size = padded_size(frame.images)
-    h, w = prediction.image_seg_logits.shape[-2:]
-    image_seg = draw_lines_in_images(lines, lidar_projections(frame), image_size, (h, w))
-    depth, _ = ray_cast_boxes(gt.boxes, rig, image_size, (h, w))
-    return losses | auxiliary_losses(network, prediction, bev_seg, image_seg, depth, rig.present)
+    losses = line_losses(prediction.logits, prediction.points, gt, frame.ego_from_lidar, network.config)
+    h, w = prediction.depth_logits.shape[-2:]
+    depth, _ = ray_cast_boxes(gt.boxes, frame.rig, padded_size(frame.images), (h, w))
+    losses |= auxiliary_losses(network, prediction, gt.lines, frame)
+    return losses | {"depth": depth_loss(network, prediction, depth, frame.rig.present)}
 
 
-def auxiliary_losses(
-    network: MapTRv2,
-    prediction: MapTRv2Outputs,
-    bev_seg: Tensor,
-    image_seg: Tensor,
-    depth: Tensor,
-    present: Tensor,
-) -> dict[str, Tensor]:
-    """Computes the weighted losses of segmentation and depth by name.
+def depth_loss(network: MapTRv2, prediction: MapTRv2Outputs, depth: Tensor, present: Tensor) -> Tensor:
+    """Computes the weighted loss of the depth bins.
 
     Args:
         network: the network of the prediction.
         prediction: leading [B].
-        bev_seg: lines in BEV [B, 1, rows, columns], 0 or 1.
-        image_seg: lines in the feature maps [B, N, 1, h, w], 0 or 1.
         depth: [B, N, h, w] metres along the optical axis; values outside the depth bins do not count.
         present: [B, N] bool; of absent cameras nothing is learned.
     """
-    weights = MAPTRV2_LOSS_WEIGHTS
-    known = present[..., None, None, None].expand_as(image_seg)
-    image_loss = network.head.loss_pv_seg(prediction.image_seg_logits[known], image_seg[known])
     first, end, step = network.config.depth_range
     supervised = (depth >= first) & (depth < end) & present[..., None, None]
     b, n, v, u = supervised.nonzero(as_tuple=True)
     log_probability = prediction.depth_logits[b, n, :, v, u].log_softmax(-1)  # [pixels, D]
     bins = ((depth[supervised] - first) / step).long()
     cross_entropy = -log_probability.gather(1, bins[:, None]).sum() / max(len(bins), 1)
+    return MAPTRV2_LOSS_WEIGHTS["depth"] * cross_entropy
+
+
+def auxiliary_losses(
+    network: MapTRv2 | MapQR, prediction: MapTRv2Outputs | MapQROutputs, gt: Polylines, frame: Frame
+) -> dict[str, Tensor]:
+    """Computes the weighted losses of the one-to-many queries and of the segmentation of lines in BEV and in images.
+
+    Args:
+        network: the network of the prediction, in training mode.
+        prediction: leading [B].
+        gt: lines of the ground truth [B] in the ego frame.
+        frame: leading [B].
+    """
+    config = network.config
+    lines = lidar_lines(gt, frame.ego_from_lidar)
+    repeated = map_tensors(lambda tensor: tensor.repeat_interleave(config.one_to_many_repeats, 1), lines)
+    layers = maptr_losses(
+        prediction.one_to_many_logits, prediction.one_to_many_points, *published_orderings(repeated), repeated.label,
+        repeated.valid, config.low, config.high,
+    )  # fmt: skip
+    losses = {name.replace("line", "one_to_many"): loss for name, loss in sum_layers(layers).items()}
+
+    rows, columns = config.bev
+    grid = BEVGrid((config.low[0], config.high[0]), (config.low[1], config.high[1]), (columns, rows))
+    bev_seg = draw_bev_segmentation(lines, grid, prediction.logits.shape[-1]).amax(1, keepdim=True).transpose(2, 3)
+    h, w = prediction.image_seg_logits.shape[-2:]
+    image_seg = draw_lines_in_images(lines, lidar_projections(frame), padded_size(frame.images), (h, w))
+    return losses | segmentation_losses(network, prediction, bev_seg, image_seg, frame.rig.present)
+
+
+def segmentation_losses(
+    network: MapTRv2 | MapQR,
+    prediction: MapTRv2Outputs | MapQROutputs,
+    bev_seg: Tensor,
+    image_seg: Tensor,
+    present: Tensor,
+) -> dict[str, Tensor]:
+    """Computes the weighted losses of the segmentation of lines in BEV and in images by name.
+
+    Args:
+        network: the network of the prediction.
+        prediction: leading [B].
+        bev_seg: lines in BEV [B, 1, rows, columns], 0 or 1.
+        image_seg: lines in the feature maps [B, N, 1, h, w], 0 or 1.
+        present: [B, N] bool; of absent cameras nothing is learned.
+    """
+    known = present[..., None, None, None].expand_as(image_seg)
+    image_loss = network.head.loss_pv_seg(prediction.image_seg_logits[known], image_seg[known])
     return {
-        "bev_seg": weights["bev_seg"] * network.head.loss_seg(prediction.bev_seg_logits, bev_seg),
-        "image_seg": weights["image_seg"] * image_loss,
-        "depth": weights["depth"] * cross_entropy,
+        "bev_seg": AUXILIARY_LOSS_WEIGHTS["bev_seg"] * network.head.loss_seg(prediction.bev_seg_logits, bev_seg),
+        "image_seg": AUXILIARY_LOSS_WEIGHTS["image_seg"] * image_loss,
     }
 
 

@@ -106,7 +106,7 @@ class _MapTRv2Transformer(nn.Module):
         init_matrices(self)
 
 
-class _SegmentationLoss(nn.Module):
+class SegmentationLoss(nn.Module):
     """Binary cross-entropy, with the weight of positives under the name that the checkpoints give it."""
 
     def __init__(self, pos_weight: float) -> None:
@@ -115,6 +115,13 @@ class _SegmentationLoss(nn.Module):
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         return self.loss_fn(logits, target)
+
+
+def segmentation_head(channels: int) -> nn.Sequential:
+    """Builds an auxiliary head that segments lines in features [B, C, h, w]."""
+    return nn.Sequential(
+        nn.Conv2d(channels, channels, 3, 1, 1, bias=False), nn.ReLU(inplace=True), nn.Conv2d(channels, 1, 1)
+    )
 
 
 class MapTRv2Head(nn.Module):
@@ -129,11 +136,8 @@ class MapTRv2Head(nn.Module):
         self.transformer = _MapTRv2Transformer(config)
         self.cls_branches = class_branches(C, config.classes, layers)
         self.reg_branches = regression_branches(C, 2, layers)
-        self.seg_head, self.pv_seg_head = (
-            nn.Sequential(nn.Conv2d(C, C, 3, 1, 1, bias=False), nn.ReLU(inplace=True), nn.Conv2d(C, 1, 1))
-            for _ in range(2)
-        )
-        self.loss_seg, self.loss_pv_seg = _SegmentationLoss(4.0), _SegmentationLoss(1.0)
+        self.seg_head, self.pv_seg_head = segmentation_head(C), segmentation_head(C)
+        self.loss_seg, self.loss_pv_seg = SegmentationLoss(4.0), SegmentationLoss(1.0)
         # Weights of the published loss and parts of MapTR's encoder; unused, but the checkpoints hold them.
         self.code_weights = nn.Parameter(torch.ones(4), requires_grad=False)
         self.positional_encoding = LearnedPositionalEncoding(config.bev, C).requires_grad_(False)
@@ -217,6 +221,8 @@ class MapTRv2(nn.Module):
     finds: ClassVar[tuple[str, ...]] = ("line",)
     loss_weights: ClassVar[Mapping[str, float]] = MAPTRV2_LOSS_WEIGHTS
     image_loss = None
+    needs_gt: ClassVar[bool] = False
+    tracks: ClassVar[bool] = False
     raw_names: ClassVar[tuple[str, ...]] = ("line_logits", "line_points")
     extra_inputs: ClassVar[tuple[str, ...]] = ("ego_from_lidar",)
     no_export: ClassVar[str] = ""

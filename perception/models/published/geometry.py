@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perception.geometry import invert_rigid
+from perception.geometry import full_precision, invert_rigid
 from perception.models.published.backbone import FPNConfig, PublishedBackboneConfig
 from perception.types import CameraRig, Frame, LaneRange
 
@@ -87,6 +87,7 @@ def cell_centers(h: int, w: int, device: torch.device | str) -> Tensor:
     return torch.stack([x, y], -1).flatten(0, 1)
 
 
+@full_precision
 def project_pillars(
     config: PublishedConfig, img_from_lidar: Tensor, image_size: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
@@ -109,12 +110,24 @@ def project_pillars(
     xy = cell_centers(h, w, low.device)
     normalized = torch.cat([xy[:, None].expand(-1, Z, -1), z.view(1, Z, 1).expand(h * w, -1, -1)], -1)
     points = F.pad(low + normalized * (high - low), (0, 1), value=1.0)  # [h * w, Z, 4]
-    projected = torch.einsum("bnij,qzj->bnqzi", img_from_lidar, points)
+    references, inside = image_references(torch.einsum("bnij,qzj->bnqzi", img_from_lidar, points), image_size)
+    return references, inside.any(-1)
+
+
+def image_references(projected: Tensor, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Normalises projected points.
+
+    Args:
+        projected: [..., 4] of (u depth, v depth, depth, 1).
+        image_size: height and width in pixels of the images that they were projected to.
+
+    Returns:
+        Reference points [..., 2], x and y normalised to 0..1 over the image; whether the image shows the point [...].
+    """
     depth = projected[..., 2]
     references = projected[..., :2] / depth.clamp(min=MIN_DEPTH)[..., None]
     references = references / constants([image_size[1], image_size[0]], references)
-    inside = ((references > 0) & (references < 1)).all(-1) & (depth > MIN_DEPTH)
-    return references, inside.any(-1)
+    return references, ((references > 0) & (references < 1)).all(-1) & (depth > MIN_DEPTH)
 
 
 def rotate_bev(bev: Tensor, config: PublishedConfig, angle_deg: Tensor) -> Tensor:
@@ -158,6 +171,7 @@ def can_bus_vector(frame: Frame) -> Tensor:
     return torch.cat([translation * has_previous, torch.ones_like(yaw_change), zeros, yaw_change * has_previous], 1)
 
 
+@full_precision
 def mounted_rig(frame: Frame) -> CameraRig:
     """Returns the rig [B, N] with the poses of the cameras on the vehicle, without motion since their exposure."""
     rig = frame.rig
@@ -170,6 +184,7 @@ def lidar_level(ego_from_lidar: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack([x_axis, torch.stack([-x_axis[..., 1], x_axis[..., 0]], -1)], -1), ego_from_lidar[..., :2, 3]
 
 
+@full_precision
 def lidar_projections(frame: Frame) -> Tensor:
     """Returns matrices [B, N, 4, 4] from LiDAR points to (u depth, v depth, depth, 1), zero for absent cameras."""
     rig = frame.rig
