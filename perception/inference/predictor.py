@@ -28,7 +28,7 @@ from perception.inference.ego_motion import MAX_SPEED, MAX_TURN_RATE, Motion
 from perception.inference.fitting import fit_image
 from perception.inference.images import AnyImage
 from perception.inference.live import LiveInput, Step, without_result
-from perception.inference.plausibility import Warnings, sampled_rgb
+from perception.inference.plausibility import sampled_rgb
 from perception.inference.visibility import MIN_SEEN, kept_by
 from perception.models import Network
 from perception.models.base import remembers
@@ -131,11 +131,11 @@ class Predictor:
         )  # fmt: skip
 
     def name_cameras(self, names: Sequence[str]) -> None:
-        """Gives the cameras names, in the order of the images, which then stand in warnings instead of their numbers.
+        """Gives the camera of each image a name, which then stands in warnings instead of its number.
 
-        With a rig at construction they have those of the rig.
+        Images of one camera have the same name. With a rig at construction they have those of the rig.
         """
-        self._live.warnings = Warnings(names)
+        self._live.name_cameras(names)
 
     def reset(self) -> None:
         """Clears the memory; the next step is a first frame."""
