@@ -274,9 +274,8 @@ def test_checkpoints_are_imported(name, official_keys, tmp_path, capsys):
         for key, shape in json.loads((official_keys / f"{name}.json").read_text()).items()
     }
     torch.save({"state_dict": weights, "meta": {"epoch": 100}}, tmp_path / "published.pth")
-    import_checkpoint(
-        [str(tmp_path / "published.pth"), "--out", str(tmp_path / "w.safetensors"), "--best-cameras", "2"]
-    )
+    out = tmp_path / "w.safetensors"
+    import_checkpoint([str(tmp_path / "published.pth"), "--out", str(out), "--best-cameras", "2"])
     assert f"is {name}, " in capsys.readouterr().out
     network = load_model(out)
     assert network.config == replace(preset_config(name), best_cameras=2)
