@@ -12,7 +12,9 @@ from perception.cameras import usual_mounting
 from perception.cli.import_checkpoint import main as import_checkpoint
 from perception.data.loader import collate
 from perception.data.nuscenes import NuScenesDataset
+from perception.engine.checkpoints import plain
 from perception.engine.config import load_config
+from perception.engine.loops import _as_dicts, _restored
 from perception.engine.training import train
 from perception.evaluation.dataset import evaluate_dataset
 from perception.geometry import invert_rigid, rigid_from_yaw
@@ -239,6 +241,16 @@ def test_training_evaluation_and_live_use(name, town_root, tmp_path):
         if k:
             assert seen & set(ids)
         seen |= set(ids)
+
+
+def test_a_checkpoint_keeps_the_memory():
+    """The memory of a training is stored as plain dicts and comes back in its own types."""
+    network = noisy_network(SPARSE4D)
+    memory = map_tensors(lambda x: x + 1 if x.is_floating_point() else x, network.initial_state(2))
+    restored = _restored(network.initial_state(1), plain(_as_dicts(memory)), torch.device("cpu"))
+    assert type(restored.boxes) is type(memory.boxes) and restored.lines is None
+    pairs = zip(named_tensors(memory).values(), named_tensors(restored).values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_denoising_needs_ground_truth_and_ids(town_root):
