@@ -64,7 +64,7 @@ def test_exports_are_certified(name, small_town, tmp_path):
     assert "new_memory_boxes_ids of the previous frame" in inputs["memory_boxes_ids"]["meaning"]
     found = certify(network, folder, small_town)
     assert found.failures == [] and set(found.replays[0].raw) >= {"memory_boxes", "raw_box"}
-    predictor, runtime = Predictor(network, min_seen=0), Runtime(folder, min_seen=0)
+    predictor, runtime = Predictor(network, precision="float32", min_seen=0), Runtime(folder, min_seen=0)
     for k in range(4):
         of_sample = small_town[k].frames
         given = list(of_sample.images[0].permute(0, 2, 3, 1).numpy())
