@@ -293,22 +293,17 @@ import json, sys, torch
 sys.path.insert(0, "tests")
 from conftest import noisy
 from test_compile import replay_frames
-from perception.inference.acceleration import accelerated, PLAIN
-from perception.models.bev_transformer.config import BEVTransformerConfig
-from perception.models.bev_transformer.model import BEVTransformer
+from toy_network import ToyConfig, ToyNetwork
+from perception.inference.acceleration import accelerated
 from torch._dynamo.utils import counters
 
 torch.set_num_threads(1)
-network = noisy(BEVTransformer, BEVTransformerConfig.preset(
-    "nano", image_size=(40, 80), grid=(20, 20), channels=16, depth_bins=8, backbone_stages=2, decoder_layers=1,
-    box_queries=10, line_queries=4, line_points=4,
-))
+network = noisy(ToyNetwork, ToyConfig())  # the flagship takes minutes
 runs = [accelerated(network, precision="float32", compile=compile) for compile in (False, True)]
-frames = replay_frames((40, 80), 3)
 off = []
 with torch.inference_mode():
     states = [run.initial_state(1) for run in runs]
-    for frame in frames:
+    for frame in replay_frames(network.config.image_size, 3):
         results = [run(frame, state) for run, state in zip(runs, states)]
         states = [state for _, state in results]
         pairs = zip(*(run.raw_outputs(prediction) for run, (prediction, _) in zip(runs, results)))
@@ -325,7 +320,7 @@ def test_a_compiled_network_is_found_again_by_the_next_process(tmp_path):
         assert run.returncode == 0, run.stderr
         found = json.loads(run.stdout.splitlines()[-1])
         assert max(found["off"]) < 1e-3 and found["hits"] == hits and found["choice"].endswith(", compiled")
-        line = f"compiling BEVTransformer for 6 images of 40 x 80 (minutes, unless {tmp_path}/compiled holds it) ..."
+        line = f"compiling ToyNetwork for 6 images of 64 x 112 (minutes, unless {tmp_path}/compiled holds it) ..."
         assert run.stderr.count(line) == 1
     assert any((tmp_path / "compiled").rglob("*.so"))
 
