@@ -33,7 +33,7 @@ from perception.benchmark.frames import (
     wait,
     warm_state,
 )
-from perception.benchmark.machine import Peaks, describe, limited, measure_peaks
+from perception.benchmark.machine import Peaks, clock, describe, limited, measure_peaks
 from perception.errors import ConfigError
 from perception.files import replacing, write_json
 from perception.inference.acceleration import choose_precision
@@ -162,13 +162,14 @@ def count_costs(network: Any, frame: Frame, state: Memory) -> dict[str, Cost]:
 def time_pass(network: Any, frame: Frame, state: Memory, costs: dict[str, Cost]) -> None:
     """Adds the seconds of one pass to each part; the device is synchronized between parts."""
     device = frame.images.device
+    clock_now = clock(device)
     seconds, stack = dict.fromkeys(costs, 0.0), [REST]
-    start = time.perf_counter()
+    start = clock_now()
 
     def switch() -> None:
         nonlocal start
         wait(device)
-        now = time.perf_counter()
+        now = clock_now()
         seconds[stack[-1]] = seconds.get(stack[-1], 0.0) + now - start
         start = now
 
@@ -187,7 +188,7 @@ def time_pass(network: Any, frame: Frame, state: Memory, costs: dict[str, Cost])
     for name, part in network_parts(_inner(network)).items():
         hooks += [part.register_forward_pre_hook(enter(name)), part.register_forward_hook(leave)]
     try:
-        start = time.perf_counter()
+        start = clock_now()
         network.decode(network(frame, state)[0])
         switch()
     finally:
