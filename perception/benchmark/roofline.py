@@ -42,7 +42,7 @@ from perception.types import Frame, Memory
 MODES = {"fp32": BASELINE, "bf16": Mode("bf16", channels_last=True)}
 REST = "rest"  # what no part does: geometry, normalisation, decoding
 BACKBONE = "image_encoder.backbone"
-SHOWN = 0.01  # share of the time from which a part is drawn
+SHOWN, LOWEST = 0.01, 1.0  # share of the time, and GFLOP/s, from which a part is drawn
 COLOURS = {"fp32": "tab:blue", "bf16": "tab:red"}
 
 
@@ -366,13 +366,13 @@ def draw(content: dict, path: str | Path) -> None:
             colour, whole = COLOURS[precision], rows["all"]["ms"]
             panel.plot(x, np.minimum(peaks.gflops(precision), x * peaks.bandwidth), color=colour, label=precision)
             for name, row in rows.items():
-                if name == "all" or not row["gflop"] or row["ms"] < SHOWN * whole:
+                at = 1e3 * row["gflop"] / row["megabytes"], 1e3 * row["gflop"] / row["ms"]
+                if name == "all" or at[0] < x[0] or at[1] < LOWEST or row["ms"] < SHOWN * whole:
                     continue
                 number = numbers.setdefault(name, len(numbers) + 1)
-                at = 1e3 * row["gflop"] / row["megabytes"], 1e3 * row["gflop"] / row["ms"]
                 panel.scatter(*at, s=40 + 900 * row["ms"] / whole, color=colour, alpha=0.4, linewidths=0)
                 panel.annotate(str(number), at, fontsize=8, ha="center", va="center")
-        panel.set(xscale="log", yscale="log", xlim=(x[0], x[-1]), ylim=(1, 2 * max(map(peaks.gflops, precisions))))
+        panel.set(xscale="log", yscale="log", xlim=(x[0], x[-1]), ylim=(LOWEST, 2 * max(map(peaks.gflops, precisions))))
         panel.set_title(model, fontsize=10)
         panel.set_xlabel("FLOP per byte that operators read and write", fontsize=8)
         panel.set_ylabel("GFLOP/s", fontsize=8)
