@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from perception.geometry import invert_rigid, project_points, transform_points
-from perception.types import CameraRig
+from perception.types import NUSCENES_EGO_FROM_LIDAR, CameraRig
 
 MIN_DEPTH = 0.1  # metres; nearer points count as not visible
 
@@ -93,3 +93,14 @@ def choose_cameras(
     uv = uv.gather(1, camera[..., None].expand(-1, -1, -1, -1, 2))  # [B, K, Q, G, 2]
     depth, seen, camera = (x.permute(0, 2, 3, 1) for x in (depth, seen, camera))
     return uv.permute(0, 2, 3, 1, 4), depth, seen, camera
+
+
+def usual_mounting(batch: int, cameras: int) -> tuple[Tensor, Tensor]:
+    """Returns what a frame has where nothing is known of a LiDAR and of the times of the cameras.
+
+    Returns:
+        `Frame.ego_from_lidar` [B, 4, 4], that of `NUSCENES_EGO_FROM_LIDAR`, and `Frame.ego_from_exposure` [B, N, 4, 4],
+        identity.
+    """
+    lidar = torch.tensor(NUSCENES_EGO_FROM_LIDAR)
+    return lidar.expand(batch, 4, 4), torch.eye(4).expand(batch, cameras, 4, 4)

@@ -42,6 +42,16 @@ ATTRIBUTES = (
 )  # fmt: skip
 
 
+# The pose of LIDAR_TOP on the cars of nuScenes, level and with its yaw rounded to a whole degree: what networks that
+# were trained in the LiDAR frame get where no other pose is given. Axes of the LiDAR: x right, y ahead, z up.
+NUSCENES_EGO_FROM_LIDAR = (
+    (0.0, 1.0, 0.0, 0.9437),
+    (-1.0, 0.0, 0.0, 0.0),
+    (0.0, 0.0, 1.0, 1.8402),
+    (0.0, 0.0, 0.0, 1.0),
+)
+
+
 class LaneRange(NamedTuple):
     """The rectangle for prediction, training and evaluation of lines, centred at the origin of the frame.
 
@@ -91,6 +101,11 @@ class Frame(NamedTuple):
     ego_from_prev: Tensor  # [B, 4, 4] transforms points from the previous ego frame to this one; identity if first
     seconds_since_prev: Tensor  # [B] float32, 0 if first
     is_first: Tensor  # [B] bool, True where the memory must be ignored
+    # Pose of the LiDAR frame, in which published networks were trained (docs/conventions.md); calibration, as the rig.
+    ego_from_lidar: Tensor  # [B, 4, 4] metres
+    # Transforms points from the ego frame at the exposure of each camera to this one; identity where it is the same.
+    # `invert_rigid(ego_from_exposure) @ rig.ego_from_cam` is the pose of the camera on the vehicle.
+    ego_from_exposure: Tensor  # [B, N, 4, 4]
 
 
 class Boxes(NamedTuple):
@@ -136,6 +151,7 @@ class FrameObjects(NamedTuple):
 
     boxes: Boxes
     lines: Polylines
+    ids: Ids | None = None  # of a network that tracks, or of a dataset that has them; None without
 
 
 class Seen(NamedTuple):
@@ -149,10 +165,10 @@ class Seen(NamedTuple):
 
 
 class Ids(NamedTuple):
-    """Ids of the boxes and lines of a live result, by which a tracker names the same thing in several frames."""
+    """Ids of boxes and lines, the same for the same thing in several frames: tensors in `FrameObjects`, else arrays."""
 
-    boxes: Array  # [M] int64, -1 for none
-    lines: Array  # [M] int64, -1 for none
+    boxes: Any  # [..., M] int64, -1 for none
+    lines: Any  # [..., M] int64, -1 for none; None in ground truth, whose lines have no ids
 
 
 class Weights(NamedTuple):
@@ -181,7 +197,7 @@ class LiveObjects(NamedTuple):
     seen: Seen  # of these boxes and lines
     warnings: tuple[str, ...]  # what is implausible in the input of this step; empty for a good one
     info: StepInfo = StepInfo()
-    ids: Ids | None = None  # of a tracker; None without one
+    ids: Ids | None = None  # numpy arrays; None if neither the network nor a tracker gives them
 
     @property
     def objects(self) -> FrameObjects:
@@ -261,6 +277,7 @@ class NumpyFrameObjects(NamedTuple):
 
     boxes: NumpyBoxes
     lines: NumpyPolylines
+    ids: Ids | None = None
 
 
 class NumpySeen(NamedTuple):
@@ -312,10 +329,15 @@ class NumpyLiveObjects(NamedTuple):
         return result.from_json(text, where)
 
 
-class State(NamedTuple):
-    """The memory of a network: an argument and a result, never an attribute of a module."""
+# What a network remembers: an argument and a result, never an attribute of a module. A NamedTuple of tensors [B, ...],
+# or of such NamedTuples; a part may be None. Each network has its own; `State` is that of networks with a BEV map.
+Memory: TypeAlias = tuple[Any, ...]
 
-    bev: Tensor  # [B, C, X, Y]
+
+class State(NamedTuple):
+    """The memory of a network that remembers a BEV map, or nothing."""
+
+    bev: Tensor  # [B, C, X, Y], empty if nothing is remembered
 
 
 class ImagePrediction(NamedTuple):
@@ -349,14 +371,41 @@ class Clip(NamedTuple):
 
 
 Data = TypeVar("Data")
+FrameData = TypeVar("FrameData", FrameObjects, NumpyFrameObjects)
 
 
 def map_tensors(function: Callable[[Any], Any], data: Data) -> Data:
     """Applies a function to every tensor of a NamedTuple and of the NamedTuples in it, and keeps the types.
 
-    `map_tensors(lambda tensor: tensor[:, t], clip.frames)` is the frame at time t.
+    `map_tensors(lambda tensor: tensor[:, t], clip.frames)` is the frame at time t. None stays None.
     """
+    if data is None:
+        return data
     if isinstance(data, tuple):
         return type(data)(*(map_tensors(function, part) for part in data))
     result: Data = function(data)
     return result
+
+
+def chosen(objects: FrameData, boxes: Any, lines: Any) -> FrameData:
+    """Returns some of the boxes and lines of a frame, with their ids, by masks or indices into their first axis."""
+    ids = objects.ids and Ids(objects.ids.boxes[boxes], objects.ids.lines[lines])
+    return objects._replace(
+        boxes=map_tensors(lambda tensor: tensor[boxes], objects.boxes),
+        lines=map_tensors(lambda tensor: tensor[lines], objects.lines),
+        ids=ids,
+    )
+
+
+def named_tensors(data: Any) -> dict[str, Any]:
+    """Lists the tensors of a NamedTuple and of the NamedTuples in it by their names, joined by underscores.
+
+    `named_tensors(frame)` has the keys `images`, `rig_img_from_cam` and so on. A part that is None has no tensors.
+    """
+    found: dict[str, Any] = {}
+    for name, part in zip(data._fields, data, strict=True):
+        if isinstance(part, tuple):
+            found |= {f"{name}_{inner}": tensor for inner, tensor in named_tensors(part).items()}
+        elif part is not None:
+            found[name] = part
+    return found

@@ -8,10 +8,10 @@ import shapely
 import torch
 
 from perception.data.augment import Augment, change_colors, move_boxes, move_frames, move_lines, zoom_cameras
-from perception.data.index import ego_from_patch, wide_range
 from perception.data.lane_map import LaneMap
 from perception.data.loader import ClipRequest
 from perception.data.nuscenes import NuScenesDataset
+from perception.data.sample_lines import ego_from_patch, wide_range
 from perception.errors import ConfigError
 from perception.geometry import (
     box_corners,

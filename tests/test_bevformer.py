@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from perception.cameras import usual_mounting
 from perception.errors import CheckpointError
 from perception.geometry import invert_rigid, rigid_from_yaw
 from perception.models import NETWORKS, build_network, preset_config
@@ -26,7 +27,7 @@ from perception.models.published.geometry import (
     project_pillars,
     rotate_bev,
 )
-from perception.types import CameraRig, Frame, map_tensors
+from perception.types import NUSCENES_EGO_FROM_LIDAR, CameraRig, Frame, map_tensors
 
 SMALL = BEVFormerConfig(
     image_size=(60, 90), backbone=PublishedBackboneConfig(width=4, channels=32), bev=(20, 20), channels=32,
@@ -100,7 +101,7 @@ def frame(seed: int, ego_from_prev: np.ndarray, is_first: bool) -> Frame:
     focal = torch.tensor([[60.0, 0, 45], [0, 60, 30], [0, 0, 1]])
     rig = CameraRig(focal.expand(1, 2, 3, 3), torch.tensor([[ahead, behind]]), torch.ones(1, 2, dtype=torch.bool))
     motion = torch.from_numpy(ego_from_prev).float()[None]
-    return Frame(images.byte(), rig, motion, torch.tensor([0.5]), torch.tensor([is_first]))
+    return Frame(images.byte(), rig, motion, torch.tensor([0.5]), torch.tensor([is_first]), *usual_mounting(1, 2))
 
 
 def test_static_features_are_aligned_with_the_present_frame():
@@ -108,7 +109,7 @@ def test_static_features_are_aligned_with_the_present_frame():
     ego_from_prev = invert_rigid(rigid_from_yaw(math.radians(20), (4.0, 1.0, 0.0)))
     bus = can_bus_vector(frame(0, ego_from_prev, False))
     config = BEVFormerConfig(bev=(100, 100), rotate_center=(50, 50))
-    ego_from_lidar = np.array(config.ego_from_lidar)
+    ego_from_lidar = np.array(NUSCENES_EGO_FROM_LIDAR)
     lidar_from_prev = invert_rigid(ego_from_lidar) @ ego_from_prev @ ego_from_lidar
     before = np.array([-12.0, 20.0, 0, 1])  # ahead of the car, to its left
     locations = cell_centers(100, 100, "cpu")
@@ -130,7 +131,7 @@ def test_boxes_are_decoded_to_the_ego_frame():
     box = torch.tensor([-2.0, 10, math.log(1.9), math.log(4.5), -1, math.log(1.5), math.sin(yaw), math.cos(yaw), 0, 3])
     logits = torch.full((1, 1, 1, 10), -9.0)
     logits[..., 0] = 2.0
-    boxes = decode_boxes(logits, box.view(1, 1, 1, 10), torch.tensor(SMALL.ego_from_lidar), 1, SMALL.post_center_range)
+    boxes = decode_boxes(logits, box.view(1, 1, 1, 10), usual_mounting(1, 1)[0], 1, SMALL.post_center_range)
     assert boxes.center[0, 0].tolist() == pytest.approx([10.9437, 2, 0.8402], abs=1e-4)
     assert boxes.size[0, 0].tolist() == pytest.approx([4.5, 1.9, 1.5])
     assert boxes.yaw[0, 0].item() == pytest.approx(0.5, abs=1e-5) and boxes.label[0, 0] == 0

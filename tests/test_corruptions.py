@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from perception.cameras import usual_mounting
 from perception.data.corruptions import (
     CORRUPTIONS,
     FOG_COLOR,
@@ -42,7 +43,7 @@ def frame() -> Frame:
         present=torch.ones(T, N, dtype=torch.bool),
     )
     motion = torch.from_numpy(rigid_from_yaw(0.1, (3.0, 0.0, 0.0))).float().expand(T, 4, 4)
-    return Frame(images, rig, motion, torch.full((T,), 0.5), torch.zeros(T, dtype=torch.bool))
+    return Frame(images, rig, motion, torch.full((T,), 0.5), torch.zeros(T, dtype=torch.bool), *usual_mounting(T, N))
 
 
 def test_a_missing_camera_is_not_present_and_the_others_stay(frame):

@@ -127,7 +127,7 @@ def step(live, frame):
 
 
 def arrays(result) -> list[np.ndarray]:
-    return [np.asarray(array) for part in (*result.objects, result.seen) for array in part]
+    return [np.asarray(array) for part in (result.boxes, result.lines, result.seen) for array in part]
 
 
 def same(one, other) -> bool:

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from perception.data.checked_tables import check_tables
 from perception.data.nuscenes import NuScenesDataset
-from perception.data.table_checks import check_tables
-from perception.data.tables import TABLES
+from perception.data.table_files import TABLES
 from perception.errors import PerceptionError
 from perception.evaluation.detection import evaluate_boxes
 from perception.geometry import is_rigid

@@ -122,9 +122,10 @@ def inspected(live, sizes, rig, images, k=0, image_format="rgb"):
     """Inspects and keeps one frame of a vehicle that drives 1 m ahead in 0.1 s; returns its findings."""
     pose = np.eye(4)
     pose[0, 3] = k
-    checked = checked_rig(rig, len(sizes))
+    motion = live.ego_motion.since_last(pose, 0.1 * k)
+    checked, moved, found = live.carried(checked_rig(rig, len(sizes)), motion, None)
     pixels = {n: sampled_rgb(image, image_format) for n, image in enumerate(images)}
-    step = live.inspect(live.ego_motion.since_last(pose, 0.1 * k), checked, sizes, pixels, {})
+    step = live.inspect(motion, checked, moved, sizes, pixels, found)
     live.keep(step)
     return step.findings
 

@@ -27,8 +27,13 @@ def pinholes(*poses, present=None) -> NumpyCameraRig:
 def inspect(live, rig, k=0):
     pose = np.eye(4)
     pose[0, 3] = k
-    sizes = [SIZE] * len(rig.present)
-    return live.inspect(live.ego_motion.since_last(pose, float(k)), checked_rig(rig, len(sizes)), sizes, {}, {})
+    return inspect_at(live, rig, pose, float(k))
+
+
+def inspect_at(live, rig, pose, time):
+    sizes, motion = [SIZE] * len(rig.present), live.ego_motion.since_last(pose, time)
+    checked, moved, found = live.carried(checked_rig(rig, len(sizes)), motion, None)
+    return live.inspect(motion, checked, moved, sizes, {}, found)
 
 
 def make(remembers=True, **options) -> LiveInput:
@@ -86,7 +91,7 @@ def test_a_jump_is_a_finding_and_only_kept_frames_count():
     live.keep(step)
     far = np.eye(4)
     far[0, 3] = 500
-    jump = live.inspect(live.ego_motion.since_last(far, 1.0), checked_rig(rig, 1), [SIZE], {}, {})
+    jump = inspect_at(live, rig, far, 1.0)
     assert "moved 500 m" in jump.findings["motion"] and jump.motion.is_first
     assert not inspect(live, rig, 1).motion.is_first  # the jump was not kept
     assert inspect(live, rig, 1).motion.ego_from_prev[0, 3] == -1

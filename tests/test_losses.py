@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from perception.cameras import usual_mounting
 from perception.geometry import rigid_from_yaw, transform_points
 from perception.grid import BEVGrid
 from perception.matching import focal_loss, hungarian, match_layers
@@ -40,6 +41,8 @@ FRAME = Frame(
     ego_from_prev=torch.eye(4)[None],
     seconds_since_prev=torch.zeros(1),
     is_first=torch.ones(1, dtype=torch.bool),
+    ego_from_lidar=usual_mounting(1, 2)[0],
+    ego_from_exposure=usual_mounting(1, 2)[1],
 )
 BEND = [[-8.0, 1], [-4, 1], [0, 1], [2, 3], [2, 6]]
 

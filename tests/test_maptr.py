@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from perception.cameras import usual_mounting
 from perception.data.nuscenes import NuScenesDataset
 from perception.engine.config import load_config
 from perception.engine.training import train
@@ -17,6 +18,8 @@ from perception.models.bev_transformer.config import BEVTransformerConfig
 from perception.models.bevformer.config import BEVFormerConfig
 from perception.models.bevformer.model import BEVFormer
 from perception.models.checkpoint import load_model, save_checkpoint
+from perception.models.mapqr.config import MapQRConfig
+from perception.models.mapqr.model import MapQR
 from perception.models.maptr.config import MapTRConfig
 from perception.models.maptr.model import MapTR, MapTRHead, RawLines, topk_lines
 from perception.models.published.backbone import PublishedBackboneConfig
@@ -26,8 +29,10 @@ from perception.types import CameraRig
 
 
 @torch.no_grad()
-def test_one_frame_and_decoded_lines(golden):
-    folder = golden / "maptr"
+@pytest.mark.parametrize("network", ["maptr", "maptr_gkt"])
+def test_one_frame_and_decoded_lines(golden, network):
+    """MapTR with deformable attention to the images, and with geometry-guided kernel attention."""
+    folder = golden / network
     published = json.loads((folder / "config.json").read_text())
     weights, inputs, expected = (load_file(folder / f"{name}.safetensors") for name in ("weights", "inputs", "outputs"))
     config = MapTRConfig(
@@ -42,6 +47,8 @@ def test_one_frame_and_decoded_lines(golden):
         line_points=published["num_pts"],
         level_embeddings=len(weights["pts_bbox_head.transformer.level_embeds"]),
         pillar_points=expected["inter_bev_mask"].shape[-1],
+        gkt_kernel=tuple(published["kernel"]) if "kernel" in published else None,
+        heads=published.get("heads", MapTRConfig.heads),
         cameras=len(inputs["lidar2img"]),
     )
     head = MapTRHead(config).eval()
@@ -70,13 +77,15 @@ def test_one_frame_and_decoded_lines(golden):
         torch.testing.assert_close(metres[0, keep], expected[f"{name}_pts"], atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("network", ["bevformer", "maptr"])
+@pytest.mark.parametrize("network", ["bevformer", "maptr", "mapqr"])
 def test_imported_networks_are_evaluated(network, tmp_path, town_root):
     """Runs scripts/evaluate.py's functions on a network without lines and on one without boxes."""
     backbone = PublishedBackboneConfig(width=4, channels=32)
     small = {"backbone": backbone, "channels": 32, "feed_forward": 48, "heads": 4, "decoder_layers": 2}
     if network == "maptr":
         model = MapTR(MapTRConfig(image_size=(60, 90), bev=(20, 10), lines=6, **small))
+    elif network == "mapqr":
+        model = MapQR(MapQRConfig(image_size=(60, 90), bev=(20, 10), lines=6, pillar_points=4, **small))
     else:
         model = BEVFormer(BEVFormerConfig(image_size=(60, 90), bev=(20, 20), queries=12, encoder_layers=1, **small))
     data = NuScenesDataset(town_root, VERSION, "town_val", image_size=(60, 90))
@@ -84,7 +93,9 @@ def test_imported_networks_are_evaluated(network, tmp_path, town_root):
     assert 0 <= evaluation.detection.nds < 0.2 and 0 <= evaluation.lanes.mean_ap < 0.2
     assert len(stream.objects) == len(data) and evaluation.table()
     path = tmp_path / f"{network}.py"
-    preset = "bevformer_tiny" if network == "bevformer" else "maptr_tiny_r50_24e_bevformer"
+    preset = {
+        "bevformer": "bevformer_tiny", "maptr": "maptr_tiny_r50_24e_bevformer", "mapqr": "mapqr_nusc_r50_24ep",
+    }[network]  # fmt: skip
     path.write_text(f"""
 model = dict(preset={preset!r}, image_size=(60, 90))
 val_data = dict(dataroot={str(town_root)!r}, version={VERSION!r}, split="town_val")
@@ -113,12 +124,12 @@ def test_lines_are_decoded_to_the_ego_frame_and_predicted_live(tmp_path):
     logits[0, 0, 2, 1] = 3.0
     points = torch.rand(1, 1, 6, 5, 2)
     points[0, 0, 2] = torch.stack([torch.full((5,), 18 / 30), torch.linspace(24, 36, 5) / 60], -1)
-    lines = model.decode(RawLines(logits, points)).lines
+    lines = model.decode(RawLines(logits, points, usual_mounting(len(logits[0]), 1)[0])).lines
     assert lines.label[0, 0] == 1 and lines.score[0, 0].item() == pytest.approx(0.9526, abs=1e-4)
     assert lines.points[0, 0, :, 0].tolist() == pytest.approx([-5.0563, -2.0563, 0.9437, 3.9437, 6.9437], abs=1e-4)
     assert lines.points[0, 0, :, 1].tolist() == pytest.approx([-3] * 5, abs=1e-5)
     points[0, 0, 2] = torch.tensor([[0.5, 0.5], [0.6, 0.5], [0.6, 0.6], [0.5, 0.6], [0.51, 0.51]])
-    ring = model.decode(RawLines(logits, points)).lines
+    ring = model.decode(RawLines(logits, points, usual_mounting(len(logits[0]), 1)[0])).lines
     assert ring.closed[0, 0] and torch.equal(ring.points[0, 0, 0], ring.points[0, 0, -1])  # given 0.67 m apart
     save_checkpoint(tmp_path / "w.safetensors", model, {})
     assert load_model(tmp_path / "w.safetensors").config == config

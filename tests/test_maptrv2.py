@@ -1,24 +1,30 @@
-"""MapTRv2 and geometry-guided kernel attention: geometry against closed forms; keys are tested in test_bevformer.py.
+"""MapTRv2 and geometry-guided kernel attention, step by step against closed forms, explicit loops and OpenCV.
 
-There are no numbers of the published code for these two here, so that its conventions are kept is checked step by step.
+Parity with the published code is tested in test_maptrv2_golden.py and test_maptr.py, keys in test_bevformer.py.
 """
 
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from perception.geometry import invert_rigid, project_points, transform_points
+from perception.cameras import usual_mounting
+from perception.geometry import invert_rigid, project_points, rigid_from_yaw, transform_points
 from perception.models.checkpoint import load_model, save_checkpoint
 from perception.models.decoding import empty_boxes
+from perception.models.maptr.losses import lidar_lines
 from perception.models.maptrv2.config import MapTRv2Config
 from perception.models.maptrv2.encoder import camera_parameters, lifted_points
-from perception.models.maptrv2.losses import draw_lines_in_images
+from perception.models.maptrv2.losses import draw_lines_in_images, joined_pixels
 from perception.models.maptrv2.model import MapTRv2, MapTRv2Outputs
 from perception.models.published.backbone import FPNConfig
 from perception.models.published.encoder import GeometryKernelAttention
-from perception.models.published.geometry import NUSCENES_EGO_FROM_LIDAR
-from perception.types import Boxes, CameraRig, Frame, FrameObjects, Polylines, map_tensors
+from perception.models.published.geometry import lidar_projections
+from perception.types import NUSCENES_EGO_FROM_LIDAR, Boxes, CameraRig, Frame, FrameObjects, Polylines, map_tensors
 
 AHEAD = torch.tensor([[0.0, 0, 1, 1.5], [-1, 0, 0, 0], [0, -1, 0, 1.6], [0, 0, 0, 1]])
 BEHIND = torch.tensor([[0.0, 0, -1, 0], [1, 0, 0, 0], [0, -1, 0, 1.6], [0, 0, 0, 1]])
@@ -28,7 +34,7 @@ RIG = CameraRig(
     torch.ones(1, 2, dtype=torch.bool),
 )
 SIZE = (64, 96)
-EGO_FROM_LIDAR = torch.tensor(NUSCENES_EGO_FROM_LIDAR)
+EGO_FROM_LIDAR = torch.tensor([NUSCENES_EGO_FROM_LIDAR])
 SMALL = MapTRv2Config(
     image_size=SIZE, backbone=FPNConfig(stages=3, stride=16), bev=(20, 10), channels=16, feed_forward=24, heads=2,
     decoder_layers=2, lines=6, line_points=5, one_to_many_queries=8, one_to_many_repeats=2,
@@ -38,7 +44,9 @@ SMALL = MapTRv2Config(
 
 def frame(seed: int = 0) -> Frame:
     images = torch.randint(0, 256, (1, 2, 3, *SIZE), generator=torch.Generator().manual_seed(seed)).byte()
-    return Frame(images, RIG, torch.eye(4)[None], torch.zeros(1), torch.ones(1, dtype=torch.bool))
+    return Frame(
+        images, RIG, torch.eye(4)[None], torch.zeros(1), torch.ones(1, dtype=torch.bool), *usual_mounting(1, 2)
+    )
 
 
 def test_lifted_points_project_to_their_pixels():
@@ -78,6 +86,25 @@ def test_features_are_splatted_into_their_cell():
     assert not encoder(torch.zeros(1, 2, 16, 4, 6), gone, EGO_FROM_LIDAR, SIZE)[0].any()
 
 
+@torch.no_grad()
+def test_the_lift_of_a_fixed_rig_equals_the_lift():
+    """Random features of two cameras in a tilted LiDAR frame, with all cameras present and with one."""
+    torch.manual_seed(3)
+    pose = torch.from_numpy(rigid_from_yaw(-np.pi / 2, (0.94, 0.0, 1.84)) @ tilt(2.0, -1.5)).float()[None]
+    model = MapTRv2(SMALL).eval()
+    for parameter in model.head.parameters():  # so that every parameter has an effect
+        parameter.add_(torch.randn_like(parameter), alpha=0.1) if parameter.requires_grad else None
+    fixed = model.for_rig(RIG, pose)
+    assert len(fixed.lift.sizes) > 2  # cells of one feature and cells of many
+    for present in ([True, True], [False, True]):
+        of = frame(1)._replace(ego_from_lidar=pose, rig=RIG._replace(present=torch.tensor([present])))
+        (wanted, _), (found, _) = (network(of, model.initial_state(1)) for network in (model, fixed))
+        bev = model.head.transformer.encoder(model.image_encoder(of.images)[-1], of.rig, pose, SIZE)[0]
+        assert bev.std() > 0.01
+        for name in ("logits", "points", "bev_seg_logits", "depth_logits"):
+            torch.testing.assert_close(getattr(found, name), getattr(wanted, name), atol=1e-5, rtol=1e-5)
+
+
 def test_camera_parameters_are_those_of_the_full_image():
     numbers = camera_parameters(RIG, 0.5)[0, 1]
     assert numbers.tolist() == pytest.approx(
@@ -106,20 +133,87 @@ def test_one_to_many_queries_only_in_training(tmp_path):
     assert again.config == SMALL
     with torch.no_grad():
         assert torch.equal(again(frame(), state)[0].points, alone.points)
+    # In earlier versions the config had the pose of the LiDAR.
+    with safe_open(tmp_path / "w.safetensors", "pt") as file:
+        metadata = file.metadata()
+    former = json.loads(metadata["config"]) | {
+        "ego_from_lidar": [[0, 1, 0, 1], [-1, 0, 0, 0], [0, 0, 1, 2], [0, 0, 0, 1]]
+    }
+    save_file(
+        load_file(tmp_path / "w.safetensors"), tmp_path / "old.safetensors", metadata | {"config": json.dumps(former)}
+    )
+    assert load_model(tmp_path / "old.safetensors").config == SMALL
+
+
+def drawn(lines: Polylines, size: tuple[int, int], of: Frame | None = None) -> torch.Tensor:
+    """The image masks [B, N, 1, h, w] of lines in the ego frame."""
+    of = frame() if of is None else of
+    return draw_lines_in_images(lidar_lines(lines, of.ego_from_lidar), lidar_projections(of), SIZE, size)
+
+
+def make_lines(points: torch.Tensor) -> Polylines:
+    """Open lines [B, M, P, 2]."""
+    yes = torch.ones(points.shape[:2], dtype=torch.bool)
+    return Polylines(points, ~yes, (~yes).long(), yes.float(), yes, torch.zeros_like(points))
 
 
 def test_lines_are_drawn_into_images():
-    """Only the camera ahead sees a line on the ground straight ahead, 5 to 20 m away."""
-    points = torch.tensor([[[[5.0, 0.0], [20.0, 0.0]]]])
-    yes = torch.ones(1, 1, dtype=torch.bool)
-    lines = Polylines(points, ~yes, yes.long(), yes.float(), yes, torch.zeros_like(points))
-    image = draw_lines_in_images(lines, RIG, SIZE, (64, 96))
+    """Only the camera ahead sees a line straight ahead, 5 to 20 m away, 1.6 m below the LiDAR."""
+    lines = make_lines(torch.tensor([[[[5.0, -0.05], [20.0, -0.05]]]]))
+    image = drawn(lines, (64, 96))
     assert not image[0, 1].any()
     rows, columns = image[0, 0, 0].nonzero(as_tuple=True)
     assert set(columns.tolist()) == {48}
-    near, far = 32 + 60 * 1.6 / 3.5, 32 + 60 * 1.6 / 18.5
+    below = AHEAD[2, 3] - (EGO_FROM_LIDAR[0, 2, 3] - 1.6)
+    near, far = 32 + 60 * below / 3.5, 32 + 60 * below / 18.5
     assert rows.max() == int(near) and rows.min() == int(far)
-    assert not draw_lines_in_images(lines._replace(valid=~yes), RIG, SIZE, (64, 96)).any()
+    assert not drawn(lines._replace(valid=torch.zeros(1, 1, dtype=torch.bool)), (64, 96)).any()
+    gone = frame()._replace(rig=RIG._replace(present=torch.tensor([[False, True]])))
+    assert not drawn(lines, (64, 96), gone).any()
+
+
+def test_image_masks_are_those_of_opencv():
+    """Random lines of a tilted LiDAR: 200 points each at z = -1.6 m, those ahead joined by cv2.polylines."""
+    cv2 = pytest.importorskip("cv2")
+    rng = np.random.default_rng(4)
+    pose = rigid_from_yaw(-np.pi / 2, (0.94, 0.0, 1.84)) @ tilt(2.0, -1.5)
+    points = rng.uniform((-15, -30), (15, 30), (12, 2, 2))  # in the level LiDAR frame
+    x, y = pose[0, 0], pose[1, 0]
+    level = np.array([[x, -y], [y, x]]) / np.hypot(x, y)
+    in_ego = torch.from_numpy(points @ level.T + pose[:2, 3]).float()[None]
+    of = frame()._replace(ego_from_lidar=torch.from_numpy(pose).float()[None])
+    found = drawn(make_lines(in_ego), (32, 48), of)
+    wanted = np.zeros((2, 32, 48), np.uint8)
+    for n in range(2):
+        matrix = np.diag([0.5, 0.5, 1.0]) @ RIG.img_from_cam[0, n].double().numpy()
+        cam_from_lidar = np.linalg.inv(RIG.ego_from_cam[0, n].double().numpy()) @ pose
+        for start, end in points:
+            along = start + np.linspace(0, 1, 200)[:, None] * (end - start)
+            cam = np.column_stack([along, np.full(200, -1.6), np.ones(200)]) @ cam_from_lidar.T[:, :3]
+            uv = (cam[cam[:, 2] > 0] @ matrix.T)[:, :2] / cam[cam[:, 2] > 0, 2:]
+            cv2.polylines(wanted[n], np.int32([uv.clip(-1e6, 1e6)]), False, color=1, thickness=1)
+    assert wanted.sum() > 200
+    # OpenCV clips a line that leaves the image to a whole pixel first, which bends it.
+    assert (found[0, :, 0].numpy() != wanted).mean() < 0.002
+
+
+def test_pixels_between_two_pixels_are_those_of_opencv():
+    cv2 = pytest.importorskip("cv2")
+    ends = torch.from_numpy(np.random.default_rng(0).integers(0, 12, (300, 2, 2)))
+    found = joined_pixels(ends[:, 0], ends[:, 1], 12)
+    for (start, end), pixels in zip(ends.tolist(), found, strict=True):
+        wanted = np.zeros((12, 12), np.uint8)
+        cv2.line(wanted, start, end, 1)
+        ours = {(y, x) for x, y in pixels.tolist() if x >= 0}
+        assert ours == set(zip(*(side.tolist() for side in wanted.nonzero()), strict=True)), (start, end)
+
+
+def tilt(roll_deg: float, pitch_deg: float) -> np.ndarray:
+    """A rotation [4, 4] about x, then about y."""
+    (r, p), found = np.radians([roll_deg, pitch_deg]), np.eye(4)
+    about_x = [[1, 0, 0], [0, np.cos(r), -np.sin(r)], [0, np.sin(r), np.cos(r)]]
+    found[:3, :3] = np.array([[np.cos(p), 0, np.sin(p)], [0, 1, 0], [-np.sin(p), 0, np.cos(p)]]) @ about_x
+    return found
 
 
 # A divider on the ground straight ahead and 2.4 m to the left, and one that is padding.
@@ -157,10 +251,10 @@ def perfect() -> MapTRv2Outputs:
     points[:, :, [0, 1, *range(4, 8)]] = 0.9
     bev = torch.full((1, 1, 20, 10), -20.0)
     bev[0, 0, 10:13, 4] = 20  # cells of 3 m: x = -2.4 is in column 4, and y from 0.26 to 8.06 in rows 10 to 12
-    image = 40 * draw_lines_in_images(LINES, RIG, SIZE, (4, 6)) - 20
+    image = 40 * drawn(LINES, (4, 6)) - 20
     depth = torch.full((1, 2, 24, 4, 6), -20.0)
     depth[:, :, 8] = 20  # bins of 1 m from 1 m on
-    return MapTRv2Outputs(logits[:, :, 3:], points[:, :, 3:], logits, points, bev, image, depth)
+    return MapTRv2Outputs(logits[:, :, 3:], points[:, :, 3:], logits, points, bev, image, depth, EGO_FROM_LIDAR)
 
 
 def losses_of(network, prediction, boxes=None, lines=LINES, rig=RIG) -> dict[str, float]:

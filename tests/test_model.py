@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from perception.cameras import pixel_rays, see_points
+from perception.cameras import pixel_rays, see_points, usual_mounting
 from perception.errors import CheckpointError, ConfigError
 from perception.geometry import project_points, rigid_from_yaw
 from perception.grid import BEVGrid
@@ -44,7 +44,9 @@ def make_frame(batch: int = 1, cameras: int = 6, config: BEVTransformerConfig = 
     images = torch.randint(0, 256, (batch, cameras, 3, *config.image_size), generator=generator, dtype=torch.uint8)
     rig = make_rig(cameras, config.image_size)
     rig = CameraRig(*(x.expand(batch, *x.shape[1:]).clone() for x in rig))
-    return Frame(images, rig, torch.eye(4).expand(batch, 4, 4), torch.zeros(batch), torch.ones(batch, dtype=torch.bool))
+    first = torch.ones(batch, dtype=torch.bool)
+    motion = torch.eye(4).expand(batch, 4, 4)
+    return Frame(images, rig, motion, torch.zeros(batch), first, *usual_mounting(batch, cameras))
 
 
 @pytest.fixture(scope="module")

@@ -98,7 +98,8 @@ def other_golden(golden, folder):
     shutil.copytree(golden, folder)
     move_map(folder / "map_gt")
     narrow_boxes(folder / "bevformer")
-    narrow_lines(folder / "maptr")
+    for name in ("maptr", "maptr_gkt", "maptrv2"):
+        narrow_lines(folder / name)
     for number, path in enumerate(sorted((folder / "backbone").glob("*/"))):
         path.rename(path.with_name(f"other{number}"))
     for name in ("inputs", "outputs"):

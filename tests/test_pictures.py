@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from perception.cameras import usual_mounting
 from perception.errors import DataError
 from perception.types import BOX_CLASSES, LINE_CLASSES, Boxes, CameraRig, Frame, FrameObjects, Polylines, Seen
 from perception.visualization.pictures import BOX_COLORS, LINE_COLORS, draw_bev, draw_cameras, draw_frame
@@ -179,7 +180,8 @@ def test_unseen_parts_of_lines_are_faint_from_above_and_not_in_images():
 
 
 def test_a_note_is_red_and_ends_before_the_border():
-    frame = Frame(grey_images(), make_rig(), torch.eye(4), torch.zeros(()), torch.tensor(True))
+    mounting = (tensor[0] for tensor in usual_mounting(1, 6))
+    frame = Frame(grey_images(), make_rig(), torch.eye(4), torch.zeros(()), torch.tensor(True), *mounting)
     plain = np.asarray(draw_frame(frame, make_objects(), caption="a")).astype(int)
     noted = np.asarray(draw_frame(frame, make_objects(), caption="a", note="trained on other data " * 20)).astype(int)
     v, u = np.nonzero((noted != plain).any(-1))
@@ -228,7 +230,8 @@ def make_frame(names, rig=None):
     images = grey_images(len(names))
     for index in range(len(names)):
         images[index] = 23 * index + 20
-    return Frame(images, rig or make_rig(len(names)), torch.eye(4), torch.tensor(0.0), torch.tensor(True))
+    mounting = (tensor[0] for tensor in usual_mounting(1, len(names)))
+    return Frame(images, rig or make_rig(len(names)), torch.eye(4), torch.tensor(0.0), torch.tensor(True), *mounting)
 
 
 def test_composite_arranges_six_cameras_as_on_the_car():

@@ -24,12 +24,18 @@ from perception.models.bevformer.losses import bevformer_losses, encode_lidar_bo
 from perception.models.bevformer.model import RawBoxes, decode_boxes
 from perception.models.checkpoint import load_model, read_metrics
 from perception.models.maptr.config import MapTRConfig
-from perception.models.maptr.losses import LINE_LOSS_WEIGHTS, maptr_losses, match_lines, published_orderings
+from perception.models.maptr.losses import (
+    LINE_LOSS_WEIGHTS,
+    lidar_lines,
+    maptr_losses,
+    match_lines,
+    published_orderings,
+)
 from perception.models.maptr.model import RawLines
 from perception.models.published.backbone import FPNConfig
 from perception.models.published.losses import class_loss, sum_layers
 from perception.synthetic import VERSION
-from perception.types import Polylines, map_tensors
+from perception.types import NUSCENES_EGO_FROM_LIDAR, Polylines, map_tensors
 
 SMALL = {"image_size": (64, 96), "backbone": FPNConfig(stages=2), "channels": 32, "feed_forward": 48, "heads": 4}
 
@@ -148,7 +154,7 @@ def test_box_encoding_inverts_decoding():
         [10 * torch.randn(1, 5, 3), 1 + torch.rand(1, 5, 3), 6 * torch.rand(1, 5, 1), torch.randn(1, 5, 2)], -1
     )
     config = BEVFormerConfig.tiny()
-    ego_from_lidar = torch.tensor(config.ego_from_lidar)
+    ego_from_lidar = torch.tensor([NUSCENES_EGO_FROM_LIDAR])
     logits = torch.full((1, 1, 5, 10), -9.0)
     logits[0, 0, range(5), range(5)] = torch.arange(5.0, 0.0, -1.0)
     boxes = decode_boxes(logits, encode_lidar_boxes(box)[None], ego_from_lidar, 5, config.post_center_range)
@@ -186,18 +192,18 @@ def test_perfect_predictions_have_no_loss(network, town_root):
     clip = collate([data[0]])
     frame, gt, _ = map_tensors(lambda tensor: tensor[:, 0], clip)
     model = build_network(BEVFormerConfig(**SMALL, bev=(8, 8)) if network == "bevformer" else MapTRConfig(**SMALL))
-    turn = model.ego_from_lidar
+    turn = frame.ego_from_lidar
     if network == "bevformer":
         params = encode_lidar_boxes(lidar_boxes(gt.boxes, turn))[None]
         inside = (params[0, ..., :2].abs() < 51.2).all(-1)  # boxes outside the range are ignored
         label, known = gt.boxes.label, gt.boxes.valid & inside
     else:
-        lidar = (gt.lines.points - turn[:2, 3]) @ turn[:2, :2]
+        lidar = lidar_lines(gt.lines, turn).points
         params = ((lidar + torch.tensor([15.0, 30.0])) / torch.tensor([30.0, 60.0]))[None]
         label, known = gt.lines.label, gt.lines.valid
     logits = torch.full((1, *label.shape, 10 if network == "bevformer" else 3), -9.0)
     logits[0, 0, torch.arange(label.shape[1])[known[0]], label[known]] = 9.0
-    prediction = (RawBoxes if network == "bevformer" else RawLines)(logits, params)
+    prediction = (RawBoxes if network == "bevformer" else RawLines)(logits, params, turn)
     losses = model.loss(prediction, gt, frame)
     assert known.sum() > 3 and all(loss.item() < 1e-2 for loss in losses.values())
     moved = prediction._replace(**{prediction._fields[1]: prediction[1] + 0.1})
@@ -211,6 +217,7 @@ def test_perfect_predictions_have_no_loss(network, town_root):
         "bevformer_tiny",
         "maptr_tiny_r50_24e_gkt",
         "maptrv2_nusc_r50_24ep",
+        "mapqr_nusc_r50_24ep",
     ],
 )
 def test_published_networks_are_trained(preset, town_root, tmp_path):

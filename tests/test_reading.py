@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from perception.data.splits import custom_splits
-from perception.data.tables import read_table
+from perception.data.table_files import read_table
 from perception.errors import EXTRAS, ConfigError, DataError, not_installed
 from perception.models import preset_name
 from perception.models.bev_transformer.config import BEVTransformerConfig

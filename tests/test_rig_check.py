@@ -30,7 +30,7 @@ def planted(change, tmp_path, of=NUSCENES):
     content = json.loads(json.dumps(of))
     change(content["cameras"])
     (tmp_path / "rig.yaml").write_text(yaml.safe_dump(content))
-    return [finding.sentence for finding in check_rig(read_cameras(tmp_path / "rig.yaml")).findings]
+    return [finding.sentence for finding in check_rig(read_cameras(tmp_path / "rig.yaml")[0]).findings]
 
 
 def every(change):
@@ -155,7 +155,7 @@ def test_planted_mistakes_are_named(name, tmp_path):
 
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
 def test_rigs_of_the_library_have_no_finding(path):
-    report = check_rig(read_cameras(path))
+    report = check_rig(read_cameras(path)[0])
     assert report.findings == () and len(report.cameras) == len(Rig.load(path))
 
 

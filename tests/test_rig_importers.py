@@ -3,6 +3,7 @@
 import json
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -11,11 +12,12 @@ import yaml
 from conftest import PROJECT, existing
 from scipy.spatial.transform import Rotation
 
-from perception.errors import DataError
-from perception.geometry import invert_rigid, transform_points
+from perception.errors import DataError, PerceptionWarning
+from perception.geometry import invert_rigid, rigid_from_yaw, transform_points
 from perception.rigs import Rig, import_rig
 from perception.rigs.importers import FORMATS
 from perception.rigs.models import BrownConrady, KannalaBrandt, Mei, Pinhole
+from perception.rigs.ros import Frames
 
 RIGS = PROJECT.parent / "shared" / "data" / "rigs"
 HALF = 0.5  # px, from pixel centres at whole numbers to ours
@@ -302,11 +304,23 @@ def test_nuscenes_tables(tmp_path):
         np.testing.assert_allclose(camera.ego_from_cam[:3, 3], stored["translation"], atol=1e-12)
         w, x, y, z = stored["rotation"]
         np.testing.assert_allclose(camera.ego_from_cam[:3, :3], Rotation.from_quat([x, y, z, w]).as_matrix(), atol=1e-9)
+    lidar = devkit.get("sample_data", sample["data"]["LIDAR_TOP"])
+    stored = devkit.get("calibrated_sensor", lidar["calibrated_sensor_token"])
+    w, x, y, z = stored["rotation"]
+    np.testing.assert_allclose(rig.ego_from_lidar[:3, :3], Rotation.from_quat([x, y, z, w]).as_matrix(), atol=1e-9)
+    np.testing.assert_array_equal(rig.ego_from_lidar[:3, 3], stored["translation"])
     ahead(rig["CAM_FRONT"])
     ahead(rig["CAM_BACK"], 180)
     assert import_rig(tmp_path / VERSION, scene=devkit.scene[0]["name"]).names == rig.names
     with refused("scene.json has no scene 'scene-9999'; "):
         import_rig(tmp_path / VERSION, scene="scene-9999")
+    turned = json.loads((tmp_path / VERSION / "calibrated_sensor.json").read_text())
+    for row in turned:
+        if row["sensor_token"] == stored["sensor_token"]:
+            row["rotation"] = [1, 0, 0, 0]  # x ahead
+    (tmp_path / VERSION / "calibrated_sensor.json").write_text(json.dumps(turned))
+    with pytest.warns(PerceptionWarning, match="the axes of LIDAR_TOP are not x right, y ahead, z up"):
+        assert import_rig(tmp_path / VERSION).ego_from_lidar is None
 
 
 def camera_info(name: str, model: str, coefficients: list[float], size=(1280, 1024), focal=1085.2) -> dict:
@@ -393,6 +407,17 @@ def test_ros_static_transforms_body_and_optical_frames(tmp_path):
     echoed = import_rig(tmp_path / "echo.yaml", "ros", poses=tmp_path / "tf.yaml")
     np.testing.assert_array_equal(echoed["echo"].ego_from_cam, rig["right"].ego_from_cam)
     assert echoed["echo"].model == rig["right"].model
+
+
+def test_frames_that_are_their_own_parents_are_named():
+    step = rigid_from_yaw(0.3, (1.0, 2.0, 0.0))
+    tree = Frames.of(Path("/tf"), [("a", "b", step), ("b", "a", step), ("base", "c", step), ("c", "d", step)])
+    for ask in (lambda: tree.base_from("a", "base"), lambda: tree.leads_to("b", "base"), lambda: tree.root("a")):
+        with refused("its own parent; give a tree of frames"):
+            ask()
+    assert tree.leads_to("d", "base") and not tree.leads_to("base", "d") and tree.root("d") == "base"
+    np.testing.assert_allclose(tree.base_from("d", "base"), step @ step)
+    np.testing.assert_allclose(tree.base_from("b", "a"), step)
 
 
 def test_mistakes_in_ros_files_are_named(tmp_path):

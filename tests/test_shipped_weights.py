@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from perception.cameras import usual_mounting
 from perception.geometry import rigid_from_yaw
 from perception.models.checkpoint import load_model
 from perception.types import CameraRig, Frame
@@ -39,6 +40,7 @@ def frames(image_size: tuple[int, int]) -> list[Frame]:
                 torch.from_numpy(np.linalg.inv(rigid_from_yaw(0.04, (1.5, 0.1, 0)))).float()[None],
                 torch.tensor([0.2 * (k > 0)]),
                 torch.tensor([k == 0]),
+                *usual_mounting(1, 5),
             )
         )
     return found
@@ -60,7 +62,7 @@ def numbers() -> dict[str, list[float]]:
             value = getattr(prediction, name)
             if name not in dense and name != "images":  # [L, B, Q, ...]
                 found[f"{k} {name}"] = value.mean((1, 2)).flatten().tolist()
-        boxes, lines = model.decode(prediction)
+        boxes, lines, _ = model.decode(prediction)
         found[f"{k} decoded"] = [
             boxes.score[boxes.valid].sum().item(), lines.score[lines.valid].sum().item(), boxes.valid.sum().item(),
             boxes.size.mean().item(), boxes.uncertainty.mean().item(), lines.points.abs().mean().item(),

@@ -131,7 +131,7 @@ def guesses(dataset) -> dict[str, FrameObjects]:
     scenes, random = {}, torch.Generator().manual_seed(3)
     for i, token in enumerate(dataset.tokens):
         gt = FrameObjects(pad_boxes([dataset.gt_boxes(i)]), pad_lines([dataset.gt_lines(i)], 20))
-        boxes, lines = map_tensors(lambda tensor: tensor[0], gt)
+        boxes, lines, _ = map_tensors(lambda tensor: tensor[0], gt)
 
         def noise(tensor, size):
             return tensor + size * torch.randn(tensor.shape, generator=random)

@@ -3,16 +3,17 @@
 import json
 import os
 import shutil
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
-from perception.data import index as index_module
-from perception.data import tables
+from perception.data import index_files, sample_lines, table_files, tables
+from perception.data.checked_tables import check_tables
 from perception.data.index import load_index
 from perception.data.lane_map import LANE_PROTOCOLS, LaneMap
-from perception.data.table_checks import DETECTION_CLASS, READERS, check_tables
-from perception.data.tables import Table, as_they_are, own_keys, read_blocks, read_table
+from perception.data.table_files import TABLES, divided, read_blocks, read_table, read_tables
+from perception.data.tables import DETECTION_CLASS, READERS, Table, as_they_are, own_keys
 from perception.errors import DataError
 from perception.geometry import invert_rigid, rigid_from_quaternion, yaw_from_rotation
 from perception.types import ATTRIBUTES, BOX_CLASSES, DEFAULT_LANE_RANGE, LaneRange
@@ -39,7 +40,7 @@ FORMATS = {
 @pytest.mark.parametrize("size", [1, 7, 64, 1000, 1 << 20])
 @pytest.mark.parametrize("style", FORMATS)
 def test_blocks_hold_the_records_of_any_json(tmp_path, monkeypatch, style, size):
-    monkeypatch.setattr(tables, "BLOCK", size)
+    monkeypatch.setattr(table_files, "BLOCK", size)
     path = tmp_path / "table.json"
     content = json.dumps(ROWS, **FORMATS[style]).encode(errors="surrogatepass")
     for start, end in ((b"", b""), (b"\xef\xbb\xbf \n", b" \n\n")):
@@ -51,6 +52,73 @@ def test_blocks_hold_the_records_of_any_json(tmp_path, monkeypatch, style, size)
         assert table.columns["token"].tolist() == [hash(row["token"]) if k != 3 else -1 for k, row in enumerate(ROWS)]
     path.write_text(" [ ]\n")
     assert list(read_blocks(path)) == []
+
+
+@pytest.fixture
+def parent_reads(monkeypatch):
+    """Divides small tables among processes; collects the spans that this process reads itself."""
+    monkeypatch.setattr(tables, "SPAN", 600)
+    monkeypatch.setattr(tables, "processors", lambda: 2)
+    spans = []
+
+    def read(path, span=None):
+        spans.append(span)
+        return read_blocks(path, span)
+
+    monkeypatch.setattr(tables, "read_blocks", read)
+    return spans
+
+
+READERS_OF_ROWS = {"token": own_keys, "text": as_they_are, "number": as_they_are}
+
+
+@pytest.mark.parametrize("style", ["one line", "a key a line, as nuScenes", "letters as they are"])
+def test_processes_read_the_columns_of_a_table(tmp_path, parent_reads, style):
+    """Text that looks like the end of a record does not mislead them."""
+    path = tmp_path / "table.json"
+    for rows in (ROWS[4:], ROWS, ROWS[4:40] + ROWS[:2] * 30 + ROWS[4:]):
+        path.write_bytes(json.dumps(rows, **FORMATS[style]).encode(errors="surrogatepass"))
+        spans = divided(path, 600)
+        assert len(spans) > 3 and spans[-1].stop is None
+        assert all(one.start < one.stop < two.start for one, two in pairwise(spans))
+        table = Table(path, READERS_OF_ROWS)
+        assert table.columns["text"] == [row["text"] for row in rows] and table.rows == len(rows)
+        alone = Table(path, READERS_OF_ROWS, rows)
+        assert np.array_equal(table.columns["token"], alone.columns["token"])
+        assert table.columns["number"] == alone.columns["number"] and table.present == alone.present
+        assert all(table.record(row) == rows[row] for row in range(0, len(rows), 7))
+        if rows == ROWS[4:]:
+            assert not parent_reads  # nothing was read twice
+
+
+def test_a_record_in_a_text_is_no_record(tmp_path, parent_reads):
+    """The text of one record holds many that look right: nothing of them may be read."""
+    rows = [{"token": "a", "text": '"},{"token": "b", "text": "c"},{"token": "d", "text": "' * 40}, *ROWS[4:]]
+    rows += [{"token": f"last {k}", "text": "},\n{"} for k in range(40)]
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps(rows, ensure_ascii=False))
+    table = Table(path, READERS_OF_ROWS)
+    assert table.columns["text"] == [row["text"] for row in rows] and parent_reads
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:-1],
+        lambda text: text[:-1] + ",]",
+        lambda text: text.replace('"row 30"', '"row" 30'),
+        lambda text: text.replace('\n{\n"token": "row 30"', '\n7,{\n"token": "row 30"'),
+        lambda text: text.replace('\n{\n"token": "row 30"', '\n,{\n"token": "row 30"'),
+    ],
+)
+def test_processes_name_malformed_json_as_one_does(tmp_path, parent_reads, damage):
+    path = tmp_path / "table.json"
+    path.write_text(damage(json.dumps(ROWS[4:], indent=0)))
+    with pytest.raises(DataError, match="is not") as alone:
+        read_table(path)
+    with pytest.raises(DataError, match="is not") as caught:
+        Table(path, READERS_OF_ROWS)
+    assert str(caught.value) == str(alone.value) and parent_reads
 
 
 @pytest.mark.parametrize("size", [1, 50, 1 << 20])
@@ -73,8 +141,8 @@ def test_blocks_hold_the_records_of_any_json(tmp_path, monkeypatch, style, size)
     ],
 )
 def test_malformed_json_is_named_wherever_it_is(tmp_path, monkeypatch, damage, message, size):
-    monkeypatch.setattr(tables, "BLOCK", size)
-    monkeypatch.setattr(tables, "LONGEST_RECORD", 4000)
+    monkeypatch.setattr(table_files, "BLOCK", size)
+    monkeypatch.setattr(table_files, "LONGEST_RECORD", 4000)
     path = tmp_path / "table.json"
     path.write_text(damage(json.dumps(ROWS[4:], indent=0)))
     with pytest.raises(DataError, match=message) as caught:
@@ -110,9 +178,25 @@ def test_findings_do_not_depend_on_the_blocks(hand_root, tmp_path, monkeypatch):
     path.write_text(json.dumps(rows))
     want = check_tables(root, VERSION)
     assert len(want) > 5
-    assert check_tables(root, VERSION, tables.read_tables(root / VERSION)) == want
-    monkeypatch.setattr(tables, "BLOCK", 300)
+    assert check_tables(root, VERSION, read_tables(root / VERSION)) == want
+    monkeypatch.setattr(table_files, "BLOCK", 300)
     assert check_tables(root, VERSION) == want
+
+
+def test_processes_build_the_same_index(town_root, tmp_path, monkeypatch):
+    (version,) = [path.parent.name for path in town_root.glob("*/sample.json")]
+    splits = json.loads((town_root / version / "splits.json").read_text())
+    (split,) = [name for name, scenes in splits.items() if scenes]
+    stored = []
+    for many in (1 << 30, 1):
+        monkeypatch.setattr(tables, "SPAN", many if many > 1 else 20_000)
+        monkeypatch.setattr(sample_lines, "MANY_SCENES", many)
+        for module in (tables, sample_lines):
+            monkeypatch.setattr(module, "processors", lambda: 3)
+        load_index(town_root, version, split, CAMERAS, DEFAULT_LANE_RANGE, tmp_path / str(many))
+        (path,) = (tmp_path / str(many)).glob("index-*.bin")
+        stored.append(path.read_bytes())
+    assert stored[0] == stored[1]
 
 
 def test_classes_of_categories_are_those_of_the_devkit():
@@ -180,8 +264,9 @@ def test_lines_of_many_patches_are_those_of_each(town_root, protocol):
     centers = np.concatenate([rng.choice(nodes, 20) + rng.normal(0, 10, (20, 2)), [[1e6, 1e6]]])
     yaws = rng.uniform(-np.pi, np.pi, len(centers))
     together = lane_map.lines_of_patches(centers, yaws, LaneRange(80, 40), protocol)
-    assert sum(map(len, together)) > 50 and together[-1] == []
-    for lines, (x, y), yaw in zip(together, centers, yaws, strict=True):
+    assert len(together.label) > 50 and together.of_sample(20) == []
+    for k, ((x, y), yaw) in enumerate(zip(centers, yaws, strict=True)):
+        lines = together.of_sample(k)
         alone = lane_map.lines(x, y, float(yaw), LaneRange(80, 40), protocol)
         assert [line.label for line in lines] == [line.label for line in alone]
         assert all(np.array_equal(a.points, b.points) for a, b in zip(lines, alone, strict=True))
@@ -213,14 +298,14 @@ def test_a_stored_index_is_mapped_and_never_written(hand_root, tmp_path):
 
 def test_hashes_of_large_files_are_kept_until_they_change(hand_root, tmp_path, monkeypatch):
     root = shutil.copytree(hand_root, tmp_path / "root")
-    monkeypatch.setattr(index_module, "KEPT_HASH", 1)
+    monkeypatch.setattr(index_files, "KEPT_HASH", 1)
     index_of(root, tmp_path / "cache")
     few = len(list((tmp_path / "cache").glob("hash-*")))
-    assert few < len(tables.TABLES)  # those of the code: the tables have changed just now
-    monkeypatch.setattr(index_module, "SETTLED_NS", -(10**12))
+    assert few < len(TABLES)  # those of the code: the tables have changed just now
+    monkeypatch.setattr(index_files, "SETTLED_NS", -(10**12))
     index_of(root, tmp_path / "cache")
     kept = list((tmp_path / "cache").glob("hash-*.json"))
-    assert len(kept) > len(tables.TABLES) and len(list((tmp_path / "cache").glob("index-*"))) == 1
+    assert len(kept) > len(TABLES) and len(list((tmp_path / "cache").glob("index-*"))) == 1
 
     path = root / VERSION / "sample_annotation.json"
     state, content = path.stat(), path.read_text()
@@ -240,7 +325,7 @@ def test_hashes_of_large_files_are_kept_until_they_change(hand_root, tmp_path, m
 
 
 def test_every_field_that_is_checked_has_a_reader():
-    assert set(READERS) == set(tables.TABLES) and all("token" in readers for readers in READERS.values())
+    assert set(READERS) == set(TABLES) and all("token" in readers for readers in READERS.values())
 
 
 @pytest.mark.slow

@@ -16,16 +16,16 @@ import torch
 from tqdm import tqdm
 
 from perception.cli.doctor import main
+from perception.data.checked_tables import check_tables, open_tables
 from perception.data.index import load_index
 from perception.data.loader import ClipRequest
 from perception.data.nuscenes import NuScenesDataset
-from perception.data.table_checks import check_tables, open_tables
-from perception.data.tables import TABLES
+from perception.data.table_files import TABLES
 from perception.errors import DataError, PerceptionWarning
 from perception.evaluation.dataset import check_evaluable
 from perception.evaluation.detection import evaluate_boxes, load_tables
 from perception.inference.ego_motion import EgoMotion
-from perception.types import DEFAULT_LANE_RANGE
+from perception.types import DEFAULT_LANE_RANGE, map_tensors
 
 VERSION, SPLIT, CAMERAS = "v1.0-hand", "hand_val", ("CAM_FRONT", "CAM_BACK")
 
@@ -298,7 +298,7 @@ def test_a_dataset_without_points_is_named_and_not_scored(hand_root, root, tmp_p
     with pytest.raises(DataError, match=message):
         check_evaluable(data)
     gt = {token: data[i].gt for i, token in enumerate(data.tokens)}
-    predictions = {token: type(gt)(*(type(part)(*(x[0] for x in part)) for part in gt)) for token, gt in gt.items()}
+    predictions = {token: map_tensors(lambda tensor: tensor[0], of_sample) for token, of_sample in gt.items()}
     poses = {token: data.ego_pose(i) for i, token in enumerate(data.tokens)}
     with pytest.raises(DataError, match=message):
         evaluate_boxes(predictions, poses, root, VERSION, SPLIT, out_dir=tmp_path / "out")
@@ -309,7 +309,7 @@ def test_a_dataset_whose_boxes_are_all_out_of_range_is_named(root, tmp_path):
     set_field(root, "sample_annotation", None, translation=[9000.0, 0.0, 0.0])
     data = read(root, tmp_path)
     gt = {token: data[i].gt for i, token in enumerate(data.tokens)}
-    predictions = {token: type(gt)(*(type(part)(*(x[0] for x in part)) for part in gt)) for token, gt in gt.items()}
+    predictions = {token: map_tensors(lambda tensor: tensor[0], of_sample) for token, of_sample in gt.items()}
     poses = {token: data.ego_pose(i) for i, token in enumerate(data.tokens)}
     with pytest.raises(DataError, match=r"no box of split hand_val .* in the range of its class"):
         evaluate_boxes(predictions, poses, root, VERSION, SPLIT)

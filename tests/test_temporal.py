@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from perception.export.latency import resident_bytes
+from perception.benchmark.latency import resident_bytes
+from perception.cameras import usual_mounting
 from perception.geometry import box_corners, invert_rigid, project_points, transform_points
 from perception.models.bev_transformer.config import BEVTransformerConfig
 from perception.models.bev_transformer.decoder import decode
@@ -37,7 +38,7 @@ def show(place: torch.Tensor, is_first: bool) -> Frame:
     images = torch.where(inside, 255, 90).to(torch.uint8)[:, None, None].expand(-1, 1, 3, -1, -1)
     rig = CameraRig(FOCAL.expand(B, -1, -1, -1), AHEAD.expand(B, -1, -1, -1), torch.ones(B, 1, dtype=torch.bool))
     seconds = torch.full((B,), 0.0 if is_first else STEP)
-    return Frame(images, rig, torch.eye(4).expand(B, 4, 4), seconds, torch.full((B,), is_first))
+    return Frame(images, rig, torch.eye(4).expand(B, 4, 4), seconds, torch.full((B,), is_first), *usual_mounting(B, 1))
 
 
 def draw(generator: torch.Generator, count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from perception.cameras import usual_mounting
 from perception.errors import ConfigError
 from perception.types import DEFAULT_LANE_RANGE, CameraRig, Frame, LaneRange, MapLine, map_tensors
 
@@ -23,7 +24,9 @@ def test_what_is_no_lane_range_is_named(text):
 
 def test_functions_apply_to_all_tensors_and_keep_the_types():
     rig = CameraRig(torch.ones(2, 6, 3, 3), torch.ones(2, 6, 4, 4), torch.ones(2, 6))
-    frame = Frame(torch.ones(2, 6, 3, 4, 5), rig, torch.ones(2, 4, 4), torch.zeros(2), torch.ones(2))
+    frame = Frame(
+        torch.ones(2, 6, 3, 4, 5), rig, torch.ones(2, 4, 4), torch.zeros(2), torch.ones(2), *usual_mounting(2, 6)
+    )
     second = map_tensors(lambda tensor: 3 * tensor[1], frame)
     assert type(second) is Frame and type(second.rig) is CameraRig
     assert second.images.shape == (6, 3, 4, 5) and second.rig.present.tolist() == [3] * 6

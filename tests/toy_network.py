@@ -43,7 +43,9 @@ class ToyNetwork(nn.Module):
     finds = ("box",)
     loss_weights: ClassVar[dict[str, float]] = {"box_class": 1.0, "box_params": 0.25}
     image_loss = None
+    needs_gt = tracks = False
     raw_names = ("box_logits", "box_params")
+    extra_inputs = ()
     no_export = ""
     published_prefixes: ClassVar[dict[str, str]] = {}
 

@@ -6,7 +6,6 @@ start from the same frame and memory for the results.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -20,21 +19,24 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from perception.benchmark.stages import Recorder
+from perception.cameras import usual_mounting
 from perception.errors import CheckpointError
-from perception.export.contract import ImageInputs
+from perception.export.contract import ImageInputs, comparable_memory
 from perception.export.onnx import example_inputs, named_raw_outputs, raw_names
 from perception.export.replay import match_rows
+from perception.inference.acceleration import WARM_UP, accelerated, capture_graph
 from perception.models import Network, build_network, preset_config
+from perception.models.base import memory_tensors
 from perception.models.checkpoint import load_model, shipped_weights
 from perception.ops.bilinear import preferred_implementation
-from perception.types import CameraRig, Frame, FrameObjects, State, map_tensors
+from perception.types import CameraRig, Frame, FrameObjects, Memory, map_tensors, named_tensors
 
 CAMERAS = 6
 SECONDS, LEAST_PASSES, MOST_PASSES = 1.0, 30, 200  # of the timed passes of one mode
-WARM_UP = 3  # passes that are not timed
 LIMIT, COMPILE_LIMIT = 20.0, 110.0  # seconds of one measurement, with preparation
 KEPT_SHARE = 0.15  # of a stage's time, reserved for further measurements of the fastest mode
 PORTS = ("bevformer_tiny", "maptr_tiny_r50_24e_bevformer")  # published networks for boxes and for lines
+NAMES = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -43,8 +45,10 @@ class Mode:
     """Execution mode of a network in PyTorch.
 
     Args:
-        precision: "fp32", "tf32" (float32 with TF32 products), or "bf16" and "fp16" by autocast.
-        channels_last: weights and images in channels_last memory format.
+        precision: "fp32", "tf32" (float32 with TF32 products), or "bf16" and "fp16", which mean
+            "bfloat16" and "float16" of `perception.inference.acceleration.accelerated`.
+        channels_last: weights and images in channels_last memory format, and batch norms folded into convolutions, as
+            in live use.
         compiled: by `torch.compile`.
         graph: captured as a CUDA graph and replayed.
         tuned: cuDNN autotunes its algorithms.
@@ -67,11 +71,12 @@ class Mode:
         return " ".join(parts)
 
 
+BASELINE = Mode()  # what a network does as it is loaded, without a choice for speed
 REFERENCE = Mode(tuned=False, plain=True)
 EAGER = (
     Mode(), Mode(graph=True), Mode("bf16", True, graph=True), Mode("fp16", True, graph=True),
     Mode("tf32", True, graph=True), Mode("bf16", graph=True), Mode("bf16", True), Mode("fp16", True), Mode("bf16"),
-    Mode("fp16"), Mode("tf32"), Mode("tf32", True),
+    Mode("fp16"), Mode("tf32"), Mode("tf32", True), Mode(channels_last=True),
 )  # fmt: skip
 COMPILED = (
     Mode("bf16", True, compiled=True), Mode("bf16", True, compiled=True, graph=True),
@@ -156,12 +161,12 @@ def example_frame(network: Network, device: torch.device, seed: int = 0) -> Fram
     img_from_cam, ego_from_cam, present, motion, seconds, is_first = inputs[1:7]
     motion[0, 3] = -3.0
     rig = CameraRig(img_from_cam[None], ego_from_cam[None], present[None])
-    frame = Frame(images, rig, motion[None], torch.full_like(seconds, 0.5), ~is_first)
+    frame = Frame(images, rig, motion[None], torch.full_like(seconds, 0.5), ~is_first, *usual_mounting(1, CAMERAS))
     return map_tensors(lambda x: x.to(device), frame)
 
 
 @torch.inference_mode()
-def warm_state(network: Network, frame: Frame) -> State:
+def warm_state(network: Network, frame: Frame) -> Memory:
     """Returns the memory of a network in evaluation mode after a frame as its first one."""
     first = frame._replace(is_first=torch.ones_like(frame.is_first))
     return network(first, network.initial_state(1))[1]
@@ -169,34 +174,32 @@ def warm_state(network: Network, frame: Frame) -> State:
 
 # ------------------------------------------------------------------------------------------------------------ one mode
 
-Pass = Callable[[Frame, State], tuple[Any, FrameObjects, State]]
+
+def prepared_network(network: Any, mode: Mode) -> Any:
+    """Prepares a network, in evaluation mode, for a mode as for live use; the CUDA graph is up to the caller."""
+    return accelerated(
+        network, precision=NAMES[mode.precision], channels_last=mode.channels_last, fold=mode.channels_last,
+        compile=mode.compiled,
+    )  # fmt: skip
 
 
 class Runner:
     """Runs passes of one frame in one mode; the memory is updated in place, as in live use.
 
     Args:
-        network: in evaluation mode; copied if the mode needs another memory format.
+        network: in evaluation mode; copied if the mode changes its weights.
         frame, state: copied; a CUDA graph reads and writes these copies.
         mode: execution mode.
-        advance: compiled pass of a runner without a graph; compiled here if not given.
+        prepared: result of `prepared_network` for this mode; made here if not given.
     """
 
-    def __init__(self, network: Network, frame: Frame, state: State, mode: Mode, advance: Pass | None = None) -> None:
+    def __init__(self, network: Network, frame: Frame, state: Memory, mode: Mode, prepared: Any = None) -> None:
         if not mode.channels_last:
             frame = frame._replace(images=frame.images.contiguous())
-        elif advance is None:
-            network = copy.deepcopy(network).to(memory_format=torch.channels_last)
         self.mode, self.device = mode, frame.images.device
         self.frame, self.state = map_tensors(torch.clone, frame), map_tensors(torch.clone, state)
         self._start = state
-
-        def forward_and_decode(frame: Frame, state: State) -> tuple[Any, FrameObjects, State]:
-            prediction, state = network(frame, state)
-            return prediction, network.decode(prediction), state
-
-        compiled = torch.compile(forward_and_decode, dynamic=False) if mode.compiled else forward_and_decode
-        self.advance: Pass = advance or compiled
+        self.network = prepared or prepared_network(network, mode)
         self._graph: torch.cuda.CUDAGraph | None = None
         self.results: Any = None  # prediction and objects of the last pass
         if mode.graph:
@@ -211,46 +214,36 @@ class Runner:
             else:
                 self._graph.replay()
 
-    def first_pass(self) -> tuple[Any, FrameObjects, State]:
+    def first_pass(self) -> tuple[Any, FrameObjects, Memory]:
         """Runs a pass from the initial memory and returns copies of prediction, objects and new memory."""
         with torch.inference_mode():
-            self.state.bev.copy_(self._start.bev)
+            _copy(self._start, self.state)
             self()
             prediction, objects, state = (map_tensors(torch.clone, noun) for noun in (*self.results, self.state))
             return prediction, objects, state
 
     def _pass(self) -> None:
         with mode_settings(self.mode, self.device):
-            prediction, objects, after = self.advance(self.frame, self.state)
-            self.state.bev.copy_(after.bev)
+            prediction, after = self.network(self.frame, self.state)
+            objects = self.network.decode(prediction)
+            _copy(after, self.state)
         self.results = prediction, objects
 
 
+def _copy(memory: Memory, into: Memory) -> None:
+    """Copies the tensors of a memory into those of another one."""
+    for source, target in zip(named_tensors(memory).values(), named_tensors(into).values(), strict=True):
+        target.copy_(source)
+
+
 def mode_settings(mode: Mode, device: torch.device) -> AbstractContextManager:
-    """Sets precision, cuDNN and sampling implementation of a mode for the passes in the block."""
+    """Sets TF32, cuDNN and the sampling implementation of a mode for the passes in the block."""
     stack = ExitStack()
     if device.type == "cuda":
         stack.enter_context(_float32_settings(mode.precision == "tf32", mode.tuned))
     if mode.plain:
         stack.enter_context(preferred_implementation("plain"))
-    if mode.precision in DTYPES:
-        stack.enter_context(torch.autocast(device.type, DTYPES[mode.precision]))
     return stack
-
-
-def capture_graph(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """Captures a pass as a CUDA graph, after warm-up passes on another stream, which capturing requires."""
-    other = torch.cuda.Stream()
-    other.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(other):
-        for _ in range(WARM_UP):
-            run()
-    torch.cuda.current_stream().wait_stream(other)
-    graph = torch.cuda.CUDAGraph()
-    # Relaxed: kernels that run for the first time may be loaded during the capture.
-    with torch.cuda.graph(graph, capture_error_mode="relaxed"):
-        run()
-    return graph
 
 
 @contextmanager
@@ -334,7 +327,7 @@ def measure_frames(recorder: Recorder, model: str, device_name: str, compiled: b
             torch.cuda.reset_peak_memory_stats(device)
         start = time.perf_counter()
         plain = runners.get(replace(mode, graph=False)) if mode.compiled else None
-        runner = Runner(network, frame, state, mode, plain.advance if plain else None)
+        runner = Runner(network, frame, state, mode, plain.network if plain else None)
         found = runner.first_pass()
         wait(device)
         row: dict[str, Any] = {"prepared_s": time.perf_counter() - start}
@@ -377,7 +370,7 @@ def _measure_copies(runner: Runner, reference: Runner) -> dict:
 
 
 def differences(
-    network: Network, expected: tuple[Any, FrameObjects, State], found: tuple[Any, FrameObjects, State]
+    network: Network, expected: tuple[Any, FrameObjects, Memory], found: tuple[Any, FrameObjects, Memory]
 ) -> dict[str, list[float] | None]:
     """Compares memory, raw boxes and raw lines of the last layer.
 
@@ -387,7 +380,11 @@ def differences(
     Returns:
         Largest and mean difference by name; None if a number is not finite.
     """
-    pairs = {"memory": [noun[2].bev.flatten()[:, None] for noun in (expected, found)]}
+    memories = [
+        comparable_memory({name: x.cpu().numpy() for name, x in memory_tensors(noun[2]).items()})
+        for noun in (expected, found)
+    ]
+    pairs = {name: [torch.from_numpy(memory[name]) for memory in memories] for name in memories[0]}
     for kind in network.finds:
         raws = [named_raw_outputs(network, noun[0]) for noun in (expected, found)]
         names = raw_names(network, kind)
@@ -400,7 +397,7 @@ def differences(
         if not np.isfinite(other).all():
             result[name] = None
             continue
-        if name != "memory":
+        if one.ndim > 1:
             other = other[match_rows(one, other)]
         off = np.abs(one - other) / np.maximum(1, np.abs(one))
         result[name] = [float(off.max()), float(off.mean())]

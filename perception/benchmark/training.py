@@ -139,7 +139,7 @@ class Step:
             with self._timed("forward", part_seconds), torch.autocast(self.device.type, torch.bfloat16):
                 prediction, state = self.network(now.frames, state)
             with self._timed("losses", part_seconds):
-                prediction = map_tensors(Tensor.float, prediction)
+                prediction = map_tensors(lambda x: x.float() if x.is_floating_point() else x, prediction)
                 losses = self.network.loss(prediction, now.gt, now.frames)
                 total = total + sum(losses.values()) / T
         with self._timed("backward", part_seconds):

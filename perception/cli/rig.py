@@ -63,7 +63,7 @@ def check(arguments: argparse.Namespace) -> int:
     from perception.rigs.check import MOST_IMAGES, check_rig
     from perception.rigs.rig import read_cameras
 
-    entries = read_cameras(arguments.rig)
+    entries, _ = read_cameras(arguments.rig)
     images: dict[str, list[np.ndarray]] = {}
     if arguments.images:
         for name, paths in images_of(arguments.images, list(entries)).items():

@@ -22,9 +22,9 @@ from perception.data.corruptions import (
     droppable_cameras,
     perturb_extrinsics,
 )
-from perception.data.index import wide_range
 from perception.data.lane_map import cut_lines
 from perception.data.loader import pad_lines
+from perception.data.sample_lines import wide_range
 from perception.errors import ConfigError
 from perception.geometry import invert_rigid, rigid_from_yaw, transform_points
 from perception.types import Boxes, Clip, Frame, LaneRange, MapLine
@@ -140,7 +140,9 @@ def move_frames(frames: Frame, moved_from_ego: np.ndarray) -> Frame:
     """Expresses the frames of a clip in another ego frame.
 
     A transform that mirrors (negative determinant) mirrors the images too: a camera with its x axis reversed sees the
-    mirrored world in the mirrored image, and its pose stays a proper rotation.
+    mirrored world in the mirrored image, and its pose stays a proper rotation. The LiDAR keeps its pose in the ego
+    frame, as the patch of the ground-truth lines does: it moves with the ego frame, so that what networks predict in
+    the LiDAR frame changes too.
 
     Args:
         frames: with leading [T].
@@ -157,11 +159,12 @@ def move_frames(frames: Frame, moved_from_ego: np.ndarray) -> Frame:
         mirrored_from_img[0, 0], mirrored_from_img[0, 2] = -1.0, images.shape[-1]  # u' = W - u
         ego_from_cam = ego_from_cam @ turned
         img_from_cam = mirrored_from_img @ img_from_cam @ turned[:3, :3]
-    ego_from_prev = moved @ frames.ego_from_prev.double() @ torch.linalg.inv(moved)
+    ego_from_moved = torch.linalg.inv(moved)
     return frames._replace(
         images=images,
         rig=rig._replace(img_from_cam=img_from_cam.float(), ego_from_cam=ego_from_cam.float()),
-        ego_from_prev=ego_from_prev.float(),
+        ego_from_prev=(moved @ frames.ego_from_prev.double() @ ego_from_moved).float(),
+        ego_from_exposure=(moved @ frames.ego_from_exposure.double() @ ego_from_moved).float(),
     )
 
 

@@ -7,70 +7,50 @@ and share. Its name is a hash of all inputs: the bytes of the tables and maps, a
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import os
-import struct
 import threading
-import time
-import warnings
-import zlib
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from perception import geometry, types
-from perception.data import lane_map, splits, table_checks, tables
-from perception.data.lane_map import LaneMap
+from perception.data import (
+    checked_tables,
+    findings,
+    index_files,
+    lane_map,
+    sample_lines,
+    splits,
+    table_checks,
+    table_files,
+    tables,
+)
+from perception.data.checked_tables import check_and_keep
+from perception.data.lane_map import Lines
+from perception.data.sample_lines import join, lines_of_samples, wide_range
 from perception.data.splits import is_split_file, read_split_file, split_scenes
-from perception.data.table_checks import DETECTION_CLASS, NO_CHANNEL, TableCheck, checked_tables
-from perception.data.tables import TABLES
-from perception.errors import DataError, PerceptionWarning
-from perception.files import replacing
-from perception.geometry import invert_rigid, rigid_from_quaternion, rigid_from_yaw, yaw_from_rotation
+from perception.data.table_checks import NO_CHANNEL, TableCheck
+from perception.data.table_files import TABLES
+from perception.data.tables import DETECTION_CLASS
+from perception.errors import DataError
+from perception.files import user_cache
+from perception.geometry import invert_rigid, rigid_from_quaternion, yaw_from_rotation
 from perception.rigs.rig import RIG_FILE, Rig
-from perception.types import ATTRIBUTES, BOX_CLASSES, LaneRange, MapLine
+from perception.types import ATTRIBUTES, BOX_CLASSES, LaneRange
 
 _building = threading.Lock()
-
-MAGIC = b"perception index"
-HEADER = struct.Struct("<16sII40x")  # magic bytes, checksum of what follows, length of the JSON that follows
-ALIGNED = 64  # bytes: the start of each array
-KEPT_HASH = 1 << 24  # bytes of a file whose hash is kept
-SETTLED_NS = 2_000_000_000  # since the last change of such a file
 
 SAME_POSE = 0.05  # metres and radians between the tables, which count, and a rig file; calibrations of cars differ
 AT_ONCE = 50_000  # boxes whose matrices are in memory
 MAX_SECONDS = 1.5  # between boxes whose distance gives a velocity, as in the devkit
-WIDE_MARGIN = LaneRange(24.0, 30.0)  # metres that the range of `wide_lines` is larger
+LINES = ("lines", "wide_lines")  # fields of an index that hold several arrays
 
-
-def wide_range(lane_range: LaneRange) -> LaneRange:
-    """Returns the larger range of the `wide_lines`, which augmentation cuts again after moving the ego frame."""
-    return LaneRange(lane_range.x + WIDE_MARGIN.x, lane_range.y + WIDE_MARGIN.y)
-
-
-class Lines(NamedTuple):
-    """Vector lines of all samples in flat arrays."""
-
-    sample_offset: np.ndarray  # [S+1] int64: sample i owns lines sample_offset[i] to sample_offset[i+1]
-    label: np.ndarray  # [lines] int8 index into LINE_CLASSES
-    vertex_offset: np.ndarray  # [lines+1] int64
-    vertices: np.ndarray  # [vertices, 2] float32 metres, ego frame
-
-    def of_sample(self, i: int) -> list[MapLine]:
-        """Returns the lines of sample i, with float64 points."""
-        return [
-            MapLine(
-                int(self.label[k]), self.vertices[self.vertex_offset[k] : self.vertex_offset[k + 1]].astype(np.float64)
-            )
-            for k in range(self.sample_offset[i], self.sample_offset[i + 1])
-        ]
+# What the numbers of an index depend on
+_CODE = (
+    geometry, types, checked_tables, findings, lane_map, sample_lines, splits, table_checks, table_files, tables,
+)  # fmt: skip
 
 
 class Index(NamedTuple):
@@ -92,6 +72,7 @@ class Index(NamedTuple):
     image_size: np.ndarray  # [S, N, 2] int32 height, width
     img_from_cam: np.ndarray  # [S, N, 3, 3] float64 pixels of the original image
     ego_from_cam: np.ndarray  # [S, N, 4, 4] float64, the exposure's pose carried to the reference time
+    ego_from_exposure: np.ndarray  # [S, N, 4, 4] float64, ego motion from the camera's exposure to the reference time
     box_offset: np.ndarray  # [S+1] int64
     box_center: np.ndarray  # [boxes, 3] float32 ego
     box_size: np.ndarray  # [boxes, 3] float32 length, width, height
@@ -100,6 +81,7 @@ class Index(NamedTuple):
     box_label: np.ndarray  # [boxes] int64 index into BOX_CLASSES
     box_attribute: np.ndarray  # [boxes] int64 index into ATTRIBUTES, -1 for none
     box_points: np.ndarray  # [boxes] int64 LiDAR and radar points on the object, see `NuScenesDataset.gt_boxes`
+    box_instance: np.ndarray  # [boxes] int64 row of the object in the instance table, the same in all its samples
     lines: Lines  # of the lane range that the index was made for
     wide_lines: Lines  # of its `wide_range`
 
@@ -138,24 +120,50 @@ def load_index(
     for table in TABLES:
         if not (tables / f"{table}.json").is_file():
             raise DataError(f"{tables / f'{table}.json'} is missing: unpack the dataset's metadata again")
-    folder = cache_dir or _default_cache()
-    content = _content_hash(dataroot, version, split, cameras, lane_range, folder)
-    cache = folder / f"index-{content}.bin"
+    folder = cache_dir or user_cache()
+    cache = folder / f"index-{_inputs_hash(dataroot, version, split, cameras, lane_range, folder)}.bin"
     with _building:  # threads of one process wait for each other; processes may build the same index and both store it
-        index = _read(cache)
-        if index is None:
-            index = _build(dataroot, version, split, cameras, lane_range)
-            _write(cache, index)
+        arrays = index_files.read(cache, _array_names())
+        if arrays is not None:
+            return _from_arrays(arrays)
+        index = _build(dataroot, version, split, cameras, lane_range)
+        index_files.write(cache, _arrays(index))
     return index
 
 
-def _default_cache() -> Path:
-    if folder := os.environ.get("PERCEPTION_CACHE"):
-        return Path(folder)
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "perception"
-    except RuntimeError:  # the user has no home, as in some containers: storing the index fails with a warning
-        return Path(os.devnull) / "perception"
+def _inputs_hash(
+    dataroot: Path, version: str, split: str | Path, cameras: tuple[str, ...], lane_range: LaneRange, cache: Path
+) -> str:
+    """Returns a hash of everything the index depends on."""
+    # The content of a split file counts, not its path: files of the same scenes share an index.
+    wanted = sorted(read_split_file(split)) if is_split_file(split) else split
+    facts = [version, wanted, *cameras, str(lane_range), package_version("nuscenes-devkit"), package_version("shapely")]
+    files = [dataroot / version / f"{table}.json" for table in TABLES]
+    files += [path for name in ("splits.json", RIG_FILE) if (path := dataroot / version / name).is_file()]
+    files += sorted(path for path in (dataroot / "maps" / "expansion").glob("*.json") if path.is_file())
+    files += [Path(__file__), *(Path(str(module.__file__)) for module in _CODE)]
+    return index_files.content_hash(facts, files, cache)
+
+
+def _arrays(index: Index) -> dict[str, np.ndarray]:
+    """Names the arrays of an index: those of its lines are `lines.label` and so on."""
+    arrays: dict[str, np.ndarray] = {}
+    for name, value in index._asdict().items():
+        parts = {f"{name}.{field}": part for field, part in value._asdict().items()} if name in LINES else {name: value}
+        arrays |= parts
+    return arrays
+
+
+def _array_names() -> set[str]:
+    """Returns the names of the arrays of any index."""
+    flat = {f"{name}.{field}" for name in LINES for field in Lines._fields}
+    return flat | set(Index._fields).difference(LINES)
+
+
+def _from_arrays(arrays: dict[str, np.ndarray]) -> Index:
+    lines = {name: Lines(*(arrays[f"{name}.{field}"] for field in Lines._fields)) for name in LINES}
+    fields: dict[str, Any] = {name: arrays[name] for name in Index._fields if name not in LINES} | lines
+    return Index(**fields)
 
 
 def concatenate(indices: list[Index], roots: list[Path]) -> Index:
@@ -173,140 +181,11 @@ def concatenate(indices: list[Index], roots: list[Path]) -> Index:
                 scene_map=np.char.add(folder, index.scene_map),
             )
         )
-    return moved[0] if len(moved) == 1 else _join(moved)  # copies of a mapped file would not be shared by processes
-
-
-def _join(parts: list) -> Any:
-    """Concatenates NamedTuples of arrays field by field; offsets (fields named *_offset) are shifted."""
-    joined = {}
-    for name in parts[0]._fields:
-        values = [getattr(part, name) for part in parts]
-        if isinstance(values[0], tuple):
-            joined[name] = _join(values)
-        elif name.endswith("_offset"):
-            starts = np.cumsum([0, *(value[-1] for value in values)])
-            joined[name] = np.concatenate(
-                [[0], *(value[1:] + start for value, start in zip(values, starts, strict=False))]
-            )
-        else:
-            joined[name] = np.concatenate(values)
-    return type(parts[0])(**joined)
-
-
-def _content_hash(
-    dataroot: Path, version: str, split: str | Path, cameras: tuple[str, ...], lane_range: LaneRange, cache: Path
-) -> str:
-    """Returns a hash of everything the index depends on; `cache` keeps those of large files."""
-    digest = hashlib.blake2b(digest_size=20)
-    # The content of a split file counts, not its path: files of the same scenes share an index.
-    wanted = sorted(read_split_file(split)) if is_split_file(split) else split
-    facts = [version, wanted, *cameras, str(lane_range), package_version("nuscenes-devkit"), package_version("shapely")]
-    digest.update(json.dumps(facts).encode())
-    files = [dataroot / version / f"{table}.json" for table in TABLES]
-    files += [path for name in ("splits.json", RIG_FILE) if (path := dataroot / version / name).is_file()]
-    files += sorted(path for path in (dataroot / "maps" / "expansion").glob("*.json") if path.is_file())
-    code = [
-        Path(__file__),
-        *(Path(str(module.__file__)) for module in (lane_map, splits, table_checks, tables, geometry, types)),
-    ]
-    for path in files + code:
-        digest.update(json.dumps([path.name, path.stat().st_size]).encode())
-        digest.update(_file_hash(path, cache))
-    return digest.hexdigest()
-
-
-def _file_hash(path: Path, cache: Path) -> bytes:
-    """Returns a hash of a file. That of a large one is kept, because reading gigabytes takes long.
-
-    It is read again if the file's size, times or place on the disk have changed. The time of the last change is set by
-    the system alone; a file that has changed just now is not kept, because clocks of file systems are coarse.
-    """
-    state = path.stat()
-    facts = [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino, state.st_dev]
-    name = hashlib.blake2b(os.fsencode(path.resolve()), digest_size=20).hexdigest()
-    kept = cache / f"hash-{name}.json"
-    if state.st_size >= KEPT_HASH:
-        try:
-            found = json.loads(kept.read_bytes())
-            if found["facts"] == facts:
-                return bytes.fromhex(found["hash"])
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
-    now = time.time_ns()
-    digest = hashlib.blake2b(digest_size=20)
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    if state.st_size >= KEPT_HASH and now - max(state.st_mtime_ns, state.st_ctime_ns) > SETTLED_NS:
-        with contextlib.suppress(OSError), replacing(kept) as temporary:  # writing the index will warn
-            temporary.write_text(json.dumps({"facts": facts, "hash": digest.hexdigest()}))
-    return digest.digest()
-
-
-def _write(path: Path, index: Index) -> None:
-    """Stores an index: magic bytes, checksum and length of the header, the header, and the arrays as they are."""
-    arrays = {name: value for name, value in index._asdict().items() if not isinstance(value, Lines)}
-    for name in ("lines", "wide_lines"):
-        arrays |= {f"{name}.{field}": value for field, value in getattr(index, name)._asdict().items()}
-    places, end = {}, 0
-    for name, array in arrays.items():
-        places[name] = [array.dtype.str, array.shape, end]
-        end += -(-array.nbytes // ALIGNED) * ALIGNED
-    header = json.dumps(places).encode()
-    header += b" " * (-(len(header) + HEADER.size) % ALIGNED)
-    checksum = zlib.crc32(header)
-    for array in arrays.values():
-        checksum = zlib.crc32(_padded(array), checksum)
-    try:
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            file.write(HEADER.pack(MAGIC, checksum, len(header)) + header)
-            for array in arrays.values():
-                file.write(_padded(array))
-    except OSError as error:
-        warnings.warn(
-            f"the index cache {path.parent} cannot be written ({error.strerror}), so the tables are read again next "
-            "time; give a folder that can be written as cache_dir or in the environment variable PERCEPTION_CACHE",
-            PerceptionWarning,
-            stacklevel=2,
-        )
-
-
-def _padded(array: np.ndarray) -> bytes:
-    return array.tobytes() + bytes(-array.nbytes % ALIGNED)
-
-
-def _read(path: Path) -> Index | None:
-    """Maps a stored index into memory, which processes share; None if there is none, or with a warning if damaged."""
-    try:
-        content = np.memmap(path, dtype=np.uint8, mode="c")  # tensors of its arrays may be written, the file is not
-        magic, checksum, length = HEADER.unpack(content[: HEADER.size].tobytes())
-        if magic != MAGIC:
-            raise ValueError("it is no index")
-        if zlib.crc32(content.data[HEADER.size :]) != checksum:
-            raise ValueError("its checksum is wrong")
-        start = HEADER.size + length
-        arrays = {}
-        for name, (dtype, shape, place) in json.loads(bytes(content[HEADER.size : start])).items():
-            size = np.dtype(dtype).itemsize * int(np.prod(shape))
-            arrays[name] = np.asarray(content[start + place :][:size]).view(dtype).reshape(shape)
-        lines = {
-            name: Lines(*(arrays[f"{name}.{field}"] for field in Lines._fields)) for name in ("lines", "wide_lines")
-        }
-        fields: dict[str, Any] = {name: arrays[name] for name in Index._fields if name not in lines} | lines
-        return Index(**fields)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except Exception as error:  # damaged files fail in many ways
-        warnings.warn(
-            f"the index cache {path} cannot be read ({type(error).__name__}: {error}); it is made again",
-            PerceptionWarning,
-            stacklevel=2,
-        )
-        return None
+    return moved[0] if len(moved) == 1 else join(moved)  # copies of a mapped file would not be shared by processes
 
 
 def _build(dataroot: Path, version: str, split: str | Path, cameras: tuple[str, ...], lane_range: LaneRange) -> Index:
-    checked = checked_tables(dataroot, version)
+    checked = check_and_keep(dataroot, version)
     wanted = set(split_scenes(split, dataroot / version, checked.scene_name))
     scenes = [row for row, name in enumerate(checked.scene_name) if name in wanted]
     samples, scene, previous = _order(checked, scenes)
@@ -317,7 +196,8 @@ def _build(dataroot: Path, version: str, split: str | Path, cameras: tuple[str, 
     boxes = _boxes(checked, samples, sample_fields["global_from_ego"])
     del checked  # frees what the lines do not need
     poses = sample_fields["global_from_ego"], sample_fields["ego_from_lidar"]
-    lines, wide_lines = _lines(dataroot, maps, scene, *poses, lane_range, f"indexing {version} {split}")
+    ranges = (lane_range, wide_range(lane_range))
+    lines, wide_lines = lines_of_samples(dataroot, maps, scene, *poses, ranges, f"indexing {version} {split}")
     return Index(
         token=np.array([token[row].encode() for row in samples.tolist()]),
         **sample_fields,
@@ -357,7 +237,7 @@ def _samples(checked: TableCheck, samples: np.ndarray, cameras: tuple[str, ...],
     paths = [[b""] * N for _ in range(S)]
     sizes = np.zeros((S, N, 2), dtype=np.int32)
     img_from_cam = np.tile(np.eye(3), (S, N, 1, 1))
-    ego_from_cam = np.tile(np.eye(4), (S, N, 1, 1))
+    ego_from_cam, ego_from_exposure = np.tile(np.eye(4), (2, S, N, 1, 1))
     place = np.full(checked.tables["sample"].rows, -1)
     place[samples] = np.arange(S)
     for k, camera in enumerate(cameras):
@@ -380,7 +260,8 @@ def _samples(checked: TableCheck, samples: np.ndarray, cameras: tuple[str, ...],
             for row, height, width in kinds.tolist():
                 model = _checked_model(folder, checked.rig, camera, (height, width), calibrations[row])
                 img_from_cam[at[calibration == row], k] = model
-        ego_from_cam[at, k] = invert_rigid(global_from_ego[at]) @ files.poses(found) @ calibrations[calibration]
+        ego_from_exposure[at, k] = invert_rigid(global_from_ego[at]) @ files.poses(found)
+        ego_from_cam[at, k] = ego_from_exposure[at, k] @ calibrations[calibration]
     return {
         "timestamp_us": files.time[lidar],
         "global_from_ego": global_from_ego,
@@ -389,6 +270,7 @@ def _samples(checked: TableCheck, samples: np.ndarray, cameras: tuple[str, ...],
         "image_size": sizes,
         "img_from_cam": img_from_cam,
         "ego_from_cam": ego_from_cam,
+        "ego_from_exposure": ego_from_exposure,
     }
 
 
@@ -456,6 +338,7 @@ def _boxes(checked: TableCheck, samples: np.ndarray, global_from_ego: np.ndarray
         "box_label": label[rows],
         "box_attribute": attribute[rows],
         "box_points": checked.box_points[rows],
+        "box_instance": checked.instance[rows].astype(np.int64),
     }
 
 
@@ -478,97 +361,3 @@ def _velocity(checked: TableCheck, rows: np.ndarray) -> np.ndarray:
     velocity = np.full((len(rows), 3), np.nan)
     velocity[known] = (position[last] - position[first])[known] / seconds[known, None]
     return velocity
-
-
-def _lines(
-    dataroot: Path,
-    maps: list[bytes],
-    scene: np.ndarray,
-    global_from_ego: np.ndarray,
-    ego_from_lidar: np.ndarray,
-    lane_range: LaneRange,
-    title: str,
-) -> tuple[Lines, Lines]:
-    """Cuts the lines of all samples for a range, and for the wide range around it."""
-    lane_maps = {path: LaneMap(dataroot / os.fsdecode(path)) for path in dict.fromkeys(maps)}
-    blocks = np.split(np.arange(len(scene)), np.flatnonzero(np.diff(scene)) + 1)
-
-    def cut(rows: np.ndarray) -> list[Lines]:
-        lane_map, poses = lane_maps[maps[scene[rows[0]]]], (global_from_ego[rows], ego_from_lidar[rows])
-        return [_flat(lines_around_all(lane_map, *poses, one)) for one in (lane_range, wide_range(lane_range))]
-
-    # Threads, because shapely releases the interpreter's lock.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = list(tqdm(pool.map(cut, blocks), total=len(blocks), desc=title, unit="scene", delay=2))
-    lines, wide_lines = (_join(list(parts)) for parts in zip(*found, strict=True))
-    return lines, wide_lines
-
-
-def ego_from_patch(global_from_ego: np.ndarray, ego_from_lidar: np.ndarray) -> np.ndarray:
-    """Returns the pose of MapTR's map patch in the ego frame: [4, 4], x ahead, y left, centred at LIDAR_TOP.
-
-    The patch takes LIDAR_TOP's position and yaw. A map has no heights, so both frames are projected to the global xy
-    plane: only position and yaw count.
-    """
-    global_from_lidar = global_from_ego @ ego_from_lidar
-    ahead = float(yaw_from_rotation(global_from_lidar)) + np.pi / 2  # LiDAR y points ahead
-    global_from_patch = rigid_from_yaw(ahead, (*global_from_lidar[:2, 3], 0.0))
-    level = rigid_from_yaw(float(yaw_from_rotation(global_from_ego)), (*global_from_ego[:2, 3], 0.0))
-    return invert_rigid(level) @ global_from_patch
-
-
-def lines_around(
-    lanes: LaneMap,
-    global_from_ego: np.ndarray,
-    ego_from_lidar: np.ndarray,
-    lane_range: LaneRange,
-    protocol: str = "maptr",
-) -> list[MapLine]:
-    """Cuts the lines around a pose by the patch of a published protocol.
-
-    Args:
-        lanes: the map of the location.
-        global_from_ego, ego_from_lidar: [4, 4].
-        lane_range: extent of the patch.
-        protocol: "maptr", whose patch has LIDAR_TOP's position and yaw, or "streammapnet", whose patch has those of
-            the ego frame.
-
-    Returns:
-        Lines in the ego frame.
-
-    Raises:
-        ConfigError: the protocol is unknown.
-    """
-    return lines_around_all(lanes, global_from_ego[None], ego_from_lidar[None], lane_range, protocol)[0]
-
-
-def lines_around_all(
-    lanes: LaneMap,
-    global_from_ego: np.ndarray,
-    ego_from_lidar: np.ndarray,
-    lane_range: LaneRange,
-    protocol: str = "maptr",
-) -> list[list[MapLine]]:
-    """Cuts the lines around each of B poses [B, 4, 4], see `lines_around`."""
-    if protocol != "maptr":
-        yaws = yaw_from_rotation(global_from_ego)
-        return lanes.lines_of_patches(global_from_ego[:, :2, 3], yaws, lane_range, protocol)
-    global_from_lidar = global_from_ego @ ego_from_lidar
-    yaws = yaw_from_rotation(global_from_lidar) + np.pi / 2
-    found = lanes.lines_of_patches(global_from_lidar[:, :2, 3], yaws, lane_range)
-    moved = []
-    for pose, lidar, lines in zip(global_from_ego, ego_from_lidar, found, strict=True):
-        ego_from = ego_from_patch(pose, lidar)
-        moved.append([line._replace(points=line.points @ ego_from[:2, :2].T + ego_from[:2, 3]) for line in lines])
-    return moved
-
-
-def _flat(lines_of_samples: list[list[MapLine]]) -> Lines:
-    """Packs the lines of all samples into flat arrays."""
-    lines = [line for sample in lines_of_samples for line in sample]
-    return Lines(
-        sample_offset=np.cumsum([0, *map(len, lines_of_samples)]),
-        label=np.array([line.label for line in lines], dtype=np.int8),
-        vertex_offset=np.cumsum([0, *(len(line.points) for line in lines)]),
-        vertices=np.concatenate([np.zeros((0, 2)), *(line.points for line in lines)]).astype(np.float32),
-    )

@@ -28,6 +28,7 @@ from perception.reading import number, numbers, parse_json, read_bytes, short, t
 from perception.rigs.coverage import CUT_FIRST, fitted_coverage
 from perception.types import (
     BOX_CLASSES,
+    NUSCENES_EGO_FROM_LIDAR,
     Boxes,
     CameraRig,
     Clip,
@@ -165,8 +166,9 @@ class InfoSample(NamedTuple):
         rig = NumpyCameraRig(
             np.tile(np.eye(3), (N, 1, 1)), np.tile(np.eye(4), (N, 1, 1)), np.array([name in given for name in cameras])
         )
+        ego_from_exposure = np.tile(np.eye(4), (N, 1, 1))
         for n in np.flatnonzero(rig.present):
-            rig.img_from_cam[n], rig.ego_from_cam[n] = self._camera(cameras[n], ego_from_lidar)
+            rig.img_from_cam[n], rig.ego_from_cam[n], ego_from_exposure[n] = self._camera(cameras[n], ego_from_lidar)
         fields = {f"rig.img_from_cam[{n}]": f"images.{name}.cam2img" for n, name in enumerate(cameras)}
         fields |= {f"rig.ego_from_cam[{n}]": f"the pose of images.{name}" for n, name in enumerate(cameras)}
         rig = _renamed(f"{self.name}: ", fields, checked_rig, rig, N)
@@ -192,21 +194,27 @@ class InfoSample(NamedTuple):
             ego_from_prev=torch.eye(4)[None],
             seconds_since_prev=torch.zeros(1),
             is_first=torch.ones(1, dtype=torch.bool),
+            ego_from_lidar=torch.from_numpy(
+                np.array(NUSCENES_EGO_FROM_LIDAR) if ego_from_lidar is None else ego_from_lidar
+            ).float()[None],
+            ego_from_exposure=torch.from_numpy(ego_from_exposure).float()[None],
         )
         gt = FrameObjects(pad_boxes([self._boxes(ego_from_lidar)]), pad_lines([[]], points_per_line))
         return Clip(frames, gt, torch.zeros(1, dtype=torch.int64))
 
-    def _camera(self, name: str, ego_from_lidar: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """Returns img_from_cam [3, 3] of the stored image, and ego_from_cam [4, 4]."""
+    def _camera(self, name: str, ego_from_lidar: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns img_from_cam [3, 3] of the stored image, ego_from_cam [4, 4] and ego_from_exposure [4, 4]."""
         camera, where = self.entry["images"][name], f"{self.name}: images.{name}"
         img_from_cam, cam_from_rig = _pinhole(camera.get("cam2img"), f"{where}.cam2img")
         by_lidar = by_ego = None
+        moved = np.eye(4)
         if camera.get("lidar2cam") is not None and ego_from_lidar is not None:
             cam_from_lidar = cam_from_rig @ _rigid(camera["lidar2cam"], f"{where}.lidar2cam")
             by_lidar = ego_from_lidar @ invert_rigid(cam_from_lidar)
         if camera.get("cam2ego") is not None:
             by_ego = _rigid(camera["cam2ego"], f"{where}.cam2ego") @ invert_rigid(cam_from_rig)
         if by_lidar is not None and by_ego is not None:
+            moved = by_lidar @ invert_rigid(by_ego)
             apart = float(np.linalg.norm(by_lidar[:3, 3] - by_ego[:3, 3]))
             cosine = (np.trace(by_lidar[:3, :3].T @ by_ego[:3, :3]) - 1) / 2
             angle = float(np.degrees(np.arccos(np.clip(cosine, -1, 1))))
@@ -219,7 +227,7 @@ class InfoSample(NamedTuple):
         pose = by_ego if by_lidar is None else by_lidar
         if pose is None:
             raise DataError(f"{where} has no pose; give cam2ego, or lidar2cam and lidar_points.lidar2ego")
-        return img_from_cam, pose
+        return img_from_cam, pose, moved
 
     def _image_path(self, name: str, data_prefix: Mapping[str, str] | None) -> Path:
         """Returns the path of the image of a camera."""

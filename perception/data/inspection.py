@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
+from perception.data.checked_tables import inspect_tables
+from perception.data.findings import SHOWN, Finding
 from perception.data.lane_map import LaneMap
 from perception.data.loader import open_image
 from perception.data.splits import custom_splits, split_scenes
-from perception.data.table_checks import check_tables
-from perception.data.tables import SHOWN, Finding, inside_root, read_tables
+from perception.data.table_checks import TableCheck
+from perception.data.tables import inside_root
 from perception.errors import DataError
 
 
@@ -39,20 +41,18 @@ def inspect_dataset(dataroot: Path, version: str | None = None, progress: bool =
     version = version or found[0]
     if not (dataroot / version).is_dir():
         raise DataError(f"{dataroot / version} is not a folder: give one of {', '.join(found) or 'none'} as --version")
-    findings = check_tables(dataroot, version)
-    try:
-        tables = read_tables(dataroot / version)
-    except DataError:
+    findings, check = inspect_tables(dataroot, version)
+    if check is None:
         return version, findings
-    findings += _maps(dataroot, tables["log"])
-    findings += _splits(dataroot / version, tables["scene"])
-    findings += _images(dataroot, dataroot / version, tables, progress)
+    findings += _maps(dataroot, check.column("log", "location"))
+    findings += _splits(dataroot / version, check.column("scene", "name"))
+    findings += _images(dataroot, check, progress)
     return version, sorted(findings, key=lambda finding: finding.severity != "error")
 
 
-def _maps(dataroot: Path, logs: list[dict[str, Any]]) -> Iterator[Finding]:
+def _maps(dataroot: Path, locations: Sequence[object]) -> Iterator[Finding]:
     """Reads the map expansion of each location."""
-    for location in sorted({str(log.get("location")) for log in logs}):
+    for location in sorted({location for location in locations if isinstance(location, str)}):
         path = dataroot / "maps" / "expansion" / f"{location}.json"
         if inside_root(f"maps/expansion/{location}.json"):
             try:
@@ -61,7 +61,7 @@ def _maps(dataroot: Path, logs: list[dict[str, Any]]) -> Iterator[Finding]:
                 yield Finding("error", str(path), "", (), 0, str(error).removeprefix(f"{path}").lstrip(": "))
 
 
-def _splits(folder: Path, scenes: list[dict[str, Any]]) -> Iterator[Finding]:
+def _splits(folder: Path, scene_names: Sequence[object]) -> Iterator[Finding]:
     """Reads the dataset's own splits. Named splits may list scenes of a larger dataset, but not only those."""
     path = folder / "splits.json"
     try:
@@ -69,7 +69,7 @@ def _splits(folder: Path, scenes: list[dict[str, Any]]) -> Iterator[Finding]:
     except DataError as error:
         yield Finding("error", str(path), "", (), 0, str(error).removeprefix(f"{path} "))
         return
-    names = [str(scene.get("name")) for scene in scenes]
+    names = list(map(str, scene_names))
     for split in splits:
         try:
             split_scenes(split, folder, names)
@@ -77,35 +77,25 @@ def _splits(folder: Path, scenes: list[dict[str, Any]]) -> Iterator[Finding]:
             yield Finding("warning", str(path), "", (), 0, f"has a split that cannot be used: {error}")
 
 
-def _images(dataroot: Path, folder: Path, tables: dict[str, list[dict[str, Any]]], progress: bool) -> Iterator[Finding]:
+def _images(dataroot: Path, check: TableCheck, progress: bool) -> Iterator[Finding]:
     """Opens the images of all keyframes and compares their sizes with the tables; pixels are not decoded."""
-    modality = {row.get("token"): row.get("modality") for row in tables["sensor"] if isinstance(row.get("token"), str)}
-    cameras = {
-        row["token"]
-        for row in tables["calibrated_sensor"]
-        if isinstance(row.get("token"), str)
-        and isinstance(row.get("sensor_token"), str)
-        and modality.get(row["sensor_token"]) == "camera"
-    }
+    files = check.keyframes
+    good = np.append(check.is_camera, False)[files.calibration] & (files.size > 0).all(1)
     missing: list[str] = []
     wrong: list[tuple[str, str]] = []
-    rows = [row for row in tables["sample_data"] if row.get("is_key_frame") is True]
-    for row in tqdm(rows, desc="images", unit="file", disable=not progress, delay=2):
-        name, token, calibration = row.get("filename"), row.get("token"), row.get("calibrated_sensor_token")
-        size = (row.get("height"), row.get("width"))
-        if not isinstance(calibration, str) or calibration not in cameras or {type(x) for x in size} != {int}:
+    for number in tqdm(np.flatnonzero(good).tolist(), desc="images", unit="file", disable=not progress, delay=2):
+        if not (name := os.fsdecode(files.path[number])):  # malformed, which the check has found
             continue
-        if not isinstance(name, str) or not name or not inside_root(name):
-            continue
-        if not os.path.isfile(dataroot / name):
-            missing.append(f"{token}")
+        path, (height, width) = dataroot / name, files.size[number].tolist()
+        if not path.is_file():
+            missing.append(check.label("sample_data", int(files.row[number])))
             continue
         try:
-            with open_image(dataroot / name, size):  # type: ignore[arg-type]
+            with open_image(path, (height, width)):
                 pass
         except DataError as error:
-            wrong.append((f"{token}", str(error)))
-    file = str(folder / "sample_data.json")
+            wrong.append((check.label("sample_data", int(files.row[number])), str(error)))
+    file = str(check.folder / "sample_data.json")
     if missing:
         problem = "names an image that is missing: copy the dataset's images again"
         yield Finding("error", file, "filename", tuple(missing[:SHOWN]), len(missing), problem)

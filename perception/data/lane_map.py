@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import shapely
@@ -41,37 +41,37 @@ PATCH_MARGIN = 0.2
 SAME_DIRECTION = 0.01
 
 _DIVIDER, _CROSSING, _BOUNDARY = (LINE_CLASSES.index(name) for name in ("divider", "ped_crossing", "boundary"))
+_LAYERS = {_DIVIDER: DIVIDER_LAYERS, _CROSSING: CROSSING_LAYERS, _BOUNDARY: SURFACE_LAYERS}
 
 
-class _Layer:
-    """Valid geometry of one map layer, in the file's order, with a spatial index."""
+class Lines(NamedTuple):
+    """Vector lines of S samples, or of the patches of S poses, in flat arrays."""
 
-    def __init__(self, geometries: list[BaseGeometry]) -> None:
-        self.geometries = np.array(geometries, dtype=object)
-        self.tree = shapely.STRtree(self.geometries)
+    sample_offset: np.ndarray  # [S+1] int64: sample i owns lines sample_offset[i] to sample_offset[i+1]
+    label: np.ndarray  # [lines] int8 index into LINE_CLASSES
+    vertex_offset: np.ndarray  # [lines+1] int64
+    vertices: np.ndarray  # [vertices, 2] metres; float64, float32 in an index
 
-    def cut(self, patches_global: np.ndarray, centers: np.ndarray, yaws: np.ndarray) -> list[list[BaseGeometry]]:
-        """Cuts the layer by patches [B]; returns per patch polylines or polygons in its frame."""
-        if not len(self.geometries):
-            return [[] for _ in patches_global]
-        patch, found = self.tree.query(patches_global, predicate="intersects")
-        order = np.lexsort([found, patch])
-        patch, found = patch[order], found[order]
-        dimensions = int(shapely.get_dimensions(self.geometries[0]))
-        pieces, pair = _parts(shapely.intersection(self.geometries[found], patches_global[patch]), dimensions)
-        moved, owner = shapely.get_coordinates(pieces, return_index=True)
-        ends = np.searchsorted(patch[pair], np.arange(len(patches_global)), side="right")  # pieces up to each patch
-        ends_of_points = np.searchsorted(owner, ends)
-        result, start, first = [], 0, 0
-        for center, yaw, end in zip(centers, yaws, ends_of_points, strict=True):
-            turn = np.array([[np.cos(yaw), -np.sin(yaw)], [np.sin(yaw), np.cos(yaw)]])  # global_from_patch
-            moved[start:end] = (moved[start:end] - center) @ turn
-            start = end
-        pieces = shapely.set_coordinates(pieces, moved)
-        for last in ends:
-            result.append(list(pieces[first:last]))
-            first = last
-        return result
+    def of_sample(self, i: int) -> list[MapLine]:
+        """Returns the lines of sample i, with float64 points."""
+        first, end = self.sample_offset[i], self.sample_offset[i + 1]
+        bounds = self.vertex_offset[first : end + 1].tolist()
+        return [
+            MapLine(label, self.vertices[start:stop].astype(np.float64))
+            for label, start, stop in zip(self.label[first:end].tolist(), bounds[:-1], bounds[1:], strict=True)
+        ]
+
+
+class _Chains(NamedTuple):
+    """Polylines in flat arrays; `owner` is the number of what each belongs to, in rising order."""
+
+    owner: np.ndarray  # [n] int64
+    length: np.ndarray  # [n] int64 vertices
+    points: np.ndarray  # [vertices, 2]
+
+    def split(self) -> list[np.ndarray]:
+        """Returns the points of each polyline."""
+        return np.split(self.points, np.cumsum(self.length)[:-1]) if len(self.length) else []
 
 
 class LaneMap:
@@ -100,12 +100,20 @@ class LaneMap:
         lines, polygons = (
             {record["token"]: record for record in self._records(content, layer)} for layer in ("line", "polygon")
         )
-        self._layers = {
-            name: self._layer(content, name, "line_token", lines, self._polyline) for name in DIVIDER_LAYERS
-        } | {
-            name: self._layer(content, name, "polygon_token", polygons, self._polygon)
-            for name in CROSSING_LAYERS + SURFACE_LAYERS
-        }
+        # The shapes of all layers, one layer after the other, in the order of the file.
+        shapes: list[BaseGeometry] = []
+        labels: list[int] = []
+        for label, layers in _LAYERS.items():
+            for layer in layers:
+                found = (
+                    self._shapes(content, layer, "line_token", lines, self._polyline)
+                    if label == _DIVIDER
+                    else self._shapes(content, layer, "polygon_token", polygons, self._polygon)
+                )
+                shapes += found
+                labels += [label] * len(found)
+        self._shape, self._label_of = np.array(shapes, dtype=object), np.array(labels, dtype=np.int64)
+        self._tree = shapely.STRtree(self._shape)
         self._nodes = {}  # the layers hold all points
         # The lane graph is parsed on first use: most users of lines never need it.
         fields = ("lane", "lane_connector", "arcline_path_3", "connectivity")
@@ -124,15 +132,15 @@ class LaneMap:
                 raise self._malformed(layer, f"{number} (from 0)", "needs text as 'token'")
         return records
 
-    def _layer(
+    def _shapes(
         self,
         content: object,
         layer: str,
         key: str,
         shapes: dict[str, dict[str, Any]],
         make: Callable[[str, dict[str, Any]], BaseGeometry | None],
-    ) -> _Layer:
-        """Makes the geometry of a layer, whose records name their shape in the field `key`."""
+    ) -> list[BaseGeometry]:
+        """Makes the valid geometry of a layer, whose records name their shape in the field `key`."""
         geometries = []
         for record in self._records(content, layer):
             name = record.get(key)
@@ -141,7 +149,7 @@ class LaneMap:
                 raise self._malformed(layer, record["token"], f"needs the token of a record of '{wanted}' as '{key}'")
             if (geometry := make(name, shapes[name])) is not None:
                 geometries.append(geometry)
-        return _Layer(geometries)
+        return geometries
 
     def _position(self, node: dict[str, Any]) -> tuple[float, float]:
         x: Any = node.get("x")
@@ -204,7 +212,7 @@ class LaneMap:
         Raises:
             ConfigError: the protocol is unknown.
         """
-        return self.lines_of_patches(np.array([[x, y]]), np.array([yaw]), lane_range, protocol)[0]
+        return self.lines_of_patches(np.array([[x, y]]), np.array([yaw]), lane_range, protocol).of_sample(0)
 
     def lines_of_patches(
         self,
@@ -212,8 +220,8 @@ class LaneMap:
         yaws: np.ndarray,
         lane_range: LaneRange = DEFAULT_LANE_RANGE,
         protocol: str = "maptr",
-    ) -> list[list[MapLine]]:
-        """Extracts the lines inside of many patches at once, which is twice as quick as one by one.
+    ) -> Lines:
+        """Extracts the lines inside of many patches at once, which is quicker than one by one.
 
         Args:
             centers: [B, 2] global positions of the patch centres, metres.
@@ -228,31 +236,43 @@ class LaneMap:
         """
         if protocol not in LANE_PROTOCOLS:
             raise ConfigError(f"protocol of lane lines is '{protocol}': give one of {', '.join(LANE_PROTOCOLS)}")
-        half = np.asarray(lane_range, dtype=np.float64) / 2
-        centers = np.asarray(centers, dtype=np.float64)
-        corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * half  # [4, 2]
-        turns = [np.array([[np.cos(yaw), -np.sin(yaw)], [np.sin(yaw), np.cos(yaw)]]) for yaw in yaws]
-        patches = shapely.polygons([corners @ turn.T + center for turn, center in zip(turns, centers, strict=True)])
-        cut = {name: layer.cut(patches, centers, yaws) for name, layer in self._layers.items()}
-
-        result: list[list[MapLine]] = [
-            [MapLine(_DIVIDER, shapely.get_coordinates(piece)) for name in DIVIDER_LAYERS for piece in cut[name][i]]
-            for i in range(len(patches))
-        ]
+        pieces, label, patch = self._cut(np.asarray(centers, dtype=np.float64), yaws, lane_range)
         crossings, surfaces = (
-            [[polygon for name in layers for polygon in cut[name][i]] for i in range(len(patches))]
-            for layers in (CROSSING_LAYERS, SURFACE_LAYERS)
+            np.split(pieces[label == name], np.searchsorted(patch[label == name], np.arange(1, len(centers))))
+            for name in (_CROSSING, _BOUNDARY)
         )
-        rings: list[list[np.ndarray]]
         if protocol == "maptr":
             rings = _outlines(crossings, _window(lane_range, PATCH_MARGIN))
         else:
-            rings = [_crossings_by_direction(polygons) for polygons in crossings]
+            rings = _joined([_crossings_by_direction(polygons) for polygons in crossings])
+        dividers = _chains(pieces[label == _DIVIDER], patch[label == _DIVIDER])
         boundaries = _outlines(surfaces, _window(lane_range, -PATCH_MARGIN))
-        for lines, of_crossings, of_surfaces in zip(result, rings, boundaries, strict=True):
-            lines.extend(MapLine(_CROSSING, points) for points in of_crossings)
-            lines.extend(MapLine(_BOUNDARY, points) for points in of_surfaces)
-        return result
+        return _lines({_DIVIDER: dividers, _CROSSING: rings, _BOUNDARY: boundaries}, len(centers))
+
+    def _cut(
+        self, centers: np.ndarray, yaws: np.ndarray, lane_range: LaneRange
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Cuts the geometry of all layers by patches.
+
+        Returns:
+            Polylines and polygons [n] in the frames of their patches, the class that each is for, and the number of its
+            patch. They are in the order of patches, and in the order of the file in each layer.
+        """
+        corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * np.asarray(lane_range, dtype=np.float64) / 2
+        turns = [np.array([[np.cos(yaw), -np.sin(yaw)], [np.sin(yaw), np.cos(yaw)]]) for yaw in yaws]
+        patches = shapely.polygons([corners @ turn.T + center for turn, center in zip(turns, centers, strict=True)])
+        patch, found = self._tree.query(patches, predicate="intersects")
+        order = np.lexsort([found, patch])
+        patch, found = patch[order], found[order]
+        shapes = self._shape[found]
+        pieces, pair = _parts(shapely.intersection(shapes, patches[patch]), shapely.get_dimensions(shapes))
+        moved, owner = shapely.get_coordinates(pieces, return_index=True)
+        start = 0
+        ends = np.searchsorted(owner, np.searchsorted(patch[pair], np.arange(len(centers)), side="right"))
+        for center, turn, end in zip(centers, turns, ends.tolist(), strict=True):
+            moved[start:end] = (moved[start:end] - center) @ turn  # from global to patch
+            start = end
+        return shapely.set_coordinates(pieces, moved), self._label_of[found[pair]], patch[pair]
 
     def centerlines(self, x: float, y: float, yaw: float, lane_range: LaneRange = DEFAULT_LANE_RANGE) -> Centerlines:
         """Extracts the centre lines of lanes and lane connectors inside a rectangle, and their successor links.
@@ -285,29 +305,65 @@ def cut_lines(lines: Sequence[MapLine], lane_range: LaneRange) -> list[MapLine]:
     result: list[MapLine] = []
     for line in lines:
         if line.label == _DIVIDER:
-            pieces, _ = _parts(shapely.intersection(shapely.linestrings(line.points), window), 1)
+            pieces, _ = _parts(shapely.intersection(shapely.linestrings(line.points), window), np.array([1]))
             result.extend(line._replace(points=shapely.get_coordinates(piece)) for piece in pieces)
     rings = [shapely.linearrings(line.points) for line in lines if line.label == _CROSSING]
     outer = shapely.union_all([shapely.polygons(ring) for ring in rings if not shapely.is_ccw(ring)])
     holes = shapely.union_all([shapely.polygons(ring) for ring in rings if shapely.is_ccw(ring)])
-    crossings, _ = _parts(shapely.intersection(shapely.difference(outer, holes), window), 2)
-    outlines = _outlines([list(crossings)], _window(lane_range, PATCH_MARGIN))[0]
-    result.extend(MapLine(_CROSSING, points) for points in outlines)
-    boundaries = [line.points for line in lines if line.label == _BOUNDARY]
-    for inside in _clip(boundaries, _window(lane_range, -PATCH_MARGIN)):
-        result.extend(MapLine(_BOUNDARY, points) for points in inside)
+    crossings, _ = _parts(shapely.intersection(shapely.difference(outer, holes), window), np.array([2]))
+    outlines = _outlines([crossings], _window(lane_range, PATCH_MARGIN))
+    boundaries = _joined([[line.points] for line in lines if line.label == _BOUNDARY])
+    inside = _clip(boundaries, _window(lane_range, -PATCH_MARGIN))
+    for label, chains in ((_CROSSING, outlines), (_BOUNDARY, inside)):
+        result.extend(MapLine(label, points) for points in chains.split())
     return result
 
 
-def _parts(geometry: BaseGeometry | np.ndarray, dimensions: int) -> tuple[np.ndarray, np.ndarray]:
+def _parts(geometry: BaseGeometry | np.ndarray, dimensions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Keeps the lines (1) or polygons (2) of cut geometry; a window that only touches leaves points or edges.
+
+    Args:
+        geometry: one or [n].
+        dimensions: [n] of the parts of each that are kept.
 
     Returns:
         The parts, and the number of the geometry that each is of.
     """
     parts, owner = shapely.get_parts(geometry, return_index=True)
-    kept = (shapely.get_dimensions(parts) == dimensions) & ~shapely.is_empty(parts)
+    kept = (shapely.get_dimensions(parts) == dimensions[owner]) & ~shapely.is_empty(parts)
     return parts[kept], owner[kept]
+
+
+def _chains(geometry: np.ndarray, owner: np.ndarray) -> _Chains:
+    """Takes the points of polylines [n]."""
+    points, number = shapely.get_coordinates(geometry, return_index=True)
+    return _Chains(owner, np.bincount(number, minlength=len(geometry)), points)
+
+
+def _joined(lines: Sequence[Sequence[np.ndarray]]) -> _Chains:
+    """Joins the polylines of several owners."""
+    flat = [line for of_owner in lines for line in of_owner]
+    length = np.array([len(line) for line in flat], dtype=np.int64)
+    owner = np.repeat(np.arange(len(lines)), [len(of_owner) for of_owner in lines])
+    return _Chains(owner, length, np.concatenate([np.zeros((0, 2)), *flat]))
+
+
+def _lines(chains: dict[int, _Chains], count: int) -> Lines:
+    """Joins polylines by class to lines; those of one patch are in the order of the classes."""
+    owner = np.concatenate([part.owner for part in chains.values()])
+    order = np.argsort(owner, kind="stable")
+    length = np.concatenate([part.length for part in chains.values()])
+    offset = np.concatenate([[0], np.cumsum(length[order])])
+    # The place of each vertex: that of its line before, and its number in the line.
+    before = np.cumsum(length) - length
+    place = np.repeat(before[order] - offset[:-1], length[order]) + np.arange(offset[-1])
+    label = np.repeat(np.array([*chains], dtype=np.int8), [len(part.owner) for part in chains.values()])
+    return Lines(
+        sample_offset=np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=count))]),
+        label=label[order],
+        vertex_offset=offset,
+        vertices=np.concatenate([part.points for part in chains.values()])[place],
+    )
 
 
 def _window(lane_range: LaneRange, margin: float) -> BaseGeometry:
@@ -320,7 +376,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _outlines(surfaces: Sequence[Sequence[BaseGeometry]], window: BaseGeometry) -> list[list[np.ndarray]]:
+def _outlines(surfaces: Sequence[np.ndarray], window: BaseGeometry) -> _Chains:
     """Outlines the unions of polygons inside a window: pieces of each ring are merged, the surface is on their right.
 
     Args:
@@ -330,24 +386,23 @@ def _outlines(surfaces: Sequence[Sequence[BaseGeometry]], window: BaseGeometry) 
     Returns:
         The pieces of each union.
     """
-    unions = [shapely.union_all(polygons) for polygons in surfaces if polygons]
-    numbers = np.array([number for number, polygons in enumerate(surfaces) if polygons], dtype=np.int64)
-    polygons, union = shapely.get_parts(np.array(unions, dtype=object), return_index=True)
+    count = [len(polygons) for polygons in surfaces]
+    padded = np.full((len(surfaces), max(count)), None)  # shapely leaves None out
+    padded[np.arange(max(count)) < np.array(count)[:, None]] = np.concatenate(surfaces)
+    numbers = np.flatnonzero(count)
+    polygons, union = shapely.get_parts(shapely.union_all(padded[numbers], axis=1), return_index=True)
     rings, polygon = shapely.get_rings(polygons, return_index=True)
     is_hole = np.append(False, polygon[1:] == polygon[:-1])[: len(rings)]  # the first ring of a polygon is its exterior
-    points, ring = shapely.get_coordinates(rings, return_index=True)
-    ends = np.searchsorted(ring, np.arange(len(rings)), side="right")
-    forward = shapely.is_ccw(rings) == is_hole
-    oriented = [
-        piece if ahead else piece[::-1] for piece, ahead in zip(np.split(points, ends[:-1]), forward, strict=False)
-    ]
-    result: list[list[np.ndarray]] = [[] for _ in surfaces]
-    for number, pieces in zip(numbers[union[polygon]], _clip(oriented, window), strict=True):
-        result[number].extend(pieces)
-    return result
+    outlines = _chains(rings, numbers[union[polygon]])
+    end = np.cumsum(outlines.length)
+    place = np.arange(len(outlines.points))
+    # A ring from `start` to `end` is turned round by counting from its end.
+    turned = np.repeat(shapely.is_ccw(rings) != is_hole, outlines.length)
+    place[turned] = np.repeat(2 * end - outlines.length - 1, outlines.length)[turned] - place[turned]
+    return _clip(outlines._replace(points=outlines.points[place]), window)
 
 
-def _crossings_by_direction(polygons: list[BaseGeometry]) -> list[np.ndarray]:
+def _crossings_by_direction(polygons: np.ndarray) -> list[np.ndarray]:
     """Unites crossings with neighbours of the same direction and returns their outer rings, counter-clockwise.
 
     In the file's order, each crossing is united with all free crossings of its direction whose axis-aligned bounding
@@ -355,7 +410,7 @@ def _crossings_by_direction(polygons: list[BaseGeometry]) -> list[np.ndarray]:
     code then cuts the ring again by the border of the patch, where rounding decides which edges along the border
     survive, and closes the rest. This function keeps the ring, which gives the same result except for rounding.
     """
-    if not polygons:
+    if not len(polygons):
         return []
     corners = [shapely.get_coordinates(box)[:3] for box in shapely.oriented_envelope(polygons)]
     edges = [np.diff(points, axis=0) for points in corners]  # each [2, 2]; [1, 2] for a box without width
@@ -372,29 +427,25 @@ def _crossings_by_direction(polygons: list[BaseGeometry]) -> list[np.ndarray]:
         members = joins[k] & free
         members[k] = True
         free &= ~members
-        for part in shapely.get_parts(shapely.union_all([polygons[m] for m in np.flatnonzero(members)])):
+        for part in shapely.get_parts(shapely.union_all(polygons[members])):
             points = shapely.get_coordinates(part.exterior)
             rings.append(points if shapely.is_ccw(part.exterior) else points[::-1])
     return rings
 
 
-def _clip(lines: Sequence[np.ndarray], window: BaseGeometry) -> list[list[np.ndarray]]:
-    """Returns the pieces of polylines, each [P, 2], inside a window."""
-    if not lines:
-        return []
-    counts = [len(line) for line in lines]
-    whole = shapely.linestrings(np.concatenate(lines), indices=np.repeat(np.arange(len(lines)), counts))
-    pieces, line = _parts(shapely.intersection(whole, window), 1)
-    several = np.bincount(line, minlength=len(lines)) > 1
+def _clip(lines: _Chains, window: BaseGeometry) -> _Chains:
+    """Returns the pieces of polylines inside a window."""
+    if not len(lines.owner):
+        return lines
+    whole = shapely.linestrings(lines.points, indices=np.repeat(np.arange(len(lines.owner)), lines.length))
+    pieces, line = _parts(shapely.intersection(whole, window), np.ones(len(whole)))
+    several = np.bincount(line, minlength=len(whole)) > 1
     # A ring is also cut at its start vertex: merge those two pieces.
     cut = np.flatnonzero(several[line])
     _, place = np.unique(line[cut], return_inverse=True)
     merged = shapely.line_merge(shapely.multilinestrings(pieces[cut], indices=place), directed=True)
-    joined, owner = shapely.get_parts(merged, return_index=True)
-    result: list[list[np.ndarray]] = [[] for _ in lines]
+    joined, number = shapely.get_parts(merged, return_index=True)
     alone = np.flatnonzero(~several[line])
-    for number, piece in zip(line[alone], pieces[alone], strict=True):
-        result[number].append(shapely.get_coordinates(piece))
-    for number, piece in zip(np.flatnonzero(several)[owner], joined, strict=True):
-        result[number].append(shapely.get_coordinates(piece))
-    return result
+    pieces, line = np.append(pieces[alone], joined), np.append(line[alone], np.flatnonzero(several)[number])
+    order = np.argsort(line, kind="stable")
+    return _chains(pieces[order], lines.owner[line[order]])

@@ -19,7 +19,7 @@ from perception.data.tables import MAX_PIXELS
 from perception.errors import ConfigError, DataError
 from perception.geometry import resample_polyline
 from perception.inference.fitting import fit_image
-from perception.types import Boxes, Clip, Data, FrameObjects, MapLine, Polylines
+from perception.types import Boxes, Clip, Data, FrameObjects, Ids, MapLine, Polylines
 
 # Pillow runs another program to decode some of the others.
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000")
@@ -123,12 +123,11 @@ def _stack_padded(parts: Sequence[Data], count: int) -> Data:
 
 def collate(clips: list[Clip]) -> Clip:
     """Collates clips [T, ...] into one batch [B, T, ...]; ground truth is padded to the largest number in the batch."""
-    gt = FrameObjects(
-        *(
-            type(parts[0])(*map(_stack_gt, zip(*parts, strict=True)))
-            for parts in zip(*(clip.gt for clip in clips), strict=True)
-        )
-    )
+    boxes = Boxes(*map(_stack_gt, zip(*(clip.gt.boxes for clip in clips), strict=True)))
+    lines = Polylines(*map(_stack_gt, zip(*(clip.gt.lines for clip in clips), strict=True)))
+    known = [clip.gt.ids.boxes + 1 for clip in clips if clip.gt.ids]  # so that padding, which is 0, becomes -1
+    ids = Ids(_stack_gt(known) - 1, None) if len(known) == len(clips) else None
+    gt = FrameObjects(boxes, lines, ids)
     frames = _stack([clip.frames for clip in clips])
     return Clip(frames, gt, torch.stack([clip.sample_index for clip in clips]))
 

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from perception.data.augment import Augment
-from perception.data.index import Index, concatenate, ego_from_patch, lines_around, load_index
+from perception.data.index import Index, concatenate, load_index
 from perception.data.lane_map import LaneMap
 from perception.data.lane_topology import Centerlines
 from perception.data.loader import ClipRequest, decode_image, open_image, pad_boxes, pad_lines
-from perception.data.tables import read_rig
+from perception.data.sample_lines import ego_from_patch, lines_around
+from perception.data.table_files import read_rig
 from perception.errors import DataError, PerceptionWarning
 from perception.geometry import invert_rigid, yaw_from_rotation
 from perception.inference.ego_motion import MAX_GAP, interrupted
@@ -31,6 +33,7 @@ from perception.types import (
     Clip,
     Frame,
     FrameObjects,
+    Ids,
     LaneRange,
     MapLine,
     NumpyCameraRig,
@@ -211,6 +214,11 @@ class NuScenesDataset(Dataset):
             uncertainty=torch.zeros(rows.stop - rows.start, 9),
         )
 
+    def gt_ids(self, i: int) -> Tensor:
+        """Returns the ids [M] int64 of the objects of `gt_boxes`, the same in all samples of a scene."""
+        index = self._index
+        return torch.from_numpy(index.box_instance[index.box_offset[i] : index.box_offset[i + 1]])
+
     def __getitem__(self, item: int | ClipRequest) -> Clip:
         if isinstance(item, ClipRequest):
             samples = np.array(item.samples)  # [T]
@@ -218,10 +226,13 @@ class NuScenesDataset(Dataset):
         else:
             samples = np.array([range(len(self))[item]])  # an IndexError beyond the end
             previous = self._index.previous[samples]
-        gt = FrameObjects(
-            pad_boxes([self.gt_boxes(i) for i in samples], self.max_boxes),
-            pad_lines([self.gt_lines(i) for i in samples], self.points_per_line, self.max_lines),
-        )
+        boxes = pad_boxes([self.gt_boxes(i) for i in samples], self.max_boxes)
+        ids = torch.full_like(boxes.label, -1)
+        for row, i in zip(ids, samples, strict=True):
+            of_sample = self.gt_ids(i)
+            row[: len(of_sample)] = of_sample
+        lines = pad_lines([self.gt_lines(i) for i in samples], self.points_per_line, self.max_lines)
+        gt = FrameObjects(boxes, lines, Ids(ids, None))
         clip = Clip(self._frames(samples, previous), gt, torch.from_numpy(samples))
         if self.augment is None or not isinstance(item, ClipRequest):
             return clip
@@ -245,9 +256,11 @@ class NuScenesDataset(Dataset):
         ego_from_prev[is_first], seconds[is_first] = np.eye(4), 0.0
         images, img_from_cam = zip(*(self._images(i) for i in samples), strict=True)
         present, ego_from_cam = np.char.str_len(index.image_path[samples]) > 0, index.ego_from_cam[samples]
+        ego_from_exposure = index.ego_from_exposure[samples]
         if self.virtual_rig is not None:
             sources, source_from_pinhole = _mounting(self.virtual_rig)
             present, ego_from_cam = present[:, sources], ego_from_cam[:, sources] @ source_from_pinhole
+            ego_from_exposure = ego_from_exposure[:, sources]
         return Frame(
             images=torch.stack(images),  # [T, N, 3, H, W]
             rig=CameraRig(
@@ -258,6 +271,8 @@ class NuScenesDataset(Dataset):
             ego_from_prev=torch.from_numpy(ego_from_prev).float(),  # [T, 4, 4]
             seconds_since_prev=torch.from_numpy(seconds).float(),  # [T]
             is_first=torch.from_numpy(is_first),  # [T]
+            ego_from_lidar=torch.from_numpy(index.ego_from_lidar[samples]).float(),  # [T, 4, 4]
+            ego_from_exposure=torch.from_numpy(ego_from_exposure).float(),  # [T, N, 4, 4]
         )
 
     def _images(self, i: int) -> tuple[torch.Tensor, np.ndarray]:

@@ -9,47 +9,30 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from perception.commands import as_called
+from perception.data.findings import SHOWN, Columns, Finding
+from perception.data.table_files import TABLES
 from perception.data.tables import (
+    DETECTION_CLASS,
     MAX_PIXELS,
     NO_TOKEN,
     NOTHING,
-    SHOWN,
-    TABLES,
-    Columns,
-    Finding,
     Paths,
-    Reader,
-    Table,
-    as_they_are,
-    flags,
+    Tables,
     floats,
     inside_root,
-    keyframe_paths,
-    own_keys,
-    read_rig,
-    read_tables,
     text_of,
-    token_keys,
-    token_lists,
-    vectors,
-    wholes,
-)  # fmt: skip
+)
 from perception.errors import DataError
 from perception.geometry import invert_rigid, rigid_from_quaternion
 from perception.inference.checks import FARTHEST_CAMERA, FARTHEST_POSE, check_intrinsics
 from perception.inference.ego_motion import MAX_GAP, interrupted
-from perception.rigs.rig import RIG_FILE, Rig
+from perception.rigs.rig import Rig
 from perception.types import ATTRIBUTES
-
-if TYPE_CHECKING:
-    from nuscenes.nuscenes import NuScenes
 
 MODALITIES = ("camera", "lidar", "radar")
 LONGEST_NAME = 200  # characters; file systems allow some more
@@ -58,173 +41,6 @@ UNIT_TOLERANCE = 1e-2  # of the length of a quaternion; tables are rounded, and 
 LARGE = ("ego_pose", "sample_data", "sample_annotation")  # tables with millions of records
 NO_CHANNEL = -2  # that no file has
 LATE = 0.5  # seconds between records of one keyframe above which a time is implausible
-
-# What is kept of each table while it is read
-READERS: dict[str, dict[str, Reader]] = {
-    "category": {"token": as_they_are, "name": as_they_are},
-    "attribute": {"token": as_they_are, "name": as_they_are},
-    "visibility": {"token": as_they_are},
-    "instance": {
-        "token": own_keys, "category_token": token_keys, "nbr_annotations": as_they_are,
-        "first_annotation_token": token_keys, "last_annotation_token": token_keys,
-    },
-    "sensor": {"token": as_they_are, "channel": as_they_are, "modality": as_they_are},
-    "calibrated_sensor": {
-        "token": own_keys, "sensor_token": token_keys, "rotation": vectors(4), "translation": vectors(3),
-        "camera_intrinsic": as_they_are,
-    },
-    "ego_pose": {"token": own_keys, "timestamp": wholes, "rotation": vectors(4), "translation": vectors(3)},
-    "log": {"token": as_they_are, "location": as_they_are},
-    "scene": {
-        "token": as_they_are, "name": as_they_are, "log_token": token_keys, "first_sample_token": token_keys,
-        "last_sample_token": token_keys, "nbr_samples": as_they_are,
-    },
-    "sample": {
-        "token": as_they_are, "timestamp": wholes, "scene_token": token_keys, "prev": token_keys, "next": token_keys,
-    },
-    "sample_data": {
-        "token": own_keys, "sample_token": token_keys, "ego_pose_token": token_keys, "timestamp": wholes,
-        "calibrated_sensor_token": token_keys, "is_key_frame": flags, "height": wholes, "width": wholes,
-        "filename": keyframe_paths, "prev": token_keys, "next": token_keys,
-    },
-    "sample_annotation": {
-        "token": own_keys, "sample_token": token_keys, "instance_token": token_keys, "visibility_token": token_keys,
-        "attribute_tokens": token_lists, "rotation": vectors(4), "translation": vectors(3), "size": vectors(3),
-        "num_lidar_pts": wholes, "num_radar_pts": wholes, "prev": token_keys, "next": token_keys,
-    },
-    "map": {"token": as_they_are, "filename": as_they_are, "log_tokens": token_lists},
-}  # fmt: skip
-
-# The class of the detection task by category, as in `category_to_detection_name` of the devkit, which takes seconds and
-# 100 MB to import.
-DETECTION_CLASS = {
-    "movable_object.barrier": "barrier",
-    "vehicle.bicycle": "bicycle",
-    "vehicle.bus.bendy": "bus",
-    "vehicle.bus.rigid": "bus",
-    "vehicle.car": "car",
-    "vehicle.construction": "construction_vehicle",
-    "vehicle.motorcycle": "motorcycle",
-    "human.pedestrian.adult": "pedestrian",
-    "human.pedestrian.child": "pedestrian",
-    "human.pedestrian.construction_worker": "pedestrian",
-    "human.pedestrian.police_officer": "pedestrian",
-    "movable_object.trafficcone": "traffic_cone",
-    "vehicle.trailer": "trailer",
-    "vehicle.truck": "truck",
-}
-
-_accepted: set[tuple[object, ...]] = set()  # states of the files of tables that this process has found to be right
-
-
-def open_tables(dataroot: Path, version: str) -> NuScenes:
-    """Reads and checks all tables and gives them to the devkit, which indexes them.
-
-    Raises:
-        DataError: a table is missing or malformed, or records of it cannot be right; the message names the first.
-    """
-    state = _state(dataroot, version)
-    tables = read_tables(dataroot / version)
-    if state not in _accepted:  # each validation of a training opens the tables
-        _accept(dataroot, version, check_tables(dataroot, version, tables), state)
-    from nuscenes.nuscenes import NuScenes  # slow to import, and not needed if the index is cached
-
-    class CheckedTables(NuScenes):
-        """The devkit with the tables that were read here."""
-
-        def __load_table__(self, table_name: str) -> Any:
-            return tables.pop(table_name) if table_name in tables else super().__load_table__(table_name)
-
-    try:
-        return CheckedTables(version, str(dataroot), verbose=False)
-    except Exception as error:  # of an optional table, such as lidarseg, which only the devkit knows
-        reason = f"key {error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise DataError(f"{dataroot / version} cannot be read by the nuScenes devkit: {reason}") from error
-
-
-def checked_tables(dataroot: Path, version: str) -> TableCheck:
-    """Reads and checks all tables, of which it keeps what an index needs.
-
-    Raises:
-        DataError: as for `open_tables`.
-    """
-    state = _state(dataroot, version)
-    folder = dataroot / version
-    check = TableCheck(dataroot, folder, Tables(folder), read_rig(folder))
-    _accept(dataroot, version, check.run(), state)
-    return check
-
-
-def _state(dataroot: Path, version: str) -> tuple[object, ...]:
-    """Returns what changes with the files of the tables."""
-    rig_file = dataroot / version / RIG_FILE
-    files = [dataroot / version / f"{table}.json" for table in TABLES] + [rig_file] * rig_file.is_file()
-    try:
-        stats = [os.stat(file) for file in files]
-    except OSError:  # reading the table will name it
-        return ()
-    return (str(dataroot.resolve()), version, *((stat.st_mtime_ns, stat.st_size) for stat in stats))
-
-
-def _accept(dataroot: Path, version: str, findings: list[Finding], state: tuple[object, ...]) -> None:
-    """Raises the first error among findings; tables without are not checked again by this process."""
-    errors = [finding for finding in findings if finding.severity == "error"]
-    if errors:
-        others = f"; {len(errors) - 1} more kinds of faults were found" if len(errors) > 1 else ""
-        raise DataError(
-            f"{errors[0].sentence()}{others}: correct the tables, or unpack the metadata again; all faults: "
-            + as_called(f"perception doctor data {dataroot} --version {version}")
-        )
-    _accepted.add(state)
-
-
-def check_tables(
-    dataroot: Path, version: str, tables: Mapping[str, Sequence[dict[str, Any]]] | None = None
-) -> list[Finding]:
-    """Checks every record of the tables: types, ranges, references, times, links, and what the devkit expects.
-
-    Args:
-        dataroot: root of the dataset.
-        version: folder of the tables.
-        tables: from `read_tables`; read here by default, where a table that cannot be read is a finding.
-
-    Returns:
-        All findings, errors first. A table that cannot be read ends the check.
-    """
-    folder = dataroot / version
-    unreadable, found = [], Tables(folder, tables)
-    for name in TABLES:
-        try:
-            found[name]  # reads it
-        except DataError as error:
-            path = folder / f"{name}.json"
-            problem = str(error).removeprefix(f"{path} ")
-            unreadable.append(Finding("error", str(path), "", (), 0, problem))
-    try:
-        rig = read_rig(folder)
-    except DataError as error:
-        path = folder / RIG_FILE
-        problem = str(error).removeprefix(str(path)).lstrip(": ")
-        unreadable.append(Finding("error", str(path), "", (), 0, problem))
-    return unreadable or TableCheck(dataroot, folder, found, rig).run()
-
-
-class Tables(dict[str, Table]):
-    """Tables by name. Each is read when it is asked for, so that the large ones need not fit into memory together.
-
-    Args:
-        folder: of the tables.
-        records: from `read_tables`, if they are in memory.
-    """
-
-    def __init__(self, folder: Path, records: Mapping[str, Sequence[dict[str, Any]]] | None = None) -> None:
-        super().__init__()
-        self.folder, self.records = folder, records
-
-    def __missing__(self, name: str) -> Table:
-        records = None if self.records is None else self.records[name]
-        table = self[name] = Table(self.folder / f"{name}.json", READERS[name], records)
-        return table
 
 
 class Keyframes(NamedTuple):

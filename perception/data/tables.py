@@ -1,4 +1,4 @@
-"""Reads the tables of a nuScenes-format dataset by columns, and describes what is wrong with records."""
+"""Reads the tables of a nuScenes-format dataset by columns, as arrays."""
 
 from __future__ import annotations
 
@@ -8,201 +8,37 @@ import json
 import ntpath
 import os
 import posixpath
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from enum import Enum
+from functools import partial
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from perception.data.table_files import Block, Span, divided, read_blocks
 from perception.errors import DataError
-from perception.reading import short
-from perception.rigs.rig import RIG_FILE, Rig
-
-TABLES = (
-    "category", "attribute", "visibility", "instance", "sensor", "calibrated_sensor", "ego_pose",
-    "log", "scene", "sample", "sample_data", "sample_annotation", "map",
-)  # fmt: skip
+from perception.processes import in_processes, processors
 
 MAX_PIXELS = 80_000_000  # of one image: 240 MB when decoded; cameras of vehicles have up to 12 million
-SHOWN = 20  # records of a finding that are named
-
-BLOCK = 1 << 20  # bytes of text that are read at a time; records of a block stay in the processor's cache
-LONGEST_RECORD = 1 << 26  # bytes
 LONGEST_PATH = 1000  # characters; file systems allow some more
-
-_OPENING = re.compile(rb"(?:\xef\xbb\xbf)?[ \t\r\n]*\[")
-_BETWEEN = (b"},", b"}\n,", b"} ,", b"}\r\n,")
-_SEPARATOR = re.compile(rb"[ \t\r\n]*,[ \t\r\n]*")
-_TEXT_SEPARATOR = re.compile(r"[ \t\r\n]*,[ \t\r\n]*")
-_DECODER = json.JSONDecoder()
+SPAN = 1 << 23  # bytes of a table that a process reads at a time
+MOST_READERS = 4  # processes; each needs 50 MB
 
 Reader: TypeAlias = Callable[[Sequence[Any], Sequence[dict[str, Any]]], Any]
 
-NOTHING = object()  # a field that a record lacks
+
+class Missing(Enum):
+    """The value of a field that a record lacks. It stays itself when a process sends it to another one."""
+
+    FIELD = 0
+
+
+NOTHING = Missing.FIELD
 NO_TOKEN = "\0"  # equals no token
-
-
-class Finding(NamedTuple):
-    """Records of one table that share a fault."""
-
-    severity: str  # "error": the dataset is refused; "warning": nothing reads the value, or it is only implausible
-    file: str
-    field: str
-    records: tuple[str, ...]  # tokens of the first of them, or "row 7" (from 0) without one; empty: the whole file
-    total: int  # of all of them; 0: the whole file
-    problem: str  # what is needed and what the first record holds
-
-    def sentence(self) -> str:
-        """Returns the finding as one sentence."""
-        if not self.total:
-            return f"{self.file} {self.problem}"
-        more = f" (and {self.total - 1} more such records)" if self.total > 1 else ""
-        return f"{self.file}: record {self.records[0]} {self.problem}{more}"
-
-    def as_dict(self) -> dict[str, Any]:
-        """Returns plain JSON values."""
-        return self._asdict() | {"records": list(self.records)}
-
-
-def read_tables(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Reads the thirteen tables of a dataset into memory, as the devkit wants them.
-
-    Raises:
-        DataError: a table is missing, is not JSON, or is not a list of objects.
-    """
-    return {name: read_table(folder / f"{name}.json") for name in TABLES}
-
-
-def read_rig(folder: Path) -> Rig | None:
-    """Reads the rig file in the folder of the tables of a dataset whose cameras are not all pinholes.
-
-    Returns:
-        The rig; None if there is no such file, and the tables describe the cameras alone.
-
-    Raises:
-        DataError: the file is malformed.
-    """
-    path = folder / RIG_FILE
-    return Rig.load(path) if path.is_file() else None
-
-
-def read_table(path: Path) -> list[dict[str, Any]]:
-    """Reads one table into memory, see `read_tables`. `read_blocks` does with a fraction of the memory."""
-    return [record for block in read_blocks(path) for record in block.records]
-
-
-class Block(NamedTuple):
-    """Records of a table that follow each other, and where their text is in the file."""
-
-    records: list[dict[str, Any]]
-    start: int
-    stop: int
-
-
-def read_blocks(path: Path) -> Iterator[Block]:
-    """Reads a table a few thousand records at a time. The tables of nuScenes trainval take 6 GB as objects.
-
-    Raises:
-        DataError: the table is missing, is not JSON, or is not a list of objects.
-    """
-    try:
-        with path.open("rb") as file:
-            yield from _read_blocks(path, file)
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing: unpack the dataset's metadata again") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}): unpack the metadata again") from None
-
-
-def _read_blocks(path: Path, file: BinaryIO) -> Iterator[Block]:
-    size = os.fstat(file.fileno()).st_size
-    text = file.read(max(BLOCK, 1000))  # white space before the list is shorter
-    opening = _OPENING.match(text)
-    if opening is None:
-        _refuse(path, text + file.read())
-    text, start = text[opening.end() :], opening.end()  # `text` starts with a record
-    found = False
-    while True:
-        last = file.tell() >= size
-        # A block ends where one record ends and another starts. Strings may hold the same characters.
-        stop = len(text) if last else max(text.rfind(mark) for mark in _BETWEEN) + 1
-        try:
-            records = json.loads(b"[" + text[:stop] + (b"" if last else b"]"))
-            if last and found and not records:
-                raise json.JSONDecodeError("Expecting value", text.decode(errors="replace"), 0)
-        except (ValueError, RecursionError) as error:
-            if last:
-                raise _invalid(path, error, start) from None
-            records, stop = _first_records(text)
-            if not records and len(text) > LONGEST_RECORD:
-                raise _invalid(path, error, start) from None
-        if not set(map(type, records)) <= {dict}:
-            raise _no_list(path)
-        if records:
-            found = True
-            yield Block(records, start, start + stop)
-        if last:
-            return
-        if records:
-            stop += len(_SEPARATOR.match(text, stop)[0])  # type: ignore[index]
-        text, start = text[stop:], start + stop
-        text += file.read(max(BLOCK, len(text)))
-
-
-def _first_records(text: bytes) -> tuple[list[Any], int]:
-    """Decodes records as long as they are whole and a comma follows: for text that is not valid as one block.
-
-    Returns:
-        The records, and the number of bytes that they take.
-    """
-    try:
-        content = text.decode(errors="surrogatepass")
-    except UnicodeDecodeError as error:  # the end is in the middle of a letter
-        content = text[: error.start].decode(errors="surrogatepass")
-    records, start, stop = [], len(content) - len(content.lstrip(" \t\r\n")), 0
-    try:
-        while True:
-            record, end = _DECODER.raw_decode(content, start)
-            separator = _TEXT_SEPARATOR.match(content, end)
-            if separator is None:
-                break
-            records.append(record)
-            start, stop = separator.end(), end
-    except (ValueError, RecursionError):
-        pass
-    return records, len(content[:stop].encode(errors="surrogatepass"))
-
-
-def _refuse(path: Path, content: bytes) -> NoReturn:
-    """Raises what is wrong with a file that does not start like a list."""
-    if content.startswith(b"version https://git-lfs"):
-        raise DataError(
-            f"{path} is not valid JSON (it is a pointer of Git LFS, not the file): unpack the metadata again"
-        )
-    try:
-        json.loads(content.decode())
-    except (ValueError, RecursionError) as error:
-        raise _invalid(path, error, 1) from None
-    raise _no_list(path)
-
-
-def _invalid(path: Path, error: Exception, start: int) -> DataError:
-    """Makes the message of a JSON error in the text from byte `start` on, which was decoded after a bracket."""
-    reason = str(error)
-    if isinstance(error, json.JSONDecodeError):
-        place = start + max(len(error.doc[: error.pos].encode(errors="surrogatepass")) - 1, 0)
-        with path.open("rb") as file:
-            line = 1 + sum(file.read(min(BLOCK, place - k)).count(b"\n") for k in range(0, place, BLOCK))
-        reason = f"{error.msg} in line {line}, at byte {place}"
-    return DataError(f"{path} is not valid JSON ({reason}): unpack the metadata again")
-
-
-def _no_list(path: Path) -> DataError:
-    return DataError(f"{path} is not a list of objects, one for each record: unpack the metadata again")
 
 
 # Readers turn the values of a field, as JSON has them or `NOTHING`, into arrays
@@ -248,9 +84,9 @@ def token_keys(values: Sequence[Any], records: Sequence[dict[str, Any]] = ()) ->
 
 def own_keys(values: Sequence[Any], records: Sequence[dict[str, Any]] = ()) -> np.ndarray:
     """Reads the tokens of the records themselves, which can be stored as bytes and read again."""
-    if set(map(type, values)) <= {str} and _storable("".join(values)):
+    if set(map(type, values)) <= {str} and storable("".join(values)):
         return np.fromiter(map(hash, values), np.int64, len(values))
-    good = (isinstance(value, str) and _storable(value) for value in values)
+    good = (isinstance(value, str) and storable(value) for value in values)
     return np.array([hash(v) if ok else MALFORMED for v, ok in zip(values, good, strict=True)], dtype=np.int64)
 
 
@@ -312,7 +148,7 @@ def flags(values: Sequence[Any], records: Sequence[dict[str, Any]] = ()) -> np.n
 def keyframe_paths(values: Sequence[Any], records: Sequence[dict[str, Any]] = ()) -> Paths:
     """Reads paths below the root of the dataset."""
     if not (set(map(type, values)) <= {str} and _all_inside(values)):
-        good = (isinstance(v, str) and _storable(v) and (not v or inside_root(v)) for v in values)
+        good = (isinstance(v, str) and storable(v) and (not v or inside_root(v)) for v in values)
         values = [value if ok else None for value, ok in zip(values, good, strict=True)]
     state = np.array([-1 if value is None else 1 if value else 0 for value in values], dtype=np.int8)
     kept = [
@@ -327,7 +163,7 @@ def _all_inside(names: Sequence[str]) -> bool:
     """Returns whether all names are paths below the root or empty, by a quick test that has false alarms."""
     lines = "\n" + "\n".join(names)
     odd = any(part in lines for part in ("..", ":", "\n/", "\n\\", "\n."))
-    return not odd and _storable(lines) and max(map(len, names), default=0) <= LONGEST_PATH
+    return not odd and storable(lines) and max(map(len, names), default=0) <= LONGEST_PATH
 
 
 def inside_root(name: str) -> bool:
@@ -341,8 +177,16 @@ def inside_root(name: str) -> bool:
     return not absolute and posixpath.normpath(slashes).split("/")[0] != ".." and posixpath.normpath(slashes) != "."
 
 
+class _Part(NamedTuple):
+    """Columns of records of a table that follow each other."""
+
+    columns: dict[str, Any]  # by field
+    present: set[str]  # fields that a record has
+    blocks: list[tuple[int, int, int]]  # row after the last one, from the first of the part, and place in the file
+
+
 class Table:
-    """The columns of one table.
+    """The columns of one table. Several processes read a large one.
 
     Args:
         path: the file, which records are read from again for messages.
@@ -361,18 +205,14 @@ class Table:
         self.kept: tuple[int, Sequence[dict[str, Any]]] = (-1, ())  # a block that was read again
         self.present: set[str] = set()  # fields that a record has
         self.rows = 0
-        parts: dict[str, list[Any]] = {field: [] for field in readers}
-        with _no_collection():
-            for block in read_blocks(path) if records is None else _in_memory(records):
-                self.rows += len(block.records)
-                self.blocks.append((self.rows, block.start, block.stop))
-                for field, values in _columns(block.records, list(readers)).items():
-                    parts[field].append(readers[field](values, block.records))
-                    if field not in self.present and any(value is not NOTHING for value in values):
-                        self.present.add(field)
-        self.columns = {}
-        for field, reader in readers.items():
-            self.columns[field] = _joined(parts.pop(field)) if self.rows else reader((), ())
+        joined = _Joined()
+        size = len(records) if records is not None else path.stat().st_size if path.is_file() else 0
+        for part in _parts(path, readers) if records is None else [_part(_in_memory(records), readers, size)]:
+            self.present |= part.present
+            joined.add(part.columns, (part.blocks[-1][2] - part.blocks[0][1]) / size if part.blocks else 1.0)
+            self.blocks += [(self.rows + row, start, stop) for row, start, stop in part.blocks]
+            self.rows = self.blocks[-1][0] if self.blocks else 0
+        self.columns = joined.columns()
 
     def record(self, row: int) -> Mapping[str, Any]:
         """Returns one record, which is read from the file again."""
@@ -394,6 +234,41 @@ class Table:
         return self.kept[1][row - first]
 
 
+def _parts(path: Path, readers: Mapping[str, Reader]) -> Iterator[_Part]:
+    """Reads a table in parts, in their order."""
+    spans = divided(path, SPAN)
+    read = partial(_read_span, path, readers)
+    with closing(in_processes(read, spans, min(processors(), MOST_READERS) if len(spans) > 1 else 1)) as parts:
+        for span, part in zip(spans, parts, strict=True):
+            if part is None:  # the span is malformed, or its end is not the end of a record
+                rest = Span(span.start, None) if span.start > spans[0].start else None
+                yield _part(read_blocks(path, rest), readers, path.stat().st_size - span.start)
+                return
+            yield part
+
+
+def _read_span(path: Path, readers: Mapping[str, Reader], span: Span) -> _Part | None:
+    try:
+        return _part(read_blocks(path, span), readers, (span.stop or path.stat().st_size) - span.start)
+    except DataError:
+        return None
+
+
+def _part(blocks: Iterable[Block], readers: Mapping[str, Reader], size: int) -> _Part:
+    """Reads the columns of blocks of records, which have `size` bytes."""
+    joined, present, rows = _Joined(), set(), 0
+    places = []
+    with _no_collection():
+        for block in blocks:
+            rows += len(block.records)
+            places.append((rows, block.start, block.stop))
+            values = _columns(block.records, list(readers))
+            columns = {field: readers[field](values[field], block.records) for field in readers}
+            joined.add(columns, (block.stop - block.start) / size)
+            present |= {f for f in values if f not in present and any(value is not NOTHING for value in values[f])}
+    return _Part(joined.columns() if rows else {f: read((), ()) for f, read in readers.items()}, present, places)
+
+
 @contextmanager
 def _no_collection() -> Iterator[None]:
     """Pauses the collection of cycles, of which JSON has none: looking for them takes a sixth of the time."""
@@ -408,7 +283,8 @@ def _no_collection() -> Iterator[None]:
 
 def _in_memory(records: Sequence[dict[str, Any]]) -> Iterator[Block]:
     for start in range(0, len(records), 10_000):
-        yield Block(list(records[start : start + 10_000]), 0, 0)
+        some = list(records[start : start + 10_000])
+        yield Block(some, start, start + len(some))
 
 
 def _columns(records: Sequence[dict[str, Any]], fields: Sequence[str]) -> dict[str, Sequence[Any]]:
@@ -423,179 +299,61 @@ def _columns(records: Sequence[dict[str, Any]], fields: Sequence[str]) -> dict[s
     return {f: found[f] if f in found else [record.get(f, NOTHING) for record in records] for f in fields}
 
 
-def _joined(parts: list[Any]) -> Any:
-    """Joins columns of blocks."""
-    if isinstance(parts[0], np.ndarray):
-        return np.concatenate(parts)
-    if isinstance(parts[0], tuple):
-        return type(parts[0])(*(_joined(list(fields)) for fields in zip(*parts, strict=True)))
-    return list(chain.from_iterable(parts))
+class _Joined:
+    """Columns that come in parts. They grow in place: the parts and the whole would need twice the memory."""
 
+    def __init__(self) -> None:
+        self.first: dict[str, Any] | None = None
+        self.growing: dict[str, _Growing] = {}
 
-class Lookup:
-    """Finds records by their token.
-
-    Args:
-        own: [R] int64 keys of the records.
-    """
-
-    def __init__(self, own: np.ndarray) -> None:
-        self.order = np.argsort(own, kind="stable")
-        self.own = own[self.order]
-
-    def rows(self, wanted: np.ndarray) -> np.ndarray:
-        """Returns the row number [n] of the last record with each key; -1 where there is none."""
-        if not len(self.own):
-            return np.full(len(wanted), -1)
-        by_key = np.argsort(wanted)  # neighbours are found in neighbouring memory
-        place = np.empty(len(wanted), dtype=np.int64)
-        place[by_key] = np.searchsorted(self.own, wanted[by_key], side="right") - 1
-        found = (place >= 0) & (self.own[place] == wanted) & (wanted != EMPTY) & (wanted != MALFORMED)
-        return np.where(found, self.order[place], -1)
-
-
-class Columns:
-    """Reads columns of tables as arrays and collects findings; malformed values become NaN or -1.
-
-    Args:
-        folder: of the tables, for messages.
-        tables: by name.
-    """
-
-    def __init__(self, folder: Path, tables: Mapping[str, Table]) -> None:
-        self.folder, self.tables = folder, tables
-        self.findings: list[Finding] = []
-        self.lookup: dict[str, Lookup] = {}  # by table
-
-    # Reporting
-
-    def report(
-        self,
-        table: str,
-        field: str,
-        bad: np.ndarray | Iterable[int],
-        problem: str | Callable[[int], str],
-        severity: str = "error",
-    ) -> None:
-        """Adds a finding if there are bad records.
-
-        Args:
-            table, field: the place.
-            bad: [R] bool, or row numbers.
-            problem: what the records need, or a function of the row that returns the whole predicate.
-            severity: as in `Finding`.
-        """
-        rows = np.flatnonzero(bad) if isinstance(bad, np.ndarray) and bad.dtype == bool else np.array(list(bad), int)
-        if not len(rows):
+    def add(self, columns: dict[str, Any], share: float) -> None:
+        """Adds a part; `share` is how much of the whole it is, about."""
+        if self.first is None:
+            self.first, self.share = columns, share
             return
-        if isinstance(problem, str):
-            value = self.tables[table].record(int(rows[0])).get(field)
-            text = f"needs {problem} as '{field}', but holds {short(value)}"
+        if not self.growing:
+            self.growing = {field: _Growing(column, self.share) for field, column in self.first.items()}
+            self.first = {}
+        for field, column in columns.items():
+            self.growing[field].add(column)
+
+    def columns(self) -> dict[str, Any]:
+        return {field: column.whole() for field, column in self.growing.items()} or self.first or {}
+
+
+class _Growing:
+    """One of the columns: an array, a list, or a tuple of them."""
+
+    def __init__(self, first: Any, share: float) -> None:
+        self.kind, self.length = type(first), 0
+        self.fields = [_Growing(field, share) for field in first] if isinstance(first, tuple) else []
+        self.items: list[Any] = []
+        if isinstance(first, np.ndarray):  # memory that is never written takes no place
+            self.array = np.empty((int(1.1 * len(first) / share) + 1, *first.shape[1:]), first.dtype)
+        if not self.fields:
+            self.add(first)
+
+    def add(self, part: Any) -> None:
+        if self.fields:
+            for field, value in zip(self.fields, part, strict=True):
+                field.add(value)
+        elif isinstance(part, list):
+            self.items += part
         else:
-            text = problem(int(rows[0]))
-        self.add(severity, table, field, rows.tolist(), text)
+            start, self.length = self.length, self.length + len(part)
+            if self.length > len(self.array):
+                larger = np.empty((int(1.3 * self.length), *part.shape[1:]), part.dtype)
+                larger[:start] = self.array[:start]
+                self.array = larger
+            self.array[start : self.length] = part
 
-    def add(self, severity: str, table: str, field: str, rows: Sequence[int], problem: str) -> None:
-        """Adds a finding about records, or about the whole table if `rows` is empty."""
-        labels = tuple(self.label(table, row) for row in rows[:SHOWN])
-        self.findings.append(Finding(severity, str(self.folder / f"{table}.json"), field, labels, len(rows), problem))
-
-    def label(self, table: str, row: int) -> str:
-        """Returns the token of a record, or its row if it has no token that can be printed."""
-        token = self.tables[table].record(row).get("token")
-        return token if isinstance(token, str) and token.isprintable() and 0 < len(token) <= 80 else f"row {row}"
-
-    # Columns
-
-    def has(self, table: str, field: str) -> bool:
-        """Returns whether any record has a field that nothing needs."""
-        return field in self.tables[table].present
-
-    def column(self, table: str, field: str) -> Any:
-        """Returns a column as its reader made it."""
-        return self.tables[table].columns[field]
-
-    def take(self, table: str, field: str) -> Any:
-        """Returns a column that is needed once, so that its memory is free afterwards."""
-        return self.tables[table].columns.pop(field)
-
-    def tokens(self, table: str) -> None:
-        """Checks that each record has a token of its own."""
-        own = self.column(table, "token")
-        own = own if isinstance(own, np.ndarray) else own_keys(own)
-        self.report(table, "token", (own == MALFORMED) | (own == EMPTY), "text that is not empty")
-        self.lookup[table] = lookup = Lookup(own)
-        repeated = np.sort(lookup.order[:-1][lookup.own[1:] == lookup.own[:-1]])
-        repeated = repeated[(own[repeated] != MALFORMED) & (own[repeated] != EMPTY)]
-
-        def again(row: int) -> str:
-            return f"has the 'token' of row {lookup.rows(own[[row]])[0]}; give each its own"
-
-        self.report(table, "token", repeated, again)
-
-    def text(
-        self,
-        table: str,
-        field: str,
-        allowed: Callable[[str], bool] | None = None,
-        needs: str = "text that is not empty",
-    ) -> list[str]:
-        """Reads a column of text; `NO_TOKEN` where it is malformed."""
-        values = list(self.column(table, field))
-        for row, value in enumerate(values):
-            if not (isinstance(value, str) and value and _storable(value) and (allowed is None or allowed(value))):
-                values[row] = NO_TOKEN
-        self.report(table, field, [row for row, value in enumerate(values) if value is NO_TOKEN], needs)
-        return values
-
-    def key(self, table: str, field: str, target: str, *, empty: bool = False, severity: str = "error") -> np.ndarray:
-        """Reads a column of tokens as row numbers [R] int64 of the target table; -1 where it is empty or dangling."""
-        wanted = self.take(table, field)
-        found = self.lookup[target].rows(wanted)
-        bad = (found < 0) & (wanted != EMPTY) if empty else found < 0
-        none = ", or ''" if empty else ""
-        self.report(table, field, bad, f"the token of a record of {target}.json{none}", severity)
-        return found
-
-    def keys(self, table: str, field: str, target: str, check: bool = True) -> tuple[np.ndarray, np.ndarray]:
-        """Reads a column of lists of tokens as pairs of row numbers: [P] of this table and [P] of the target."""
-        values: Lists = self.take(table, field)
-        self.report(table, field, values.counts < 0, "a list of tokens")
-        rows = np.repeat(np.arange(len(values.counts)), np.maximum(values.counts, 0))
-        found = self.lookup[target].rows(values.keys)
-        if check:
-            self.report(table, field, np.unique(rows[found < 0]), f"tokens of records of {target}.json")
-        return rows[found >= 0], found[found >= 0]
-
-    def vector(self, table: str, field: str) -> np.ndarray:
-        """Reads a column of lists of finite numbers, [R, count] float64; NaN where it is malformed."""
-        array: np.ndarray = self.take(table, field)
-        self.report(table, field, np.isnan(array[:, 0]), f"{array.shape[1]} finite numbers")
-        return array
-
-    def integers(
-        self, table: str, field: str, low: int, needs: str, rows: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Reads a column of whole numbers of at least `low` and below 2^62.
-
-        Args:
-            table, field: the column.
-            low: smallest number that is allowed.
-            needs: what the numbers are, for the message.
-            rows: [n] row numbers; all by default.
-
-        Returns:
-            [n] int64, and [n] bool, False where a value is malformed.
-        """
-        values = self.take(table, field)
-        values = values if rows is None else values[rows]
-        good = values >= low
-        bad = np.flatnonzero(~good)
-        self.report(table, field, bad if rows is None else rows[bad], needs)
-        return np.where(good, values, 0), good
+    def whole(self) -> Any:
+        if self.fields:
+            return self.kind(*(field.whole() for field in self.fields))
+        return self.items if self.kind is list else self.array[: self.length]
 
 
-def _storable(text: str) -> bool:
+def storable(text: str) -> bool:
     """Returns whether text can be stored as bytes and read again: no NUL, and no half of a surrogate pair."""
     return "\0" not in text and (text.isascii() or text.encode(errors="ignore").decode() == text)
 
@@ -615,3 +373,77 @@ def floats(value: object, shape: tuple[int, ...]) -> np.ndarray:
         return np.array([item if type(item) in (int, float) else np.nan for item in value], dtype=np.float64)
     except OverflowError:
         return np.full(shape, np.nan)
+
+
+# The class of the detection task by category, as in `category_to_detection_name` of the devkit, which takes seconds and
+# 100 MB to import.
+DETECTION_CLASS = {
+    "movable_object.barrier": "barrier",
+    "vehicle.bicycle": "bicycle",
+    "vehicle.bus.bendy": "bus",
+    "vehicle.bus.rigid": "bus",
+    "vehicle.car": "car",
+    "vehicle.construction": "construction_vehicle",
+    "vehicle.motorcycle": "motorcycle",
+    "human.pedestrian.adult": "pedestrian",
+    "human.pedestrian.child": "pedestrian",
+    "human.pedestrian.construction_worker": "pedestrian",
+    "human.pedestrian.police_officer": "pedestrian",
+    "movable_object.trafficcone": "traffic_cone",
+    "vehicle.trailer": "trailer",
+    "vehicle.truck": "truck",
+}
+
+# What is kept of each table while it is read
+READERS: dict[str, dict[str, Reader]] = {
+    "category": {"token": as_they_are, "name": as_they_are},
+    "attribute": {"token": as_they_are, "name": as_they_are},
+    "visibility": {"token": as_they_are},
+    "instance": {
+        "token": own_keys, "category_token": token_keys, "nbr_annotations": as_they_are,
+        "first_annotation_token": token_keys, "last_annotation_token": token_keys,
+    },
+    "sensor": {"token": as_they_are, "channel": as_they_are, "modality": as_they_are},
+    "calibrated_sensor": {
+        "token": own_keys, "sensor_token": token_keys, "rotation": vectors(4), "translation": vectors(3),
+        "camera_intrinsic": as_they_are,
+    },
+    "ego_pose": {"token": own_keys, "timestamp": wholes, "rotation": vectors(4), "translation": vectors(3)},
+    "log": {"token": as_they_are, "location": as_they_are},
+    "scene": {
+        "token": as_they_are, "name": as_they_are, "log_token": token_keys, "first_sample_token": token_keys,
+        "last_sample_token": token_keys, "nbr_samples": as_they_are,
+    },
+    "sample": {
+        "token": as_they_are, "timestamp": wholes, "scene_token": token_keys, "prev": token_keys, "next": token_keys,
+    },
+    "sample_data": {
+        "token": own_keys, "sample_token": token_keys, "ego_pose_token": token_keys, "timestamp": wholes,
+        "calibrated_sensor_token": token_keys, "is_key_frame": flags, "height": wholes, "width": wholes,
+        "filename": keyframe_paths, "prev": token_keys, "next": token_keys,
+    },
+    "sample_annotation": {
+        "token": own_keys, "sample_token": token_keys, "instance_token": token_keys, "visibility_token": token_keys,
+        "attribute_tokens": token_lists, "rotation": vectors(4), "translation": vectors(3), "size": vectors(3),
+        "num_lidar_pts": wholes, "num_radar_pts": wholes, "prev": token_keys, "next": token_keys,
+    },
+    "map": {"token": as_they_are, "filename": as_they_are, "log_tokens": token_lists},
+}  # fmt: skip
+
+
+class Tables(dict[str, Table]):
+    """Tables by name. Each is read when it is asked for, so that the large ones need not fit into memory together.
+
+    Args:
+        folder: of the tables.
+        records: from `read_tables`, if they are in memory.
+    """
+
+    def __init__(self, folder: Path, records: Mapping[str, Sequence[dict[str, Any]]] | None = None) -> None:
+        super().__init__()
+        self.folder, self.records = folder, records
+
+    def __missing__(self, name: str) -> Table:
+        records = None if self.records is None else self.records[name]
+        table = self[name] = Table(self.folder / f"{name}.json", READERS[name], records)
+        return table

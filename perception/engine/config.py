@@ -123,8 +123,21 @@ def model_config(section: dict, where: str) -> NetworkConfig:
     config = preset_config(preset)
     known = {field.name for field in dataclasses.fields(config)}
     _check_keys(where, "model", section, {"preset", *known}, {"preset"})
+    return _changed(where, "model", config, {key: value for key, value in section.items() if key != "preset"})
+
+
+def _changed(path: str, where: str, config: Any, section: dict) -> Any:
+    """Returns a copy of a dataclass with other values. A dict changes fields of the dataclass in its place."""
+    _check_keys(path, where, section, {field.name for field in dataclasses.fields(config)}, set())
     hints = typing.get_type_hints(type(config))
-    changes = {key: _typed(f"{where}: model.{key}", section[key], hints[key]) for key in section if key != "preset"}
+    changes = {}
+    for key, value in section.items():
+        present = getattr(config, key)
+        kinds: list[Any] = [k for k in typing.get_args(hints[key]) or (hints[key],) if dataclasses.is_dataclass(k)]
+        if isinstance(value, dict) and kinds and dataclass_for(value, [type(present), *kinds]) is type(present):
+            changes[key] = _changed(path, f"{where}.{key}", present, value)
+        else:
+            changes[key] = _typed(f"{path}: {where}.{key}", value, hints[key])
     return dataclasses.replace(config, **changes)
 
 

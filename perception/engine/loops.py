@@ -39,11 +39,12 @@ from perception import __version__
 from perception.engine.checkpoints import WorkDir, plain
 from perception.errors import Interrupted, TrainingError
 from perception.evaluation.dataset import evaluate_predictions
+from perception.inference.acceleration import accelerated
 from perception.inference.sequence import predict_stream
 from perception.models import Network
 from perception.models.checkpoint import halve, read_metrics, save_checkpoint
 from perception.models.provenance import provenance_of
-from perception.types import Clip, State, map_tensors
+from perception.types import Clip, Memory, map_tensors
 
 SAVE_SECONDS = 600  # between two checkpoints inside of an epoch
 _SET_BY_CONFIG = ("lr", "initial_lr", "weight_decay")  # of a parameter group
@@ -164,7 +165,7 @@ class StreamTrainLoop(EpochBasedTrainLoop):
     ) -> None:
         super().__init__(runner, dataloader, **schedule)
         self.image_epochs = image_epochs
-        self.states: list[State | None] = [None] * streams
+        self.states: list[Memory | None] = [None] * streams
         self.batch = 0  # finished batches of the current epoch
         self.resumed = False
         self._saved_at = time.monotonic()
@@ -261,7 +262,7 @@ class StreamTrainLoop(EpochBasedTrainLoop):
             "schedules": [schedule.state_dict() for schedule in runner.param_schedulers],
         }
         runner.call_hook("before_save_checkpoint", checkpoint=content)
-        own = {"random": _random_states(), "memory": [state and state._asdict() for state in self.states]}
+        own = {"random": _random_states(), "memory": [state and _as_dicts(state) for state in self.states]}
         content["processes"] = all_gather_object(plain(own))
         if get_dist_info()[0] == 0:
             self.runner.folder.save(content, self._epoch, self.batch)
@@ -295,9 +296,27 @@ class StreamTrainLoop(EpochBasedTrainLoop):
         self._epoch, self.batch, self._iter = (content["meta"][key] for key in ("epoch", "batch", "iter"))
         own = content["processes"][get_dist_info()[0]]
         device = next(runner.model.parameters()).device
-        self.states = [state and State(**{k: x.to(device) for k, x in state.items()}) for state in own["memory"]]
+        empty = unwrapped(runner).core.initial_state(1)
+        self.states = [values and _restored(empty, values, device) for values in own["memory"]]
         _set_random_states(own["random"])
         self.resumed = True
+
+
+def _as_dicts(memory: Memory) -> dict[str, Any]:
+    """Converts the memory of a network to nested dicts by the names of its fields."""
+    parts = zip(memory._fields, memory, strict=True)  # type: ignore[attr-defined]
+    return {name: _as_dicts(part) if isinstance(part, tuple) else part for name, part in parts}
+
+
+def _restored(like: Memory, values: dict[str, Any], device: torch.device) -> Memory:
+    """Converts what `_as_dicts` returned to a memory of the type of another one."""
+    parts = zip(like._fields, like, strict=True)  # type: ignore[attr-defined]
+    return type(like)(
+        *(
+            _restored(part, values[name], device) if isinstance(part, tuple) else values[name].to(device)
+            for name, part in parts
+        )
+    )
 
 
 def _random_states() -> list[Tensor]:
@@ -363,7 +382,9 @@ class StreamValLoop(BaseLoop):
         random_states = _random_states()
         core = copy.deepcopy(core_of(runner)).eval()
         core.load_state_dict(halve(core.state_dict()))  # evaluates the weights that `ExportHook` writes
-        stream = predict_stream(core, dataset, rank=rank, world_size=world, workers=self.dataloader.num_workers)
+        # Float32, as `perception evaluate` runs by default: both give the same numbers for the same weights.
+        network = accelerated(core, precision="float32")
+        stream = predict_stream(network, dataset, rank=rank, world_size=world, workers=self.dataloader.num_workers)
         predictions = {token: objects for part in all_gather_object(stream.objects) for token, objects in part.items()}
         results = [evaluate_predictions(dataset, predictions).metrics() if rank == 0 else {}]
         broadcast_object_list(results)

@@ -42,7 +42,7 @@ from perception.errors import ConfigError
 from perception.evaluation.dataset import check_evaluable
 from perception.files import check_space
 from perception.models import Network
-from perception.types import Clip, State, map_tensors
+from perception.types import Clip, Memory, map_tensors
 
 
 class TrainingModel(BaseModel):
@@ -66,8 +66,8 @@ class TrainingModel(BaseModel):
             raise ConfigError("train.disabled_losses names all losses; leave at least one")
 
     def forward(
-        self, clip: Clip, state: State | None, images_only: bool = False
-    ) -> tuple[dict[str, Tensor], State | None]:
+        self, clip: Clip, state: Memory | None, images_only: bool = False
+    ) -> tuple[dict[str, Tensor], Memory | None]:
         """Unrolls clips and averages each loss over time.
 
         Args:
@@ -91,10 +91,11 @@ class TrainingModel(BaseModel):
         losses: dict[str, Tensor] = {}
         for t in range(T):
             step = map_tensors(partial(torch.select, dim=1, index=t), clip)
-            prediction, state = self.core(step.frames, state)
+            gt = (step.gt,) if self.core.needs_gt and self.training else ()
+            prediction, state = self.core(step.frames, state, *gt)
             # Matching and losses always run in float32.
             with torch.autocast(clip.sample_index.device.type, enabled=False):
-                prediction = map_tensors(Tensor.float, prediction)
+                prediction = map_tensors(lambda x: x.float() if x.is_floating_point() else x, prediction)
                 for name, loss in self.core.loss(prediction, step.gt, step.frames).items():
                     losses[name] = losses[name] + loss / T if name in losses else loss / T
         return self._checked(losses), map_tensors(Tensor.detach, state)

@@ -15,7 +15,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,13 @@ from nuscenes.eval.detection.evaluate import DetectionEval
 from nuscenes.eval.detection.utils import category_to_detection_name
 from pyquaternion import Quaternion
 
+from perception.data.checked_tables import open_tables
 from perception.data.splits import is_official, split_scenes
-from perception.data.table_checks import open_tables
 from perception.errors import DataError
 from perception.evaluation.submission import CAMERA_ONLY
 from perception.files import check_dataset, write_json
 from perception.geometry import RIGID_TOLERANCE, is_rigid, transform_points
+from perception.processes import in_processes, processors
 from perception.types import ATTRIBUTES, BOX_CLASSES, Array, Boxes, FrameObjects
 
 _CONFIG = "detection_cvpr_2019"
@@ -171,7 +171,7 @@ def evaluate_submission(
                 )
             if workers is None:
                 many = sum(map(len, submission["results"].values())) >= _MANY_BOXES
-                workers = min(os.cpu_count() or 1, 8) if many else 1
+                workers = min(processors(), 8) if many else 1
             metrics = _evaluate(evaluation, workers)
     summary = metrics.serialize()
     counted = Counter(box.detection_name for box in evaluation.gt_boxes.all)
@@ -201,13 +201,15 @@ def _evaluate(evaluation: DetectionEval, workers: int) -> DetectionMetrics:
         name: tuple(_of_class(part, name) for part in (evaluation.gt_boxes, evaluation.pred_boxes))
         for name in BOX_CLASSES
     }
-    # Forked processes see the boxes without copying them through a pipe.
-    with get_context("fork").Pool(workers, _share, (config, boxes)) as pool:
-        for (name, distance), (ap, errors) in zip(units, pool.imap(_evaluate_unit, units), strict=True):
-            metrics.add_label_ap(name, distance, ap)
-            if distance == config.dist_th_tp:
-                for error, value in errors.items():
-                    metrics.add_label_tp(name, error, value)
+
+    def evaluate(unit: tuple[str, float]) -> tuple[float, dict[str, float]]:
+        return _evaluate_unit(config, boxes[unit[0]], *unit)
+
+    for (name, distance), (ap, errors) in zip(units, in_processes(evaluate, units, workers), strict=True):
+        metrics.add_label_ap(name, distance, ap)
+        if distance == config.dist_th_tp:
+            for error, value in errors.items():
+                metrics.add_label_tp(name, error, value)
     return metrics
 
 
@@ -219,23 +221,15 @@ def _of_class(boxes: EvalBoxes, name: str) -> EvalBoxes:
     return found
 
 
-_shared: tuple[DetectionConfig, dict[str, tuple[EvalBoxes, ...]]]  # of a process of `_evaluate`
-
-
-def _share(config: DetectionConfig, boxes: dict[str, tuple[EvalBoxes, ...]]) -> None:
-    global _shared
-    _shared = config, boxes
-
-
-def _evaluate_unit(unit: tuple[str, float]) -> tuple[float, dict[str, float]]:
+def _evaluate_unit(
+    config: DetectionConfig, boxes: tuple[EvalBoxes, ...], name: str, distance: float
+) -> tuple[float, dict[str, float]]:
     """Runs the devkit's evaluation of one class at one distance: AP, and the true-positive errors at that distance."""
-    config, boxes = _shared
-    name, distance = unit
     part = DetectionEval.__new__(DetectionEval)  # its constructor would read files
     part.verbose = False
     part.cfg = copy.copy(config)
     part.cfg.class_names, part.cfg.dist_ths, part.cfg.dist_th_tp = [name], [distance], distance
-    part.gt_boxes, part.pred_boxes = boxes[name]
+    part.gt_boxes, part.pred_boxes = boxes
     metrics, _ = part.evaluate()
     return metrics.get_label_ap(name, distance), {error: metrics.get_label_tp(name, error) for error in _ERRORS}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, prod
 from pathlib import Path
@@ -18,6 +18,7 @@ import numpy as np
 
 from perception.commands import command
 from perception.errors import CheckpointError, ConfigError, DataError
+from perception.export.export_rig import ExportRig, fault_of
 from perception.files import write_json
 from perception.inference.ego_motion import JUMP_MARGIN_M, JUMP_MARGIN_RAD, MAX_GAP, MAX_SPEED, MAX_TURN_RATE
 from perception.reading import number, short
@@ -36,6 +37,7 @@ FIELDS = {
 # Rules of the memory, for programs that do without this library.
 LIMITS = ("max_gap_s", "max_speed_m_s", "max_turn_rate_rad_s", "jump_margin_m", "jump_margin_rad")
 GEOMETRY = {"img_from_cam", "ego_from_cam", "present", "ego_from_prev", "seconds_since_prev", "is_first"}
+FIXED = ("img_from_cam", "ego_from_cam")  # inputs that a graph with a fixed rig does not read
 ENGINE_FIELDS = ("file", "gpu", "package", "package_version")
 
 _NV12 = "NV12 [H * 3/2, W]: luma, then one pair of Cb and Cr per 2 x 2 pixels, rows without padding; "
@@ -60,6 +62,8 @@ MEANING = {
     "is_first": "true if the memory must be ignored: in the first frame; if the previous frame was more than max_gap_s "
     "ago; if the pose has jumped since then, which is a distance above max_speed_m_s * seconds + jump_margin_m or an "
     "angle about any axis above max_turn_rate_rad_s * seconds + jump_margin_rad; after an output that is not finite",
+    "ego_from_lidar": "pose of the LiDAR frame (x right, y ahead, z up) in the ego frame, metres; the network was "
+    "trained in it, and a vehicle without a LiDAR gives the one of the training data",
     "memory": "new_memory of the previous frame; any finite values if first, so fill it with zeros after an output "
     "that is not finite",
     "box_center": "centre of the boxes, metres, ego frame",
@@ -75,7 +79,20 @@ MEANING = {
     "line_label": "index into line_classes",
     "line_score": "0..1, highest first",
     "line_uncertainty": "expected absolute error of each point along ego x and y, metres",
-    "new_memory": "the memory input of the next frame",
+    "box_id": "of the tracked object, the same from frame to frame",
+}
+MEMORY_PARTS = {  # of networks whose memory has several parts
+    "memory_boxes_feature": "features of the remembered instances",
+    "memory_boxes_anchor": "their boxes in the LiDAR frame of the previous frame: centre (m), logarithms of length, "
+    "width and height (m), sin and cos of the yaw, velocity (m/s)",
+    "memory_boxes_confidence": "their confidence, 0..1",
+    "memory_boxes_ids": "their ids; the graph gives new ids by counting",
+    "memory_boxes_next_id": "the next new id; zeros start anew",
+    "memory_lines_feature": "features of the remembered lines",
+    "memory_lines_anchor": "their points in the LiDAR frame of the previous frame, metres",
+    "memory_lines_confidence": "their confidence, 0..1",
+    "memory_lines_ids": "their ids",
+    "memory_lines_next_id": "the next new id of a line",
 }
 RAW_MEANING = "output of the last decoder layer before decoding, for comparisons"  # of outputs with the prefix raw_
 
@@ -206,6 +223,7 @@ def write_contract(
     quantization: dict,
     checked: Mapping[str, Sequence[str]],
     version: str,
+    export_rig: ExportRig | None = None,
 ) -> None:
     """Writes the contract of an export.
 
@@ -224,11 +242,18 @@ def write_contract(
         checked: by runtime, the checks that it reads the graph as ONNX defines it, from `perception.export.dialect`;
             empty for a runtime that the graph is not for.
         version: of the library.
+        export_rig: the calibration that the graph holds; None for a graph that takes it as inputs.
     """
 
     image = IMAGE_FORMATS[images.image_format] + ", rows from the top; ignored while the camera is missing"
     meaning = MEANING | dict.fromkeys(images.names, image)
     meaning |= {name: RAW_MEANING for name in outputs if name.startswith("raw_")}
+    for name in memory_names(inputs):
+        text = MEANING["memory"].replace("new_memory", f"new_{name}")
+        meaning[name] = f"{MEMORY_PARTS[name]}; {text}" if name in MEMORY_PARTS else text
+        meaning[f"new_{name}"] = f"the {name} input of the next frame"
+    if export_rig:
+        meaning |= {name: f"not read: fixed in the graph, see calibration; {meaning[name]}" for name in FIXED}
 
     def described(arrays: Mapping[str, np.ndarray]) -> list[dict]:
         return [
@@ -263,8 +288,33 @@ def write_contract(
             "inputs": described(inputs),
             "outputs": described(outputs),
             "sha256": dict(sha256),
-        },
+        }
+        | ({"calibration": export_rig.as_dict()} if export_rig else {}),
     )
+
+
+def memory_names(names: Iterable[str]) -> list[str]:
+    """Returns those of the names of inputs that are parts of the memory; the outputs are called `new_` and the same."""
+    return [name for name in names if name == "memory" or name.startswith("memory_")]
+
+
+def comparable_memory(memory: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Joins the parts of a memory for comparisons.
+
+    Args:
+        memory: its parts [1, ...] by name.
+
+    Returns:
+        A single part as a flat array. Of instances their parts as rows [T, C], whose order is not defined where two
+        have the same confidence. Ids are left out, because the order decides which instance gets which.
+    """
+    if set(memory) <= {"memory"}:
+        return {name: part.ravel() for name, part in memory.items()}
+    kinds: dict[str, list[np.ndarray]] = {}
+    for name, part in memory.items():
+        if part.dtype.kind == "f":
+            kinds.setdefault("_".join(name.split("_")[:2]), []).append(part[0].reshape(part.shape[1], -1))
+    return {kind: np.concatenate(parts, 1) for kind, parts in kinds.items()}
 
 
 def read_contract(folder: str | Path) -> dict:
@@ -360,6 +410,8 @@ def _fault(contract: dict) -> str:
         and _is_finite(weights)
     ):
         return f"weights is {short(weights)}, not a name and what they were trained on"
+    if "calibration" in contract and (fault := fault_of(contract["calibration"], contract["cameras"])):
+        return fault
     for runtime, checks in contract["checked"].items():
         if not isinstance(checks, list) or not all(isinstance(check, str) for check in checks):
             return f"checked[{short(runtime)}] is not a list of text"

@@ -13,6 +13,7 @@ import numpy as np
 
 from perception.commands import command
 from perception.errors import ConfigError
+from perception.export.contract import memory_names
 
 PACKAGES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 
@@ -126,12 +127,12 @@ class EngineSession:
         self.inputs = {x["name"]: self._host(x) for x in contract["inputs"]}
         self.outputs = {x["name"]: self._host(x) for x in contract["outputs"]}
         device = {name: self._device(x) for name, x in (self.inputs | self.outputs).items()}
-        self._memories = [device[name] for name in ("memory", "new_memory") if name in device]
+        names = memory_names(self.inputs)
+        self._memories = [{name: device[f"{new}{name}"] for name in names} for new in ("", "new_")]
         self._contexts: list[Any] = []
         self._graphs: list[Any] = []
         for turn in range(2):
-            if self._memories:
-                device |= {"memory": self._memories[turn], "new_memory": self._memories[1 - turn]}
+            device |= self._memories[turn] | {f"new_{name}": x for name, x in self._memories[1 - turn].items()}
             self._graphs.append(self._capture(path, device))
         self.clear()  # the runs on empty inputs in `_capture` may have written values that are not finite
 
@@ -140,14 +141,14 @@ class EngineSession:
         self._cuda("GraphLaunch", self._graphs[turn], self._stream)
         self._cuda("StreamSynchronize", self._stream)
 
-    def memory(self, turn: int) -> np.ndarray:
-        """Returns a copy of memory buffer `turn`, empty for a network without a memory."""
-        if not self._memories:
-            return np.zeros(0, np.float32)
-        copy = np.empty_like(self.inputs["memory"])
+    def memory(self, turn: int) -> dict[str, np.ndarray]:
+        """Returns copies of the parts of memory buffer `turn` by name."""
         kind = self._cuda.api.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        self._cuda("Memcpy", copy.ctypes.data, self._memories[turn], copy.nbytes, kind)
-        return copy
+        copies = {}
+        for name, address in self._memories[turn].items():
+            copies[name] = np.empty_like(self.inputs[name])
+            self._cuda("Memcpy", copies[name].ctypes.data, address, copies[name].nbytes, kind)
+        return copies
 
     def memory_is_finite(self, turn: int) -> bool:
         """Returns True without a check: it would need a copy of the memory from the GPU in every run."""
@@ -155,8 +156,9 @@ class EngineSession:
 
     def clear(self) -> None:
         """Fills both memory buffers with zeros."""
-        for address in self._memories:  # in the stream of the runs, which does not synchronize with others
-            self._cuda("MemsetAsync", address, 0, self.inputs["memory"].nbytes, self._stream)
+        for memory in self._memories:  # in the stream of the runs, which does not synchronize with others
+            for name, address in memory.items():
+                self._cuda("MemsetAsync", address, 0, self.inputs[name].nbytes, self._stream)
         self._cuda("StreamSynchronize", self._stream)
 
     def _check(self, trt: Any, path: Path, contract: dict) -> None:
@@ -206,8 +208,9 @@ class EngineSession:
         self._contexts.append(context)  # the graph uses scratch memory of its context
         for name, address in addresses.items():
             context.set_tensor_address(name, address)
-        sent = {name: array for name, array in self.inputs.items() if name != "memory"}
-        fetched = {name: array for name, array in self.outputs.items() if name != "new_memory"}
+        names = memory_names(self.inputs)
+        sent = {name: array for name, array in self.inputs.items() if name not in names}
+        fetched = {name: array for name, array in self.outputs.items() if name.removeprefix("new_") not in names}
 
         def enqueue() -> None:
             for name, array in sent.items():

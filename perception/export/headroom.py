@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from perception.export.quantize import LARGEST_FP8
+from perception.export.quantize import LARGEST_FP8, empty_memory
 from perception.export.runtime import session_options
 
 if TYPE_CHECKING:
@@ -56,20 +56,18 @@ class RangeMonitor:
         self._session = onnxruntime.InferenceSession(
             measured.model.SerializeToString(), session_options("fp32"), providers=["CPUExecutionProvider"]
         )
-        inputs = {x.name: x.shape for x in self._session.get_inputs()}
-        self._memory = {"memory": np.zeros(inputs["memory"], np.float32)} if "memory" in inputs else {}
-        self._names = [*measured.outputs, *(["new_memory"] if self._memory else [])]
+        self._memory = empty_memory(self._session)
+        self._names = [*measured.outputs, *(f"new_{name}" for name in self._memory)]
         self._values: dict[str, list[float]] = {name: [] for name in measured.outputs}
 
     def run(self, frame: Mapping[str, np.ndarray]) -> None:
         """Measures one frame.
 
         Args:
-            frame: inputs of the export by name; `memory` may be missing.
+            frame: inputs of the export by name; the memory may be missing.
         """
         found = dict(zip(self._names, self._session.run(self._names, {**frame, **self._memory}), strict=True))
-        if self._memory:
-            self._memory = {"memory": found["new_memory"]}
+        self._memory = {name: found[f"new_{name}"] for name in self._memory}
         for name, values in self._values.items():
             values.append(float(found[name]))
 
@@ -152,7 +150,7 @@ def measured_graph(model: onnx.ModelProto) -> MeasuredGraph:
     measuring, limits, outputs = _measuring(dict.fromkeys([*halves.values(), *bounds]), bounds)
     nodes += measuring
     weights |= limits
-    used = {name for node in nodes for name in node.input}
+    used = {name for node in nodes for name in node.input} | {output.name for output in graph.graph.output}
     del graph.graph.node[:], graph.graph.initializer[:], graph.graph.value_info[:]
     graph.graph.node.extend(nodes)
     graph.graph.initializer.extend(numpy_helper.from_array(weights[name], name) for name in weights if name in used)

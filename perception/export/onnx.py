@@ -21,18 +21,22 @@ import torch
 from torch import Tensor, nn
 
 from perception import __version__
+from perception.cameras import usual_mounting
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError
 from perception.export.contract import CONTRACT, MODEL, ImageInputs, write_contract
 from perception.export.dialect import check_dialect
+from perception.export.export_rig import ExportRig
 from perception.export.half import WEIGHTED, check_weight, convert_to_half
 from perception.export.images import ImagePreprocessing
 from perception.export.lowering import OPSET, OPSET_FP8, TRACED, lower_graph
 from perception.export.progress import stage
-from perception.export.quantize import KINDS, quantize_graph, quiet, record_frames
+from perception.export.quantize import KINDS, FrameInputs, quantize_all, quantize_graph, quiet, record_frames
 from perception.files import replacing
+from perception.inference.crop import fitted_rig
 from perception.models import Network
-from perception.types import CameraRig, Frame, State, Weights
+from perception.models.base import memory_tensors, with_tensors
+from perception.types import NUSCENES_EGO_FROM_LIDAR, CameraRig, Frame, NumpyCameraRig, Weights
 
 if TYPE_CHECKING:
     import onnx
@@ -57,15 +61,22 @@ class DeployedNetwork(nn.Module):
         images: sizes and format of the camera images.
     """
 
+    usual_lidar: Tensor
+    still: Tensor
+
     def __init__(self, network: Network, images: ImageInputs) -> None:
         super().__init__()
         self.network = network
-        self.remembers = network.initial_state(1).bev.numel() > 0
-        self.input_names = (*images.names, *CALIBRATION_AND_MOTION, *(("memory",) if self.remembers else ()))
+        memories = tuple(memory_tensors(network.initial_state(1)))
+        self.remembers = bool(memories)
+        self.input_names = (*images.names, *CALIBRATION_AND_MOTION, *network.extra_inputs, *memories)
         self.output_names = tuple(
-            name for kind in network.finds for name in (*OUTPUTS[kind], *raw_names(network, kind))
-        ) + (("new_memory",) if self.remembers else ())
+            name for kind in network.finds for name in (*output_names(network, kind), *raw_names(network, kind))
+        ) + tuple(f"new_{name}" for name in memories)
         self.preprocess = ImagePreprocessing(images, network.config.image_size)
+        # For networks that do not read them.
+        for name, tensor in zip(("usual_lidar", "still"), usual_mounting(1, len(images.sizes)), strict=True):
+            self.register_buffer(name, tensor.clone(), persistent=False)
 
     def forward(
         self,
@@ -76,7 +87,7 @@ class DeployedNetwork(nn.Module):
         ego_from_prev: Tensor,
         seconds_since_prev: Tensor,
         is_first: Tensor,
-        memory: Tensor | None = None,
+        *extra_and_memory: Tensor,
     ) -> tuple[Tensor, ...]:
         """Predicts one frame.
 
@@ -85,25 +96,36 @@ class DeployedNetwork(nn.Module):
         """
         if self.preprocess.fitted:
             img_from_cam = self.preprocess.img_from_raw @ img_from_cam
+        extra = dict(zip(self.network.extra_inputs, extra_and_memory, strict=False))
         frame = Frame(
             self.preprocess(images)[None],
             CameraRig(img_from_cam[None], ego_from_cam[None], present[None]),
             ego_from_prev[None],
             seconds_since_prev,
             is_first,
+            extra["ego_from_lidar"][None] if "ego_from_lidar" in extra else self.usual_lidar,
+            self.still,
         )
-        state = self.network.initial_state(1) if memory is None else State(memory)
+        state = with_tensors(self.network.initial_state(1), extra_and_memory[len(extra) :])
         prediction, state = self.network(frame, state)
         objects = self.network.decode(prediction)
         raw = named_raw_outputs(self.network, prediction)
         results = []
         for kind in self.network.finds:
             tensors = objects.boxes if kind == "box" else objects.lines
-            for name in OUTPUTS[kind]:
+            for name in output_names(self.network, kind):
+                if name == "box_id" and objects.ids is not None:
+                    results.append(objects.ids.boxes[0].int())
+                    continue
                 result = getattr(tensors, name.removeprefix(f"{kind}_"))[0]
                 results.append(result.int() if name.endswith("label") else result)
             results += [raw[name][0] for name in raw_names(self.network, kind)]
-        return (*results, state.bev) if self.remembers else tuple(results)
+        return (*results, *memory_tensors(state).values())
+
+
+def output_names(network: Network, kind: str) -> tuple[str, ...]:
+    """Returns the names of an export's decoded boxes ("box") or lines ("line"); those of a tracker have ids."""
+    return (*OUTPUTS[kind], "box_id") if kind == "box" and network.tracks else OUTPUTS[kind]
 
 
 def raw_names(network: Network, kind: str) -> tuple[str, ...]:
@@ -119,8 +141,8 @@ def named_raw_outputs(network: Network, prediction: Any) -> dict[str, Tensor]:
 def example_inputs(network: Network, images: ImageInputs) -> tuple[Any, ...]:
     """Returns arguments of `DeployedNetwork.forward` for a first frame, with cameras in all directions.
 
-    The first argument holds the images of all cameras. The last one is the memory, which a network without a memory
-    does not have.
+    The first argument holds the images of all cameras. The last ones are `Network.extra_inputs` and the tensors of the
+    memory, which a network without a memory does not have.
     """
     cameras = len(images.sizes)
     angle = torch.arange(cameras) * (2 * torch.pi / cameras)
@@ -133,19 +155,22 @@ def example_inputs(network: Network, images: ImageInputs) -> tuple[Any, ...]:
     img_from_cam = torch.tensor(
         [[[0.7 * W, 0.0, W / 2], [0.0, 0.7 * W, H / 2], [0.0, 0.0, 1.0]] for H, W in images.sizes]
     )
-    memory = network.initial_state(1).bev
+    memory = memory_tensors(network.initial_state(1)).values()
+    extra = {"ego_from_lidar": torch.tensor(NUSCENES_EGO_FROM_LIDAR)}
     return (
         tuple(torch.randint(0, 256, images.shape(n), dtype=torch.uint8) for n in range(cameras)),
         img_from_cam, ego_from_cam, torch.ones(cameras, dtype=torch.bool), torch.eye(4), torch.zeros(1),
-        torch.ones(1, dtype=torch.bool), *((memory,) if memory.numel() else ()),
+        torch.ones(1, dtype=torch.bool), *(extra[name] for name in network.extra_inputs), *memory,
     )  # fmt: skip
 
 
-def check_export(network: Network, *, cameras: int, precision: str, for_cpu: bool) -> None:
+def check_export(
+    network: Network, *, cameras: int, precision: str, for_cpu: bool, export_rig: ExportRig | None = None
+) -> None:
     """Checks the arguments of `export_onnx`. Call it before long work.
 
     Args:
-        network, cameras, precision, for_cpu: as for `export_onnx`.
+        network, cameras, precision, for_cpu, export_rig: as for `export_onnx`.
 
     Raises:
         ConfigError: the network cannot be exported, the precision or the number of cameras is invalid, or a weight is
@@ -153,6 +178,14 @@ def check_export(network: Network, *, cameras: int, precision: str, for_cpu: boo
     """
     if network.no_export:
         raise ConfigError(f"{type(network).__name__} is not exported: {network.no_export}")
+    for_rig = getattr(network, "for_rig", None)
+    if for_rig and export_rig is None:
+        raise ConfigError(
+            f"{type(network).__name__} is exported for the cameras of one vehicle, and their calibration becomes part "
+            "of the graph; give the rig file as --rig"
+        )
+    if export_rig is not None and not for_rig:
+        raise ConfigError(f"a {type(network).__name__} takes any calibration as an input; export it without a rig")
     if cameras < 1:
         raise ConfigError(f"cameras is {cameras}; give at least 1")
     wanted = network.config.cameras
@@ -178,9 +211,10 @@ def export_onnx(
     image_format: str = "rgb",
     precision: str = "fp32",
     for_cpu: bool = False,
-    calibration: NuScenesDataset | None = None,
+    calibration: NuScenesDataset | Sequence[FrameInputs] | None = None,
     graph: onnx.ModelProto | None = None,
     weights: Weights | None = None,
+    export_rig: ExportRig | None = None,
     progress: bool = False,
 ) -> Path:
     """Writes `model.onnx` and `contract.json`, and deletes certificates of an older graph in the folder.
@@ -196,9 +230,11 @@ def export_onnx(
             bits in the layers with weights that are not too sensitive, and float16 as before in the others.
         for_cpu: with "int8", unsigned activations for instructions of CPUs such as AVX-512 VNNI, and float32 instead of
             float16.
-        calibration: dataset for the quantization ranges, with images of the export's size or larger.
+        calibration: dataset for the quantization ranges, with images of the export's size or larger. Or the frames for
+            the ranges themselves, by input of the graph: then no layer is excepted for its sensitivity.
         graph: result of `trace` for the same network, cameras and sizes, which takes longest; traced here if None.
         weights: what results say about the weights of the network, from `weights_of`; None if that is not known.
+        export_rig: the only calibration that the graph is for, of a network with `for_rig`; None for the others.
         progress: show the steps and their duration on stderr.
 
     Returns:
@@ -208,13 +244,13 @@ def export_onnx(
         ConfigError: the network cannot be exported; the precision, the cameras, the sizes or the format are invalid; a
             weight is too large for float16; or the graph has a form that a TensorRT parser may misread.
     """
-    check_export(network, cameras=cameras, precision=precision, for_cpu=for_cpu)
+    check_export(network, cameras=cameras, precision=precision, for_cpu=for_cpu, export_rig=export_rig)
     if precision in KINDS and calibration is None:
         raise ConfigError(f"precision {precision} needs a dataset for its quantization ranges; give one as calibration")
     images = ImageInputs.of_rig(cameras, network.config.image_size, raw_size, image_format)
     halved = precision != "fp32" and not for_cpu
     folder = Path(folder)
-    model = DeployedNetwork(network, images).eval()
+    model = DeployedNetwork(network if export_rig is None else _for_rig(network, export_rig, images), images).eval()
     inputs = example_inputs(network, images)
     if graph is None:
         with stage("tracing the network", progress):
@@ -224,8 +260,11 @@ def export_onnx(
         if halved:
             convert_to_half(graph)  # checks the weights that the trace has folded, before the long work
         kind = "uint8" if for_cpu else precision
-        frames = record_frames(graph, calibration, images, progress=progress)
-        graph, quantization = quantize_graph(graph, frames, kind, progress=progress)
+        if isinstance(calibration, NuScenesDataset):
+            frames = record_frames(graph, calibration, images, progress=progress)
+            graph, quantization = quantize_graph(graph, frames, kind, progress=progress)
+        else:
+            graph, quantization = quantize_all(graph, calibration, kind)
     if halved:
         graph = convert_to_half(graph)
     custom = sorted({node.op_type for node in graph.graph.node if node.domain not in ("", "ai.onnx")})
@@ -255,8 +294,18 @@ def export_onnx(
         quantization=quantization,
         checked=checked,
         version=__version__,
+        export_rig=export_rig,
     )
     return folder
+
+
+def _for_rig(network: Any, fixed: ExportRig, images: ImageInputs) -> Network:
+    """Returns a network for one calibration, which is given in pixels of the export's images."""
+    rig = NumpyCameraRig(fixed.img_from_cam, fixed.ego_from_cam, np.ones(len(fixed.img_from_cam), bool))
+    fitted = fitted_rig(rig, dict(enumerate(images.sizes)), network.config.image_size)
+    tensors = (torch.from_numpy(array[None]) for array in (fitted.img_from_cam, fitted.ego_from_cam, fitted.present))
+    found: Network = network.for_rig(CameraRig(*tensors), torch.from_numpy(fixed.ego_from_lidar)[None].float())
+    return found
 
 
 def layer_types(model: onnx.ModelProto) -> dict[str, dict[str, int]]:

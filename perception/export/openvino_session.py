@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from perception.errors import ConfigError
-from perception.export.contract import MODEL, check_graph
+from perception.export.contract import MODEL, check_graph, memory_names
 
 FLOAT32, BFLOAT16 = "openvino", "openvino-bf16"  # backends, by the type of convolutions and products with weights
 TELEMETRY = "openvino_telemetry"
@@ -32,7 +32,9 @@ def import_openvino() -> Any:
     try:
         return importlib.import_module("openvino")
     except ImportError as error:
-        raise ConfigError(f"openvino is not installed ({error}); pip install openvino") from None
+        raise ConfigError(
+            f"openvino is not installed ({error}); install it, or the extra [openvino] of driving-perception"
+        ) from None
     finally:
         del sys.modules[TELEMETRY]
         sys.modules.update(loaded)
@@ -113,11 +115,11 @@ class OpenVINOSession:
             {x["name"]: np.zeros(x["shape"], x["dtype"]) for x in contract[side]} for side in ("inputs", "outputs")
         )
         arrays = self.inputs | self.outputs
-        self._memories = [np.zeros_like(arrays.get("memory", np.zeros(0, np.float32))) for _ in range(2)]
+        names = memory_names(self.inputs)
+        self._memories = [{name: np.zeros_like(self.inputs[name]) for name in names} for _ in range(2)]
         self._requests = []
         for turn in range(2):
-            if "memory" in arrays:
-                arrays |= {"memory": self._memories[turn], "new_memory": self._memories[1 - turn]}
+            arrays |= self._memories[turn] | {f"new_{name}": x for name, x in self._memories[1 - turn].items()}
             request = compiled.create_infer_request()
             for name, array in arrays.items():
                 request.set_tensor(name, openvino.Tensor(array, shared_memory=True))
@@ -127,18 +129,19 @@ class OpenVINOSession:
         """Runs the network from `inputs` to `outputs`; reads memory buffer `turn` and writes the other one."""
         self._requests[turn].infer()
 
-    def memory(self, turn: int) -> np.ndarray:
-        """Returns a copy of memory buffer `turn`, empty for a network without a memory."""
-        return self._memories[turn].copy()
+    def memory(self, turn: int) -> dict[str, np.ndarray]:
+        """Returns copies of the parts of memory buffer `turn` by name."""
+        return {name: part.copy() for name, part in self._memories[turn].items()}
 
     def memory_is_finite(self, turn: int) -> bool:
         """Returns True if memory buffer `turn` is finite."""
-        return bool(np.isfinite(self._memories[turn]).all())
+        return all(bool(np.isfinite(part).all()) for part in self._memories[turn].values())
 
     def clear(self) -> None:
         """Fills both memory buffers with zeros."""
         for memory in self._memories:
-            memory[...] = 0
+            for part in memory.values():
+                part[...] = 0
 
 
 def _in_bfloat16(path: Path) -> bytes:

@@ -23,26 +23,35 @@ from perception.data.nuscenes import NuScenesDataset
 from perception.errors import DataError
 from perception.evaluation.dataset import evaluate_predictions
 from perception.export.certificate import METRICS, Certificate, Replay
-from perception.export.contract import MODEL, ImageInputs
+from perception.export.contract import MODEL, ImageInputs, comparable_memory
+from perception.export.export_rig import ExportRig
 from perception.export.headroom import RangeMonitor
 from perception.export.images import ImagePreprocessing, to_rgb
 from perception.export.onnx import named_raw_outputs
 from perception.export.progress import stage
-from perception.export.replay import CameraFrame, camera_frame, frame_inputs, match_rows, replay_frames
+from perception.export.replay import (
+    CameraFrame,
+    camera_frame,
+    frame_inputs,
+    match_rows,
+    replay_frames,
+    with_export_rig,
+)
 from perception.export.runtime import Runtime
 from perception.export.second_reading import SecondExecutor
 from perception.inference.fitting import fit_image
 from perception.models import Network
+from perception.models.base import memory_tensors
 from perception.ops.bilinear import preferred_implementation
 from perception.types import (
     Boxes,
     Frame,
     FrameObjects,
+    Memory,
     NumpyBoxes,
     NumpyFrameObjects,
     NumpyPolylines,
     Polylines,
-    State,
     map_tensors,
 )
 
@@ -127,7 +136,7 @@ def replay(
         bad_images: replace some images by black or white ones.
     """
     image_size = tuple(runtime.contract["image_size"])
-    slots = runtime.contract["cameras"]
+    slots, fixed = runtime.contract["cameras"], ExportRig.of_contract(runtime.contract)
     preprocess = ImagePreprocessing(runtime.images, image_size)
     differences: dict[str, list[np.ndarray]] = {}
     pixels = []
@@ -138,24 +147,25 @@ def replay(
         replay_frames(dataset, slots, bad_images=bad_images), total=len(dataset), unit="frame", disable=not progress,
         desc="certificate, another rig" if bad_images else "certificate",
     ):  # fmt: skip
-        exported_frame = camera_frame(frame, runtime.images)
+        exported_frame = with_export_rig(camera_frame(frame, runtime.images), fixed)
         original_frame = fitted_frame(exported_frame, runtime.images, image_size)
         in_graph = preprocess([torch.from_numpy(image) for image in exported_frame.images])
         pixels.append((in_graph - original_frame.images[0]).abs().numpy().ravel())
         prediction, state, expected = _run_original(network, original_frame, state)
-        inputs = frame_inputs(exported_frame)
+        inputs = frame_inputs(exported_frame, network.extra_inputs)
         if monitor:
             monitor.run(inputs)
-        memory = runtime.memory()
+        memory = runtime.memories()
         found = _run_export(runtime, inputs)
         originals[token] = expected
-        if not all(np.isfinite(x).all() for x in (*runtime.outputs.values(), runtime.memory())):
+        remembered = runtime.memories()
+        if not all(np.isfinite(x).all() for x in (*runtime.outputs.values(), *remembered.values())):
             not_finite += 1
             exports[token] = as_tensors(map_tensors(lambda array: array[:0], found))
             continue
         if second and len(exports) in second.frames:
-            second.add(runtime.inputs | {"memory": memory}, runtime.outputs | {"new_memory": runtime.memory()})
-        pairs = {"memory": (state.bev.numpy().ravel(), runtime.memory().ravel())} if state.bev.numel() else {}
+            second.add(runtime.inputs | memory, runtime.outputs | {f"new_{n}": x for n, x in remembered.items()})
+        pairs = memory_pairs(state, remembered)
         raw = {name: tensor[0].numpy() for name, tensor in named_raw_outputs(network, prediction).items()}
         for kind in network.finds:
             pairs[f"raw_{kind}"] = raw_queries(raw, kind), raw_queries(runtime.outputs, kind)
@@ -191,7 +201,7 @@ def replay(
 
 def as_tensors(objects: NumpyFrameObjects) -> FrameObjects:
     """Copies the result of an export to tensors."""
-    boxes, lines = (map(torch.from_numpy, map(np.copy, arrays)) for arrays in objects)
+    boxes, lines = (map(torch.from_numpy, map(np.copy, arrays)) for arrays in objects[:2])
     return FrameObjects(Boxes(*boxes), Polylines(*lines))
 
 
@@ -206,7 +216,14 @@ def fitted_frame(frame: CameraFrame, images: ImageInputs, image_size: tuple[int,
     return Frame(torch.stack(pixels)[None].float(), rig, *frame[2:])
 
 
-def _run_original(network: Network, frame: Frame, state: State) -> tuple[Any, State, FrameObjects]:
+def memory_pairs(memory: Memory, found: Mapping[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Pairs the memory of a network with that of its export, in the form of `comparable_memory`."""
+    expected = comparable_memory({name: tensor.numpy() for name, tensor in memory_tensors(memory).items()})
+    other = comparable_memory(found)
+    return {name: (rows, other[name]) for name, rows in expected.items()}
+
+
+def _run_original(network: Network, frame: Frame, state: Memory) -> tuple[Any, Memory, FrameObjects]:
     # The graph is traced from the plain implementation. A faster implementation sums in another order, and every
     # decoder layer amplifies the rounding errors, which would count as differences of the export.
     with preferred_implementation("plain"):
@@ -283,10 +300,16 @@ def _drift(
     while len(differences) < frames:
         for _, frame in replay_frames(dataset, runtime.contract["cameras"]):
             frame = frame._replace(is_first=torch.tensor([not differences]))
-            exported_frame = camera_frame(frame, runtime.images)
+            exported_frame = with_export_rig(
+                camera_frame(frame, runtime.images), ExportRig.of_contract(runtime.contract)
+            )
             _, state, _ = _run_original(network, fitted_frame(exported_frame, runtime.images, image_size), state)
-            _run_export(runtime, frame_inputs(exported_frame))
-            differences.append(float(np.abs(state.bev.numpy() - runtime.memory()).mean()))
+            _run_export(runtime, frame_inputs(exported_frame, network.extra_inputs))
+            errors = [
+                np.abs(one - (other[match_rows(one, other)] if one.ndim > 1 else other)).mean()
+                for one, other in memory_pairs(state, runtime.memories()).values()
+            ]
+            differences.append(float(np.mean(errors)))
             bar.update()
             if len(differences) == frames:
                 break

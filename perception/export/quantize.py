@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import DataError
-from perception.export.contract import ImageInputs
+from perception.export.contract import ImageInputs, comparable_memory, memory_names
 from perception.export.half import WEIGHTED
 from perception.export.lowering import OPSET_FP8
 from perception.export.replay import camera_frame, fill_image, frame_inputs, match_rows, replay_frames
@@ -34,6 +34,7 @@ from perception.export.runtime import session_options
 
 if TYPE_CHECKING:
     import onnx
+    import onnxruntime
 
 # Number of calibration frames, spread over the dataset, and of consecutive frames on which sensitivities are measured.
 CALIBRATION_FRAMES, EVALUATION_FRAMES = 16, 6
@@ -50,7 +51,7 @@ FrameInputs = Mapping[str, np.ndarray]  # inputs of a graph for one frame, by na
 
 def is_compared(name: str) -> bool:
     """Returns True for outputs that are compared between two graphs: raw outputs and the memory."""
-    return name.startswith("raw_") or name == "new_memory"
+    return name.startswith(("raw_", "new_memory"))
 
 
 @dataclass
@@ -167,6 +168,24 @@ def quantize_graph(
     return graph, report
 
 
+def quantize_all(model: onnx.ModelProto, frames: Sequence[FrameInputs], kind: str) -> tuple[onnx.ModelProto, dict]:
+    """Quantizes all layers of a graph, for measurements of time where accuracy has no meaning.
+
+    Args:
+        model: in float32.
+        frames: calibration data, memory included.
+        kind: one of KINDS.
+
+    Returns:
+        The graph, and a report as of `quantize_graph`, without sensitivities.
+    """
+    quantizer = Quantizer(model, frames, kind)
+    graph = quantizer.quantized(quantizer.groups)
+    together = relative_change(run_frames(model, frames), run_frames(graph, frames, kind))
+    work = group_work(model, quantizer.groups)
+    return graph, {"sensitivities": {}, "work": work, "groups": list(quantizer.groups), "together": together}
+
+
 def to_float8(quantized: onnx.ModelProto, model: onnx.ModelProto) -> onnx.ModelProto:
     """Converts the Q/DQ nodes of a graph from INT8 to FP8 (E4M3) with the same ranges.
 
@@ -225,9 +244,12 @@ def relative_change(reference: Mapping[str, np.ndarray], found: Mapping[str, np.
         ends = np.cumsum([part.shape[-1] for part in parts])[:-1]
         for part, values in zip(np.split(difference, ends, -1), parts, strict=True):
             changes.append(np.average(part.mean(-1), weights=scores) / max(values.std(), 1e-6))
-    if "new_memory" in reference:
-        memory = reference["new_memory"]
-        changes.append(np.abs(found["new_memory"] - memory).mean() / max(memory.std(), 1e-6))
+    memories = [_memories(outputs) for outputs in (reference, found)]
+    for kind, rows in memories[0].items():
+        other = memories[1][kind]
+        if rows.ndim > 2:
+            other = np.stack([there[match_rows(here, there)] for here, there in zip(rows, other, strict=True)])
+        changes.append(np.abs(other - rows).mean() / max(rows.std(), 1e-6))
     return float(np.mean(changes))
 
 
@@ -255,8 +277,8 @@ def record_frames(
     import onnxruntime
 
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    shapes = {x.name: x.shape for x in session.get_inputs()}
-    memory = {"memory": np.zeros(shapes["memory"], np.float32)} if "memory" in shapes else {}
+    memory = empty_memory(session)
+    extra = [name for name in ("ego_from_lidar",) if name in {x.name for x in session.get_inputs()}]
     last = range(len(dataset) - EVALUATION_FRAMES, len(dataset))
     spread = np.linspace(0, last[0] - 1, CALIBRATION_FRAMES).round().astype(int).tolist()
     recorded: list[dict[str, np.ndarray]] = []
@@ -268,15 +290,33 @@ def record_frames(
         disable=not progress,
     )
     for number, (_, frame) in enumerate(frames):
-        inputs = frame_inputs(camera_frame(frame, images)) | memory
+        inputs = frame_inputs(camera_frame(frame, images), extra) | memory
         variants = [inputs] if number in spread or number in last else []
         if number in spread[::BLINDED_EVERY]:  # so that the ranges hold the activations of a blinded camera
             for camera, grey in ((number, 0), (number + 1, 255)):
-                variants.append(frame_inputs(camera_frame(fill_image(frame, camera, grey), images)) | memory)
+                blinded = camera_frame(fill_image(frame, camera, grey), images)
+                variants.append(frame_inputs(blinded, extra) | memory)
         recorded += [{name: array.copy() for name, array in variant.items()} for variant in variants]
         if memory:
-            memory = {"memory": session.run(["new_memory"], inputs)[0]}
+            memory = dict(zip(memory, session.run([f"new_{name}" for name in memory], inputs), strict=True))
     return recorded
+
+
+def _memories(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Joins the parts of the memories of all frames [frames, ...] as `comparable_memory` does."""
+    parts = [name for name in outputs if name.startswith("new_memory")]
+    frames = [
+        comparable_memory({name.removeprefix("new_"): array for name, array in zip(parts, of_frame, strict=True)})
+        for of_frame in zip(*(outputs[name] for name in parts), strict=True)
+    ]
+    return {kind: np.stack([frame[kind] for frame in frames]) for kind in (frames[0] if frames else ())}
+
+
+def empty_memory(session: onnxruntime.InferenceSession) -> dict[str, np.ndarray]:
+    """Returns zeros for the parts of the memory that a graph takes, by name."""
+    types = {"tensor(float)": np.float32, "tensor(int32)": np.int32}
+    inputs = {x.name: x for x in session.get_inputs()}
+    return {name: np.zeros(inputs[name].shape, types[inputs[name].type]) for name in memory_names(inputs)}
 
 
 def layer_groups(model: onnx.ModelProto) -> dict[str, list[str]]:
@@ -331,8 +371,11 @@ def run_frames(model: onnx.ModelProto, frames: Sequence[FrameInputs], precision:
     memory: dict[str, np.ndarray] = {}
     for frame in frames:
         rows.append(session.run(names, {**frame, **memory}))
-        if "new_memory" in names:
-            memory = {"memory": rows[-1][names.index("new_memory")]}
+        memory = {
+            name.removeprefix("new_"): array
+            for name, array in zip(names, rows[-1], strict=True)
+            if name.startswith("new_")
+        }
     return {name: np.stack([row[k] for row in rows]) for k, name in enumerate(names)}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from perception.data.nuscenes import NuScenesDataset
 from perception.export.contract import ImageInputs
+from perception.export.export_rig import ExportRig
 from perception.export.images import from_rgb
 from perception.inference.fitting import fit_image
 from perception.types import CameraRig, Frame, map_tensors
@@ -75,7 +76,10 @@ def pad_cameras(frame: Frame, cameras: int) -> Frame:
     exists = torch.arange(cameras) < frame.rig.present.shape[1]
     index = torch.arange(cameras) * exists
     rig = map_tensors(lambda tensor: tensor[:, index], frame.rig)
-    return frame._replace(images=frame.images[:, index], rig=rig._replace(present=rig.present & exists))
+    return frame._replace(
+        images=frame.images[:, index], rig=rig._replace(present=rig.present & exists),
+        ego_from_exposure=frame.ego_from_exposure[:, index],
+    )  # fmt: skip
 
 
 class CameraFrame(NamedTuple):
@@ -86,6 +90,8 @@ class CameraFrame(NamedTuple):
     ego_from_prev: Tensor
     seconds_since_prev: Tensor
     is_first: Tensor
+    ego_from_lidar: Tensor
+    ego_from_exposure: Tensor
 
 
 def camera_frame(frame: Frame, images: ImageInputs) -> CameraFrame:
@@ -100,9 +106,24 @@ def camera_frame(frame: Frame, images: ImageInputs) -> CameraFrame:
     return CameraFrame(tuple(converted), frame.rig._replace(img_from_cam=img_from_cam), *frame[2:])
 
 
-def frame_inputs(frame: CameraFrame) -> dict[str, np.ndarray]:
-    """Returns the inputs of an export for a frame [1, ...] by name, without the memory."""
-    return {f"image_{n}": image for n, image in enumerate(frame.images)} | {
+def with_export_rig(frame: CameraFrame, fixed: ExportRig | None) -> CameraFrame:
+    """Returns a frame [1, ...] with the only calibration that an export is for; unchanged if it takes any."""
+    if fixed is None:
+        return frame
+    img_from_cam, ego_from_cam, ego_from_lidar = (torch.from_numpy(array).float()[None] for array in fixed)
+    rig = frame.rig._replace(img_from_cam=img_from_cam, ego_from_cam=ego_from_cam)
+    still = torch.eye(4).expand_as(ego_from_cam)
+    return frame._replace(rig=rig, ego_from_lidar=ego_from_lidar, ego_from_exposure=still)
+
+
+def frame_inputs(frame: CameraFrame, extra: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """Returns the inputs of an export for a frame [1, ...] by name, without the memory.
+
+    Args:
+        frame: leading [1].
+        extra: those of `Network.extra_inputs` that the export has.
+    """
+    inputs = {f"image_{n}": image for n, image in enumerate(frame.images)} | {
         "img_from_cam": frame.rig.img_from_cam[0].numpy(),
         "ego_from_cam": frame.rig.ego_from_cam[0].numpy(),
         "present": frame.rig.present[0].numpy(),
@@ -110,6 +131,7 @@ def frame_inputs(frame: CameraFrame) -> dict[str, np.ndarray]:
         "seconds_since_prev": frame.seconds_since_prev.numpy(),
         "is_first": frame.is_first.numpy(),
     }
+    return inputs | {name: getattr(frame, name)[0].numpy() for name in extra}
 
 
 def match_rows(one: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from perception.errors import ConfigError
-from perception.export.contract import MODEL, ImageInputs, check_graph, read_contract
+from perception.export.contract import MODEL, ImageInputs, check_graph, memory_names, read_contract
+from perception.export.export_rig import SAME, ExportRig
 from perception.inference.checks import NOT_FINITE, check_images, checked_rig, checked_setting, objects_are_finite
 from perception.inference.ego_motion import MAX_SPEED, MAX_TURN_RATE, Motion
 from perception.inference.images import AnyImage
@@ -29,6 +30,7 @@ from perception.inference.plausibility import sampled_rgb
 from perception.inference.visibility import MIN_SEEN, kept_by
 from perception.types import (
     CameraRig,
+    Ids,
     NumpyBoxes,
     NumpyCameraRig,
     NumpyFrameObjects,
@@ -36,6 +38,7 @@ from perception.types import (
     NumpyPolylines,
     NumpySeen,
     Weights,
+    chosen,
     map_tensors,
 )
 
@@ -60,7 +63,6 @@ EMPTY = {
     "line_points": np.zeros((0, 2, 2), np.float32), "line_closed": _no_flags, "line_label": _no_labels,
     "line_score": _no_numbers, "line_uncertainty": np.zeros((0, 2, 2), np.float32),
 }  # fmt: skip
-Objects = TypeVar("Objects", NumpyBoxes, NumpyPolylines)
 
 
 class Session(Protocol):
@@ -74,8 +76,8 @@ class Session(Protocol):
         """Runs the network from `inputs` to `outputs`; reads memory buffer `turn` and writes the other one."""
         ...
 
-    def memory(self, turn: int) -> NDArray[Any]:
-        """Returns a copy of memory buffer `turn`."""
+    def memory(self, turn: int) -> dict[str, NDArray[Any]]:
+        """Returns copies of the parts of memory buffer `turn` by the names of the inputs."""
         ...
 
     def memory_is_finite(self, turn: int) -> bool:
@@ -139,37 +141,43 @@ class OnnxSession:
         self.inputs, self.outputs = (
             {x["name"]: np.zeros(x["shape"], x["dtype"]) for x in contract[side]} for side in ("inputs", "outputs")
         )
-        # Empty for a network without a memory.
-        self._zeros = np.zeros_like(self.inputs.get("memory", np.zeros(0, np.float32)))
+        self._zeros = {name: np.zeros_like(self.inputs[name]) for name in memory_names(self.inputs)}
         device = "cuda" if self.device == "CUDA" else "cpu"
-        self._memories = [onnxruntime.OrtValue.ortvalue_from_numpy(self._zeros.copy(), device, 0) for _ in range(2)]
+        self._memories = [
+            {n: onnxruntime.OrtValue.ortvalue_from_numpy(x.copy(), device, 0) for n, x in self._zeros.items()}
+            for _ in range(2)
+        ]
         self._bindings = []
         values = {n: onnxruntime.OrtValue.ortvalue_from_numpy(x) for n, x in (self.inputs | self.outputs).items()}
         for turn in range(2):
             binding = self._session.io_binding()
             for name in self.inputs:
-                binding.bind_ortvalue_input(name, self._memories[turn] if name == "memory" else values[name])
+                binding.bind_ortvalue_input(name, self._memories[turn].get(name, values[name]))
             for name in self.outputs:
-                binding.bind_ortvalue_output(name, self._memories[1 - turn] if name == "new_memory" else values[name])
+                written = self._memories[1 - turn].get(name.removeprefix("new_"))
+                binding.bind_ortvalue_output(name, written or values[name])
             self._bindings.append(binding)
 
     def run(self, turn: int) -> None:
         """Runs the network from `inputs` to `outputs`; reads memory buffer `turn` and writes the other one."""
         self._session.run_with_iobinding(self._bindings[turn])
 
-    def memory(self, turn: int) -> NDArray[Any]:
-        """Returns a copy of memory buffer `turn`."""
-        return self._memories[turn].numpy().copy()
+    def memory(self, turn: int) -> dict[str, NDArray[Any]]:
+        """Returns copies of the parts of memory buffer `turn` by name."""
+        return {name: value.numpy().copy() for name, value in self._memories[turn].items()}
 
     def memory_is_finite(self, turn: int) -> bool:
         """Returns True if memory buffer `turn` is finite, or is on a GPU, where it is not checked."""
-        value = self._memories[turn]
-        return value.device_name() != "cpu" or bool(np.isfinite(value.numpy()).all())  # no copy on the CPU
+        return all(  # no copy on the CPU
+            value.device_name() != "cpu" or bool(np.isfinite(value.numpy()).all())
+            for value in self._memories[turn].values()
+        )
 
     def clear(self) -> None:
         """Fills both memory buffers with zeros."""
-        for value in self._memories:
-            value.update_inplace(self._zeros)
+        for memory in self._memories:
+            for name, value in memory.items():
+                value.update_inplace(self._zeros[name])
 
 
 class Runtime:
@@ -194,7 +202,8 @@ class Runtime:
         CheckpointError: the folder does not hold an export, or a file in it has changed.
         ConfigError: the backend is unknown or cannot run here (not installed, no GPU, no engine for this GPU, another
             version of TensorRT, no bfloat16, no such execution provider), `min_score` or `min_seen` is not in
-            0..1, `threads` is out of range, a limit is negative, or the rig does not fit the export.
+            0..1, `threads` is out of range, a limit is negative, or the rig does not fit the export or is not the one
+            that it was made for.
     """
 
     def __init__(
@@ -219,7 +228,7 @@ class Runtime:
             )
         self.contract = read_contract(folder)
         H, W = self.contract["image_size"]
-        remembers = any(x["name"] == "memory" for x in self.contract["inputs"])
+        remembers = bool(memory_names(x["name"] for x in self.contract["inputs"]))
         self.images = ImageInputs.of_contract(self.contract)
         if rig is not None and self.images.image_format not in ("rgb", "bgr"):
             raise ConfigError(
@@ -234,6 +243,17 @@ class Runtime:
             bgr=is_bgr, as_bgr=is_bgr,
             max_speed=max_speed, max_turn_rate=max_turn_rate,
         )  # fmt: skip
+        self._export_rig = ExportRig.of_contract(self.contract)
+        self._ego_from_lidar = self._live.ego_from_lidar
+        if self._export_rig is not None:
+            self._ego_from_lidar = self._export_rig.ego_from_lidar
+            known = getattr(getattr(rig, "rig", rig), "ego_from_lidar", None)  # of a Rig, or of the one of a VirtualRig
+            if known is not None and not np.allclose(known, self._ego_from_lidar, SAME, SAME):
+                apart = np.abs(known - self._ego_from_lidar).max()
+                raise ConfigError(
+                    f"Runtime: ego_from_lidar of the rig differs by up to {apart:.2g} from that of the rig that the "
+                    "network was exported for; export it again for this rig"
+                )
         self._session: Session
         if backend == "onnxruntime":
             self._session = OnnxSession(folder, self.contract, providers, int(threads))
@@ -257,13 +277,18 @@ class Runtime:
         self._turn = 0
 
     def memory(self) -> NDArray[Any]:
-        """Returns a copy of the memory that the next step reads."""
+        """Returns a copy of the memory that the next step reads, of a network whose memory is one tensor, or empty."""
+        return self.memories().get("memory", np.zeros(0, np.float32))
+
+    def memories(self) -> dict[str, NDArray[Any]]:
+        """Returns copies of the parts of the memory that the next step reads, by the names of the inputs."""
         return self._session.memory(self._turn)
 
     def run(self) -> None:
         """Runs the network from the buffers `inputs` to the buffers `outputs`, and swaps the memory buffers.
 
-        Fill `inputs` in place before the call, except `memory`. `outputs["new_memory"]` is not filled; see `memory()`.
+        Fill `inputs` in place before the call, except the memory. `new_memory` of `outputs` is not filled; see
+        `memories`.
         """
         self._session.run(self._turn)
         self._turn = 1 - self._turn
@@ -304,8 +329,8 @@ class Runtime:
             what is implausible in the input.
 
         Raises:
-            DataError: an argument has the wrong shape or type, is not finite or out of range for a vehicle, or `time_s`
-                is not later than in the last step.
+            DataError: an argument has the wrong shape or type, is not finite or out of range for a vehicle, `time_s`
+                is not later than in the last step, or the export is for another calibration.
 
         Warns:
             PerceptionWarning: as in `Predictor.step`. On a GPU the memory is not checked; there, outputs that are not
@@ -317,10 +342,12 @@ class Runtime:
         N = len(self.images.sizes)
         check_images(images, N, self.images.axes)
         checked = checked_rig(rig, N)
-        checked, found = live.carried(checked, frame_motion, camera_times_s)
+        if self._export_rig is not None:
+            self._export_rig.check(checked)
+        checked, moved, found = live.carried(checked, frame_motion, camera_times_s)
         given = {int(n): self.images.checked(int(n), images[n]) for n in np.flatnonzero(checked.present)}
         pixels = {n: sampled_rgb(image, self.images.image_format) for n, image in given.items()}
-        step = live.inspect(frame_motion, checked, self.images.sizes, pixels, found)
+        step = live.inspect(frame_motion, checked, moved, self.images.sizes, pixels, found)
         if step.is_blank:
             self.reset()
             return self._nothing(step, live.warnings.emit(step.findings))
@@ -329,19 +356,21 @@ class Runtime:
         self.fill(checked, frame_motion.ego_from_prev, frame_motion.seconds, frame_motion.is_first)
         self.run()
         predicted = self.objects()
-        objects = NumpyFrameObjects(self._above_threshold(predicted.boxes), self._above_threshold(predicted.lines))
+        objects = chosen(predicted, self._above_threshold(predicted.boxes), self._above_threshold(predicted.lines))
         if not (self._session.memory_is_finite(self._turn) and objects_are_finite(predicted, objects)):
             self.reset()
             return self._nothing(step, live.warnings.emit(step.findings | {"not finite": NOT_FINITE}))
         live.keep(step)
         seen = step.view.of_objects(objects)
         boxes, lines = kept_by(seen, self.min_seen)
+        objects = chosen(objects, boxes, lines)
         return NumpyLiveObjects(
-            boxes=map_tensors(lambda array: array[boxes], objects.boxes),
-            lines=map_tensors(lambda array: array[lines], objects.lines),
+            boxes=objects.boxes,
+            lines=objects.lines,
             seen=NumpySeen(seen.boxes[boxes], seen.lines[lines]),
             warnings=live.warnings.emit(step.findings),
             info=step.info,
+            ids=objects.ids,
         )
 
     def fill(self, rig: NumpyCameraRig, ego_from_prev: NDArray[Any], seconds: float, is_first: bool) -> None:
@@ -351,18 +380,20 @@ class Runtime:
         self.inputs["ego_from_prev"][...] = ego_from_prev
         self.inputs["seconds_since_prev"][...] = seconds
         self.inputs["is_first"][...] = is_first
+        if "ego_from_lidar" in self.inputs:
+            self.inputs["ego_from_lidar"][...] = self._ego_from_lidar
 
     def objects(self) -> NumpyFrameObjects:
         """Returns all predictions of the last `run`, in the output buffers that the next run overwrites."""
         return objects_of(self.outputs)
 
-    def _above_threshold(self, objects: Objects) -> Objects:
-        keep = objects.valid & (objects.score >= self.min_score)
-        return map_tensors(lambda array: array[keep], objects)
+    def _above_threshold(self, objects: NumpyBoxes | NumpyPolylines) -> NDArray[np.bool_]:
+        keep: NDArray[np.bool_] = objects.valid & (objects.score >= self.min_score)
+        return keep
 
     def _nothing(self, step: Step, warnings: tuple[str, ...]) -> NumpyLiveObjects:
         """Returns a result without boxes and lines."""
-        boxes, lines = map_tensors(lambda array: array[:0].copy(), self.objects())
+        boxes, lines, _ = map_tensors(lambda array: array[:0].copy(), self.objects())
         seen = NumpySeen(np.zeros(0, np.float32), np.zeros(lines.points.shape[:2], bool))
         return NumpyLiveObjects(boxes, lines, seen, warnings, without_result(step.info))
 
@@ -372,7 +403,11 @@ def objects_of(outputs: Mapping[str, NDArray[Any]]) -> NumpyFrameObjects:
     arrays = EMPTY | dict(outputs)
     boxes = {name: arrays[f"box_{name}"] for name in NumpyBoxes._fields if name != "attribute"}
     lines = {name: arrays[f"line_{name}"] for name in NumpyPolylines._fields if name != "valid"}
+    ids = None
+    if "box_id" in outputs:
+        ids = Ids(outputs["box_id"].astype(np.int64), np.full(len(lines["label"]), -1))
     return NumpyFrameObjects(
         NumpyBoxes(attribute=np.full_like(boxes["label"], -1), **boxes),
         NumpyPolylines(valid=np.ones_like(lines["closed"]), **lines),
+        ids,
     )

@@ -1,11 +1,11 @@
 """What the predictor and the torch-free runtime do around a network in one step, with numpy alone.
 
-images, rig, pose, time = live.arguments(...)      # images and calibration of pinholes
+images, rig, pose, time = live.arguments(...)         # images and calibration of pinholes
 motion = live.ego_motion.since_last(pose, time)
-rig, found = live.carried(rig, motion, times)      # poses of cameras that expose at other times
-step = live.inspect(motion, rig, ..., found)       # refuses what cannot be right, changes nothing
-...                                                # the network runs
-live.keep(step)                                    # only now pose, time and what was seen are stored
+rig, moved, found = live.carried(rig, motion, times)  # poses of cameras that expose at other times
+step = live.inspect(motion, rig, moved, ..., found)   # refuses what cannot be right, changes nothing
+...                                                   # the network runs
+live.keep(step)                                       # only now pose, time and what was seen are stored
 live.warnings.emit(step.findings)
 """
 
@@ -18,13 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perception.errors import DataError
-from perception.inference.checks import check_intrinsics, checked_time
+from perception.inference.checks import check_intrinsics, checked_rigid, checked_time
 from perception.inference.crop import fitted_rig
 from perception.inference.ego_motion import EgoMotion, FrameMotion, ego_from_ego_at
 from perception.inference.images import as_pixels
 from perception.inference.plausibility import Findings, ImageStatistics, Sizes, Statistics, Warnings, implausible_rig
 from perception.inference.visibility import SeenMap, View, sees_ground
-from perception.types import CameraRig, NumpyCameraRig, StepInfo, Weights
+from perception.types import NUSCENES_EGO_FROM_LIDAR, CameraRig, NumpyCameraRig, StepInfo, Weights
 
 if TYPE_CHECKING:
     from perception.rigs.rig import Rig
@@ -47,6 +47,7 @@ class Step(NamedTuple):
 
     motion: FrameMotion
     fitted_rig: NumpyCameraRig  # in pixels of the network's images
+    ego_from_exposure: NDArray[np.float64]  # [N, 4, 4], see `Frame`
     view: View
     statistics: Statistics
     findings: Findings  # what is implausible
@@ -85,12 +86,13 @@ class LiveInput:
         max_turn_rate: float,
     ) -> None:
         self.ego_motion = EgoMotion(max_speed, max_turn_rate)
-        self.warnings = Warnings()
         self._image_size, self._remembers, self._weights = image_size, remembers, weights
         self._bgr, self._as_bgr = bgr, as_bgr
-        self._seen_map, self._statistics = SeenMap(remembers), ImageStatistics()
+        self._seen_map = SeenMap(remembers)
+        self.name_cameras(())
         self._last_rig: tuple[bytes, Findings] = (b"", {})
         self._virtual, self._sizes, self._cut_off = None, sizes, ""
+        self.ego_from_lidar = np.array(NUSCENES_EGO_FROM_LIDAR)  # [4, 4], see `Frame`
         if rig is not None:
             from perception.rigs.coverage import SEE_TABLE
             from perception.rigs.virtual import rig_for_network  # it needs Pillow, and a vehicle may have numpy alone
@@ -98,8 +100,23 @@ class LiveInput:
             self._virtual = rig_for_network(rig, image_size)
             self._sizes = None if sizes is None else self._virtual.checked_sizes(sizes)
             self._virtual.make_tables()
-            self.warnings = Warnings([camera.source.name for camera in self._virtual.cameras])
+            self.name_cameras([camera.source.name for camera in self._virtual.cameras])
             self._cut_off = self._virtual.coverage().finding(SEE_TABLE)
+            if self._virtual.rig.ego_from_lidar is not None:
+                self.ego_from_lidar = self._virtual.rig.ego_from_lidar.copy()
+
+    @property
+    def cameras(self) -> int | None:
+        """Number of images that the network gets, None if every step decides."""
+        return None if self._virtual is None else len(self._virtual.cameras)
+
+    def name_cameras(self, names: Sequence[str]) -> None:
+        """Gives the camera of each image a name, which warnings use. Images of one camera have the same name.
+
+        Without names every image is that of another camera, and warnings give its number.
+        """
+        self._cameras = tuple(names)
+        self.warnings, self._statistics = Warnings(self._cameras), ImageStatistics(self._cameras)
 
     def arguments(self, images: Any, rig: Any, global_from_ego: Any, time_s: Any) -> tuple[Any, Any, Any, Any]:
         """Returns the arguments of `step` with the images and the calibration of pinholes.
@@ -141,7 +158,9 @@ class LiveInput:
     def _as_pixels(self, camera: Any, image: Any) -> NDArray[np.uint8]:
         return as_pixels(f"images[{camera!r}]", image, given_bgr=self._bgr, wanted_bgr=self._as_bgr)
 
-    def carried(self, rig: NumpyCameraRig, motion: FrameMotion, camera_times_s: Any) -> tuple[NumpyCameraRig, Findings]:
+    def carried(
+        self, rig: NumpyCameraRig, motion: FrameMotion, camera_times_s: Any, ego_from_exposure: Any = None
+    ) -> tuple[NumpyCameraRig, NDArray[np.float64], Findings]:
         """Carries the poses of cameras from their exposure to the time of the frame.
 
         Args:
@@ -149,20 +168,31 @@ class LiveInput:
             motion: of the frame.
             camera_times_s: seconds by name of a camera if a rig was given at construction, else one per camera in their
                 order. A camera without a time, or with None, exposed at the time of the frame. None for no times.
+            ego_from_exposure: [N, 4, 4] the motion of each camera since its exposure, instead of times.
 
         Returns:
-            The rig with `ego_from_cam` in the ego frame at the time of the frame, and what is implausible.
+            The rig with `ego_from_cam` in the ego frame at the time of the frame; the motion [N, 4, 4] that it holds,
+            `Frame.ego_from_exposure`; and what is implausible.
 
         Raises:
             DataError: the times have no frame time to be compared with, name no camera, are no seconds, or are farther
                 than `MAX_CAMERA_OFFSET` from the time of the frame.
         """
+        motions = np.tile(np.eye(4), (len(rig.present), 1, 1))
+        if ego_from_exposure is not None:
+            if camera_times_s is not None:
+                raise DataError("camera_times_s and ego_from_exposure were given; give one of them")
+            if (given := len(ego_from_exposure)) != len(motions):
+                raise DataError(f"ego_from_exposure has {given} matrices for {len(motions)} images; give one for each")
+            for n in np.flatnonzero(rig.present):
+                motions[n] = checked_rigid(f"ego_from_exposure[{n}]", ego_from_exposure[n])
+            return rig._replace(ego_from_cam=motions @ rig.ego_from_cam), motions, {}
         if camera_times_s is None:
-            return rig, {}
+            return rig, motions, {}
         if motion.time_s is None:
             raise DataError("camera_times_s was given without time_s; give the time of the frame in the same clock")
-        poses, found = rig.ego_from_cam.copy(), Findings()
-        for n, time in enumerate(self._times(camera_times_s, len(poses))):
+        found = Findings()
+        for n, time in enumerate(self._times(camera_times_s, len(motions))):
             if time is None or not rig.present[n] or (offset := checked_time(time) - motion.time_s) == 0:
                 continue
             if abs(offset) > MAX_CAMERA_OFFSET:
@@ -172,7 +202,7 @@ class LiveInput:
                 )
             moved = ego_from_ego_at(motion, motion.time_s + offset)
             if moved is not None:
-                poses[n] = moved @ poses[n]
+                motions[n] = moved
             elif abs(offset) > STILL_OFFSET:
                 found["camera motion"] = (
                     f"camera {n} exposed {offset:+.2g} s from the time of the frame, and the motion there is not known "
@@ -183,7 +213,7 @@ class LiveInput:
                     f"camera {n} exposed {offset:+.2g} s from the time of the frame: what moves has moved since; give "
                     "times of one clock, or leave out a camera that is late"
                 )
-        return rig._replace(ego_from_cam=poses), found
+        return rig._replace(ego_from_cam=motions @ rig.ego_from_cam), motions, found
 
     def _times(self, camera_times_s: Any, cameras: int) -> list[Any]:
         """One time or None for each image of the network."""
@@ -204,7 +234,7 @@ class LiveInput:
         return [camera_times_s.get(camera.source.name) for camera in self._virtual.cameras]
 
     def _name(self, n: int) -> str:
-        return str(n) if self._virtual is None else repr(self._virtual.cameras[n].source.name)
+        return repr(self._cameras[n]) if self._cameras else str(n)
 
     def reset(self) -> None:
         """Drops the last frame and what was seen; the next frame is a first frame."""
@@ -215,6 +245,7 @@ class LiveInput:
         self,
         motion: FrameMotion,
         rig: NumpyCameraRig,
+        ego_from_exposure: NDArray[np.float64],
         sizes: Sizes,
         pixels: Mapping[int, NDArray[Any]],
         found: Findings,
@@ -223,7 +254,7 @@ class LiveInput:
 
         Args:
             motion: from `ego_motion.since_last`.
-            rig: of the given images, from `checked_rig`.
+            rig, ego_from_exposure: from `carried`, of the given images.
             sizes: height and width of the given images by number of the camera, for all present cameras.
             pixels: from `sampled_rgb`, for all present cameras.
             found: what is implausible so far, from `carried`.
@@ -233,7 +264,7 @@ class LiveInput:
         """
         present = [n for n, is_present in enumerate(rig.present) if is_present]
         for n in present:
-            check_intrinsics(f"rig.img_from_cam[{n}]", rig.img_from_cam[n], sizes[n])
+            check_intrinsics(f"rig.img_from_cam[{self._name(n)}]", rig.img_from_cam[n], sizes[n])
         fitted = fitted_rig(rig, sizes, self._image_size)
         view = self._seen_map.look(fitted, self._image_size, motion.ego_from_prev, motion.is_first)
         is_blank = not present and (motion.is_first or not self._remembers)
@@ -248,16 +279,16 @@ class LiveInput:
         odd, statistics = self._statistics.implausible(pixels)
         reason = motion.first_because if self._remembers else NO_MEMORY_IN_NETWORK
         info = StepInfo(motion.time_s, motion.global_from_ego, not reason, reason, self._weights)
-        return Step(motion, fitted, view, statistics, findings | odd, is_blank, info)
+        return Step(motion, fitted, ego_from_exposure, view, statistics, findings | odd, is_blank, info)
 
     def _implausible_rig(self, rig: NumpyCameraRig, fitted: NumpyCameraRig, sizes: Sizes) -> Findings:
         """Returns what is implausible in a rig, which most vehicles give unchanged in every step."""
         key = b"".join(part.tobytes() for part in rig) + repr(sizes).encode()
         if key != self._last_rig[0]:
             seeing = sees_ground(fitted, self._image_size)
-            found = implausible_rig(rig, sizes, seeing)
+            found = implausible_rig(rig, sizes, seeing, self._cameras)
             if sizes and not seeing.any():
-                cause = next(iter(found.values()))
+                cause = self.warnings.named(next(iter(found.values())))
                 raise DataError(f"no camera of the rig sees the ground around the vehicle; probably because {cause}")
             self._last_rig = key, found
         return self._last_rig[1]

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
+from perception.inference.acceleration import accelerated
 from perception.inference.checks import (
     NOT_FINITE,
     check_images,
@@ -25,15 +27,19 @@ from perception.inference.checks import (
 )
 from perception.inference.ego_motion import MAX_SPEED, MAX_TURN_RATE, Motion
 from perception.inference.fitting import fit_image
+from perception.inference.fixed_rig import FixedRig
+from perception.inference.folding import example_frame
 from perception.inference.images import AnyImage
 from perception.inference.live import LiveInput, Step, without_result
-from perception.inference.plausibility import Warnings, sampled_rgb
+from perception.inference.plausibility import sampled_rgb
 from perception.inference.visibility import MIN_SEEN, kept_by
 from perception.models import Network
+from perception.models.base import remembers
 from perception.models.checkpoint import load_model, on_device, read_provenance
 from perception.models.decoding import empty_boxes, empty_lines
 from perception.models.provenance import weights_of
 from perception.types import (
+    NUSCENES_EGO_FROM_LIDAR,
     Boxes,
     CameraRig,
     Frame,
@@ -43,14 +49,14 @@ from perception.types import (
     Polylines,
     Seen,
     Weights,
+    chosen,
     map_tensors,
+    named_tensors,
 )
 
 if TYPE_CHECKING:
     from perception.rigs.rig import Rig
     from perception.rigs.virtual import VirtualRig
-
-Objects = TypeVar("Objects", Boxes, Polylines)
 
 
 class Predictor:
@@ -60,6 +66,10 @@ class Predictor:
         model: a network, or an argument of `load_model`: the name of weights that are part of the library, such as
             "nano", or a `.safetensors` file. A network is moved to the device and set to evaluation mode.
         device: on which it runs, such as "cpu" or "cuda".
+        precision: "auto", "float32", "bfloat16" or "float16", see `perception.inference.acceleration.accelerated`.
+        compile: compile the network for this machine, which takes minutes once; later processes find the result in the
+            user's cache folder. It happens here if the rig is given, else in the first step, with a line on stderr.
+        cuda_graph: on a GPU, replay each frame as one CUDA graph.
         rig: the cameras of the vehicle, of any model, size and mounting; `step` then takes their images, and the
             network sees them through virtual pinholes (see `perception.rigs.virtual`). None if every step gets the
             calibration of pinholes.
@@ -73,8 +83,11 @@ class Predictor:
 
     Raises:
         CheckpointError: there are no weights of this name, or the file is missing or unreadable.
-        ConfigError: `min_score` or `min_seen` is not in 0..1, a limit is negative, torch cannot use the device, or the
-            rig does not fit the network.
+        ConfigError: `min_score` or `min_seen` is not in 0..1, a limit is negative, torch cannot use the device, the rig
+            does not fit the network, or precision, `compile` or `cuda_graph` cannot be had here.
+
+    Attributes:
+        model: the network as `accelerated` has prepared it; `model.choice` says in which precision it runs, and why.
     """
 
     def __init__(
@@ -82,6 +95,9 @@ class Predictor:
         model: Network | str | Path,
         device: str | torch.device = "cpu",
         *,
+        precision: str = "auto",
+        compile: bool = False,
+        cuda_graph: bool = False,
         rig: Rig | VirtualRig | None = None,
         bgr: bool = False,
         min_score: float = 0.0,
@@ -93,14 +109,21 @@ class Predictor:
         self.min_seen = checked_setting("Predictor: min_seen", min_seen, 0, 1, "a number from 0 to 1")
         self.provenance = read_provenance(model) if isinstance(model, str | Path) else None
         weights = weights_of(model, self.provenance) if isinstance(model, str | Path) else Weights()
-        self.model = on_device(load_model(model) if isinstance(model, str | Path) else model, device)
+        network = on_device(load_model(model) if isinstance(model, str | Path) else model, device)
+        self.model = accelerated(network, precision=precision, compile=compile, cuda_graph=cuda_graph)
+        self._fixed_rig = FixedRig(self.model)
         self.device = torch.device(device)
-        remembers = self.model.initial_state(1).bev.numel() > 0
         self._live = LiveInput(
-            self.model.config.image_size, remembers, rig=rig, weights=weights, bgr=bgr,
+            self.model.config.image_size, remembers(self.model), rig=rig, weights=weights, bgr=bgr,
             max_speed=max_speed, max_turn_rate=max_turn_rate,
         )  # fmt: skip
+        if (compile or cuda_graph) and self._live.cameras is not None:
+            with torch.inference_mode():
+                self.model(example_frame(network, self._live.cameras), self.model.initial_state(1))
         self.reset()
+
+    def __repr__(self) -> str:
+        return f"Predictor({type(self.model.network).__name__} on {self.device}: {self.model.choice})"
 
     @classmethod
     def from_pretrained(
@@ -108,6 +131,9 @@ class Predictor:
         name_or_path: str | Path,
         device: str | torch.device = "cpu",
         *,
+        precision: str = "auto",
+        compile: bool = False,
+        cuda_graph: bool = False,
         rig: Rig | VirtualRig | None = None,
         bgr: bool = False,
         min_score: float = 0.0,
@@ -119,22 +145,28 @@ class Predictor:
 
         Args:
             name_or_path: the name of weights that are part of the library, such as "nano", or a `.safetensors` file.
-            device, rig, bgr, min_score, min_seen, max_speed, max_turn_rate: as for `Predictor`.
+            device, precision, compile, cuda_graph, rig, bgr, min_score, min_seen, max_speed, max_turn_rate: as for
+                `Predictor`.
 
         Raises:
             CheckpointError, ConfigError: as for `Predictor`.
         """
         return cls(
-            name_or_path, device, rig=rig, bgr=bgr,
+            name_or_path, device, precision=precision, compile=compile, cuda_graph=cuda_graph, rig=rig, bgr=bgr,
             min_score=min_score, min_seen=min_seen, max_speed=max_speed, max_turn_rate=max_turn_rate,
         )  # fmt: skip
 
-    def name_cameras(self, names: Sequence[str]) -> None:
-        """Gives the cameras names, in the order of the images, which then stand in warnings instead of their numbers.
+    def name_cameras(self, names: Sequence[str], ego_from_lidar: NDArray[Any] | None = None) -> None:
+        """Gives the camera of each image a name, which then stands in warnings instead of its number.
 
         With a rig at construction they have those of the rig.
+
+        Args:
+            names: in the order of the images; images of one camera have the same name.
+            ego_from_lidar: [4, 4], `Rig.ego_from_lidar` of their rig; None for `NUSCENES_EGO_FROM_LIDAR`.
         """
-        self._live.warnings = Warnings(names)
+        self._live.name_cameras(names)
+        self._live.ego_from_lidar = np.array(NUSCENES_EGO_FROM_LIDAR if ego_from_lidar is None else ego_from_lidar)
 
     def reset(self) -> None:
         """Clears the memory; the next step is a first frame."""
@@ -150,6 +182,7 @@ class Predictor:
         *,
         motion: Motion | None = None,
         camera_times_s: Mapping[str, float | None] | Sequence[float | None] | None = None,
+        ego_from_exposure: NDArray[Any] | None = None,
     ) -> LiveObjects:
         """Predicts the boxes and lines of one frame.
 
@@ -167,6 +200,8 @@ class Predictor:
             camera_times_s: when each camera exposed, seconds: by name with a rig at construction, else in the order of
                 the images. `ego_from_cam` of a moving vehicle is carried from there to `time_s`, between the poses of
                 this step and of those before.
+            ego_from_exposure: [N, 4, 4] for each image the ego motion from its exposure to `time_s`, where that is
+                known better than from `camera_times_s`, which is then left out.
 
         With a rig at construction the call is `step(images, global_from_ego, time_s)`: `images` are those of the
         cameras of the rig, in the sizes that it names, as a dict from names or a list in its order. A camera that is
@@ -196,11 +231,11 @@ class Predictor:
         frame_motion = live.ego_motion.since_last(global_from_ego, time_s, motion)
         check_images(images)
         checked = checked_rig(rig, len(images))
-        checked, found = live.carried(checked, frame_motion, camera_times_s)
+        checked, moved, found = live.carried(checked, frame_motion, camera_times_s, ego_from_exposure)
         given = {int(n): live.pixels(int(n), images[n]) for n in np.flatnonzero(checked.present)}
         sizes = {n: image.shape[:2] for n, image in given.items()}
         samples = {n: sampled_rgb(image) for n, image in given.items()}
-        step = live.inspect(frame_motion, checked, sizes, samples, found)
+        step = live.inspect(frame_motion, checked, moved, sizes, samples, found)
         if self.provenance is not None:
             unlike = self.provenance.misfit(step.fitted_rig, self.model.config.image_size, frame_motion.seconds)
             step = step._replace(findings=step.findings | unlike)
@@ -209,10 +244,13 @@ class Predictor:
             return self._nothing(step, live.warnings.emit(step.findings))
         frame = self._frame(given, step)
         with torch.inference_mode():
-            prediction, state = self.model(map_tensors(lambda tensor: tensor.to(self.device), frame), self._state)
+            frame = map_tensors(lambda tensor: tensor.to(self.device), frame)
+            prediction, state = self.model(frame, self._state, *self._fixed_rig(frame))
             predicted = map_tensors(lambda tensor: tensor[0].cpu(), self.model.decode(prediction))
-            objects = FrameObjects(self._above_threshold(predicted.boxes), self._above_threshold(predicted.lines))
-            finite = bool(state.bev.sum().isfinite()) and objects_are_finite(predicted, objects)
+            above = self._above_threshold(predicted.boxes), self._above_threshold(predicted.lines)
+            objects = chosen(predicted, *above)
+            finite = all(bool(tensor.sum().isfinite()) for tensor in named_tensors(state).values())
+            finite = finite and objects_are_finite(predicted, objects)
         if not finite:
             self.reset()
             return self._nothing(step, live.warnings.emit(step.findings | {"not finite": NOT_FINITE}))
@@ -220,24 +258,24 @@ class Predictor:
         live.keep(step)
         seen = step.view.of_objects(objects)
         boxes, lines = kept_by(seen, self.min_seen)
-        kept_boxes, kept_lines = torch.from_numpy(boxes), torch.from_numpy(lines)
+        objects = chosen(objects, torch.from_numpy(boxes), torch.from_numpy(lines))
         return LiveObjects(
-            boxes=map_tensors(lambda tensor: tensor[kept_boxes], objects.boxes),
-            lines=map_tensors(lambda tensor: tensor[kept_lines], objects.lines),
+            boxes=objects.boxes,
+            lines=objects.lines,
             seen=Seen(torch.from_numpy(seen.boxes[boxes]), torch.from_numpy(seen.lines[lines])),
             warnings=live.warnings.emit(step.findings),
             info=step.info,
+            ids=map_tensors(torch.Tensor.numpy, objects.ids),
         )
 
-    def _above_threshold(self, objects: Objects) -> Objects:
-        keep = objects.valid & (objects.score >= self.min_score)
-        return map_tensors(lambda tensor: tensor[keep], objects)
+    def _above_threshold(self, objects: Boxes | Polylines) -> Tensor:
+        return objects.valid & (objects.score >= self.min_score)
 
     def _nothing(self, step: Step, warnings: tuple[str, ...]) -> LiveObjects:
         """Returns a result without boxes and lines."""
         cpu, points = torch.device("cpu"), self.model.config.line_points
         empty = FrameObjects(empty_boxes(1, cpu), empty_lines(1, cpu, points))
-        boxes, lines = map_tensors(lambda tensor: tensor[0], empty)
+        boxes, lines, _ = map_tensors(lambda tensor: tensor[0], empty)
         seen = Seen(torch.zeros(0), torch.zeros(0, points, dtype=torch.bool))
         return LiveObjects(boxes, lines, seen, warnings, without_result(step.info))
 
@@ -258,4 +296,6 @@ class Predictor:
             ego_from_prev=torch.from_numpy(motion.ego_from_prev).float()[None],  # [B, 4, 4]
             seconds_since_prev=torch.tensor([motion.seconds], dtype=torch.float32),
             is_first=torch.tensor([motion.is_first]),
+            ego_from_lidar=torch.from_numpy(self._live.ego_from_lidar).float()[None],  # [B, 4, 4]
+            ego_from_exposure=torch.from_numpy(step.ego_from_exposure).float()[None],  # [B, N, 4, 4]
         )

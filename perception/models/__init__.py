@@ -14,16 +14,23 @@ from perception.models.bev_transformer.config import BEVTransformerConfig
 from perception.models.bev_transformer.model import BEVTransformer
 from perception.models.bevformer.config import BEVFormerConfig
 from perception.models.bevformer.model import BEVFormer
+from perception.models.mapqr.config import MapQRConfig
+from perception.models.mapqr.model import MapQR
 from perception.models.maptr.config import MapTRConfig
 from perception.models.maptr.model import MapTR
 from perception.models.maptrv2.config import MapTRv2Config
 from perception.models.maptrv2.model import MapTRv2
+from perception.models.sparse4d.config import Sparse4DConfig, SparseDriveConfig
+from perception.models.sparse4d.model import Sparse4D, SparseDrive
 
 NETWORKS: dict[str, tuple[type[Any], type[Any]]] = {
     "bev_transformer": (BEVTransformerConfig, BEVTransformer),
     "bevformer": (BEVFormerConfig, BEVFormer),
     "maptr": (MapTRConfig, MapTR),
+    "mapqr": (MapQRConfig, MapQR),
     "maptrv2": (MapTRv2Config, MapTRv2),
+    "sparse4d": (Sparse4DConfig, Sparse4D),
+    "sparsedrive": (SparseDriveConfig, SparseDrive),
 }
 
 __all__ = [

@@ -6,7 +6,7 @@ import re
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from perception.errors import ConfigError, DataError, not_installed
 from perception.geometry import invert_rigid
 from perception.reading import nearest
+from perception.recordings.nuscenes import REFERENCE
 from perception.recordings.recording import FramePlan, Image, Recording, checked_times, chosen_streams
 from perception.recordings.ros_images import decode_message
 from perception.recordings.trajectory import Trajectory, pose_from, read_trajectory
 from perception.rigs.documents import Fields, located
 from perception.rigs.models import FROM_INTEGER_CENTERS, Pinhole
-from perception.rigs.rig import Rig, RigCamera
+from perception.rigs.rig import Rig, RigCamera, has_lidar_axes
 from perception.rigs.ros import BASE_FRAME, Frames, model_of_camera_info
 
 SUFFIXES = frozenset((".bag", ".mcap", ".db3"))
@@ -346,20 +347,13 @@ def pose_from_message(position: Any, orientation: Any, where: str) -> NDArray[np
 
 def _between(tree: Frames, frame: str, base: str) -> NDArray[np.float64]:
     """The pose of `base` in `frame`, through the root of both."""
-
-    def root_from(at: str) -> tuple[str, NDArray[np.float64]]:
-        root = at
-        while root in tree.parents:
-            root = tree.parents[root][0]
-        return root, tree.base_from(at, root) if root != at else np.eye(4)
-
-    (root, root_from_frame), (other, root_from_base) = root_from(frame), root_from(base)
-    if root != other:
+    root = tree.root(frame)
+    if root != tree.root(base):
         raise DataError(
             f"{tree.path}: poses are those of {frame!r}, and the transforms do not say where it is in {base!r}; give "
             "--base-frame, or another --pose-topic"
         )
-    return invert_rigid(root_from_frame) @ root_from_base
+    return invert_rigid(tree.base_from(frame, root)) @ tree.base_from(base, root)
 
 
 def _rig(found: _Index, topics: Mapping[str, str], tree: Frames, base_frame: str, base_height: float, name: str) -> Rig:
@@ -385,7 +379,19 @@ def _rig(found: _Index, topics: Mapping[str, str], tree: Frames, base_frame: str
             "cameras with --rig"
         )
     with located(name):
-        return Rig(cameras)
+        return Rig(cameras, _lidar(tree, base_frame, base_height))
+
+
+def _lidar(tree: Frames, base_frame: str, base_height: float) -> NDArray[np.float64] | None:
+    """Returns the pose of a frame LIDAR_TOP with nuScenes' axes, as bags that were made from nuScenes have it."""
+    if REFERENCE not in tree.parents:
+        return None
+    raised = np.eye(4)
+    raised[2, 3] = base_height
+    with suppress(DataError):  # no transform leads from it to the vehicle
+        pose = raised @ tree.base_from(REFERENCE, base_frame)
+        return pose if has_lidar_axes(pose) else None
+    return None
 
 
 def camera_from_info(

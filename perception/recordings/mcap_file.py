@@ -103,7 +103,7 @@ class McapFile:
         from foxglove_schemas_protobuf.SceneUpdate_pb2 import SceneUpdate
 
         stamp = _timestamp(frame.recorded.time_ns)
-        boxes, lines = as_arrays(frame.objects)
+        boxes, lines, _ = as_arrays(frame.objects)
         update = SceneUpdate(deletions=[SceneEntityDeletion(timestamp=stamp, type=SceneEntityDeletion.ALL)])
         for m, label in enumerate(boxes.label):
             name = BOX_CLASSES[label]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from perception.data.tables import read_table
+from perception.data.table_files import read_table
 from perception.errors import DataError
 from perception.geometry import rigid_from_quaternion
 from perception.reading import nearest

@@ -85,7 +85,7 @@ class RerunFile:
 
     def _add_objects(self, frame: PredictedFrame) -> None:
         rr, stream = self._rr, self._stream
-        boxes, lines = as_arrays(frame.objects)
+        boxes, lines, _ = as_arrays(frame.objects)
         names = [BOX_CLASSES[label] for label in boxes.label]
         stream.log(
             "world/ego/boxes",

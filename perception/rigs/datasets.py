@@ -1,13 +1,15 @@
 """Calibration files of public datasets: nuScenes, KITTI, KITTI-360, Argoverse 2, Waymo.
 
 Every function returns cameras whose `ego_from_cam` ends in the vehicle frame of the dataset; `import_rig` carries it to
-the ego frame. Where a dataset was calibrated with pixel centres at whole numbers, as OpenCV and the toolboxes before it
-do, the principal point is moved by half a pixel here.
+the ego frame. That of nuScenes returns a rig, because it also finds the pose of the LiDAR. Where a dataset was
+calibrated with pixel centres at whole numbers, as OpenCV and the toolboxes before it do, the principal point is moved
+by half a pixel here.
 """
 
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +18,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from perception.errors import DataError, not_installed
+from perception.errors import DataError, PerceptionWarning, not_installed
 from perception.geometry import rigid_from_quaternion
 from perception.reading import nearest
 from perception.rigs.documents import Fields, located, read_document, read_text
 from perception.rigs.models import FROM_INTEGER_CENTERS, BrownConrady, CameraModel, Mei, Pinhole
-from perception.rigs.rig import BODY_FROM_OPTICAL, RIG_FILE, Rig, RigCamera
+from perception.rigs.rig import BODY_FROM_OPTICAL, RIG_FILE, Rig, RigCamera, has_lidar_axes
 
 Matrix = NDArray[np.float64]
 
@@ -42,8 +44,8 @@ def pinhole_or_brown(matrix: Matrix, coefficients: Iterable[float]) -> CameraMod
     return BrownConrady(**numbers, distortion=distortion) if any(distortion) else Pinhole(**numbers)
 
 
-def nuscenes(path: Path, scene: str | None = None) -> list[RigCamera]:
-    """Reads the cameras of one sample from the tables of nuScenes.
+def nuscenes(path: Path, scene: str | None = None) -> Rig:
+    """Reads the cameras of one sample and the pose of LIDAR_TOP from the tables of nuScenes.
 
     Images are undistorted, and the ego frame is the library's. Principal points are taken as they are stored, as
     `NuScenesDataset` does. A camera without intrinsics has its model in the rig file of the dataset.
@@ -54,6 +56,9 @@ def nuscenes(path: Path, scene: str | None = None) -> list[RigCamera]:
 
     Raises:
         DataError: a table is missing or malformed, or there is no such scene.
+
+    Warns:
+        PerceptionWarning: LIDAR_TOP has other axes than nuScenes' and is left out.
     """
     tables = {name: _table(path, name) for name in ("sensor", "calibrated_sensor", "sample_data")}
     rig = Rig.load(path / RIG_FILE) if (path / RIG_FILE).is_file() else None  # cameras that the tables cannot describe
@@ -66,15 +71,21 @@ def nuscenes(path: Path, scene: str | None = None) -> list[RigCamera]:
         sample = scenes[scene].text("first_sample_token")
     sensors = {row.text("token"): row for row in tables["sensor"]}
     calibrations = {row.text("token"): row for row in tables["calibrated_sensor"]}
-    cameras = []
+    cameras, ego_from_lidar = [], None
     for row in tables["sample_data"]:
         if row.get("sample_token") != sample or not row.get("is_key_frame"):
             continue
         calibration = _linked(row, calibrations, "calibrated_sensor_token", path / "calibrated_sensor.json")
         sensor = _linked(calibration, sensors, "sensor_token", path / "sensor.json")
-        if sensor.get("modality") != "camera":
+        if sensor.get("modality") != "camera" and sensor.get("channel") != "LIDAR_TOP":
             continue
         pose = rigid_from_quaternion(calibration.array("rotation", (4,)), calibration.array("translation", (3,)))
+        if sensor.get("modality") != "camera":
+            ego_from_lidar = pose if has_lidar_axes(pose) else None
+            if ego_from_lidar is None:
+                text = "the axes of LIDAR_TOP are not x right, y ahead, z up, so the rig is read without it"
+                warnings.warn(f"{calibration.where}: {text}; correct its rotation", PerceptionWarning, stacklevel=3)
+            continue
         name, size = sensor.text("channel"), (row.pixels("height"), row.pixels("width"))
         if rig is not None and calibration.get("camera_intrinsic") == []:
             cameras.append(replace(rig[name], ego_from_cam=pose))
@@ -84,7 +95,8 @@ def nuscenes(path: Path, scene: str | None = None) -> list[RigCamera]:
         cameras.append(RigCamera(name, size, model, pose))
     if not cameras:
         raise DataError(f"{path / 'sample_data.json'} has no camera images of sample {sample}; give another scene")
-    return cameras
+    with located(str(path)):
+        return Rig(cameras, ego_from_lidar)
 
 
 def _table(folder: Path, name: str) -> list[Fields]:

@@ -28,14 +28,15 @@ class _Format:
     """One format.
 
     Attributes:
-        read: reads the cameras in the format's own vehicle frame; called with the path and the arguments in `takes`.
+        read: reads the cameras in the format's own vehicle frame, and returns a rig if it finds the pose of the LiDAR
+            too; called with the path and the arguments in `takes`.
         what: the file or folder that it reads, for messages.
         vehicle: the format's own vehicle frame, for messages.
         ego_from_vehicle: height of the vehicle frame above the ground as [4, 4], None if nobody but the user knows it.
         takes: names of the arguments of `import_rig` that it reads.
     """
 
-    read: Callable[..., list[RigCamera]]
+    read: Callable[..., list[RigCamera] | Rig]
     what: str
     vehicle: str
     ego_from_vehicle: NDArray[np.float64] | None
@@ -142,6 +143,7 @@ def import_rig(
             f"({chosen.vehicle}) in the ego frame: x forward, y left, z up, origin on the ground below the rear axle"
         )
     read = chosen.read(path, **given)
+    ego_from_lidar = read.ego_from_lidar if isinstance(read, Rig) else None
     if cameras is not None:
         by_name = {camera.name: camera for camera in read}
         for wanted in cameras:
@@ -149,7 +151,10 @@ def import_rig(
                 raise DataError(f"{path} has no camera {wanted!r}; {nearest(wanted, by_name)}")
         read = [by_name[wanted] for wanted in cameras]
     with located(str(path)):
-        return Rig([replace(camera, ego_from_cam=vehicle @ camera.ego_from_cam) for camera in read])
+        return Rig(
+            [replace(camera, ego_from_cam=vehicle @ camera.ego_from_cam) for camera in read],
+            None if ego_from_lidar is None else vehicle @ ego_from_lidar,
+        )
 
 
 def _recognised(path: Path) -> str:

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from perception.errors import DataError
 from perception.files import replacing
 from perception.geometry import rigid_from_quaternion
-from perception.inference.checks import check_intrinsics, checked_rig
+from perception.inference.checks import check_intrinsics, checked_rig, checked_rigid
 from perception.reading import nearest
 from perception.rigs.documents import Fields, located, read_document
 from perception.rigs.models import (
@@ -116,13 +116,16 @@ class Rig:
 
     Args:
         cameras: at least one, with different names.
+        ego_from_lidar: [4, 4] metres; pose of the LiDAR frame (x right, y ahead, z up), in which published networks
+            were trained. None if it is not known; these networks then take `NUSCENES_EGO_FROM_LIDAR`.
 
     Raises:
         DataError: a name stands twice, or a calibration is invalid.
     """
 
-    def __init__(self, cameras: Sequence[RigCamera]) -> None:
+    def __init__(self, cameras: Sequence[RigCamera], ego_from_lidar: ArrayLike | None = None) -> None:
         self.cameras = tuple(_checked(list(cameras)))
+        self.ego_from_lidar = None if ego_from_lidar is None else _checked_lidar(ego_from_lidar)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -185,7 +188,8 @@ class Rig:
                     model=camera.model.scaled(factor),
                 )
                 for camera in self
-            ]
+            ],
+            self.ego_from_lidar,
         )
 
     def coverage(self, image_size: tuple[int, int]) -> Coverage:
@@ -208,12 +212,12 @@ class Rig:
         Raises:
             DataError: the file does not exist or is malformed; the message names the camera, the field and the fix.
         """
-        cameras = read_cameras(path)
+        cameras, ego_from_lidar = read_cameras(path)
         for camera in cameras.values():
             if isinstance(camera, DataError):
                 raise camera
         with located(str(_shipped_or_given(path))):
-            return cls([camera for camera in cameras.values() if isinstance(camera, RigCamera)])
+            return cls([camera for camera in cameras.values() if isinstance(camera, RigCamera)], ego_from_lidar)
 
     def save(self, path: str | Path) -> None:
         """Writes a rig file that `Rig.load` reads back without loss, JSON if the suffix is `.json`, else YAML.
@@ -225,7 +229,11 @@ class Rig:
         """
         if Path(path).suffix not in (".yaml", ".yml", ".json"):
             raise DataError(f"{path} cannot be written as a rig file; give a name that ends with .yaml or .json")
-        content = {"rig_format": RIG_FORMAT, "cameras": {camera.name: _entry(camera) for camera in self}}
+        content: dict[str, Any] = {
+            "rig_format": RIG_FORMAT, "cameras": {camera.name: _entry(camera) for camera in self},
+        }  # fmt: skip
+        if self.ego_from_lidar is not None:
+            content["ego_from_lidar"] = {"matrix": self.ego_from_lidar.tolist()}
         if Path(path).suffix == ".json":
             text = json.dumps(content, indent=1) + "\n"
         else:
@@ -236,21 +244,21 @@ class Rig:
             temporary.write_text(text, encoding="utf-8")
 
 
-def read_cameras(path: str | Path) -> dict[str, RigCamera | DataError]:
+def read_cameras(path: str | Path) -> tuple[dict[str, RigCamera | DataError], NDArray[np.float64] | None]:
     """Reads the cameras of a rig file, whatever their numbers say: `Rig` and `perception.rigs.check` judge these.
 
     Args:
         path: as for `Rig.load`.
 
     Returns:
-        By name a camera, or what is wrong with its entry.
+        By name a camera, or what is wrong with its entry; and ego_from_lidar [4, 4], None if the file does not have it.
 
     Raises:
         DataError: the file does not exist, or is no rig file.
     """
     path = _shipped_or_given(path)
     root = Fields(str(path), read_document(path, "a rig file (docs/rigs.md), .yaml or .json"))
-    root.only("rig_format", "description", "pixel_center", "cameras")
+    root.only("rig_format", "description", "pixel_center", "cameras", "ego_from_lidar")
     if root.get("rig_format") != RIG_FORMAT:
         raise DataError(f"{root.at('rig_format')} is {root.get('rig_format')!r}; this version reads {RIG_FORMAT}")
     if "description" in root:
@@ -270,7 +278,12 @@ def read_cameras(path: str | Path) -> dict[str, RigCamera | DataError]:
             cameras[name] = _camera(name, Fields(f"{path}: camera {name!r}", entries.get(name)), shift)
         except DataError as error:
             cameras[name] = error
-    return cameras
+    ego_from_lidar = None
+    if "ego_from_lidar" in root:
+        section = root.section("ego_from_lidar")
+        section.only("matrix", "translation_m", *_ROTATIONS)
+        ego_from_lidar = _checked_lidar(_pose_matrix(section), section.where)
+    return cameras, ego_from_lidar
 
 
 def _shipped_or_given(path: str | Path) -> Path:
@@ -309,6 +322,22 @@ def _checked(cameras: list[RigCamera]) -> list[RigCamera]:
         pose.setflags(write=False)
         found.append(replace(camera, ego_from_cam=pose))
     return found
+
+
+def _checked_lidar(ego_from_lidar: ArrayLike, name: str = "ego_from_lidar") -> NDArray[np.float64]:
+    pose = checked_rigid(name, ego_from_lidar)
+    if not has_lidar_axes(pose):
+        raise DataError(
+            f"{name}: the LiDAR's y axis does not point ahead, or its z axis not up; give the pose of a frame with x "
+            "right, y ahead and z up, as nuScenes' LIDAR_TOP has it (turn one with x ahead by -90 degrees about z)"
+        )
+    pose.setflags(write=False)
+    return pose
+
+
+def has_lidar_axes(ego_from_lidar: NDArray[np.float64]) -> bool:
+    """Returns whether y of a LiDAR frame points ahead and z up, within 45 degrees."""
+    return bool(min(ego_from_lidar[0, 1], ego_from_lidar[2, 2]) > np.cos(np.pi / 4))
 
 
 def with_names(sentence: str, names: Sequence[str]) -> str:
@@ -417,8 +446,14 @@ def read_pose(section: Fields) -> NDArray[np.float64]:
     """
     section.only("axes", "matrix", "translation_m", *_ROTATIONS)
     axes = section.text("axes", ("optical", "body"))
+    pose = _pose_matrix(section)
+    return pose @ BODY_FROM_OPTICAL if axes == "body" else pose
+
+
+def _pose_matrix(section: Fields) -> NDArray[np.float64]:
+    """Reads the matrix [4, 4] of a pose."""
     if "matrix" in section:
-        if len(section.values) > 2:
+        if section.values.keys() - {"matrix", "axes"}:
             raise DataError(f"{section.where} has a matrix and other fields; give the matrix and axes alone")
         pose = section.array("matrix", (4, 4), "4 rows of 4 numbers")
     else:
@@ -441,7 +476,7 @@ def read_pose(section: Fields) -> NDArray[np.float64]:
             if given[0].endswith("_rad") and np.abs(angles).max() > 2 * np.pi:
                 raise DataError(f"{section.at(given[0])} has {np.abs(angles).max():g} radians; give roll_pitch_yaw_deg")
             pose = rigid_from_rpy(np.radians(angles) if given[0].endswith("_deg") else angles, translation)
-    return pose @ BODY_FROM_OPTICAL if axes == "body" else pose
+    return pose
 
 
 def rigid_from_rpy(rpy: ArrayLike, translation: ArrayLike = (0.0, 0.0, 0.0)) -> NDArray[np.float64]:

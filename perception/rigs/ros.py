@@ -81,18 +81,33 @@ class Frames:
         """Returns the pose [4, 4] of a frame in the base frame."""
         if frame != base and frame not in self.parents:
             raise DataError(f"{self.path} has no frame {frame!r}; {nearest(frame, self.parents)}")
-        pose, at, seen = np.eye(4), frame, {frame}
-        while at != base:
-            if at not in self.parents:
-                raise DataError(
-                    f"{self.path}: the parents of {frame!r} end at {at!r}, not at {base!r}; give base_frame"
-                )
-            at, step = self.parents[at]
-            pose = step @ pose
-            if at in seen:
-                raise DataError(f"{self.path}: the frame {at!r} is its own parent; give a tree of frames")
-            seen.add(at)
+        chain = self._chain(frame, base)
+        if chain[-1] != base:
+            raise DataError(
+                f"{self.path}: the parents of {frame!r} end at {chain[-1]!r}, not at {base!r}; give base_frame"
+            )
+        pose = np.eye(4)
+        for at in chain[:-1]:
+            pose = self.parents[at][1] @ pose
         return pose
+
+    def leads_to(self, frame: str, base: str) -> bool:
+        """Returns whether the parents of a frame lead to the base frame. Raises DataError if they form a circle."""
+        return self._chain(frame, base)[-1] == base
+
+    def root(self, frame: str) -> str:
+        """Returns the frame at which the parents of a frame end. Raises DataError if they form a circle."""
+        return self._chain(frame, None)[-1]
+
+    def _chain(self, frame: str, base: str | None) -> list[str]:
+        """Lists a frame and its parents up to the base frame, or up to a frame without a parent."""
+        chain = [frame]
+        while chain[-1] != base and chain[-1] in self.parents:
+            parent = self.parents[chain[-1]][0]
+            if parent in chain:
+                raise DataError(f"{self.path}: the frame {parent!r} is its own parent; give a tree of frames")
+            chain.append(parent)
+        return chain
 
     def base_from_optical(self, frame: str, base: str) -> Matrix:
         """Returns the pose of the optical frame of a camera: `frame`, or the one that belongs to its body frame."""

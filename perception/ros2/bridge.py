@@ -87,7 +87,7 @@ class Bridge:
         if rig is not None:
             if missing := [camera for camera in cameras if camera not in rig.names]:
                 raise DataError(f"the rig has no camera {missing[0]!r}; {nearest(missing[0], rig.names)}")
-            self._start(Rig([rig[camera] for camera in cameras]))
+            self._start(Rig([rig[camera] for camera in cameras], rig.ego_from_lidar))
 
     def _start(self, rig: Rig) -> None:
         self._predictor, self.waits_for = self._make_predictor(rig), ""
@@ -122,22 +122,15 @@ class Bridge:
             self.waits_for = f"camera_info of {', '.join(missing)}"
             return
         frames = {camera: info.header.frame_id.lstrip("/") for camera, info in self._infos.items()}
-        if lost := [frame for frame in frames.values() if not self._leads_to_base(frame)]:
+        tree = Frames.of(Path("/tf_static"), [(parent, frame, pose) for frame, (parent, pose) in self._static.items()])
+        if lost := [frame for frame in frames.values() if not tree.leads_to(frame, self._base_frame)]:
             self.waits_for = f"static transforms from {self._base_frame} to {', '.join(lost)}"
             return
-        tree = Frames.of(Path("/tf_static"), [(parent, frame, pose) for frame, (parent, pose) in self._static.items()])
         cameras = []
         for camera in self._cameras:
             info, rectified, where = self._infos[camera], camera in self._rectified, f"camera_info of {camera}"
             cameras.append(camera_from_info(camera, info, rectified, tree, self._base_frame, self._base_height, where))
         self._start(Rig(cameras))
-
-    def _leads_to_base(self, frame: str) -> bool:
-        seen: set[str] = set()
-        while frame != self._base_frame and frame in self._static and frame not in seen:
-            seen.add(frame)
-            frame = self._static[frame][0]
-        return frame == self._base_frame
 
     def add_odometry(self, message: Any) -> None:
         """Takes a nav_msgs/Odometry with the pose of the vehicle frame.

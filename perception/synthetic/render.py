@@ -183,11 +183,11 @@ class TownRenderer:
     def lidar(self, lidar: Lidar, time: float, rng: np.random.Generator) -> Sweep:
         """Simulates one revolution of the LiDAR at `time` seconds; `rng` draws range noise and lost returns."""
         self._move_to(time)
-        origin, rotation = self._mount(lidar.ego_from_lidar, time)
-        rays_lidar = lidar.rays()
-        ring = np.repeat(np.arange(len(rays_lidar)), rays_lidar.shape[1])
-        rays_lidar = rays_lidar.reshape(-1, 3)
-        rays = rays_lidar @ rotation.T
+        origin, rotation = self._mount(lidar.ego_from_spin, time)
+        rays_spin = lidar.rays()
+        ring = np.repeat(np.arange(len(rays_spin)), rays_spin.shape[1])
+        rays_spin = rays_spin.reshape(-1, 3)
+        rays = rays_spin @ rotation.T
         hits = self._caster.first_hits(origin, rays)
         with np.errstate(divide="ignore"):
             ground = np.where(rays[:, 2] < -1e-4, -origin[2] / rays[:, 2], np.inf).astype(np.float32)
@@ -199,7 +199,8 @@ class TownRenderer:
         kept = (distance < lidar.max_range) & (rng.random(len(rays)) >= lidar.dropout)
         distance = distance + lidar.range_noise * rng.standard_normal(len(rays), dtype=np.float32)
         intensity = _INTENSITY[material] * rng.uniform(0.8, 1.2, len(rays)).astype(np.float32)
-        points = np.concatenate([rays_lidar * distance[:, None], intensity[:, None], ring[:, None]], 1)
+        points_lidar = (rays_spin @ lidar.lidar_from_spin.T) * distance[:, None]
+        points = np.concatenate([points_lidar, intensity[:, None], ring[:, None]], 1)
         return Sweep(points[kept].astype(np.float32), actor[kept])
 
     def visibility(self, cameras: tuple[Camera, ...], time: float, rays_per_actor: int = 64) -> np.ndarray:

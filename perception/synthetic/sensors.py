@@ -18,6 +18,7 @@ from perception.rigs.rig import BODY_FROM_OPTICAL, Rig, RigCamera
 
 LIDAR_NAME = "LIDAR_TOP"
 MOST_CAMERAS = 12
+LIDAR_TILT_DEG = 1.5  # pitch of the LiDAR frame
 
 
 class Mounting(NamedTuple):
@@ -135,7 +136,8 @@ class Lidar:
     """A spinning LiDAR. All points of one revolution are measured at the same time.
 
     Args:
-        ego_from_lidar: [4, 4] metres.
+        ego_from_spin: [4, 4] metres, pose of the spinning axis: z.
+        lidar_from_spin: [3, 3], rotation from there to the axes in which the points are reported.
         elevations: [32] radians, lowest ring first.
         azimuths: number of columns per revolution.
         max_range: metres.
@@ -143,15 +145,23 @@ class Lidar:
         dropout: share of lost returns, 0..1.
     """
 
-    ego_from_lidar: np.ndarray
+    ego_from_spin: np.ndarray
+    lidar_from_spin: np.ndarray
     elevations: np.ndarray
     azimuths: int = 1080
     max_range: float = 100.0
     range_noise: float = 0.01
     dropout: float = 0.03
 
+    @property
+    def ego_from_lidar(self) -> np.ndarray:
+        """Pose [4, 4] of the LiDAR frame."""
+        pose = self.ego_from_spin.copy()
+        pose[:3, :3] = pose[:3, :3] @ self.lidar_from_spin.T
+        return pose
+
     def rays(self) -> np.ndarray:
-        """Returns unit directions of one revolution, [rings, azimuths, 3] float32 in the LiDAR frame."""
+        """Returns unit directions of one revolution, [rings, azimuths, 3] float32 in the frame of the spinning axis."""
         azimuth = (np.arange(self.azimuths) + 0.5) * (2 * np.pi / self.azimuths)
         elevation = self.elevations[:, None]  # [rings, 1]
         x, y = np.cos(elevation) * np.sin(azimuth), np.cos(elevation) * np.cos(azimuth)  # [rings, azimuths]
@@ -230,10 +240,21 @@ def _optics(rng: np.random.Generator) -> dict[str, Any]:
     }
 
 
-def make_lidar(rng: np.random.Generator) -> Lidar:
-    """Draws the roof LiDAR with a small deviation from its nominal mounting."""
-    ego_from_lidar = np.eye(4)
+def make_lidar(rng: np.random.Generator, ego_from_lidar: np.ndarray | None = None) -> Lidar:
+    """Draws the roof LiDAR with a small deviation from its nominal mounting.
+
+    As on nuScenes' cars, the LiDAR frame is tilted against the ego frame: by `LIDAR_TILT_DEG` about its x axis, so that
+    its yaw, by which ground-truth lines are cut, stays. Its spinning axis is not: what it hits does not depend on the
+    tilt.
+
+    Args:
+        rng: source of the deviations.
+        ego_from_lidar: [4, 4] for a LiDAR that is mounted exactly there and spins about its z axis.
+    """
     yaw, pitch, roll = np.radians(rng.uniform(-0.4, 0.4, 3)) - [np.pi / 2, 0.0, 0.0]
-    ego_from_lidar[:3, :3] = _rotation(yaw, pitch, roll)
-    ego_from_lidar[:3, 3] = np.array([0.94, 0.0, 1.84]) + rng.uniform(-0.02, 0.02, 3)
-    return Lidar(ego_from_lidar=ego_from_lidar, elevations=np.radians(np.linspace(-30.0, 10.0, 32)))
+    ego_from_spin, lidar_from_spin = np.eye(4), _rotation(0.0, 0.0, np.radians(LIDAR_TILT_DEG))
+    ego_from_spin[:3, :3] = _rotation(yaw, pitch, roll)
+    ego_from_spin[:3, 3] = np.array([0.94, 0.0, 1.84]) + rng.uniform(-0.02, 0.02, 3)
+    if ego_from_lidar is not None:
+        ego_from_spin, lidar_from_spin = ego_from_lidar, np.eye(3)
+    return Lidar(ego_from_spin, lidar_from_spin, elevations=np.radians(np.linspace(-30.0, 10.0, 32)))

@@ -268,7 +268,7 @@ def scene_renderer(
     """Makes the renderer, the cameras and the LiDAR of scene `index`."""
     rng = np.random.default_rng(_sequence(seed, index, 1))
     cameras = cameras_of(rig, rng) if isinstance(rig, Rig) else make_cameras(rng, image_size, rig)
-    lidar = make_lidar(rng)
+    lidar = make_lidar(rng, rig.ego_from_lidar if isinstance(rig, Rig) else None)
     return TownRenderer(district, np.random.default_rng(_sequence(seed, index, 2))), cameras, lidar
 
 

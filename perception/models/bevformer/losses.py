@@ -25,17 +25,17 @@ def lidar_boxes(boxes: Boxes, ego_from_lidar: Tensor) -> Tensor:
 
     Args:
         boxes: [B, M] in the ego frame.
-        ego_from_lidar: [4, 4].
+        ego_from_lidar: [B, 4, 4].
 
     Returns:
         [B, M, 9] in the LiDAR frame, metres: x, y, z of the centre, width, length, height, yaw in the convention of
         mmdet3d before 1.0, velocity.
     """
-    rotation = ego_from_lidar[:3, :3]
-    center = (boxes.center - ego_from_lidar[:3, 3]) @ rotation
-    axis = torch.stack([boxes.yaw.cos(), boxes.yaw.sin()], -1) @ rotation[:2, :2]
+    rotation = ego_from_lidar[:, :3, :3]
+    center = (boxes.center - ego_from_lidar[:, None, :3, 3]) @ rotation
+    axis = torch.stack([boxes.yaw.cos(), boxes.yaw.sin()], -1) @ rotation[:, :2, :2]
     yaw = -torch.atan2(axis[..., 1], axis[..., 0]) - math.pi / 2
-    return torch.cat([center, boxes.size[..., [1, 0, 2]], yaw[..., None], boxes.velocity @ rotation[:2, :2]], -1)
+    return torch.cat([center, boxes.size[..., [1, 0, 2]], yaw[..., None], boxes.velocity @ rotation[:, :2, :2]], -1)
 
 
 def encode_lidar_boxes(boxes: Tensor) -> Tensor:

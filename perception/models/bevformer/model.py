@@ -85,6 +85,7 @@ class RawBoxes(NamedTuple):
 
     logits: Tensor  # [L, B, Q, K]
     params: Tensor  # [L, B, Q, 10]
+    ego_from_lidar: Tensor  # [B, 4, 4] of the frame
 
 
 class BEVFormer(nn.Module):
@@ -96,17 +97,18 @@ class BEVFormer(nn.Module):
     finds: ClassVar[tuple[str, ...]] = ("box",)
     loss_weights: ClassVar[Mapping[str, float]] = BOX_LOSS_WEIGHTS
     image_loss = None
+    needs_gt: ClassVar[bool] = False
+    tracks: ClassVar[bool] = False
     raw_names: ClassVar[tuple[str, ...]] = ("box_logits", "box_params")
+    extra_inputs: ClassVar[tuple[str, ...]] = ("ego_from_lidar",)
     no_export: ClassVar[str] = ""
     published_prefixes: ClassVar[Mapping[str, str]] = PREFIXES
-    ego_from_lidar: Tensor
 
     def __init__(self, config: BEVFormerConfig) -> None:
         super().__init__()
         self.config = config
         self.image_encoder = config.backbone.build(config.channels)
         self.head = BEVFormerHead(config)
-        self.register_buffer("ego_from_lidar", torch.tensor(config.ego_from_lidar), persistent=False)
 
     def initial_state(self, batch_size: int) -> State:
         """Returns zeros as BEV features [B, C, rows along LiDAR y, columns along LiDAR x], for first frames."""
@@ -124,20 +126,22 @@ class BEVFormer(nn.Module):
         """
         image_size = padded_size(frame.images)
         features = self.image_encoder(frame.images)
-        img_from_lidar = lidar_projections(frame, self.ego_from_lidar)
+        img_from_lidar = lidar_projections(frame)
         can_bus = can_bus_vector(frame)
         previous = state.bev.flatten(2).transpose(1, 2)
         logits, params, bev = self.head(features, img_from_lidar, can_bus, image_size, previous, frame.is_first)
         memory = bev.transpose(1, 2).unflatten(2, self.config.bev)  # [B, C, rows, columns]
-        return RawBoxes(logits, params), State(memory.contiguous())  # in the memory layout of `initial_state`
+        return RawBoxes(logits, params, frame.ego_from_lidar.float()), State(
+            memory.contiguous()
+        )  # in the memory layout of `initial_state`
 
     def loss(self, prediction: RawBoxes, gt: FrameObjects, frame: Frame) -> dict[str, Tensor]:
         """Computes the weighted losses by name, summed over decoder layers. Boxes outside the range are ignored."""
-        boxes = lidar_boxes(gt.boxes, self.ego_from_lidar)
+        boxes = lidar_boxes(gt.boxes, frame.ego_from_lidar)
         low, high = (boxes.new_tensor(x[:2]) for x in (self.config.low, self.config.high))
         inside = ((boxes[..., :2] > low) & (boxes[..., :2] < high)).all(-1)
         targets, valid = encode_lidar_boxes(boxes), gt.boxes.valid & inside
-        return sum_layers(bevformer_losses(*prediction, targets, gt.boxes.label, valid))
+        return sum_layers(bevformer_losses(*prediction[:2], targets, gt.boxes.label, valid))
 
     def raw_outputs(self, prediction: RawBoxes) -> tuple[Tensor, ...]:
         """Returns class logits and encoded boxes of the last decoder layer, [B, Q, ...]."""
@@ -145,7 +149,7 @@ class BEVFormer(nn.Module):
 
     def decode(self, prediction: RawBoxes) -> FrameObjects:
         """Decodes boxes in the ego frame, best score first, and no lines."""
-        boxes = decode_boxes(*prediction, self.ego_from_lidar, self.config.max_boxes, self.config.post_center_range)
+        boxes = decode_boxes(*prediction, self.config.max_boxes, self.config.post_center_range)
         return FrameObjects(boxes, empty_lines(len(boxes.score), boxes.score.device))
 
 
@@ -182,21 +186,21 @@ def decode_boxes(
     Args:
         logits: [L, B, Q, K].
         params: encoded boxes [L, B, Q, 10].
-        ego_from_lidar: [4, 4].
+        ego_from_lidar: [B, 4, 4].
         count, center_range: as in `topk_boxes`.
     """
     score, label, boxes, valid = topk_boxes(logits[-1].float(), params[-1].float(), count, center_range)
-    rotation = ego_from_lidar[:3, :3]
-    center = boxes[..., :3] @ rotation.T + ego_from_lidar[:3, 3]
+    lidar_from_ego = ego_from_lidar[:, :3, :3].mT  # its rotation
+    center = boxes[..., :3] @ lidar_from_ego + ego_from_lidar[:, None, :3, 3]
     # mmdet3d before 1.0 measures yaw clockwise from -y; the length of a box is along its heading.
     heading = -boxes[..., 6] - math.pi / 2
-    axis = torch.stack([heading.cos(), heading.sin()], -1) @ rotation[:2, :2].T
+    axis = torch.stack([heading.cos(), heading.sin()], -1) @ lidar_from_ego[:, :2, :2]
     width, length, height = boxes[..., 3:6].unbind(-1)
     return Boxes(
         center=center,
         size=torch.stack([length, width, height], -1),
         yaw=torch.atan2(axis[..., 1], axis[..., 0]),
-        velocity=boxes[..., 7:] @ rotation[:2, :2].T,
+        velocity=boxes[..., 7:] @ lidar_from_ego[:, :2, :2],
         label=label,
         attribute=torch.full_like(label, -1),
         score=score,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from perception.matching import Match, focal_cost, hungarian
 from perception.models.maptr.config import MapTRConfig
+from perception.models.published.geometry import lidar_level
 from perception.models.published.losses import class_loss, sum_layers
 from perception.targets import line_orderings
 from perception.types import FrameObjects, Polylines
@@ -109,8 +110,9 @@ def maptr_losses(
 
 
 def lidar_lines(lines: Polylines, ego_from_lidar: Tensor) -> Polylines:
-    """Transforms lines [B, M] from the ego frame to the LiDAR frame."""
-    return lines._replace(points=(lines.points - ego_from_lidar[:2, 3]) @ ego_from_lidar[:2, :2])
+    """Transforms lines [B, M] from the ego frame to the level LiDAR frame, with ego_from_lidar [B, 4, 4]."""
+    rotation, translation = lidar_level(ego_from_lidar)
+    return lines._replace(points=(lines.points - translation[:, None, None]) @ rotation[:, None])
 
 
 def line_losses(
@@ -122,7 +124,7 @@ def line_losses(
         logits: [L, B, Q, K].
         points: [L, B, Q, P, 2], normalised to 0..1 over the range.
         gt: ground truth [B] in the ego frame.
-        ego_from_lidar: [4, 4].
+        ego_from_lidar: [B, 4, 4].
         config: the range.
     """
     lines = lidar_lines(gt.lines, ego_from_lidar)

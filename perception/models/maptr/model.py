@@ -19,7 +19,7 @@ from perception.models.maptr.losses import LINE_LOSS_WEIGHTS, line_losses
 from perception.models.published.backbone import padded_size
 from perception.models.published.decoder import LearnedPositionalEncoding, class_branches, regression_branches
 from perception.models.published.encoder import BEVFormerTransformer
-from perception.models.published.geometry import PREFIXES, can_bus_vector, constants, lidar_projections
+from perception.models.published.geometry import PREFIXES, can_bus_vector, constants, lidar_level, lidar_projections
 from perception.ops.deformable import refined
 from perception.types import LINE_CLASSES, Frame, FrameObjects, Polylines, State
 
@@ -75,6 +75,7 @@ class RawLines(NamedTuple):
 
     logits: Tensor  # [L, B, Q, K]
     points: Tensor  # [L, B, Q, P, 2], x and y normalised to 0..1 over the range
+    ego_from_lidar: Tensor  # [B, 4, 4] of the frame
 
 
 class MapTR(nn.Module):
@@ -86,21 +87,22 @@ class MapTR(nn.Module):
     finds: ClassVar[tuple[str, ...]] = ("line",)
     loss_weights: ClassVar[Mapping[str, float]] = LINE_LOSS_WEIGHTS
     image_loss = None
+    needs_gt: ClassVar[bool] = False
+    tracks: ClassVar[bool] = False
     raw_names: ClassVar[tuple[str, ...]] = ("line_logits", "line_points")
+    extra_inputs: ClassVar[tuple[str, ...]] = ("ego_from_lidar",)
     no_export: ClassVar[str] = ""
     published_prefixes: ClassVar[Mapping[str, str]] = PREFIXES
-    ego_from_lidar: Tensor
 
     def __init__(self, config: MapTRConfig) -> None:
         super().__init__()
         self.config = config
         self.image_encoder = config.backbone.build(config.channels)
         self.head = MapTRHead(config)
-        self.register_buffer("ego_from_lidar", torch.tensor(config.ego_from_lidar), persistent=False)
 
     def initial_state(self, batch_size: int) -> State:
         """Returns an empty state: the network has no memory."""
-        return State(self.ego_from_lidar.new_zeros(batch_size, 0, 1, 1))
+        return State(self.head.code_weights.new_zeros(batch_size, 0, 1, 1))
 
     def forward(self, frame: Frame, state: State) -> tuple[RawLines, State]:
         """Predicts the lines of one frame.
@@ -115,13 +117,13 @@ class MapTR(nn.Module):
         image_size = padded_size(frame.images)
         can_bus = can_bus_vector(frame._replace(is_first=torch.ones_like(frame.is_first)))
         features = self.image_encoder(frame.images)
-        img_from_lidar = lidar_projections(frame, self.ego_from_lidar)
+        img_from_lidar = lidar_projections(frame)
         logits, points, _ = self.head(features, img_from_lidar, can_bus, image_size)
-        return RawLines(logits, points), state
+        return RawLines(logits, points, frame.ego_from_lidar.float()), state
 
     def loss(self, prediction: RawLines, gt: FrameObjects, frame: Frame) -> dict[str, Tensor]:
         """Computes the weighted losses by name, summed over decoder layers."""
-        return line_losses(prediction.logits, prediction.points, gt, self.ego_from_lidar, self.config)
+        return line_losses(prediction.logits, prediction.points, gt, frame.ego_from_lidar, self.config)
 
     def raw_outputs(self, prediction: RawLines) -> tuple[Tensor, ...]:
         """Returns class logits and normalised points of the last decoder layer, [B, Q, ...]."""
@@ -129,7 +131,7 @@ class MapTR(nn.Module):
 
     def decode(self, prediction: RawLines) -> FrameObjects:
         """Decodes lines in the ego frame, best score first, and no boxes."""
-        return decode_lines(prediction.logits[-1], prediction.points[-1], self.ego_from_lidar, self.config)
+        return decode_lines(prediction.logits[-1], prediction.points[-1], prediction.ego_from_lidar, self.config)
 
 
 def decode_lines(logits: Tensor, points: Tensor, ego_from_lidar: Tensor, config: MapTRConfig) -> FrameObjects:
@@ -138,11 +140,12 @@ def decode_lines(logits: Tensor, points: Tensor, ego_from_lidar: Tensor, config:
     Args:
         logits: [B, Q, K].
         points: [B, Q, P, 2], normalised to 0..1 over the range.
-        ego_from_lidar: [4, 4].
+        ego_from_lidar: [B, 4, 4].
         config: the range and the number of lines.
     """
     score, label, points = topk_lines(logits.float(), points.float(), config.low, config.high, config.max_lines)
-    points = points @ ego_from_lidar[:2, :2].T + ego_from_lidar[:2, 3]
+    rotation, translation = lidar_level(ego_from_lidar)
+    points = points @ rotation[:, None].mT + translation[:, None, None]
     uncertainty = torch.full_like(points, math.exp(LOG_UNCERTAINTY_RANGE[1]))
     points, uncertainty, closed = close_rings(points, uncertainty)
     lines = Polylines(points, closed, label, score, torch.ones_like(closed), uncertainty)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from perception.models.maptr.model import decode_lines
 from perception.models.maptrv2.config import MapTRv2Config
 from perception.models.maptrv2.encoder import LiftSplat
+from perception.models.maptrv2.fixed_rig import FixedLiftSplat
 from perception.models.maptrv2.losses import MAPTRV2_LOSS_WEIGHTS, maptrv2_losses
 from perception.models.published.backbone import padded_size
 from perception.models.published.decoder import (
@@ -32,7 +33,7 @@ from perception.models.published.decoder import (
     regression_branches,
 )
 from perception.models.published.encoder import can_bus_mlp
-from perception.models.published.geometry import PREFIXES
+from perception.models.published.geometry import PREFIXES, mounted_rig
 from perception.ops.deformable import refined
 from perception.types import LINE_CLASSES, CameraRig, Frame, FrameObjects, State
 
@@ -91,6 +92,7 @@ class MapTRv2Outputs(NamedTuple):
     bev_seg_logits: Tensor  # [B, 1, rows, columns], lines in BEV
     image_seg_logits: Tensor  # [B, N, 1, h, w], lines in images
     depth_logits: Tensor  # [B, N, D, h, w]
+    ego_from_lidar: Tensor  # [B, 4, 4] of the frame
 
 
 class _MapTRv2Transformer(nn.Module):
@@ -104,7 +106,7 @@ class _MapTRv2Transformer(nn.Module):
         init_matrices(self)
 
 
-class _SegmentationLoss(nn.Module):
+class SegmentationLoss(nn.Module):
     """Binary cross-entropy, with the weight of positives under the name that the checkpoints give it."""
 
     def __init__(self, pos_weight: float) -> None:
@@ -113,6 +115,13 @@ class _SegmentationLoss(nn.Module):
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         return self.loss_fn(logits, target)
+
+
+def segmentation_head(channels: int) -> nn.Sequential:
+    """Builds an auxiliary head that segments lines in features [B, C, h, w]."""
+    return nn.Sequential(
+        nn.Conv2d(channels, channels, 3, 1, 1, bias=False), nn.ReLU(inplace=True), nn.Conv2d(channels, 1, 1)
+    )
 
 
 class MapTRv2Head(nn.Module):
@@ -127,11 +136,8 @@ class MapTRv2Head(nn.Module):
         self.transformer = _MapTRv2Transformer(config)
         self.cls_branches = class_branches(C, config.classes, layers)
         self.reg_branches = regression_branches(C, 2, layers)
-        self.seg_head, self.pv_seg_head = (
-            nn.Sequential(nn.Conv2d(C, C, 3, 1, 1, bias=False), nn.ReLU(inplace=True), nn.Conv2d(C, 1, 1))
-            for _ in range(2)
-        )
-        self.loss_seg, self.loss_pv_seg = _SegmentationLoss(4.0), _SegmentationLoss(1.0)
+        self.seg_head, self.pv_seg_head = segmentation_head(C), segmentation_head(C)
+        self.loss_seg, self.loss_pv_seg = SegmentationLoss(4.0), SegmentationLoss(1.0)
         # Weights of the published loss and parts of MapTR's encoder; unused, but the checkpoints hold them.
         self.code_weights = nn.Parameter(torch.ones(4), requires_grad=False)
         self.positional_encoding = LearnedPositionalEncoding(config.bev, C).requires_grad_(False)
@@ -143,8 +149,14 @@ class MapTRv2Head(nn.Module):
         self, features: Tensor, rig: CameraRig, ego_from_lidar: Tensor, image_size: tuple[int, int]
     ) -> MapTRv2Outputs:
         """Predicts lines, segmentation and depth; arguments as in `LiftSplat.forward`."""
-        config = self.config
         bev_features, depth_logits = self.transformer.encoder(features, rig, ego_from_lidar, image_size)
+        return self.predict(features, bev_features, depth_logits, ego_from_lidar)
+
+    def predict(
+        self, features: Tensor, bev_features: Tensor, depth_logits: Tensor, ego_from_lidar: Tensor
+    ) -> MapTRv2Outputs:
+        """Predicts lines and segmentation from the results of the lift."""
+        config = self.config
         bev = bev_features.flatten(2).transpose(1, 2)  # [B, rows * columns, C]
         queries = config.lines + (config.one_to_many_queries if self.training else 0)
         embedding = self.instance_embedding.weight[:queries, None] + self.pts_embedding.weight  # [Q, P, 2 C]
@@ -171,7 +183,36 @@ class MapTRv2Head(nn.Module):
             bev_seg_logits=self.seg_head(bev_features),
             image_seg_logits=self.pv_seg_head(features.flatten(0, 1)).unflatten(0, features.shape[:2]),
             depth_logits=depth_logits,
+            ego_from_lidar=ego_from_lidar.float(),
         )
+
+
+class MapTRv2ForRig(nn.Module):
+    """A MapTRv2 whose calibration is fixed, for exports: `Frame.rig` tells only which cameras are present.
+
+    `MapTRv2.for_rig` makes it. It runs on batches of one frame.
+    """
+
+    finds: ClassVar[tuple[str, ...]] = ("line",)
+    extra_inputs: ClassVar[tuple[str, ...]] = ("ego_from_lidar",)
+    raw_names: ClassVar[tuple[str, ...]] = ("line_logits", "line_points")
+
+    def __init__(self, network: MapTRv2, rig: CameraRig, ego_from_lidar: Tensor) -> None:
+        super().__init__()
+        self.config, self.image_encoder, self.head = network.config, network.image_encoder, network.head
+        H, W = padded_size(torch.zeros(1, *network.config.image_size))
+        with torch.no_grad():
+            features = self.image_encoder(torch.zeros(1, 1, 3, *network.config.image_size))[-1]
+        h, w = features.shape[-2:]
+        self.lift = FixedLiftSplat(network.head.transformer.encoder, rig, ego_from_lidar, (H, W), (h, w))
+        self.initial_state, self.decode = network.initial_state, network.decode
+        self.raw_outputs = network.raw_outputs
+
+    def forward(self, frame: Frame, state: State) -> tuple[MapTRv2Outputs, State]:
+        """As `MapTRv2.forward`."""
+        features = self.image_encoder(frame.images)[-1]
+        bev_features, depth_logits = self.lift(features, frame.rig.present)
+        return self.head.predict(features, bev_features, depth_logits, frame.ego_from_lidar), state
 
 
 class MapTRv2(nn.Module):
@@ -180,21 +221,22 @@ class MapTRv2(nn.Module):
     finds: ClassVar[tuple[str, ...]] = ("line",)
     loss_weights: ClassVar[Mapping[str, float]] = MAPTRV2_LOSS_WEIGHTS
     image_loss = None
+    needs_gt: ClassVar[bool] = False
+    tracks: ClassVar[bool] = False
     raw_names: ClassVar[tuple[str, ...]] = ("line_logits", "line_points")
-    no_export: ClassVar[str] = "it adds image features to BEV cells that depend on the calibration: a scatter"
+    extra_inputs: ClassVar[tuple[str, ...]] = ("ego_from_lidar",)
+    no_export: ClassVar[str] = ""
     published_prefixes: ClassVar[Mapping[str, str]] = PREFIXES
-    ego_from_lidar: Tensor
 
     def __init__(self, config: MapTRv2Config) -> None:
         super().__init__()
         self.config = config
         self.image_encoder = config.backbone.build(config.channels)
         self.head = MapTRv2Head(config)
-        self.register_buffer("ego_from_lidar", torch.tensor(config.ego_from_lidar), persistent=False)
 
     def initial_state(self, batch_size: int) -> State:
         """Returns an empty state: the network has no memory."""
-        return State(self.ego_from_lidar.new_zeros(batch_size, 0, 1, 1))
+        return State(self.head.code_weights.new_zeros(batch_size, 0, 1, 1))
 
     def forward(self, frame: Frame, state: State) -> tuple[MapTRv2Outputs, State]:
         """Predicts the lines of one frame.
@@ -208,7 +250,17 @@ class MapTRv2(nn.Module):
         """
         image_size = padded_size(frame.images)
         features = self.image_encoder(frame.images)[-1]
-        return self.head(features, frame.rig, self.ego_from_lidar, image_size), state
+        return self.head(features, mounted_rig(frame), frame.ego_from_lidar, image_size), state
+
+    def for_rig(self, rig: CameraRig, ego_from_lidar: Tensor) -> MapTRv2ForRig:
+        """Returns the network for one fixed calibration, whose lift has static shapes.
+
+        Args:
+            rig: leading [1, N], all cameras present, in pixels of images of the configured size, with the poses of the
+                cameras on the vehicle.
+            ego_from_lidar: [1, 4, 4].
+        """
+        return MapTRv2ForRig(self, rig, ego_from_lidar).eval()
 
     def loss(self, prediction: MapTRv2Outputs, gt: FrameObjects, frame: Frame) -> dict[str, Tensor]:
         """Computes the weighted losses by name, summed over decoder layers."""
@@ -221,5 +273,8 @@ class MapTRv2(nn.Module):
     def decode(self, prediction: MapTRv2Outputs) -> FrameObjects:
         """Decodes lines in the ego frame, best score first, and no boxes."""
         return decode_lines(
-            prediction.logits[-1][..., : len(LINE_CLASSES)], prediction.points[-1], self.ego_from_lidar, self.config
+            prediction.logits[-1][..., : len(LINE_CLASSES)],
+            prediction.points[-1],
+            prediction.ego_from_lidar,
+            self.config,
         )

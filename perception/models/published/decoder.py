@@ -58,18 +58,18 @@ class QuerySelfAttention(nn.Module):
         super().__init__()
         self.attn = nn.MultiheadAttention(channels, heads, batch_first=True)
 
-    def forward(self, query: Tensor, position: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, query: Tensor, position: Tensor | None, mask: Tensor | None = None) -> Tensor:
         """Adds the attended queries.
 
         Args:
             query: [B, Q, C].
-            position: positional encoding [B, Q, C], added to queries and keys.
+            position: positional encoding [B, Q, C], added to queries and keys; None for none.
             mask: [Q, Q] bool, True for pairs that must not attend to each other.
 
         Returns:
             [B, Q, C].
         """
-        key = query + position
+        key = query if position is None else query + position
         return query + self.attn(key, key, query, attn_mask=mask, need_weights=False)[0]
 
 
@@ -82,7 +82,7 @@ class BEVCrossAttention(nn.Module):
         self.sampling_offsets = nn.Linear(channels, heads * points * 2)
         self.attention_weights = nn.Linear(channels, heads * points)
         self.value_proj = nn.Linear(channels, channels)
-        self.output_proj = nn.Linear(channels, channels)
+        self.output_proj: nn.Module = nn.Linear(channels, channels)
         init_sampling(self.sampling_offsets, self.attention_weights, heads, 1, points)
 
     def forward(
@@ -100,13 +100,16 @@ class BEVCrossAttention(nn.Module):
         Returns:
             [B, Q, C].
         """
-        B, Q, C = query.shape
-        context = query + position
+        return self.output_proj(self.attend(query + position, bev, references, size)) + query
+
+    def attend(self, context: Tensor, bev: Tensor, references: Tensor, size: tuple[int, int]) -> Tensor:
+        """Samples BEV features [B, Q, C] for queries with position [B, Q, C], before the output projection."""
+        B, Q, C = context.shape
         offsets = self.sampling_offsets(context).view(B, Q, self.heads, 1, self.points, 2)
         weights = self.attention_weights(context).view(B, Q, self.heads, 1, self.points).softmax(-1)
         locations = references[:, :, None, None, None] + offsets / constants([size[1], size[0]], offsets)
         value = self.value_proj(bev).view(B, -1, self.heads, C // self.heads)
-        return self.output_proj(deformable_attention(value, [size], locations, weights)) + query
+        return deformable_attention(value, [size], locations, weights)
 
 
 class DecoderLayer(nn.Module):

@@ -127,8 +127,8 @@ class SpatialCrossAttention(nn.Module):
         return self.output_proj(mean) + query
 
 
-class _KernelAttention(nn.Module):
-    """The layers of geometry-guided kernel attention before sampling, under their published names."""
+class KernelLayers(nn.Module):
+    """The layers of kernel attention before sampling, under their published names."""
 
     def __init__(self, channels: int, heads: int, points: int) -> None:
         super().__init__()
@@ -136,6 +136,15 @@ class _KernelAttention(nn.Module):
         self.value_proj = nn.Linear(channels, channels)
         for parameter in self.attention_weights.parameters():
             nn.init.zeros_(parameter)
+
+
+def kernel_offsets(kernel: tuple[int, int]) -> Tensor:
+    """Lists the pixels of a kernel as offsets (x, y) from its centre, column by column: [P, 2].
+
+    Even sides lean to the upper left, as published.
+    """
+    y, x = (torch.arange(side) - side // 2 for side in kernel)
+    return torch.cartesian_prod(x, y)
 
 
 class GeometryKernelAttention(nn.Module):
@@ -155,10 +164,9 @@ class GeometryKernelAttention(nn.Module):
     def __init__(self, channels: int, heads: int, kernel: tuple[int, int]) -> None:
         super().__init__()
         self.heads = heads
-        self.attention = _KernelAttention(channels, heads, kernel[0] * kernel[1])
+        self.attention = KernelLayers(channels, heads, kernel[0] * kernel[1])
         self.output_proj = nn.Linear(channels, channels)
-        y, x = (torch.arange(side) - side // 2 for side in kernel)
-        self.register_buffer("kernel", torch.cartesian_prod(x, y), persistent=False)  # [P, 2], by column as published
+        self.register_buffer("kernel", kernel_offsets(kernel), persistent=False)
 
     def forward(
         self, query: Tensor, features: Tensor, sizes: list[tuple[int, int]], references: Tensor, visible: Tensor

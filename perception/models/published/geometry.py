@@ -2,8 +2,12 @@
 
 The published weights depend on these conventions:
 
-- 3D coordinates are those of LIDAR_TOP: x to the right, y ahead. Rows of the BEV grid lie along y, columns along x.
-  `PublishedConfig.ego_from_lidar` is the pose of LIDAR_TOP.
+- 3D coordinates are those of LIDAR_TOP with its tilt: x to the right, y ahead. Rows of the BEV grid lie along y,
+  columns along x. `Frame.ego_from_lidar` is the pose of LIDAR_TOP.
+- Lines have no height. They lie in a level frame with the position and yaw of LIDAR_TOP, as the published ground truth,
+  and are taken as points of the LiDAR frame.
+- BEVFormer and MapTR project by the cameras' poses at their own exposures (`lidar_projections`), MapTRv2 lifts by their
+  poses on the vehicle (`mounted_rig`).
 - Ego motion comes as a CAN bus vector of 18 numbers, of which the published code uses the driven distance, its
   direction and the change of yaw. `can_bus_vector` makes it from `Frame.ego_from_prev`. The numbers that only a CAN bus
   has (global pose, acceleration) are zero.
@@ -20,17 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perception.geometry import invert_rigid
+from perception.geometry import full_precision, invert_rigid
 from perception.models.published.backbone import FPNConfig, PublishedBackboneConfig
-from perception.types import Frame, LaneRange
+from perception.types import CameraRig, Frame, LaneRange
 
-# The pose of LIDAR_TOP on the cars of nuScenes, with its rotation rounded to whole degrees.
-NUSCENES_EGO_FROM_LIDAR = (
-    (0.0, 1.0, 0.0, 0.9437),
-    (-1.0, 0.0, 0.0, 0.0),
-    (0.0, 0.0, 1.0, 1.8402),
-    (0.0, 0.0, 0.0, 1.0),
-)
 MIN_DEPTH = 1e-5  # metres
 # Prefixes of the keys in published checkpoints, and the library's.
 PREFIXES = {"img_backbone.": "image_encoder.backbone.", "img_neck.": "image_encoder.neck.", "pts_bbox_head.": "head."}
@@ -57,7 +54,6 @@ class PublishedConfig:
     gkt_kernel: tuple[int, int] | None = None  # height and width, see `GeometryKernelAttention`; None for deformable
     cameras: int = 6
     rotate_center: tuple[int, int] = (100, 100)  # column and row
-    ego_from_lidar: tuple[tuple[float, ...], ...] = NUSCENES_EGO_FROM_LIDAR
 
     @property
     def lane_range(self) -> LaneRange:
@@ -91,6 +87,7 @@ def cell_centers(h: int, w: int, device: torch.device | str) -> Tensor:
     return torch.stack([x, y], -1).flatten(0, 1)
 
 
+@full_precision
 def project_pillars(
     config: PublishedConfig, img_from_lidar: Tensor, image_size: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
@@ -113,12 +110,24 @@ def project_pillars(
     xy = cell_centers(h, w, low.device)
     normalized = torch.cat([xy[:, None].expand(-1, Z, -1), z.view(1, Z, 1).expand(h * w, -1, -1)], -1)
     points = F.pad(low + normalized * (high - low), (0, 1), value=1.0)  # [h * w, Z, 4]
-    projected = torch.einsum("bnij,qzj->bnqzi", img_from_lidar, points)
+    references, inside = image_references(torch.einsum("bnij,qzj->bnqzi", img_from_lidar, points), image_size)
+    return references, inside.any(-1)
+
+
+def image_references(projected: Tensor, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Normalises projected points.
+
+    Args:
+        projected: [..., 4] of (u depth, v depth, depth, 1).
+        image_size: height and width in pixels of the images that they were projected to.
+
+    Returns:
+        Reference points [..., 2], x and y normalised to 0..1 over the image; whether the image shows the point [...].
+    """
     depth = projected[..., 2]
     references = projected[..., :2] / depth.clamp(min=MIN_DEPTH)[..., None]
     references = references / constants([image_size[1], image_size[0]], references)
-    inside = ((references > 0) & (references < 1)).all(-1) & (depth > MIN_DEPTH)
-    return references, inside.any(-1)
+    return references, ((references > 0) & (references < 1)).all(-1) & (depth > MIN_DEPTH)
 
 
 def rotate_bev(bev: Tensor, config: PublishedConfig, angle_deg: Tensor) -> Tensor:
@@ -162,10 +171,24 @@ def can_bus_vector(frame: Frame) -> Tensor:
     return torch.cat([translation * has_previous, torch.ones_like(yaw_change), zeros, yaw_change * has_previous], 1)
 
 
-def lidar_projections(frame: Frame, ego_from_lidar: Tensor) -> Tensor:
+@full_precision
+def mounted_rig(frame: Frame) -> CameraRig:
+    """Returns the rig [B, N] with the poses of the cameras on the vehicle, without motion since their exposure."""
+    rig = frame.rig
+    return rig._replace(ego_from_cam=invert_rigid(frame.ego_from_exposure.float()) @ rig.ego_from_cam.float())
+
+
+def lidar_level(ego_from_lidar: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns rotation [..., 2, 2] and translation [..., 2] of the level frame of the lines in the ego frame."""
+    x_axis = F.normalize(ego_from_lidar[..., :2, 0], dim=-1)
+    return torch.stack([x_axis, torch.stack([-x_axis[..., 1], x_axis[..., 0]], -1)], -1), ego_from_lidar[..., :2, 3]
+
+
+@full_precision
+def lidar_projections(frame: Frame) -> Tensor:
     """Returns matrices [B, N, 4, 4] from LiDAR points to (u depth, v depth, depth, 1), zero for absent cameras."""
     rig = frame.rig
     last = F.pad(torch.zeros_like(rig.img_from_cam[..., :1, :]), (0, 1), value=1.0)  # 0 0 0 1
     img_from_cam = torch.cat([F.pad(rig.img_from_cam.float(), (0, 1)), last], -2)  # [B, N, 4, 4]
-    matrix = img_from_cam @ invert_rigid(rig.ego_from_cam.float()) @ ego_from_lidar.float()
+    matrix = img_from_cam @ invert_rigid(rig.ego_from_cam.float()) @ frame.ego_from_lidar.float()[:, None]
     return torch.where(rig.present[..., None, None], matrix, torch.zeros_like(matrix))
