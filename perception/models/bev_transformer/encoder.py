@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from perception.cameras import choose_cameras, pixel_rays
 from perception.grid import BEVGrid
-from perception.ops import read_cameras, sample_cameras
+from perception.ops import is_channels_last, read_cameras, sample_cameras
 from perception.types import CameraRig
 
 NEAREST_DEPTH, FARTHEST_DEPTH = 1.0, 80.0  # metres, the range of the depth bins
@@ -178,15 +178,16 @@ class SpatialCrossAttention(nn.Module):
         bypass, mean = read_cameras(depth_gate[:, :, :2], uv, camera).unbind(1)  # [B, XY * Z, K]
         gate = torch.lerp(sample_depth(depth_gate[:, :, 2:], uv, camera, depth), torch.ones_like(depth), bypass)
         farther = DEPTH_CONTRAST * (mean - depth_bin(depth, 2)).clamp(-0.1, 0.1)
-        geometry = torch.stack([gate, farther], -1) * (seen / seen.sum(-1, keepdim=True).clamp(min=1))[..., None]
+        share = seen / seen.sum(-1, keepdim=True).clamp(min=1)  # [B, XY * Z, K]
+        geometry = torch.stack([gate, farther], -1) * share[..., None]
 
         offset = self.offset(query).float().reshape(B, XY * Z, 1, S, 2)
         offset = torch.stack([offset[..., 0] / w, offset[..., 1] / h], -1)
         locations = (uv[:, :, :, None] + offset).reshape(B, XY * Z, K * S, 2)
-        weight = (seen * gate)[..., None]  # [B, XY * Z, K, S]; a point that no camera sees samples nothing
+        weight = (share * gate)[..., None]  # [B, XY * Z, K, 1]; a point that no camera sees samples nothing
         if self.weight is not None:
-            logit = self.weight(query).float().reshape(B, XY * Z, 1, S).expand(-1, -1, K, -1)
-            weight = weight * logit.masked_fill(~seen[..., None], -1e4).flatten(2).softmax(-1).unflatten(2, (K, S))
+            # The softmax over all samples of all cameras that see the point, which have the same logits.
+            weight = weight * self.weight(query).float().reshape(B, XY * Z, 1, S).softmax(-1)
         pillar = sample_cameras(value, locations, camera[..., None].expand(-1, -1, -1, S).flatten(2), weight.flatten(2))
         pillar = torch.cat([pillar, geometry.sum(2)], -1)  # [B, XY * Z, C + 2]
         return self.norm(query + self.output(pillar.reshape(B, XY, -1)))
@@ -249,6 +250,8 @@ class TemporalFusion(nn.Module):
         warped = self.grid.warp(memory, ego_from_prev).to(bev.dtype)
         age = seconds.to(bev.dtype).view(-1, 1, 1, 1) * known
         timing = torch.cat([known, age], 1).expand(-1, -1, *bev.shape[-2:])
+        if is_channels_last(self.gate.weight):  # parts of different layouts would be copied by every layer after this
+            bev, warped, timing = (x.contiguous(memory_format=torch.channels_last) for x in (bev, warped, timing))
         both = torch.cat([bev, warped, timing], 1)
         gate = self.gate(both).sigmoid()
         return gate * self.candidate(both).relu() + (1 - gate) * warped + bev, warped
