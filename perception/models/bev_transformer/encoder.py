@@ -178,16 +178,15 @@ class SpatialCrossAttention(nn.Module):
         bypass, mean = read_cameras(depth_gate[:, :, :2], uv, camera).unbind(1)  # [B, XY * Z, K]
         gate = torch.lerp(sample_depth(depth_gate[:, :, 2:], uv, camera, depth), torch.ones_like(depth), bypass)
         farther = DEPTH_CONTRAST * (mean - depth_bin(depth, 2)).clamp(-0.1, 0.1)
-        share = seen / seen.sum(-1, keepdim=True).clamp(min=1)  # [B, XY * Z, K]
-        geometry = torch.stack([gate, farther], -1) * share[..., None]
+        geometry = torch.stack([gate, farther], -1) * (seen / seen.sum(-1, keepdim=True).clamp(min=1))[..., None]
 
         offset = self.offset(query).float().reshape(B, XY * Z, 1, S, 2)
         offset = torch.stack([offset[..., 0] / w, offset[..., 1] / h], -1)
         locations = (uv[:, :, :, None] + offset).reshape(B, XY * Z, K * S, 2)
-        weight = (share * gate)[..., None]  # [B, XY * Z, K, 1]; a point that no camera sees samples nothing
+        weight = (seen * gate)[..., None]  # [B, XY * Z, K, S]; a point that no camera sees samples nothing
         if self.weight is not None:
-            # The softmax over all samples of all cameras that see the point, which have the same logits.
-            weight = weight * self.weight(query).float().reshape(B, XY * Z, 1, S).softmax(-1)
+            logit = self.weight(query).float().reshape(B, XY * Z, 1, S).expand(-1, -1, K, -1)
+            weight = weight * logit.masked_fill(~seen[..., None], -1e4).flatten(2).softmax(-1).unflatten(2, (K, S))
         pillar = sample_cameras(value, locations, camera[..., None].expand(-1, -1, -1, S).flatten(2), weight.flatten(2))
         pillar = torch.cat([pillar, geometry.sum(2)], -1)  # [B, XY * Z, C + 2]
         return self.norm(query + self.output(pillar.reshape(B, XY, -1)))
