@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_result import complaints
 
+from perception.inference.result import from_dict
 from perception.models.bev_transformer.config import BEVTransformerConfig
 from perception.models.bev_transformer.model import BEVTransformer
 from perception.models.checkpoint import load_model, save_checkpoint
@@ -77,7 +79,12 @@ def test_predict_fills_the_memory_up_to_the_sample(tmp_path, town_root, checkpoi
     numbers = json.loads(path.read_text())
     dataset = NuScenesDataset(town_root, VERSION, "town_val", image_size=SMALL.image_size)
     expected = predict_stream(load_model(checkpoint), dataset).objects[token]
-    assert numbers["sample"] == token and numbers["frame"] == "ego"
+    found = from_dict(numbers)
+    assert complaints(numbers) == []
+    i = dataset.tokens.index(token)
+    assert found.info.time_s == dataset.timestamps[i] and found.info.used_memory and found.warnings == ()
+    np.testing.assert_array_equal(found.info.global_from_ego, dataset.ego_pose(i))
+    assert found.info.weights.name == Path(checkpoint).name
     assert len(numbers["boxes"]) == int((expected.boxes.score >= 0.001).sum()) > 0
     np.testing.assert_allclose([box["score"] for box in numbers["boxes"]], expected.boxes.score, rtol=1e-3)
     np.testing.assert_allclose([line["points"] for line in numbers["lines"]], expected.lines.points, atol=1e-3)
@@ -108,7 +115,8 @@ def test_predict_says_how_much_is_right_and_what_the_weights_know(tmp_path, town
     assert "\nnote: the weights were trained on generated scenes only and are of no use on real images" in done.stdout
     numbers = json.loads(path.read_text())
     assert len(numbers["boxes"]) == 57 and all(0.25 <= box["seen"] <= 1 for box in numbers["boxes"])
-    assert len(numbers["notes"]) == 1 and len(numbers["lines"][0]["seen"]) == len(numbers["lines"][0]["points"])
+    assert len(numbers["warnings"]) == 1 and not numbers["memory"]["used"] and numbers["weights"]["name"] == "nano"
+    assert numbers["time_s"] is None and len(numbers["lines"][0]["seen"]) == len(numbers["lines"][0]["points"])
     done = run(
         "predict.py", "--dataroot", town_root, "--version", VERSION, "--split", "town_val", "--out", tmp_path / "b.png"
     )

@@ -53,7 +53,10 @@ def predict_sample(model, arguments):
     clip, scene, _ = deque(
         run_sequence_seen(model, clips), maxlen=1
     ).pop()  # what comes before the sample fills the memory
-    return sample, clip, scene, dataset.cameras
+    info = scene.info._replace(
+        time_s=float(dataset.timestamps[target]), global_from_ego=dataset.ego_pose(target).astype(float)
+    )
+    return sample, clip, scene._replace(info=info), dataset.cameras
 
 
 def predict_info(model, arguments):
@@ -92,32 +95,18 @@ def shown(scene, min_score: float, min_seen: float):
     import torch
 
     from perception.inference.visibility import kept_by
-    from perception.types import LiveObjects, NumpySeen, Seen, map_tensors
+    from perception.types import NumpySeen, Seen, map_tensors
 
     seen = kept_by(NumpySeen(scene.seen.boxes.numpy(), scene.seen.lines.numpy()), min_seen)
     boxes, lines = (
         objects.valid & (objects.score >= min_score) & torch.from_numpy(kept)
         for objects, kept in zip((scene.boxes, scene.lines), seen, strict=True)
     )
-    return LiveObjects(
-        map_tensors(lambda tensor: tensor[boxes], scene.boxes),
-        map_tensors(lambda tensor: tensor[lines], scene.lines),
-        Seen(scene.seen.boxes[boxes], scene.seen.lines[lines]),
-        scene.warnings,
+    return scene._replace(
+        boxes=map_tensors(lambda tensor: tensor[boxes], scene.boxes),
+        lines=map_tensors(lambda tensor: tensor[lines], scene.lines),
+        seen=Seen(scene.seen.boxes[boxes], scene.seen.lines[lines]),
     )
-
-
-BOX_KEYS = ("class", "score", "center", "size", "yaw", "velocity", "seen")
-LINE_KEYS = ("class", "score", "points", "seen")
-
-
-def as_records(scene) -> dict:
-    """Boxes and lines of one frame as plain JSON values, in the ego frame, metres and radians."""
-    values = scene.to_dict()
-    return {
-        kind: [{key: row[key] for key in keys} for row in values[kind]]
-        for kind, keys in (("boxes", BOX_KEYS), ("lines", LINE_KEYS))
-    }
 
 
 def count_matches(scene, gt) -> tuple[int, int]:
@@ -330,11 +319,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "to it, or where nuScenes, KITTI and Waymo have them)",
     )
     sample.add_argument("--map-vectors", type=Path, help="with --info: JSON of global polylines, drawn as ground truth")
-    sample.add_argument("--json", type=output_file("--json"), help="file for the predicted boxes and lines, ego frame")
+    sample.add_argument("--json", type=output_file("--json"), help="file for the result, in the format of live results")
     arguments = parser.parse_args(argv)
 
     from perception.errors import ConfigError
-    from perception.files import check_dataset, check_writable, replacing, write_json
+    from perception.files import check_dataset, check_writable, replacing
 
     kind = check_options(arguments)
     check_writable("--out", arguments.out, folder=kind == "images")
@@ -352,6 +341,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from perception.inference.acceleration import accelerated
     from perception.models.checkpoint import load_model, read_provenance
+    from perception.models.provenance import weights_of
     from perception.types import map_tensors
     from perception.visualization.pictures import draw_frame
 
@@ -373,12 +363,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     with replacing(arguments.out) as beside:
         picture.save(beside, "PNG")
-    records = as_records(scene)
     if arguments.json:
-        write_json(arguments.json, {"sample": sample, "frame": "ego", "notes": notes} | records)
+        info = scene.info._replace(weights=weights_of(arguments.checkpoint, provenance))
+        with replacing(arguments.json) as beside:
+            beside.write_text(scene._replace(warnings=tuple(notes), info=info).to_json() + "\n", encoding="utf-8")
     print(f"{'':8s}{'predicted':>10s}{'true':>8s}{'matched':>10s}")
-    for kind, gt, matched in zip(("boxes", "lines"), clip.gt, count_matches(scene, clip.gt), strict=True):
-        print(f"{kind:8s}{len(records[kind]):>10d}{int(gt.valid.sum()):>8d}{matched:>10d}")
+    rows = zip(("boxes", "lines"), scene.objects, clip.gt, count_matches(scene, clip.gt), strict=True)
+    for kind, predicted, gt, matched in rows:
+        print(f"{kind:8s}{len(predicted.score):>10d}{int(gt.valid.sum()):>8d}{matched:>10d}")
     print("matched: same class and centre within 2 m (boxes), same class and Chamfer distance within 1 m (lines)")
     print(f"weights: {provenance or 'their file does not say what they were trained on'}")
     print(f"precision: {model.choice}")

@@ -383,8 +383,8 @@ class StreamValLoop(BaseLoop):
         core = copy.deepcopy(core_of(runner)).eval()
         core.load_state_dict(halve(core.state_dict()))  # evaluates the weights that `ExportHook` writes
         # Float32, as `perception evaluate` runs by default: both give the same numbers for the same weights.
-        core = accelerated(core, precision="float32")
-        stream = predict_stream(core, dataset, rank=rank, world_size=world, workers=self.dataloader.num_workers)
+        network = accelerated(core, precision="float32")
+        stream = predict_stream(network, dataset, rank=rank, world_size=world, workers=self.dataloader.num_workers)
         predictions = {token: objects for part in all_gather_object(stream.objects) for token, objects in part.items()}
         results = [evaluate_predictions(dataset, predictions).metrics() if rank == 0 else {}]
         broadcast_object_list(results)

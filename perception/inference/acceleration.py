@@ -47,14 +47,15 @@ class AcceleratedNetwork(nn.Module):
         self, network: Network, precision: str, choice: str, *, channels_last: bool, compile: bool, cuda_graph: bool
     ) -> None:
         super().__init__()
-        self.network: Any = network
+        self.network = network
         self.config, self.finds, self.raw_names = network.config, network.finds, network.raw_names
+        self.extra_inputs = network.extra_inputs
         self.precision, self.choice = precision, choice
         self._channels_last, self._cuda_graph = channels_last, cuda_graph
         self._device_type = next(network.parameters()).device.type
-        self._compiled: Callable | None = _compiled(self.network) if compile else None
-        self._ready: set[tuple] = set()  # shapes of frames that were compiled
-        self._graphs: dict[tuple, _FrameGraph] = {}  # by shapes of the frame
+        self._compiled: Callable[..., Any] | None = _compiled(self.network) if compile else None
+        self._ready: set[tuple[Any, ...]] = set()  # shapes of frames that were compiled
+        self._graphs: dict[tuple[Any, ...], _FrameGraph] = {}  # by shapes of the frame
         self.training = False
         if hasattr(network, "rig_geometry"):  # see `perception.models.base.Network`
             self.rig_geometry = network.rig_geometry
@@ -88,7 +89,8 @@ class AcceleratedNetwork(nn.Module):
         """Decodes boxes and lines, as `Network.decode`."""
         for graph in self._graphs.values():
             if prediction is graph.prediction:
-                return map_tensors(torch.clone, graph.objects)
+                objects: FrameObjects = map_tensors(torch.clone, graph.objects)
+                return objects
         return self.network.decode(prediction)
 
     def raw_outputs(self, prediction: Any) -> tuple[Tensor, ...]:
@@ -119,7 +121,7 @@ class AcceleratedNetwork(nn.Module):
         self._ready.add(key)
         return result
 
-    def _autocast(self) -> AbstractContextManager:
+    def _autocast(self) -> AbstractContextManager[object]:
         if self.precision == "float32":
             return nullcontext()
         return torch.autocast(self._device_type, _DTYPES[self.precision])
@@ -159,7 +161,7 @@ def accelerated(
     choice = [f"{chosen} ({reason})"]
     prepared = network
     if channels_last or fold or chosen == "bfloat16":
-        prepared = copy.deepcopy(network).requires_grad_(False)
+        prepared = copy.deepcopy(network).eval().requires_grad_(False)
     if fold or chosen == "bfloat16":
         observer = observe(prepared)
         if chosen == "bfloat16":
@@ -216,14 +218,15 @@ def cpu_has_bfloat16() -> bool:
 
 
 def _channels_last(images: Tensor) -> Tensor:
-    return images.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, images.shape[:2])
+    flat = images.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    return flat.view(*images.shape[:2], *flat.shape[1:])
 
 
 def _float(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor is not None and tensor.is_floating_point() else tensor
 
 
-def _shapes(inputs: tuple) -> tuple:
+def _shapes(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple((tensor.shape, tensor.dtype) for tensor in _flat(inputs))
 
 
@@ -248,7 +251,7 @@ def check_compiler() -> None:
         ) from None
 
 
-def _compiled(network: Any) -> Callable:
+def _compiled(network: Any) -> Callable[..., Any]:
     def call(*inputs: Any) -> Any:  # a function, because compiled modules become submodules
         return network(*inputs)
 
@@ -283,7 +286,7 @@ def _compiler_cache() -> Iterator[Path]:
 
 def capture_graph(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
     """Captures a pass as a CUDA graph, after warm-up passes on another stream, which capturing requires."""
-    other = torch.cuda.Stream()
+    other = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     other.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(other):
         for _ in range(WARM_UP):
@@ -305,7 +308,7 @@ class _FrameGraph:
         inputs: of the first call; copied.
     """
 
-    def __init__(self, run: Callable, decode: Callable, inputs: tuple) -> None:
+    def __init__(self, run: Callable[..., Any], decode: Callable[..., Any], inputs: tuple[Any, ...]) -> None:
         self._inputs = tuple(map_tensors(torch.clone, part) for part in inputs)
         self.prediction: Any = None
         self.objects: Any = None
@@ -317,7 +320,7 @@ class _FrameGraph:
 
         self._graph = capture_graph(one_pass)
 
-    def __call__(self, inputs: tuple) -> tuple[Any, Any]:
+    def __call__(self, inputs: tuple[Any, ...]) -> tuple[Any, Any]:
         """Processes one frame; the prediction is valid until the next call."""
         for buffer, tensor in zip(_flat(self._inputs), _flat(inputs), strict=True):
             buffer.copy_(tensor)

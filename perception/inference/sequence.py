@@ -19,8 +19,7 @@ from perception.inference.ego_motion import FIRST_FRAME
 from perception.inference.fixed_rig import FixedRig
 from perception.inference.live import NO_MEMORY_IN_NETWORK
 from perception.inference.visibility import SeenMap
-from perception.models import Network
-from perception.models.base import remembers
+from perception.models.base import InferenceNetwork, remembers
 from perception.types import Clip, Frame, FrameObjects, LiveObjects, NumpyCameraRig, Seen, StepInfo, map_tensors
 
 # Changes frames with leading [1, 1] before the network sees them, given the number of their scene and of their sample.
@@ -35,7 +34,7 @@ class Stream(NamedTuple):
 
 
 @torch.inference_mode()
-def run_sequence(model: Network, clips: Iterable[Clip]) -> Iterator[tuple[Clip, FrameObjects, float]]:
+def run_sequence(model: InferenceNetwork, clips: Iterable[Clip]) -> Iterator[tuple[Clip, FrameObjects, float]]:
     """Runs a network on one frame after another and passes its memory on; the first frame of a scene ignores it.
 
     Args:
@@ -57,7 +56,7 @@ def run_sequence(model: Network, clips: Iterable[Clip]) -> Iterator[tuple[Clip, 
 
 
 @torch.inference_mode()
-def run_sequence_seen(model: Network, clips: Iterable[Clip]) -> Iterator[tuple[Clip, LiveObjects, float]]:
+def run_sequence_seen(model: InferenceNetwork, clips: Iterable[Clip]) -> Iterator[tuple[Clip, LiveObjects, float]]:
     """As `run_sequence`, also with what the cameras see of the predictions now and have seen before."""
     has_memory = remembers(model)
     seen_map = SeenMap(has_memory)
@@ -75,7 +74,7 @@ def run_sequence_seen(model: Network, clips: Iterable[Clip]) -> Iterator[tuple[C
 
 
 def predict_stream(
-    model: Network,
+    model: InferenceNetwork,
     dataset: NuScenesDataset,
     *,
     disturb: Disturbance | None = None,

@@ -312,7 +312,7 @@ def _of_type(key: str, value: Any, hint: Any) -> Any:
 
 
 def import_published(path: str | Path) -> Network:
-    """Loads a checkpoint that the published code of BEVFormer, MapTR or MapTRv2 wrote.
+    """Loads a checkpoint that the published code of a network of `NETWORKS` wrote.
 
     Args:
         path: `.pth` file of a state dict with the published keys, alone or as training codes nest and wrap it, see
