@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch._inductor.config
@@ -29,6 +30,7 @@ from perception.models.bev_transformer.model import BEVTransformer
 from perception.models.bevformer.model import BEVFormer
 from perception.models.checkpoint import load_model
 from perception.models.maptrv2.model import MapTRv2
+from perception.rigs.rig import Rig
 from perception.synthetic import VERSION, simulate
 from perception.types import State, map_tensors
 
@@ -144,6 +146,7 @@ class Awkward(nn.Module):
         return (self.returned_norm(x), x), state
 
 
+@torch.no_grad()
 def test_batch_norms_are_folded_only_where_that_is_exact():
     torch.manual_seed(2)
     network = with_statistics(Awkward()).double().eval()
@@ -254,6 +257,24 @@ def test_a_replayed_frame_reads_its_own_inputs(flagship, monkeypatch):
             torch.testing.assert_close(found, expected)
         prediction, _ = plain(first, plain.initial_state(1))
         torch.testing.assert_close(graph.decode(prediction), kept[0][0])
+
+
+@pytest.mark.filterwarnings("ignore::perception.errors.PerceptionWarning")  # the image is grey
+def test_a_predictor_with_a_rig_compiles_at_construction(flagship, monkeypatch, capsys):
+    """Eagerly, since compiling takes minutes; the line on stderr and the choice of when to compile are those of it."""
+    monkeypatch.setattr(acceleration, "_compiled", lambda network: network.__call__)
+    predictor = Predictor(flagship, rig=Rig.load("surround_fisheye"), precision="float32", compile=True)
+    assert repr(predictor).startswith("Predictor(BEVTransformer on cpu: float32 (as asked for), 25 batch norms folded")
+    assert capsys.readouterr().err.count("compiling BEVTransformer for") == 2  # before and after
+    found = predictor.step({"left": np.full((966, 1280, 3), 90, np.uint8)}, np.eye(4), 0.0)
+    assert capsys.readouterr().err == "" and len(found.boxes.score)
+
+    def fail(*inputs):
+        raise RuntimeError("no header\nand more")
+
+    monkeypatch.setattr(acceleration, "_compiled", lambda network: fail)
+    with pytest.raises(ConfigError, match=r"the network cannot be compiled here \(no header\); leave compile out"):
+        Predictor(flagship, rig=Rig.load("surround_fisheye"), compile=True)
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
