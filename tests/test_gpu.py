@@ -7,11 +7,11 @@ import pytest
 import torch
 from test_engine import CONFIG, scalars
 
+from perception.benchmark import latency
 from perception.data.loader import TrainSampler, collate
 from perception.data.nuscenes import NuScenesDataset
 from perception.engine.config import load_config
 from perception.engine.training import TrainingModel, train
-from perception.export import latency
 from perception.export.engine_session import Cuda
 from perception.export.parity import certify
 from perception.export.tensorrt import build_engines
@@ -134,5 +134,5 @@ def test_an_engine_passes_the_gate_of_the_graph(exports, small_network, small_to
     build_engines(folder, targets=[target])
     found = certify(small_network, folder, small_town, backend="tensorrt")
     assert found.failures == []
-    measured = latency.measure(small_network, folder, ["pytorch", "tensorrt"], passes=10)
-    assert measured["tensorrt"].device == target
+    measured = latency.measure(small_network, ["tensorrt"], {"fp32": folder}, passes=10)
+    assert measured.backends["tensorrt"].device == target

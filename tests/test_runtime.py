@@ -16,8 +16,8 @@ import pytest
 from conftest import MIXED, RAW
 from host_cuda import HostContext, HostCuda, HostEngine, HostRuntime, HostTensorRT
 
+from perception.benchmark import latency
 from perception.errors import CheckpointError, ConfigError, DataError, PerceptionWarning
-from perception.export import latency
 from perception.export.contract import ImageInputs, read_contract
 from perception.export.parity import certify
 from perception.export.replay import camera_frame, replay_frames
@@ -94,8 +94,8 @@ def test_a_step_of_a_mixed_rig(small_network, mixed_export, small_town):
         runtime.step([*given.images[:4], given.images[1], given.images[5]], rig, small_town.ego_pose(3), 1.5)
     with pytest.raises(DataError, match=r"images is .*; give \[N, H \* 3/2, W\], one image per camera"):
         runtime.step(np.zeros((6, *RAW, 3), np.uint8), rig, small_town.ego_pose(3), 1.5)
-    measured = latency.measure(small_network, mixed_export, ["pytorch", "ort"], passes=1)
-    assert measured["ort"].filling > 0
+    measured = latency.measure(small_network, ["ort"], {"fp32": mixed_export}, passes=1)
+    assert 0 < measured.backends["ort"].largest < 1e-3
 
 
 # What the library requires and a vehicle does not have.
@@ -293,8 +293,8 @@ def test_a_certificate_of_an_engine(engine_folder, small_network, small_town):
     assert found.failures == [] and "run by tensorrt" in found.markdown()
     found.save(engine_folder)
     assert json.loads((engine_folder / "certificate.tensorrt.json").read_text())["backend"] == "tensorrt"
-    measured = latency.measure(small_network, engine_folder, ["pytorch", "tensorrt"], passes=1)
-    assert measured["tensorrt"].device == "sm89"
+    measured = latency.measure(small_network, ["tensorrt"], {"fp32": engine_folder}, passes=1)
+    assert measured.backends["tensorrt"].device == "sm89"
 
 
 def test_engines_that_do_not_fit_are_refused(engine_folder, fp32_export, monkeypatch):

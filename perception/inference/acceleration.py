@@ -49,6 +49,7 @@ class AcceleratedNetwork(nn.Module):
         super().__init__()
         self.network = network
         self.config, self.finds, self.raw_names = network.config, network.finds, network.raw_names
+        self.extra_inputs = network.extra_inputs
         self.precision, self.choice = precision, choice
         self._channels_last, self._cuda_graph = channels_last, cuda_graph
         self._device_type = next(network.parameters()).device.type
@@ -160,7 +161,7 @@ def accelerated(
     choice = [f"{chosen} ({reason})"]
     prepared = network
     if channels_last or fold or chosen == "bfloat16":
-        prepared = copy.deepcopy(network).requires_grad_(False)
+        prepared = copy.deepcopy(network).eval().requires_grad_(False)
     if fold or chosen == "bfloat16":
         observer = observe(prepared)
         if chosen == "bfloat16":
