@@ -53,7 +53,7 @@ def from_tables(network, town_root):
 
 
 def predictions(network, recording: Recording, **how):
-    predictor = Predictor(network, min_seen=0)
+    predictor = Predictor(network, precision="float32", min_seen=0)
     return list(predict_frames(predictor, recording.rig, recording.frames(recording.plan(**how))))
 
 
