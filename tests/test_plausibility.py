@@ -96,6 +96,29 @@ def test_others_with_the_same_fault_are_counted():
     assert list(implausible_rig(rig, [(H, W)], np.zeros(0, bool))) == ["no camera"]
 
 
+def test_a_camera_of_several_images_is_one_camera_and_faulty_as_a_whole():
+    names = ("wide", "wide", "front")
+    rig = NumpyCameraRig(np.tile(150 * np.eye(3), (3, 1, 1)), np.tile(AHEAD, (3, 1, 1)), np.ones(3, bool))
+    rig.img_from_cam[:, :2, 2], rig.ego_from_cam[:, 1, 3] = (W / 2, H / 2), (0, 1, 2)
+
+    def blind(seeing):
+        return implausible_rig(rig, [(H, W)] * 3, np.array(seeing), names).get("blind camera", "")
+
+    assert blind([False, True, True]) == "" and "rig: camera 0 sees nothing" in blind([False, False, True])
+    assert "more" not in blind([False, False, True]) and blind([False] * 3).endswith("the same holds for 1 more")
+    picture, flat = sampled_rgb(scenery(SKY, ROAD)), np.full((24, 32, 3), 7, np.float32)
+
+    def dead(*images):
+        return ImageStatistics(names).implausible(dict(enumerate(images)))[0].get("no contrast", "")
+
+    assert dead(flat, picture, np.roll(picture, 1, 1)).startswith("images[0] has the same value in a whole image of")
+    assert dead(flat, flat, picture).startswith("images[0] has the same value everywhere, 7:")
+    assert "images[0] (and 1 others)" in dead(flat, flat, flat)
+    # Colours of fewer than three cameras may be odd by chance, however many images they become.
+    assert list(findings(scenery(ORANGE, ROAD, BLUISH), cameras=3)) == ["swapped colours"]
+    assert findings(scenery(ORANGE, ROAD, BLUISH), cameras=3, names=names) == {}
+
+
 def test_warnings_are_given_once_but_events_every_time():
     warned, findings = Warnings(["front", "rear"]), {"height": "rig.ego_from_cam[1] is high", "motion": "a jump"}
     with pytest.warns(PerceptionWarning) as first:
@@ -145,8 +168,8 @@ def scenery(top, bottom, foliage=None, share=0.3):
     return image
 
 
-def findings(image, cameras=4, frames=3):
-    statistics = ImageStatistics()
+def findings(image, cameras=4, frames=3, names=()):
+    statistics = ImageStatistics(names)
     for _ in range(frames):
         images = {n: sampled_rgb(np.roll(image, n, 1)) for n in range(cameras)}
         result, kept = statistics.implausible(images)

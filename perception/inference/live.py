@@ -86,10 +86,10 @@ class LiveInput:
         max_turn_rate: float,
     ) -> None:
         self.ego_motion = EgoMotion(max_speed, max_turn_rate)
-        self.warnings = Warnings()
         self._image_size, self._remembers, self._weights = image_size, remembers, weights
         self._bgr, self._as_bgr = bgr, as_bgr
-        self._seen_map, self._statistics = SeenMap(remembers), ImageStatistics()
+        self._seen_map = SeenMap(remembers)
+        self.name_cameras(())
         self._last_rig: tuple[bytes, Findings] = (b"", {})
         self._virtual, self._sizes, self._cut_off = None, sizes, ""
         self.ego_from_lidar = np.array(NUSCENES_EGO_FROM_LIDAR)  # [4, 4], see `Frame`
@@ -100,7 +100,7 @@ class LiveInput:
             self._virtual = rig_for_network(rig, image_size)
             self._sizes = None if sizes is None else self._virtual.checked_sizes(sizes)
             self._virtual.make_tables()
-            self.warnings = Warnings([camera.source.name for camera in self._virtual.cameras])
+            self.name_cameras([camera.source.name for camera in self._virtual.cameras])
             self._cut_off = self._virtual.coverage().finding(SEE_TABLE)
             if self._virtual.rig.ego_from_lidar is not None:
                 self.ego_from_lidar = self._virtual.rig.ego_from_lidar.copy()
@@ -109,6 +109,14 @@ class LiveInput:
     def cameras(self) -> int | None:
         """Number of images that the network gets, None if every step decides."""
         return None if self._virtual is None else len(self._virtual.cameras)
+
+    def name_cameras(self, names: Sequence[str]) -> None:
+        """Gives the camera of each image a name, which warnings use. Images of one camera have the same name.
+
+        Without names every image is that of another camera, and warnings give its number.
+        """
+        self._cameras = tuple(names)
+        self.warnings, self._statistics = Warnings(self._cameras), ImageStatistics(self._cameras)
 
     def arguments(self, images: Any, rig: Any, global_from_ego: Any, time_s: Any) -> tuple[Any, Any, Any, Any]:
         """Returns the arguments of `step` with the images and the calibration of pinholes.
@@ -226,7 +234,7 @@ class LiveInput:
         return [camera_times_s.get(camera.source.name) for camera in self._virtual.cameras]
 
     def _name(self, n: int) -> str:
-        return str(n) if self._virtual is None else repr(self._virtual.cameras[n].source.name)
+        return repr(self._cameras[n]) if self._cameras else str(n)
 
     def reset(self) -> None:
         """Drops the last frame and what was seen; the next frame is a first frame."""
@@ -256,7 +264,7 @@ class LiveInput:
         """
         present = [n for n, is_present in enumerate(rig.present) if is_present]
         for n in present:
-            check_intrinsics(f"rig.img_from_cam[{n}]", rig.img_from_cam[n], sizes[n])
+            check_intrinsics(f"rig.img_from_cam[{self._name(n)}]", rig.img_from_cam[n], sizes[n])
         fitted = fitted_rig(rig, sizes, self._image_size)
         view = self._seen_map.look(fitted, self._image_size, motion.ego_from_prev, motion.is_first)
         is_blank = not present and (motion.is_first or not self._remembers)
@@ -278,9 +286,9 @@ class LiveInput:
         key = b"".join(part.tobytes() for part in rig) + repr(sizes).encode()
         if key != self._last_rig[0]:
             seeing = sees_ground(fitted, self._image_size)
-            found = implausible_rig(rig, sizes, seeing)
+            found = implausible_rig(rig, sizes, seeing, self._cameras)
             if sizes and not seeing.any():
-                cause = next(iter(found.values()))
+                cause = self.warnings.named(next(iter(found.values())))
                 raise DataError(f"no camera of the rig sees the ground around the vehicle; probably because {cause}")
             self._last_rig = key, found
         return self._last_rig[1]

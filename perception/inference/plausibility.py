@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -56,7 +56,7 @@ class Warnings:
     `EVERY_TIME` names the kinds that report an event of one step, such as a dropped memory. They are always emitted.
 
     Args:
-        names: of the cameras, which then stand in the sentences instead of their numbers.
+        names: of the cameras, one for each image, which then stand in the sentences instead of their numbers.
     """
 
     EVERY_TIME = ("motion", "not finite")
@@ -67,14 +67,14 @@ class Warnings:
 
     def emit(self, findings: Mapping[str, str]) -> tuple[str, ...]:
         """Emits what is new as a PerceptionWarning at the line that called `step`, and returns all sentences."""
-        findings = {kind: self._named(sentence) for kind, sentence in findings.items()}
+        findings = {kind: self.named(sentence) for kind, sentence in findings.items()}
         for kind, sentence in findings.items():
             if kind in self.EVERY_TIME or kind not in self._emitted:
                 self._emitted.add(kind)
                 warnings.warn(sentence, PerceptionWarning, stacklevel=3)
         return tuple(findings.values())
 
-    def _named(self, sentence: str) -> str:
+    def named(self, sentence: str) -> str:
         """Returns a sentence with names in place of the numbers in `images[3]`, `rig.img_from_cam[3]`, `camera 3`."""
         if not self._names:
             return sentence
@@ -82,13 +82,41 @@ class Warnings:
         return numbered.sub(lambda match: repr(self._names[int(match[0])]), sentence)
 
 
-def implausible_rig(rig: NumpyCameraRig, sizes: Sizes, seeing: NDArray[np.bool_]) -> Findings:
+def first_of_each(images: Iterable[int], cameras: Sequence[str]) -> list[int]:
+    """Returns the first image of each camera, because a wide camera becomes several images of the network.
+
+    Args:
+        images: numbers of images.
+        cameras: the name of the camera of each image; empty if every image is that of another camera.
+    """
+    images = list(images)
+    first = {cameras[n] if cameras else n: n for n in reversed(images)}
+    return [n for n in images if first[cameras[n] if cameras else n] == n]
+
+
+def whole_cameras(faulty: Iterable[int], images: Iterable[int], cameras: Sequence[str]) -> list[int]:
+    """Returns the first image of each camera of which all images are faulty.
+
+    Args:
+        faulty: numbers of images with a fault.
+        images: numbers of all images that were checked.
+        cameras: as for `first_of_each`.
+    """
+    faulty = list(faulty)
+    sound = {cameras[n] for n in set(images) - set(faulty)} if cameras else set()
+    return [n for n in first_of_each(faulty, cameras) if not cameras or cameras[n] not in sound]
+
+
+def implausible_rig(
+    rig: NumpyCameraRig, sizes: Sizes, seeing: NDArray[np.bool_], cameras: Sequence[str] = ()
+) -> Findings:
     """Finds what is implausible in the calibration of the present cameras.
 
     Args:
         rig: of the given images, from `checked_rig`.
         sizes: height and width of the given images by camera; those of cameras that are not present are not read.
         seeing: which present cameras see the ground, from `sees_ground`.
+        cameras: as for `first_of_each`.
     """
     present = [int(n) for n in np.flatnonzero(rig.present)]
     if not present:
@@ -96,10 +124,9 @@ def implausible_rig(rig: NumpyCameraRig, sizes: Sizes, seeing: NDArray[np.bool_]
     found: Findings = {}
 
     def check(kind: str, faults: Mapping[int, str], sentence: Callable[[int, str], str]) -> None:
-        if faults:
-            n = next(iter(faults))
-            others = f"; the same holds for {len(faults) - 1} more" if len(faults) > 1 else ""
-            found[kind] = sentence(n, faults[n]) + others
+        if of_cameras := whole_cameras(faults, present, cameras):
+            n, more = of_cameras[0], len(of_cameras) - 1
+            found[kind] = sentence(n, faults[n]) + (f"; the same holds for {more} more" if more else "")
 
     intrinsics = {n: (rig.img_from_cam[n], sizes[n][:2]) for n in present}
     poses = {n: rig.ego_from_cam[n] for n in present}
@@ -258,9 +285,13 @@ class ImageStatistics:
     without foliage, of one camera among several, or of the colours of one or two cameras. Snow below dark trees may
     look upside down. In 40 generated drives of three frames, 27 of 40 with swapped colours are found, in 24 others 20
     upside down, and none of the good ones; both are found in the two recordings of real drives.
+
+    Args:
+        cameras: as for `first_of_each`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cameras: Sequence[str] = ()) -> None:
+        self._cameras = cameras
         self._kept = Statistics(0, np.zeros(10))
 
     def keep(self, statistics: Statistics) -> None:
@@ -276,29 +307,31 @@ class ImageStatistics:
         found: Findings = {}
         dark = [n for n, pixels in images.items() if pixels.max() == 1 and pixels.min() == 0]
         flat = [n for n, pixels in images.items() if n not in dark and pixels.std() < MIN_CONTRAST]
-        if flat:
-            others = f" (and {len(flat) - 1} others)" if len(flat) > 1 else ""
+        if dead := first_of_each(flat, self._cameras):
+            others = f" (and {len(dead) - 1} others)" if len(dead) > 1 else ""
+            is_whole = dead[0] in whole_cameras(flat, images, self._cameras)
+            where = "everywhere" if is_whole else "in a whole image of the network"
             found["no contrast"] = (
-                f"images[{flat[0]}]{others} has the same value everywhere, {images[flat[0]].mean():.0f}: the camera is "
+                f"images[{dead[0]}]{others} has the same value {where}, {images[dead[0]].mean():.0f}: the camera is "
                 "covered or dead, or 0..1 was converted to uint8; set rig.present to False for such a camera"
             )
-        if dark:
+        if bits := whole_cameras(dark, images, self._cameras):
             found["0..1"] = (
-                f"images[{dark[0]}] holds only the values 0 and 1, as after a conversion of 0..1 to uint8; give 0..255"
+                f"images[{bits[0]}] holds only the values 0 and 1, as after a conversion of 0..1 to uint8; give 0..255"
             )
         if pair := _same_images({n: pixels for n, pixels in images.items() if n not in flat}):
             found["same image"] = (
                 f"images[{pair[0]}] and images[{pair[1]}] are the same picture; give each camera its own image"
             )
-        usable = [pixels for n, pixels in images.items() if n not in flat + dark]
+        usable = [n for n in images if n not in flat + dark]
         if not usable:
             return found, self._kept
-        of_camera = np.array([_color_and_sky(pixels) for pixels in usable])
+        of_camera = np.array([_color_and_sky(images[n]) for n in usable])
         above, below = of_camera[:, 4], of_camera[:, 5]
         votes = [(below - above > CLEARLY).mean(), (above - below > CLEARLY).mean()]
         shares = np.append(of_camera.mean(0), votes)
         statistics = Statistics(self._kept.frames + 1, DECAY * self._kept.sums + shares)
-        return found | _over_frames(statistics, len(usable)), statistics
+        return found | _over_frames(statistics, len(first_of_each(usable, self._cameras))), statistics
 
 
 def _over_frames(statistics: Statistics, cameras: int) -> Findings:

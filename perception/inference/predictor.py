@@ -31,7 +31,7 @@ from perception.inference.fixed_rig import FixedRig
 from perception.inference.folding import example_frame
 from perception.inference.images import AnyImage
 from perception.inference.live import LiveInput, Step, without_result
-from perception.inference.plausibility import Warnings, sampled_rgb
+from perception.inference.plausibility import sampled_rgb
 from perception.inference.visibility import MIN_SEEN, kept_by
 from perception.models import Network
 from perception.models.base import remembers
@@ -157,15 +157,15 @@ class Predictor:
         )  # fmt: skip
 
     def name_cameras(self, names: Sequence[str], ego_from_lidar: NDArray[Any] | None = None) -> None:
-        """Gives the cameras names, in the order of the images, which then stand in warnings instead of their numbers.
+        """Gives the camera of each image a name, which then stands in warnings instead of its number.
 
         With a rig at construction they have those of the rig.
 
         Args:
-            names: of the cameras.
+            names: in the order of the images; images of one camera have the same name.
             ego_from_lidar: [4, 4], `Rig.ego_from_lidar` of their rig; None for `NUSCENES_EGO_FROM_LIDAR`.
         """
-        self._live.warnings = Warnings(names)
+        self._live.name_cameras(names)
         self._live.ego_from_lidar = np.array(NUSCENES_EGO_FROM_LIDAR if ego_from_lidar is None else ego_from_lidar)
 
     def reset(self) -> None:

@@ -75,7 +75,7 @@ class Provenance:
         count, trained = len(np.asarray(rig.present)), len(self.cameras)
         end = f"; the weights were {self}: expect worse results"
         if not trained / COUNT_TOLERANCE <= count <= trained * COUNT_TOLERANCE:
-            found["weights: cameras"] = f"the rig has {count} cameras{end}"
+            found["weights: cameras"] = f"the network gets {count} images per frame{end}"
         focal = np.asarray(rig.img_from_cam, np.float64)[:, 0, 0] / image_size[1]
         height = np.asarray(rig.ego_from_cam, np.float64)[:, 2, 3]
         for n in present:

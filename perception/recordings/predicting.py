@@ -46,7 +46,7 @@ def predict_frames(predictor: Predictor, rig: Rig, frames: Iterable[RecordedFram
     virtual = virtual_rig(rig, predictor.model.config.image_size)
     virtual.make_tables()
     names = virtual.names
-    predictor.name_cameras(names, rig.ego_from_lidar)
+    predictor.name_cameras([camera.source.name for camera in virtual.cameras], rig.ego_from_lidar)
     predictor.reset()
     for recorded in frames:
         images, pinholes = virtual.frame(recorded.images)
