@@ -44,6 +44,17 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def user_cache() -> Path:
+    """Returns the folder for what can be made again: `$PERCEPTION_CACHE`, `$XDG_CACHE_HOME/perception` or
+    `~/.cache/perception`. It may not exist, and a user without a home gets one that cannot be written."""
+    if folder := os.environ.get("PERCEPTION_CACHE"):
+        return Path(folder)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "perception"
+    except RuntimeError:  # no home, as in some containers
+        return Path(os.devnull) / "perception"
+
+
 @contextmanager
 def scratch_folder(purpose: str) -> Iterator[Path]:
     """Yields a temporary folder that is deleted after the block, and deletes what a killed process has left of one.

@@ -8,8 +8,9 @@ network uses float32.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -19,12 +20,29 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ArrayOrTensor = TypeVar("ArrayOrTensor", Array, "Tensor")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def _library(array: Array | Tensor) -> Any:
     """Returns the module of an array, numpy or torch. It does not import torch, which a vehicle does not have."""
     # A tuple of types: `torch.compile` splits its graph at a union of types.
     return np if isinstance(array, (np.ndarray, np.generic)) else sys.modules["torch"]
+
+
+def full_precision(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorates a function that autocast must not change: half precision is too coarse for metres and pixels."""
+
+    @wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        torch: Any = sys.modules.get("torch")
+        for device in ("cpu", "cuda") if torch else ():
+            if torch.is_autocast_enabled(device):
+                with torch.autocast(device, enabled=False):
+                    return wrapped(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return wrapped
 
 
 def transform_points(dst_from_src: ArrayOrTensor, points: ArrayOrTensor) -> ArrayOrTensor:
@@ -37,12 +55,13 @@ def transform_points(dst_from_src: ArrayOrTensor, points: ArrayOrTensor) -> Arra
     Returns:
         [..., P, 3] in the destination frame.
     """
-    # Products and sums instead of a matrix product, which autocast would run in half precision: too coarse for metres.
+    # Products and sums instead of a matrix product, which autocast would run in half precision.
     rotation = dst_from_src[..., None, :3, :3]
     moved: ArrayOrTensor = (rotation * points[..., None, :]).sum(-1) + dst_from_src[..., None, :3, 3]
     return moved
 
 
+@full_precision
 def invert_rigid(dst_from_src: ArrayOrTensor) -> ArrayOrTensor:
     """Inverts rigid transforms [..., 4, 4] by transposing the rotation."""
     lib = _library(dst_from_src)

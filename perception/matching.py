@@ -7,7 +7,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.profiler import record_function
 
@@ -50,6 +49,8 @@ def hungarian(cost: Tensor, valid: Tensor) -> Match:
     Raises:
         FloatingPointError: the cost of a valid object is not finite, because the network's output is not.
     """
+    from scipy.optimize import linear_sum_assignment  # only training needs it, and it is slow to load
+
     device = cost.device
     cost_cpu, valid_cpu = cost.float().cpu().numpy(), valid.cpu().numpy()
     batch, query, target = [], [], []

@@ -135,7 +135,10 @@ def make_live(small_network, fp32_export):
     from perception.export.runtime import Runtime
     from perception.inference.predictor import Predictor
 
-    return {"predictor": lambda **k: Predictor(small_network, **k), "runtime": lambda **k: Runtime(fp32_export, **k)}
+    return {
+        "predictor": lambda **k: Predictor(small_network, precision="float32", **k),
+        "runtime": lambda **k: Runtime(fp32_export, **k),
+    }
 
 
 @pytest.fixture(params=["predictor", "runtime"])

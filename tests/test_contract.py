@@ -6,11 +6,14 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from perception.errors import CheckpointError
+from perception.errors import CheckpointError, DataError
 from perception.export.contract import read_contract
+from perception.export.fixed_rig import FixedRig
 from perception.inference.ego_motion import JUMP_MARGIN_M, JUMP_MARGIN_RAD, MAX_GAP, MAX_SPEED, MAX_TURN_RATE
+from perception.types import NumpyCameraRig
 
 ENGINE = {"file": "model.sm89.engine", "gpu": "sm89", "package": "tensorrt-rtx", "package_version": "1.7"}
 SOME_HASH = hashlib.sha256(b"").hexdigest()
@@ -53,7 +56,26 @@ def with_file(name):
     return with_value(SOME_HASH, "sha256", name)
 
 
+CALIBRATION = {
+    "img_from_cam": [np.eye(3).tolist()] * 6,
+    "ego_from_cam": [np.eye(4).tolist()] * 6,
+    "ego_from_lidar": np.eye(4).tolist(),
+}
+
 DAMAGED = {
+    "calibration": (with_value([], "calibration"), "calibration is list, not an object"),
+    "calibration of fewer": (
+        with_value(CALIBRATION | {"ego_from_cam": CALIBRATION["ego_from_cam"][:5]}, "calibration"),
+        "calibration.ego_from_cam is not 6 x 4 x 4 finite numbers",
+    ),
+    "calibration of text": (
+        with_value(CALIBRATION | {"ego_from_lidar": [["a"] * 4] * 4}, "calibration"),
+        "calibration.ego_from_lidar is not 4 x 4 finite numbers",
+    ),
+    "half a calibration": (
+        with_value({"img_from_cam": CALIBRATION["img_from_cam"]}, "calibration"),
+        "calibration.ego_from_cam is not 6 x 4 x 4 finite numbers",
+    ),
     "list": (lambda c: [c], "holds list, not an object"),
     "null": (lambda c: None, "holds NoneType, not an object"),
     "another format": (with_value("perception-export-0", "format"), "format is \"perception-export-0\""),
@@ -162,3 +184,17 @@ def test_a_contract_holds_the_rules_of_the_memory(folder):
     meaning = {x["name"]: x["meaning"] for x in contract["inputs"]}["is_first"]
     rules = ["max_gap_s", "max_speed_m_s", "max_turn_rate_rad_s", "jump_margin_m", "jump_margin_rad"]
     assert all(rule in meaning for rule in rules)
+
+
+def test_a_runtime_refuses_another_calibration_than_the_one_of_the_export(folder):
+    """Cameras that are missing are not compared; numbers of float32 are the same."""
+    rewrite(folder, with_value(CALIBRATION, "calibration"))
+    fixed = FixedRig.of_contract(read_contract(folder))
+    rig = NumpyCameraRig(fixed.img_from_cam.astype(np.float32), fixed.ego_from_cam.copy(), np.ones(6, bool))
+    fixed.check(rig)
+    rig.ego_from_cam[4, 0, 3] += 0.01
+    with pytest.raises(DataError, match=r"rig.ego_from_cam\[4\] differs by up to 0.01 from the calibration"):
+        fixed.check(rig)
+    rig.present[4] = False
+    fixed.check(rig)
+    assert FixedRig.of_contract({}) is None

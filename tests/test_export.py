@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import warnings
 from collections import Counter
 from dataclasses import replace
 
@@ -15,10 +16,11 @@ from onnx import numpy_helper
 
 from perception.cli.export import drawn_size, main, read_sizes
 from perception.data.nuscenes import NuScenesDataset
-from perception.errors import ConfigError, DataError, run_script
+from perception.errors import ConfigError, DataError, PerceptionWarning, run_script
 from perception.export import parity
 from perception.export.certificate import GATES, Gate
 from perception.export.contract import ImageInputs, read_contract
+from perception.export.fixed_rig import FixedRig
 from perception.export.half import WEIGHTED, convert_to_half
 from perception.export.headroom import Saturation
 from perception.export.onnx import export_onnx
@@ -37,6 +39,8 @@ from perception.export.quantize import (
 from perception.export.replay import camera_frame, frame_inputs, pad_cameras, replay_frames
 from perception.export.runtime import Runtime
 from perception.export.tensorrt import parse_graph
+from perception.geometry import rigid_from_yaw
+from perception.inference.predictor import Predictor
 from perception.models import build_network
 from perception.models.bevformer.config import BEVFormerConfig
 from perception.models.bevformer.model import BEVFormer
@@ -46,8 +50,11 @@ from perception.models.maptr.config import MapTRConfig
 from perception.models.maptrv2.config import MapTRv2Config
 from perception.models.maptrv2.model import MapTRv2
 from perception.models.published.backbone import FPNConfig
+from perception.rigs.importers import import_rig
+from perception.rigs.rig import Rig
 from perception.synthetic import VERSION, simulate
 from perception.synthetic.sensors import EIGHT_CAMERAS, FIVE_CAMERAS, SIX_CAMERAS
+from perception.types import NUSCENES_EGO_FROM_LIDAR
 
 
 @pytest.fixture(scope="module")
@@ -321,7 +328,7 @@ def test_other_numbers_of_cameras(small_network, small_town, other_rig_town, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("network", ["bevformer", "maptr", "mapqr"])
+@pytest.mark.parametrize("network", ["bevformer", "maptr", "maptrv2", "mapqr"])
 def test_published_networks_are_exported(network, small_town, tmp_path):
     """They have static shapes, run in single precision, and have or do not have a memory."""
     torch.manual_seed(0)
@@ -331,25 +338,47 @@ def test_published_networks_are_exported(network, small_town, tmp_path):
     }  # fmt: skip
     if network == "bevformer":
         config = BEVFormerConfig(**small, bev=(10, 10), rotate_center=(5, 5), queries=15, max_boxes=10)
+    elif network == "mapqr":
+        small["encoder_layers"] = 2  # the heights of the first layer reach the second
+        config = MapQRConfig(**small, bev=(10, 6), lines=6, line_points=5, max_lines=5)
     elif network == "maptr":
         config = MapTRConfig(**small, bev=(10, 6), lines=6, line_points=5, max_lines=5, gkt_kernel=(3, 5))
     else:
-        small["encoder_layers"] = 2  # the heights of the first layer reach the second
-        config = MapQRConfig(**small, bev=(10, 6), lines=6, line_points=5, max_lines=5)
+        config = MapTRv2Config(**small, bev=(20, 10), lines=6, line_points=5, max_lines=5, one_to_many_queries=0,
+                               depth_range=(1.0, 30.0, 1.0), aspp_channels=4)  # fmt: skip
     model = build_network(config)
     with torch.no_grad():
         for parameter in model.head.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
-    folder = export_onnx(model.eval(), tmp_path)
+    rig, fixed, sizes = import_rig(small_town.roots[0] / small_town.version, "nuscenes"), None, None
+    if network == "maptrv2":
+        fixed, sizes = FixedRig.of_rig(rig, RAW)
+    folder = export_onnx(model.eval(), tmp_path, raw_size=sizes, fixed_rig=fixed)
     graph = onnx.load(folder / "model.onnx").graph
+    assert "ego_from_lidar" in {value.name for value in graph.input}
     kinds = {v.type.tensor_type.elem_type for v in graph.value_info} | {x.data_type for x in graph.initializer}
     assert onnx.TensorProto.DOUBLE not in kinds
     assert not {node.op_type for node in graph.node} & {"NonZero", "ScatterND", "Loop", "If"}
     found = certify(model, folder, small_town)
     assert found.failures == []
     assert set(found.replays[0].raw) == ({"memory", "raw_box"} if network == "bevformer" else {"raw_line"})
-    scene = Runtime(folder).objects()
-    assert len(scene.boxes.score) == (10 if network == "bevformer" else 0)
+    runtime = Runtime(folder, rig=rig)
+    assert len(runtime.objects().boxes.score) == (10 if network == "bevformer" else 0)
+    images = {camera.name: np.random.default_rng(0).integers(0, 256, (*RAW, 3), np.uint8) for camera in rig}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PerceptionWarning)  # noise for images, of cameras of random order
+        live, original = (made.step(images, np.eye(4), 0.0) for made in (runtime, Predictor(model, rig=rig)))
+    np.testing.assert_array_equal(runtime.inputs["ego_from_lidar"], rig.ego_from_lidar.astype(np.float32))
+    np.testing.assert_allclose(live.lines.score, original.lines.score, atol=1e-3)
+    np.testing.assert_allclose(live.boxes.score, original.boxes.score, atol=1e-3)
+    if network == "maptrv2":
+        turned = rig.camera_rig()
+        turned.ego_from_cam[2] = rigid_from_yaw(0.001) @ turned.ego_from_cam[2]
+        with pytest.raises(DataError, match=r"rig.ego_from_cam\[2\] differs by up to .* exported for; export it again"):
+            Runtime(folder).step([*images.values()], turned)
+        other = Rig(rig.cameras, NUSCENES_EGO_FROM_LIDAR)
+        with pytest.raises(ConfigError, match="ego_from_lidar of the rig differs by up to"):
+            Runtime(folder, rig=other)
     assert all(read_contract(folder)["checked"].values())  # every runtime reads it as ONNX defines it
     trt = pytest.importorskip("tensorrt_rtx")
     logger = trt.Logger(trt.Logger.ERROR)
@@ -593,10 +622,39 @@ def test_what_cannot_be_exported(small_network, small_graph, fp32_export, small_
     small = {"image_size": (64, 96), "backbone": FPNConfig(stages=2), "channels": 16, "heads": 2, "bev": (4, 4)}
     with pytest.raises(ConfigError, match="cameras is 4; this BEVFormer was trained with 6"):
         export_onnx(BEVFormer(BEVFormerConfig(**small)), tmp_path, cameras=4)
-    with pytest.raises(ConfigError, match="MapTRv2 is not exported"):
+    with pytest.raises(ConfigError, match="MapTRv2 is exported for the cameras of one vehicle"):
         export_onnx(MapTRv2(MapTRv2Config(**small)), tmp_path)
+    fixed, _ = FixedRig.of_rig(Rig.load("nuscenes"), (64, 96))
+    with pytest.raises(ConfigError, match="a BEVFormer takes any calibration"):
+        export_onnx(BEVFormer(BEVFormerConfig(**small)), tmp_path, fixed_rig=fixed)
     short = few(small_town)
     with pytest.raises(DataError, match="has 7 frames of 2 scenes; give at least 40 frames of 2 scenes"):
         certify(small_network, fp32_export, short)
     with pytest.raises(DataError, match="the dataset for calibration has 7 frames; give at least 22"):
         export_onnx(small_network, tmp_path, raw_size=RAW, precision="int8", calibration=short, graph=small_graph)
+
+
+def test_a_rig_is_for_networks_whose_export_holds_the_calibration(tmp_path):
+    out = ["--out", str(tmp_path / "out"), "--rig", "nuscenes"]
+    with pytest.raises(ConfigError, match="--rig and --raw-size were given; leave --raw-size out"):
+        main(["nano", *out, "--raw-size", "90x160"])
+    with pytest.raises(ConfigError, match="a BEVTransformer takes any calibration as an input"):
+        main(["nano", *out])
+
+
+@pytest.mark.slow
+def test_the_command_exports_maptrv2_for_a_rig(tmp_path):
+    """From a rig file to a folder that passes its gates and runs with that rig."""
+    torch.manual_seed(0)
+    config = MapTRv2Config(
+        image_size=RAW, backbone=FPNConfig(stages=2), channels=16, feed_forward=24, heads=2, decoder_layers=1,
+        bev=(20, 10), lines=6, line_points=5, max_lines=5, one_to_many_queries=0, depth_range=(1.0, 30.0, 1.0),
+        aspp_channels=4,
+    )  # fmt: skip
+    save_checkpoint(tmp_path / "w.safetensors", build_network(config), {})
+    Rig.load("nuscenes").scaled(0.07).save(tmp_path / "rig.yaml")
+    main([str(tmp_path / "w.safetensors"), "--out", str(tmp_path / "out"), "--rig", str(tmp_path / "rig.yaml")])
+    contract = read_contract(tmp_path / "out")
+    assert contract["raw_size"] == [[63, 112]] * 6 and len(contract["calibration"]["img_from_cam"]) == 6
+    assert {x["name"]: x["meaning"] for x in contract["inputs"]}["ego_from_cam"].startswith("not read: fixed in the")
+    Runtime(tmp_path / "out", rig=Rig.load(tmp_path / "rig.yaml"))

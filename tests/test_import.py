@@ -50,6 +50,24 @@ def test_networks_and_live_use_load_no_training_packages():
     assert "torch" in loaded and not loaded & set(HEAVY)
 
 
+FIRST_RESULT = """
+import numpy as np
+from perception import Predictor
+from perception.types import NumpyCameraRig
+pose = np.array([[0.0, 0, 1, 0], [-1, 0, 0, 0], [0, -1, 0, 1.5], [0, 0, 0, 1]])
+rig = NumpyCameraRig(np.array([[[300.0, 0, 224], [0, 300, 88], [0, 0, 1]]]), pose[None], np.ones(1, dtype=bool))
+assert len(Predictor("nano").step(np.full((1, 176, 448, 3), 99, dtype=np.uint8), rig).boxes.score) > 0
+"""
+
+
+def test_live_use_loads_little_more_than_torch():
+    """A vehicle that starts waits for them; torchvision loads the compiler and takes almost as long as PyTorch."""
+    slow = {"torchvision", "scipy", "shapely", "sympy", "triton", "torch._dynamo", "torch._inductor", *HEAVY}
+    code = f"{FIRST_RESULT}\nimport sys\nprint(*{slow} & set(sys.modules), 'perception')"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert found == ["perception"]
+
+
 def test_one_loader_for_names_and_files(tmp_path):
     network = perception.load_model("nano")
     path = PROJECT / "perception" / "weights" / "nano.safetensors"

@@ -237,12 +237,12 @@ def test_five_lines_on_real_images(real_keyframe, tmp_path, monkeypatch):
     namespace = {"print": lambda text: printed.write(text)}
     with pytest.warns(PerceptionWarning, match="no pose was given"):
         exec(FIVE_LINES, namespace)
-    objects, predictor = namespace["objects"], namespace["predictor"]
+    objects = namespace["objects"]
     assert objects.to_dict() == json.loads(printed.getvalue()) and objects.info.weights.name == "nano"
     assert objects.info.used_memory is False and len(objects.boxes.score) > 0
     # The same as with arrays and matrices.
     images = [np.asarray(Image.open(tmp_path / "images" / f"{name}.jpg")) for name in info]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        expected = Predictor(predictor.model).step(images, Rig(cameras).camera_rig())
+        expected = Predictor("nano").step(images, Rig(cameras).camera_rig())
     assert same(objects, expected)

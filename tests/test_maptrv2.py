@@ -3,11 +3,14 @@
 Parity with the published code is tested in test_maptrv2_golden.py and test_maptr.py, keys in test_bevformer.py.
 """
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from perception.cameras import usual_mounting
 from perception.geometry import invert_rigid, project_points, rigid_from_yaw, transform_points
@@ -83,6 +86,25 @@ def test_features_are_splatted_into_their_cell():
     assert not encoder(torch.zeros(1, 2, 16, 4, 6), gone, EGO_FROM_LIDAR, SIZE)[0].any()
 
 
+@torch.no_grad()
+def test_the_lift_of_a_fixed_rig_equals_the_lift():
+    """Random features of two cameras in a tilted LiDAR frame, with all cameras present and with one."""
+    torch.manual_seed(3)
+    pose = torch.from_numpy(rigid_from_yaw(-np.pi / 2, (0.94, 0.0, 1.84)) @ tilt(2.0, -1.5)).float()[None]
+    model = MapTRv2(SMALL).eval()
+    for parameter in model.head.parameters():  # so that every parameter has an effect
+        parameter.add_(torch.randn_like(parameter), alpha=0.1) if parameter.requires_grad else None
+    fixed = model.for_rig(RIG, pose)
+    assert len(fixed.lift.sizes) > 2  # cells of one feature and cells of many
+    for present in ([True, True], [False, True]):
+        of = frame(1)._replace(ego_from_lidar=pose, rig=RIG._replace(present=torch.tensor([present])))
+        (wanted, _), (found, _) = (network(of, model.initial_state(1)) for network in (model, fixed))
+        bev = model.head.transformer.encoder(model.image_encoder(of.images)[-1], of.rig, pose, SIZE)[0]
+        assert bev.std() > 0.01
+        for name in ("logits", "points", "bev_seg_logits", "depth_logits"):
+            torch.testing.assert_close(getattr(found, name), getattr(wanted, name), atol=1e-5, rtol=1e-5)
+
+
 def test_camera_parameters_are_those_of_the_full_image():
     numbers = camera_parameters(RIG, 0.5)[0, 1]
     assert numbers.tolist() == pytest.approx(
@@ -111,6 +133,16 @@ def test_one_to_many_queries_only_in_training(tmp_path):
     assert again.config == SMALL
     with torch.no_grad():
         assert torch.equal(again(frame(), state)[0].points, alone.points)
+    # In earlier versions the config had the pose of the LiDAR.
+    with safe_open(tmp_path / "w.safetensors", "pt") as file:
+        metadata = file.metadata()
+    former = json.loads(metadata["config"]) | {
+        "ego_from_lidar": [[0, 1, 0, 1], [-1, 0, 0, 0], [0, 0, 1, 2], [0, 0, 0, 1]]
+    }
+    save_file(
+        load_file(tmp_path / "w.safetensors"), tmp_path / "old.safetensors", metadata | {"config": json.dumps(former)}
+    )
+    assert load_model(tmp_path / "old.safetensors").config == SMALL
 
 
 def drawn(lines: Polylines, size: tuple[int, int], of: Frame | None = None) -> torch.Tensor:

@@ -83,7 +83,7 @@ def differ(first, second) -> bool:
 def test_the_predictor_equals_the_stream_of_the_dataset(town_root, sequence, model):
     dataset = NuScenesDataset(town_root, VERSION, "town_val", image_size=SMALL.image_size)
     stream = predict_stream(model, dataset)
-    predictor = Predictor(model)
+    predictor = Predictor(model, precision="float32")
     for k, token in enumerate(sequence.tokens):
         objects = predictor.step(*sequence.arguments(k))
         assert_same(objects, stream.objects[token])

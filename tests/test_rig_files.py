@@ -280,6 +280,39 @@ def test_the_schema_refuses_what_the_reader_refuses(tmp_path):
     assert schema_errors({"rig_format": 1, "cameras": {"front": pinhole()}}) == []
 
 
+LIDAR = {"translation_m": [0.94, 0.01, 1.84], "roll_pitch_yaw_deg": [0.4, 1.5, -90.0]}
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".json"])
+def test_the_pose_of_the_lidar_is_read_back(tmp_path, suffix):
+    rig = Rig.load(written(tmp_path, pinhole(), ego_from_lidar=LIDAR))
+    wanted = rigid_from_rpy(np.radians([0.4, 1.5, -90.0]), (0.94, 0.01, 1.84))
+    np.testing.assert_allclose(rig.ego_from_lidar, wanted, atol=1e-12)
+    rig.scaled(0.5).save(tmp_path / f"again{suffix}")
+    np.testing.assert_array_equal(Rig.load(tmp_path / f"again{suffix}").ego_from_lidar, rig.ego_from_lidar)
+    assert Rig.load(written(tmp_path, pinhole())).ego_from_lidar is None
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"roll_pitch_yaw_deg": [0, 0, 0]}, "ego_from_lidar: the LiDAR's y axis does not point ahead"),
+        ({"roll_pitch_yaw_deg": [180, 0, -90]}, "its z axis not up; give the pose of a frame with x right, y ahead"),
+        ({"axes": "body"}, "unknown key 'axes'"),
+        ({"roll_pitch_yaw_deg": None}, "ego_from_lidar has no rotation; give a matrix"),
+        ({"matrix": np.eye(4).tolist()}, "has a matrix and other fields"),
+    ],
+)
+def test_mistakes_in_the_pose_of_the_lidar_are_named(tmp_path, change, words):
+    pose = {key: value for key, value in (LIDAR | change).items() if value is not None}
+    with refused(words):
+        Rig.load(written(tmp_path, pinhole(), ego_from_lidar=pose))
+    with refused("ego_from_lidar is not a rigid transform"):
+        Rig([RigCamera("front", (1024, 1280), Pinhole(**FOCAL), np.array(LOOKS_AHEAD))], np.ones((4, 4)))
+    content = {"rig_format": 1, "cameras": {"front": pinhole()}, "ego_from_lidar": pose}
+    assert bool(schema_errors(content)) == ("axis" not in words)  # the schema knows nothing of vehicles
+
+
 def test_a_camera_knows_its_field_of_view():
     size = (1024, 1280)
     model = Pinhole(fx=640.0, fy=640.0, cx=640.0, cy=512.0)

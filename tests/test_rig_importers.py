@@ -12,7 +12,7 @@ import yaml
 from conftest import PROJECT, existing
 from scipy.spatial.transform import Rotation
 
-from perception.errors import DataError
+from perception.errors import DataError, PerceptionWarning
 from perception.geometry import invert_rigid, rigid_from_yaw, transform_points
 from perception.rigs import Rig, import_rig
 from perception.rigs.importers import FORMATS
@@ -304,11 +304,23 @@ def test_nuscenes_tables(tmp_path):
         np.testing.assert_allclose(camera.ego_from_cam[:3, 3], stored["translation"], atol=1e-12)
         w, x, y, z = stored["rotation"]
         np.testing.assert_allclose(camera.ego_from_cam[:3, :3], Rotation.from_quat([x, y, z, w]).as_matrix(), atol=1e-9)
+    lidar = devkit.get("sample_data", sample["data"]["LIDAR_TOP"])
+    stored = devkit.get("calibrated_sensor", lidar["calibrated_sensor_token"])
+    w, x, y, z = stored["rotation"]
+    np.testing.assert_allclose(rig.ego_from_lidar[:3, :3], Rotation.from_quat([x, y, z, w]).as_matrix(), atol=1e-9)
+    np.testing.assert_array_equal(rig.ego_from_lidar[:3, 3], stored["translation"])
     ahead(rig["CAM_FRONT"])
     ahead(rig["CAM_BACK"], 180)
     assert import_rig(tmp_path / VERSION, scene=devkit.scene[0]["name"]).names == rig.names
     with refused("scene.json has no scene 'scene-9999'; "):
         import_rig(tmp_path / VERSION, scene="scene-9999")
+    turned = json.loads((tmp_path / VERSION / "calibrated_sensor.json").read_text())
+    for row in turned:
+        if row["sensor_token"] == stored["sensor_token"]:
+            row["rotation"] = [1, 0, 0, 0]  # x ahead
+    (tmp_path / VERSION / "calibrated_sensor.json").write_text(json.dumps(turned))
+    with pytest.warns(PerceptionWarning, match="the axes of LIDAR_TOP are not x right, y ahead, z up"):
+        assert import_rig(tmp_path / VERSION).ego_from_lidar is None
 
 
 def camera_info(name: str, model: str, coefficients: list[float], size=(1280, 1024), focal=1085.2) -> dict:

@@ -16,8 +16,8 @@ import pytest
 from conftest import MIXED, RAW
 from host_cuda import HostContext, HostCuda, HostEngine, HostRuntime, HostTensorRT
 
+from perception.benchmark import latency
 from perception.errors import CheckpointError, ConfigError, DataError, PerceptionWarning
-from perception.export import latency
 from perception.export.contract import ImageInputs, read_contract
 from perception.export.parity import certify
 from perception.export.replay import camera_frame, replay_frames
@@ -56,7 +56,7 @@ def test_numpy_types_have_the_fields_of_the_tensor_types():
 
 
 def test_step_equals_the_predictor(small_network, fp32_export, small_town):
-    predictor, runtime = Predictor(small_network), Runtime(fp32_export, min_score=0.02)
+    predictor, runtime = Predictor(small_network, precision="float32"), Runtime(fp32_export, min_score=0.02)
     predictor.min_score = 0.02
     rings = 0
     for step in five_steps(small_town):
@@ -78,7 +78,7 @@ def test_step_equals_the_predictor(small_network, fp32_export, small_town):
 
 def test_a_step_of_a_mixed_rig(small_network, mixed_export, small_town):
     """The runtime on NV12 of several sizes equals the predictor on the same images converted by OpenCV."""
-    predictor, runtime = Predictor(small_network), Runtime(mixed_export)
+    predictor, runtime = Predictor(small_network, precision="float32"), Runtime(mixed_export)
     images = ImageInputs(MIXED, "nv12")
     for k, (_, frame) in zip(range(3), replay_frames(small_town, 6), strict=False):
         given = camera_frame(frame, images)
@@ -94,8 +94,8 @@ def test_a_step_of_a_mixed_rig(small_network, mixed_export, small_town):
         runtime.step([*given.images[:4], given.images[1], given.images[5]], rig, small_town.ego_pose(3), 1.5)
     with pytest.raises(DataError, match=r"images is .*; give \[N, H \* 3/2, W\], one image per camera"):
         runtime.step(np.zeros((6, *RAW, 3), np.uint8), rig, small_town.ego_pose(3), 1.5)
-    measured = latency.measure(small_network, mixed_export, ["pytorch", "ort"], passes=1)
-    assert measured["ort"].filling > 0
+    measured = latency.measure(small_network, ["ort"], {"fp32": mixed_export}, passes=1)
+    assert 0 < measured.backends["ort"].largest < 1e-3
 
 
 # What the library requires and a vehicle does not have.
@@ -277,8 +277,8 @@ def test_an_engine_whose_output_is_not_finite_drops_the_memory(engine_folder, sm
     steps = list(five_steps(small_town))
     runtime, fresh = Runtime(engine_folder, backend="tensorrt"), Runtime(engine_folder)
     runtime.step(*steps[0])
-    for address in runtime._session._memories:
-        cuda.cudaMemsetAsync(address, 0xFF, runtime.inputs["memory"].nbytes, None)  # NaN
+    for memory in runtime._session._memories:
+        cuda.cudaMemsetAsync(memory["memory"], 0xFF, runtime.inputs["memory"].nbytes, None)  # NaN
     with pytest.warns(PerceptionWarning, match="memory is dropped, and the next step is a first one"):
         objects = runtime.step(*steps[1])
     assert len(objects.boxes.score) == len(objects.lines.score) == 0 and not runtime.memory().any()
@@ -293,8 +293,8 @@ def test_a_certificate_of_an_engine(engine_folder, small_network, small_town):
     assert found.failures == [] and "run by tensorrt" in found.markdown()
     found.save(engine_folder)
     assert json.loads((engine_folder / "certificate.tensorrt.json").read_text())["backend"] == "tensorrt"
-    measured = latency.measure(small_network, engine_folder, ["pytorch", "tensorrt"], passes=1)
-    assert measured["tensorrt"].device == "sm89"
+    measured = latency.measure(small_network, ["tensorrt"], {"fp32": engine_folder}, passes=1)
+    assert measured.backends["tensorrt"].device == "sm89"
 
 
 def test_engines_that_do_not_fit_are_refused(engine_folder, fp32_export, monkeypatch):

@@ -16,6 +16,8 @@ from perception.models.sparse4d.memory import Motion
 from perception.ops.bilinear import preferred_implementation
 
 OPERATIONS = {"attend": "gnn", "recall": "temp_gnn", "sample": "deformable", "feed_forward": "ffn"}  # published names
+# Five times the float32-float64 difference that the README states, where that is more than 1e-4.
+LOGITS = {"sparse4d": 2.3e-4, "sparsedrive": 4.3e-4}
 SPARSEDRIVE = {"swaps_yaw": False, "keeps_confidence": False, "scores_all_layers": True}
 SPARSEDRIVE = {"swaps_yaw": False, "keeps_confidence": False, "scores_all_layers": True}
 
@@ -81,12 +83,12 @@ def close(actual, expected, atol=1e-4):
     torch.testing.assert_close(actual, expected, atol=atol, rtol=0)
 
 
-def compare_boxes(head, output, recalled, expected, count, k, logits_tolerance=2.5e-4):
+def compare_boxes(head, output, recalled, expected, count, logits_tolerance):
     """Compares the outputs of one frame of a box head; `expected` are those of the frame by name."""
     instances = output.instances
     close(instances.anchors, expected["prediction"], 1e-3)
     close(instances.logits, expected["classification"], logits_tolerance)
-    close(instances.quality, expected["quality"], logits_tolerance)
+    close(instances.quality, expected["quality"])
     assert torch.equal(instances.ids.long(), expected["instance_id"])
     close(recalled.interval, expected["time_interval"], 1e-6)
     if "mask" in expected:
@@ -143,7 +145,7 @@ def check_layers(found: dict, expected: dict):
     """Compares what `record_layers` found with the golden results of operations of sample 0."""
     for name, wanted in expected.items():
         if name.startswith("layer"):
-            close(found[name][:1], wanted, 2e-4)
+            close(found[name][:1], wanted)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +195,7 @@ def test_sparse4d_frames(golden, sampling, implementation):
             check_layers(layers, of_this)
             if "refine_input" in of_this:
                 close(torch.stack(layers["refine_input"]), of_this["refine_input"])
-            compare_boxes(head, output, recalled, of_this, published["num_output"], k)
+            compare_boxes(head, output, recalled, of_this, published["num_output"], LOGITS["sparse4d"])
             memory = output.memory
 
 
@@ -234,7 +236,7 @@ def test_sparsedrive_boxes(golden, sampling):
         recalled = head.instance_bank.recall(memory, motion)
         output = head(sequence.view(k), memory, motion)
         check_layers(layers, of_this)
-        compare_boxes(head, output, recalled, of_this, published["num_output"], k)
+        compare_boxes(head, output, recalled, of_this, published["num_output"], LOGITS["sparsedrive"])
         if "instance_feature" in of_this:
             close(output.feature, of_this["instance_feature"])
             close(head.anchor_encoder(output.instances.anchors[-1]), of_this["anchor_embed"])
@@ -263,7 +265,7 @@ def test_sparsedrive_lines(golden, sampling, kind):
         instances, memory = output.instances, output.memory
         check_layers(layers, of_this)
         close(instances.anchors, of_this["prediction"], 1e-3)
-        close(instances.logits, of_this["classification"], 2.5e-4)
+        close(instances.logits, of_this["classification"], LOGITS["sparsedrive"])
         score, label, points = rank_lines(instances.logits[-1], instances.anchors[-1])
         close(score, of_this["decoded.scores"])
         assert torch.equal(label, of_this["decoded.labels"])

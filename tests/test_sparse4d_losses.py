@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_sparse4d import Sequence, box_config, close, load_head, network_config, of_frame
+from test_sparse4d import LOGITS, Sequence, box_config, close, load_head, network_config, of_frame
 
 from perception.models.sparse4d.blocks import DepthBranch
 from perception.models.sparse4d.config import DenoisingConfig
@@ -144,8 +144,8 @@ def test_sparse4d_training_frames(golden, case):
         output = head(sequence.view(k), memory, sequence.motion(k), noisy, handed_on)
         instances = output.instances
         close(instances.anchors, predicted["prediction"], 1e-3)
-        close(instances.logits, predicted["classification"], 2.5e-4)
-        close(instances.quality, predicted["quality"], 2.5e-4)
+        close(instances.logits, predicted["classification"], LOGITS["sparse4d"])
+        close(instances.quality, predicted["quality"], LOGITS["sparse4d"])
         parts = box_losses(instances, targets)
         if noisy is not None:
             check_denoising(head, output, noisy, handed_on, predicted, wanted)
@@ -180,7 +180,7 @@ def check_denoising(head, output, noisy, handed_on, predicted, wanted):
     assert torch.equal(later.valid, wanted["temp_dn_valid_mask"].bool())
     assert torch.equal(later.ids, wanted["dn_id_target"])
     close(output.denoised.anchors, predicted["dn_prediction"], 1e-3)
-    close(output.denoised.logits, predicted["dn_classification"], 2.5e-4)
+    close(output.denoised.logits, predicted["dn_classification"], LOGITS["sparse4d"])
     cached = of_frame(wanted, "cached_dn.")
     close(output.handed_on.feature, cached["dn_instance_feature"])
     close(output.handed_on.anchor, cached["dn_anchor"], 1e-3)

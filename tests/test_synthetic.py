@@ -545,12 +545,15 @@ def test_far_ground_has_the_mean_colour():
     """Half of the road is white bars of 0.2 m: without aliasing, the road is gray from far away."""
     markings = [Marking(box(x, -5, x + 0.2, 5), "white") for x in np.arange(-10, 10, 0.4)]
     ground = Ground(small_world([], markings=markings), np.zeros((1, 2)), np.random.default_rng(0), margin=20.0)
-    x, y = (np.array([[-2.8, 1.2, 4.0]], np.float32) - np.float32(low) for low in ground.low)
+    x, y = (np.array([-2.8, 1.2, 4.0], np.float32) - np.float32(low) for low in ground.low)
     y = np.zeros_like(y) - np.float32(ground.low[1])
-    near = [ground.colors(x + np.float32(shift), y, np.full_like(x, 0.01)) for shift in np.arange(0, 0.4, 0.05)]
-    assert np.ptp(np.array(near).astype(int), axis=0).min() > 60
-    far = ground.colors(x, y, np.full_like(x, 1.6))
-    assert np.abs(far.astype(int) - np.mean(near, 0)).max() < 20
+
+    def colors(x, footprint):
+        return ground.colors(x, y, np.full_like(x, footprint), np.zeros_like(x), np.zeros_like(x), 1) * 255  # [3, R]
+
+    near = [colors(x + np.float32(shift), 0.01) for shift in np.arange(0, 0.4, 0.05)]
+    assert np.ptp(np.array(near), axis=0).min() > 60
+    assert np.abs(colors(x, 1.6) - np.mean(near, 0)).max() < 20
     assert (ground.materials(x + np.float32(0.1), y) == Material.MARKING).all()
     assert (ground.materials(x + np.float32(0.3), y) == Material.ASPHALT).all()
 

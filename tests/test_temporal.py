@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from perception.benchmark.latency import resident_bytes
 from perception.cameras import usual_mounting
-from perception.export.latency import resident_bytes
 from perception.geometry import box_corners, invert_rigid, project_points, transform_points
 from perception.models.bev_transformer.config import BEVTransformerConfig
 from perception.models.bev_transformer.decoder import decode

@@ -10,7 +10,7 @@ import copy
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -18,11 +18,10 @@ import torch
 from perception.benchmark.frames import (
     CAMERAS,
     COMPILE_LIMIT,
-    WARM_UP,
     Mode,
-    capture_graph,
     load_network,
     mode_settings,
+    prepared_network,
     runs_on,
     timings,
 )
@@ -36,6 +35,7 @@ from perception.export.parity import as_tensors, largest_and_mean, matched_dista
 from perception.export.replay import camera_frame, frame_inputs, replay_frames
 from perception.export.runtime import objects_of
 from perception.files import scratch_folder
+from perception.inference.acceleration import capture_graph
 from perception.models import Network
 from perception.models.base import memory_tensors
 from perception.synthetic import VERSION, simulate
@@ -47,6 +47,20 @@ MODES = (
     Mode(), Mode(graph=True), Mode("tf32", graph=True), Mode("fp16", True, graph=True), Mode("bf16", True, graph=True),
     Mode("bf16", True), Mode(compiled=True, graph=True), Mode("fp16", True, compiled=True, graph=True),
 )  # fmt: skip
+
+
+class FrameRunner(Protocol):
+    """A network that is ready to run, with its memory."""
+
+    device: str
+
+    def __call__(self, inputs: Sequence[np.ndarray]) -> tuple[dict[str, np.ndarray], float]:
+        """Runs the next frame: outputs by name, and the seconds from inputs to outputs on the host."""
+        ...
+
+    def reset(self) -> None:
+        """Clears the memory."""
+        ...
 
 
 class DeployedRunner:
@@ -63,11 +77,10 @@ class DeployedRunner:
     def __init__(
         self, network: Network, images: ImageInputs, inputs: Sequence[np.ndarray], mode: Mode, device: torch.device
     ) -> None:
-        model = DeployedNetwork(copy.deepcopy(network), images).eval().to(device)
-        if mode.channels_last:
-            model = model.to(memory_format=torch.channels_last)
+        model = DeployedNetwork(prepared_network(copy.deepcopy(network).to(device), mode), images).eval()
         self._mode, self._device, self._names = mode, device, model.output_names
-        self._model = torch.compile(model, dynamic=False) if mode.compiled else model
+        self.device = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        self._model = model
         self._cameras = len(images.sizes)
         self._inputs = [torch.from_numpy(array.copy()).to(device) for array in inputs]
         self._memory = list(memory_tensors(model.network.initial_state(1)).values())
@@ -77,10 +90,8 @@ class DeployedRunner:
             if mode.graph:
                 self._graph = capture_graph(self._pass)
             else:
-                for _ in range(WARM_UP):
-                    self._pass()
-            for memory in self._memory:
-                memory.zero_()
+                self._pass()
+        self.reset()
 
     def _pass(self) -> None:
         images, others = tuple(self._inputs[: self._cameras]), self._inputs[self._cameras :]
@@ -88,6 +99,12 @@ class DeployedRunner:
             self._results = self._model(images, *others, *self._memory)
         for memory, new in zip(self._memory, self._results[len(self._results) - len(self._memory) :], strict=True):
             memory.copy_(new)
+
+    def reset(self) -> None:
+        """Clears the memory."""
+        with torch.inference_mode():
+            for memory in self._memory:
+                memory.zero_()
 
     @torch.inference_mode()
     def __call__(self, inputs: Sequence[np.ndarray]) -> tuple[dict[str, np.ndarray], float]:
@@ -113,6 +130,39 @@ def _on_host(tensor: torch.Tensor) -> np.ndarray:
     return (tensor.float() if tensor.is_floating_point() else tensor).to("cpu", copy=True).numpy()
 
 
+class Town(NamedTuple):
+    """A generated dataset, and its frames as inputs of a deployed network."""
+
+    dataset: NuScenesDataset
+    frames: dict[str, list[np.ndarray]]  # by sample token, in their order
+
+    @property
+    def first(self) -> list[np.ndarray]:
+        """The inputs of the first frame."""
+        return next(iter(self.frames.values()))
+
+
+def make_town(folder: Path, network: Network, images: ImageInputs, scenes: int, seed: int) -> Town:
+    """Generates a dataset.
+
+    Args:
+        folder: receives it.
+        network: that will be deployed.
+        images: sizes and format that it takes; the largest size is rendered.
+        scenes: number of scenes of `KEYFRAMES` frames each.
+        seed: of the town.
+    """
+    size = max(images.sizes, key=lambda size: size[0] * size[1])
+    simulate(folder / "town", scenes=scenes, seed=seed, keyframes=KEYFRAMES, split="benchmark", image_size=size)
+    dataset = NuScenesDataset(folder / "town", VERSION, "benchmark", image_size=size, cache_dir=folder / "cache")
+    replayed = replay_frames(dataset, len(images.sizes))
+    frames = {
+        token: list(frame_inputs(camera_frame(frame, images), network.extra_inputs).values())
+        for token, frame in replayed
+    }
+    return Town(dataset, frames)
+
+
 class Run(NamedTuple):
     """Results of a mode over all frames."""
 
@@ -122,7 +172,7 @@ class Run(NamedTuple):
     seconds: np.ndarray
 
 
-def replay_all(runner: DeployedRunner, dataset: NuScenesDataset, frames: dict[str, list[np.ndarray]]) -> Run:
+def replay_all(runner: FrameRunner, dataset: NuScenesDataset, frames: dict[str, list[np.ndarray]]) -> Run:
     """Runs all frames, given as inputs by sample token, in their order."""
     passes = [runner(inputs) for inputs in frames.values()]
     objects = [objects_of(outputs) for outputs, _ in passes]
@@ -184,31 +234,27 @@ def measure_deployed(recorder: Recorder, model: str, device_name: str) -> None:
     network = load_network(model, cpu)
     size = network.config.image_size
     images = ImageInputs.of_rig(CAMERAS, size)
-    frames: dict[str, list[np.ndarray]] = {}
-    reference: list[tuple[NuScenesDataset, Run]] = []
+    reference: list[tuple[Town, Run]] = []
 
     def measure_reference(folder: Path) -> dict:
         """Generates the dataset and measures the reference on it."""
         start = time.perf_counter()
-        simulate(folder / "town", scenes=SCENES, seed=SEED, keyframes=KEYFRAMES, split="benchmark", image_size=size)
-        dataset = NuScenesDataset(folder / "town", VERSION, "benchmark", image_size=size, cache_dir=folder / "cache")
-        for token, frame in replay_frames(dataset, CAMERAS):
-            frames[token] = list(frame_inputs(camera_frame(frame, images)).values())
-        runner = DeployedRunner(network, images, next(iter(frames.values())), Mode(), cpu)
+        town = make_town(folder, network, images, SCENES, SEED)
+        runner = DeployedRunner(network, images, town.first, Mode(), cpu)
         prepared = time.perf_counter() - start
-        run = replay_all(runner, dataset, frames)
-        reference.append((dataset, run))
+        run = replay_all(runner, town.dataset, town.frames)
+        reference.append((town, run))
         metrics = {name: run.metrics[name] for name in METRICS}
-        return {"prepared_s": prepared, **timings(run.seconds), "frames": len(frames), "metrics": metrics}
+        return {"prepared_s": prepared, **timings(run.seconds), "frames": len(town.frames), "metrics": metrics}
 
     def measure_mode(mode: Mode) -> dict:
         """Measures a mode against the reference."""
-        ((dataset, wanted),) = reference
+        ((town, wanted),) = reference
         start = time.perf_counter()
-        runner = DeployedRunner(network, images, next(iter(frames.values())), mode, device)
+        runner = DeployedRunner(network, images, town.first, mode, device)
         prepared = time.perf_counter() - start
-        found = replay_all(runner, dataset, frames)
-        first = dataset[0].frames
+        found = replay_all(runner, town.dataset, town.frames)
+        first = town.dataset[0].frames
         focal_lengths = tuple((first.rig.img_from_cam[0, :, 0, 0] / size[1]).tolist())
         judged = compare(wanted, found, "fp32" if mode.precision == "fp32" else "fp16", focal_lengths).as_dict()
         row = {name: judged["replays"][0][name] for name in ("raw", "boxes", "lines", "metrics")}

@@ -6,7 +6,6 @@ start from the same frame and memory for the results.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -25,6 +24,7 @@ from perception.errors import CheckpointError
 from perception.export.contract import ImageInputs, comparable_memory
 from perception.export.onnx import example_inputs, named_raw_outputs, raw_names
 from perception.export.replay import match_rows
+from perception.inference.acceleration import WARM_UP, accelerated, capture_graph
 from perception.models import Network, build_network, preset_config
 from perception.models.base import memory_tensors
 from perception.models.checkpoint import load_model, shipped_weights
@@ -33,10 +33,10 @@ from perception.types import CameraRig, Frame, FrameObjects, Memory, map_tensors
 
 CAMERAS = 6
 SECONDS, LEAST_PASSES, MOST_PASSES = 1.0, 30, 200  # of the timed passes of one mode
-WARM_UP = 3  # passes that are not timed
 LIMIT, COMPILE_LIMIT = 20.0, 110.0  # seconds of one measurement, with preparation
 KEPT_SHARE = 0.15  # of a stage's time, reserved for further measurements of the fastest mode
 PORTS = ("bevformer_tiny", "maptr_tiny_r50_24e_bevformer")  # published networks for boxes and for lines
+NAMES = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -45,8 +45,10 @@ class Mode:
     """Execution mode of a network in PyTorch.
 
     Args:
-        precision: "fp32", "tf32" (float32 with TF32 products), or "bf16" and "fp16" by autocast.
-        channels_last: weights and images in channels_last memory format.
+        precision: "fp32", "tf32" (float32 with TF32 products), or "bf16" and "fp16", which mean
+            "bfloat16" and "float16" of `perception.inference.acceleration.accelerated`.
+        channels_last: weights and images in channels_last memory format, and batch norms folded into convolutions, as
+            in live use.
         compiled: by `torch.compile`.
         graph: captured as a CUDA graph and replayed.
         tuned: cuDNN autotunes its algorithms.
@@ -69,6 +71,7 @@ class Mode:
         return " ".join(parts)
 
 
+BASELINE = Mode()  # what a network does as it is loaded, without a choice for speed
 REFERENCE = Mode(tuned=False, plain=True)
 EAGER = (
     Mode(), Mode(graph=True), Mode("bf16", True, graph=True), Mode("fp16", True, graph=True),
@@ -171,34 +174,32 @@ def warm_state(network: Network, frame: Frame) -> Memory:
 
 # ------------------------------------------------------------------------------------------------------------ one mode
 
-Pass = Callable[[Frame, Memory], tuple[Any, FrameObjects, Memory]]
+
+def prepared_network(network: Any, mode: Mode) -> Any:
+    """Prepares a network, in evaluation mode, for a mode as for live use; the CUDA graph is up to the caller."""
+    return accelerated(
+        network, precision=NAMES[mode.precision], channels_last=mode.channels_last, fold=mode.channels_last,
+        compile=mode.compiled,
+    )  # fmt: skip
 
 
 class Runner:
     """Runs passes of one frame in one mode; the memory is updated in place, as in live use.
 
     Args:
-        network: in evaluation mode; copied if the mode needs another memory format.
+        network: in evaluation mode; copied if the mode changes its weights.
         frame, state: copied; a CUDA graph reads and writes these copies.
         mode: execution mode.
-        advance: compiled pass of a runner without a graph; compiled here if not given.
+        prepared: result of `prepared_network` for this mode; made here if not given.
     """
 
-    def __init__(self, network: Network, frame: Frame, state: Memory, mode: Mode, advance: Pass | None = None) -> None:
+    def __init__(self, network: Network, frame: Frame, state: Memory, mode: Mode, prepared: Any = None) -> None:
         if not mode.channels_last:
             frame = frame._replace(images=frame.images.contiguous())
-        elif advance is None:
-            network = copy.deepcopy(network).to(memory_format=torch.channels_last)
         self.mode, self.device = mode, frame.images.device
         self.frame, self.state = map_tensors(torch.clone, frame), map_tensors(torch.clone, state)
         self._start = state
-
-        def forward_and_decode(frame: Frame, state: Memory) -> tuple[Any, FrameObjects, Memory]:
-            prediction, state = network(frame, state)
-            return prediction, network.decode(prediction), state
-
-        compiled = torch.compile(forward_and_decode, dynamic=False) if mode.compiled else forward_and_decode
-        self.advance: Pass = advance or compiled
+        self.network = prepared or prepared_network(network, mode)
         self._graph: torch.cuda.CUDAGraph | None = None
         self.results: Any = None  # prediction and objects of the last pass
         if mode.graph:
@@ -223,7 +224,8 @@ class Runner:
 
     def _pass(self) -> None:
         with mode_settings(self.mode, self.device):
-            prediction, objects, after = self.advance(self.frame, self.state)
+            prediction, after = self.network(self.frame, self.state)
+            objects = self.network.decode(prediction)
             _copy(after, self.state)
         self.results = prediction, objects
 
@@ -235,30 +237,13 @@ def _copy(memory: Memory, into: Memory) -> None:
 
 
 def mode_settings(mode: Mode, device: torch.device) -> AbstractContextManager:
-    """Sets precision, cuDNN and sampling implementation of a mode for the passes in the block."""
+    """Sets TF32, cuDNN and the sampling implementation of a mode for the passes in the block."""
     stack = ExitStack()
     if device.type == "cuda":
         stack.enter_context(_float32_settings(mode.precision == "tf32", mode.tuned))
     if mode.plain:
         stack.enter_context(preferred_implementation("plain"))
-    if mode.precision in DTYPES:
-        stack.enter_context(torch.autocast(device.type, DTYPES[mode.precision]))
     return stack
-
-
-def capture_graph(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """Captures a pass as a CUDA graph, after warm-up passes on another stream, which capturing requires."""
-    other = torch.cuda.Stream()
-    other.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(other):
-        for _ in range(WARM_UP):
-            run()
-    torch.cuda.current_stream().wait_stream(other)
-    graph = torch.cuda.CUDAGraph()
-    # Relaxed: kernels that run for the first time may be loaded during the capture.
-    with torch.cuda.graph(graph, capture_error_mode="relaxed"):
-        run()
-    return graph
 
 
 @contextmanager
@@ -342,7 +327,7 @@ def measure_frames(recorder: Recorder, model: str, device_name: str, compiled: b
             torch.cuda.reset_peak_memory_stats(device)
         start = time.perf_counter()
         plain = runners.get(replace(mode, graph=False)) if mode.compiled else None
-        runner = Runner(network, frame, state, mode, plain.advance if plain else None)
+        runner = Runner(network, frame, state, mode, plain.network if plain else None)
         found = runner.first_pass()
         wait(device)
         row: dict[str, Any] = {"prepared_s": time.perf_counter() - start}

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from perception.benchmark.frames import CAMERAS, DTYPES, capture_graph, load_network, time_interleaved, timings
+from perception.benchmark.frames import CAMERAS, DTYPES, load_network, time_interleaved, timings
 from perception.benchmark.stages import Recorder
+from perception.inference.acceleration import capture_graph
 from perception.ops import sample_bev, sample_cameras
 
 LIMIT = 20.0  # seconds of one measurement, with compilation of the kernel

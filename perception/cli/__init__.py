@@ -86,6 +86,16 @@ def number(kind: type[Number], low: float, high: float = math.inf) -> Callable[[
     return parse
 
 
+def add_precision(parser: argparse.ArgumentParser, default: str) -> None:
+    """Adds the option `--precision`, see `perception.inference.acceleration.accelerated`."""
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default=default,
+        help="of the network; auto is the fastest one of this device (default: %(default)s)",
+    )
+
+
 SEED = number(int, 0, 2**32 - 1)  # what numpy and torch take
 
 

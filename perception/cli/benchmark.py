@@ -1,7 +1,8 @@
-"""Compares trainings with several seeds each (variants of a config, or networks), compares runtimes, measures a GPU."""
+"""Compares trainings with several seeds each (variants of a config, or networks), and measures what a frame takes."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,12 +14,14 @@ EXAMPLE = """example:
       --vary "no BEV segmentation: train.disabled_losses=('bev_seg',)"
   perception benchmark accuracy configs/synthetic/compare_flagship.py configs/synthetic/compare_bevformer.py \\
       configs/synthetic/compare_maptr.py --out out/accuracy --seeds 0 1 --amp --json out/accuracy.json
-  perception benchmark latency nano --backends pytorch ort openvino openvino-bf16 --json out/latency.json
+  perception benchmark latency --models nano tiny base --backends pytorch bf16 ort openvino-bf16 --json out/latency.json
+  perception benchmark roofline --models nano tiny base --json out/roofline.json --plot out/roofline.png
+  perception benchmark scaling --models nano --json out/scaling.json --plot out/scaling.png
   perception benchmark gpu --json out/gpu.json
   perception benchmark gpu --models nano --stages deployed --json out/deployed.json
 
 What is finished is not trained again, so the same command goes on after an interruption. An interrupted latency prints
-what it has measured, and writes no JSON.
+what it has measured of the model that it was at; its JSON has the models before.
 """
 
 
@@ -37,26 +40,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         command.add_argument("--out", type=output_folder("--out"), required=True, help="folder for the trainings")
         command.add_argument("--amp", action="store_true", help="run the networks in bfloat16")
         command.add_argument("--json", type=output_file("--json"), help="file for all numbers")
-    latency = commands.add_parser("latency", help="one frame in several runtimes that take turns")
-    latency.add_argument("checkpoint", help="a .safetensors file, or the name of weights that came with the library")
+    latency = commands.add_parser("latency", help="one frame in several backends that take turns, with their accuracy")
     latency.add_argument(
-        "--backends", nargs="+", default=["pytorch", "ort"],
-        help="pytorch, compile, ort, openvino, openvino-bf16, tensorrt; the others are held to the first "
-        "(default: pytorch ort)",
+        "--backends", nargs="+", default=["pytorch", "ort"], metavar="BACKEND",
+        help="of baseline, which is always measured, pytorch, bf16, compile, compile-bf16, ort, ort-int8, openvino, "
+        "openvino-bf16, openvino-int8, tensorrt (default: pytorch ort)",
     )  # fmt: skip
-    latency.add_argument("--export", type=Path, help="folder of an export; one is made where none is given")
+    latency.add_argument(
+        "--exports", type=output_folder("--exports"), metavar="DIR",
+        help="folder of exports, such as DIR/nano-fp32; those that are missing are made there, and stay (default: all "
+        "are made, and deleted)",
+    )  # fmt: skip
     latency.add_argument("--passes", type=number(int, 1), default=30, help="timed for each (default: %(default)s)")
     latency.add_argument(
-        "--max-seconds",
-        type=number(float, 0),
-        default=300,
-        help="after which no further pass begins (default: %(default)s)",
-    )
-    latency.add_argument(
-        "--threads", type=number(int, 0, 4096), default=0, help="of the CPU; 0 for all (default: %(default)s)"
-    )
-    latency.add_argument("--seed", type=SEED, default=0, help="of the images (default: %(default)s)")
-    latency.add_argument("--json", type=output_file("--json"), help="file for all numbers")
+        "--scenes", type=number(int, 0), default=4,
+        help="of a generated town on which the metrics of trained weights are compared; 0 for none (default: "
+        "%(default)s)",
+    )  # fmt: skip
+    latency.add_argument("--seed", type=SEED, default=0, help="of images and towns (default: %(default)s)")
     gpu = commands.add_parser("gpu", help="a frame, its parts and training steps on a GPU, most important first")
     gpu.add_argument(
         "--models", nargs="+", default=["base", "nano", "tiny"], metavar="MODEL",
@@ -75,9 +76,47 @@ def main(argv: Sequence[str] | None = None) -> None:
         required=True,
         help="file for all numbers, written anew after each of them",
     )
+    roofline = commands.add_parser("roofline", help="parts of a frame against what the machine can do")
+    roofline.add_argument(
+        "--precisions", nargs="+", default=[], metavar="PRECISION",
+        help="fp32, bf16, which take turns (default: those that the device has)",
+    )  # fmt: skip
+    scaling = commands.add_parser("scaling", help="time of a frame over cameras, image size, grid, queries and batch")
+    scaling.add_argument(
+        "--axes", nargs="+", default=["cameras", "image", "grid", "queries", "batch"], metavar="AXIS",
+        help="what is changed, one after another (default: %(default)s)",
+    )  # fmt: skip
+    scaling.add_argument("--precision", default="fp32", help="fp32 or bf16 (default: fp32)")
+    for command in (roofline, scaling):
+        command.add_argument("--passes", type=number(int, 1), default=5, help="timed for each (default: %(default)s)")
+        command.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+        command.add_argument("--plot", type=output_file("--plot"), help="PNG to write; needs matplotlib")
+    for command in (latency, roofline, scaling):
+        command.add_argument(
+            "--models", nargs="+", default=["nano"], metavar="MODEL",
+            help="shipped weights, presets with random weights, or .safetensors files (default: nano)",
+        )  # fmt: skip
+        command.add_argument(
+            "--threads", type=number(int, 0, 4096), default=0, help="of the CPU; 0 for one per CPU (default: 0)"
+        )
+        command.add_argument(
+            "--cpus",
+            type=cpu_list,
+            default=[],
+            metavar="N,N",
+            help="that the process may use (default: all of its own)",
+        )
+        command.add_argument(
+            "--max-seconds", type=number(float, 0), default=300,
+            help="of timed passes per model, or per model and axis, after which none begins (default: %(default)s)",
+        )  # fmt: skip
+        command.add_argument("--json", type=output_file("--json"), help="file for all numbers")
     arguments = parser.parse_args(argv)
     if arguments.command == "latency":
         _latency(arguments)
+        return
+    if arguments.command in ("roofline", "scaling"):
+        _machine(arguments)
         return
     if arguments.command == "gpu":
         _gpu(arguments)
@@ -106,33 +145,50 @@ def main(argv: Sequence[str] | None = None) -> None:
     _tell(compare(variants, arguments.seeds, arguments.out, amp=arguments.amp), arguments.json)
 
 
+def cpu_list(text: str) -> list[int]:
+    """The type of an argument that names CPUs, such as `0,1` or `0-3,8`."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) < int(first):
+            raise argparse.ArgumentTypeError(f"{text!r} names no CPUs; give their numbers, such as 0,1 or 0-3")
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
 def _latency(arguments) -> None:
-    import sys
+    from perception.benchmark.latency import measure_models
 
-    from perception.export.latency import Interrupted, as_dict, check_request, measure, table
-    from perception.export.onnx import export_onnx
-    from perception.files import scratch_folder, write_json
-    from perception.models.checkpoint import load_model
+    measure_models(
+        arguments.models, arguments.backends, exports=arguments.exports, passes=arguments.passes,
+        threads=arguments.threads, cpus=arguments.cpus, scenes=arguments.scenes, seed=arguments.seed,
+        max_seconds=arguments.max_seconds, json=arguments.json, progress=True,
+    )  # fmt: skip
 
-    network = load_model(arguments.checkpoint)
-    bounds = {name: getattr(arguments, name) for name in ("passes", "threads", "max_seconds")}
-    check_request(network, arguments.export, arguments.backends, **bounds)
-    with scratch_folder("latency") as folder:
-        if not arguments.export:
-            export_onnx(network, folder, progress=True)
-        try:
-            measured = measure(
-                network, arguments.export or folder, arguments.backends, seed=arguments.seed, progress=True, **bounds
-            )
-        except Interrupted as stop:
-            print(table(stop.measured))
-            raise
-    made = len(next(iter(measured.values())).passes)
-    if made < arguments.passes:
-        print(f"stopped after {arguments.max_seconds:g} s: {made} of {arguments.passes} passes", file=sys.stderr)
-    print(table(measured))
-    if arguments.json:
-        write_json(arguments.json, as_dict(measured))
+
+def _machine(arguments) -> None:
+    import importlib
+
+    if arguments.plot:
+        importlib.import_module("matplotlib")  # before the long work
+    options = {
+        name: getattr(arguments, name) for name in ("device", "passes", "threads", "cpus", "max_seconds", "json")
+    }
+    if arguments.command == "roofline":
+        from perception.benchmark import roofline
+
+        content = roofline.measure_roofline(arguments.models, precisions=arguments.precisions, progress=True, **options)
+        tables, draw = roofline.tables, roofline.draw
+    else:
+        from perception.benchmark import scaling
+
+        content = scaling.measure_scaling(
+            arguments.models, axes=arguments.axes, precision=arguments.precision, progress=True, **options
+        )
+        tables, draw = scaling.tables, scaling.draw
+    print(tables(content))
+    if arguments.plot:
+        draw(content, arguments.plot)
 
 
 def _gpu(arguments) -> None:

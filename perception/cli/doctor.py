@@ -60,11 +60,15 @@ def library() -> list[tuple[str, str, str]]:
     import torch
 
     from perception.errors import CheckpointError
+    from perception.inference.acceleration import choose_precision
     from perception.models.checkpoint import load_model, shipped_weights
 
     devices = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
     rows = [("devices", ", ".join(["cpu", *devices]), "")]
     rows.append(("threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores", ""))
+    for device in ["cpu", "cuda"][: 1 + torch.cuda.is_available()]:
+        precision, reason = choose_precision("auto", torch.device(device))
+        rows.append((f"precision on {device}", f"{precision} ({reason})", ""))
     try:
         path = shipped_weights()
         model = load_model(path)

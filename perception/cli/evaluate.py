@@ -3,10 +3,11 @@ two published protocols. Options of the group "robustness" add further evaluatio
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from perception.cli import SEED, command_parser, number, output_file, output_folder
+from perception.cli import SEED, add_precision, command_parser, number, output_file, output_folder
 
 EXAMPLE = """examples:
   perception evaluate configs/synthetic/nano.py out/nano/nano.safetensors --json out/nano/evaluation.json
@@ -48,12 +49,15 @@ def evaluate_weights(arguments) -> tuple[str, dict, dict]:
     from perception.errors import ConfigError
     from perception.evaluation.dataset import check_evaluable, evaluate_predictions, save_submissions
     from perception.evaluation.robustness import evaluate_robustness, plan_trials
+    from perception.inference.acceleration import accelerated
     from perception.inference.sequence import predict_stream
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch finds no GPU here; use --device cpu")
     config = load_config(arguments.config, options)
-    model = load_weights(arguments.checkpoint, config.model).to(arguments.device)
+    network = load_weights(arguments.checkpoint, config.model).to(arguments.device)
+    model = accelerated(network, precision=arguments.precision)
+    print(f"precision: {model.choice}", file=sys.stderr)
     dataset = build_dataset(config.val_data, config.model)
     check_evaluable(dataset)
     trials = plan_trials(
@@ -68,7 +72,11 @@ def evaluate_weights(arguments) -> tuple[str, dict, dict]:
     if arguments.save_submission:
         save_submissions(arguments.save_submission, dataset, stream.objects)
     evaluation = evaluate_predictions(dataset, stream.objects, **lane_options(arguments))
-    metrics = evaluation.as_dict() | {"fps": 1 / stream.seconds_per_frame, "samples": len(dataset)}
+    metrics = evaluation.as_dict() | {
+        "precision": model.precision,
+        "fps": 1 / stream.seconds_per_frame,
+        "samples": len(dataset),
+    }
     table = evaluation.table()
     if trials:
         card = evaluate_robustness(
@@ -142,6 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="also write detection.json and lanes.json",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    add_precision(parser, default="float32")
     parser.add_argument(
         "--workers", type=number(int, 0, 1024), default=0, help="processes that load images and match lines (default 0)"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from perception.cli import SEED, command_parser, number, output_folder
 
@@ -14,6 +15,7 @@ EXAMPLE = """examples:
   perception export nano --out out/nano_rtx --precision fp16 --format tensorrt-rtx --target sm86,sm89
   perception export out/nano/nano.safetensors --out out/nano_fp16 --precision fp16 --cameras 6 --raw-size 256x448
   perception export nano --out out/nano_rig --raw-size sizes.yaml --image-format nv12
+  perception export out/maptrv2.safetensors --out out/maptrv2_onnx --rig nuscenes
 
 sizes.yaml holds one size per camera, in the order of the cameras, as a list or with names:
 
@@ -71,6 +73,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--image-format", choices=tuple(IMAGE_FORMATS), default="rgb",
         help="of the images that are given (default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--rig", metavar="FILE",
+        help="rig file of the vehicle, or a rig of the library, for a network whose export holds its calibration, such "
+        "as MapTRv2; instead of --cameras and --raw-size",
+    )  # fmt: skip
     parser.add_argument("--dataroot", type=Path, help="dataset to certify on")
     parser.add_argument("--version", help="of the dataset")
     parser.add_argument("--split", help="of the dataset")
@@ -92,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from perception.data.nuscenes import NuScenesDataset
     from perception.export.contract import ImageInputs, read_contract
     from perception.export.engine_session import find_engine
+    from perception.export.fixed_rig import FixedRig
     from perception.export.onnx import check_export, export_onnx
     from perception.export.openvino_session import openvino_core
     from perception.export.parity import LEAST_FRAMES, LEAST_SCENES, certify
@@ -100,11 +108,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     from perception.export.tensorrt import build_engines, gpus_of
     from perception.models.checkpoint import load_model, read_provenance
     from perception.models.provenance import weights_of
+    from perception.rigs.rig import Rig
     from perception.synthetic import VERSION, simulate
     from perception.synthetic.sensors import EIGHT_CAMERAS, FIVE_CAMERAS, SIX_CAMERAS, Mounting
 
     network = load_model(arguments.checkpoint)
-    raw_size = read_sizes(arguments.raw_size) if arguments.raw_size else None
+    raw_size: Any = read_sizes(arguments.raw_size) if arguments.raw_size else None
+    fixed_rig = None
+    if arguments.rig:
+        if raw_size:
+            raise ConfigError("--rig and --raw-size were given; leave --raw-size out, the rig has the sizes of images")
+        fixed_rig, raw_size = FixedRig.of_rig(Rig.load(arguments.rig), network.config.image_size)
+        arguments.cameras = len(raw_size)
     images = ImageInputs.of_rig(arguments.cameras, network.config.image_size, raw_size, arguments.image_format)
     eight_bits = arguments.precision in KINDS
     if arguments.dataroot and eight_bits and arguments.calibration_split in (None, arguments.split):
@@ -115,7 +130,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for_cpu = arguments.target == "cpu"
     if for_cpu and arguments.format != "onnx":
         raise ConfigError(f"--format {arguments.format} builds for GPUs; leave it out with --target cpu")
-    check_export(network, cameras=arguments.cameras, precision=arguments.precision, for_cpu=for_cpu)
+    check_export(
+        network, cameras=arguments.cameras, precision=arguments.precision, for_cpu=for_cpu, fixed_rig=fixed_rig
+    )
     for backend in arguments.also:
         openvino_core(backend, arguments.precision)
     targets = arguments.target.split(",")
@@ -151,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             export_onnx(
                 network, arguments.out, cameras=arguments.cameras, raw_size=images.sizes,
                 image_format=images.image_format, precision=arguments.precision, for_cpu=for_cpu,
-                calibration=calibration, progress=True,
+                calibration=calibration, progress=True, fixed_rig=fixed_rig,
                 weights=weights_of(arguments.checkpoint, read_provenance(arguments.checkpoint)),
             )  # fmt: skip
         backends = ["onnxruntime", *dict.fromkeys(arguments.also)]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from perception.cli import command_parser, number, output_file
+from perception.cli import add_precision, command_parser, number, output_file
 
 EXAMPLE = """examples:
   perception predict --images drive.mcap --out out/drive --write jsonl,mp4,rrd
@@ -152,8 +152,9 @@ def predict_recording(arguments) -> None:
         reference=arguments.reference, tolerance=arguments.tolerance, rate=arguments.rate, count=arguments.frames
     )
     predictor = Predictor(
-        arguments.checkpoint, arguments.device, min_score=arguments.min_score, min_seen=arguments.min_seen
-    )
+        arguments.checkpoint, arguments.device, precision=arguments.precision, min_score=arguments.min_score,
+        min_seen=arguments.min_seen,
+    )  # fmt: skip
     notes = list(recording.notes)
     provenance = predictor.provenance
     if provenance is not None and provenance.is_generated and arguments.version != provenance.versions[0]:
@@ -175,6 +176,7 @@ def predict_recording(arguments) -> None:
     for format in formats:
         print(f"wrote {arguments.out / FILES[format]}")
     print(f"weights: {provenance or 'their file does not say what they were trained on'}")
+    print(f"precision: {predictor.model.choice}")
     if recording.trajectory is None:
         notes.append("the recording has no odometry: give --poses, or every frame stands for itself, without memory")
     elif summary.without_pose:
@@ -268,6 +270,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder to create, with --images; else the picture to write, .png"
     )
+    add_precision(parser, default="auto")
     recorded = parser.add_argument_group("with --images")
     recorded.add_argument(
         "--rig", help="rig file, or the name of a rig of the library (default: that of the recording)"
@@ -336,12 +339,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.index is not None and arguments.sample is not None:
         raise ConfigError("--index and --sample both choose the entry of the info file; leave one out")
 
+    from perception.inference.acceleration import accelerated
     from perception.models.checkpoint import load_model, read_provenance
     from perception.models.provenance import weights_of
     from perception.types import map_tensors
     from perception.visualization.pictures import draw_frame
 
-    model, provenance = load_model(arguments.checkpoint), read_provenance(arguments.checkpoint)
+    model = accelerated(load_model(arguments.checkpoint), precision=arguments.precision)
+    provenance = read_provenance(arguments.checkpoint)
     sample, clip, scene, cameras = (predict_info if arguments.info else predict_sample)(model, arguments)
     clip = map_tensors(lambda tensor: tensor[0, 0], clip)
     scene = shown(scene, arguments.min_score, arguments.min_seen)
@@ -368,5 +373,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{kind:8s}{len(predicted.score):>10d}{int(gt.valid.sum()):>8d}{matched:>10d}")
     print("matched: same class and centre within 2 m (boxes), same class and Chamfer distance within 1 m (lines)")
     print(f"weights: {provenance or 'their file does not say what they were trained on'}")
+    print(f"precision: {model.choice}")
     for note in notes:
         print(f"note: {note}")

@@ -35,6 +35,7 @@ from perception.data.table_checks import NO_CHANNEL, TableCheck
 from perception.data.table_files import TABLES
 from perception.data.tables import DETECTION_CLASS
 from perception.errors import DataError
+from perception.files import user_cache
 from perception.geometry import invert_rigid, rigid_from_quaternion, yaw_from_rotation
 from perception.rigs.rig import RIG_FILE, Rig
 from perception.types import ATTRIBUTES, BOX_CLASSES, LaneRange
@@ -119,7 +120,7 @@ def load_index(
     for table in TABLES:
         if not (tables / f"{table}.json").is_file():
             raise DataError(f"{tables / f'{table}.json'} is missing: unpack the dataset's metadata again")
-    folder = cache_dir or index_files.default_cache()
+    folder = cache_dir or user_cache()
     cache = folder / f"index-{_inputs_hash(dataroot, version, split, cameras, lane_range, folder)}.bin"
     with _building:  # threads of one process wait for each other; processes may build the same index and both store it
         arrays = index_files.read(cache, _array_names())

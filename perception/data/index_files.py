@@ -28,15 +28,6 @@ KEPT_HASH = 1 << 24  # bytes of a file whose hash is kept
 SETTLED_NS = 2_000_000_000  # since the last change of such a file
 
 
-def default_cache() -> Path:
-    if folder := os.environ.get("PERCEPTION_CACHE"):
-        return Path(folder)
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "perception"
-    except RuntimeError:  # the user has no home, as in some containers: storing the index fails with a warning
-        return Path(os.devnull) / "perception"
-
-
 def content_hash(facts: object, files: Sequence[Path], cache: Path) -> str:
     """Returns a hash of facts, which JSON can hold, and of the bytes of files; `cache` keeps the hashes of large files.
 

@@ -205,14 +205,14 @@ class Table:
         self.kept: tuple[int, Sequence[dict[str, Any]]] = (-1, ())  # a block that was read again
         self.present: set[str] = set()  # fields that a record has
         self.rows = 0
-        parts: dict[str, list[Any]] = {field: [] for field in readers}
-        for part in _parts(path, readers) if records is None else [_part(_in_memory(records), readers)]:
+        joined = _Joined()
+        size = len(records) if records is not None else path.stat().st_size if path.is_file() else 0
+        for part in _parts(path, readers) if records is None else [_part(_in_memory(records), readers, size)]:
             self.present |= part.present
+            joined.add(part.columns, (part.blocks[-1][2] - part.blocks[0][1]) / size if part.blocks else 1.0)
             self.blocks += [(self.rows + row, start, stop) for row, start, stop in part.blocks]
             self.rows = self.blocks[-1][0] if self.blocks else 0
-            for field, column in part.columns.items():
-                parts[field].append(column)
-        self.columns = {field: _joined(parts.pop(field)) for field in readers}
+        self.columns = joined.columns()
 
     def record(self, row: int) -> Mapping[str, Any]:
         """Returns one record, which is read from the file again."""
@@ -241,34 +241,32 @@ def _parts(path: Path, readers: Mapping[str, Reader]) -> Iterator[_Part]:
     with closing(in_processes(read, spans, min(processors(), MOST_READERS) if len(spans) > 1 else 1)) as parts:
         for span, part in zip(spans, parts, strict=True):
             if part is None:  # the span is malformed, or its end is not the end of a record
-                yield _part(read_blocks(path, Span(span.start, None) if span.start > spans[0].start else None), readers)
+                rest = Span(span.start, None) if span.start > spans[0].start else None
+                yield _part(read_blocks(path, rest), readers, path.stat().st_size - span.start)
                 return
             yield part
 
 
 def _read_span(path: Path, readers: Mapping[str, Reader], span: Span) -> _Part | None:
     try:
-        return _part(read_blocks(path, span), readers)
+        return _part(read_blocks(path, span), readers, (span.stop or path.stat().st_size) - span.start)
     except DataError:
         return None
 
 
-def _part(blocks: Iterable[Block], readers: Mapping[str, Reader]) -> _Part:
-    """Reads the columns of blocks of records."""
-    part = _Part({}, set(), [])
-    columns: dict[str, list[Any]] = {field: [] for field in readers}
-    rows = 0
+def _part(blocks: Iterable[Block], readers: Mapping[str, Reader], size: int) -> _Part:
+    """Reads the columns of blocks of records, which have `size` bytes."""
+    joined, present, rows = _Joined(), set(), 0
+    places = []
     with _no_collection():
         for block in blocks:
             rows += len(block.records)
-            part.blocks.append((rows, block.start, block.stop))
-            for field, values in _columns(block.records, list(readers)).items():
-                columns[field].append(readers[field](values, block.records))
-                if field not in part.present and any(value is not NOTHING for value in values):
-                    part.present.add(field)
-    for field, reader in readers.items():
-        part.columns[field] = _joined(columns.pop(field)) if rows else reader((), ())
-    return part
+            places.append((rows, block.start, block.stop))
+            values = _columns(block.records, list(readers))
+            columns = {field: readers[field](values[field], block.records) for field in readers}
+            joined.add(columns, (block.stop - block.start) / size)
+            present |= {f for f in values if f not in present and any(value is not NOTHING for value in values[f])}
+    return _Part(joined.columns() if rows else {f: read((), ()) for f, read in readers.items()}, present, places)
 
 
 @contextmanager
@@ -285,7 +283,8 @@ def _no_collection() -> Iterator[None]:
 
 def _in_memory(records: Sequence[dict[str, Any]]) -> Iterator[Block]:
     for start in range(0, len(records), 10_000):
-        yield Block(list(records[start : start + 10_000]), 0, 0)
+        some = list(records[start : start + 10_000])
+        yield Block(some, start, start + len(some))
 
 
 def _columns(records: Sequence[dict[str, Any]], fields: Sequence[str]) -> dict[str, Sequence[Any]]:
@@ -300,15 +299,58 @@ def _columns(records: Sequence[dict[str, Any]], fields: Sequence[str]) -> dict[s
     return {f: found[f] if f in found else [record.get(f, NOTHING) for record in records] for f in fields}
 
 
-def _joined(parts: list[Any]) -> Any:
-    """Joins columns of parts."""
-    if len(parts) == 1:
-        return parts[0]
-    if isinstance(parts[0], np.ndarray):
-        return np.concatenate(parts)
-    if isinstance(parts[0], tuple):
-        return type(parts[0])(*(_joined(list(fields)) for fields in zip(*parts, strict=True)))
-    return list(chain.from_iterable(parts))
+class _Joined:
+    """Columns that come in parts. They grow in place: the parts and the whole would need twice the memory."""
+
+    def __init__(self) -> None:
+        self.first: dict[str, Any] | None = None
+        self.growing: dict[str, _Growing] = {}
+
+    def add(self, columns: dict[str, Any], share: float) -> None:
+        """Adds a part; `share` is how much of the whole it is, about."""
+        if self.first is None:
+            self.first, self.share = columns, share
+            return
+        if not self.growing:
+            self.growing = {field: _Growing(column, self.share) for field, column in self.first.items()}
+            self.first = {}
+        for field, column in columns.items():
+            self.growing[field].add(column)
+
+    def columns(self) -> dict[str, Any]:
+        return {field: column.whole() for field, column in self.growing.items()} or self.first or {}
+
+
+class _Growing:
+    """One of the columns: an array, a list, or a tuple of them."""
+
+    def __init__(self, first: Any, share: float) -> None:
+        self.kind, self.length = type(first), 0
+        self.fields = [_Growing(field, share) for field in first] if isinstance(first, tuple) else []
+        self.items: list[Any] = []
+        if isinstance(first, np.ndarray):  # memory that is never written takes no place
+            self.array = np.empty((int(1.1 * len(first) / share) + 1, *first.shape[1:]), first.dtype)
+        if not self.fields:
+            self.add(first)
+
+    def add(self, part: Any) -> None:
+        if self.fields:
+            for field, value in zip(self.fields, part, strict=True):
+                field.add(value)
+        elif isinstance(part, list):
+            self.items += part
+        else:
+            start, self.length = self.length, self.length + len(part)
+            if self.length > len(self.array):
+                larger = np.empty((int(1.3 * self.length), *part.shape[1:]), part.dtype)
+                larger[:start] = self.array[:start]
+                self.array = larger
+            self.array[start : self.length] = part
+
+    def whole(self) -> Any:
+        if self.fields:
+            return self.kind(*(field.whole() for field in self.fields))
+        return self.items if self.kind is list else self.array[: self.length]
 
 
 def storable(text: str) -> bool:

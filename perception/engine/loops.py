@@ -39,6 +39,7 @@ from perception import __version__
 from perception.engine.checkpoints import WorkDir, plain
 from perception.errors import Interrupted, TrainingError
 from perception.evaluation.dataset import evaluate_predictions
+from perception.inference.acceleration import accelerated
 from perception.inference.sequence import predict_stream
 from perception.models import Network
 from perception.models.checkpoint import halve, read_metrics, save_checkpoint
@@ -381,7 +382,9 @@ class StreamValLoop(BaseLoop):
         random_states = _random_states()
         core = copy.deepcopy(core_of(runner)).eval()
         core.load_state_dict(halve(core.state_dict()))  # evaluates the weights that `ExportHook` writes
-        stream = predict_stream(core, dataset, rank=rank, world_size=world, workers=self.dataloader.num_workers)
+        # Float32, as `perception evaluate` runs by default: both give the same numbers for the same weights.
+        network = accelerated(core, precision="float32")
+        stream = predict_stream(network, dataset, rank=rank, world_size=world, workers=self.dataloader.num_workers)
         predictions = {token: objects for part in all_gather_object(stream.objects) for token, objects in part.items()}
         results = [evaluate_predictions(dataset, predictions).metrics() if rank == 0 else {}]
         broadcast_object_list(results)

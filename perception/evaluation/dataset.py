@@ -30,7 +30,7 @@ from perception.evaluation.stability import StabilityResult, evaluate_stability
 from perception.evaluation.submission import map_lines, write_lanes
 from perception.files import write_json
 from perception.inference.sequence import Stream, predict_stream
-from perception.models import Network
+from perception.models.base import InferenceNetwork
 from perception.types import Array, Boxes, FrameObjects, LaneRange, MapLine, map_tensors
 
 
@@ -210,7 +210,7 @@ def evaluate_predictions(
 
 
 def evaluate_dataset(
-    model: Network,
+    model: InferenceNetwork,
     dataset: NuScenesDataset,
     *,
     protocol: str = "maptr",

@@ -29,7 +29,7 @@ from perception.evaluation.detection import evaluate_boxes, load_tables
 from perception.evaluation.lanes import evaluate_lanes
 from perception.evaluation.submission import map_lines
 from perception.inference.sequence import Disturbance, predict_stream
-from perception.models import Network
+from perception.models.base import InferenceNetwork
 from perception.types import Frame, LaneRange
 
 DEFAULT_SEVERITY = 2
@@ -234,7 +234,7 @@ def _percent(share: float) -> str:
 
 
 def evaluate_robustness(
-    model: Network,
+    model: InferenceNetwork,
     dataset: NuScenesDataset,
     trials: list[Trial],
     clean: dict[str, float],

@@ -18,6 +18,7 @@ import numpy as np
 
 from perception.commands import command
 from perception.errors import CheckpointError, ConfigError, DataError
+from perception.export.fixed_rig import FixedRig, fault_of
 from perception.files import write_json
 from perception.inference.ego_motion import JUMP_MARGIN_M, JUMP_MARGIN_RAD, MAX_GAP, MAX_SPEED, MAX_TURN_RATE
 from perception.reading import number, short
@@ -36,6 +37,7 @@ FIELDS = {
 # Rules of the memory, for programs that do without this library.
 LIMITS = ("max_gap_s", "max_speed_m_s", "max_turn_rate_rad_s", "jump_margin_m", "jump_margin_rad")
 GEOMETRY = {"img_from_cam", "ego_from_cam", "present", "ego_from_prev", "seconds_since_prev", "is_first"}
+FIXED = ("img_from_cam", "ego_from_cam")  # inputs that a graph with a fixed rig does not read
 ENGINE_FIELDS = ("file", "gpu", "package", "package_version")
 
 _NV12 = "NV12 [H * 3/2, W]: luma, then one pair of Cb and Cr per 2 x 2 pixels, rows without padding; "
@@ -221,6 +223,7 @@ def write_contract(
     quantization: dict,
     checked: Mapping[str, Sequence[str]],
     version: str,
+    fixed_rig: FixedRig | None = None,
 ) -> None:
     """Writes the contract of an export.
 
@@ -239,6 +242,7 @@ def write_contract(
         checked: by runtime, the checks that it reads the graph as ONNX defines it, from `perception.export.dialect`;
             empty for a runtime that the graph is not for.
         version: of the library.
+        fixed_rig: the calibration that the graph holds; None for a graph that takes it as inputs.
     """
 
     image = IMAGE_FORMATS[images.image_format] + ", rows from the top; ignored while the camera is missing"
@@ -248,6 +252,8 @@ def write_contract(
         text = MEANING["memory"].replace("new_memory", f"new_{name}")
         meaning[name] = f"{MEMORY_PARTS[name]}; {text}" if name in MEMORY_PARTS else text
         meaning[f"new_{name}"] = f"the {name} input of the next frame"
+    if fixed_rig:
+        meaning |= {name: f"not read: fixed in the graph, see calibration; {meaning[name]}" for name in FIXED}
 
     def described(arrays: Mapping[str, np.ndarray]) -> list[dict]:
         return [
@@ -282,7 +288,8 @@ def write_contract(
             "inputs": described(inputs),
             "outputs": described(outputs),
             "sha256": dict(sha256),
-        },
+        }
+        | ({"calibration": fixed_rig.as_dict()} if fixed_rig else {}),
     )
 
 
@@ -403,6 +410,8 @@ def _fault(contract: dict) -> str:
         and _is_finite(weights)
     ):
         return f"weights is {short(weights)}, not a name and what they were trained on"
+    if "calibration" in contract and (fault := fault_of(contract["calibration"], contract["cameras"])):
+        return fault
     for runtime, checks in contract["checked"].items():
         if not isinstance(checks, list) or not all(isinstance(check, str) for check in checks):
             return f"checked[{short(runtime)}] is not a list of text"

@@ -26,15 +26,17 @@ from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError
 from perception.export.contract import CONTRACT, MODEL, ImageInputs, write_contract
 from perception.export.dialect import check_dialect
+from perception.export.fixed_rig import FixedRig
 from perception.export.half import WEIGHTED, check_weight, convert_to_half
 from perception.export.images import ImagePreprocessing
 from perception.export.lowering import OPSET, OPSET_FP8, TRACED, lower_graph
 from perception.export.progress import stage
-from perception.export.quantize import KINDS, quantize_graph, quiet, record_frames
+from perception.export.quantize import KINDS, FrameInputs, quantize_all, quantize_graph, quiet, record_frames
 from perception.files import replacing
+from perception.inference.crop import fitted_rig
 from perception.models import Network
 from perception.models.base import memory_tensors, with_tensors
-from perception.types import NUSCENES_EGO_FROM_LIDAR, CameraRig, Frame, Weights
+from perception.types import NUSCENES_EGO_FROM_LIDAR, CameraRig, Frame, NumpyCameraRig, Weights
 
 if TYPE_CHECKING:
     import onnx
@@ -162,11 +164,13 @@ def example_inputs(network: Network, images: ImageInputs) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def check_export(network: Network, *, cameras: int, precision: str, for_cpu: bool) -> None:
+def check_export(
+    network: Network, *, cameras: int, precision: str, for_cpu: bool, fixed_rig: FixedRig | None = None
+) -> None:
     """Checks the arguments of `export_onnx`. Call it before long work.
 
     Args:
-        network, cameras, precision, for_cpu: as for `export_onnx`.
+        network, cameras, precision, for_cpu, fixed_rig: as for `export_onnx`.
 
     Raises:
         ConfigError: the network cannot be exported, the precision or the number of cameras is invalid, or a weight is
@@ -174,6 +178,14 @@ def check_export(network: Network, *, cameras: int, precision: str, for_cpu: boo
     """
     if network.no_export:
         raise ConfigError(f"{type(network).__name__} is not exported: {network.no_export}")
+    for_rig = getattr(network, "for_rig", None)
+    if for_rig and fixed_rig is None:
+        raise ConfigError(
+            f"{type(network).__name__} is exported for the cameras of one vehicle, and their calibration becomes part "
+            "of the graph; give the rig file as --rig"
+        )
+    if fixed_rig is not None and not for_rig:
+        raise ConfigError(f"a {type(network).__name__} takes any calibration as an input; export it without a rig")
     if cameras < 1:
         raise ConfigError(f"cameras is {cameras}; give at least 1")
     wanted = network.config.cameras
@@ -199,9 +211,10 @@ def export_onnx(
     image_format: str = "rgb",
     precision: str = "fp32",
     for_cpu: bool = False,
-    calibration: NuScenesDataset | None = None,
+    calibration: NuScenesDataset | Sequence[FrameInputs] | None = None,
     graph: onnx.ModelProto | None = None,
     weights: Weights | None = None,
+    fixed_rig: FixedRig | None = None,
     progress: bool = False,
 ) -> Path:
     """Writes `model.onnx` and `contract.json`, and deletes certificates of an older graph in the folder.
@@ -217,9 +230,11 @@ def export_onnx(
             bits in the layers with weights that are not too sensitive, and float16 as before in the others.
         for_cpu: with "int8", unsigned activations for instructions of CPUs such as AVX-512 VNNI, and float32 instead of
             float16.
-        calibration: dataset for the quantization ranges, with images of the export's size or larger.
+        calibration: dataset for the quantization ranges, with images of the export's size or larger. Or the frames for
+            the ranges themselves, by input of the graph: then no layer is excepted for its sensitivity.
         graph: result of `trace` for the same network, cameras and sizes, which takes longest; traced here if None.
         weights: what results say about the weights of the network, from `weights_of`; None if that is not known.
+        fixed_rig: the only calibration that the graph is for, of a network with `for_rig`; None for the others.
         progress: show the steps and their duration on stderr.
 
     Returns:
@@ -229,13 +244,13 @@ def export_onnx(
         ConfigError: the network cannot be exported; the precision, the cameras, the sizes or the format are invalid; a
             weight is too large for float16; or the graph has a form that a TensorRT parser may misread.
     """
-    check_export(network, cameras=cameras, precision=precision, for_cpu=for_cpu)
+    check_export(network, cameras=cameras, precision=precision, for_cpu=for_cpu, fixed_rig=fixed_rig)
     if precision in KINDS and calibration is None:
         raise ConfigError(f"precision {precision} needs a dataset for its quantization ranges; give one as calibration")
     images = ImageInputs.of_rig(cameras, network.config.image_size, raw_size, image_format)
     halved = precision != "fp32" and not for_cpu
     folder = Path(folder)
-    model = DeployedNetwork(network, images).eval()
+    model = DeployedNetwork(network if fixed_rig is None else _for_rig(network, fixed_rig, images), images).eval()
     inputs = example_inputs(network, images)
     if graph is None:
         with stage("tracing the network", progress):
@@ -245,8 +260,11 @@ def export_onnx(
         if halved:
             convert_to_half(graph)  # checks the weights that the trace has folded, before the long work
         kind = "uint8" if for_cpu else precision
-        frames = record_frames(graph, calibration, images, progress=progress)
-        graph, quantization = quantize_graph(graph, frames, kind, progress=progress)
+        if isinstance(calibration, NuScenesDataset):
+            frames = record_frames(graph, calibration, images, progress=progress)
+            graph, quantization = quantize_graph(graph, frames, kind, progress=progress)
+        else:
+            graph, quantization = quantize_all(graph, calibration, kind)
     if halved:
         graph = convert_to_half(graph)
     custom = sorted({node.op_type for node in graph.graph.node if node.domain not in ("", "ai.onnx")})
@@ -276,8 +294,18 @@ def export_onnx(
         quantization=quantization,
         checked=checked,
         version=__version__,
+        fixed_rig=fixed_rig,
     )
     return folder
+
+
+def _for_rig(network: Any, fixed: FixedRig, images: ImageInputs) -> Network:
+    """Returns a network for one calibration, which is given in pixels of the export's images."""
+    rig = NumpyCameraRig(fixed.img_from_cam, fixed.ego_from_cam, np.ones(len(fixed.img_from_cam), bool))
+    fitted = fitted_rig(rig, dict(enumerate(images.sizes)), network.config.image_size)
+    tensors = (torch.from_numpy(array[None]) for array in (fitted.img_from_cam, fitted.ego_from_cam, fitted.present))
+    found: Network = network.for_rig(CameraRig(*tensors), torch.from_numpy(fixed.ego_from_lidar)[None].float())
+    return found
 
 
 def layer_types(model: onnx.ModelProto) -> dict[str, dict[str, int]]:

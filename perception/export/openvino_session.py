@@ -32,7 +32,9 @@ def import_openvino() -> Any:
     try:
         return importlib.import_module("openvino")
     except ImportError as error:
-        raise ConfigError(f"openvino is not installed ({error}); pip install openvino") from None
+        raise ConfigError(
+            f"openvino is not installed ({error}); install it, or the extra [openvino] of driving-perception"
+        ) from None
     finally:
         del sys.modules[TELEMETRY]
         sys.modules.update(loaded)

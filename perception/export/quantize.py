@@ -168,6 +168,24 @@ def quantize_graph(
     return graph, report
 
 
+def quantize_all(model: onnx.ModelProto, frames: Sequence[FrameInputs], kind: str) -> tuple[onnx.ModelProto, dict]:
+    """Quantizes all layers of a graph, for measurements of time where accuracy has no meaning.
+
+    Args:
+        model: in float32.
+        frames: calibration data, memory included.
+        kind: one of KINDS.
+
+    Returns:
+        The graph, and a report as of `quantize_graph`, without sensitivities.
+    """
+    quantizer = Quantizer(model, frames, kind)
+    graph = quantizer.quantized(quantizer.groups)
+    together = relative_change(run_frames(model, frames), run_frames(graph, frames, kind))
+    work = group_work(model, quantizer.groups)
+    return graph, {"sensitivities": {}, "work": work, "groups": list(quantizer.groups), "together": together}
+
+
 def to_float8(quantized: onnx.ModelProto, model: onnx.ModelProto) -> onnx.ModelProto:
     """Converts the Q/DQ nodes of a graph from INT8 to FP8 (E4M3) with the same ranges.
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from perception.data.nuscenes import NuScenesDataset
 from perception.export.contract import ImageInputs
+from perception.export.fixed_rig import FixedRig
 from perception.export.images import from_rgb
 from perception.inference.fitting import fit_image
 from perception.types import CameraRig, Frame, map_tensors
@@ -103,6 +104,16 @@ def camera_frame(frame: Frame, images: ImageInputs) -> CameraFrame:
             rgb, img_from_cam[0, n] = pixels.permute(1, 2, 0).numpy(), torch.from_numpy(matrix)
         converted.append(from_rgb(rgb, images.image_format))
     return CameraFrame(tuple(converted), frame.rig._replace(img_from_cam=img_from_cam), *frame[2:])
+
+
+def with_fixed_rig(frame: CameraFrame, fixed: FixedRig | None) -> CameraFrame:
+    """Returns a frame [1, ...] with the only calibration that an export is for; unchanged if it takes any."""
+    if fixed is None:
+        return frame
+    img_from_cam, ego_from_cam, ego_from_lidar = (torch.from_numpy(array).float()[None] for array in fixed)
+    rig = frame.rig._replace(img_from_cam=img_from_cam, ego_from_cam=ego_from_cam)
+    still = torch.eye(4).expand_as(ego_from_cam)
+    return frame._replace(rig=rig, ego_from_lidar=ego_from_lidar, ego_from_exposure=still)
 
 
 def frame_inputs(frame: CameraFrame, extra: Sequence[str] = ()) -> dict[str, np.ndarray]:

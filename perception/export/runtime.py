@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from perception.errors import ConfigError
 from perception.export.contract import MODEL, ImageInputs, check_graph, memory_names, read_contract
+from perception.export.fixed_rig import SAME, FixedRig
 from perception.inference.checks import NOT_FINITE, check_images, checked_rig, checked_setting, objects_are_finite
 from perception.inference.ego_motion import MAX_SPEED, MAX_TURN_RATE, Motion
 from perception.inference.images import AnyImage
@@ -201,7 +202,8 @@ class Runtime:
         CheckpointError: the folder does not hold an export, or a file in it has changed.
         ConfigError: the backend is unknown or cannot run here (not installed, no GPU, no engine for this GPU, another
             version of TensorRT, no bfloat16, no such execution provider), `min_score` or `min_seen` is not in
-            0..1, `threads` is out of range, a limit is negative, or the rig does not fit the export.
+            0..1, `threads` is out of range, a limit is negative, or the rig does not fit the export or is not the one
+            that it was made for.
     """
 
     def __init__(
@@ -241,6 +243,17 @@ class Runtime:
             bgr=is_bgr, as_bgr=is_bgr,
             max_speed=max_speed, max_turn_rate=max_turn_rate,
         )  # fmt: skip
+        self._fixed_rig = FixedRig.of_contract(self.contract)
+        self._ego_from_lidar = self._live.ego_from_lidar
+        if self._fixed_rig is not None:
+            self._ego_from_lidar = self._fixed_rig.ego_from_lidar
+            known = getattr(getattr(rig, "rig", rig), "ego_from_lidar", None)  # of a Rig, or of the one of a VirtualRig
+            if known is not None and not np.allclose(known, self._ego_from_lidar, SAME, SAME):
+                apart = np.abs(known - self._ego_from_lidar).max()
+                raise ConfigError(
+                    f"Runtime: ego_from_lidar of the rig differs by up to {apart:.2g} from that of the rig that the "
+                    "network was exported for; export it again for this rig"
+                )
         self._session: Session
         if backend == "onnxruntime":
             self._session = OnnxSession(folder, self.contract, providers, int(threads))
@@ -316,8 +329,8 @@ class Runtime:
             what is implausible in the input.
 
         Raises:
-            DataError: an argument has the wrong shape or type, is not finite or out of range for a vehicle, or `time_s`
-                is not later than in the last step.
+            DataError: an argument has the wrong shape or type, is not finite or out of range for a vehicle, `time_s`
+                is not later than in the last step, or the export is for another calibration.
 
         Warns:
             PerceptionWarning: as in `Predictor.step`. On a GPU the memory is not checked; there, outputs that are not
@@ -329,6 +342,8 @@ class Runtime:
         N = len(self.images.sizes)
         check_images(images, N, self.images.axes)
         checked = checked_rig(rig, N)
+        if self._fixed_rig is not None:
+            self._fixed_rig.check(checked)
         checked, moved, found = live.carried(checked, frame_motion, camera_times_s)
         given = {int(n): self.images.checked(int(n), images[n]) for n in np.flatnonzero(checked.present)}
         pixels = {n: sampled_rgb(image, self.images.image_format) for n, image in given.items()}
@@ -366,7 +381,7 @@ class Runtime:
         self.inputs["seconds_since_prev"][...] = seconds
         self.inputs["is_first"][...] = is_first
         if "ego_from_lidar" in self.inputs:
-            self.inputs["ego_from_lidar"][...] = self._live.ego_from_lidar
+            self.inputs["ego_from_lidar"][...] = self._ego_from_lidar
 
     def objects(self) -> NumpyFrameObjects:
         """Returns all predictions of the last `run`, in the output buffers that the next run overwrites."""

@@ -113,6 +113,11 @@ class LiveInput:
         self._cameras = tuple(names)
         self.warnings, self._statistics = Warnings(self._cameras), ImageStatistics(self._cameras)
 
+    @property
+    def cameras(self) -> int | None:
+        """Number of images that the network gets, None if every step decides."""
+        return None if self._virtual is None else len(self._virtual.cameras)
+
     def arguments(self, images: Any, rig: Any, global_from_ego: Any, time_s: Any) -> tuple[Any, Any, Any, Any]:
         """Returns the arguments of `step` with the images and the calibration of pinholes.
 

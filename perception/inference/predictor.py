@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from perception.inference.acceleration import accelerated
 from perception.inference.checks import (
     NOT_FINITE,
     check_images,
@@ -26,6 +27,8 @@ from perception.inference.checks import (
 )
 from perception.inference.ego_motion import MAX_SPEED, MAX_TURN_RATE, Motion
 from perception.inference.fitting import fit_image
+from perception.inference.fixed_rig import FixedRig
+from perception.inference.folding import example_frame
 from perception.inference.images import AnyImage
 from perception.inference.live import LiveInput, Step, without_result
 from perception.inference.plausibility import sampled_rgb
@@ -62,6 +65,10 @@ class Predictor:
         model: a network, or an argument of `load_model`: the name of weights that are part of the library, such as
             "nano", or a `.safetensors` file. A network is moved to the device and set to evaluation mode.
         device: on which it runs, such as "cpu" or "cuda".
+        precision: "auto", "float32", "bfloat16" or "float16", see `perception.inference.acceleration.accelerated`.
+        compile: compile the network for this machine, which takes minutes once; later processes find the result in the
+            user's cache folder. It happens here if the rig is given, else in the first step, with a line on stderr.
+        cuda_graph: on a GPU, replay each frame as one CUDA graph.
         rig: the cameras of the vehicle, of any model, size and mounting; `step` then takes their images, and the
             network sees them through virtual pinholes (see `perception.rigs.virtual`). None if every step gets the
             calibration of pinholes.
@@ -75,8 +82,11 @@ class Predictor:
 
     Raises:
         CheckpointError: there are no weights of this name, or the file is missing or unreadable.
-        ConfigError: `min_score` or `min_seen` is not in 0..1, a limit is negative, torch cannot use the device, or the
-            rig does not fit the network.
+        ConfigError: `min_score` or `min_seen` is not in 0..1, a limit is negative, torch cannot use the device, the rig
+            does not fit the network, or precision, `compile` or `cuda_graph` cannot be had here.
+
+    Attributes:
+        model: the network as `accelerated` has prepared it; `model.choice` says in which precision it runs, and why.
     """
 
     def __init__(
@@ -84,6 +94,9 @@ class Predictor:
         model: Network | str | Path,
         device: str | torch.device = "cpu",
         *,
+        precision: str = "auto",
+        compile: bool = False,
+        cuda_graph: bool = False,
         rig: Rig | VirtualRig | None = None,
         bgr: bool = False,
         min_score: float = 0.0,
@@ -95,13 +108,21 @@ class Predictor:
         self.min_seen = checked_setting("Predictor: min_seen", min_seen, 0, 1, "a number from 0 to 1")
         self.provenance = read_provenance(model) if isinstance(model, str | Path) else None
         weights = weights_of(model, self.provenance) if isinstance(model, str | Path) else Weights()
-        self.model = on_device(load_model(model) if isinstance(model, str | Path) else model, device)
+        network = on_device(load_model(model) if isinstance(model, str | Path) else model, device)
+        self.model = accelerated(network, precision=precision, compile=compile, cuda_graph=cuda_graph)
+        self._fixed_rig = FixedRig(self.model)
         self.device = torch.device(device)
         self._live = LiveInput(
             self.model.config.image_size, remembers(self.model), rig=rig, weights=weights, bgr=bgr,
             max_speed=max_speed, max_turn_rate=max_turn_rate,
         )  # fmt: skip
+        if (compile or cuda_graph) and self._live.cameras is not None:
+            with torch.inference_mode():
+                self.model(example_frame(network, self._live.cameras), self.model.initial_state(1))
         self.reset()
+
+    def __repr__(self) -> str:
+        return f"Predictor({type(self.model.network).__name__} on {self.device}: {self.model.choice})"
 
     @classmethod
     def from_pretrained(
@@ -109,6 +130,9 @@ class Predictor:
         name_or_path: str | Path,
         device: str | torch.device = "cpu",
         *,
+        precision: str = "auto",
+        compile: bool = False,
+        cuda_graph: bool = False,
         rig: Rig | VirtualRig | None = None,
         bgr: bool = False,
         min_score: float = 0.0,
@@ -120,13 +144,14 @@ class Predictor:
 
         Args:
             name_or_path: the name of weights that are part of the library, such as "nano", or a `.safetensors` file.
-            device, rig, bgr, min_score, min_seen, max_speed, max_turn_rate: as for `Predictor`.
+            device, precision, compile, cuda_graph, rig, bgr, min_score, min_seen, max_speed, max_turn_rate: as for
+                `Predictor`.
 
         Raises:
             CheckpointError, ConfigError: as for `Predictor`.
         """
         return cls(
-            name_or_path, device, rig=rig, bgr=bgr,
+            name_or_path, device, precision=precision, compile=compile, cuda_graph=cuda_graph, rig=rig, bgr=bgr,
             min_score=min_score, min_seen=min_seen, max_speed=max_speed, max_turn_rate=max_turn_rate,
         )  # fmt: skip
 
@@ -210,7 +235,8 @@ class Predictor:
             return self._nothing(step, live.warnings.emit(step.findings))
         frame = self._frame(given, step)
         with torch.inference_mode():
-            prediction, state = self.model(map_tensors(lambda tensor: tensor.to(self.device), frame), self._state)
+            frame = map_tensors(lambda tensor: tensor.to(self.device), frame)
+            prediction, state = self.model(frame, self._state, *self._fixed_rig(frame))
             predicted = map_tensors(lambda tensor: tensor[0].cpu(), self.model.decode(prediction))
             above = self._above_threshold(predicted.boxes), self._above_threshold(predicted.lines)
             objects = chosen(predicted, *above)

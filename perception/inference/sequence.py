@@ -16,10 +16,10 @@ from tqdm import tqdm
 from perception.data.loader import SceneStreamSampler, collate
 from perception.data.nuscenes import NuScenesDataset
 from perception.inference.ego_motion import FIRST_FRAME
+from perception.inference.fixed_rig import FixedRig
 from perception.inference.live import NO_MEMORY_IN_NETWORK
 from perception.inference.visibility import SeenMap
-from perception.models import Network
-from perception.models.base import remembers
+from perception.models.base import InferenceNetwork, remembers
 from perception.types import Clip, Frame, FrameObjects, LiveObjects, NumpyCameraRig, Seen, StepInfo, map_tensors
 
 # Changes frames with leading [1, 1] before the network sees them, given the number of their scene and of their sample.
@@ -34,7 +34,7 @@ class Stream(NamedTuple):
 
 
 @torch.inference_mode()
-def run_sequence(model: Network, clips: Iterable[Clip]) -> Iterator[tuple[Clip, FrameObjects, float]]:
+def run_sequence(model: InferenceNetwork, clips: Iterable[Clip]) -> Iterator[tuple[Clip, FrameObjects, float]]:
     """Runs a network on one frame after another and passes its memory on; the first frame of a scene ignores it.
 
     Args:
@@ -45,18 +45,18 @@ def run_sequence(model: Network, clips: Iterable[Clip]) -> Iterator[tuple[Clip, 
         Each clip, its predictions without leading dimensions on the CPU, and the seconds for network and decoding.
     """
     device = next(model.parameters()).device
-    state = model.initial_state(1)
+    state, fixed_rig = model.initial_state(1), FixedRig(model)
     for clip in clips:
         frame = map_tensors(lambda tensor: tensor[:, 0].to(device), clip.frames)
         start = _now(device)
-        prediction, state = model(frame, state)
+        prediction, state = model(frame, state, *fixed_rig(frame))
         objects = model.decode(prediction)
         seconds = _now(device) - start
         yield clip, map_tensors(lambda tensor: tensor[0].cpu(), objects), seconds
 
 
 @torch.inference_mode()
-def run_sequence_seen(model: Network, clips: Iterable[Clip]) -> Iterator[tuple[Clip, LiveObjects, float]]:
+def run_sequence_seen(model: InferenceNetwork, clips: Iterable[Clip]) -> Iterator[tuple[Clip, LiveObjects, float]]:
     """As `run_sequence`, also with what the cameras see of the predictions now and have seen before."""
     has_memory = remembers(model)
     seen_map = SeenMap(has_memory)
@@ -74,7 +74,7 @@ def run_sequence_seen(model: Network, clips: Iterable[Clip]) -> Iterator[tuple[C
 
 
 def predict_stream(
-    model: Network,
+    model: InferenceNetwork,
     dataset: NuScenesDataset,
     *,
     disturb: Disturbance | None = None,

@@ -1,4 +1,4 @@
-"""Image encoders: one feature map per camera, from a backbone of torchvision or mmdet and a feature pyramid."""
+"""Image encoders: one feature map per camera, from a backbone and a feature pyramid."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from urllib.parse import parse_qsl
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 
 from perception.errors import CheckpointError, ConfigError
 from perception.models.foreign import read_state_dict
+from perception.models.resnet import resnet
 
 RESNETS = {"resnet18": 64, "resnet34": 64, "resnet50": 256, "resnet101": 256, "resnet152": 256}
 CONVNEXTS = {"convnext_tiny": 96, "convnext_small": 96, "convnext_base": 128, "convnext_large": 192}
@@ -50,7 +50,7 @@ class Backbone(Protocol):
 
 
 class TorchvisionBackbone(nn.Module):
-    """A classification network of torchvision without its head: a stem, then stages at strides 4, 8, 16 and 32.
+    """A ResNet, or a ConvNeXt of torchvision, without its head: a stem, then stages at strides 4, 8, 16 and 32.
 
     Args:
         name: a key of `RESNETS` or `CONVNEXTS`.
@@ -63,10 +63,10 @@ class TorchvisionBackbone(nn.Module):
     def __init__(self, name: str, count: int) -> None:
         super().__init__()
         if name in RESNETS:
-            network = getattr(torchvision.models, name)(weights=None)
-            self.stem = nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool)
-            stages = [network.layer1, network.layer2, network.layer3, network.layer4]
+            self.stem, stages = resnet(int(name.removeprefix("resnet")), count)
         elif name in CONVNEXTS:
+            import torchvision  # it takes almost as long to load as PyTorch
+
             parts = list(getattr(torchvision.models, name)(weights=None).features)
             self.stem = parts[0]
             stages = [parts[1], *(nn.Sequential(*parts[i : i + 2]) for i in (2, 4, 6))]
@@ -174,6 +174,13 @@ class FPNEncoder(nn.Module):
         self.channels, self.stride = channels, stride
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+
+    def feature_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Returns height and width of the feature map of images of this height and width."""
+        H, W = image_size
+        if getattr(self.backbone, "name", "") in CONVNEXTS:  # its strided convolutions have no padding
+            return H // self.stride, W // self.stride
+        return -(-H // self.stride), -(-W // self.stride)
 
     def forward(self, images: Tensor) -> Tensor:
         """Encodes images [B, 3, H, W] (RGB 0..255, uint8 or float) to features [B, C, H / stride, W / stride]."""

@@ -48,16 +48,43 @@ class NetworkConfig(Protocol):
         ...
 
 
-class Network(Protocol):
+class InferenceNetwork(Protocol):
+    """What streaming and evaluation need of a network, also of one that `inference.acceleration` has prepared."""
+
+    config: Any  # a NetworkConfig
+
+    @property
+    def finds(self) -> tuple[str, ...]:
+        """What it predicts, of "box" and "line". What it does not predict is empty in what `decode` returns."""
+        ...
+
+    def __call__(self, frame: Frame, state: Any, *others: Any) -> tuple[Any, Any]: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def initial_state(self, batch_size: int) -> Memory:
+        """The memory of a network that has seen nothing, on the device of the weights; empty without a memory."""
+        ...
+
+    def decode(self, prediction: Any) -> FrameObjects:
+        """Boxes and lines in the ego frame with leading [B], best score first."""
+        ...
+
+    def raw_outputs(self, prediction: Any) -> tuple[Tensor, ...]:
+        """The last layer before decoding, for comparisons: tensors [B, Q, ...] in the order of `raw_names`."""
+        ...
+
+
+class Network(InferenceNetwork, Protocol):
     """A network: calibrated images and a memory in, raw outputs and the next memory out.
 
     Also an `nn.Module` with an `image_encoder`, whose `backbone` has `freeze(stages)` and `load_published(weights,
     path)`; see `perception.models.backbone`. The memory is an argument and a result, never an attribute.
+
+    A network may have a method `rig_geometry(rig, image_size)` that returns a NamedTuple of tensors, and take it as the
+    third argument of `forward`; see `perception.inference.fixed_rig`.
     """
 
-    config: Any  # a NetworkConfig
     image_encoder: Any  # an nn.Module with a `backbone`
-    # What it predicts, of "box" and "line". Boxes or lines that it does not predict are empty in what `decode` returns.
     finds: ClassVar[tuple[str, ...]]
     # The weights of the terms of `loss` by name. A training may leave terms out (`train.disabled_losses`).
     loss_weights: ClassVar[Mapping[str, float]]
@@ -77,22 +104,16 @@ class Network(Protocol):
     published_prefixes: ClassVar[Mapping[str, str]]
 
     # Methods of nn.Module that training, live use and export call.
-    def __call__(self, frame: Frame, state: Any, *gt: FrameObjects) -> tuple[Any, Any]: ...
     def to(self: Self, *args: Any, **kwargs: Any) -> Self: ...
     def eval(self: Self) -> Self: ...
     def train(self: Self, mode: bool = True) -> Self: ...
     def requires_grad_(self: Self, requires_grad: bool = True) -> Self: ...
-    def parameters(self) -> Iterator[nn.Parameter]: ...
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
     def modules(self) -> Iterator[nn.Module]: ...
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]: ...
     def named_children(self) -> Iterator[tuple[str, nn.Module]]: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any: ...
-
-    def initial_state(self, batch_size: int) -> Memory:
-        """The memory of a network that has seen nothing, on the device of the weights; empty without a memory."""
-        ...
 
     def forward(self, frame: Frame, state: Any) -> tuple[Any, Any]:
         """One frame.
@@ -106,10 +127,6 @@ class Network(Protocol):
         """
         ...
 
-    def decode(self, prediction: Any) -> FrameObjects:
-        """Boxes and lines in the ego frame with leading [B], best score first."""
-        ...
-
     def loss(self, prediction: Any, gt: FrameObjects, frame: Frame) -> dict[str, Tensor]:
         """Weighted losses by name, scalars; their sum is what training minimises.
 
@@ -118,10 +135,6 @@ class Network(Protocol):
             gt: ground truth, leading [B], in the ego frame.
             frame: leading [B], what the network saw.
         """
-        ...
-
-    def raw_outputs(self, prediction: Any) -> tuple[Tensor, ...]:
-        """The last layer before decoding, for comparisons: tensors [B, Q, ...] in the order of `raw_names`."""
         ...
 
 
@@ -140,7 +153,7 @@ def with_tensors(memory: Memory, tensors: Sequence[Tensor]) -> Memory:
     return map_tensors(lambda tensor: next(given) if tensor.numel() else tensor, memory)
 
 
-def remembers(network: Network) -> bool:
+def remembers(network: InferenceNetwork) -> bool:
     """Whether a network has a memory."""
     return bool(memory_tensors(network.initial_state(1)))
 

@@ -14,6 +14,7 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from perception.commands import command
 from perception.errors import CheckpointError, ConfigError
@@ -31,6 +32,7 @@ FORMAT = "perception-2"  # changes when old files can no longer be read
 # Of the numbers of a config; larger ones come from damaged files.
 _LARGEST = 100_000
 _MOST_CELLS = 2**24  # of a grid, and pixels of an image
+_MOST_OTHERS = 2**24  # numbers of tensors that are no weights
 
 
 def save_checkpoint(
@@ -125,15 +127,37 @@ def load_model(name_or_path: str | Path, device: str | torch.device = "cpu") -> 
         )
     try:
         config = _config(NETWORKS[architecture][0], _json(path, metadata, "config"))
-        with torch.device("meta"):  # without memory, because a damaged config may ask for any amount of it
-            outline = build_network(config)
+        with _Outline(sum(tensor.numel() for tensor in tensors.values())):
+            model = build_network(config)
     except Exception as error:  # a network may raise anything for values that it was not made for
         reason = str(error).splitlines() or [type(error).__name__]
         raise CheckpointError(f"{path}: config does not fit this version ({reason[0]}); train it again") from None
-    check_fits(outline, tensors, path)
-    model = build_network(config)
+    check_fits(model, tensors, path)
     model.load_state_dict(tensors)
     return on_device(model, device)
+
+
+class _Outline(TorchFunctionMode):
+    """Builds a network whose weights are loaded afterwards.
+
+    Initial weights are not drawn, which takes longer than loading. The network may have as many weights as the file,
+    because a damaged config may ask for any number. (The meta device would do both, but PyTorch loads its compiler for
+    it, which takes longer than everything else.)
+    """
+
+    def __init__(self, weights: int) -> None:
+        super().__init__()
+        self.left = weights + _MOST_OTHERS
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.normal_, Tensor.uniform_):
+            return args[0]
+        if func in (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn):
+            size = args[0] if args else kwargs["size"]
+            self.left -= math.prod(args if isinstance(size, int) else size)
+            if self.left < 0:
+                raise ConfigError("it asks for more weights than the file has")
+        return func(*args, **(kwargs or {}))
 
 
 def on_device(model: Network, device: str | torch.device) -> Network:
@@ -288,7 +312,7 @@ def _of_type(key: str, value: Any, hint: Any) -> Any:
 
 
 def import_published(path: str | Path) -> Network:
-    """Loads a checkpoint that the published code of BEVFormer, MapTR or MapTRv2 wrote.
+    """Loads a checkpoint that the published code of a network of `NETWORKS` wrote.
 
     Args:
         path: `.pth` file of a state dict with the published keys, alone or as training codes nest and wrap it, see

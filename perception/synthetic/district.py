@@ -37,8 +37,13 @@ class Trajectory:
 
     def at(self, t: float) -> tuple[np.ndarray, float]:
         """Returns position [2] in global metres and yaw in radians at time `t` seconds."""
-        xy = np.array([np.interp(t, self.times, self.xy[:, d]) for d in range(2)])
-        return xy, float(np.interp(t, self.times, self.yaw))
+        row = int(self.times.searchsorted(t, "right"))  # of the first sample after t
+        if row in (0, len(self.times)):
+            row = max(row - 1, 0)
+            return self.xy[row].copy(), float(self.yaw[row])
+        span, since = self.times[row] - self.times[row - 1], t - self.times[row - 1]
+        xy = (self.xy[row] - self.xy[row - 1]) / span * since + self.xy[row - 1]
+        return xy, float((self.yaw[row] - self.yaw[row - 1]) / span * since + self.yaw[row - 1])
 
     def velocity(self, t: float, half_step: float = 0.05) -> np.ndarray:
         """Returns the velocity [2] in m/s along global x and y, by central difference over `2 * half_step` seconds."""

@@ -21,7 +21,11 @@ _PAINT = {"white": (0.90, 0.90, 0.87), "yellow": (0.88, 0.68, 0.13)}
 # Side of the noise tiles in pixels: a multiple of the periods of paving stones and slabs.
 _TILE = 480
 _STONE, _SLAB = 12, 60
+_STRIP = 8  # rows of the texture that are painted at once
 _LEVELS = 8
+# Pixels of a level per pixel of the finest one. The last is negative, which gives the farthest ground the colour of the
+# texture's corner: an overflow of the first version, kept so that the same seed gives the same pictures.
+_SCALE = np.array([2.0**-level for level in range(_LEVELS - 1)] + [-(2.0 ** -(_LEVELS - 1))], np.float32)
 
 
 def smooth_noise(rng: np.random.Generator, side: int, octaves: tuple[float, ...]) -> np.ndarray:
@@ -106,42 +110,55 @@ class Ground:
         joints[::_STONE], joints[:, ::_STONE] = 0.8, 0.8
         slabs = np.ones((_TILE, _TILE), np.float32)
         slabs[::_SLAB], slabs[:, ::_SLAB] = 0.72, 0.72
-        patches = self._patches(rng)
+        patches, factors = self._patches(rng)
 
         color = np.empty((rows, columns, 3), np.uint8)
-        for top in range(0, rows, _TILE):  # in strips: the whole texture as floats would be large
-            part = slice(top, min(top + _TILE, rows))
+        for top in range(0, rows, _STRIP):  # arrays of one strip stay in the cache
+            part = slice(top, min(top + _STRIP, rows))
             kind = material[part]  # [strip, columns]
-            shade = 1 + grain[kind] * self._tiled(fine, top, kind.shape)
-            shade += blotch[kind] * self._tiled(coarse, top, kind.shape)
+            shade = 1 + grain.take(kind) * self._tiled(fine, top, kind.shape)
+            shade += blotch.take(kind) * self._tiled(coarse, top, kind.shape)
             shade *= np.where(kind == Material.WALKWAY, self._tiled(joints, top, kind.shape), 1)
             shade *= np.where(kind == Material.CONCRETE, self._tiled(slabs, top, kind.shape), 1)
-            shade *= np.where((kind == Material.ASPHALT) | (kind == Material.PARKING), patches[part], 1)
-            strip = base[kind] * shade[..., None]  # [strip, columns, 3]
+            shade *= np.where((kind == Material.ASPHALT) | (kind == Material.PARKING), factors.take(patches[part]), 1)
+            strip = [base[:, c].take(kind) * shade for c in range(3)]  # [strip, columns] each
             for name, mask in paint.items():
-                worn = np.clip(0.93 + 0.10 * self._tiled(coarse, top + 100, kind.shape), 0.55, 1)
-                alpha = (mask[part].astype(np.float32) / 255 * worn)[..., None]
-                strip += alpha * (np.array(_PAINT[name], np.float32) - strip)
-            color[part] = np.clip(strip * 255, 0, 255).astype(np.uint8)
+                there = np.flatnonzero(mask[part])
+                if len(there):
+                    worn = self._tiled(coarse, top + 100, kind.shape).ravel().take(there)
+                    worn = np.clip(0.93 + 0.10 * worn, 0.55, 1)
+                    alpha = mask[part].ravel().take(there).astype(np.float32) / 255 * worn
+                    for plane, value in zip(strip, _PAINT[name], strict=True):
+                        below = plane.ravel().take(there)
+                        plane.ravel()[there] = below + alpha * (np.float32(value) - below)
+            for c, plane in enumerate(strip):
+                plane *= 255
+                color[part, :, c] = np.clip(plane, 0, 255, out=plane)
         for mask in paint.values():
             material[mask > 127] = Material.MARKING
         return material, color
 
-    def _patches(self, rng: np.random.Generator) -> np.ndarray:
-        """Draws repairs, stains and manhole covers: a brightness factor of the asphalt, [rows, columns] float16."""
+    def _patches(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Draws repairs, stains and manhole covers.
+
+        Returns:
+            [rows, columns] uint16 index into the second array, [K] float16 factors on the brightness of the asphalt.
+        """
         rows, columns = self.shape
-        factor = np.ones((rows, columns), np.float32)
+        index, factors = np.zeros((rows, columns), np.uint16), [1.0]
         for _ in range(int(rows * columns * self.resolution**2 / 220)):
             center = rng.uniform(0, [columns, rows])
             half = np.array([rng.uniform(0.4, 4.0), rng.uniform(0.3, 1.2)]) / self.resolution
             angle = np.degrees(rng.uniform(0, np.pi))
             corners = cv2.boxPoints((tuple(center), tuple(2 * half), angle)).astype(np.int32)
-            cv2.fillPoly(factor, [corners], (rng.uniform(0.78, 1.1),))
+            cv2.fillPoly(index, [corners], (len(factors),))
+            factors.append(rng.uniform(0.78, 1.1))
+        cover = len(factors)
         for _ in range(int(rows * columns * self.resolution**2 / 900)):
             manhole = [int(c) for c in rng.uniform(0, [columns, rows])]
-            cv2.circle(factor, manhole, int(0.35 / self.resolution), (0.6,), -1)
-            cv2.circle(factor, manhole, int(0.29 / self.resolution), (0.8,), -1)
-        return factor.astype(np.float16)
+            cv2.circle(index, manhole, int(0.35 / self.resolution), (cover,), -1)
+            cv2.circle(index, manhole, int(0.29 / self.resolution), (cover + 1,), -1)
+        return index, np.array([*factors, 0.6, 0.8], np.float32).astype(np.float16)
 
     def _tiled(self, tile: np.ndarray, top: int, shape: tuple[int, ...]) -> np.ndarray:
         """Repeats a tile over a strip of the given shape that starts at row `top`."""
@@ -157,22 +174,31 @@ class Ground:
         smooth = cv2.LINE_AA if value == 255 else cv2.LINE_8
         cv2.fillPoly(image, [np.round(p).astype(np.int32) for p in points], (value,), smooth, 4)
 
-    def colors(self, x: np.ndarray, y: np.ndarray, footprint: np.ndarray) -> np.ndarray:
-        """Samples colours at points, each averaged over about its footprint.
+    def colors(
+        self, x: np.ndarray, y: np.ndarray, footprint: np.ndarray, dx: np.ndarray, dy: np.ndarray, taps: int
+    ) -> np.ndarray:
+        """Averages samples of the colour along a line through each point.
 
         Args:
-            x, y: [H, W] float32 metres from `low`.
-            footprint: [H, W] metres.
+            x, y: [R] float32 metres from `low`.
+            footprint: [R] metres over which one sample is averaged.
+            dx, dy: [R] metres from the first to the last end of the line.
+            taps: samples, each of an equal part of the line.
 
         Returns:
-            [H, W, 3] uint8 RGB.
+            [3, R] float32 RGB, 0..1.
         """
         level = np.log2(np.maximum(footprint, 1e-6) * (1 / self.resolution)).round().clip(0, _LEVELS - 1)
-        level = level.astype(np.int8)
-        scale = np.float32(1 / self.resolution) / (1 << level).astype(np.float32)
-        u = np.clip(x * scale - 0.5, 0, self._limits[0][level]) + self._origins[0][level]
-        v = np.clip(y * scale - 0.5, 0, self._limits[1][level]) + self._origins[1][level]
-        return cv2.remap(self._atlas, u, v, cv2.INTER_LINEAR)
+        level = level.astype(np.intp)
+        scale = _SCALE.take(level) * np.float32(1 / self.resolution)
+        (left, top), (right, bottom) = self._origins.take(level, axis=1), self._limits.take(level, axis=1)
+        total = np.zeros((1, len(x), 3), np.float32)
+        for k in range(taps):
+            shift = np.float32((k + 0.5) / taps - 0.5)
+            u = np.clip((x + shift * dx) * scale - 0.5, 0, right) + left
+            v = np.clip((y + shift * dy) * scale - 0.5, 0, bottom) + top
+            cv2.accumulate(cv2.remap(self._atlas, u[None], v[None], cv2.INTER_LINEAR), total)
+        return np.ascontiguousarray(total[0].T) * np.float32(1 / (255 * taps))
 
     def materials(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         """Looks up the material (uint8, same shape) at points in metres from `low`; it is grass outside the texture."""

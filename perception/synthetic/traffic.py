@@ -101,12 +101,12 @@ class Mover:
         for i in range(len(limit) - 2, -1, -1):  # brake before the bend
             limit[i] = min(limit[i], np.sqrt(limit[i + 1] ** 2 + 2 * 0.6 * _BRAKE * 0.5))
         self.limit, self.stations = limit, stations
+        self.track = Trajectory(stations, self.path, self.heading)  # over metres instead of seconds
         self.speed = float(np.interp(self.station, stations, limit))
 
     def pose(self) -> tuple[np.ndarray, float]:
         """Returns position [2] and heading at the current station."""
-        xy = np.array([np.interp(self.station, self.stations, self.path[:, d]) for d in range(2)])
-        return xy, float(np.interp(self.station, self.stations, self.heading))
+        return self.track.at(self.station)
 
 
 def route(

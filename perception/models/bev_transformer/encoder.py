@@ -8,6 +8,7 @@ the previous frame. `BEVNeck` is a small convolutional pyramid on the grid.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,35 @@ def depth_bin(depth: Tensor, bins: int) -> Tensor:
     return torch.log(depth.clamp(NEAREST_DEPTH, FARTHEST_DEPTH) / NEAREST_DEPTH) / span * (bins - 1)
 
 
+class PillarViews(NamedTuple):
+    """Where the cameras of each BEV cell see the reference points of its pillar."""
+
+    uv: Tensor  # [B, X * Y * Z, K, 2], 0..1 over the image
+    depth: Tensor  # [B, X * Y * Z, K] metres
+    seen: Tensor  # [B, X * Y * Z, K] bool
+    camera: Tensor  # [B, X * Y * Z, K] index
+
+
+def ray_features(rig: CameraRig, image_size: tuple[int, int], feature_size: tuple[int, int]) -> Tensor:
+    """Describes the viewing ray of each pixel of the feature maps by numbers of about unit size.
+
+    Args:
+        rig: leading [B, N].
+        image_size: height and width in pixels of the images that the rig is calibrated for.
+        feature_size: height and width of the feature maps.
+
+    Returns:
+        [B, N, h * w, 7 + 2 * GROUND_WAVES]: direction, camera position, pixel width and ground distance.
+    """
+    rays = pixel_rays(rig, image_size, feature_size)
+    position = rig.ego_from_cam.float()[:, :, None, :3, 3].expand_as(rays.ego)  # metres
+    width = rays.pixel_width[..., None, None].expand(-1, -1, rays.ego.shape[2], -1)
+    # The depth at which the pixel's ray meets the ground, where an object whose foot this pixel shows would stand.
+    ground = position[..., 2] / (-rays.ego[..., 2]).clamp(min=position[..., 2].clamp(min=0.1) / (2 * FARTHEST_DEPTH))
+    phase = depth_bin(ground, 2)[..., None] * (math.pi * 2.0 ** torch.arange(GROUND_WAVES, device=ground.device))
+    return torch.cat([rays.ego, position, 10 * width, phase.sin(), phase.cos()], -1)
+
+
 class CameraAwareHead(nn.Module):
     """Adds the camera geometry to the image features and predicts class, depth and heading of each pixel.
 
@@ -48,19 +78,18 @@ class CameraAwareHead(nn.Module):
         self.mix = ConvBlock(channels, channels)
         self.head = nn.Conv2d(channels, outputs, 1)
 
-    def forward(self, features: Tensor, rig: CameraRig, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """features [B, N, C, h, w], rig [B, N] -> camera-aware features [B, N, C, h, w], [B, N, outputs, h, w]."""
+    def forward(self, features: Tensor, rays: Tensor) -> tuple[Tensor, Tensor]:
+        """Predicts from image features and their viewing rays.
+
+        Args:
+            features: [B, N, C, h, w].
+            rays: [B, N, h * w, 7 + 2 * GROUND_WAVES] from `ray_features`.
+
+        Returns:
+            Camera-aware features [B, N, C, h, w], and [B, N, outputs, h, w].
+        """
         B, N, _, h, w = features.shape
-        rays = pixel_rays(rig, image_size, (h, w))
-        position = rig.ego_from_cam.float()[:, :, None, :3, 3].expand_as(rays.ego)  # metres
-        width = rays.pixel_width[..., None, None].expand(-1, -1, h * w, -1)
-        # The depth at which the pixel's ray meets the ground, where an object whose foot this pixel shows would stand.
-        ground = position[..., 2] / (-rays.ego[..., 2]).clamp(
-            min=position[..., 2].clamp(min=0.1) / (2 * FARTHEST_DEPTH)
-        )
-        phase = depth_bin(ground, 2)[..., None] * (math.pi * 2.0 ** torch.arange(GROUND_WAVES, device=ground.device))
-        geometry = torch.cat([rays.ego, position, 10 * width, phase.sin(), phase.cos()], -1)
-        geometry = self.embed(geometry).transpose(2, 3).unflatten(3, (h, w))  # [B, N, C, h, w]
+        geometry = self.embed(rays).transpose(2, 3).unflatten(3, (h, w))  # [B, N, C, h, w]
         mixed = self.mix((features + geometry.to(features.dtype)).flatten(0, 1))
         return mixed.unflatten(0, (B, N)), self.head(mixed).unflatten(0, (B, N))
 
@@ -117,9 +146,17 @@ class SpatialCrossAttention(nn.Module):
         with torch.no_grad():
             self.offset.bias.copy_(ring.expand(Z, -1, -1).reshape(-1))
 
-    def forward(
-        self, query: Tensor, images: Tensor, depth_gate: Tensor, rig: CameraRig, image_size: tuple[int, int]
-    ) -> Tensor:
+    def views(self, rig: CameraRig, image_size: tuple[int, int]) -> PillarViews:
+        """Chooses the cameras of each cell and projects its reference points into them.
+
+        Args:
+            rig: leading [B, N].
+            image_size: height and width in pixels of the images that the rig is calibrated for.
+        """
+        found = choose_cameras(rig, self.points_ego, image_size, self.cameras)  # [B, X * Y, Z, K, ...]
+        return PillarViews(*(x.flatten(1, 2) for x in found))
+
+    def forward(self, query: Tensor, images: Tensor, depth_gate: Tensor, views: PillarViews) -> Tensor:
         """Samples image features into the BEV queries.
 
         Args:
@@ -127,8 +164,7 @@ class SpatialCrossAttention(nn.Module):
             images: [B, N, channels_in, h, w].
             depth_gate: [B, N, 2 + D, h, w] per pixel the gate bypass, the mean depth as `depth_bin` over two bins, and
                 the probability of each of D depth bins; all 0..1.
-            rig: leading [B, N].
-            image_size: height and width in pixels.
+            views: of the rig of these images.
 
         Returns:
             [B, X * Y, C].
@@ -137,10 +173,8 @@ class SpatialCrossAttention(nn.Module):
         XY, Z, _ = self.points_ego.shape
         S = self.samples
         value = self.value(images.flatten(0, 1)).unflatten(0, (B, N))
-        uv, depth, seen, camera = (
-            x.flatten(1, 2) for x in choose_cameras(rig, self.points_ego, image_size, self.cameras)
-        )
-        K = camera.shape[-1]  # uv [B, XY * Z, K, 2], the others [B, XY * Z, K]
+        uv, depth, seen, camera = views
+        K = camera.shape[-1]
         bypass, mean = read_cameras(depth_gate[:, :, :2], uv, camera).unbind(1)  # [B, XY * Z, K]
         gate = torch.lerp(sample_depth(depth_gate[:, :, 2:], uv, camera, depth), torch.ones_like(depth), bypass)
         farther = DEPTH_CONTRAST * (mean - depth_bin(depth, 2)).clamp(-0.1, 0.1)

@@ -11,7 +11,7 @@ The same `forward` is unrolled in training, called in live use and flattened for
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,19 @@ from perception.grid import BEVGrid
 from perception.models.backbone import FPNEncoder
 from perception.models.bev_transformer.config import BEVTransformerConfig
 from perception.models.bev_transformer.decoder import PRIOR_LOGIT, BoxDecoder, LineDecoder, decode, encode_position
-from perception.models.bev_transformer.encoder import BEVNeck, CameraAwareHead, SpatialCrossAttention, TemporalFusion
+from perception.models.bev_transformer.encoder import (
+    BEVNeck,
+    CameraAwareHead,
+    PillarViews,
+    SpatialCrossAttention,
+    TemporalFusion,
+    ray_features,
+)
 from perception.models.bev_transformer.losses import LOSS_WEIGHTS, frame_losses, image_losses
 from perception.types import (
     BOX_CLASSES,
     LINE_CLASSES,
+    CameraRig,
     Frame,
     FrameObjects,
     ImagePrediction,
@@ -32,6 +40,13 @@ from perception.types import (
     State,
     map_tensors,
 )
+
+
+class RigGeometry(NamedTuple):
+    """What the network computes from the calibration alone, without weights."""
+
+    rays: Tensor  # [B, N, h * w, ...] from `ray_features`
+    views: PillarViews
 
 
 class BEVTransformer(nn.Module):
@@ -74,20 +89,30 @@ class BEVTransformer(nn.Module):
         """Returns the empty memory of a first frame, on the device of the weights."""
         return State(self.cell_position.weight.new_zeros(batch_size, self.config.channels, *self.config.grid))
 
-    def encode_images(self, frame: Frame) -> tuple[ImagePrediction, Tensor, Tensor]:
+    def rig_geometry(self, rig: CameraRig, image_size: tuple[int, int]) -> RigGeometry:
+        """Computes what `forward` needs of a calibration; it is the same for all frames with the same calibration.
+
+        Args:
+            rig: leading [B, N].
+            image_size: height and width in pixels of the network's images.
+        """
+        rays = ray_features(rig, image_size, self.image_encoder.feature_size(image_size))
+        return RigGeometry(rays, self.spatial_cross_attention.views(rig, image_size))
+
+    def encode_images(self, images: Tensor, rays: Tensor) -> tuple[ImagePrediction, Tensor, Tensor]:
         """Encodes images, each by itself.
 
         Args:
-            frame: leading [B].
+            images: [B, N, 3, H, W] as in `Frame`.
+            rays: of the pixels, from `ray_features`.
 
         Returns:
             The predictions per pixel; image features [B, N, C + K + 3, h, w] (features, class, heading, depth); and
             the depth gate [B, N, 2 + D, h, w] (bypass, mean depth, probability of each depth bin), see
             `SpatialCrossAttention`.
         """
-        B, N, _, H, W = frame.images.shape
-        features = self.image_encoder(frame.images.flatten(0, 1)).unflatten(0, (B, N))  # [B, N, C, h, w]
-        features, outputs = self.image_head(features, frame.rig, (H, W))
+        features = self.image_encoder(images.flatten(0, 1)).unflatten(0, images.shape[:2])  # [B, N, C, h, w]
+        features, outputs = self.image_head(features, rays)
         logits, depth_logits, heading, bypass = outputs.split([len(BOX_CLASSES), self.config.depth_bins, 2, 1], 2)
         probability = depth_logits.float().softmax(2)
         bins = torch.linspace(0, 1, probability.shape[2], device=probability.device).view(-1, 1, 1)
@@ -96,21 +121,23 @@ class BEVTransformer(nn.Module):
         depth_gate = torch.cat([bypass.float().sigmoid(), depth, probability], 2)
         return ImagePrediction(logits, depth_logits, heading), images, depth_gate
 
-    def forward(self, frame: Frame, state: State) -> tuple[Prediction, State]:
+    def forward(self, frame: Frame, state: State, geometry: RigGeometry | None = None) -> tuple[Prediction, State]:
         """Processes one frame.
 
         Args:
             frame: leading [B]; images [B, N, 3, H, W] of the configured size, any number of cameras.
             state: what the previous call returned, or `initial_state`.
+            geometry: `rig_geometry` of the frame's calibration, if the caller has it.
 
         Returns:
             The raw outputs of every decoder layer, and the memory for the next call.
         """
-        size = frame.images.shape[-2:]
-        image_prediction, images, depth_gate = self.encode_images(frame)
+        size = (frame.images.shape[-2], frame.images.shape[-1])
+        geometry = geometry or self.rig_geometry(frame.rig, size)
+        image_prediction, images, depth_gate = self.encode_images(frame.images, geometry.rays)
         position = self.grid.normalize(self.grid.cell_centers(images.device)).flatten(0, 1)  # [X * Y, 2]
         query = self.cell_position(encode_position(position, self.config.channels)).expand(len(images), -1, -1)
-        bev = self.spatial_cross_attention(query, images, depth_gate, frame.rig, size)  # [B, X * Y, C]
+        bev = self.spatial_cross_attention(query, images, depth_gate, geometry.views)  # [B, X * Y, C]
         bev = bev.transpose(1, 2).unflatten(2, self.config.grid)  # [B, C, X, Y]
         memory, previous = self.temporal_fusion(
             bev, state.bev, frame.ego_from_prev, frame.seconds_since_prev, frame.is_first
@@ -122,8 +149,8 @@ class BEVTransformer(nn.Module):
             box_logits, box_params, box_log_uncertainty, line_logits, line_points, line_log_uncertainty, heatmap_logits,
             bev_seg_logits, image_prediction,
         )  # fmt: skip
-        # Always in the same memory layout, so that a compiled network is not compiled again for the next frame.
-        return prediction, State(memory.contiguous())
+        # Always in the same layout and precision, so that a compiled network is not compiled again for the next frame.
+        return prediction, State(memory.to(state.bev.dtype).contiguous())
 
     def loss(self, prediction: Prediction, gt: FrameObjects, frame: Frame) -> dict[str, Tensor]:
         """Weighted losses by name, averaged over the layers; see `perception.models.bev_transformer.losses`."""
@@ -131,7 +158,9 @@ class BEVTransformer(nn.Module):
 
     def image_loss(self, frame: Frame, gt: FrameObjects) -> dict[str, Tensor]:
         """Weighted losses of the images alone, each frame by itself; matching and losses run in float32."""
-        predicted = self.encode_images(frame)[0]
+        H, W = frame.images.shape[-2:]
+        rays = ray_features(frame.rig, (H, W), self.image_encoder.feature_size((H, W)))
+        predicted = self.encode_images(frame.images, rays)[0]
         with torch.autocast(frame.images.device.type, enabled=False):
             return image_losses(map_tensors(Tensor.float, predicted), gt.boxes, frame)
 

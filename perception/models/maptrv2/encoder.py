@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perception.geometry import invert_rigid, transform_points
+from perception.geometry import full_precision, invert_rigid, transform_points
 from perception.models.maptrv2.config import MapTRv2Config
 from perception.models.published.geometry import constants
 from perception.types import CameraRig
@@ -78,16 +78,16 @@ class _MLP(nn.Module):
 
 
 class SqueezeExcitation(nn.Module):
-    """Scales the channels of features by gates that depend on the camera (https://arxiv.org/abs/1709.01507)."""
+    """Gates for the channels of features that depend on the camera (https://arxiv.org/abs/1709.01507)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv_reduce = nn.Conv2d(channels, channels, 1)
         self.conv_expand = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """Scales features [B, C, H, W] by gates from camera embeddings [B, C]."""
-        return x * self.conv_expand(F.relu(self.conv_reduce(embedding[..., None, None]))).sigmoid()
+    def forward(self, embedding: Tensor) -> Tensor:
+        """Computes gates [B, C, 1, 1] from camera embeddings [B, C]."""
+        return self.conv_expand(F.relu(self.conv_reduce(embedding[..., None, None]))).sigmoid()
 
 
 class DepthNet(nn.Module):
@@ -122,10 +122,17 @@ class DepthNet(nn.Module):
         Returns:
             Depth logits [B * N, D, h, w], context features [B * N, C, h, w].
         """
+        return self.gated(features, *self.gates(cameras))
+
+    def gates(self, cameras: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the gates [B * N, C, 1, 1] of context and depth for camera parameters [B * N, 22]."""
         cameras = self.bn(cameras)
+        return self.context_se(self.context_mlp(cameras)), self.depth_se(self.depth_mlp(cameras))
+
+    def gated(self, features: Tensor, context_gate: Tensor, depth_gate: Tensor) -> tuple[Tensor, Tensor]:
+        """As `forward`, with the result of `gates`."""
         x = self.reduce_conv(features)
-        context = self.context_conv(self.context_se(x, self.context_mlp(cameras)))
-        return self.depth_conv(self.depth_se(x, self.depth_mlp(cameras))), context
+        return self.depth_conv(x * depth_gate), self.context_conv(x * context_gate)
 
 
 def camera_parameters(rig: CameraRig, scale: float) -> Tensor:
@@ -189,13 +196,8 @@ class LiftSplat(nn.Module):
         probability = depth_logits.float().softmax(2)  # [B, N, D, h, w]
         # An addition to the published network: absent cameras contribute nothing.
         probability = probability * rig.present[..., None, None, None]
-        points = lifted_points(config, rig, ego_from_lidar, image_size, (h, w))  # [B, N, D, h, w, 3]
-        # As published, indices are truncated towards zero: the first cells are half a cell larger.
-        cell = ((points - (self.bx - self.dx / 2)) / self.dx).long()
+        index, inside = self.cells(rig, ego_from_lidar, image_size, (h, w))
         rows, columns = (side * config.splat_scale for side in config.bev)
-        inside = ((cell >= 0) & (cell < self.nx.long())).all(-1)
-        batch = torch.arange(B, device=cell.device).view(B, 1, 1, 1, 1)
-        index = (batch * rows + cell[..., 1]) * columns + cell[..., 0]  # [B, N, D, h, w]
         if torch.compiler.is_compiling():  # shapes must not depend on data: points outside add zeros to cell 0
             index = torch.where(inside, index, 0).flatten()
             lifted = context[:, :, None] * (probability * inside)[:, :, :, None].to(context.dtype)
@@ -208,7 +210,25 @@ class LiftSplat(nn.Module):
         bev = splat.view(B, rows, columns, C).permute(0, 3, 1, 2)
         return self.downsample(bev), depth_logits
 
+    def cells(
+        self, rig: CameraRig, ego_from_lidar: Tensor, image_size: tuple[int, int], feature_size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Finds the cell of each feature and depth; arguments as in `lifted_points`.
 
+        Returns:
+            Index [B, N, D, h, w] into the splat grids of the batch, row by row; inside [B, N, D, h, w] bool: whether
+            there is such a cell.
+        """
+        points = lifted_points(self.config, rig, ego_from_lidar, image_size, feature_size)  # [B, N, D, h, w, 3]
+        # As published, indices are truncated towards zero: the first cells are half a cell larger.
+        cell = ((points - (self.bx - self.dx / 2)) / self.dx).long()
+        inside = ((cell >= 0) & (cell < self.nx.long())).all(-1)
+        rows, columns = (side * self.config.splat_scale for side in self.config.bev)
+        batch = torch.arange(len(cell), device=cell.device).view(-1, 1, 1, 1, 1)
+        return (batch * rows + cell[..., 1]) * columns + cell[..., 0], inside
+
+
+@full_precision
 def lifted_points(
     config: MapTRv2Config,
     rig: CameraRig,

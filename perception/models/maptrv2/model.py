@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from perception.models.maptr.model import decode_lines
 from perception.models.maptrv2.config import MapTRv2Config
 from perception.models.maptrv2.encoder import LiftSplat
+from perception.models.maptrv2.fixed_rig import FixedLiftSplat
 from perception.models.maptrv2.losses import MAPTRV2_LOSS_WEIGHTS, maptrv2_losses
 from perception.models.published.backbone import padded_size
 from perception.models.published.decoder import (
@@ -148,8 +149,14 @@ class MapTRv2Head(nn.Module):
         self, features: Tensor, rig: CameraRig, ego_from_lidar: Tensor, image_size: tuple[int, int]
     ) -> MapTRv2Outputs:
         """Predicts lines, segmentation and depth; arguments as in `LiftSplat.forward`."""
-        config = self.config
         bev_features, depth_logits = self.transformer.encoder(features, rig, ego_from_lidar, image_size)
+        return self.predict(features, bev_features, depth_logits, ego_from_lidar)
+
+    def predict(
+        self, features: Tensor, bev_features: Tensor, depth_logits: Tensor, ego_from_lidar: Tensor
+    ) -> MapTRv2Outputs:
+        """Predicts lines and segmentation from the results of the lift."""
+        config = self.config
         bev = bev_features.flatten(2).transpose(1, 2)  # [B, rows * columns, C]
         queries = config.lines + (config.one_to_many_queries if self.training else 0)
         embedding = self.instance_embedding.weight[:queries, None] + self.pts_embedding.weight  # [Q, P, 2 C]
@@ -180,6 +187,34 @@ class MapTRv2Head(nn.Module):
         )
 
 
+class MapTRv2ForRig(nn.Module):
+    """A MapTRv2 whose calibration is fixed, for exports: `Frame.rig` tells only which cameras are present.
+
+    `MapTRv2.for_rig` makes it. It runs on batches of one frame.
+    """
+
+    finds: ClassVar[tuple[str, ...]] = ("line",)
+    extra_inputs: ClassVar[tuple[str, ...]] = ("ego_from_lidar",)
+    raw_names: ClassVar[tuple[str, ...]] = ("line_logits", "line_points")
+
+    def __init__(self, network: MapTRv2, rig: CameraRig, ego_from_lidar: Tensor) -> None:
+        super().__init__()
+        self.config, self.image_encoder, self.head = network.config, network.image_encoder, network.head
+        H, W = padded_size(torch.zeros(1, *network.config.image_size))
+        with torch.no_grad():
+            features = self.image_encoder(torch.zeros(1, 1, 3, *network.config.image_size))[-1]
+        h, w = features.shape[-2:]
+        self.lift = FixedLiftSplat(network.head.transformer.encoder, rig, ego_from_lidar, (H, W), (h, w))
+        self.initial_state, self.decode = network.initial_state, network.decode
+        self.raw_outputs = network.raw_outputs
+
+    def forward(self, frame: Frame, state: State) -> tuple[MapTRv2Outputs, State]:
+        """As `MapTRv2.forward`."""
+        features = self.image_encoder(frame.images)[-1]
+        bev_features, depth_logits = self.lift(features, frame.rig.present)
+        return self.head.predict(features, bev_features, depth_logits, frame.ego_from_lidar), state
+
+
 class MapTRv2(nn.Module):
     """Predicts lines from calibrated images of any number of cameras."""
 
@@ -190,7 +225,7 @@ class MapTRv2(nn.Module):
     tracks: ClassVar[bool] = False
     raw_names: ClassVar[tuple[str, ...]] = ("line_logits", "line_points")
     extra_inputs: ClassVar[tuple[str, ...]] = ("ego_from_lidar",)
-    no_export: ClassVar[str] = "it adds image features to BEV cells that depend on the calibration: a scatter"
+    no_export: ClassVar[str] = ""
     published_prefixes: ClassVar[Mapping[str, str]] = PREFIXES
 
     def __init__(self, config: MapTRv2Config) -> None:
@@ -216,6 +251,16 @@ class MapTRv2(nn.Module):
         image_size = padded_size(frame.images)
         features = self.image_encoder(frame.images)[-1]
         return self.head(features, mounted_rig(frame), frame.ego_from_lidar, image_size), state
+
+    def for_rig(self, rig: CameraRig, ego_from_lidar: Tensor) -> MapTRv2ForRig:
+        """Returns the network for one fixed calibration, whose lift has static shapes.
+
+        Args:
+            rig: leading [1, N], all cameras present, in pixels of images of the configured size, with the poses of the
+                cameras on the vehicle.
+            ego_from_lidar: [1, 4, 4].
+        """
+        return MapTRv2ForRig(self, rig, ego_from_lidar).eval()
 
     def loss(self, prediction: MapTRv2Outputs, gt: FrameObjects, frame: Frame) -> dict[str, Tensor]:
         """Computes the weighted losses by name, summed over decoder layers."""

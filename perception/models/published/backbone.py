@@ -12,13 +12,12 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import deform_conv2d
 
 from perception.errors import ConfigError
 from perception.models.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone, FPNEncoder, weight_of_shape
+from perception.models.resnet import BLOCKS, Bottleneck
 
 PAD_MULTIPLE = 32  # pixels; images are padded below and at the right to a multiple of it
-BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}  # residual blocks per stage by depth
 
 
 def padded_size(images: Tensor) -> tuple[int, int]:
@@ -96,36 +95,13 @@ class DeformableConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolves [B, C, H, W] to [B, C, H / stride, W / stride]."""
-        offset, mask = self.conv_offset(x).split([18, 9], 1)  # (dy, dx) and modulation of the nine sampling locations
-        return deform_conv2d(x, offset, self.weight, stride=self.stride, padding=1, mask=mask.sigmoid())
+        from torchvision.ops import deform_conv2d  # it is slow to load
 
-
-class Bottleneck(nn.Module):
-    """A residual bottleneck block (https://arxiv.org/abs/1512.03385)."""
-
-    def __init__(self, channels_in: int, width: int, stride: int, caffe: bool, deformable: bool) -> None:
-        super().__init__()
-        stride1, stride2 = (stride, 1) if caffe else (1, stride)
-        self.conv1 = nn.Conv2d(channels_in, width, 1, stride1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = (
-            DeformableConv(width, stride2) if deformable else nn.Conv2d(width, width, 3, stride2, 1, bias=False)
-        )
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(4 * width)
-        self.downsample = None
-        if stride != 1 or channels_in != 4 * width:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(channels_in, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Transforms [B, channels_in, H, W] to [B, 4 * width, H / stride, W / stride]."""
-        skip = x if self.downsample is None else self.downsample(x)
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = F.relu(self.bn2(self.conv2(x)))
-        return F.relu(self.bn3(self.conv3(x)) + skip)
+        # In float32 at least: torchvision has no half precision on CPUs, where its autocast does not change this.
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        x, offsets, weight = (tensor.to(dtype) for tensor in (x, self.conv_offset(x), self.weight))
+        offset, mask = offsets.split([18, 9], 1)  # (dy, dx) and modulation of the nine sampling locations
+        return deform_conv2d(x, offset, weight, stride=self.stride, padding=1, mask=mask.sigmoid())
 
 
 class PublishedResNet(nn.Module):
@@ -149,7 +125,10 @@ class PublishedResNet(nn.Module):
             for block in range(count):
                 stride = 2 if stage > 0 and block == 0 else 1
                 inner = width * 2**stage
-                blocks.append(Bottleneck(channels, inner, stride, config.caffe, config.deformable[stage]))
+                bottleneck = Bottleneck(channels, inner, stride, config.caffe)
+                if config.deformable[stage]:
+                    bottleneck.conv2 = DeformableConv(inner, 1 if config.caffe else stride)
+                blocks.append(bottleneck)
                 channels = 4 * inner
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
             self.channels.append(channels)

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perception.geometry import invert_rigid
+from perception.geometry import full_precision, invert_rigid
 from perception.models.published.backbone import FPNConfig, PublishedBackboneConfig
 from perception.types import CameraRig, Frame, LaneRange
 
@@ -87,6 +87,7 @@ def cell_centers(h: int, w: int, device: torch.device | str) -> Tensor:
     return torch.stack([x, y], -1).flatten(0, 1)
 
 
+@full_precision
 def project_pillars(
     config: PublishedConfig, img_from_lidar: Tensor, image_size: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
@@ -170,6 +171,7 @@ def can_bus_vector(frame: Frame) -> Tensor:
     return torch.cat([translation * has_previous, torch.ones_like(yaw_change), zeros, yaw_change * has_previous], 1)
 
 
+@full_precision
 def mounted_rig(frame: Frame) -> CameraRig:
     """Returns the rig [B, N] with the poses of the cameras on the vehicle, without motion since their exposure."""
     rig = frame.rig
@@ -182,6 +184,7 @@ def lidar_level(ego_from_lidar: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack([x_axis, torch.stack([-x_axis[..., 1], x_axis[..., 0]], -1)], -1), ego_from_lidar[..., :2, 3]
 
 
+@full_precision
 def lidar_projections(frame: Frame) -> Tensor:
     """Returns matrices [B, N, 4, 4] from LiDAR points to (u depth, v depth, depth, 1), zero for absent cameras."""
     rig = frame.rig

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from perception.geometry import invert_rigid
 from perception.models.decoding import LOG_UNCERTAINTY_RANGE, close_rings, empty_lines
+from perception.models.maptr.losses import lidar_lines
 from perception.models.published.backbone import padded_size
 from perception.models.published.geometry import lidar_level, lidar_projections
 from perception.models.published.losses import sum_layers
@@ -83,8 +84,8 @@ class Sparse4D(nn.Module):
     tracks: ClassVar[bool] = True
     raw_names: ClassVar[tuple[str, ...]] = ("box_logits", "box_params", "box_quality")
     no_export: ClassVar[str] = ""
-    published_prefixes: ClassVar[Mapping[str, str]] = PREFIXES
     extra_inputs: ClassVar[tuple[str, ...]] = ("ego_from_lidar",)
+    published_prefixes: ClassVar[Mapping[str, str]] = PREFIXES
 
     def __init__(self, config: Sparse4DConfig) -> None:
         super().__init__()
@@ -127,8 +128,7 @@ class Sparse4D(nn.Module):
             features = [level.float() for level in features]
             view = CameraView(features, lidar_projections(frame), padded_size(frame.images))
             ego_from_lidar = frame.ego_from_lidar.float()
-            ego_from_prev = frame.ego_from_prev.float()
-            lidar_from_prev = invert_rigid(ego_from_lidar) @ ego_from_prev @ ego_from_lidar
+            lidar_from_prev = invert_rigid(ego_from_lidar) @ frame.ego_from_prev.float() @ ego_from_lidar
             motion = Motion(lidar_from_prev, frame.seconds_since_prev, frame.is_first)
             noisy = self._noisy(gt, ego_from_lidar) if gt is not None else None
             box, line = self._heads
@@ -216,8 +216,7 @@ class SparseDrive(Sparse4D):
     def loss(self, prediction: SparsePrediction, gt: FrameObjects, frame: Frame) -> dict[str, Tensor]:
         """Computes the weighted losses by name, summed over decoder layers."""
         assert prediction.lines is not None
-        rotation, translation = lidar_level(prediction.ego_from_lidar)
-        lines = gt.lines._replace(points=(gt.lines.points - translation[:, None, None]) @ rotation[:, None])
+        lines = lidar_lines(gt.lines, prediction.ego_from_lidar)
         points, exists = line_orderings(lines)
         label = to_published(lines.label, PUBLISHED_LINE_CLASSES)
         targets = LineTargets(points.flatten(3), exists, label, lines.valid)
@@ -308,7 +307,7 @@ def decode_lines(instances: Instances, ego_from_lidar: Tensor) -> Polylines:
     """
     score, label, points = rank_lines(instances.logits[-1].float(), instances.anchors[-1].float())
     rotation, translation = lidar_level(ego_from_lidar)
-    points = points @ rotation[:, None].transpose(2, 3) + translation[:, None, None]
+    points = points @ rotation[:, None].mT + translation[:, None, None]
     uncertainty = torch.full_like(points, math.exp(LOG_UNCERTAINTY_RANGE[1]))
     points, uncertainty, closed = close_rings(points, uncertainty)
     return Polylines(points, closed, to_library_line_classes(label), score, torch.ones_like(closed), uncertainty)
