@@ -11,7 +11,7 @@ import pytest
 
 from perception.errors import CheckpointError, DataError
 from perception.export.contract import read_contract
-from perception.export.fixed_rig import FixedRig
+from perception.export.export_rig import ExportRig
 from perception.inference.ego_motion import JUMP_MARGIN_M, JUMP_MARGIN_RAD, MAX_GAP, MAX_SPEED, MAX_TURN_RATE
 from perception.types import NumpyCameraRig
 
@@ -189,7 +189,7 @@ def test_a_contract_holds_the_rules_of_the_memory(folder):
 def test_a_runtime_refuses_another_calibration_than_the_one_of_the_export(folder):
     """Cameras that are missing are not compared; numbers of float32 are the same."""
     rewrite(folder, with_value(CALIBRATION, "calibration"))
-    fixed = FixedRig.of_contract(read_contract(folder))
+    fixed = ExportRig.of_contract(read_contract(folder))
     rig = NumpyCameraRig(fixed.img_from_cam.astype(np.float32), fixed.ego_from_cam.copy(), np.ones(6, bool))
     fixed.check(rig)
     rig.ego_from_cam[4, 0, 3] += 0.01
@@ -197,4 +197,4 @@ def test_a_runtime_refuses_another_calibration_than_the_one_of_the_export(folder
         fixed.check(rig)
     rig.present[4] = False
     fixed.check(rig)
-    assert FixedRig.of_contract({}) is None
+    assert ExportRig.of_contract({}) is None

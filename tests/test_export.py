@@ -20,7 +20,7 @@ from perception.errors import ConfigError, DataError, PerceptionWarning, run_scr
 from perception.export import parity
 from perception.export.certificate import GATES, Gate
 from perception.export.contract import ImageInputs, read_contract
-from perception.export.fixed_rig import FixedRig
+from perception.export.export_rig import ExportRig
 from perception.export.half import WEIGHTED, convert_to_half
 from perception.export.headroom import Saturation
 from perception.export.onnx import export_onnx
@@ -352,8 +352,8 @@ def test_published_networks_are_exported(network, small_town, tmp_path):
             parameter += 0.1 * torch.randn_like(parameter)
     rig, fixed, sizes = import_rig(small_town.roots[0] / small_town.version, "nuscenes"), None, None
     if network == "maptrv2":
-        fixed, sizes = FixedRig.of_rig(rig, RAW)
-    folder = export_onnx(model.eval(), tmp_path, raw_size=sizes, fixed_rig=fixed)
+        fixed, sizes = ExportRig.of_rig(rig, RAW)
+    folder = export_onnx(model.eval(), tmp_path, raw_size=sizes, export_rig=fixed)
     graph = onnx.load(folder / "model.onnx").graph
     assert "ego_from_lidar" in {value.name for value in graph.input}
     kinds = {v.type.tensor_type.elem_type for v in graph.value_info} | {x.data_type for x in graph.initializer}
@@ -624,9 +624,9 @@ def test_what_cannot_be_exported(small_network, small_graph, fp32_export, small_
         export_onnx(BEVFormer(BEVFormerConfig(**small)), tmp_path, cameras=4)
     with pytest.raises(ConfigError, match="MapTRv2 is exported for the cameras of one vehicle"):
         export_onnx(MapTRv2(MapTRv2Config(**small)), tmp_path)
-    fixed, _ = FixedRig.of_rig(Rig.load("nuscenes"), (64, 96))
+    fixed, _ = ExportRig.of_rig(Rig.load("nuscenes"), (64, 96))
     with pytest.raises(ConfigError, match="a BEVFormer takes any calibration"):
-        export_onnx(BEVFormer(BEVFormerConfig(**small)), tmp_path, fixed_rig=fixed)
+        export_onnx(BEVFormer(BEVFormerConfig(**small)), tmp_path, export_rig=fixed)
     short = few(small_town)
     with pytest.raises(DataError, match="has 7 frames of 2 scenes; give at least 40 frames of 2 scenes"):
         certify(small_network, fp32_export, short)

@@ -1,5 +1,6 @@
 """Image decoding against images with known content; padding, collation and sampling orders."""
 
+import io
 import struct
 import tracemalloc
 import zlib
@@ -23,6 +24,7 @@ from perception.data.loader import (
 )
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError, DataError
+from perception.inference.fitting import fit_image
 from perception.models.decoding import empty_boxes
 from perception.types import MapLine, map_tensors
 
@@ -62,6 +64,51 @@ def test_decoded_pixels_and_calibration_agree(tmp_path, size, suffix):
             assert np.abs(found - (a, b)).max() < 0.1
             seen += 1
     assert seen == (1 if size == (300, 200) else 3)
+
+
+def encoded(kind, size):
+    """The bytes of a picture with edges and gradients, in one of the forms that cameras and people store."""
+    rng = np.random.default_rng(len(kind))
+    small = Image.fromarray(rng.integers(0, 256, (7, 9, 3), dtype=np.uint8))
+    image, file, options = small.resize(size, Image.Resampling.BICUBIC), io.BytesIO(), {"quality": 90}
+    if kind == "turned":
+        options["exif"] = Image.Exif()
+        options["exif"][0x0112] = 6  # viewers turn it, the pixels of the calibration do not
+    if kind in ("L", "CMYK"):
+        image = image.convert(kind)
+    image.save(file, "JPEG", progressive=kind == "progressive", subsampling=0 if kind == "4:4:4" else 2, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["baseline", "progressive", "4:4:4", "turned", "L", "CMYK"])
+def test_images_are_decoded_as_pillow_and_the_decoder_of_torchvision_do(kind):
+    """Nothing but Pillow's decoder, its reduced sizes and its bilinear filter touch the pixels of training."""
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    for size in ((160, 90), (161, 91), (333, 217)):
+        content = encoded(kind, size)
+        for H, W in ((90, 160), (91, 161), (64, 112), (40, 80), (20, 40), (217, 333)):
+            image = Image.open(io.BytesIO(content))
+            scale = max(W / size[0], H / size[1])
+            image.draft("RGB", (int(np.ceil(size[0] * scale)), int(np.ceil(size[1] * scale))))
+            shrink = round(size[0] / image.size[0])
+            left, top = (size[0] - W / scale) / 2, size[1] - H / scale
+            box = (left / shrink, top / shrink, size[0] / shrink - left / shrink, size[1] / shrink)
+            want = np.array(image.convert("RGB").resize((W, H), Image.Resampling.BILINEAR, box=box))
+            found, _ = fit_image(Image.open(io.BytesIO(content)), np.eye(3), (H, W))
+            assert found.is_contiguous() and np.array_equal(found.permute(1, 2, 0).numpy(), want)
+        if kind != "CMYK":  # which torchvision converts by a formula of its own
+            whole, _ = fit_image(Image.open(io.BytesIO(content)), np.eye(3), size[::-1])
+            data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            assert torch.equal(whole, decode_jpeg(data, mode=ImageReadMode.RGB))
+
+
+def test_real_images_have_the_pixels_of_torchvision(real_keyframe):
+    from torchvision.io import decode_jpeg
+
+    for path in sorted(real_keyframe.glob("**/*.jpg")):
+        found, _ = decode_image(path, np.eye(3), (900, 1600))
+        assert torch.equal(found, decode_jpeg(torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)))
 
 
 def test_decode_names_bad_files(tmp_path):

@@ -17,6 +17,7 @@ from perception.data.augment import move_frames
 from perception.data.infos import read_info
 from perception.data.loader import collate
 from perception.data.nuscenes import NUSCENES_CAMERAS, NuScenesDataset
+from perception.errors import DataError
 from perception.geometry import rigid_from_yaw
 from perception.inference.predictor import Predictor
 from perception.models import build_network
@@ -27,6 +28,8 @@ from perception.models.maptrv2.config import MapTRv2Config
 from perception.models.maptrv2.encoder import camera_parameters, lifted_points
 from perception.models.published.backbone import PublishedBackboneConfig
 from perception.models.published.geometry import bev_shift, mounted_rig
+from perception.recordings.predicting import predict_frames
+from perception.recordings.sources import open_recording
 from perception.rigs.importers import import_rig
 from perception.synthetic import VERSION
 from perception.types import NUSCENES_EGO_FROM_LIDAR, Clip, map_tensors
@@ -268,3 +271,24 @@ def test_cameras_that_expose_at_other_times_are_lifted_from_their_place_on_the_v
     predictor.step(images, pose, 0.0)
     predictor.step(images, pose @ rigid_from_yaw(0.05, (5.0, 0.2, 0.0)), 0.5, camera_times_s=times)
     torch.testing.assert_close(seen[1], seen[0], atol=1e-5, rtol=0)
+
+
+def test_recordings_are_predicted_with_the_calibration_of_their_dataset(town_root, town, tables):
+    """The head gets from a recording what it gets from the dataset: poses on the vehicle, and the pose of the LiDAR."""
+    recording, model, seen = open_recording(town_root), build("maptrv2", (64, 112)), []
+    model.head.register_forward_pre_hook(lambda _, arguments: seen.append(arguments))
+    for k, _ in zip(range(2), predict_frames(Predictor(model), recording.rig, recording.frames()), strict=False):
+        truth, _, _ = truth_of(tables, town.tokens[k])
+        truth.check("maptrv2", seen[k], 0.5, (64, 128))
+
+
+def test_the_motion_since_the_exposures_is_checked(town_root, town, tables):
+    rig = import_rig(town_root / VERSION, "nuscenes")
+    predictor, moved = Predictor(build("maptrv2", (64, 112)), rig=rig), np.tile(np.eye(4), (6, 1, 1))
+    for given, words in (
+        ({"ego_from_exposure": moved, "camera_times_s": {}}, "camera_times_s and ego_from_exposure were given"),
+        ({"ego_from_exposure": moved[:5]}, "ego_from_exposure has 5 matrices for 6 images"),
+        ({"ego_from_exposure": 2 * moved}, r"ego_from_exposure\[0\] is not a rigid transform"),
+    ):
+        with pytest.raises(DataError, match=words):
+            predictor.step(noise(rig), np.eye(4), 0.0, **given)

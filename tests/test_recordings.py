@@ -88,8 +88,10 @@ def test_a_bag_of_the_town_gives_the_predictions_of_its_tables(converted, from_t
     assert min(moved) > 0.05
 
 
-def test_poses_from_tf_are_those_of_the_odometry(converted):
+def test_poses_from_tf_are_those_of_the_odometry(converted, town_root):
     by_odometry, by_tf = (open_recording(converted("bag"), pose_topic=topic) for topic in (None, "/tf"))
+    lidar = open_recording(town_root).rig.ego_from_lidar
+    np.testing.assert_allclose(by_odometry.rig.ego_from_lidar, lidar, atol=1e-6)
     assert by_odometry.trajectory.source.endswith("/odometry") and by_tf.trajectory.source.endswith("/tf")
     np.testing.assert_array_equal(by_odometry.trajectory.times_ns, by_tf.trajectory.times_ns)
     np.testing.assert_allclose(by_odometry.trajectory.global_from_ego, by_tf.trajectory.global_from_ego, atol=1e-12)

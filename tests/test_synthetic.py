@@ -8,7 +8,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
+from typing import ClassVar
 
 import cv2
 import numpy as np
@@ -25,14 +27,15 @@ from shapely.geometry import box
 from perception.cli.simulate import main as simulate_command
 from perception.errors import ConfigError, DataError, PerceptionError
 from perception.geometry import invert_rigid, project_points, transform_points
-from perception.synthetic import simulate
+from perception.synthetic import render, simulate, tracing
 from perception.synthetic.actors import actor_mesh
 from perception.synthetic.district import Actor, Building, District, Light, Marking, Surface, Trajectory
 from perception.synthetic.ground import Ground
 from perception.synthetic.mesh import Material
 from perception.synthetic.render import TownRenderer
 from perception.synthetic.sensors import EIGHT_CAMERAS, FIVE_CAMERAS, SIX_CAMERAS, make_cameras, make_lidar
-from perception.synthetic.writer import VERSION, scene_district, scene_renderer
+from perception.synthetic.tracing import embree_scene
+from perception.synthetic.writer import VERSION, _parts_of_scenes, scene_district, scene_renderer
 
 SEED, KEYFRAMES, IMAGE_SIZE = 11, 4, (128, 224)  # of the fixture town_root
 KEYFRAME = 2
@@ -96,7 +99,7 @@ def tree_hash(root: Path) -> dict[str, str]:
 def test_same_seed_same_bytes_with_any_number_of_workers(tmp_path):
     common = dict(scenes=2, keyframes=2, image_size=(32, 56), sweeps=True)
     simulate(tmp_path / "one", seed=3, workers=1, **common)
-    simulate(tmp_path / "two", seed=3, workers=2, **common)
+    simulate(tmp_path / "two", seed=3, workers=4, **common)  # two processes for each scene
     one, two = tree_hash(tmp_path / "one"), tree_hash(tmp_path / "two")
     assert one == two
     # 6 cameras, 2 keyframes and 4 images between them, 2 scenes.
@@ -114,6 +117,56 @@ def test_same_seed_same_bytes_with_any_number_of_workers(tmp_path):
     simulate(tmp_path / "other", seed=4, workers=1, scenes=1, keyframes=1, image_size=(32, 56))
     other = set(tree_hash(tmp_path / "other").values())
     assert len(other & set(one.values())) <= 5  # the tables that are equal in all datasets, the empty map image
+
+
+def test_scenes_are_divided_only_if_workers_would_be_idle():
+    whole = range(7)
+    assert _parts_of_scenes(3, 1, 7) == [[whole]] * 3
+    assert _parts_of_scenes(4, 2, 7) == [[whole]] * 4
+    assert _parts_of_scenes(3, 2, 7) == [[whole], [whole], [range(3), range(3, 7)]]
+    assert _parts_of_scenes(1, 64, 7) == [[range(k, k + 1) for k in range(7)]]
+    for scenes, workers in ((5, 3), (2, 5), (9, 16)):
+        for parts in _parts_of_scenes(scenes, workers, 7):
+            assert [sensor for part in parts for sensor in part] == list(whole) and all(parts)
+
+
+class CountedScene:
+    """An Embree scene that counts calls and rays per name of the set of meshes."""
+
+    counts: ClassVar[Counter] = Counter()
+
+    def __init__(self, vertices: np.ndarray, faces: np.ndarray) -> None:
+        self._scene = embree_scene(vertices, faces)
+        self._name = "moving" if faces.dtype == object else "static"
+
+    def run(self, origins: np.ndarray, rays: np.ndarray, **options) -> object:
+        self.counts[self._name, "calls"] += 1
+        self.counts[self._name, "rays"] += len(rays)
+        return self._scene.run(origins, rays, **options)
+
+
+def test_few_rays_are_cast_in_large_batches_and_none_is_missing(monkeypatch):
+    """Pictures are the same without the look-ups that spare rays, in other batches, and in any order of the images."""
+    monkeypatch.setattr(tracing, "embree_scene", CountedScene)
+    district = scene_district(SEED, 1, KEYFRAMES)
+    renderer, cameras, _ = scene_renderer(SEED, 1, district, IMAGE_SIZE)
+    times = [0.4 + 0.1 * c for c in range(len(cameras))]
+    CountedScene.counts.clear()
+    pictures = [renderer.camera(c, t, np.random.default_rng(0)) for c, t in zip(cameras, times, strict=True)]
+    counts, pixels = CountedScene.counts.copy(), len(cameras) * IMAGE_SIZE[0] * IMAGE_SIZE[1]
+    assert any((p.actor[..., None] == renderer._moving).any() for p in pictures)  # moving actors are seen
+    bands = len(cameras) * -(-pixels // len(cameras) // render._BAND)
+    assert sum(counts[name, "calls"] for name in ("static", "moving")) <= 6 * (bands + len(cameras))
+    assert pixels <= counts["static", "rays"] < 1.9 * pixels and counts["moving", "rays"] < 0.6 * pixels
+
+    monkeypatch.setattr(render, "_BAND", 1500)
+    monkeypatch.setattr(TownRenderer, "_crowded", lambda self, view, *_: np.ones_like(view.angles, bool))
+    monkeypatch.setattr(tracing._ShadowMap, "covers", lambda self, points: np.ones(points.shape[1], bool))
+    for picture, camera, time_s in list(zip(pictures, cameras, times, strict=True))[::-1]:
+        again = renderer.camera(camera, time_s, np.random.default_rng(0))
+        for one, two in zip(picture, again, strict=True):
+            np.testing.assert_array_equal(one, two)
+    assert CountedScene.counts["moving", "rays"] - counts["moving", "rays"] > pixels
 
 
 @pytest.mark.slow

@@ -36,6 +36,7 @@ from perception.export.replay import camera_frame, frame_inputs, replay_frames
 from perception.export.runtime import objects_of
 from perception.files import scratch_folder
 from perception.inference.acceleration import capture_graph
+from perception.inference.fixed_rig import FixedRig
 from perception.models import Network
 from perception.models.base import memory_tensors
 from perception.synthetic import VERSION, simulate
@@ -77,7 +78,11 @@ class DeployedRunner:
     def __init__(
         self, network: Network, images: ImageInputs, inputs: Sequence[np.ndarray], mode: Mode, device: torch.device
     ) -> None:
-        model = DeployedNetwork(prepared_network(copy.deepcopy(network).to(device), mode), images).eval()
+        prepared = prepared_network(copy.deepcopy(network).to(device), mode)
+        if mode.channels_last and not mode.graph:  # as in live use; a graph cannot compare the calibration
+            fixed_rig = FixedRig(prepared)
+            prepared.register_forward_pre_hook(lambda _, given: (*given, *fixed_rig(given[0])))
+        model = DeployedNetwork(prepared, images).eval()
         self._mode, self._device, self._names = mode, device, model.output_names
         self.device = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         self._model = model

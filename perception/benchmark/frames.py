@@ -76,7 +76,7 @@ REFERENCE = Mode(tuned=False, plain=True)
 EAGER = (
     Mode(), Mode(graph=True), Mode("bf16", True, graph=True), Mode("fp16", True, graph=True),
     Mode("tf32", True, graph=True), Mode("bf16", graph=True), Mode("bf16", True), Mode("fp16", True), Mode("bf16"),
-    Mode("fp16"), Mode("tf32"), Mode("tf32", True),
+    Mode("fp16"), Mode("tf32"), Mode("tf32", True), Mode(channels_last=True),
 )  # fmt: skip
 COMPILED = (
     Mode("bf16", True, compiled=True), Mode("bf16", True, compiled=True, graph=True),

@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from perception.data.nuscenes import NuScenesDataset
     from perception.export.contract import ImageInputs, read_contract
     from perception.export.engine_session import find_engine
-    from perception.export.fixed_rig import FixedRig
+    from perception.export.export_rig import ExportRig
     from perception.export.onnx import check_export, export_onnx
     from perception.export.openvino_session import openvino_core
     from perception.export.parity import LEAST_FRAMES, LEAST_SCENES, certify
@@ -114,11 +114,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     network = load_model(arguments.checkpoint)
     raw_size: Any = read_sizes(arguments.raw_size) if arguments.raw_size else None
-    fixed_rig = None
+    export_rig = None
     if arguments.rig:
         if raw_size:
             raise ConfigError("--rig and --raw-size were given; leave --raw-size out, the rig has the sizes of images")
-        fixed_rig, raw_size = FixedRig.of_rig(Rig.load(arguments.rig), network.config.image_size)
+        export_rig, raw_size = ExportRig.of_rig(Rig.load(arguments.rig), network.config.image_size)
         arguments.cameras = len(raw_size)
     images = ImageInputs.of_rig(arguments.cameras, network.config.image_size, raw_size, arguments.image_format)
     eight_bits = arguments.precision in KINDS
@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if for_cpu and arguments.format != "onnx":
         raise ConfigError(f"--format {arguments.format} builds for GPUs; leave it out with --target cpu")
     check_export(
-        network, cameras=arguments.cameras, precision=arguments.precision, for_cpu=for_cpu, fixed_rig=fixed_rig
+        network, cameras=arguments.cameras, precision=arguments.precision, for_cpu=for_cpu, export_rig=export_rig
     )
     for backend in arguments.also:
         openvino_core(backend, arguments.precision)
@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             export_onnx(
                 network, arguments.out, cameras=arguments.cameras, raw_size=images.sizes,
                 image_format=images.image_format, precision=arguments.precision, for_cpu=for_cpu,
-                calibration=calibration, progress=True, fixed_rig=fixed_rig,
+                calibration=calibration, progress=True, export_rig=export_rig,
                 weights=weights_of(arguments.checkpoint, read_provenance(arguments.checkpoint)),
             )  # fmt: skip
         backends = ["onnxruntime", *dict.fromkeys(arguments.also)]

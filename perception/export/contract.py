@@ -18,7 +18,7 @@ import numpy as np
 
 from perception.commands import command
 from perception.errors import CheckpointError, ConfigError, DataError
-from perception.export.fixed_rig import FixedRig, fault_of
+from perception.export.export_rig import ExportRig, fault_of
 from perception.files import write_json
 from perception.inference.ego_motion import JUMP_MARGIN_M, JUMP_MARGIN_RAD, MAX_GAP, MAX_SPEED, MAX_TURN_RATE
 from perception.reading import number, short
@@ -223,7 +223,7 @@ def write_contract(
     quantization: dict,
     checked: Mapping[str, Sequence[str]],
     version: str,
-    fixed_rig: FixedRig | None = None,
+    export_rig: ExportRig | None = None,
 ) -> None:
     """Writes the contract of an export.
 
@@ -242,7 +242,7 @@ def write_contract(
         checked: by runtime, the checks that it reads the graph as ONNX defines it, from `perception.export.dialect`;
             empty for a runtime that the graph is not for.
         version: of the library.
-        fixed_rig: the calibration that the graph holds; None for a graph that takes it as inputs.
+        export_rig: the calibration that the graph holds; None for a graph that takes it as inputs.
     """
 
     image = IMAGE_FORMATS[images.image_format] + ", rows from the top; ignored while the camera is missing"
@@ -252,7 +252,7 @@ def write_contract(
         text = MEANING["memory"].replace("new_memory", f"new_{name}")
         meaning[name] = f"{MEMORY_PARTS[name]}; {text}" if name in MEMORY_PARTS else text
         meaning[f"new_{name}"] = f"the {name} input of the next frame"
-    if fixed_rig:
+    if export_rig:
         meaning |= {name: f"not read: fixed in the graph, see calibration; {meaning[name]}" for name in FIXED}
 
     def described(arrays: Mapping[str, np.ndarray]) -> list[dict]:
@@ -289,7 +289,7 @@ def write_contract(
             "outputs": described(outputs),
             "sha256": dict(sha256),
         }
-        | ({"calibration": fixed_rig.as_dict()} if fixed_rig else {}),
+        | ({"calibration": export_rig.as_dict()} if export_rig else {}),
     )
 
 

@@ -150,7 +150,7 @@ def measured_graph(model: onnx.ModelProto) -> MeasuredGraph:
     measuring, limits, outputs = _measuring(dict.fromkeys([*halves.values(), *bounds]), bounds)
     nodes += measuring
     weights |= limits
-    used = {name for node in nodes for name in node.input}
+    used = {name for node in nodes for name in node.input} | {output.name for output in graph.graph.output}
     del graph.graph.node[:], graph.graph.initializer[:], graph.graph.value_info[:]
     graph.graph.node.extend(nodes)
     graph.graph.initializer.extend(numpy_helper.from_array(weights[name], name) for name in weights if name in used)

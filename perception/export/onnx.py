@@ -26,7 +26,7 @@ from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError
 from perception.export.contract import CONTRACT, MODEL, ImageInputs, write_contract
 from perception.export.dialect import check_dialect
-from perception.export.fixed_rig import FixedRig
+from perception.export.export_rig import ExportRig
 from perception.export.half import WEIGHTED, check_weight, convert_to_half
 from perception.export.images import ImagePreprocessing
 from perception.export.lowering import OPSET, OPSET_FP8, TRACED, lower_graph
@@ -165,12 +165,12 @@ def example_inputs(network: Network, images: ImageInputs) -> tuple[Any, ...]:
 
 
 def check_export(
-    network: Network, *, cameras: int, precision: str, for_cpu: bool, fixed_rig: FixedRig | None = None
+    network: Network, *, cameras: int, precision: str, for_cpu: bool, export_rig: ExportRig | None = None
 ) -> None:
     """Checks the arguments of `export_onnx`. Call it before long work.
 
     Args:
-        network, cameras, precision, for_cpu, fixed_rig: as for `export_onnx`.
+        network, cameras, precision, for_cpu, export_rig: as for `export_onnx`.
 
     Raises:
         ConfigError: the network cannot be exported, the precision or the number of cameras is invalid, or a weight is
@@ -179,12 +179,12 @@ def check_export(
     if network.no_export:
         raise ConfigError(f"{type(network).__name__} is not exported: {network.no_export}")
     for_rig = getattr(network, "for_rig", None)
-    if for_rig and fixed_rig is None:
+    if for_rig and export_rig is None:
         raise ConfigError(
             f"{type(network).__name__} is exported for the cameras of one vehicle, and their calibration becomes part "
             "of the graph; give the rig file as --rig"
         )
-    if fixed_rig is not None and not for_rig:
+    if export_rig is not None and not for_rig:
         raise ConfigError(f"a {type(network).__name__} takes any calibration as an input; export it without a rig")
     if cameras < 1:
         raise ConfigError(f"cameras is {cameras}; give at least 1")
@@ -214,7 +214,7 @@ def export_onnx(
     calibration: NuScenesDataset | Sequence[FrameInputs] | None = None,
     graph: onnx.ModelProto | None = None,
     weights: Weights | None = None,
-    fixed_rig: FixedRig | None = None,
+    export_rig: ExportRig | None = None,
     progress: bool = False,
 ) -> Path:
     """Writes `model.onnx` and `contract.json`, and deletes certificates of an older graph in the folder.
@@ -234,7 +234,7 @@ def export_onnx(
             the ranges themselves, by input of the graph: then no layer is excepted for its sensitivity.
         graph: result of `trace` for the same network, cameras and sizes, which takes longest; traced here if None.
         weights: what results say about the weights of the network, from `weights_of`; None if that is not known.
-        fixed_rig: the only calibration that the graph is for, of a network with `for_rig`; None for the others.
+        export_rig: the only calibration that the graph is for, of a network with `for_rig`; None for the others.
         progress: show the steps and their duration on stderr.
 
     Returns:
@@ -244,13 +244,13 @@ def export_onnx(
         ConfigError: the network cannot be exported; the precision, the cameras, the sizes or the format are invalid; a
             weight is too large for float16; or the graph has a form that a TensorRT parser may misread.
     """
-    check_export(network, cameras=cameras, precision=precision, for_cpu=for_cpu, fixed_rig=fixed_rig)
+    check_export(network, cameras=cameras, precision=precision, for_cpu=for_cpu, export_rig=export_rig)
     if precision in KINDS and calibration is None:
         raise ConfigError(f"precision {precision} needs a dataset for its quantization ranges; give one as calibration")
     images = ImageInputs.of_rig(cameras, network.config.image_size, raw_size, image_format)
     halved = precision != "fp32" and not for_cpu
     folder = Path(folder)
-    model = DeployedNetwork(network if fixed_rig is None else _for_rig(network, fixed_rig, images), images).eval()
+    model = DeployedNetwork(network if export_rig is None else _for_rig(network, export_rig, images), images).eval()
     inputs = example_inputs(network, images)
     if graph is None:
         with stage("tracing the network", progress):
@@ -294,12 +294,12 @@ def export_onnx(
         quantization=quantization,
         checked=checked,
         version=__version__,
-        fixed_rig=fixed_rig,
+        export_rig=export_rig,
     )
     return folder
 
 
-def _for_rig(network: Any, fixed: FixedRig, images: ImageInputs) -> Network:
+def _for_rig(network: Any, fixed: ExportRig, images: ImageInputs) -> Network:
     """Returns a network for one calibration, which is given in pixels of the export's images."""
     rig = NumpyCameraRig(fixed.img_from_cam, fixed.ego_from_cam, np.ones(len(fixed.img_from_cam), bool))
     fitted = fitted_rig(rig, dict(enumerate(images.sizes)), network.config.image_size)

@@ -24,7 +24,7 @@ from perception.errors import DataError
 from perception.evaluation.dataset import evaluate_predictions
 from perception.export.certificate import METRICS, Certificate, Replay
 from perception.export.contract import MODEL, ImageInputs, comparable_memory
-from perception.export.fixed_rig import FixedRig
+from perception.export.export_rig import ExportRig
 from perception.export.headroom import RangeMonitor
 from perception.export.images import ImagePreprocessing, to_rgb
 from perception.export.onnx import named_raw_outputs
@@ -35,7 +35,7 @@ from perception.export.replay import (
     frame_inputs,
     match_rows,
     replay_frames,
-    with_fixed_rig,
+    with_export_rig,
 )
 from perception.export.runtime import Runtime
 from perception.export.second_reading import SecondExecutor
@@ -136,7 +136,7 @@ def replay(
         bad_images: replace some images by black or white ones.
     """
     image_size = tuple(runtime.contract["image_size"])
-    slots, fixed = runtime.contract["cameras"], FixedRig.of_contract(runtime.contract)
+    slots, fixed = runtime.contract["cameras"], ExportRig.of_contract(runtime.contract)
     preprocess = ImagePreprocessing(runtime.images, image_size)
     differences: dict[str, list[np.ndarray]] = {}
     pixels = []
@@ -147,7 +147,7 @@ def replay(
         replay_frames(dataset, slots, bad_images=bad_images), total=len(dataset), unit="frame", disable=not progress,
         desc="certificate, another rig" if bad_images else "certificate",
     ):  # fmt: skip
-        exported_frame = with_fixed_rig(camera_frame(frame, runtime.images), fixed)
+        exported_frame = with_export_rig(camera_frame(frame, runtime.images), fixed)
         original_frame = fitted_frame(exported_frame, runtime.images, image_size)
         in_graph = preprocess([torch.from_numpy(image) for image in exported_frame.images])
         pixels.append((in_graph - original_frame.images[0]).abs().numpy().ravel())
@@ -300,7 +300,9 @@ def _drift(
     while len(differences) < frames:
         for _, frame in replay_frames(dataset, runtime.contract["cameras"]):
             frame = frame._replace(is_first=torch.tensor([not differences]))
-            exported_frame = with_fixed_rig(camera_frame(frame, runtime.images), FixedRig.of_contract(runtime.contract))
+            exported_frame = with_export_rig(
+                camera_frame(frame, runtime.images), ExportRig.of_contract(runtime.contract)
+            )
             _, state, _ = _run_original(network, fitted_frame(exported_frame, runtime.images, image_size), state)
             _run_export(runtime, frame_inputs(exported_frame, network.extra_inputs))
             errors = [

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from perception.data.nuscenes import NuScenesDataset
 from perception.export.contract import ImageInputs
-from perception.export.fixed_rig import FixedRig
+from perception.export.export_rig import ExportRig
 from perception.export.images import from_rgb
 from perception.inference.fitting import fit_image
 from perception.types import CameraRig, Frame, map_tensors
@@ -106,7 +106,7 @@ def camera_frame(frame: Frame, images: ImageInputs) -> CameraFrame:
     return CameraFrame(tuple(converted), frame.rig._replace(img_from_cam=img_from_cam), *frame[2:])
 
 
-def with_fixed_rig(frame: CameraFrame, fixed: FixedRig | None) -> CameraFrame:
+def with_export_rig(frame: CameraFrame, fixed: ExportRig | None) -> CameraFrame:
     """Returns a frame [1, ...] with the only calibration that an export is for; unchanged if it takes any."""
     if fixed is None:
         return frame

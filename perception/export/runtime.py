@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from perception.errors import ConfigError
 from perception.export.contract import MODEL, ImageInputs, check_graph, memory_names, read_contract
-from perception.export.fixed_rig import SAME, FixedRig
+from perception.export.export_rig import SAME, ExportRig
 from perception.inference.checks import NOT_FINITE, check_images, checked_rig, checked_setting, objects_are_finite
 from perception.inference.ego_motion import MAX_SPEED, MAX_TURN_RATE, Motion
 from perception.inference.images import AnyImage
@@ -243,10 +243,10 @@ class Runtime:
             bgr=is_bgr, as_bgr=is_bgr,
             max_speed=max_speed, max_turn_rate=max_turn_rate,
         )  # fmt: skip
-        self._fixed_rig = FixedRig.of_contract(self.contract)
+        self._export_rig = ExportRig.of_contract(self.contract)
         self._ego_from_lidar = self._live.ego_from_lidar
-        if self._fixed_rig is not None:
-            self._ego_from_lidar = self._fixed_rig.ego_from_lidar
+        if self._export_rig is not None:
+            self._ego_from_lidar = self._export_rig.ego_from_lidar
             known = getattr(getattr(rig, "rig", rig), "ego_from_lidar", None)  # of a Rig, or of the one of a VirtualRig
             if known is not None and not np.allclose(known, self._ego_from_lidar, SAME, SAME):
                 apart = np.abs(known - self._ego_from_lidar).max()
@@ -342,8 +342,8 @@ class Runtime:
         N = len(self.images.sizes)
         check_images(images, N, self.images.axes)
         checked = checked_rig(rig, N)
-        if self._fixed_rig is not None:
-            self._fixed_rig.check(checked)
+        if self._export_rig is not None:
+            self._export_rig.check(checked)
         checked, moved, found = live.carried(checked, frame_motion, camera_times_s)
         given = {int(n): self.images.checked(int(n), images[n]) for n in np.flatnonzero(checked.present)}
         pixels = {n: sampled_rgb(image, self.images.image_format) for n, image in given.items()}

@@ -161,7 +161,7 @@ def accelerated(
     choice = [f"{chosen} ({reason})"]
     prepared = network
     if channels_last or fold or chosen == "bfloat16":
-        prepared = copy.deepcopy(network).requires_grad_(False)
+        prepared = copy.deepcopy(network).eval().requires_grad_(False)
     if fold or chosen == "bfloat16":
         observer = observe(prepared)
         if chosen == "bfloat16":

@@ -54,6 +54,12 @@ def fitted_rig(rig: NumpyCameraRig, sizes: Any, image_size: tuple[int, int]) -> 
 
 
 def cropped_pixels(image: Image.Image, image_size: tuple[int, int]) -> tuple[NDArray[Any], Crop]:
+    """Returns the pixels [H, W, 3] uint8 of `cropped_image`, and the crop."""
+    fitted, crop = cropped_image(image, image_size)
+    return np.array(fitted), crop
+
+
+def cropped_image(image: Image.Image, image_size: tuple[int, int]) -> tuple[Image.Image, Crop]:
     """Resizes and crops an image to the network's size, see `fitting_crop`.
 
     Args:
@@ -61,7 +67,7 @@ def cropped_pixels(image: Image.Image, image_size: tuple[int, int]) -> tuple[NDA
         image_size: height and width of the result.
 
     Returns:
-        [H, W, 3] uint8 RGB, and the crop in pixels of `image` as it was given.
+        An RGB image, which may be `image` itself, and the crop in pixels of `image` as it was given.
     """
     from PIL.Image import Resampling  # a vehicle may have numpy alone
 
@@ -75,4 +81,7 @@ def cropped_pixels(image: Image.Image, image_size: tuple[int, int]) -> tuple[NDA
     while full_w > image.size[0] * shrink:
         shrink *= 2
     box = (left / shrink, top / shrink, full_w / shrink - left / shrink, full_h / shrink)
-    return np.array(image.convert("RGB").resize((W, H), Resampling.BILINEAR, box=box)), crop
+    rgb = image if image.mode == "RGB" else image.convert("RGB")
+    if rgb.size == (W, H) and box == (0, 0, W, H):  # Pillow would copy it
+        return rgb, crop
+    return rgb.resize((W, H), Resampling.BILINEAR, box=box), crop

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from perception.inference.crop import cropped_pixels, fitting_crop
+from perception.inference.crop import cropped_image, fitting_crop
 
 FIT_BITS = 22  # fractional bits of the weights, the same as in Pillow
 
@@ -32,9 +32,11 @@ def fit_image(
     Returns:
         [3, H, W] uint8 RGB, and the calibration [3, 3] float64 in its pixels.
     """
-    pixels, crop = cropped_pixels(image, image_size)
-    chw = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()  # [3, H, W]
-    return chw, crop.img_from_raw @ img_from_cam
+    fitted, crop = cropped_image(image, image_size)
+    chw = np.empty((3, *image_size), dtype=np.uint8)
+    for channel, band in zip(chw, fitted.split(), strict=True):  # half the time of turning [H, W, 3] over
+        channel[:] = np.asarray(band)
+    return torch.from_numpy(chw), crop.img_from_raw @ img_from_cam
 
 
 def fit_pixels(pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

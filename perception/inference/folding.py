@@ -39,7 +39,8 @@ class _Observer(TorchFunctionMode):
     def __init__(self, network: Network) -> None:
         super().__init__()
         self.calls = {id(part.weight): _Calls(part) for part in network.modules() if isinstance(part, nn.Conv2d)}
-        self.norms = {id(part.running_mean): part for part in network.modules() if isinstance(part, nn.BatchNorm2d)}
+        norms = [part for part in network.modules() if isinstance(part, nn.BatchNorm2d)]
+        self.norms = {id(norm.running_mean): norm for norm in norms if norm.running_mean is not None}
         self.inputs: dict[int, list[int]] = {}  # ids of the inputs of a batch norm, by its own id
         self._by_output: dict[int, _Calls] = {}
 
@@ -50,15 +51,19 @@ class _Observer(TorchFunctionMode):
         if norm is not None:
             self.inputs.setdefault(id(norm), []).append(id(args[0]))
         if any(True for _ in _tensors(result)):  # others ask for a shape or a type
-            for tensor in _tensors([args, list((kwargs or {}).values())]):
-                if id(tensor) in self._by_output:
-                    self._by_output[id(tensor)].users.append(norm)
+            self.add_user([args, list((kwargs or {}).values())], norm)
         call = self.calls.get(id(args[1])) if func is torch.conv2d and len(args) > 1 else None
         if call is not None:
             call.work += result.numel() * call.conv.weight[0].numel()
             call.outputs.append(result)
             self._by_output[id(result)] = call
         return result
+
+    def add_user(self, values: Any, norm: nn.BatchNorm2d | None) -> None:
+        """Records that a batch norm, or something else if None, uses those of the tensors that convolutions made."""
+        for tensor in _tensors(values):
+            if id(tensor) in self._by_output:
+                self._by_output[id(tensor)].users.append(norm)
 
 
 def _tensors(value: Any) -> Iterable[Tensor]:
@@ -74,7 +79,8 @@ def observe(network: Network) -> _Observer:
     """Runs one example frame and returns what the network does with its convolutions and batch norms."""
     observer = _Observer(network)
     with observer:
-        network(example_frame(network), network.initial_state(1))
+        results = network(example_frame(network), network.initial_state(1))
+    observer.add_user(results, None)
     return observer
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perception.errors import DataError
-from perception.inference.checks import check_intrinsics, checked_time
+from perception.inference.checks import check_intrinsics, checked_rigid, checked_time
 from perception.inference.crop import fitted_rig
 from perception.inference.ego_motion import EgoMotion, FrameMotion, ego_from_ego_at
 from perception.inference.images import as_pixels
@@ -105,6 +105,11 @@ class LiveInput:
             if self._virtual.rig.ego_from_lidar is not None:
                 self.ego_from_lidar = self._virtual.rig.ego_from_lidar.copy()
 
+    @property
+    def cameras(self) -> int | None:
+        """Number of images that the network gets, None if every step decides."""
+        return None if self._virtual is None else len(self._virtual.cameras)
+
     def name_cameras(self, names: Sequence[str]) -> None:
         """Gives the camera of each image a name, which warnings use. Images of one camera have the same name.
 
@@ -112,11 +117,6 @@ class LiveInput:
         """
         self._cameras = tuple(names)
         self.warnings, self._statistics = Warnings(self._cameras), ImageStatistics(self._cameras)
-
-    @property
-    def cameras(self) -> int | None:
-        """Number of images that the network gets, None if every step decides."""
-        return None if self._virtual is None else len(self._virtual.cameras)
 
     def arguments(self, images: Any, rig: Any, global_from_ego: Any, time_s: Any) -> tuple[Any, Any, Any, Any]:
         """Returns the arguments of `step` with the images and the calibration of pinholes.
@@ -159,7 +159,7 @@ class LiveInput:
         return as_pixels(f"images[{camera!r}]", image, given_bgr=self._bgr, wanted_bgr=self._as_bgr)
 
     def carried(
-        self, rig: NumpyCameraRig, motion: FrameMotion, camera_times_s: Any
+        self, rig: NumpyCameraRig, motion: FrameMotion, camera_times_s: Any, ego_from_exposure: Any = None
     ) -> tuple[NumpyCameraRig, NDArray[np.float64], Findings]:
         """Carries the poses of cameras from their exposure to the time of the frame.
 
@@ -168,6 +168,7 @@ class LiveInput:
             motion: of the frame.
             camera_times_s: seconds by name of a camera if a rig was given at construction, else one per camera in their
                 order. A camera without a time, or with None, exposed at the time of the frame. None for no times.
+            ego_from_exposure: [N, 4, 4] the motion of each camera since its exposure, instead of times.
 
         Returns:
             The rig with `ego_from_cam` in the ego frame at the time of the frame; the motion [N, 4, 4] that it holds,
@@ -178,6 +179,14 @@ class LiveInput:
                 than `MAX_CAMERA_OFFSET` from the time of the frame.
         """
         motions = np.tile(np.eye(4), (len(rig.present), 1, 1))
+        if ego_from_exposure is not None:
+            if camera_times_s is not None:
+                raise DataError("camera_times_s and ego_from_exposure were given; give one of them")
+            if (given := len(ego_from_exposure)) != len(motions):
+                raise DataError(f"ego_from_exposure has {given} matrices for {len(motions)} images; give one for each")
+            for n in np.flatnonzero(rig.present):
+                motions[n] = checked_rigid(f"ego_from_exposure[{n}]", ego_from_exposure[n])
+            return rig._replace(ego_from_cam=motions @ rig.ego_from_cam), motions, {}
         if camera_times_s is None:
             return rig, motions, {}
         if motion.time_s is None:

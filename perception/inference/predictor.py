@@ -39,6 +39,7 @@ from perception.models.checkpoint import load_model, on_device, read_provenance
 from perception.models.decoding import empty_boxes, empty_lines
 from perception.models.provenance import weights_of
 from perception.types import (
+    NUSCENES_EGO_FROM_LIDAR,
     Boxes,
     CameraRig,
     Frame,
@@ -155,12 +156,17 @@ class Predictor:
             min_score=min_score, min_seen=min_seen, max_speed=max_speed, max_turn_rate=max_turn_rate,
         )  # fmt: skip
 
-    def name_cameras(self, names: Sequence[str]) -> None:
+    def name_cameras(self, names: Sequence[str], ego_from_lidar: NDArray[Any] | None = None) -> None:
         """Gives the camera of each image a name, which then stands in warnings instead of its number.
 
-        Images of one camera have the same name. With a rig at construction they have those of the rig.
+        With a rig at construction they have those of the rig.
+
+        Args:
+            names: in the order of the images; images of one camera have the same name.
+            ego_from_lidar: [4, 4], `Rig.ego_from_lidar` of their rig; None for `NUSCENES_EGO_FROM_LIDAR`.
         """
         self._live.name_cameras(names)
+        self._live.ego_from_lidar = np.array(NUSCENES_EGO_FROM_LIDAR if ego_from_lidar is None else ego_from_lidar)
 
     def reset(self) -> None:
         """Clears the memory; the next step is a first frame."""
@@ -176,6 +182,7 @@ class Predictor:
         *,
         motion: Motion | None = None,
         camera_times_s: Mapping[str, float | None] | Sequence[float | None] | None = None,
+        ego_from_exposure: NDArray[Any] | None = None,
     ) -> LiveObjects:
         """Predicts the boxes and lines of one frame.
 
@@ -193,6 +200,8 @@ class Predictor:
             camera_times_s: when each camera exposed, seconds: by name with a rig at construction, else in the order of
                 the images. `ego_from_cam` of a moving vehicle is carried from there to `time_s`, between the poses of
                 this step and of those before.
+            ego_from_exposure: [N, 4, 4] for each image the ego motion from its exposure to `time_s`, where that is
+                known better than from `camera_times_s`, which is then left out.
 
         With a rig at construction the call is `step(images, global_from_ego, time_s)`: `images` are those of the
         cameras of the rig, in the sizes that it names, as a dict from names or a list in its order. A camera that is
@@ -222,7 +231,7 @@ class Predictor:
         frame_motion = live.ego_motion.since_last(global_from_ego, time_s, motion)
         check_images(images)
         checked = checked_rig(rig, len(images))
-        checked, moved, found = live.carried(checked, frame_motion, camera_times_s)
+        checked, moved, found = live.carried(checked, frame_motion, camera_times_s, ego_from_exposure)
         given = {int(n): live.pixels(int(n), images[n]) for n in np.flatnonzero(checked.present)}
         sizes = {n: image.shape[:2] for n, image in given.items()}
         samples = {n: sampled_rgb(image) for n, image in given.items()}

@@ -6,7 +6,7 @@ import re
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from perception.errors import ConfigError, DataError, not_installed
 from perception.geometry import invert_rigid
 from perception.reading import nearest
+from perception.recordings.nuscenes import REFERENCE
 from perception.recordings.recording import FramePlan, Image, Recording, checked_times, chosen_streams
 from perception.recordings.ros_images import decode_message
 from perception.recordings.trajectory import Trajectory, pose_from, read_trajectory
 from perception.rigs.documents import Fields, located
 from perception.rigs.models import FROM_INTEGER_CENTERS, Pinhole
-from perception.rigs.rig import Rig, RigCamera
+from perception.rigs.rig import Rig, RigCamera, has_lidar_axes
 from perception.rigs.ros import BASE_FRAME, Frames, model_of_camera_info
 
 SUFFIXES = frozenset((".bag", ".mcap", ".db3"))
@@ -378,7 +379,19 @@ def _rig(found: _Index, topics: Mapping[str, str], tree: Frames, base_frame: str
             "cameras with --rig"
         )
     with located(name):
-        return Rig(cameras)
+        return Rig(cameras, _lidar(tree, base_frame, base_height))
+
+
+def _lidar(tree: Frames, base_frame: str, base_height: float) -> NDArray[np.float64] | None:
+    """Returns the pose of a frame LIDAR_TOP with nuScenes' axes, as bags that were made from nuScenes have it."""
+    if REFERENCE not in tree.parents:
+        return None
+    raised = np.eye(4)
+    raised[2, 3] = base_height
+    with suppress(DataError):  # no transform leads from it to the vehicle
+        pose = raised @ tree.base_from(REFERENCE, base_frame)
+        return pose if has_lidar_axes(pose) else None
+    return None
 
 
 def camera_from_info(

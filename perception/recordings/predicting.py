@@ -46,15 +46,14 @@ def predict_frames(predictor: Predictor, rig: Rig, frames: Iterable[RecordedFram
     virtual = virtual_rig(rig, predictor.model.config.image_size)
     virtual.make_tables()
     names = virtual.names
-    predictor.name_cameras([camera.source.name for camera in virtual.cameras])
+    predictor.name_cameras([camera.source.name for camera in virtual.cameras], rig.ego_from_lidar)
     predictor.reset()
     for recorded in frames:
         images, pinholes = virtual.frame(recorded.images)
-        for n, camera in enumerate(virtual.cameras):
-            if pinholes.present[n]:
-                pinholes.ego_from_cam[n] = recorded.ego_from_exposure[camera.source.name] @ pinholes.ego_from_cam[n]
-        objects = predictor.step(images, pinholes, recorded.global_from_ego, recorded.time_s)
-        yield PredictedFrame(recorded, names, images, pinholes, objects)
+        moved = np.stack([recorded.ego_from_exposure.get(c.source.name, np.eye(4)) for c in virtual.cameras])
+        objects = predictor.step(images, pinholes, recorded.global_from_ego, recorded.time_s, ego_from_exposure=moved)
+        carried = pinholes._replace(ego_from_cam=moved @ pinholes.ego_from_cam)
+        yield PredictedFrame(recorded, names, images, carried, objects)
 
 
 def as_arrays(objects: LiveObjects) -> NumpyFrameObjects:

@@ -163,8 +163,9 @@ class TownRenderer:
         if len(sky):
             paint(sky, self._shader.sky(rays.take(sky, axis=1)))
         if len(flat):
-            seen = rays.take(flat, axis=1), ground.take(flat), origin, pixel
-            colors, material[flat] = self._shader.ground(self._ground, self._contact_at, *seen, caster.sunlit)
+            colors, material[flat] = self._shader.ground(
+                self._ground, self._contact_at, rays.take(flat, axis=1), ground.take(flat), origin, pixel, caster.sunlit
+            )
             paint(flat, colors)
         wall = on_mesh & caster.walls.take(hits.face)
         walls, others = np.flatnonzero(wall), np.flatnonzero(on_mesh & ~wall)

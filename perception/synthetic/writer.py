@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ _JPEG_QUALITY = 92
 
 @dataclass(frozen=True)
 class _Job:
-    """All inputs of one scene, for a worker process."""
+    """All inputs of one scene, or of some of its sensors, for a worker process."""
 
     root: Path
     seed: int
@@ -77,6 +78,7 @@ class _Job:
     sweeps: bool
     rare: float
     rig: Rig | tuple[Mounting, ...]
+    sensors: range  # cameras, in the order of the rig, and after them the LiDAR, with which the labels are made
 
     @property
     def name(self) -> str:
@@ -87,6 +89,11 @@ class _Job:
     def log(self) -> str:
         """Name of the log."""
         return f"town-{self.seed:04d}-{self.index:04d}"
+
+    @property
+    def labels(self) -> bool:
+        """Whether the LiDAR is among the sensors."""
+        return len(self.rig) in self.sensors
 
     @property
     def keyframe_us(self) -> int:
@@ -153,15 +160,17 @@ def simulate(
             (root / "samples" / channel).mkdir(parents=True)
             if sweeps and channel != LIDAR_NAME:
                 (root / "sweeps" / channel).mkdir(parents=True)
+        workers = workers or os.cpu_count() or 1
         jobs = [
-            _Job(root, seed, i, keyframes, rate, (image_size[0], image_size[1]), sweeps, rare, rig)
-            for i in range(scenes)
+            _Job(root, seed, i, keyframes, rate, (image_size[0], image_size[1]), sweeps, rare, rig, sensors)
+            for i, parts in enumerate(_parts_of_scenes(scenes, workers, len(rig) + 1))
+            for sensors in parts
         ]
-        parts, districts = [], []
-        for tables, district in tqdm(_run(jobs, workers or os.cpu_count() or 1), total=scenes, desc="scenes"):
-            parts.append(tables)
+        written, districts = [], []
+        for tables, district in tqdm(_whole_scenes(jobs, _run(jobs, workers)), total=scenes, desc="scenes"):
+            written.append(tables)
             districts.append(district)
-        _write_tables(root, seed, parts, split, [camera.name for camera in rig])
+        _write_tables(root, seed, written, split, [camera.name for camera in rig])
         if isinstance(rig, Rig):
             rig.save(root / VERSION / RIG_FILE)
         for location in LOCATIONS:
@@ -169,6 +178,27 @@ def simulate(
             if here:
                 (root / "maps" / "expansion").mkdir(parents=True, exist_ok=True)
                 write_map_expansion(here, root / "maps" / "expansion" / f"{location}.json")
+
+
+def _parts_of_scenes(scenes: int, workers: int, sensors: int) -> list[list[range]]:
+    """Divides the sensors of the last scenes, for which there are more workers than scenes, into parts of their own."""
+    rest = scenes % workers
+    count = min(workers // rest, sensors) if rest else 1
+    bounds = [sensors * k // count for k in range(count + 1)]
+    divided = [range(start, stop) for start, stop in pairwise(bounds)]
+    return [[range(sensors)]] * (scenes - rest) + [divided] * rest
+
+
+def _whole_scenes(
+    jobs: list[_Job], results: Iterator[tuple[dict[str, list[dict]], District]]
+) -> Iterator[tuple[dict[str, list[dict]], District]]:
+    """Joins the rows of scenes that were rendered in parts; the last part has the labels."""
+    before: dict[str, list[dict]] = {"ego_pose": [], "sample_data": []}
+    for job, (tables, district) in zip(jobs, results, strict=True):
+        before = {name: rows + tables[name] for name, rows in before.items()}
+        if job.labels:
+            yield tables | before, district
+            before = {name: [] for name in before}
 
 
 def _run(jobs: list[_Job], workers: int) -> Iterator[tuple[dict[str, list[dict]], District]]:
@@ -243,7 +273,7 @@ def scene_renderer(
 
 
 def _simulate_scene(job: _Job) -> tuple[dict[str, list[dict]], District]:
-    """Renders one scene, writes its files and returns its rows of the tables."""
+    """Renders sensors of one scene, writes their files and returns their rows of the tables."""
     district = scene_district(job.seed, job.index, job.keyframes, job.rate, job.rare)
     renderer, cameras, lidar = scene_renderer(job.seed, job.index, district, job.image_size, job.rig)
     start_us = 1_600_000_000_000_000 + (job.seed % 100_000) * 1_000_000_000 + job.index * 60_000_000
@@ -273,7 +303,8 @@ def _simulate_scene(job: _Job) -> tuple[dict[str, list[dict]], District]:
     steps = job.keyframe_us // SWEEP_US if job.sweeps else 1  # images per keyframe interval
     # The noise is seeded by the number of the sweep, so that keyframes are the same with and without sweeps.
     stride = max(1, job.keyframe_us // SWEEP_US) // steps
-    for c, camera in enumerate(cameras):
+    for c in (sensor for sensor in job.sensors if sensor < len(cameras)):
+        camera = cameras[c]
         for image in range(0, steps * (job.keyframes - 1) + 1):
             step, key = image * stride, image % steps == 0
             time_us = start_us + image * (job.keyframe_us // steps) + camera.delay_us
@@ -282,7 +313,7 @@ def _simulate_scene(job: _Job) -> tuple[dict[str, list[dict]], District]:
             noise = np.random.default_rng(_sequence(job.seed, job.index, 3, c, step))
             picture = renderer.camera(camera, (time_us - start_us + _LEAD_US) * 1e-6, noise)
             Image.fromarray(picture.rgb).save(path, quality=_JPEG_QUALITY)
-    for k, time_us in enumerate(sample_us):
+    for k, time_us in enumerate(sample_us if job.labels else []):
         seconds = (time_us - start_us + _LEAD_US) * 1e-6
         path = record(LIDAR_NAME, time_us, k, True, "pcd.bin", (0, 0))
         sweep = renderer.lidar(lidar, seconds, np.random.default_rng(_sequence(job.seed, job.index, 4, k)))

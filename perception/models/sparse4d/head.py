@@ -215,10 +215,12 @@ class SparseHead(nn.Module):
         key, value = self._with_encoding(remembered, remembered_encoding), self.fc_before(remembered)
         key, value = (nn.functional.pad(x, (0, 0, 0, Q - T)) for x in (key, value))
         missing = (torch.arange(Q, device=feature.device) >= T)[None, None]  # [1, 1, K]
-        alone = torch.zeros_like(missing) if mask is None else mask
         has_memory = exists[:, None, None]
+        hidden = missing & has_memory  # not `where`, which ONNX Runtime does not have for bool
+        if mask is not None:
+            hidden = hidden | (mask & ~has_memory)
         keys = torch.where(has_memory, key, query), torch.where(has_memory, value, own_value)
-        return self.fc_after(layer(query, *keys, torch.where(has_memory, missing, alone), residual))
+        return self.fc_after(layer(query, *keys, hidden, residual))
 
     def _with_encoding(self, feature: Tensor, encoding: Tensor) -> Tensor:
         return torch.cat([feature, encoding], -1) if self.config.decoupled else feature + encoding

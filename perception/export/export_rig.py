@@ -22,7 +22,7 @@ SHAPES = {"img_from_cam": (3, 3), "ego_from_cam": (4, 4), "ego_from_lidar": (4, 
 SAME = 1e-5  # of numbers that are compared, and of metres and pixels near 0
 
 
-class FixedRig(NamedTuple):
+class ExportRig(NamedTuple):
     """Calibration of the images of an export."""
 
     img_from_cam: NDArray[np.float64]  # [N, 3, 3] pixels of the images that the export takes
@@ -30,7 +30,7 @@ class FixedRig(NamedTuple):
     ego_from_lidar: NDArray[np.float64]  # [4, 4]
 
     @classmethod
-    def of_rig(cls, rig: Rig, image_size: tuple[int, int]) -> tuple[FixedRig, tuple[tuple[int, int], ...]]:
+    def of_rig(cls, rig: Rig, image_size: tuple[int, int]) -> tuple[ExportRig, tuple[tuple[int, int], ...]]:
         """Returns the calibration of the pinholes through which a network sees a rig, and the sizes of their images.
 
         Args:
@@ -45,7 +45,7 @@ class FixedRig(NamedTuple):
         return cls(cameras.img_from_cam, cameras.ego_from_cam, lidar), tuple(c.image_size for c in pinholes.cameras)
 
     @classmethod
-    def of_contract(cls, contract: Mapping[str, Any]) -> FixedRig | None:
+    def of_contract(cls, contract: Mapping[str, Any]) -> ExportRig | None:
         """Reads the calibration of a contract; None for an export that takes any."""
         found = contract.get("calibration")
         return None if found is None else cls(*(np.array(found[name], np.float64) for name in cls._fields))
