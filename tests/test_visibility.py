@@ -15,7 +15,7 @@ from perception.export.runtime import Runtime
 from perception.geometry import rigid_from_yaw, transform_points
 from perception.inference.predictor import Predictor
 from perception.inference.sequence import run_sequence_seen
-from perception.inference.visibility import CELL, SeenMap, kept_by, sees_ground
+from perception.inference.visibility import CELL, CELLS, SeenMap, View, kept_by, sees_ground
 from perception.synthetic import VERSION
 from perception.synthetic.sensors import EIGHT_CAMERAS, SIX_CAMERAS, make_cameras
 from perception.types import Boxes, CameraRig, NumpyCameraRig, NumpySeen, map_tensors
@@ -208,3 +208,12 @@ def test_a_step_that_fails_has_seen_nothing(make_live, live_kind, live_frames):
     assert one.warnings == other.warnings == ()
     for part, expected in zip(one.seen, other.seen, strict=True):
         assert np.array_equal(np.asarray(part), np.asarray(expected)) and np.asarray(part).mean() < 0.9
+
+
+def test_all_cells_of_the_map_count_and_none_beside_it():
+    before = np.ones((CELLS, CELLS), bool)
+    blind = np.zeros((0, 3, 4), np.float32)
+    view = View(blind, (10, 10), np.eye(3), np.array([-3, 5]), before, np.zeros((0, CELLS, CELLS), bool))
+    inside = CELL * np.array([[-2.9, 5.1], [-2.9, 4.9 + CELLS], [-3.1 + CELLS, 5.1], [-3.1 + CELLS, 4.9 + CELLS]])
+    outside = CELL * np.array([[-3.1, 5.1], [-2.9, 4.9], [-2.9 + CELLS, 5.1], [-2.9, 5.1 + CELLS]])
+    assert view.sees(np.pad(inside, ((0, 0), (0, 1)))).all() and not view.sees(np.pad(outside, ((0, 0), (0, 1)))).any()
