@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch._inductor.config
@@ -29,6 +30,7 @@ from perception.models.bev_transformer.model import BEVTransformer
 from perception.models.bevformer.model import BEVFormer
 from perception.models.checkpoint import load_model
 from perception.models.maptrv2.model import MapTRv2
+from perception.rigs.rig import Rig
 from perception.synthetic import VERSION, simulate
 from perception.types import State, map_tensors
 
@@ -144,6 +146,7 @@ class Awkward(nn.Module):
         return (self.returned_norm(x), x), state
 
 
+@torch.no_grad()
 def test_batch_norms_are_folded_only_where_that_is_exact():
     torch.manual_seed(2)
     network = with_statistics(Awkward()).double().eval()
@@ -256,6 +259,24 @@ def test_a_replayed_frame_reads_its_own_inputs(flagship, monkeypatch):
         torch.testing.assert_close(graph.decode(prediction), kept[0][0])
 
 
+@pytest.mark.filterwarnings("ignore::perception.errors.PerceptionWarning")  # the image is grey
+def test_a_predictor_with_a_rig_compiles_at_construction(flagship, monkeypatch, capsys):
+    """Eagerly, since compiling takes minutes; the line on stderr and the choice of when to compile are those of it."""
+    monkeypatch.setattr(acceleration, "_compiled", lambda network: network.__call__)
+    predictor = Predictor(flagship, rig=Rig.load("surround_fisheye"), precision="float32", compile=True)
+    assert repr(predictor).startswith("Predictor(BEVTransformer on cpu: float32 (as asked for), 25 batch norms folded")
+    assert capsys.readouterr().err.count("compiling BEVTransformer for") == 2  # before and after
+    found = predictor.step({"left": np.full((966, 1280, 3), 90, np.uint8)}, np.eye(4), 0.0)
+    assert capsys.readouterr().err == "" and len(found.boxes.score)
+
+    def fail(*inputs):
+        raise RuntimeError("no header\nand more")
+
+    monkeypatch.setattr(acceleration, "_compiled", lambda network: fail)
+    with pytest.raises(ConfigError, match=r"the network cannot be compiled here \(no header\); leave compile out"):
+        Predictor(flagship, rig=Rig.load("surround_fisheye"), compile=True)
+
+
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
     environment = {name: text for name, text in (os.environ | environment).items() if text}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
@@ -272,22 +293,17 @@ import json, sys, torch
 sys.path.insert(0, "tests")
 from conftest import noisy
 from test_compile import replay_frames
-from perception.inference.acceleration import accelerated, PLAIN
-from perception.models.bev_transformer.config import BEVTransformerConfig
-from perception.models.bev_transformer.model import BEVTransformer
+from toy_network import ToyConfig, ToyNetwork
+from perception.inference.acceleration import accelerated
 from torch._dynamo.utils import counters
 
 torch.set_num_threads(1)
-network = noisy(BEVTransformer, BEVTransformerConfig.preset(
-    "nano", image_size=(40, 80), grid=(20, 20), channels=16, depth_bins=8, backbone_stages=2, decoder_layers=1,
-    box_queries=10, line_queries=4, line_points=4,
-))
+network = noisy(ToyNetwork, ToyConfig())  # the flagship takes minutes
 runs = [accelerated(network, precision="float32", compile=compile) for compile in (False, True)]
-frames = replay_frames((40, 80), 3)
 off = []
 with torch.inference_mode():
     states = [run.initial_state(1) for run in runs]
-    for frame in frames:
+    for frame in replay_frames(network.config.image_size, 3):
         results = [run(frame, state) for run, state in zip(runs, states)]
         states = [state for _, state in results]
         pairs = zip(*(run.raw_outputs(prediction) for run, (prediction, _) in zip(runs, results)))
@@ -304,7 +320,7 @@ def test_a_compiled_network_is_found_again_by_the_next_process(tmp_path):
         assert run.returncode == 0, run.stderr
         found = json.loads(run.stdout.splitlines()[-1])
         assert max(found["off"]) < 1e-3 and found["hits"] == hits and found["choice"].endswith(", compiled")
-        line = f"compiling BEVTransformer for 6 images of 40 x 80 (minutes, unless {tmp_path}/compiled holds it) ..."
+        line = f"compiling ToyNetwork for 6 images of 64 x 112 (minutes, unless {tmp_path}/compiled holds it) ..."
         assert run.stderr.count(line) == 1
     assert any((tmp_path / "compiled").rglob("*.so"))
 

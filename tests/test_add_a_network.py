@@ -49,7 +49,7 @@ def test_a_network_in_one_file_goes_the_whole_way(town_root, small_town, tmp_pat
 
     clip = map_tensors(lambda tensor: tensor[0], dataset[0].frames)
     images = clip.images.permute(0, 2, 3, 1).numpy()
-    objects = Predictor(weights).step(images, clip.rig, dataset.ego_pose(0), 0.0)
+    objects = Predictor(weights, precision="float32").step(images, clip.rig, dataset.ego_pose(0), 0.0)
     assert torch.allclose(objects.boxes.center, stream.objects[dataset.tokens[0]].boxes.center, atol=1e-4)
     assert len(objects.lines.score) == 0
 

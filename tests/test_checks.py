@@ -233,7 +233,7 @@ def poison(live) -> None:
     else:
         memory = live.memory()
         memory[0, 3, 10, 10] = np.nan
-        live._session._memories[live._turn].update_inplace(memory)
+        live._session._memories[live._turn]["memory"].update_inplace(memory)
 
 
 @pytest.mark.parametrize("shown", [True, False], ids=["in what is returned", "in the memory alone"])

@@ -138,7 +138,7 @@ def test_a_missing_dataset_of_a_submission(tmp_path):
         (("train", "synthetic/nano", "--work-dir", "x", "--seed", "-1"), "argument --seed: -1 is out of range"),
         (("train", "synthetic/nano", "--work-dir", "x", "--allow-change"), "add --resume"),
         (("import-checkpoint", "a.pth", "--out", "file/b.safetensors"), "cannot be written"),
-        (("benchmark", "latency", "nano", "--passes", "0"), "argument --passes: 0 is out of range"),
+        (("benchmark", "latency", "--models", "nano", "--passes", "0"), "argument --passes: 0 is out of range"),
         (("prepare-nuscenes", "split", "--dataroot", "d", "--version", "v", "--min-distance", "inf"), "inf is out of"),
     ],
 )

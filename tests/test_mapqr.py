@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from test_maptrv2 import EGO_FROM_LIDAR, LINES, RIG, SIZE, frame
 
+from perception.grid import BEVGrid
 from perception.models.checkpoint import import_published, load_model, save_checkpoint
 from perception.models.decoding import empty_boxes
 from perception.models.mapqr.config import MapQRConfig
@@ -16,7 +17,7 @@ from perception.models.mapqr.encoder import project_heights
 from perception.models.mapqr.model import MapQR, MapQRHead, MapQROutputs
 from perception.models.maptr.losses import lidar_lines
 from perception.models.maptr.model import topk_lines
-from perception.models.maptrv2.losses import draw_lines_in_images
+from perception.models.maptrv2.losses import draw_lines_in_bev, draw_lines_in_images
 from perception.models.published.backbone import FPNConfig, PublishedBackboneConfig
 from perception.models.published.geometry import lidar_projections
 from perception.types import Frame, FrameObjects, map_tensors
@@ -225,9 +226,8 @@ def perfect() -> MapQROutputs:
     logits = torch.full((2, 1, 8, 3), -20.0)
     logits[:, :, 2:4, 0] = 20
     points[:, :, [0, 1, *range(4, 8)]] = 0.9
-    bev = torch.full((1, 1, 20, 10), -20.0)
-    for x, y in (line[:-1, None] + (line[1:] - line[:-1])[:, None] * torch.linspace(0, 1, 50)[:, None]).flatten(0, 1):
-        bev[0, 0, int((y - low_y) / 3), int((x - low_x) / 3)] = 20  # cells of 3 m
+    grid = BEVGrid((low_x, high_x), (low_y, high_y), (10, 20))
+    bev = 40 * draw_lines_in_bev(lidar_lines(LINES, EGO_FROM_LIDAR), grid) - 20
     drawn = draw_lines_in_images(lidar_lines(LINES, EGO_FROM_LIDAR), lidar_projections(frame()), SIZE, (4, 6))
     image = 40 * drawn - 20
     return MapQROutputs(logits[:, :, 3:], points[:, :, 3:], logits, points, bev, image, EGO_FROM_LIDAR)

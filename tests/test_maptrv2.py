@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from perception.cameras import usual_mounting
 from perception.geometry import invert_rigid, project_points, rigid_from_yaw, transform_points
+from perception.grid import BEVGrid
 from perception.models.checkpoint import load_model, save_checkpoint
 from perception.models.decoding import empty_boxes
 from perception.models.maptr.losses import lidar_lines
 from perception.models.maptrv2.config import MapTRv2Config
 from perception.models.maptrv2.encoder import camera_parameters, lifted_points
-from perception.models.maptrv2.losses import draw_lines_in_images, joined_pixels
+from perception.models.maptrv2.losses import draw_lines_in_bev, draw_lines_in_images, joined_pixels
 from perception.models.maptrv2.model import MapTRv2, MapTRv2Outputs
 from perception.models.published.backbone import FPNConfig
 from perception.models.published.encoder import GeometryKernelAttention
@@ -172,6 +173,20 @@ def test_lines_are_drawn_into_images():
     assert not drawn(lines, (64, 96), gone).any()
 
 
+def test_bev_masks_are_almost_those_of_opencv():
+    """Lines of thickness 3 between cells; OpenCV rounds their corners to whole cells first."""
+    cv2 = pytest.importorskip("cv2")
+    grid = BEVGrid((-15.0, 15.0), (-30.0, 30.0), (100, 200))
+    points = np.random.default_rng(0).uniform((-15, -30), (15, 30), (5, 4, 2))
+    wanted = np.zeros((200, 100), np.uint8)
+    for line in points:
+        cv2.polylines(wanted, [np.int32((line - [-15, -30]) / 0.3)], False, color=1, thickness=3)
+    found = draw_lines_in_bev(make_lines(torch.from_numpy(points).float()[None]), grid)[0, 0].numpy()
+    assert (found * wanted).sum() / np.maximum(found, wanted).sum() > 0.88
+    nothing = make_lines(torch.zeros(1, 2, 4, 2))._replace(valid=torch.zeros(1, 2, dtype=torch.bool))
+    assert draw_lines_in_bev(nothing, grid).shape == (1, 1, 200, 100) and not draw_lines_in_bev(nothing, grid).any()
+
+
 def test_image_masks_are_those_of_opencv():
     """Random lines of a tilted LiDAR: 200 points each at z = -1.6 m, those ahead joined by cv2.polylines."""
     cv2 = pytest.importorskip("cv2")
@@ -235,6 +250,15 @@ def box_ahead(distance: float) -> Boxes:
     return boxes._replace(valid=torch.ones(1, 1, dtype=torch.bool))
 
 
+# Cells of 3 m with their centre within 2.5 cells of the divider: LiDAR x is -2.4 m, y from 0.2563 to 8.0563 m.
+DRAWN = [
+    (row, column)
+    for row, y in enumerate(np.arange(-28.5, 30, 3))
+    for column, x in enumerate(np.arange(-13.5, 15, 3))
+    if math.hypot(x + 2.4, max(0.2563 - y, 0, y - 8.0563)) <= 7.5
+]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def network() -> MapTRv2:
     return MapTRv2(SMALL).train()
@@ -250,7 +274,8 @@ def perfect() -> MapTRv2Outputs:
     logits[:, :, 2:4, 0] = 20
     points[:, :, [0, 1, *range(4, 8)]] = 0.9
     bev = torch.full((1, 1, 20, 10), -20.0)
-    bev[0, 0, 10:13, 4] = 20  # cells of 3 m: x = -2.4 is in column 4, and y from 0.26 to 8.06 in rows 10 to 12
+    for row, column in DRAWN:
+        bev[0, 0, row, column] = 20
     image = 40 * drawn(LINES, (4, 6)) - 20
     depth = torch.full((1, 2, 24, 4, 6), -20.0)
     depth[:, :, 8] = 20  # bins of 1 m from 1 m on
@@ -289,8 +314,8 @@ def test_each_line_is_asked_for_once_and_of_the_further_queries_as_often_as_it_i
 def test_segmentation_losses_by_hand(network, perfect):
     zero = perfect._replace(bev_seg_logits=torch.zeros(1, 1, 20, 10), image_seg_logits=torch.zeros(1, 2, 1, 4, 6))
     losses = losses_of(network, zero)
-    # An entropy of log 2 in each cell; of the three cells of the line it counts four times. Weights 1 and 2.
-    assert losses["bev_seg"] == pytest.approx(math.log(2) * (197 + 4 * 3) / 200, rel=1e-4)
+    # An entropy of log 2 in each cell; in those of the line it counts four times. Weights 1 and 2.
+    assert losses["bev_seg"] == pytest.approx(math.log(2) * (200 + 3 * len(DRAWN)) / 200, rel=1e-4)
     assert losses["image_seg"] == pytest.approx(2 * math.log(2), rel=1e-4)
     # Of an absent camera nothing is learned, whatever it predicts.
     wrong = perfect.image_seg_logits.clone()

@@ -179,8 +179,8 @@ def test_rotated_rig_gives_a_rotated_bev():
     query = torch.zeros(1, 256, 8)  # the same query everywhere, so only geometry tells cells apart
     rig = make_rig(4, (48, 80))
     turned = make_rig(4, (48, 80), yaws=[math.pi / 2 * (n + 1) for n in range(4)])
-    bev = attention(query, images, distance, rig, (48, 80)).reshape(16, 16, 8)
-    bev_turned = attention(query, images, distance, turned, (48, 80)).reshape(16, 16, 8)
+    bev = attention(query, images, distance, attention.views(rig, (48, 80))).reshape(16, 16, 8)
+    bev_turned = attention(query, images, distance, attention.views(turned, (48, 80))).reshape(16, 16, 8)
     assert bev.std(dim=(0, 1)).min() > 1e-3
     # turning from +x to +y is a quarter turn from the first to the second axis of [X, Y]
     torch.testing.assert_close(bev_turned, bev.rot90(1, (0, 1)), atol=1e-4, rtol=1e-4)
@@ -193,9 +193,9 @@ def test_a_camera_that_does_not_see_a_cell_takes_no_weight():
     grid = BEVGrid((-16.0, 16.0), (-16.0, 16.0), (16, 16))
     attention = SpatialCrossAttention(grid, (0.0, 1.0), channels_in=9, channels=8, cameras=2, samples=3)
     arguments = torch.zeros(1, 256, 8), torch.randn(1, 4, 9, 6, 10), torch.rand(1, 4, 7, 6, 10)
-    two = attention(*arguments, make_rig(4, (48, 80)), (48, 80))
+    two = attention(*arguments, attention.views(make_rig(4, (48, 80)), (48, 80)))
     attention.cameras = 1
-    torch.testing.assert_close(two, attention(*arguments, make_rig(4, (48, 80)), (48, 80)))
+    torch.testing.assert_close(two, attention(*arguments, attention.views(make_rig(4, (48, 80)), (48, 80))))
 
 
 @torch.no_grad()
@@ -216,7 +216,9 @@ def test_a_cell_is_lit_by_the_pixels_at_its_depth():
         query = torch.zeros(1, 256, 8)
         images = [torch.full((1, 1, 3, 6, 10), value) for value in (1.0, 0.0)]
         attention.norm = torch.nn.Identity()
-        bright, dark = (attention(query, image, distance, rig, (48, 80)).reshape(16, 16, 8) for image in images)
+        bright, dark = (
+            attention(query, image, distance, attention.views(rig, (48, 80))).reshape(16, 16, 8) for image in images
+        )
         brightness = attention.value.weight[:, :, 0, 0].sum(1)  # [C]
         return (bright - dark)[..., 0] / (brightness @ attention.output.weight[0, :8])
 
@@ -253,7 +255,7 @@ def test_a_cell_knows_how_much_farther_an_object_is():
     attention.value = torch.nn.Conv2d(3, 8, 1)
     query = torch.zeros(1, 256, 10)
     attention.offset = torch.nn.Linear(10, 2)
-    geometry = attention(query, torch.zeros(1, 1, 3, 6, 10), distance, make_rig(1, (48, 80)), (48, 80))
+    geometry = attention(query, torch.zeros(1, 1, 3, 6, 10), distance, attention.views(make_rig(1, (48, 80)), (48, 80)))
     geometry = geometry.reshape(16, 16, 10)[:, 8, 8:]  # along x, 1 m left of the axis; the camera looks along x
     assert (geometry[:8] == 0).all()
     assert geometry[12].tolist() == pytest.approx([0.25, 0.0], abs=1e-5)  # the cell at 9 m
@@ -350,7 +352,7 @@ def test_sizes_and_uncertainties_are_limited():
     extreme = torch.tensor([-30.0, 1.0, 30.0])
     uncertainty = extreme.view(1, 1, 3, 1).expand(-1, -1, -1, 9)
     lines = torch.zeros(1, 1, 1, 3), torch.rand(1, 1, 1, 3, 2), extreme.view(1, 1, 1, 3, 1).expand(-1, -1, -1, -1, 2)
-    boxes, found = decode(Prediction(logits, params, uncertainty, *lines, nothing, nothing, NO_IMAGES))
+    boxes, found, *_ = decode(Prediction(logits, params, uncertainty, *lines, nothing, nothing, NO_IMAGES))
     assert boxes.size[0, :, 1].tolist() == pytest.approx([math.exp(x) for x in (-3, 1, 4)])
     assert boxes.uncertainty[0, :, 8].tolist() == pytest.approx([math.exp(x) for x in (-5, 1, 4)])
     assert found.uncertainty[0, 0, :2, 0].tolist() == pytest.approx([math.exp(x) for x in (-5, 1)])

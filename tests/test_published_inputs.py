@@ -26,6 +26,7 @@ from perception.models.mapqr.config import MapQRConfig
 from perception.models.maptr.config import MapTRConfig
 from perception.models.maptrv2.config import MapTRv2Config
 from perception.models.maptrv2.encoder import camera_parameters, lifted_points
+from perception.models.maptrv2.model import MapTRv2Head
 from perception.models.published.backbone import PublishedBackboneConfig
 from perception.models.published.geometry import bev_shift, mounted_rig
 from perception.recordings.predicting import predict_frames
@@ -247,37 +248,42 @@ def test_augmentation_moves_cameras_and_keeps_the_lidar(town):
     torch.testing.assert_close(after, wanted, atol=1e-5, rtol=0)
 
 
+def watched(predictor):
+    """A list that will hold the arguments of the head in each step."""
+    seen = []
+    (head,) = (module for module in predictor.model.modules() if isinstance(module, MapTRv2Head))
+    head.register_forward_pre_hook(lambda _, arguments: seen.append(arguments))
+    return seen
+
+
 def test_live_use_takes_the_pose_of_the_rig(town_root, town, tables):
     rig = import_rig(town_root / VERSION, "nuscenes")
     truth, pose, _ = truth_of(tables, town.tokens[0])
     np.testing.assert_allclose(rig.ego_from_lidar, truth.lidar2ego, atol=1e-12)
-    model, seen = build("maptrv2", (64, 112)), []
-    model.head.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[2]))
-    images = noise(rig)
-    Predictor(model, rig=rig).step(images, pose, 0.0)
-    Predictor(model, rig=type(rig)(rig.cameras)).step(images, pose, 0.0)
-    assert_close(seen[0], truth.lidar2ego[None])
-    assert_close(seen[1], np.array([NUSCENES_EGO_FROM_LIDAR]))
+    for given, wanted in ((rig, truth.lidar2ego), (type(rig)(rig.cameras), np.array(NUSCENES_EGO_FROM_LIDAR))):
+        predictor = Predictor(build("maptrv2", (64, 112)), rig=given)
+        seen = watched(predictor)
+        predictor.step(noise(rig), pose, 0.0)
+        assert_close(seen[0][2], wanted[None])
 
 
 def test_cameras_that_expose_at_other_times_are_lifted_from_their_place_on_the_vehicle(town_root, tables, town):
     rig = import_rig(town_root / VERSION, "nuscenes")
     _, pose, _ = truth_of(tables, town.tokens[0])
-    model, seen = build("maptrv2", (64, 112)), []
-    model.head.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[1].ego_from_cam))
-    predictor = Predictor(model, rig=rig)
-    images = noise(rig)
+    predictor = Predictor(build("maptrv2", (64, 112)), rig=rig)
+    seen, images = watched(predictor), noise(rig)
     times = dict.fromkeys(rig.names, 0.45)
     predictor.step(images, pose, 0.0)
     predictor.step(images, pose @ rigid_from_yaw(0.05, (5.0, 0.2, 0.0)), 0.5, camera_times_s=times)
-    torch.testing.assert_close(seen[1], seen[0], atol=1e-5, rtol=0)
+    first, second = (rig.ego_from_cam for _, rig, *_ in seen)
+    torch.testing.assert_close(second, first, atol=1e-5, rtol=0)
 
 
 def test_recordings_are_predicted_with_the_calibration_of_their_dataset(town_root, town, tables):
     """The head gets from a recording what it gets from the dataset: poses on the vehicle, and the pose of the LiDAR."""
-    recording, model, seen = open_recording(town_root), build("maptrv2", (64, 112)), []
-    model.head.register_forward_pre_hook(lambda _, arguments: seen.append(arguments))
-    for k, _ in zip(range(2), predict_frames(Predictor(model), recording.rig, recording.frames()), strict=False):
+    recording, predictor = open_recording(town_root), Predictor(build("maptrv2", (64, 112)))
+    seen = watched(predictor)
+    for k, _ in zip(range(2), predict_frames(predictor, recording.rig, recording.frames()), strict=False):
         truth, _, _ = truth_of(tables, town.tokens[k])
         truth.check("maptrv2", seen[k], 0.5, (64, 128))
 

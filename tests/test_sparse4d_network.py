@@ -1,21 +1,26 @@
 """Sparse4D and SparseDrive as networks of the library: frames, classes, memory, training, evaluation and live use."""
 
+import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from perception.cameras import usual_mounting
+from perception.cli.import_checkpoint import main as import_checkpoint
 from perception.data.loader import collate
 from perception.data.nuscenes import NuScenesDataset
+from perception.engine.checkpoints import plain
 from perception.engine.config import load_config
+from perception.engine.loops import _as_dicts, _restored
 from perception.engine.training import train
 from perception.evaluation.dataset import evaluate_dataset
 from perception.geometry import invert_rigid, rigid_from_yaw
 from perception.inference.predictor import Predictor
-from perception.models import build_network
-from perception.models.checkpoint import load_model
+from perception.models import build_network, preset_config
+from perception.models.checkpoint import library_key, load_model
 from perception.models.published.backbone import PublishedBackboneConfig
 from perception.models.sparse4d.aggregation import sample_all, sample_chosen
 from perception.models.sparse4d.boxes import PUBLISHED_CLASSES, decoded, move_boxes, to_library_classes
@@ -29,7 +34,7 @@ from perception.models.sparse4d.config import (
 from perception.models.sparse4d.head import Instances
 from perception.models.sparse4d.lines import PUBLISHED_LINE_CLASSES, move_lines, to_library_line_classes
 from perception.models.sparse4d.losses import encode_boxes
-from perception.models.sparse4d.model import decode_boxes, decode_lines, lidar_boxes, to_published
+from perception.models.sparse4d.model import PREFIXES, decode_boxes, decode_lines, lidar_boxes, to_published
 from perception.synthetic import VERSION
 from perception.types import (
     BOX_CLASSES,
@@ -238,6 +243,16 @@ def test_training_evaluation_and_live_use(name, town_root, tmp_path):
         seen |= set(ids)
 
 
+def test_a_checkpoint_keeps_the_memory():
+    """The memory of a training is stored as plain dicts and comes back in its own types."""
+    network = noisy_network(SPARSE4D)
+    memory = map_tensors(lambda x: x + 1 if x.is_floating_point() else x, network.initial_state(2))
+    restored = _restored(network.initial_state(1), plain(_as_dicts(memory)), torch.device("cpu"))
+    assert type(restored.boxes) is type(memory.boxes) and restored.lines is None
+    pairs = zip(named_tensors(memory).values(), named_tensors(restored).values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
 def test_denoising_needs_ground_truth_and_ids(town_root):
     """Noisy instances come from the ground truth; groups are handed on only if its ids are known."""
     data = NuScenesDataset(town_root, VERSION, "town_val", image_size=(64, 96))
@@ -259,3 +274,23 @@ def test_denoising_needs_ground_truth_and_ids(town_root):
     assert {"boxes_feature", "boxes_next_id", "denoising_ids"} <= set(named_tensors(state))
     quiet = noisy_network(Sparse4DConfig(**{**vars(SPARSE4D), "denoising": DenoisingConfig(groups=0)})).train()
     assert quiet(frames, quiet.initial_state(1), gt)[0].denoised is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sparse4dv3_temporal_r50_1x8_bs6_256x704", "sparsedrive_small_stage1"])
+def test_checkpoints_are_imported(name, official_keys, tmp_path, capsys):
+    """A checkpoint with the official keys becomes the network, also with a choice of cameras."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        key: torch.tensor(7) if key.endswith("num_batches_tracked") else torch.rand(shape, generator=generator)
+        for key, shape in json.loads((official_keys / f"{name}.json").read_text()).items()
+    }
+    torch.save({"state_dict": weights, "meta": {"epoch": 100}}, tmp_path / "published.pth")
+    out = tmp_path / "w.safetensors"
+    import_checkpoint([str(tmp_path / "published.pth"), "--out", str(out), "--best-cameras", "2"])
+    assert f"is {name}, " in capsys.readouterr().out
+    network = load_model(out)
+    assert network.config == replace(preset_config(name), best_cameras=2)
+    state = network.state_dict()
+    assert len(state) == len(weights)
+    assert all(torch.equal(state[library_key(key, PREFIXES)], tensor) for key, tensor in weights.items())

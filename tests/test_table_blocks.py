@@ -1,14 +1,13 @@
 """Tables are read in blocks: the same records as `json` reads, the same findings, an index of the same digits."""
 
 import json
-import os
 import shutil
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
-from perception.data import index_files, sample_lines, table_files, tables
+from perception.data import sample_lines, table_files, tables
 from perception.data.checked_tables import check_tables
 from perception.data.index import load_index
 from perception.data.lane_map import LANE_PROTOCOLS, LaneMap
@@ -270,58 +269,6 @@ def test_lines_of_many_patches_are_those_of_each(town_root, protocol):
         alone = lane_map.lines(x, y, float(yaw), LaneRange(80, 40), protocol)
         assert [line.label for line in lines] == [line.label for line in alone]
         assert all(np.array_equal(a.points, b.points) for a, b in zip(lines, alone, strict=True))
-
-
-# The stored index
-
-
-def index_of(root, cache):
-    return load_index(root, VERSION, SPLIT, CAMERAS, DEFAULT_LANE_RANGE, cache)
-
-
-def test_a_stored_index_is_mapped_and_never_written(hand_root, tmp_path):
-    built = index_of(hand_root, tmp_path)
-    stored = index_of(hand_root, tmp_path)
-    (path,) = tmp_path.glob("index-*.bin")
-    content = path.read_bytes()
-    for name in ("box_center", "ego_from_cam", "image_path", "box_label"):
-        array, want = getattr(stored, name), getattr(built, name)
-        assert array.dtype == want.dtype and np.array_equal(array, want) and array.flags.aligned
-        base = array
-        while base.base is not None and not isinstance(base, np.memmap):
-            base = base.base
-        assert isinstance(base, np.memmap), name
-    assert np.array_equal(stored.wide_lines.vertices, built.wide_lines.vertices)
-    stored.box_center[:] = 7
-    assert path.read_bytes() == content and np.array_equal(index_of(hand_root, tmp_path).box_center, built.box_center)
-
-
-def test_hashes_of_large_files_are_kept_until_they_change(hand_root, tmp_path, monkeypatch):
-    root = shutil.copytree(hand_root, tmp_path / "root")
-    monkeypatch.setattr(index_files, "KEPT_HASH", 1)
-    index_of(root, tmp_path / "cache")
-    few = len(list((tmp_path / "cache").glob("hash-*")))
-    assert few < len(TABLES)  # those of the code: the tables have changed just now
-    monkeypatch.setattr(index_files, "SETTLED_NS", -(10**12))
-    index_of(root, tmp_path / "cache")
-    kept = list((tmp_path / "cache").glob("hash-*.json"))
-    assert len(kept) > len(TABLES) and len(list((tmp_path / "cache").glob("index-*"))) == 1
-
-    path = root / VERSION / "sample_annotation.json"
-    state, content = path.stat(), path.read_text()
-    path.write_text(content.replace("4.5", "4.6"))
-    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
-    assert path.stat().st_size == state.st_size and path.stat().st_mtime_ns == state.st_mtime_ns
-    assert np.isclose(index_of(root, tmp_path / "cache").box_size, 4.6).any()
-
-    for hash_file in kept:  # what is kept is used, and what is malformed is not
-        hash_file.write_text(json.dumps(json.loads(hash_file.read_text()) | {"hash": "00"}))
-    index_of(root, tmp_path / "cache")
-    assert len(list((tmp_path / "cache").glob("index-*"))) == 3
-    for hash_file in kept:
-        hash_file.write_text("[]")
-    index_of(root, tmp_path / "cache")
-    assert len(list((tmp_path / "cache").glob("index-*"))) == 3
 
 
 def test_every_field_that_is_checked_has_a_reader():

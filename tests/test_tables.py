@@ -1,23 +1,17 @@
-"""Tables that cannot be right are named by table, record and field; good ones have no finding; caches survive all."""
+"""Tables that cannot be right are named by table, record and field; good ones have no finding."""
 
 import json
-import multiprocessing
 import re
 import shutil
-import sys
-import threading
-import time
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tqdm import tqdm
 
 from perception.cli.doctor import main
 from perception.data.checked_tables import check_tables, open_tables
-from perception.data.index import load_index
 from perception.data.loader import ClipRequest
 from perception.data.nuscenes import NuScenesDataset
 from perception.data.table_files import TABLES
@@ -25,7 +19,7 @@ from perception.errors import DataError, PerceptionWarning
 from perception.evaluation.dataset import check_evaluable
 from perception.evaluation.detection import evaluate_boxes, load_tables
 from perception.inference.ego_motion import EgoMotion
-from perception.types import DEFAULT_LANE_RANGE, map_tensors
+from perception.types import map_tensors
 
 VERSION, SPLIT, CAMERAS = "v1.0-hand", "hand_val", ("CAM_FRONT", "CAM_BACK")
 
@@ -376,111 +370,6 @@ def test_a_lidar_record_needs_no_file(root, tmp_path):
 def test_a_lidar_given_as_a_camera_is_named(hand_root, tmp_path):
     with pytest.raises(DataError, match=r"LIDAR_TOP was given as a camera, but its modality is 'lidar'"):
         read(hand_root, tmp_path, cameras=("CAM_FRONT", "LIDAR_TOP"))
-
-
-# The cache
-
-
-@pytest.mark.parametrize("damage", ["empty", "half", "text", "other", "flipped"])
-def test_any_damaged_cache_is_made_again(hand_root, tmp_path, damage):
-    want = read(hand_root, tmp_path)[0]
-    (cache,) = (tmp_path / "cache").iterdir()
-    whole = cache.read_bytes()
-    if damage == "other":
-        with cache.open("wb") as file:
-            np.save(file, np.zeros(3))
-    else:
-        middle = len(whole) // 2
-        flipped = whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :]
-        content = {"empty": b"", "half": whole[:middle], "text": b"<html>", "flipped": flipped}[damage]
-        cache.write_bytes(content)
-    with pytest.warns(PerceptionWarning, match=r"index cache .*\.bin cannot be read .*; it is made again"):
-        again = read(hand_root, tmp_path)[0]
-    assert torch.equal(again.gt.boxes.center, want.gt.boxes.center)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        read(hand_root, tmp_path)
-
-
-@pytest.mark.parametrize("folder", ["/proc/perception", "file/cache"])
-def test_a_cache_that_cannot_be_written_is_done_without(hand_root, tmp_path, monkeypatch, folder):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("PERCEPTION_CACHE", str(tmp_path / folder))
-    with pytest.warns(
-        PerceptionWarning, match=r"cannot be written .*cache_dir or in the environment variable PERCEPTION"
-    ):
-        assert len(read(hand_root, tmp_path, cache_dir=None)) == 6
-
-
-def test_the_environment_gives_the_folder_of_the_cache(hand_root, tmp_path, monkeypatch):
-    monkeypatch.setenv("PERCEPTION_CACHE", str(tmp_path / "here"))
-    read(hand_root, tmp_path, cache_dir=None)
-    assert [path.suffix for path in (tmp_path / "here").iterdir()] == [".bin"]
-
-
-def _load(arguments):
-    root, cache = arguments
-    index = load_index(Path(root), VERSION, SPLIT, CAMERAS, DEFAULT_LANE_RANGE, Path(cache))
-    return index.box_center.sum(), index.lines.vertices.sum()
-
-
-def test_threads_build_one_cache(hand_root, tmp_path):
-    results, errors = [], []
-
-    def work():
-        try:
-            results.append(_load((hand_root, tmp_path / "cache")))
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors and len(results) == 4 and len(set(results)) == 1
-    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".bin"]
-
-
-def test_processes_build_one_cache(hand_root, tmp_path):
-    with multiprocessing.get_context("fork").Pool(4) as pool:
-        results = pool.map(_load, [(hand_root, tmp_path / "cache")] * 4, chunksize=1)
-    assert len(set(results)) == 1
-    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".bin"]
-
-
-def _build_forever(root, cache):
-    tqdm.set_lock(threading.RLock())  # its usual lock is shared with the parent, and would stay locked after a kill
-    while True:
-        for path in Path(cache).glob("*.bin"):
-            path.unlink()
-        _load((root, cache))
-
-
-def test_killed_builds_leave_no_damaged_cache(hand_root, tmp_path):
-    want = _load((hand_root, tmp_path / "cache"))
-    rng = np.random.default_rng(0)
-    for _ in range(12):
-        child = multiprocessing.get_context("fork").Process(target=_build_forever, args=(hand_root, tmp_path / "cache"))
-        child.start()
-        time.sleep(rng.uniform(0.0, 0.3))
-        child.kill()
-        child.join()
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert _load((hand_root, tmp_path / "cache")) == want
-
-
-def test_an_edited_split_makes_another_index(root, tmp_path):
-    assert read(root, tmp_path).scene_names == ["hand-0", "hand-1"]
-    (root / VERSION / "splits.json").write_text(json.dumps({SPLIT: ["hand-1"]}))
-    assert read(root, tmp_path).scene_names == ["hand-1"]
-
-
-def test_the_check_does_not_load_the_devkit_for_a_stored_index(hand_root, tmp_path, monkeypatch):
-    read(hand_root, tmp_path)
-    monkeypatch.setitem(sys.modules, "nuscenes.nuscenes", None)
-    assert len(read(hand_root, tmp_path)) == 6
 
 
 # `perception doctor data`

@@ -97,6 +97,15 @@ def cpu_name() -> str:
     return " ".join([facts.get("model name", platform.machine()), *([f"({', '.join(sets)})"] if sets else [])])
 
 
+def clock(device: torch.device) -> Callable[[], float]:
+    """Returns the clock for measurements, in seconds.
+
+    With one thread of the CPU it is the CPU time of the process, to which other load of the machine adds little; with
+    several threads, or on a GPU, it is wall time.
+    """
+    return time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+
 @dataclass(frozen=True)
 class Peaks:
     """What a device reaches, measured.
@@ -136,12 +145,13 @@ def measure_peaks(device: torch.device) -> Peaks:
 
 def _shortest(run: Callable[[], object], device: torch.device) -> float:
     """Returns the seconds of the fastest try: other load of the machine only makes tries slower."""
+    now = clock(device)
     run()
     wait(device)
     found: list[float] = []
     while len(found) < TRIES or sum(found) < SECONDS:
-        start = time.perf_counter()
+        start = now()
         run()
         wait(device)
-        found.append(time.perf_counter() - start)
+        found.append(now() - start)
     return min(found)

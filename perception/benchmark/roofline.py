@@ -33,7 +33,7 @@ from perception.benchmark.frames import (
     wait,
     warm_state,
 )
-from perception.benchmark.machine import Peaks, describe, limited, measure_peaks
+from perception.benchmark.machine import Peaks, clock, describe, limited, measure_peaks
 from perception.errors import ConfigError
 from perception.files import replacing, write_json
 from perception.inference.acceleration import choose_precision
@@ -42,7 +42,7 @@ from perception.types import Frame, Memory
 MODES = {"fp32": BASELINE, "bf16": Mode("bf16", channels_last=True)}
 REST = "rest"  # what no part does: geometry, normalisation, decoding
 BACKBONE = "image_encoder.backbone"
-SHOWN = 0.01  # share of the time from which a part is drawn
+SHOWN, LOWEST = 0.01, 1.0  # share of the time, and GFLOP/s, from which a part is drawn
 COLOURS = {"fp32": "tab:blue", "bf16": "tab:red"}
 
 
@@ -162,13 +162,14 @@ def count_costs(network: Any, frame: Frame, state: Memory) -> dict[str, Cost]:
 def time_pass(network: Any, frame: Frame, state: Memory, costs: dict[str, Cost]) -> None:
     """Adds the seconds of one pass to each part; the device is synchronized between parts."""
     device = frame.images.device
+    clock_now = clock(device)
     seconds, stack = dict.fromkeys(costs, 0.0), [REST]
-    start = time.perf_counter()
+    start = clock_now()
 
     def switch() -> None:
         nonlocal start
         wait(device)
-        now = time.perf_counter()
+        now = clock_now()
         seconds[stack[-1]] = seconds.get(stack[-1], 0.0) + now - start
         start = now
 
@@ -187,7 +188,7 @@ def time_pass(network: Any, frame: Frame, state: Memory, costs: dict[str, Cost])
     for name, part in network_parts(_inner(network)).items():
         hooks += [part.register_forward_pre_hook(enter(name)), part.register_forward_hook(leave)]
     try:
-        start = time.perf_counter()
+        start = clock_now()
         network.decode(network(frame, state)[0])
         switch()
     finally:
@@ -365,13 +366,13 @@ def draw(content: dict, path: str | Path) -> None:
             colour, whole = COLOURS[precision], rows["all"]["ms"]
             panel.plot(x, np.minimum(peaks.gflops(precision), x * peaks.bandwidth), color=colour, label=precision)
             for name, row in rows.items():
-                if name == "all" or not row["gflop"] or row["ms"] < SHOWN * whole:
+                at = 1e3 * row["gflop"] / row["megabytes"], 1e3 * row["gflop"] / row["ms"]
+                if name == "all" or at[0] < x[0] or at[1] < LOWEST or row["ms"] < SHOWN * whole:
                     continue
                 number = numbers.setdefault(name, len(numbers) + 1)
-                at = 1e3 * row["gflop"] / row["megabytes"], 1e3 * row["gflop"] / row["ms"]
                 panel.scatter(*at, s=40 + 900 * row["ms"] / whole, color=colour, alpha=0.4, linewidths=0)
                 panel.annotate(str(number), at, fontsize=8, ha="center", va="center")
-        panel.set(xscale="log", yscale="log", xlim=(x[0], x[-1]), ylim=(1, 2 * max(map(peaks.gflops, precisions))))
+        panel.set(xscale="log", yscale="log", xlim=(x[0], x[-1]), ylim=(LOWEST, 2 * max(map(peaks.gflops, precisions))))
         panel.set_title(model, fontsize=10)
         panel.set_xlabel("FLOP per byte that operators read and write", fontsize=8)
         panel.set_ylabel("GFLOP/s", fontsize=8)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from perception.benchmark.frames import CAMERAS as SIX
 from perception.benchmark.frames import NAMES, example_frame, prepared_network, wait
-from perception.benchmark.machine import describe, limited
+from perception.benchmark.machine import clock, describe, limited
 from perception.benchmark.roofline import MODES, checked_device, count_costs
 from perception.errors import ConfigError
 from perception.files import replacing, write_json
@@ -166,10 +166,11 @@ def _measure_axis(
 
 @torch.inference_mode()
 def _run(network: Any, frame: Frame, state: Memory) -> float:
-    start = time.perf_counter()
+    now = clock(frame.images.device)
+    start = now()
     network.decode(network(frame, state)[0])
     wait(frame.images.device)
-    return time.perf_counter() - start
+    return now() - start
 
 
 # ---------------------------------------------------------------------------------------------------- tables and plots

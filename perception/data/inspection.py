@@ -81,24 +81,24 @@ def _images(dataroot: Path, check: TableCheck, progress: bool) -> Iterator[Findi
     """Opens the images of all keyframes and compares their sizes with the tables; pixels are not decoded."""
     files = check.keyframes
     good = np.append(check.is_camera, False)[files.calibration] & (files.size > 0).all(1)
-    missing: list[str] = []
-    wrong: list[tuple[str, str]] = []
+    missing: list[int] = []  # rows
+    wrong: list[tuple[int, str]] = []
     for number in tqdm(np.flatnonzero(good).tolist(), desc="images", unit="file", disable=not progress, delay=2):
         if not (name := os.fsdecode(files.path[number])):  # malformed, which the check has found
             continue
-        path, (height, width) = dataroot / name, files.size[number].tolist()
+        path, (height, width), row = dataroot / name, files.size[number].tolist(), int(files.row[number])
         if not path.is_file():
-            missing.append(check.label("sample_data", int(files.row[number])))
+            missing.append(row)
             continue
         try:
             with open_image(path, (height, width)):
                 pass
         except DataError as error:
-            wrong.append((check.label("sample_data", int(files.row[number])), str(error)))
-    file = str(check.folder / "sample_data.json")
-    if missing:
-        problem = "names an image that is missing: copy the dataset's images again"
-        yield Finding("error", file, "filename", tuple(missing[:SHOWN]), len(missing), problem)
-    if wrong:
-        tokens = tuple(token for token, _ in wrong[:SHOWN])
-        yield Finding("error", file, "filename", tokens, len(wrong), f"names an image that is refused: {wrong[0][1]}")
+            wrong.append((row, str(error)))
+    for rows, problem in (
+        (missing, "names an image that is missing: copy the dataset's images again"),
+        ([row for row, _ in wrong], f"names an image that is refused: {wrong[0][1] if wrong else ''}"),
+    ):
+        if rows:
+            tokens = tuple(check.label("sample_data", row) for row in rows[:SHOWN])
+            yield Finding("error", str(check.folder / "sample_data.json"), "filename", tokens, len(rows), problem)

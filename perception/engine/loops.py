@@ -308,15 +308,12 @@ def _as_dicts(memory: Memory) -> dict[str, Any]:
     return {name: _as_dicts(part) if isinstance(part, tuple) else part for name, part in parts}
 
 
-def _restored(like: Memory, values: dict[str, Any], device: torch.device) -> Memory:
+def _restored(like: Any, values: Any, device: torch.device) -> Any:
     """Converts what `_as_dicts` returned to a memory of the type of another one."""
-    parts = zip(like._fields, like, strict=True)  # type: ignore[attr-defined]
-    return type(like)(
-        *(
-            _restored(part, values[name], device) if isinstance(part, tuple) else values[name].to(device)
-            for name, part in parts
-        )
-    )
+    if not isinstance(like, tuple):
+        return like if like is None else values.to(device)
+    names = like._fields  # type: ignore[attr-defined]
+    return type(like)(*(_restored(part, values[name], device) for name, part in zip(names, like, strict=True)))
 
 
 def _random_states() -> list[Tensor]:

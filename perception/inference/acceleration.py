@@ -38,7 +38,7 @@ class AcceleratedNetwork(nn.Module):
     """A network in evaluation mode that `accelerated` has prepared; it is called as the network itself is.
 
     Attributes:
-        config, finds, raw_names: those of the network.
+        config, finds, raw_names, extra_inputs, tracks: those of the network.
         precision: "float32", "bfloat16" or "float16".
         choice: what was chosen, and why, in one line.
     """
@@ -49,7 +49,7 @@ class AcceleratedNetwork(nn.Module):
         super().__init__()
         self.network = network
         self.config, self.finds, self.raw_names = network.config, network.finds, network.raw_names
-        self.extra_inputs = network.extra_inputs
+        self.extra_inputs, self.tracks = network.extra_inputs, network.tracks
         self.precision, self.choice = precision, choice
         self._channels_last, self._cuda_graph = channels_last, cuda_graph
         self._device_type = next(network.parameters()).device.type

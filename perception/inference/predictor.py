@@ -118,8 +118,9 @@ class Predictor:
             max_speed=max_speed, max_turn_rate=max_turn_rate,
         )  # fmt: skip
         if (compile or cuda_graph) and self._live.cameras is not None:
-            with torch.inference_mode():
-                self.model(example_frame(network, self._live.cameras), self.model.initial_state(1))
+            frame = example_frame(network, self._live.cameras)
+            with torch.inference_mode():  # called as in `step`, so that nothing is compiled or captured again there
+                self.model(frame, self.model.initial_state(1), *self._fixed_rig(frame))
         self.reset()
 
     def __repr__(self) -> str:

@@ -81,7 +81,8 @@ class Network(InferenceNetwork, Protocol):
     path)`; see `perception.models.backbone`. The memory is an argument and a result, never an attribute.
 
     A network may have a method `rig_geometry(rig, image_size)` that returns a NamedTuple of tensors, and take it as the
-    third argument of `forward`; see `perception.inference.fixed_rig`.
+    third argument of `forward`; see `perception.inference.fixed_rig`. A network whose graph cannot take the calibration
+    as an input has `for_rig(rig, ego_from_lidar)`, which returns the network for one calibration; that one is exported.
     """
 
     image_encoder: Any  # an nn.Module with a `backbone`

@@ -77,6 +77,11 @@ def choose_implementation(maps: Tensor, implementation: str | None, on_cpu: str)
     return "triton" if HAS_TRITON and maps.device.type == "cuda" else "plain"
 
 
+def is_channels_last(tensor: Tensor) -> bool:
+    """Returns whether a tensor [B, C, H, W] is stored in channels_last memory format and not in the default one."""
+    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+
+
 def weighted_bilinear(
     maps: Tensor,
     locations: Tensor,

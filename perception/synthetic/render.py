@@ -219,26 +219,28 @@ class TownRenderer:
         # The same points in the unit cube for every actor: an R3 low-discrepancy sequence.
         steps = np.arange(1, rays_per_actor + 1)[:, None] * np.array([0.8191725, 0.6710436, 0.5497005])
         unit = (steps % 1.0 - 0.5) * [1, 1, 1] + [0, 0, 0.5]  # [R, 3]
+        centers = np.array([[*(xy - self._low), 0.0] for xy, _ in self._poses]).reshape(-1, 3)
+        turns = np.array([rigid_from_yaw(yaw)[:3, :3] for _, yaw in self._poses]).reshape(-1, 3, 3)
+        points = (unit * self._sizes[:, None]) @ turns.swapaxes(1, 2) + centers[:, None]  # [A, R, 3]
         expected, seen = np.zeros(A), np.zeros(A)
         for camera in cameras:
             origin, rotation = self._mount(camera.ego_from_cam, time)
+            away = centers - origin
+            near = np.linalg.norm(away, axis=1) <= 90
+            if camera.max_angle < np.pi / 2:
+                near &= away @ rotation[:, 2] >= -8
+            kept = np.flatnonzero(near)
+            targets = points[kept] - origin  # [K, R, 3]
+            inside = camera.sees(targets @ rotation)  # [K, R]
             owners, all_rays = [], []
-            for k, actor in enumerate(self.district.actors):
-                xy, yaw = self._poses[k]
-                center = np.append(xy - self._low, 0.0)
-                ahead = (center - origin) @ rotation[:, 2]
-                if np.linalg.norm(center - origin) > 90 or (ahead < -8 and camera.max_angle < np.pi / 2):
+            for k, target, shown in zip(kept, targets, inside, strict=True):
+                if not shown.any():
                     continue
-                turn = rigid_from_yaw(yaw)[:3, :3]
-                target = (unit * actor.size) @ turn.T + center - origin  # [R, 3]
-                inside = camera.sees(target @ rotation)
-                if not inside.any():
-                    continue
-                rays = target[inside] / np.linalg.norm(target[inside], axis=1, keepdims=True)
+                rays = target[shown] / np.linalg.norm(target[shown], axis=1, keepdims=True)
                 if k not in self._single_scenes:
                     self._single_scenes[k] = embree_scene(self._actor_meshes[k].vertices, self._actor_meshes[k].faces)
-                start = np.broadcast_to((origin - center) @ turn, rays.shape).astype(np.float32)
-                hit = self._single_scenes[k].run(start, (rays @ turn).astype(np.float32)) >= 0
+                start = np.broadcast_to(((origin - centers[k]) @ turns[k]).astype(np.float32), rays.shape)
+                hit = self._single_scenes[k].run(start, (rays @ turns[k]).astype(np.float32)) >= 0
                 owners.append(np.full(hit.sum(), k))
                 all_rays.append(rays[hit])
             if owners:

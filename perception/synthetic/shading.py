@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from perception.synthetic.district import Building, Light
 from perception.synthetic.ground import Ground, smooth_noise
@@ -307,7 +308,7 @@ def expose(light: np.ndarray, factors: np.ndarray, noise: float, rng: np.random.
         rng: source of the noise.
     """
     H, W = light.shape[:2]
-    blurred = np.asarray(cv2.GaussianBlur(light, (3, 3), 0.5))
+    blurred: NDArray[np.float32] = np.asarray(cv2.GaussianBlur(light, (3, 3), 0.5), np.float32)
     image = np.empty((H, W, 3), np.uint8)
     rows = max(1, _CHUNK // (3 * W))
     for top in range(0, H, rows):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from perception.cameras import choose_cameras, pixel_rays
 from perception.grid import BEVGrid
-from perception.ops import read_cameras, sample_cameras
+from perception.ops import is_channels_last, read_cameras, sample_cameras
 from perception.types import CameraRig
 
 NEAREST_DEPTH, FARTHEST_DEPTH = 1.0, 80.0  # metres, the range of the depth bins
@@ -249,6 +249,8 @@ class TemporalFusion(nn.Module):
         warped = self.grid.warp(memory, ego_from_prev).to(bev.dtype)
         age = seconds.to(bev.dtype).view(-1, 1, 1, 1) * known
         timing = torch.cat([known, age], 1).expand(-1, -1, *bev.shape[-2:])
+        if is_channels_last(self.gate.weight):  # parts of different layouts would be copied by every layer after this
+            bev, warped, timing = (x.contiguous(memory_format=torch.channels_last) for x in (bev, warped, timing))
         both = torch.cat([bev, warped, timing], 1)
         gate = self.gate(both).sigmoid()
         return gate * self.candidate(both).relu() + (1 - gate) * warped + bev, warped

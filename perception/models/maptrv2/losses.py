@@ -20,7 +20,7 @@ from perception.models.maptr.losses import (
 from perception.models.published.backbone import padded_size
 from perception.models.published.geometry import lidar_projections
 from perception.models.published.losses import sum_layers
-from perception.targets import densify, draw_bev_segmentation, ray_cast_boxes
+from perception.targets import densify, ray_cast_boxes
 from perception.types import Frame, FrameObjects, Polylines, map_tensors
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ AUXILIARY_LOSS_WEIGHTS = {
 }  # fmt: skip
 MAPTRV2_LOSS_WEIGHTS = LINE_LOSS_WEIGHTS | AUXILIARY_LOSS_WEIGHTS | {"depth": 3.0}
 LINE_HEIGHT = -1.6  # metres along z of the LiDAR: where the published code takes the road to be
+BEV_RADIUS = 2.5  # cells
 LINE_SAMPLES = 200  # points of a line that are projected
 FAR_PIXEL = 1e6  # of points at the plane of the camera
 
@@ -96,7 +97,7 @@ def auxiliary_losses(
 
     rows, columns = config.bev
     grid = BEVGrid((config.low[0], config.high[0]), (config.low[1], config.high[1]), (columns, rows))
-    bev_seg = draw_bev_segmentation(lines, grid, prediction.logits.shape[-1]).amax(1, keepdim=True).transpose(2, 3)
+    bev_seg = draw_lines_in_bev(lines, grid)
     h, w = prediction.image_seg_logits.shape[-2:]
     image_seg = draw_lines_in_images(lines, lidar_projections(frame), padded_size(frame.images), (h, w))
     return losses | segmentation_losses(network, prediction, bev_seg, image_seg, frame.rig.present)
@@ -124,6 +125,28 @@ def segmentation_losses(
         "bev_seg": AUXILIARY_LOSS_WEIGHTS["bev_seg"] * network.head.loss_seg(prediction.bev_seg_logits, bev_seg),
         "image_seg": AUXILIARY_LOSS_WEIGHTS["image_seg"] * image_loss,
     }
+
+
+def draw_lines_in_bev(lines: Polylines, grid: BEVGrid) -> Tensor:
+    """Draws lines [B, M] in the level LiDAR frame as targets of the BEV segmentation.
+
+    The published code asks OpenCV for a thickness of 3, which fills the cells within 2.5 cells of a line.
+
+    Returns:
+        [B, 1, rows, columns], 1 in the cells of a line and 0 elsewhere; rows are along y of the grid.
+    """
+    columns, rows = grid.shape
+    valid = lines.valid[..., None]
+    longest = lines.points.diff(dim=2).norm(dim=-1).masked_fill(~valid, 0.0).amax().item() if valid.any() else 0.0
+    cell = grid.cells(densify(lines.points, math.ceil(2 * longest / min(grid.cell_size)) + 2))  # [B, M, S, 2]
+    side = torch.arange(-3, 4, device=cell.device)
+    near = cell.round()[..., None, :] + torch.cartesian_prod(side, side)  # [B, M, S, 49, 2]
+    inside = ((near >= 0) & (near < near.new_tensor([columns, rows]))).all(-1) & valid[..., None]
+    b, m, s, k = (inside & ((near - cell[..., None, :]).norm(dim=-1) <= BEV_RADIUS)).nonzero(as_tuple=True)
+    column, row = near[b, m, s, k].long().unbind(-1)
+    image = torch.zeros(len(cell), 1, rows, columns, device=cell.device)
+    image[b, 0, row, column] = 1.0
+    return image
 
 
 def draw_lines_in_images(

@@ -196,6 +196,7 @@ class MapTRv2ForRig(nn.Module):
     finds: ClassVar[tuple[str, ...]] = ("line",)
     extra_inputs: ClassVar[tuple[str, ...]] = ("ego_from_lidar",)
     raw_names: ClassVar[tuple[str, ...]] = ("line_logits", "line_points")
+    tracks: ClassVar[bool] = False
 
     def __init__(self, network: MapTRv2, rig: CameraRig, ego_from_lidar: Tensor) -> None:
         super().__init__()
