@@ -11,11 +11,14 @@ import torch
 from PIL import Image
 from test_result import complaints
 
+from perception.cli.predict import shown
 from perception.inference.result import from_dict
 from perception.models.bev_transformer.config import BEVTransformerConfig
 from perception.models.bev_transformer.model import BEVTransformer
 from perception.models.checkpoint import load_model, save_checkpoint
+from perception.models.decoding import empty_boxes, empty_lines
 from perception.synthetic import VERSION
+from perception.types import Ids, LiveObjects, Seen, map_tensors
 
 PROJECT = Path(__file__).resolve().parent.parent
 SMALL = BEVTransformerConfig.preset(
@@ -72,7 +75,7 @@ def test_predict_fills_the_memory_up_to_the_sample(tmp_path, town_root, checkpoi
     out, path = tmp_path / "new" / "sample.png", tmp_path / "sample.json"
     done = run(
         "predict.py", "--dataroot", town_root, "--version", VERSION, "--split", "town_val", "--sample", token,
-        "--checkpoint", checkpoint, "--out", out, "--json", path, "--min-score", 0.001,
+        "--checkpoint", checkpoint, "--out", out, "--json", path, "--min-score", 0.001, "--precision", "float32",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert Image.open(out).size[0] > 3 * 480
@@ -88,6 +91,16 @@ def test_predict_fills_the_memory_up_to_the_sample(tmp_path, town_root, checkpoi
     assert len(numbers["boxes"]) == int((expected.boxes.score >= 0.001).sum()) > 0
     np.testing.assert_allclose([box["score"] for box in numbers["boxes"]], expected.boxes.score, rtol=1e-3)
     np.testing.assert_allclose([line["points"] for line in numbers["lines"]], expected.lines.points, atol=1e-3)
+
+
+def test_ids_stay_with_their_boxes():
+    boxes = map_tensors(lambda x: torch.zeros(3, *x.shape[2:], dtype=x.dtype), empty_boxes(1, "cpu"))
+    boxes = boxes._replace(score=torch.tensor([0.9, 0.1, 0.5]), valid=torch.ones(3, dtype=torch.bool))
+    lines = map_tensors(lambda x: x[0], empty_lines(1, "cpu"))
+    seen, ids = Seen(torch.ones(3), torch.zeros(0, 20, dtype=torch.bool)), Ids(np.array([7, 8, 9]), np.zeros(0, int))
+    found = shown(LiveObjects(boxes, lines, seen, (), ids=ids), 0.3, 0.25)
+    assert found.ids.boxes.tolist() == [7, 9] and found.boxes.score.tolist() == pytest.approx([0.9, 0.5])
+    assert [box["id"] for box in found.to_dict()["boxes"]] == [7, 9]
 
 
 def test_predict_draws_the_truth_of_an_info_file(tmp_path, real_keyframe, checkpoint):
@@ -107,7 +120,8 @@ def test_predict_draws_the_truth_of_an_info_file(tmp_path, real_keyframe, checkp
 
 def test_predict_says_how_much_is_right_and_what_the_weights_know(tmp_path, town_root, real_keyframe):
     info, path = real_keyframe / "sample.json", tmp_path / "a.json"
-    done = run("predict.py", "--info", info, "--out", tmp_path / "a.png", "--json", path)
+    options = "--precision", "float32"  # of which the counts below are
+    done = run("predict.py", "--info", info, "--out", tmp_path / "a.png", "--json", path, *options)
     assert done.returncode == 0, done.stderr
     # Looks like success, if nobody counts what is right.
     assert done.stdout.splitlines()[1].split() == ["boxes", "57", "65", "4"]

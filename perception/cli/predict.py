@@ -91,22 +91,16 @@ def prefixes(texts: Sequence[str] | None) -> dict[str, str] | None:
 
 
 def shown(scene, min_score: float, min_seen: float):
-    """Returns the boxes and lines that reach both thresholds, with what is seen of them."""
-    import torch
-
+    """Returns the boxes and lines that reach both thresholds, with what is seen of them and their ids."""
     from perception.inference.visibility import kept_by
-    from perception.types import NumpySeen, Seen, map_tensors
+    from perception.types import NumpySeen, Seen, chosen
 
     seen = kept_by(NumpySeen(scene.seen.boxes.numpy(), scene.seen.lines.numpy()), min_seen)
     boxes, lines = (
-        objects.valid & (objects.score >= min_score) & torch.from_numpy(kept)
+        (objects.valid & (objects.score >= min_score)).numpy() & kept
         for objects, kept in zip((scene.boxes, scene.lines), seen, strict=True)
     )
-    return scene._replace(
-        boxes=map_tensors(lambda tensor: tensor[boxes], scene.boxes),
-        lines=map_tensors(lambda tensor: tensor[lines], scene.lines),
-        seen=Seen(scene.seen.boxes[boxes], scene.seen.lines[lines]),
-    )
+    return chosen(scene._replace(seen=Seen(scene.seen.boxes[boxes], scene.seen.lines[lines])), boxes, lines)
 
 
 def count_matches(scene, gt) -> tuple[int, int]:
@@ -368,8 +362,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         with replacing(arguments.json) as beside:
             beside.write_text(scene._replace(warnings=tuple(notes), info=info).to_json() + "\n", encoding="utf-8")
     print(f"{'':8s}{'predicted':>10s}{'true':>8s}{'matched':>10s}")
-    rows = zip(("boxes", "lines"), scene.objects, clip.gt, count_matches(scene, clip.gt), strict=True)
-    for kind, predicted, gt, matched in rows:
+    pairs = (scene.boxes, clip.gt.boxes), (scene.lines, clip.gt.lines)
+    for kind, (predicted, gt), matched in zip(("boxes", "lines"), pairs, count_matches(scene, clip.gt), strict=True):
         print(f"{kind:8s}{len(predicted.score):>10d}{int(gt.valid.sum()):>8d}{matched:>10d}")
     print("matched: same class and centre within 2 m (boxes), same class and Chamfer distance within 1 m (lines)")
     print(f"weights: {provenance or 'their file does not say what they were trained on'}")
