@@ -94,7 +94,7 @@ MODULES = {
     "perception.rigs.virtual": "virtual_cameras",
     "perception.rigs.remap": "virtual_cameras",
     "perception.rigs.coverage": "virtual_cameras",
-    "perception.rigs.importers": "rig_importers",
+    "perception.rigs.importers": "rig_importers bags",
     "perception.rigs.datasets": "rig_importers",
     "perception.rigs.ros": "rig_importers",
     "perception.export.images": "images",

@@ -163,6 +163,8 @@ def test_the_rig_of_a_bag_is_that_of_camera_info_and_tf_static(tmp_path):
         np.testing.assert_allclose(camera.unproject(grid)[0], wanted[camera.name].unproject(grid)[0], atol=1e-12)
     up = np.eye(4)
     up[2, 3] = 0.4
+    (plain,) = import_rig(path, cameras=["pinhole"])  # the ego frame is base_link
+    np.testing.assert_allclose(up @ plain.ego_from_cam, recording.rig["pinhole"].ego_from_cam, atol=1e-12)
     imported = import_rig(path, cameras=["fisheye", "pinhole"], ego_from_vehicle=up)
     assert imported.names == ("fisheye", "pinhole")
     for camera in imported:

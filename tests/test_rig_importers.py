@@ -483,6 +483,8 @@ def test_autoware_sensor_kit(tmp_path):
             np.testing.assert_allclose(pose[:3, axis], link.apply(expected), atol=1e-12)
         np.testing.assert_allclose(pose[:3, 3], np.array([0.9, 0, 2.0]) + kit.apply(xyz), atol=1e-12)
     ahead(rig["camera4"])
+    of_file = import_rig(tmp_path / "sensor_kit_calibration.yaml", intrinsics=folder)  # recognised by its name
+    np.testing.assert_array_equal(of_file["camera4"].ego_from_cam, rig["camera4"].ego_from_cam)
     one = import_rig(tmp_path, intrinsics={"camera4": folder / "camera4_info.yaml"})
     assert one.names == ("camera4",)
     # The kit is also a source of poses for the ROS importer.
