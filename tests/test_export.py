@@ -154,16 +154,18 @@ def test_the_gate_sees_numbers_that_are_not_finite(small_network, fp32_export, s
 
 
 def test_the_gate_sees_a_lost_memory(small_network, fp32_export, small_town, tmp_path, monkeypatch):
-    monkeypatch.setattr(parity, "frame_inputs", lambda frame: frame_inputs(frame) | {"is_first": np.ones(1, bool)})
+    monkeypatch.setattr(
+        parity, "frame_inputs", lambda frame, extra: frame_inputs(frame, extra) | {"is_first": np.ones(1, bool)}
+    )
     found = certify(small_network, fp32_export, small_town)
     assert any(text.startswith("memory differs by") for text in found.failures)
 
 
 def test_the_gate_sees_a_wrong_calibration(small_network, fp32_export, small_town, monkeypatch):
-    def off(frame):
+    def off(frame, extra):
         matrix = frame.rig.img_from_cam[0].numpy().copy()
         matrix[0, 0, 2] += 0.5  # pixels
-        return frame_inputs(frame) | {"img_from_cam": matrix}
+        return frame_inputs(frame, extra) | {"img_from_cam": matrix}
 
     monkeypatch.setattr(parity, "frame_inputs", off)
     assert certify(small_network, fp32_export, small_town).failures

@@ -205,6 +205,8 @@ def dataset(hand_root, tmp_path_factory):
 
 
 def flat(noun):
+    if noun is None:
+        return []
     return [noun] if isinstance(noun, torch.Tensor) else [tensor for part in noun for tensor in flat(part)]
 
 

@@ -152,16 +152,21 @@ def test_images_of_another_size_are_fitted(sequence, model):
 
 def test_the_image_of_a_missing_camera_is_ignored(sequence, model):
     images, rig, pose, time = sequence.arguments(0)
-    everything = Predictor(model, min_seen=0).step(images, rig, pose, time)
+    everything = Predictor(model, precision="float32", min_seen=0).step(images, rig, pose, time)
     gone = rig._replace(present=torch.tensor([True, False] + [True] * (len(images) - 2)))
-    without = Predictor(model, min_seen=0).step(images, gone, pose, time)
+    without = Predictor(model, precision="float32", min_seen=0).step(images, gone, pose, time)
     assert differ(without, everything)
     broken = gone._replace(img_from_cam=rig.img_from_cam.clone(), ego_from_cam=rig.ego_from_cam.clone())
     broken.img_from_cam[1], broken.ego_from_cam[1] = torch.nan, torch.nan
-    assert_same(Predictor(model, min_seen=0).step([images[0], None, *images[2:]], broken, pose, time), without)
+    assert_same(
+        Predictor(model, precision="float32", min_seen=0).step([images[0], None, *images[2:]], broken, pose, time),
+        without,
+    )
     # A rig of the other cameras gives the same result.
     others = torch.arange(len(images)) != 1
-    fewer = Predictor(model, min_seen=0).step(images[others.numpy()], map_tensors(lambda t: t[others], rig), pose, time)
+    fewer = Predictor(model, precision="float32", min_seen=0).step(
+        images[others.numpy()], map_tensors(lambda t: t[others], rig), pose, time
+    )
     assert_same(fewer, without, 1e-4)
 
 

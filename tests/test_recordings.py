@@ -133,7 +133,7 @@ def test_frames_without_a_pose_stand_for_themselves(converted, network, tmp_path
     (path / "poses.txt").unlink()
     alone = predictions(network, open_recording(path))
     assert not any(frame.objects.info.used_memory for frame in alone)
-    wanted = Predictor(network, min_seen=0)
+    wanted = Predictor(network, precision="float32", min_seen=0)
     last = alone[-1]
     found = wanted.step(last.images, last.rig, np.eye(4), 5.0)
     assert distance(last.objects, found) == 0.0

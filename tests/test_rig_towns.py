@@ -253,7 +253,10 @@ def test_tables_say_nothing_false_of_cameras_with_distortion(rig_town):
 def test_the_reader_gives_the_pinholes_of_live_use(rig_town, rig_dataset, small_network):
     rig = Rig.load(rig_town / VERSION / RIG_FILE)
     assert rig_dataset.cameras == ("wide_1", "wide_2", "wide_3", "ahead", "brown")
-    virtual, predictor = chosen_pinholes(rig, IMAGE_SIZE), Predictor(small_network, rig=rig, min_seen=0)
+    virtual, predictor = (
+        chosen_pinholes(rig, IMAGE_SIZE),
+        Predictor(small_network, precision="float32", rig=rig, min_seen=0),
+    )
     predicted = []
     for i in range(2):
         paths = dict(zip(rig.names, rig_dataset.index.image_path[i], strict=True))
@@ -280,7 +283,7 @@ def test_a_dataset_and_live_use_predict_the_same(rig_town, small_network):
     rig = Rig([rig["wide"], rig["brown"]])
     dataset = NuScenesDataset(rig_town, VERSION, "town_val", image_size=IMAGE_SIZE, cameras=rig.names)
     stream = predict_stream(small_network, dataset).objects
-    predictor = Predictor(small_network, rig=rig, min_seen=0)
+    predictor = Predictor(small_network, precision="float32", rig=rig, min_seen=0)
     for i, token in enumerate(dataset.tokens):
         images = [np.asarray(Image.open(path.decode())) for path in dataset.index.image_path[i]]
         live = predictor.step(images, dataset.ego_pose(i), float(dataset.timestamps[i]))

@@ -309,7 +309,7 @@ def test_the_predictor_gives_the_network_the_pinholes(small_network, mixed_rig):
     rig, images = mixed_rig
     frames = []
     predictor = Predictor(small_network, rig=rig)
-    hook = small_network.register_forward_pre_hook(lambda _, given: frames.append(given[0]))
+    hook = predictor.model.register_forward_pre_hook(lambda _, given: frames.append(given[0]))
     for k, given in enumerate(live_frames(images)):
         result = predictor.step(given, np.eye(4), 0.5 * k)
         assert "below the horizon are left of 'left'" in result.warnings[0]
@@ -336,7 +336,7 @@ def test_predictor_and_runtime_give_the_network_the_same_inputs(small_network, m
     predictor = Predictor(small_network, rig=rig)
     runtime = Runtime(export_onnx(small_network, tmp_path, cameras=4), rig=virtual_rig(rig, SMALL))
     frames = []
-    hook = small_network.register_forward_pre_hook(lambda _, given: frames.append(given[0]))
+    hook = predictor.model.register_forward_pre_hook(lambda _, given: frames.append(given[0]))
     for k, given in enumerate(live_frames(images)):
         one, other = predictor.step(given, np.eye(4), 0.5 * k), runtime.step(given, np.eye(4), time_s=0.5 * k)
         for n in torch.nonzero(frames[k].rig.present[0]).flatten().tolist():
