@@ -75,8 +75,9 @@ def largest_difference(found, expected) -> float:
     return max(float((x - y).abs().max()) for x, y in zip(found, expected, strict=True) if x.numel())
 
 
-def mean_difference(found, expected) -> float:
-    return sum(float((x - y).abs().mean()) for x, y in zip(found, expected, strict=True) if x.numel())
+def usual_difference(found, expected) -> float:
+    """Sum of medians: a query that starts at another peak of the heat map moves by metres."""
+    return sum(float((x - y).abs().median()) for x, y in zip(found, expected, strict=True) if x.numel())
 
 
 # ----------------------------------------------------------------------------------------------------- batch norms
@@ -187,7 +188,7 @@ def test_bfloat16_is_closer_than_autocast_alone(network, monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         everything = [tensor.float() for tensor in outputs(network)]
     assert all(tensor.dtype == torch.float32 for tensor in found if tensor.is_floating_point())
-    assert 0 < mean_difference(found, expected) < 0.7 * mean_difference(everything, expected)
+    assert 0 < usual_difference(found, expected) < 0.7 * usual_difference(everything, expected)
     assert any((tensor != tensor.bfloat16()).any() for tensor in found[:2])
 
 
