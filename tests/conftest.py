@@ -35,7 +35,7 @@ def one_thread():
 
 def noisy(network, config):
     """Builds a network whose outputs depend on images, calibration and memory, by noise on the zeros of its heads."""
-    torch.manual_seed(2)
+    torch.manual_seed(6)
     model = network(config)
     with torch.no_grad():
         for parameter in model.parameters():
