@@ -33,9 +33,9 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def noisy(network, config):
+def noisy(network, config, seed=6):
     """Builds a network whose outputs depend on images, calibration and memory, by noise on the zeros of its heads."""
-    torch.manual_seed(6)
+    torch.manual_seed(seed)
     model = network(config)
     with torch.no_grad():
         for parameter in model.parameters():
