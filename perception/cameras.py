@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -93,6 +94,24 @@ def choose_cameras(
     uv = uv.gather(1, camera[..., None].expand(-1, -1, -1, -1, 2))  # [B, K, Q, G, 2]
     depth, seen, camera = (x.permute(0, 2, 3, 1) for x in (depth, seen, camera))
     return uv.permute(0, 2, 3, 1, 4), depth, seen, camera
+
+
+def surround_rig(sizes: Sequence[tuple[int, int]]) -> CameraRig:
+    """Makes level cameras [N] 1.6 m above the ground that look in all directions, for images of these sizes.
+
+    Args:
+        sizes: height and width of each camera's images in pixels; 0.7 of the width is the focal length.
+    """
+    N = len(sizes)
+    angle = torch.arange(N) * (2 * torch.pi / N)
+    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros(N)
+    ego_from_cam = torch.eye(4).repeat(N, 1, 1)
+    ego_from_cam[:, :3, 0] = torch.stack([sin, -cos, zero], -1)  # right
+    ego_from_cam[:, :3, 1] = torch.tensor([0.0, 0.0, -1.0])  # down
+    ego_from_cam[:, :3, 2] = torch.stack([cos, sin, zero], -1)  # forward
+    ego_from_cam[:, 2, 3] = 1.6
+    img_from_cam = torch.tensor([[[0.7 * W, 0.0, W / 2], [0.0, 0.7 * W, H / 2], [0.0, 0.0, 1.0]] for H, W in sizes])
+    return CameraRig(img_from_cam, ego_from_cam, torch.ones(N, dtype=torch.bool))
 
 
 def usual_mounting(batch: int, cameras: int) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from perception.inference.acceleration import PLAIN, AcceleratedNetwork, acceler
 from perception.inference.folding import fold_batch_norms, observe
 from perception.inference.predictor import Predictor
 from perception.inference.sequence import predict_stream
-from perception.models import preset_config
+from perception.models import build_network, preset_config
 from perception.models.bev_transformer.model import BEVTransformer
 from perception.models.bevformer.model import BEVFormer
 from perception.models.checkpoint import load_model
@@ -258,6 +258,18 @@ def test_a_replayed_frame_reads_its_own_inputs(flagship, monkeypatch):
             torch.testing.assert_close(found, expected)
         prediction, _ = plain(first, plain.initial_state(1))
         torch.testing.assert_close(graph.decode(prediction), kept[0][0])
+
+
+def test_a_memory_without_some_of_its_parts_is_compiled(monkeypatch):
+    """Sparse4D has no memory of lines. It runs eagerly here, since compiling takes minutes."""
+    monkeypatch.setattr(acceleration, "_compiled", lambda network: network.__call__)
+    network = build_network(small(preset_config("sparse4dv3_temporal_r50_1x8_bs6_256x704"))).eval()
+    frame = replay_frames(network.config.image_size, 1)[0]
+    found, expected = (
+        accelerated(network, precision="float32", compile=compile)(frame, network.initial_state(1))[1]
+        for compile in (True, False)
+    )
+    assert found.lines is None and torch.equal(found.boxes.anchor, expected.boxes.anchor)
 
 
 @pytest.mark.filterwarnings("ignore::perception.errors.PerceptionWarning")  # the image is grey

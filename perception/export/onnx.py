@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from perception import __version__
-from perception.cameras import usual_mounting
+from perception.cameras import surround_rig, usual_mounting
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError
 from perception.export.contract import CONTRACT, MODEL, ImageInputs, write_contract
@@ -144,22 +144,12 @@ def example_inputs(network: Network, images: ImageInputs) -> tuple[Any, ...]:
     The first argument holds the images of all cameras. The last ones are `Network.extra_inputs` and the tensors of the
     memory, which a network without a memory does not have.
     """
-    cameras = len(images.sizes)
-    angle = torch.arange(cameras) * (2 * torch.pi / cameras)
-    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros(cameras)
-    ego_from_cam = torch.eye(4).repeat(cameras, 1, 1)
-    ego_from_cam[:, :3, 0] = torch.stack([sin, -cos, zero], -1)
-    ego_from_cam[:, :3, 1] = torch.tensor([0.0, 0.0, -1.0])
-    ego_from_cam[:, :3, 2] = torch.stack([cos, sin, zero], -1)
-    ego_from_cam[:, 2, 3] = 1.6
-    img_from_cam = torch.tensor(
-        [[[0.7 * W, 0.0, W / 2], [0.0, 0.7 * W, H / 2], [0.0, 0.0, 1.0]] for H, W in images.sizes]
-    )
+    rig = surround_rig(images.sizes)
     memory = memory_tensors(network.initial_state(1)).values()
     extra = {"ego_from_lidar": torch.tensor(NUSCENES_EGO_FROM_LIDAR)}
     return (
-        tuple(torch.randint(0, 256, images.shape(n), dtype=torch.uint8) for n in range(cameras)),
-        img_from_cam, ego_from_cam, torch.ones(cameras, dtype=torch.bool), torch.eye(4), torch.zeros(1),
+        tuple(torch.randint(0, 256, images.shape(n), dtype=torch.uint8) for n in range(len(images.sizes))),
+        *rig, torch.eye(4), torch.zeros(1),
         torch.ones(1, dtype=torch.bool), *(extra[name] for name in network.extra_inputs), *memory,
     )  # fmt: skip
 

@@ -26,7 +26,7 @@ from perception.export.progress import stage
 from perception.files import user_cache
 from perception.inference.folding import fold_batch_norms, keep_float32, observe
 from perception.models import Network
-from perception.types import Frame, FrameObjects, map_tensors
+from perception.types import Frame, FrameObjects, map_tensors, named_tensors
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 PLAIN: dict[str, Any] = {"precision": "float32", "channels_last": False, "fold": False}
@@ -223,7 +223,7 @@ def _channels_last(images: Tensor) -> Tensor:
 
 
 def _float(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor is not None and tensor.is_floating_point() else tensor
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _shapes(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -328,7 +328,7 @@ class _FrameGraph:
         return self.prediction, map_tensors(torch.clone, self._after)
 
 
-def _flat(noun: Any) -> Iterator[Tensor]:
-    """Yields all tensors of NamedTuples in NamedTuples."""
-    for part in noun:
-        yield from _flat(part) if isinstance(part, tuple) else [part]
+def _flat(inputs: tuple[Any, ...]) -> Iterator[Tensor]:
+    """Yields all tensors of several NamedTuples."""
+    for part in inputs:
+        yield from named_tensors(part).values()

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from perception.cameras import usual_mounting
+from perception.cameras import surround_rig, usual_mounting
 from perception.models import Network
-from perception.types import CameraRig, Frame, map_tensors
+from perception.types import Frame, map_tensors
 
 # A convolution with a smaller share of the work of all convolutions stays float32. Those that output logits are among
 # them: rounded to eight bits, neighbouring cells of a heat map tie, and depths jump.
@@ -164,16 +164,9 @@ def example_frame(network: Network, cameras: int | None = None) -> Frame:
     """
     N = cameras or network.config.cameras or 1
     H, W = network.config.image_size
-    angle = torch.arange(N) * (2 * torch.pi / N)
-    ego_from_cam = torch.zeros(N, 4, 4)
-    ego_from_cam[:, 0, 0], ego_from_cam[:, 1, 0] = angle.sin(), -angle.cos()  # right
-    ego_from_cam[:, 2, 1] = -1.0  # down
-    ego_from_cam[:, 0, 2], ego_from_cam[:, 1, 2] = angle.cos(), angle.sin()  # forward
-    ego_from_cam[:, 2, 3], ego_from_cam[:, 3, 3] = 1.6, 1.0
-    img_from_cam = torch.tensor([[0.7 * W, 0.0, W / 2], [0.0, 0.7 * W, H / 2], [0.0, 0.0, 1.0]]).expand(N, 3, 3)
     frame = Frame(
         torch.randint(0, 256, (1, N, 3, H, W), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)),
-        CameraRig(img_from_cam[None], ego_from_cam[None], torch.ones(1, N, dtype=torch.bool)),
+        map_tensors(lambda tensor: tensor[None], surround_rig([(H, W)] * N)),
         torch.eye(4)[None],
         torch.full((1,), 0.5),
         torch.zeros(1, dtype=torch.bool),
