@@ -22,13 +22,13 @@ from perception.models.mapqr.config import MapQRConfig
 from perception.models.mapqr.decoder import MapQRDecoder, sine_embedding
 from perception.models.mapqr.encoder import HeightKernelAttention, MapQREncoderLayer, initial_heights
 from perception.models.maptr.losses import LINE_LOSS_WEIGHTS, line_losses
-from perception.models.maptr.model import decode_lines
+from perception.models.maptr.model import LineNetwork
 from perception.models.maptrv2.losses import AUXILIARY_LOSS_WEIGHTS, auxiliary_losses
 from perception.models.maptrv2.model import SegmentationLoss, segmentation_head
 from perception.models.published.backbone import padded_size
 from perception.models.published.decoder import LayerStack, LearnedPositionalEncoding, class_branches, init_matrices
 from perception.models.published.encoder import can_bus_mlp
-from perception.models.published.geometry import PREFIXES, can_bus_vector, lidar_projections
+from perception.models.published.geometry import can_bus_vector, lidar_projections
 from perception.ops.deformable import refined
 from perception.types import LINE_CLASSES, Frame, FrameObjects, State
 
@@ -175,31 +175,18 @@ def _regression_branch(channels: int, outputs: int) -> nn.Sequential:
     )  # fmt: skip
 
 
-class MapQR(nn.Module):
+class MapQR(LineNetwork):
     """Predicts lines from calibrated images.
 
     `Frame.rig` must have the cameras that the network was trained with, in their order.
     """
 
-    finds: ClassVar[tuple[str, ...]] = ("line",)
     loss_weights: ClassVar[Mapping[str, float]] = LINE_LOSS_WEIGHTS | AUXILIARY_LOSS_WEIGHTS
-    image_loss = None
-    needs_gt: ClassVar[bool] = False
-    tracks: ClassVar[bool] = False
-    raw_names: ClassVar[tuple[str, ...]] = ("line_logits", "line_points")
-    extra_inputs: ClassVar[tuple[str, ...]] = ("ego_from_lidar",)
-    no_export: ClassVar[str] = ""
-    published_prefixes: ClassVar[Mapping[str, str]] = PREFIXES
+    config: MapQRConfig
+    head: MapQRHead
 
     def __init__(self, config: MapQRConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.image_encoder = config.backbone.build(config.channels)
-        self.head = MapQRHead(config)
-
-    def initial_state(self, batch_size: int) -> State:
-        """Returns an empty state: the network has no memory."""
-        return State(self.head.code_weights.new_zeros(batch_size, 0, 1, 1))
+        super().__init__(config, MapQRHead(config))
 
     def forward(self, frame: Frame, state: State) -> tuple[MapQROutputs, State]:
         """Predicts the lines of one frame.
@@ -221,11 +208,3 @@ class MapQR(nn.Module):
         """Computes the weighted losses by name, summed over decoder layers."""
         losses = line_losses(prediction.logits, prediction.points, gt, frame.ego_from_lidar, self.config)
         return losses | auxiliary_losses(self, prediction, gt.lines, frame)
-
-    def raw_outputs(self, prediction: MapQROutputs) -> tuple[Tensor, ...]:
-        """Returns class logits and normalised points of the last decoder layer, [B, Q, ...]."""
-        return prediction.logits[-1], prediction.points[-1]
-
-    def decode(self, prediction: MapQROutputs) -> FrameObjects:
-        """Decodes lines in the ego frame, best score first, and no boxes."""
-        return decode_lines(prediction.logits[-1], prediction.points[-1], prediction.ego_from_lidar, self.config)

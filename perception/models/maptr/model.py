@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -78,14 +78,15 @@ class RawLines(NamedTuple):
     ego_from_lidar: Tensor  # [B, 4, 4] of the frame
 
 
-class MapTR(nn.Module):
-    """Predicts lines from calibrated images.
+class LineNetwork(nn.Module):
+    """What MapTR, MapTRv2 and MapQR share: they predict the lines of each frame alone, in the LiDAR frame.
 
-    `Frame.rig` must have the cameras that the network was trained with, in their order.
+    Args:
+        config: of the network.
+        head: what follows the image encoder.
     """
 
     finds: ClassVar[tuple[str, ...]] = ("line",)
-    loss_weights: ClassVar[Mapping[str, float]] = LINE_LOSS_WEIGHTS
     image_loss = None
     needs_gt: ClassVar[bool] = False
     tracks: ClassVar[bool] = False
@@ -94,15 +95,37 @@ class MapTR(nn.Module):
     no_export: ClassVar[str] = ""
     published_prefixes: ClassVar[Mapping[str, str]] = PREFIXES
 
-    def __init__(self, config: MapTRConfig) -> None:
+    def __init__(self, config: MapTRConfig, head: nn.Module) -> None:
         super().__init__()
         self.config = config
         self.image_encoder = config.backbone.build(config.channels)
-        self.head = MapTRHead(config)
+        self.head = head
 
     def initial_state(self, batch_size: int) -> State:
         """Returns an empty state: the network has no memory."""
-        return State(self.head.code_weights.new_zeros(batch_size, 0, 1, 1))
+        return State(next(self.parameters()).new_zeros(batch_size, 0, 1, 1))
+
+    def raw_outputs(self, prediction: Any) -> tuple[Tensor, ...]:
+        """Returns class logits and normalised points of the last decoder layer, [B, Q, ...]."""
+        return prediction.logits[-1], prediction.points[-1]
+
+    def decode(self, prediction: Any) -> FrameObjects:
+        """Decodes lines in the ego frame, best score first, and no boxes."""
+        return decode_lines(prediction.logits[-1], prediction.points[-1], prediction.ego_from_lidar, self.config)
+
+
+class MapTR(LineNetwork):
+    """Predicts lines from calibrated images.
+
+    `Frame.rig` must have the cameras that the network was trained with, in their order.
+    """
+
+    loss_weights: ClassVar[Mapping[str, float]] = LINE_LOSS_WEIGHTS
+    config: MapTRConfig
+    head: MapTRHead
+
+    def __init__(self, config: MapTRConfig) -> None:
+        super().__init__(config, MapTRHead(config))
 
     def forward(self, frame: Frame, state: State) -> tuple[RawLines, State]:
         """Predicts the lines of one frame.
@@ -124,14 +147,6 @@ class MapTR(nn.Module):
     def loss(self, prediction: RawLines, gt: FrameObjects, frame: Frame) -> dict[str, Tensor]:
         """Computes the weighted losses by name, summed over decoder layers."""
         return line_losses(prediction.logits, prediction.points, gt, frame.ego_from_lidar, self.config)
-
-    def raw_outputs(self, prediction: RawLines) -> tuple[Tensor, ...]:
-        """Returns class logits and normalised points of the last decoder layer, [B, Q, ...]."""
-        return prediction.logits[-1], prediction.points[-1]
-
-    def decode(self, prediction: RawLines) -> FrameObjects:
-        """Decodes lines in the ego frame, best score first, and no boxes."""
-        return decode_lines(prediction.logits[-1], prediction.points[-1], prediction.ego_from_lidar, self.config)
 
 
 def decode_lines(logits: Tensor, points: Tensor, ego_from_lidar: Tensor, config: MapTRConfig) -> FrameObjects:

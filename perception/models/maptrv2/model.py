@@ -16,7 +16,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from perception.models.maptr.model import decode_lines
+from perception.models.maptr.model import LineNetwork, decode_lines
 from perception.models.maptrv2.config import MapTRv2Config
 from perception.models.maptrv2.encoder import LiftSplat
 from perception.models.maptrv2.fixed_rig import FixedLiftSplat
@@ -33,7 +33,7 @@ from perception.models.published.decoder import (
     regression_branches,
 )
 from perception.models.published.encoder import can_bus_mlp
-from perception.models.published.geometry import PREFIXES, mounted_rig
+from perception.models.published.geometry import mounted_rig
 from perception.ops.deformable import refined
 from perception.types import LINE_CLASSES, CameraRig, Frame, FrameObjects, State
 
@@ -216,28 +216,15 @@ class MapTRv2ForRig(nn.Module):
         return self.head.predict(features, bev_features, depth_logits, frame.ego_from_lidar), state
 
 
-class MapTRv2(nn.Module):
+class MapTRv2(LineNetwork):
     """Predicts lines from calibrated images of any number of cameras."""
 
-    finds: ClassVar[tuple[str, ...]] = ("line",)
     loss_weights: ClassVar[Mapping[str, float]] = MAPTRV2_LOSS_WEIGHTS
-    image_loss = None
-    needs_gt: ClassVar[bool] = False
-    tracks: ClassVar[bool] = False
-    raw_names: ClassVar[tuple[str, ...]] = ("line_logits", "line_points")
-    extra_inputs: ClassVar[tuple[str, ...]] = ("ego_from_lidar",)
-    no_export: ClassVar[str] = ""
-    published_prefixes: ClassVar[Mapping[str, str]] = PREFIXES
+    config: MapTRv2Config
+    head: MapTRv2Head
 
     def __init__(self, config: MapTRv2Config) -> None:
-        super().__init__()
-        self.config = config
-        self.image_encoder = config.backbone.build(config.channels)
-        self.head = MapTRv2Head(config)
-
-    def initial_state(self, batch_size: int) -> State:
-        """Returns an empty state: the network has no memory."""
-        return State(self.head.code_weights.new_zeros(batch_size, 0, 1, 1))
+        super().__init__(config, MapTRv2Head(config))
 
     def forward(self, frame: Frame, state: State) -> tuple[MapTRv2Outputs, State]:
         """Predicts the lines of one frame.
@@ -266,10 +253,6 @@ class MapTRv2(nn.Module):
     def loss(self, prediction: MapTRv2Outputs, gt: FrameObjects, frame: Frame) -> dict[str, Tensor]:
         """Computes the weighted losses by name, summed over decoder layers."""
         return maptrv2_losses(self, prediction, gt, frame)
-
-    def raw_outputs(self, prediction: MapTRv2Outputs) -> tuple[Tensor, ...]:
-        """Returns class logits and normalised points of the last decoder layer, [B, Q, ...]."""
-        return prediction.logits[-1], prediction.points[-1]
 
     def decode(self, prediction: MapTRv2Outputs) -> FrameObjects:
         """Decodes lines in the ego frame, best score first, and no boxes."""
