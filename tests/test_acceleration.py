@@ -340,7 +340,7 @@ def test_a_compiled_network_is_found_again_by_the_next_process(tmp_path):
 
 @pytest.mark.slow
 def test_a_compiler_that_fails_is_named(tmp_path):
-    """A compiler that tells its version and nothing else, as one without the headers of Python."""
+    """A compiler that prints its version and nothing else, as one without the headers of Python."""
     compiler = tmp_path / "g++"
     compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && exec /usr/bin/env -i /usr/bin/g++ --version\nexit 1\n')
     compiler.chmod(0o755)

@@ -351,7 +351,7 @@ def test_stubs_have_the_signatures_of_the_real_functions():
 
 
 def test_what_a_network_does_not_predict_is_empty():
-    """A network of boxes or of lines alone; no attribute is predicted, which -1 says."""
+    """A network of boxes or of lines alone; no attribute is predicted, so it is -1."""
     boxes = {
         "box_center": np.ones((4, 3)), "box_size": np.ones((4, 3)), "box_yaw": np.ones(4),
         "box_velocity": np.ones((4, 2)), "box_label": np.ones(4, np.int32), "box_score": np.ones(4),

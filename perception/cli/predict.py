@@ -355,12 +355,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         clip.frames, scene.objects, clip.gt,
         cameras=cameras, caption=sample, note=notes[0] if notes else "", seen=scene.seen, min_score=0.0,
     )  # fmt: skip
-    with replacing(arguments.out) as beside:
-        picture.save(beside, "PNG")
+    with replacing(arguments.out) as temporary:
+        picture.save(temporary, "PNG")
     if arguments.json:
         info = scene.info._replace(weights=weights_of(arguments.checkpoint, provenance))
-        with replacing(arguments.json) as beside:
-            beside.write_text(scene._replace(warnings=tuple(notes), info=info).to_json() + "\n", encoding="utf-8")
+        with replacing(arguments.json) as temporary:
+            temporary.write_text(scene._replace(warnings=tuple(notes), info=info).to_json() + "\n", encoding="utf-8")
     print(f"{'':8s}{'predicted':>10s}{'true':>8s}{'matched':>10s}")
     pairs = (scene.boxes, clip.gt.boxes), (scene.lines, clip.gt.lines)
     for kind, (predicted, gt), matched in zip(("boxes", "lines"), pairs, count_matches(scene, clip.gt), strict=True):

@@ -87,7 +87,7 @@ class Predictor:
             does not fit the network, or precision, `compile` or `cuda_graph` cannot be had here.
 
     Attributes:
-        model: the network as `accelerated` has prepared it; `model.choice` says in which precision it runs, and why.
+        model: the network as `accelerated` has prepared it; `model.choice` is the precision in which it runs, and why.
     """
 
     def __init__(

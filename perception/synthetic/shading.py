@@ -230,7 +230,7 @@ class Shader:
     ) -> None:
         """Adds reflections of sky, street and sun to the `smooth` columns of light [3, R].
 
-        `glass` [S] tells windows from paint, `facing` [S] is the cosine between ray and normal, `toward` [S] the share
+        `glass` [S] parts windows from paint, `facing` [S] is the cosine between ray and normal, `toward` [S] the share
         of sunlight, None without sun.
         """
         mirrored = rays - 2 * facing * normal

@@ -188,7 +188,7 @@ class MapTRv2Head(nn.Module):
 
 
 class MapTRv2ForRig(nn.Module):
-    """A MapTRv2 whose calibration is fixed, for exports: `Frame.rig` tells only which cameras are present.
+    """A MapTRv2 whose calibration is fixed, for exports: `Frame.rig` gives only which cameras are present.
 
     `MapTRv2.for_rig` makes it. It runs on batches of one frame.
     """
