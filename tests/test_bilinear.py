@@ -3,13 +3,15 @@
 Triton's kernels run on the GPU if there is one, else in Triton's interpreter (see conftest.py).
 """
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from perception.errors import ConfigError
 from perception.grid import BEVGrid
 from perception.ops import bilinear, sample_bev, sample_cameras
-from perception.ops.bilinear import choose_implementation, preferred_implementation
+from perception.ops.bilinear import choose_implementation, exporting_for_cpu, preferred_implementation
 from perception.ops.deformable import deformable_attention
 
 TRITON = pytest.param(
@@ -217,14 +219,35 @@ def test_exports_use_the_plain_implementation():
 
     floats = torch.rand(1, 2, 3, 4, 5), torch.rand(1, 6, 2, 2)
     inputs = (*floats, torch.zeros(1, 6, 2, dtype=torch.int64), torch.rand(1, 6, 2))
-    graph = torch.export.export(Sampler(), inputs).graph
-    names = " ".join(str(node.target) for node in graph.nodes)
-    assert "grid_sampler" in names and "perception" not in names and "embedding_bag" not in names
+    for manager, wanted in ((nullcontext(), "grid_sampler"), (exporting_for_cpu(), "aten.embedding")):
+        with manager:
+            graph = torch.export.export(Sampler(), inputs).graph
+        names = " ".join(str(node.target) for node in graph.nodes)
+        assert ("grid_sampler" in names) != ("aten.embedding" in names) and wanted in names
+        assert "perception" not in names and "embedding_bag" not in names
+
+
+@pytest.mark.parametrize("at_once", [1, 500, 2**24], ids=["one by one", "in parts", "all at once"])
+def test_gathered_rows_sum_to_the_same(monkeypatch, at_once):
+    """Also where locations are outside: of cameras at the border, of maps zero."""
+    monkeypatch.setattr(bilinear, "GATHERED", at_once)
+    generator = torch.Generator().manual_seed(1)
+    features, uv = torch.randn(2, 3, 5, 4, 7, generator=generator), smooth_locations((2, 37, 3), (4, 7), generator)
+    camera, weight = torch.randint(0, 3, (2, 37, 3), generator=generator), drawn_weight((2, 37, 3), generator)
+    found = sample_cameras(features, uv, camera, weight, "gather").double()
+    wanted = sample_cameras(features.double(), uv.double(), camera, weight.double(), "plain")
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    value, sizes = torch.randn(2, 4 * 7 + 2 * 3, 2, 5, generator=generator), ((4, 7), (2, 3))
+    locations = torch.stack([smooth_locations((2, 11, 2, 3), size, generator) for size in sizes], 3)
+    weight = torch.rand(2, 11, 2, 2, 3, generator=generator)
+    found = deformable_attention(value, sizes, locations, weight, "gather").double()
+    wanted = deformable_attention(value.double(), sizes, locations.double(), weight.double(), "plain")
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
 
 def test_an_unknown_implementation_is_refused():
     features, uv = torch.rand(1, 2, 3, 4, 5), torch.rand(1, 6, 2, 2)
-    with pytest.raises(ConfigError, match="'cuda'; use one of plain, embedding_bag, triton"):
+    with pytest.raises(ConfigError, match="'cuda'; use one of plain, embedding_bag, gather, triton"):
         sample_cameras(features, uv, torch.zeros(1, 6, 2, dtype=torch.int64), uv[..., 0], "cuda")
 
 

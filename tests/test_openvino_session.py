@@ -7,16 +7,19 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
+from conftest import RAW
 from onnx import numpy_helper
 
 from perception.benchmark.latency import largest_difference
 from perception.errors import CheckpointError, ConfigError
+from perception.export.onnx import export_onnx
 from perception.export.openvino_session import BFLOAT16, FLOAT32, openvino_core
 from perception.export.parity import certify
 from perception.export.quantize import relative_change
@@ -80,6 +83,25 @@ def test_graphs_of_other_precisions(exports, small_town, precision, for_cpu, mos
     assert relative_change(wanted, found) < most
 
 
+SIGNAL = """
+import gc, os, signal, sys
+from perception.export.runtime import Runtime
+first, second = (Runtime(sys.argv[1], backend="openvino") for _ in range(2))
+del first
+gc.collect()
+del second
+gc.collect()
+signal.signal(signal.SIGUSR1, lambda *_: print("handled", flush=True))
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+def test_signals_are_handled_after_sessions_ended(fp32_export):
+    """Ctrl-C, or the end of a DataLoader's worker, would end the process with a segmentation fault."""
+    command = [sys.executable, "-c", SIGNAL, str(fp32_export)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "handled\n"
+
+
 TYPES = """
 import json, os, sys
 from perception.export.runtime import Runtime
@@ -108,6 +130,21 @@ def test_types_are_those_of_the_graph(with_bfloat16, fp32_export, small_town):
     runtimes = Runtime(fp32_export), Runtime(fp32_export, backend=BFLOAT16)
     wanted, found = (stacked(answers(runtime, small_town)) for runtime in runtimes)
     assert 1e-3 < relative_change(wanted, found) < 0.03
+
+
+def test_exports_for_cpus_sample_in_one_operator(with_bfloat16, small_network, exports, small_town, tmp_path):
+    """The answers are those of the usual graph, whose features GridSample reads."""
+    folder = export_onnx(small_network, tmp_path / "cpu", raw_size=RAW, for_cpu=True)
+    for backend in ("onnxruntime", FLOAT32):
+        wanted, found = (stacked(answers(Runtime(x, backend=backend), small_town)) for x in (exports("fp32"), folder))
+        assert relative_change(wanted, found) < 1e-3
+    for backend in (FLOAT32, BFLOAT16):
+        command = [sys.executable, "-c", TYPES, str(folder), backend]
+        types = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        assert types["EmbeddingBagPacked"] == ["f32"]
+    nodes = Counter(node.op_type for node in onnx.load(folder / "model.onnx").graph.node)
+    usual = Counter(node.op_type for node in onnx.load(exports("fp32") / "model.onnx").graph.node)
+    assert nodes["GridSample"] < usual["GridSample"]
 
 
 @pytest.mark.slow
@@ -163,13 +200,14 @@ def test_errors_name_the_cause(fp32_export, exports, tmp_path, monkeypatch):
         CheckpointError, match=r"outputs box_score is None in the graph and \('float32', \[20\]\) in th"
     ):
         Runtime(altered(fp32_export, tmp_path / "b", renamed), backend=FLOAT32)
-    with pytest.raises(ConfigError, match="openvino-bf16 runs exports of precision fp32, this one is fp16"):
+    with pytest.raises(ConfigError, match="openvino-bf16 runs exports of precision fp32 or int8, this one is fp16"):
         Runtime(exports("fp16"), backend=BFLOAT16)
     with pytest.raises(ConfigError, match="threads is -1"):
         Runtime(fp32_export, backend=FLOAT32, threads=-1)
     old = {"OPTIMIZATION_CAPABILITIES": ["FP32", "INT8"], "FULL_DEVICE_NAME": "Old CPU"}
-    core = SimpleNamespace(get_property=lambda device, name: old[name])
-    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=lambda: core))
+    module = ModuleType("openvino")
+    module.Core = lambda: SimpleNamespace(get_property=lambda device, name: old[name])
+    monkeypatch.setitem(sys.modules, "openvino", module)
     with pytest.raises(
         ConfigError, match=r"needs a CPU with bfloat16 .*, which Old CPU does not have; use backend open"
     ):

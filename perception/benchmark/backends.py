@@ -57,6 +57,7 @@ BACKENDS = {
     "openvino": Backend(runtime=FLOAT32, packages=(*ONNX, "openvino")),
     "openvino-bf16": Backend(runtime=BFLOAT16, packages=(*ONNX, "openvino")),
     "openvino-int8": Backend(runtime=FLOAT32, precision="int8", packages=(*ONNX, "openvino")),
+    "openvino-int8-bf16": Backend(runtime=BFLOAT16, precision="int8", packages=(*ONNX, "openvino")),
     "tensorrt": Backend(runtime="tensorrt", packages=ONNX),
 }
 
@@ -270,7 +271,7 @@ def make_exports(
         return folders
     deployed, inputs = DeployedNetwork(network, images).eval(), example_inputs(network, images)
     with stage(f"tracing {model}", progress):
-        traced = trace(deployed, inputs).SerializeToString()
+        traced = trace(deployed, inputs, for_cpu=True).SerializeToString()
     for precision, folder in missing.items():
         import onnx
 

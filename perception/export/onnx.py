@@ -13,6 +13,7 @@ import hashlib
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ from perception.files import replacing
 from perception.inference.crop import fitted_rig
 from perception.models import Network
 from perception.models.base import memory_tensors, with_tensors
+from perception.ops.bilinear import exporting_for_cpu
 from perception.types import NUSCENES_EGO_FROM_LIDAR, CameraRig, Frame, NumpyCameraRig, Weights
 
 if TYPE_CHECKING:
@@ -218,11 +220,11 @@ def export_onnx(
         image_format: of the camera images, one of `perception.export.contract.IMAGE_FORMATS`.
         precision: "fp32"; "fp16" for float16 except in geometry, normalisation and softmax; "int8" or "fp8" for eight
             bits in the layers with weights that are not too sensitive, and float16 as before in the others.
-        for_cpu: with "int8", unsigned activations for instructions of CPUs such as AVX-512 VNNI, and float32 instead of
-            float16.
+        for_cpu: features are sampled in a form that is fast on CPUs; with "int8", unsigned activations for instructions
+            such as AVX-512 VNNI, and float32 instead of float16.
         calibration: dataset for the quantization ranges, with images of the export's size or larger. Or the frames for
             the ranges themselves, by input of the graph: then no layer is excepted for its sensitivity.
-        graph: result of `trace` for the same network, cameras and sizes, which takes longest; traced here if None.
+        graph: result of `trace` for the same network, cameras, sizes and `for_cpu`, which takes longest; traced here if None.
         weights: what results say about the weights of the network, from `weights_of`; None if that is not known.
         export_rig: the only calibration that the graph is for, of a network with `for_rig`; None for the others.
         progress: show the steps and their duration on stderr.
@@ -244,7 +246,7 @@ def export_onnx(
     inputs = example_inputs(network, images)
     if graph is None:
         with stage("tracing the network", progress):
-            graph = trace(model, inputs)
+            graph = trace(model, inputs, for_cpu)
     quantization: dict = {}
     if calibration is not None and precision in KINDS:
         if halved:
@@ -315,14 +317,18 @@ def _array(tensor: Tensor) -> np.ndarray:
     return tensor.detach().numpy()
 
 
-def trace(model: DeployedNetwork, inputs: tuple[tuple[Tensor, ...] | Tensor, ...]) -> onnx.ModelProto:
+def trace(
+    model: DeployedNetwork, inputs: tuple[tuple[Tensor, ...] | Tensor, ...], for_cpu: bool = False
+) -> onnx.ModelProto:
     """Traces a network to a graph in float32 and opset 18. Weights keep their names of the network.
 
     Args:
         model: in evaluation mode.
         inputs: from `example_inputs`.
+        for_cpu: sample features in the form that is fast on CPUs.
     """
-    with warnings.catch_warnings(), quiet(), torch.no_grad():
+    sampling = exporting_for_cpu() if for_cpu else nullcontext()
+    with warnings.catch_warnings(), quiet(), torch.no_grad(), sampling:
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             model, inputs, dynamo=True, opset_version=TRACED, verbose=False, optimize=True,

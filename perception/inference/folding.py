@@ -20,7 +20,7 @@ from perception.types import Frame, map_tensors
 
 # A convolution with a smaller share of the work of all convolutions stays float32. Those that output logits are among
 # them: rounded to eight bits, neighbouring cells of a heat map tie, and depths jump.
-LARGE_SHARE = 0.005
+LARGE_SHARE = 0.001
 
 
 @dataclass

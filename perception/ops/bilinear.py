@@ -3,14 +3,15 @@
 `perception.ops.sampling` and `perception.ops.deformable` have the public functions and their plain implementations;
 this module has the fast implementations behind them. Every public function takes `implementation`:
 
-- "plain": `F.grid_sample`, then a product and a sum. It is the definition, and the only implementation in exports.
+- "plain": `F.grid_sample`, then a product and a sum. It is the definition, and the implementation in exports.
 - "embedding_bag": for CPUs. A bilinear sample is a weighted sum of four rows of a table.
+- "gather": the same with standard operators of ONNX, for exports that run on CPUs, see `exporting_for_cpu`.
 - "triton": one forward and one backward kernel for GPUs, registered as a PyTorch operator, so that `torch.compile` and
   CUDA graphs include it.
 - None: the fastest one for the device of the tensors, see `choose_implementation`.
 
-The fast implementations do not read samples of weight zero: their values may be NaN, and the gradient of such a weight
-is zero. They compute in float32 for any dtype of the maps. On GPUs the gradient of the maps is summed by atomic
+"embedding_bag" and "triton" do not read samples of weight zero: their values may be NaN, and the gradient of such a
+weight is zero. The fast implementations compute in float32 for any dtype of the maps. On GPUs the gradient of the maps is summed by atomic
 additions, so its last bits differ from run to run, as those of `F.grid_sample` do.
 """
 
@@ -29,11 +30,27 @@ from torch import Tensor
 
 from perception.errors import ConfigError
 
-IMPLEMENTATIONS = ("plain", "embedding_bag", "triton")
+IMPLEMENTATIONS = ("plain", "embedding_bag", "gather", "triton")
+GATHERED = 2**24  # numbers that "gather" reads at once; they need 64 MiB
 # Triton compiles a launcher with a C compiler when a kernel runs for the first time; slim containers have none.
 HAS_TRITON = find_spec("triton") is not None and bool(os.environ.get("CC") or any(map(which, ("cc", "gcc", "clang"))))
 
 _preferred: str | None = None
+_exported = "plain"
+
+
+@contextmanager
+def exporting_for_cpu() -> Iterator[None]:
+    """Makes exports within the block sample with "gather", where "embedding_bag" is the fastest on CPUs.
+
+    Runtimes on CPUs read one channel after the other in GridSample, and a row of a table at once in Gather.
+    """
+    global _exported
+    before, _exported = _exported, "gather"
+    try:
+        yield
+    finally:
+        _exported = before
 
 
 @contextmanager
@@ -68,7 +85,9 @@ def choose_implementation(maps: Tensor, implementation: str | None, on_cpu: str)
         if implementation not in IMPLEMENTATIONS:
             raise ConfigError(f"implementation is {implementation!r}; use one of {', '.join(IMPLEMENTATIONS)}")
         return implementation
-    if torch.compiler.is_exporting() or maps.dtype == torch.float64:
+    if torch.compiler.is_exporting():
+        return _exported if on_cpu == "embedding_bag" else "plain"
+    if maps.dtype == torch.float64:
         return "plain"
     if _preferred is not None:
         return _preferred
@@ -101,18 +120,21 @@ def weighted_bilinear(
         weight: [B, Q, heads, S].
         border: whether locations outside are clamped to the centre of the nearest border pixel; else they sample zero.
         dtype: of the result.
-        implementation: "embedding_bag" or "triton".
+        implementation: "embedding_bag", "gather" or "triton".
 
     Returns:
         [B, Q, heads, C].
     """
     if implementation == "triton":
         return _fused(maps.contiguous(), locations, index, weight, border, dtype)
-    return _embedding_bag(maps.float(), locations.float(), index, weight.float(), border).to(dtype)
+    inputs = maps.float(), locations.float(), index, weight.float(), border
+    return _summed_rows(*inputs, gather=implementation == "gather").to(dtype)
 
 
-def _embedding_bag(maps: Tensor, locations: Tensor, index: Tensor | None, weight: Tensor, border: bool) -> Tensor:
-    """Computes `weighted_bilinear` on a CPU, in float32."""
+def _summed_rows(
+    maps: Tensor, locations: Tensor, index: Tensor | None, weight: Tensor, border: bool, gather: bool
+) -> Tensor:
+    """Computes `weighted_bilinear` on a CPU, in float32, by sums of rows of a table."""
     B, N, h, w, heads, C = maps.shape
     _, Q, _, S, _ = locations.shape
     device = maps.device
@@ -122,7 +144,7 @@ def _embedding_bag(maps: Tensor, locations: Tensor, index: Tensor | None, weight
     locations, weight, index, head = locations.reshape(-1, 2), weight.reshape(-1), index.reshape(-1), head.reshape(-1)
     offsets = None
     # Samples of weight zero are skipped. Their number depends on data, which would split a compiled graph.
-    if not torch.compiler.is_compiling():
+    if not (gather or torch.compiler.is_compiling()):
         counts = weight != 0
         kept = counts.nonzero()[:, 0]
         locations, weight, index, head = (x.index_select(0, kept) for x in (locations, weight, index, head))
@@ -146,9 +168,14 @@ def _embedding_bag(maps: Tensor, locations: Tensor, index: Tensor | None, weight
     else:
         rows, share = rows.flatten(), share.flatten()
     table = maps.reshape(-1, C)
-    summed = F.embedding_bag(
-        rows, table, offsets, mode="sum", per_sample_weights=share, include_last_offset=offsets is not None
-    )
+    if gather:
+        at_once = max(1, GATHERED // (4 * S * C))
+        pairs = zip(rows.split(at_once), share.split(at_once), strict=True)
+        summed = torch.cat([torch.bmm(part[:, None], F.embedding(chosen, table)) for chosen, part in pairs])
+    else:
+        summed = F.embedding_bag(
+            rows, table, offsets, mode="sum", per_sample_weights=share, include_last_offset=offsets is not None
+        )
     return summed.view(B, Q, heads, C)
 
 
