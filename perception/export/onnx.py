@@ -224,7 +224,8 @@ def export_onnx(
             such as AVX-512 VNNI, and float32 instead of float16.
         calibration: dataset for the quantization ranges, with images of the export's size or larger. Or the frames for
             the ranges themselves, by input of the graph: then no layer is excepted for its sensitivity.
-        graph: result of `trace` for the same network, cameras, sizes and `for_cpu`, which takes longest; traced here if None.
+        graph: result of `trace` for the same network, cameras, sizes and `for_cpu`, which takes longest; traced here if
+            None.
         weights: what results say about the weights of the network, from `weights_of`; None if that is not known.
         export_rig: the only calibration that the graph is for, of a network with `for_rig`; None for the others.
         progress: show the steps and their duration on stderr.

@@ -86,8 +86,8 @@ class OpenVINOSession:
     alternate as input and output.
 
     With `BFLOAT16`, the layers that `perception.export.half` converts run in bfloat16, and geometry, sampling, softmax
-    and normalisation in float32; layers in INT8 stay as they are. OpenVINO's precision hint for bfloat16 would round the
-    geometry too, with errors of up to 0.2 % in pixels and metres.
+    and normalisation in float32; layers in INT8 stay as they are. OpenVINO's precision hint for bfloat16 would round
+    the geometry too, with errors of up to 0.2 % in pixels and metres.
 
     Args:
         folder: of the export.

@@ -11,8 +11,8 @@ this module has the fast implementations behind them. Every public function take
 - None: the fastest one for the device of the tensors, see `choose_implementation`.
 
 "embedding_bag" and "triton" do not read samples of weight zero: their values may be NaN, and the gradient of such a
-weight is zero. The fast implementations compute in float32 for any dtype of the maps. On GPUs the gradient of the maps is summed by atomic
-additions, so its last bits differ from run to run, as those of `F.grid_sample` do.
+weight is zero. The fast implementations compute in float32 for any dtype of the maps. On GPUs the gradient of the maps
+is summed by atomic additions, so its last bits differ from run to run, as those of `F.grid_sample` do.
 """
 
 from __future__ import annotations
