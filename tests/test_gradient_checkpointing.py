@@ -1,11 +1,20 @@
 """Gradient checkpointing: less is kept, and gradients, statistics and random numbers stay the same."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import one_thread
 from test_compile import FAST, replay_frames, small_preset, tensors
+from test_engine import CONFIG
 
 from perception.engine.gradient_checkpointing import gradient_checkpointing, recomputable_modules
+from perception.synthetic import VERSION
+
+PROJECT = Path(__file__).resolve().parent.parent
 
 
 def step(network, frames, *, recompute: bool, amp: bool = False) -> tuple[dict, int]:
@@ -46,3 +55,30 @@ def test_gradients_and_statistics_are_the_same_and_less_is_kept(name, amp):
     assert not any("forward" in vars(module) for module in network.modules())
     weights = sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
     assert kept_with < 0.5 * kept + weights
+
+
+ONE_OF_TWO = """
+import sys, torch
+from perception.engine.config import load_config
+from perception.engine.training import train
+
+weights = []
+for recompute in (False, True):
+    options = {"train.epochs": 1, "train.gradient_checkpointing": recompute}
+    folder = f"{sys.argv[2]}/{recompute}"
+    weights.append(train(load_config(sys.argv[1], options), folder, seed=5, amp=True, launcher="pytorch").state_dict())
+for name, tensor in weights[0].items():
+    assert torch.equal(weights[1][name], tensor), name
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same_network(tmp_path, town_root):
+    """One epoch of images, which leaves parameters without gradients, and one of two frames, in bfloat16."""
+    script, config = tmp_path / "one_of_two.py", tmp_path / "small.py"
+    script.write_text(ONE_OF_TWO)
+    config.write_text(CONFIG.format(root=str(town_root), version=VERSION))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*command, script, config, tmp_path], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
