@@ -16,6 +16,7 @@ from mmengine.runner import set_random_seed
 
 from perception.data.loader import ClipRequest, TrainSampler, collate
 from perception.engine.config import build_dataset, load_config
+from perception.engine.step_times import PARTS
 from perception.engine.training import TrainingModel, train
 from perception.engine.weights import load_weights, make_core
 from perception.errors import CheckpointError, ConfigError, TrainingError, run_script
@@ -70,7 +71,10 @@ def test_loss_decreases_and_all_files_are_written(trained):
     }  # fmt: skip
     assert parts <= lines[0].keys()
     assert lines[0]["loss"] == pytest.approx(sum(lines[0][part] for part in parts), rel=1e-4)
-    assert lines[0]["frames_per_s"] > 0
+    assert all(line["images_per_s"] == pytest.approx(6 * line["frames_per_s"]) for line in lines)
+    assert all(sum(line[f"share_{part}"] for part in PARTS) == pytest.approx(1) for line in lines)
+    assert all(0 < line["share_matching"] < line["share_backward"] and 0 < line["mfu"] < 1.5 for line in lines)
+    assert torch.cuda.is_available() or not any("gpu_busy" in line for line in lines)
     assert list(trained.glob("*/vis_data/events.out.tfevents.*"))
     validation = [line for line in scalars(trained) if "nds" in line]
     assert len(validation) == 1 and validation[0].keys() >= {"nds", "mAP", "lane_mAP", "mATE", "score", "fps"}
@@ -249,6 +253,8 @@ def test_a_training_that_is_too_short_is_rejected(config_path, tmp_path):
         train(load_config(config_path, {"train.warmup_iters": 20}), tmp_path)
     with pytest.raises(ConfigError, match=r"train\.drop_frames is 1\.5"):
         train(load_config(config_path, {"train.drop_frames": 1.5}), tmp_path)
+    with pytest.raises(ConfigError, match=r"train\.log_every is 0; give at least 1"):
+        train(load_config(config_path, {"train.log_every": 0}), tmp_path)
 
 
 ONE_OF_TWO = """

@@ -47,6 +47,7 @@ class ToyNetwork(nn.Module):
     raw_names = ("box_logits", "box_params")
     extra_inputs = ()
     no_export = ""
+    recomputable = ("head",)
     published_prefixes: ClassVar[dict[str, str]] = {}
 
     def __init__(self, config: ToyConfig) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from perception.benchmark.machine import wait
 from perception.benchmark.stages import Recorder
 from perception.cameras import usual_mounting
 from perception.errors import CheckpointError
@@ -283,12 +284,6 @@ def time_interleaved(runs: Mapping[str, Callable[[], object]], device: torch.dev
             wait(device)
             seconds[name].append(time.perf_counter() - start)
     return {name: np.array(passes) for name, passes in seconds.items()}
-
-
-def wait(device: torch.device) -> None:
-    """Waits until a device has finished its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def timings(seconds: np.ndarray) -> dict:

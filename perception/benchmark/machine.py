@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from perception.benchmark.frames import wait
 from perception.errors import ConfigError
 
 PACKAGES = ("onnxruntime", "openvino")
 TRIES, SECONDS = 5, 1.0  # of a peak: the best of at least so many tries, which go on for so many seconds
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Large enough for all units, and short: a long try never has a busy machine for itself.
 GEMM_SIDE = {"cpu": 1024, "cuda": 8192}
 CONVOLUTION = {"cpu": (1, 128, 64, 112), "cuda": (32, 256, 128, 128)}  # images, channels, height, width
@@ -97,6 +97,12 @@ def cpu_name() -> str:
     return " ".join([facts.get("model name", platform.machine()), *([f"({', '.join(sets)})"] if sets else [])])
 
 
+def wait(device: torch.device) -> None:
+    """Waits until a device has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def clock(device: torch.device) -> Callable[[], float]:
     """Returns the clock for measurements, in seconds.
 
@@ -127,29 +133,53 @@ class Peaks:
 
 def measure_peaks(device: torch.device) -> Peaks:
     """Measures the peaks of a device with the threads that are set; takes a few seconds."""
-    side, (N, C, H, W) = GEMM_SIDE[device.type], CONVOLUTION[device.type]
     gemm, convolution = {}, {}
+    for precision in DTYPES:
+        gemm[precision], convolution[precision] = measure_arithmetic(device, precision)
     with torch.inference_mode():
-        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-            a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-            gemm[name] = 2e-9 * side**3 / _shortest(partial(torch.mm, a, b), device)
-            x = torch.randn(N, C, H, W, device=device).to(dtype, memory_format=torch.channels_last)
-            weight = torch.randn(C, C, 3, 3, device=device).to(dtype, memory_format=torch.channels_last)
-            seconds = _shortest(partial(F.conv2d, x, weight, padding=1), device)
-            convolution[name] = 2e-9 * N * H * W * 9 * C**2 / seconds
         source = torch.zeros(COPIED_BYTES[device.type], dtype=torch.uint8, device=device)
         target = torch.empty_like(source).fill_(1)
         bandwidth = 2e-9 * source.numel() / _shortest(partial(target.copy_, source), device)
     return Peaks(gemm, convolution, bandwidth)
 
 
-def _shortest(run: Callable[[], object], device: torch.device) -> float:
+@torch.inference_mode()
+def measure_arithmetic(
+    device: torch.device, precision: str, tries: int = TRIES, seconds: float = SECONDS
+) -> tuple[float, float]:
+    """Measures 10^9 operations per second of a large matrix product and of a 3x3 convolution, see `Peaks`.
+
+    Args:
+        device: to measure, with the threads that are set.
+        precision: "fp32" or "bf16".
+        tries, seconds: least number of tries of each of them, and for how long they go on.
+    """
+    side, (N, C, H, W), dtype = GEMM_SIDE[device.type], CONVOLUTION[device.type], DTYPES[precision]
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    gemm = _shortest(partial(torch.mm, a, b), device, tries, seconds)
+    x = torch.randn(N, C, H, W, device=device).to(dtype, memory_format=torch.channels_last)
+    weight = torch.randn(C, C, 3, 3, device=device).to(dtype, memory_format=torch.channels_last)
+    convolution = _shortest(partial(F.conv2d, x, weight, padding=1), device, tries, seconds)
+    return 2e-9 * side**3 / gemm, 2e-9 * N * H * W * 9 * C**2 / convolution
+
+
+def read_gpu_utilization(device: torch.device) -> float | None:
+    """Reads from NVML in which share of the last moments a GPU was busy, 0..1; None without a GPU or without NVML."""
+    if device.type != "cuda":
+        return None
+    try:
+        return torch.cuda.utilization(device) / 100
+    except Exception:  # a missing, old or forbidden NVML raises different exceptions
+        return None
+
+
+def _shortest(run: Callable[[], object], device: torch.device, tries: int = TRIES, seconds: float = SECONDS) -> float:
     """Returns the seconds of the fastest try: other load of the machine only makes tries slower."""
     now = clock(device)
     run()
     wait(device)
     found: list[float] = []
-    while len(found) < TRIES or sum(found) < SECONDS:
+    while len(found) < tries or sum(found) < seconds:
         start = now()
         run()
         wait(device)

@@ -17,8 +17,8 @@ import torch
 from tqdm import tqdm
 
 from perception.benchmark.frames import CAMERAS as SIX
-from perception.benchmark.frames import NAMES, example_frame, prepared_network, wait
-from perception.benchmark.machine import clock, describe, limited
+from perception.benchmark.frames import NAMES, example_frame, prepared_network
+from perception.benchmark.machine import clock, describe, limited, wait
 from perception.benchmark.roofline import MODES, checked_device, count_costs
 from perception.errors import ConfigError
 from perception.files import replacing, write_json

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Dataset
 
-from perception.benchmark.frames import CAMERAS, example_frame, load_network, wait
+from perception.benchmark.frames import CAMERAS, example_frame, load_network
+from perception.benchmark.machine import read_gpu_utilization, wait
 from perception.benchmark.stages import Recorder
 from perception.data.loader import collate, pad_boxes, pad_lines
 from perception.inference.fitting import fit_image
@@ -271,10 +272,10 @@ def gpu_utilization(device: torch.device) -> Iterator[list[float]]:
 
     def read() -> None:
         while not over.wait(UTILIZATION_EVERY):
-            try:
-                shares.append(torch.cuda.utilization(device) / 100)
-            except Exception:  # a missing, old or forbidden NVML raises different exceptions
+            share = read_gpu_utilization(device)
+            if share is None:
                 return
+            shares.append(share)
 
     thread = threading.Thread(target=read, daemon=True)
     if device.type == "cuda":

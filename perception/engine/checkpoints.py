@@ -30,7 +30,9 @@ KEPT = 2  # checkpoints of finished epochs that stay
 _NAME = re.compile(r"epoch_(\d+)(?:_batch_(\d+))?\.pth")
 
 # Settings that do not change what is learned.
-FREE = ("train.workers", "train.log_every", "train_data.make_with", "val_data.make_with")
+FREE = (
+    "train.workers", "train.log_every", "train.gradient_checkpointing", "train_data.make_with", "val_data.make_with",
+)  # fmt: skip
 # Settings that another value may follow in the middle of a training, if the user says so.
 CHANGEABLE = (
     "train.epochs", "train.lr", "train.weight_decay", "train.grad_clip", "train.disabled_losses", "train.val_every",

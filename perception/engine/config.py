@@ -62,6 +62,7 @@ class TrainSection:
     backbone_lr_mult: float = 1.0  # factor of lr for the backbone of the image encoder
     frozen_stages: int = -1  # of the backbone: 0 freezes the stem, n also the first n stages, -1 nothing
     backbone_weights: str = ""  # initial weights of the backbone: published ones, or a network of the library
+    gradient_checkpointing: bool = False  # less memory, more time: the backward pass computes activations again
     init_from: str = ""  # initial weights, .safetensors or .pth of the same network for images of any size
 
 

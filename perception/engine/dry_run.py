@@ -88,7 +88,8 @@ def dry_run(config: TrainConfig, *, seed: int = 0, amp: bool = False) -> DryRun:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     core = build_network(config.model)  # random weights: initial weights do not change the cost
     core.image_encoder.backbone.freeze(section.frozen_stages)
-    model = TrainingModel(core, section.disabled_losses).to(device, memory_format=torch.channels_last).train()
+    model = TrainingModel(core, section.disabled_losses, section.gradient_checkpointing)
+    model = model.to(device, memory_format=torch.channels_last).train()
     optimizer = build_optimizer(model, section)
     with scratch_folder("dry-run") as folder:
         root = Path(folder, "town")

@@ -1,7 +1,7 @@
 """Loops and hooks for MMEngine's Runner.
 
 The loops pass the memory from clip to clip, name the samples of a failed step, validate by streaming, and save and
-restore checkpoints. The hooks log the frame rate and write weights for use without MMEngine.
+restore checkpoints. The hooks average statistics and write weights for use without MMEngine.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from torch.utils.data import DataLoader
 
 from perception import __version__
 from perception.engine.checkpoints import WorkDir, plain
+from perception.engine.step_times import StepFlop, StepTimes
 from perception.errors import Interrupted, TrainingError
 from perception.evaluation.dataset import evaluate_predictions
 from perception.inference.acceleration import accelerated
@@ -168,6 +169,7 @@ class StreamTrainLoop(EpochBasedTrainLoop):
         self.states: list[Memory | None] = [None] * streams
         self.batch = 0  # finished batches of the current epoch
         self.resumed = False
+        self.times, self.flop = StepTimes(next(runner.model.parameters()).device), StepFlop()
         self._saved_at = time.monotonic()
 
     def run(self) -> nn.Module:
@@ -209,6 +211,7 @@ class StreamTrainLoop(EpochBasedTrainLoop):
         self.runner.call_hook("before_train_epoch")
         self.runner.model.train()
         self.dataloader.sampler.set_start(self.batch)
+        self.times.start()
         for idx, data_batch in enumerate(self.dataloader, self.batch):
             self.run_iter(idx, data_batch)
             self.batch = idx + 1
@@ -218,6 +221,7 @@ class StreamTrainLoop(EpochBasedTrainLoop):
                     self.save()
                 if asked_to_stop:
                     self.runner.stop.stop(f"after batch {self.batch} of epoch {self._epoch + 1}")
+                self.times.start()
         self.runner.call_hook("after_train_epoch")
         self._epoch += 1
         self.batch = 0
@@ -228,11 +232,18 @@ class StreamTrainLoop(EpochBasedTrainLoop):
         runner.call_hook("before_train_iter", batch_idx=idx, data_batch=data_batch)
         device = next(model.parameters()).device
         clip = map_tensors(lambda tensor: tensor.to(device, non_blocking=True), data_batch)
+        images_only, optimizer, ended = self.epoch < self.image_epochs, runner.optim_wrapper, self.times.end
+        ended("data")
         try:
-            with runner.optim_wrapper.optim_context(model):
-                losses, self.states[stream] = model(clip, self.states[stream], self.epoch < self.image_epochs)
-            total = sum(losses.values())
-            runner.optim_wrapper.update_params(total)
+            with self.flop.counted((images_only, clip.frames.images.shape)):
+                with optimizer.optim_context(model):
+                    losses, self.states[stream] = model(clip, self.states[stream], images_only, ended)
+                total = sum(losses.values())
+                optimizer.backward(total)
+            ended("backward")
+            optimizer.step()
+            optimizer.zero_grad()
+            ended("optimizer")
         except FloatingPointError as error:
             tokens = [self.dataloader.dataset.tokens[i] for i in data_batch.sample_index.flatten().tolist()]
             raise TrainingError(
@@ -241,6 +252,7 @@ class StreamTrainLoop(EpochBasedTrainLoop):
             ) from None
         outputs = {"loss": total, **losses}
         runner.call_hook("after_train_iter", batch_idx=idx, data_batch=data_batch, outputs=outputs)
+        ended("rest")
         self._iter += 1
 
     def _asked(self) -> tuple[bool, bool]:
@@ -390,16 +402,6 @@ class StreamValLoop(BaseLoop):
         runner.call_hook("after_val_epoch", metrics=metrics)
         runner.call_hook("after_val")
         return metrics
-
-
-class FrameRateHook(Hook):
-    """Logs the training throughput in frames per second over all processes."""
-
-    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Clip, outputs: dict | None = None) -> None:
-        """Logs the throughput of one iteration."""
-        seconds = runner.message_hub.get_scalar("train/time").current()
-        _, world = get_dist_info()
-        runner.message_hub.update_scalar("train/frames_per_s", data_batch.sample_index.numel() * world / seconds)
 
 
 class SharedStatisticsHook(Hook):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -26,17 +27,18 @@ from perception.data.loader import TrainSampler, collate
 from perception.data.nuscenes import NuScenesDataset
 from perception.engine.checkpoints import KEPT, WorkDir, changed_settings, settings_of
 from perception.engine.config import TrainConfig, TrainSection, build_dataset, check_trainable
+from perception.engine.gradient_checkpointing import gradient_checkpointing, recomputable_modules
 from perception.engine.loops import (
     CheckedOptimWrapper,
     Continuation,
     ExportHook,
-    FrameRateHook,
     SharedStatisticsHook,
     StopRequest,
     StreamTrainLoop,
     StreamValLoop,
     TrainingRunner,
 )
+from perception.engine.step_times import ThroughputHook
 from perception.engine.weights import make_core
 from perception.errors import ConfigError
 from perception.evaluation.dataset import check_evaluable
@@ -51,14 +53,18 @@ class TrainingModel(BaseModel):
     Args:
         core: the network.
         disabled_losses: names of losses that are not used.
+        gradient_checkpointing: see `perception.engine.gradient_checkpointing`.
 
     Raises:
         ConfigError: a name is unknown, or all losses are disabled.
     """
 
-    def __init__(self, core: Network, disabled_losses: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, core: Network, disabled_losses: tuple[str, ...] = (), gradient_checkpointing: bool = False
+    ) -> None:
         super().__init__()
         self.core, self.disabled_losses = core, disabled_losses
+        self.recomputes = gradient_checkpointing
         weights = core.loss_weights
         if unknown := sorted(set(disabled_losses) - set(weights)):
             raise ConfigError(f"train.disabled_losses names {unknown[0]!r}; the losses are {', '.join(weights)}")
@@ -66,7 +72,11 @@ class TrainingModel(BaseModel):
             raise ConfigError("train.disabled_losses names all losses; leave at least one")
 
     def forward(
-        self, clip: Clip, state: Memory | None, images_only: bool = False
+        self,
+        clip: Clip,
+        state: Memory | None,
+        images_only: bool = False,
+        ended: Callable[[str], object] = lambda part: None,
     ) -> tuple[dict[str, Tensor], Memory | None]:
         """Unrolls clips and averages each loss over time.
 
@@ -74,6 +84,8 @@ class TrainingModel(BaseModel):
             clip: leading [B, T], on the device of the weights.
             state: memory at the end of the previous clip, None for an empty memory.
             images_only: compute only the image losses, without BEV map and memory.
+            ended: is called with "forward" and "matching" at the end of each forward pass and of each matching with its
+                losses; image losses are part of the forward pass.
 
         Returns:
             The losses, and the detached memory at the end of the clip: gradients flow back to the beginning of the clip
@@ -83,21 +95,28 @@ class TrainingModel(BaseModel):
             FloatingPointError: a loss or a matching cost is NaN or infinite.
         """
         B, T = clip.sample_index.shape
+        recomputed = recomputable_modules(self.core) if self.recomputes else ()
         if images_only:
             assert self.core.image_loss is not None  # see `check_trainable`
             flat = map_tensors(lambda tensor: tensor.flatten(0, 1), clip)
-            return self._checked(self.core.image_loss(flat.frames, flat.gt)), state
+            with gradient_checkpointing(recomputed):
+                image_losses = self.core.image_loss(flat.frames, flat.gt)
+            ended("forward")
+            return self._checked(image_losses), state
         state = self.core.initial_state(B) if state is None else state
         losses: dict[str, Tensor] = {}
         for t in range(T):
             step = map_tensors(partial(torch.select, dim=1, index=t), clip)
             gt = (step.gt,) if self.core.needs_gt and self.training else ()
-            prediction, state = self.core(step.frames, state, *gt)
+            with gradient_checkpointing(recomputed):
+                prediction, state = self.core(step.frames, state, *gt)
+            ended("forward")
             # Matching and losses always run in float32.
             with torch.autocast(clip.sample_index.device.type, enabled=False):
                 prediction = map_tensors(lambda x: x.float() if x.is_floating_point() else x, prediction)
                 for name, loss in self.core.loss(prediction, step.gt, step.frames).items():
                     losses[name] = losses[name] + loss / T if name in losses else loss / T
+            ended("matching")
         return self._checked(losses), map_tensors(Tensor.detach, state)
 
     def _checked(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -186,7 +205,8 @@ def train(
             numbers = 4 * sum(parameter.numel() for parameter in core.parameters())
             check_space(f"a training in {folder.path}", folder.path, (KEPT + 2) * 4 * numbers)
         # Convolutions are fastest in channels-last, on CPU and GPU.
-        model = TrainingModel(core, section.disabled_losses).to(memory_format=torch.channels_last)
+        model = TrainingModel(core, section.disabled_losses, section.gradient_checkpointing)
+        model = model.to(memory_format=torch.channels_last)
         continuation = Continuation(folder, settings, checkpoint, changed)
         runner = _build_runner(
             config, section, model, train_set, val_set, continuation, stop, seed=seed, amp=amp, launcher=launcher
@@ -236,6 +256,8 @@ def _build_runner(
         raise ConfigError(f"train.streams is {section.streams}; give at least 1")
     if not 0 <= section.drop_frames < 1:
         raise ConfigError(f"train.drop_frames is {section.drop_frames}; give a share of at least 0 and less than 1")
+    if section.log_every < 1:
+        raise ConfigError(f"train.log_every is {section.log_every}; give at least 1 iteration between two lines")
     # With a generator of their own, loaders take no random numbers from the training.
     loading: dict[str, Any] = {
         "collate_fn": collate, "num_workers": section.workers, "generator": torch.Generator().manual_seed(seed),
@@ -266,7 +288,8 @@ def _build_runner(
             f"train.warmup_iters={section.warmup_iters}; lower it or train longer"
         )
     optimizer = build_optimizer(model, section)
-    hooks: list[dict] = [{"type": FrameRateHook}, {"type": ExportHook}]
+    throughput = {"type": ThroughputHook, "interval": section.log_every, "precision": "bf16" if amp else "fp32"}
+    hooks: list[dict] = [throughput, {"type": ExportHook}]
     if launcher != "none":
         distributed = MMDistributedDataParallel(
             model.to(get_device()),

@@ -101,6 +101,10 @@ class Network(InferenceNetwork, Protocol):
     extra_inputs: ClassVar[tuple[str, ...]]
     # Why the network cannot be exported, empty if it can.
     no_export: ClassVar[str]
+    # Names of modules beyond the backbone that training may run again in the backward pass to save memory
+    # (`train.gradient_checkpointing`); a list stands for its entries. They are called with tensors and none contains
+    # another one.
+    recomputable: ClassVar[tuple[str, ...]]
     # Prefixes of the keys in published checkpoints and the library's own; empty if nobody has published weights.
     published_prefixes: ClassVar[Mapping[str, str]]
 

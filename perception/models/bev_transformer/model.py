@@ -58,6 +58,9 @@ class BEVTransformer(nn.Module):
     raw_names = ("box_logits", "box_params", "line_logits", "line_points")
     extra_inputs: ClassVar[tuple[str, ...]] = ()
     no_export = ""
+    recomputable = (
+        "image_head", "spatial_cross_attention", "temporal_fusion", "bev_neck", "box_decoder", "line_decoder",
+    )  # fmt: skip
     published_prefixes: ClassVar[dict[str, str]] = {}
 
     def __init__(self, config: BEVTransformerConfig) -> None:

@@ -102,6 +102,7 @@ class BEVFormer(nn.Module):
     raw_names: ClassVar[tuple[str, ...]] = ("box_logits", "box_params")
     extra_inputs: ClassVar[tuple[str, ...]] = ("ego_from_lidar",)
     no_export: ClassVar[str] = ""
+    recomputable: ClassVar[tuple[str, ...]] = ("head.transformer.encoder.layers", "head.transformer.decoder.layers")
     published_prefixes: ClassVar[Mapping[str, str]] = PREFIXES
 
     def __init__(self, config: BEVFormerConfig) -> None:

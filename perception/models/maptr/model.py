@@ -93,6 +93,7 @@ class LineNetwork(nn.Module):
     raw_names: ClassVar[tuple[str, ...]] = ("line_logits", "line_points")
     extra_inputs: ClassVar[tuple[str, ...]] = ("ego_from_lidar",)
     no_export: ClassVar[str] = ""
+    recomputable: ClassVar[tuple[str, ...]] = ("head.transformer.encoder.layers", "head.transformer.decoder.layers")
     published_prefixes: ClassVar[Mapping[str, str]] = PREFIXES
 
     def __init__(self, config: MapTRConfig, head: nn.Module) -> None:

@@ -220,6 +220,7 @@ class MapTRv2(LineNetwork):
     """Predicts lines from calibrated images of any number of cameras."""
 
     loss_weights: ClassVar[Mapping[str, float]] = MAPTRV2_LOSS_WEIGHTS
+    recomputable = ("head.transformer.encoder", "head.transformer.decoder.layers")
     config: MapTRv2Config
     head: MapTRv2Head
 

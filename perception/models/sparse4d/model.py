@@ -84,6 +84,7 @@ class Sparse4D(nn.Module):
     tracks: ClassVar[bool] = True
     raw_names: ClassVar[tuple[str, ...]] = ("box_logits", "box_params", "box_quality")
     no_export: ClassVar[str] = ""
+    recomputable: ClassVar[tuple[str, ...]] = ("head.layers",)
     extra_inputs: ClassVar[tuple[str, ...]] = ("ego_from_lidar",)
     published_prefixes: ClassVar[Mapping[str, str]] = PREFIXES
 
@@ -203,6 +204,7 @@ class SparseDrive(Sparse4D):
     finds: ClassVar[tuple[str, ...]] = ("box", "line")
     loss_weights: ClassVar[Mapping[str, float]] = {**Sparse4D.loss_weights, **LINE_LOSS_WEIGHTS}
     raw_names: ClassVar[tuple[str, ...]] = (*Sparse4D.raw_names, "line_logits", "line_points")
+    recomputable: ClassVar[tuple[str, ...]] = ("head.det_head.layers", "head.map_head.layers")
     config: SparseDriveConfig
 
     def _build_head(self) -> nn.Module:
