@@ -101,7 +101,7 @@ def test_an_export_in_eight_bits(name, for_cpu, traced, small_town, tmp_path):
     )
     contract = json.loads((folder / "contract.json").read_text())
     report = contract["quantization"]
-    assert "image_encoder.backbone" in report["groups"] and report["together"] <= MAX_CHANGE
+    assert "image_encoder.neck" in report["groups"] and report["together"] <= MAX_CHANGE
     assert for_cpu or all(contract["checked"].values())  # unsigned activations are for CPUs only
     with torch.inference_mode():
         assert certify(network, folder, small_town).failures == []

@@ -4,7 +4,8 @@ r"""A small Sparse4Dv3 that learns one short scene by heart, to try the whole pa
         --split town_one
     perception train configs/synthetic/sparse4d.py --work-dir out/sparse4d --amp
 
-The image backbone is that of the shipped weights, frozen.
+The image backbone is that of the shipped weights, frozen. Cost: about 2 minutes on one CPU core. Result:
+docs/benchmarks.md.
 """
 
 _base_ = ["overfit.py"]
