@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -183,6 +184,19 @@ def golden() -> Path:
     if not path.is_dir():  # no skip: a parity suite that skips itself proves nothing
         pytest.fail(f"the folder of golden numbers is not at {path}; correct or unset PERCEPTION_GOLDEN")
     return path
+
+
+def allowed(folder: Path, kind: str, least: float) -> float:
+    """Returns the tolerance for a kind of output: `least`, or five times the float32-float64 difference of the README.
+
+    Args:
+        folder: of golden numbers; its README states the differences, such as "boxes 2.4e-05, logits 3.8e-05".
+        kind: first word of what the README calls the output.
+        least: where the README states less, or nothing.
+    """
+    lines = re.findall(r"float32 - float64[^:\n]*:(.*)", (folder / "README.md").read_text())
+    stated = re.findall(rf"\b{kind}\b[^,;:]*? (\d[\d.]*e-\d+)", "\n".join(lines))
+    return max([least, *(5 * float(number) for number in stated)])
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ from perception.export.contract import ImageInputs, read_contract
 from perception.export.export_rig import ExportRig
 from perception.export.half import WEIGHTED, convert_to_half
 from perception.export.headroom import Saturation
-from perception.export.onnx import export_onnx
+from perception.export.onnx import DeployedNetwork, _for_rig, example_inputs, export_onnx, trace
 from perception.export.parity import certify
 from perception.export.quantize import (
     BLINDED_EVERY,
@@ -329,10 +329,8 @@ def test_other_numbers_of_cameras(small_network, small_town, other_rig_town, tmp
     assert f"{cameras} cameras, focal lengths in image widths: " in found.markdown()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("network", ["bevformer", "maptr", "maptrv2", "mapqr"])
-def test_published_networks_are_exported(network, small_town, tmp_path):
-    """They have static shapes, run in single precision, and have or do not have a memory."""
+def small_published(network: str):
+    """A published network at its smallest size, with random weights that all have an effect."""
     torch.manual_seed(0)
     small = {
         "image_size": RAW, "backbone": FPNConfig(stages=2), "channels": 16, "feed_forward": 24, "heads": 2,
@@ -352,10 +350,45 @@ def test_published_networks_are_exported(network, small_town, tmp_path):
     with torch.no_grad():
         for parameter in model.head.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("network", "precisions"), [("maptrv2", ("fp16", "int8")), ("mapqr", ("int8",))])
+def test_published_line_networks_in_fewer_bits(network, precisions, small_town, tmp_path):
+    """They pass the dialect and the certificate in fp16 and INT8 too, MapTRv2 for one rig."""
+    model, fixed, sizes = small_published(network), None, RAW
+    if network == "maptrv2":
+        fixed, sizes = ExportRig.of_rig(import_rig(small_town.roots[0] / small_town.version, "nuscenes"), RAW)
+    images = ImageInputs.of_rig(6, RAW, sizes)
+    traced = model if fixed is None else _for_rig(model, fixed, images)
+    graph = trace(DeployedNetwork(traced, images).eval(), example_inputs(model, images))
+    for precision in precisions:
+        folder = export_onnx(
+            model, tmp_path / precision, raw_size=sizes, precision=precision, calibration=small_town, graph=graph,
+            export_rig=fixed,
+        )  # fmt: skip
+        contract = read_contract(folder)
+        assert all(contract["checked"].values())
+        if precision == "fp16":
+            assert "float16" in contract["layers"]["MatMul"]
+        else:
+            report = contract["quantization"]
+            assert report["together"] <= MAX_CHANGE and "image_encoder.encoder" in report["groups"]
+            assert contract["layers"]["QuantizeLinear"]["int8"] > len(report["groups"])
+        found = certify(model, folder, small_town)
+        assert found.failures == [] and 0 < found.replays[0].raw["raw_line"][1] < 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["bevformer", "maptr", "maptrv2", "mapqr"])
+def test_published_networks_are_exported(network, small_town, tmp_path):
+    """They have static shapes, run in single precision, and have or do not have a memory."""
+    model = small_published(network)
     rig, fixed, sizes = import_rig(small_town.roots[0] / small_town.version, "nuscenes"), None, None
     if network == "maptrv2":
         fixed, sizes = ExportRig.of_rig(rig, RAW)
-    folder = export_onnx(model.eval(), tmp_path, raw_size=sizes, export_rig=fixed)
+    folder = export_onnx(model, tmp_path, raw_size=sizes, export_rig=fixed)
     graph = onnx.load(folder / "model.onnx").graph
     assert "ego_from_lidar" in {value.name for value in graph.input}
     kinds = {v.type.tensor_type.elem_type for v in graph.value_info} | {x.data_type for x in graph.initializer}

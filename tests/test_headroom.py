@@ -43,9 +43,9 @@ def quantized_product(zero: np.ndarray, scale: float, steps: int = 1):
 @pytest.mark.parametrize(
     ("zero", "scale", "low", "high"),
     [
-        (np.int8(0), 0.1, -12.85, 12.75),  # -128..127 steps and half a step that rounds to the last one
-        (np.uint8(10), 0.1, -1.05, 24.55),
-        (ml_dtypes.float8_e4m3fn(0), 1 / 64, -7.25, 7.25),  # 448 and half of the step of 32
+        (np.int8(0), 0.1, -12.9, 12.8),  # -128..127 steps and one more
+        (np.uint8(10), 0.1, -1.1, 24.6),
+        (ml_dtypes.float8_e4m3fn(0), 1 / 64, -7.5, 7.5),  # 448 and the step of 32
     ],
 )
 def test_values_outside_a_quantization_range(zero, scale, low, high):

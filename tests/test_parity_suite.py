@@ -93,13 +93,102 @@ def narrow_lines(folder):
     save_file(outputs, folder / "outputs.safetensors")
 
 
+PER_CAMERA = (
+    "img_feat", "lidar2img", "camera2ego", "camera_intrinsics", "img_aug_matrix", "cams_embeds", "bev_mask",
+    "reference_points_cam", "pv_seg", "depth", "depth_net", "geom", "mlp_input", "feat0", "feat1", "feat2",
+    "projection_mat", "image_wh", "focal", "depth0", "depth1",
+)  # fmt: skip
+
+
+def turn_cameras(folder):
+    """The cameras in another order, with their embeddings: each gets the neighbour's place."""
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            if name.endswith(PER_CAMERA):
+                # The batch is the first axis where it is not the cameras; two tensors have both in one axis.
+                camera = 1 if tensor.shape[:2] in ((1, 6), (2, 6)) else 0
+                split = tensor.unflatten(0, (2, 6)) if len(tensor) == 12 else tensor
+                turned = split.roll(1, 1 if len(tensor) == 12 else camera)
+                tensors[name] = turned.reshape(tensor.shape).contiguous()
+        save_file(tensors, path)
+
+
+def fewer_frames(folder, count):
+    """The first frames of a sequence, at another place and another time: the network sees relative poses only."""
+    world = torch.eye(4, dtype=torch.float64)
+    world[:2, :2] = torch.tensor([[0.8, -0.6], [0.6, 0.8]])
+    world[:3, 3] = torch.tensor([-250.0, 90.0, 3.0])
+    edit_json(folder / "config.json", lambda content: content.update(num_frames=count))
+    for path in folder.glob("*puts*.safetensors"):
+        kept = {k: x for k, x in load_file(path).items() if int(k.split(".")[0].removeprefix("frame")) <= count}
+        for name, tensor in kept.items():
+            if name.endswith("T_global"):
+                kept[name] = world @ tensor
+            if name.endswith("timestamp"):
+                kept[name] = tensor + 1000.0
+        save_file(kept, path)
+
+
+def reverse_ground_truth(folder):
+    """Losses of the first frame only, with boxes and lines of the ground truth in reverse order."""
+    losses = json.loads((folder / "loss.json").read_text())
+    (folder / "loss.json").write_text(json.dumps({k: x for k, x in losses.items() if k.startswith("frame1.")}))
+    inputs, outputs = (
+        {k: x for k, x in load_file(folder / f"{name}.safetensors").items() if k.startswith("frame1.")}
+        for name in ("inputs", "outputs")
+    )
+    for name in outputs:
+        sample = int(name[-1]) if name[-1].isdigit() else 0
+        number = len(inputs[f"frame1.gt_{'map_' if '.map.' in name else ''}labels{sample}"])
+        if ".assigned" in name:
+            outputs[name] = torch.where(outputs[name] < 0, outputs[name], number - 1 - outputs[name])
+        elif ".cost" in name:
+            outputs[name] = outputs[name].flip(1).contiguous()
+        elif ".order" in name:
+            outputs[name] = outputs[name].flip(0).contiguous()
+    save_file({name: tensor.flip(0).contiguous() for name, tensor in inputs.items()}, folder / "inputs.safetensors")
+    save_file(outputs, folder / "outputs.safetensors")
+
+
+def one_plain_frame(folder):
+    """The losses without denoising of one frame only, those with denoising of two."""
+    edit_json(folder / "loss.json", lambda content: [content["plain"].pop(k) for k in ("frame2", "frame2.grad_l2")])
+    for name in ("inputs", "outputs"):
+        path = folder / f"{name}.safetensors"
+        save_file({k: x for k, x in load_file(path).items() if "plain.frame2." not in k}, path)
+
+
+def fewer_decoded(folder):
+    """Fewer decoded lines: the best ones of those that were decoded."""
+    outputs = load_file(folder / "outputs.safetensors")
+    content = json.loads((folder / "config.json").read_text())
+    most = content["max_num"]
+    assert len(outputs["decoded_scores"]) == most  # no line was outside the range
+    last = outputs["decoded_scores"][most - 3]
+    for kind in ("decoded", "decoded_filtered"):
+        keep = outputs[f"{kind}_scores"] >= last
+        for name in ("bboxes", "labels", "pts", "scores"):
+            outputs[f"{kind}_{name}"] = outputs[f"{kind}_{name}"][keep]
+    edit_json(folder / "config.json", lambda content: content.update(max_num=most - 2))
+    save_file(outputs, folder / "outputs.safetensors")
+
+
 def other_golden(golden, folder):
     """A second golden folder: what the published code would have given for other places, ranges and names."""
     shutil.copytree(golden, folder)
     move_map(folder / "map_gt")
     narrow_boxes(folder / "bevformer")
-    for name in ("maptr", "maptr_gkt", "maptrv2"):
+    for name in ("maptr_gkt", "maptrv2", "mapqr"):
+        fewer_decoded(folder / name)
+    for name in ("maptr", "maptr_gkt", "maptrv2", "mapqr"):
         narrow_lines(folder / name)
+    for name in ("maptr", "maptr_gkt", "maptrv2", "maptrv2_loss", "mapqr", "sparse4d", "sparsedrive", "sparse4d_loss"):
+        turn_cameras(folder / name)
+    fewer_frames(folder / "sparse4d", 4)
+    fewer_frames(folder / "sparsedrive", 3)
+    one_plain_frame(folder / "sparse4d_loss")
+    reverse_ground_truth(folder / "sparsedrive_loss")
     for number, path in enumerate(sorted((folder / "backbone").glob("*/"))):
         path.rename(path.with_name(f"other{number}"))
     for name in ("inputs", "outputs"):

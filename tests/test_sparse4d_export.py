@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -30,6 +31,18 @@ def small(name: str):
     return noisy_network(replace(SPARSEDRIVE, boxes=boxes, lines=lines, best_cameras=2))
 
 
+@pytest.fixture(scope="module")
+def traced():
+    """Small networks and their graphs by name, each traced on first use."""
+
+    @cache
+    def make(name: str):
+        network, images = small(name), ImageInputs((RAW,) * 6)
+        return network, trace(DeployedNetwork(network, images).eval(), example_inputs(network, images))
+
+    return make
+
+
 def test_the_memory_has_named_parts():
     network = noisy_network(SPARSE4D)
     memory = network.initial_state(1)
@@ -49,12 +62,9 @@ def test_the_memory_has_named_parts():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sparse4d", "sparsedrive"])
-def test_exports_are_certified(name, small_town, tmp_path):
+def test_exports_are_certified(name, traced, small_town, tmp_path):
     """A certificate over 40 frames of two scenes in float32 and float16, and the same ids live."""
-    network = small(name)
-    graph = trace(
-        DeployedNetwork(network, ImageInputs((RAW,) * 6)).eval(), example_inputs(network, ImageInputs((RAW,) * 6))
-    )
+    network, graph = traced(name)
     assert "CumSum" not in {node.op_type for node in graph.graph.node}
     folder = export_onnx(network, tmp_path / "fp32", raw_size=RAW, graph=graph)
     contract = json.loads((folder / "contract.json").read_text())
@@ -82,11 +92,17 @@ def test_exports_are_certified(name, small_town, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_export_in_eight_bits(small_town, tmp_path):
+@pytest.mark.parametrize(("name", "for_cpu"), [("sparse4d", True), ("sparsedrive", False)])
+def test_an_export_in_eight_bits(name, for_cpu, traced, small_town, tmp_path):
     """Quantization ranges and sensitivities are measured with the memory of instances fed back."""
-    network = small("sparse4d")
-    folder = export_onnx(network, tmp_path, raw_size=RAW, precision="int8", for_cpu=True, calibration=small_town)
-    report = json.loads((folder / "contract.json").read_text())["quantization"]
-    assert report["groups"] and report["together"] < 0.05
+    network, graph = traced(name)
+    folder = export_onnx(
+        network, tmp_path, raw_size=RAW, precision="int8", for_cpu=for_cpu, calibration=small_town, graph=graph
+    )
+    contract = json.loads((folder / "contract.json").read_text())
+    report = contract["quantization"]
+    assert "image_encoder.neck" in report["groups"]
+    assert report["together"] < 0.05  # at least one group is quantized, though it may change more than MAX_CHANGE
+    assert for_cpu or all(contract["checked"].values())  # unsigned activations are for CPUs only
     with torch.inference_mode():
         assert certify(network, folder, small_town).failures == []

@@ -21,7 +21,7 @@ from perception.geometry import invert_rigid, rigid_from_yaw
 from perception.inference.predictor import Predictor
 from perception.models import build_network, preset_config
 from perception.models.checkpoint import library_key, load_model
-from perception.models.published.backbone import PublishedBackboneConfig
+from perception.models.published.backbone import FPNConfig, PublishedBackboneConfig
 from perception.models.sparse4d.aggregation import sample_all, sample_chosen
 from perception.models.sparse4d.boxes import PUBLISHED_CLASSES, decoded, move_boxes, to_library_classes
 from perception.models.sparse4d.config import (
@@ -274,6 +274,19 @@ def test_denoising_needs_ground_truth_and_ids(town_root):
     assert {"boxes_feature", "boxes_next_id", "denoising_ids"} <= set(named_tensors(state))
     quiet = noisy_network(Sparse4DConfig(**{**vars(SPARSE4D), "denoising": DenoisingConfig(groups=0)})).train()
     assert quiet(frames, quiet.initial_state(1), gt)[0].denoised is None
+
+
+@pytest.mark.parametrize("backbone", [SPARSE4D.backbone, FPNConfig(stages=2)], ids=["published", "flagship"])
+def test_the_depth_branch_learns_from_the_levels_there_are(backbone, town_root):
+    """Targets have the sizes of the first feature levels, which `strides` tells."""
+    network = noisy_network(replace(SPARSE4D, backbone=backbone)).train()
+    clip = collate([NuScenesDataset(town_root, VERSION, "town_val", image_size=(64, 96))[0]])
+    gt, frames = (map_tensors(lambda x: x[:, 0], part) for part in (clip.gt, clip.frames))
+    levels = network.image_encoder(frames.images)
+    assert [x.shape[-2:] for x in levels] == [(64 // stride, 96 // stride) for stride in backbone.strides]
+    prediction, _ = network(frames, network.initial_state(1), gt)
+    assert prediction.depths.shape[-1] == sum(x.shape[-2] * x.shape[-1] for x in levels[:3])
+    assert network.loss(prediction, gt, frames)["depth"] > 0
 
 
 @pytest.mark.slow

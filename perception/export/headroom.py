@@ -28,7 +28,7 @@ BOUNDED = (
 
 @dataclass(frozen=True)
 class Saturation:
-    """The part of a quantized tensor that is outside its quantization range.
+    """The part of a quantized tensor that is outside its quantization range, by more than a step of the type.
 
     Args:
         share: of the values over all frames, 0..1.
@@ -209,7 +209,11 @@ def layer_names(model: onnx.ModelProto) -> dict[str, str]:
 
 
 def _range(scale: np.ndarray, zero: np.ndarray) -> tuple[float, float]:
-    """Returns the smallest and the largest value that an eight-bit type rounds instead of clipping it."""
+    """Returns the smallest and the largest value that an eight-bit type moves by no more than a step.
+
+    Rounding moves values by up to half a step, so clipping by less than a step costs hardly more. The largest value of
+    a small tensor comes that far: ranges are measured before the weights are rounded.
+    """
     import ml_dtypes
 
     if zero.dtype == ml_dtypes.float8_e4m3fn:
@@ -217,7 +221,7 @@ def _range(scale: np.ndarray, zero: np.ndarray) -> tuple[float, float]:
     else:
         whole = np.iinfo(zero.dtype)
         low, high, step = whole.min - float(zero), whole.max - float(zero), 1.0
-    return (low - step / 2) * float(scale), (high + step / 2) * float(scale)
+    return (low - step) * float(scale), (high + step) * float(scale)
 
 
 def _dequantized(node: onnx.NodeProto, constants: Mapping[str, np.ndarray]) -> np.ndarray:

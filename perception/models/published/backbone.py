@@ -56,6 +56,13 @@ class PublishedBackboneConfig:
     channels: int = 256
     trains_norm: bool = False
 
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels per cell of each level."""
+        of_outputs = [4 * 2**stage for stage in self.outputs]
+        extra = [of_outputs[-1] * 2**k for k in range(1, self.levels - len(of_outputs) + 1)]
+        return (*of_outputs, *extra)
+
     def build(self, channels: int) -> PublishedImageEncoder:
         """Builds the image encoder of a network with this number of channels.
 
@@ -74,7 +81,12 @@ class FPNConfig:
     name: str = "resnet18"
     stages: int = 3
     stride: int = 8
-    levels: ClassVar[int] = 1  # feature maps that the spatial cross-attention of the network samples
+    levels: ClassVar[int] = 1  # feature maps that the network samples
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels per cell of the one level."""
+        return (self.stride,)
 
     def build(self, channels: int) -> SingleLevelEncoder:
         """Builds the image encoder of a network with this number of channels."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from perception.models.published.backbone import PublishedBackboneConfig
+from perception.models.published.backbone import FPNConfig, PublishedBackboneConfig
 from perception.types import DEFAULT_LANE_RANGE, LaneRange
 
 # Key points of a box in parts of its length, width and height: the centre and points near the six faces.
@@ -124,7 +124,7 @@ class Sparse4DConfig:
 
     Args:
         image_size: height and width of the images.
-        backbone: ResNet and FPN; each head samples all levels.
+        backbone: ResNet and FPN, or the flagship's image encoder; each head samples all levels.
         channels: of image features and instances.
         groups: of channels with sampling weights of their own.
         heads: of attention.
@@ -134,13 +134,13 @@ class Sparse4DConfig:
         best_cameras: each instance samples only the cameras that count most for it, for speed; None for all.
         dropout: in attention and feed-forward layers.
         sampling_dropout: of sampling weights.
-        depth_layers: feature levels from which the auxiliary depth branch learns.
+        depth_layers: first feature levels from which the auxiliary depth branch learns; all if there are fewer.
         denoising: noisy instances in training.
         box_range: metres; the loss leaves out boxes farther from the LiDAR.
     """
 
     image_size: tuple[int, int] = (256, 704)
-    backbone: PublishedBackboneConfig = field(
+    backbone: PublishedBackboneConfig | FPNConfig = field(
         default_factory=lambda: PublishedBackboneConfig(outputs=(0, 1, 2, 3), levels=4, trains_norm=True)
     )
     channels: int = 256

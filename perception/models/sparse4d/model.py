@@ -93,10 +93,15 @@ class Sparse4D(nn.Module):
         self.config = config
         self.image_encoder = config.backbone.build(config.channels)
         self.head = self._build_head()
-        self.depth_branch = DepthBranch(config.channels, config.depth_layers)
+        self.depth_branch = DepthBranch(config.channels, len(self._depth_strides))
 
     def _build_head(self) -> nn.Module:
         return box_head(self.config)
+
+    @property
+    def _depth_strides(self) -> tuple[int, ...]:
+        """Pixels per cell of the levels from which the depth branch learns."""
+        return self.config.backbone.strides[: self.config.depth_layers]
 
     @property
     def _heads(self) -> tuple[SparseHead, SparseHead | None]:
@@ -169,7 +174,7 @@ class Sparse4D(nn.Module):
         assert prediction.depths is not None  # in training mode
         image_size = padded_size(frame.images)
         H, W = image_size
-        sizes = [(H // stride, W // stride) for stride in (4, 8, 16, 32)[: self.config.depth_layers]]
+        sizes = [(-(-H // stride), -(-W // stride)) for stride in self._depth_strides]
         targets_depth = []
         for size in sizes:
             depth, _ = ray_cast_boxes(gt.boxes, frame.rig, image_size, size)
