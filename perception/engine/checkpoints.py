@@ -34,7 +34,7 @@ FREE = ("train.workers", "train.log_every", "train_data.make_with", "val_data.ma
 # Settings that another value may follow in the middle of a training, if the user says so.
 CHANGEABLE = (
     "train.epochs", "train.lr", "train.weight_decay", "train.grad_clip", "train.disabled_losses", "train.val_every",
-    "train_data.dataroot", "train_data.samples", "val_data.dataroot", "amp",
+    "train.extra_losses", "train_data.dataroot", "train_data.samples", "val_data.dataroot", "custom_hooks", "amp",
 )  # fmt: skip
 
 
@@ -150,7 +150,8 @@ def settings_of(config: TrainConfig, **others: Any) -> dict[str, Any]:
     sections = {name: getattr(config, name) for name in ("model", "train_data", "val_data", "train")}
     nested = {name: dataclasses.asdict(section) for name, section in sections.items()}
     flat = {f"{name}.{key}": value for name, section in nested.items() for key, value in section.items()}
-    return json.loads(json.dumps({key: value for key, value in flat.items() if key not in FREE} | others))
+    flat["custom_hooks"] = config.runner.custom_hooks  # they may change what is learned; logs and trackers do not
+    return json.loads(json.dumps({key: value for key, value in flat.items() if key not in FREE} | others, default=str))
 
 
 def changed_settings(
