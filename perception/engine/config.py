@@ -23,7 +23,7 @@ from mmengine.config import Config
 from perception.data.augment import Augment
 from perception.data.nuscenes import NuScenesDataset
 from perception.engine.config_file import import_extensions, read_config
-from perception.engine.extensions import KEYS, RunnerSettings, check_refused, parse_runner
+from perception.engine.extensions import KEYS, RunnerSettings, check_refused
 from perception.errors import ConfigError
 from perception.extensions import DATASETS, LOSSES, TRAINING_PARTS, check_arguments, check_parts, registered
 from perception.files import check_dataset
@@ -122,7 +122,11 @@ def load_config(name_or_path: str | Path, options: dict | None = None) -> TrainC
     if (start := source_dict.get("load_from")) is not None:
         parsed["train"] = _load_from(path, start, parsed["train"])
     model = model_config(source_dict["model"], str(path))
-    return TrainConfig(name=path.stem, model=model, source=source, runner=parse_runner(path, source_dict), **parsed)
+    if any(key in source_dict for key in KEYS):
+        from perception.engine.extension_checks import parse_runner  # MMEngine's Runner, which takes seconds to load
+
+        parsed["runner"] = parse_runner(path, source_dict)
+    return TrainConfig(name=path.stem, model=model, source=source, **parsed)
 
 
 def _parse_section(path: Path, name: str, section: Any, kind: type[Any]) -> Any:
