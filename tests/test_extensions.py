@@ -296,6 +296,8 @@ def test_only_settings_that_change_what_is_learned_are_compared(tmp_path):
 
     plain, tracked = settings(""), settings("log_processor = dict(window_size=3)\ndefault_hooks = dict(logger=dict())")
     assert changed_settings(path, plain, tracked, False) == {}
+    earlier = {key: value for key, value in plain.items() if key not in ("custom_hooks", "train.extra_losses")}
+    assert earlier != plain and changed_settings(path, earlier, plain, False) == {}  # of a version without them
     hooked = settings("custom_hooks = [dict(type='EmptyCacheHook', after_iter=True)]")
     with pytest.raises(ConfigError, match=r"custom_hooks .* -> .*; add --allow-change"):
         changed_settings(path, plain, hooked, False)

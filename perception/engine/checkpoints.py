@@ -170,6 +170,8 @@ def changed_settings(
     Raises:
         ConfigError: a setting has changed and may not.
     """
+    # A list or dict that is empty equals a setting that an earlier version did not have.
+    before, now = ({key: value for key, value in x.items() if value not in ([], {})} for x in (before, now))
     keys = sorted(before.keys() | now.keys())
     changed = {key: (before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)}
     refused = [key for key in changed if not (allow_change and key in CHANGEABLE)]
