@@ -158,6 +158,15 @@ def test_settings_reach_the_runner(trained):
     assert [line["loss"] for line in logged] == pytest.approx([steps[k]["losses"]["loss"] for k in (1, 3)], rel=1e-5)
 
 
+def test_a_config_as_data_may_name_what_is_registered(trained):
+    """As after `--import own_parts.all`: a YAML config imports nothing by itself."""
+    source = load_config(trained / "own.py").source.to_dict()
+    del source["custom_imports"]
+    (trained / "own.json").write_text(json.dumps(source))
+    read, wanted = load_config(trained / "own.json"), load_config(trained / "own.py")
+    assert (read.train, read.train_data, read.runner) == (wanted.train, wanted.train_data, wanted.runner)
+
+
 def test_a_hook_that_is_never_called_is_refused(trained):
     hook = type("OnlyTests", (Hook,), {"after_test_iter": print, "after_val_iter": print})
     HOOKS.register_module(module=hook)

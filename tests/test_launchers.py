@@ -20,7 +20,7 @@ from perception.errors import ConfigError
 from perception.models.bev_transformer.config import BEVTransformerConfig
 from perception.models.bev_transformer.model import BEVTransformer
 from perception.models.checkpoint import save_checkpoint
-from perception.synthetic import VERSION
+from perception.synthetic import VERSION, simulate
 
 PROJECT = Path(__file__).resolve().parent.parent
 PREFIXES = ("SLURM_", "OMPI_", "MASTER_")
@@ -140,10 +140,18 @@ val_data = dict(dataroot={root!r}, version={version!r}, split="town_val")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, town_root) -> Path:
+def town(tmp_path_factory) -> Path:
+    """Three scenes: of two processes, the first has the first and the last one."""
+    root = tmp_path_factory.mktemp("launched") / "town"
+    simulate(root, scenes=3, seed=11, keyframes=2, image_size=(64, 96), split="town_val", workers=1)
+    return root
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, town) -> Path:
     """A config and weights of a small network."""
     folder = tmp_path_factory.mktemp("launched")
-    (folder / "small.py").write_text(CONFIG.format(root=str(town_root), version=VERSION))
+    (folder / "small.py").write_text(CONFIG.format(root=str(town), version=VERSION))
     config = BEVTransformerConfig.preset(
         "nano", image_size=(64, 96), grid=(20, 20), channels=16, depth_bins=8, backbone_stages=2, decoder_layers=2,
         box_queries=20, line_queries=8,
@@ -215,11 +223,11 @@ def test_slurm_evaluates_with_the_digits_of_one_process(folder, alone, scontrol)
 
 
 @pytest.mark.slow
-def test_an_error_of_one_process_is_one_sentence_of_process_0(folder, town_root, scontrol, tmp_path):
+def test_an_error_of_one_process_is_one_sentence_of_process_0(folder, town, scontrol, tmp_path):
     root = tmp_path / "town"
-    shutil.copytree(town_root, root)
+    shutil.copytree(town, root)
     dataset = NuScenesDataset(root, VERSION, "town_val", image_size=(64, 96))
-    image = Path(os.fsdecode(dataset.index.image_path[-1, 0]))  # of the second scene, which process 1 predicts
+    image = Path(os.fsdecode(dataset.index.image_path[2, 0]))  # of the second scene, which process 1 predicts
     image.write_bytes(image.read_bytes()[:2000])
     first, second = launched("mpi", (*EVALUATE[:3], "--dataroot", root), folder, scontrol)
     assert first[0] == second[0] == 2, first[2] + second[2]
@@ -228,9 +236,9 @@ def test_an_error_of_one_process_is_one_sentence_of_process_0(folder, town_root,
 
 
 @pytest.mark.slow
-def test_one_process_predicts_a_sample(folder, town_root, scontrol):
+def test_one_process_predicts_a_sample(folder, town, scontrol):
     """Its frames follow one another with memory, so process 0 predicts them and the others leave."""
-    sample = ("--dataroot", town_root, "--version", VERSION, "--split", "town_val", "--checkpoint", "small.safetensors")
+    sample = ("--dataroot", town, "--version", VERSION, "--split", "town_val", "--checkpoint", "small.safetensors")
     arguments = ("predict", *sample, "--out", "one.png", "--json", "one.json")
     first, second = launched("mpi", arguments, folder, scontrol)
     assert first[0] == second[0] == 0, first[2] + second[2]
