@@ -289,10 +289,10 @@ def test_a_tracker_that_is_not_installed(tmp_path, monkeypatch):
     )
     config = load_config(path)
     arguments = {"custom_hooks": [], "default_hooks": {}, "visualizer": {}, "log_processor": {}, "env_cfg": {}}
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"MLflowVisBackend, and mlflow is not installed; .*pip install mlflow"):
+    monkeypatch.setitem(sys.modules, "mlflow", None)  # as if it were not installed
+    with pytest.raises(ConfigError, match=r"MLflowVisBackend, and mlflow cannot be imported .*pip install mlflow"):
         config.runner.over(arguments)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "mlflow", sys)
     assert config.runner.over(arguments)["visualizer"]["vis_backends"][0]["exp_name"] == "one"
 
 

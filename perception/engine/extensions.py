@@ -6,7 +6,7 @@ They have MMEngine's names and forms. `perception.engine.extension_checks` check
 from __future__ import annotations
 
 import copy
-import importlib.util
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,15 +69,19 @@ class RunnerSettings:
             arguments: `custom_hooks`, `default_hooks`, `visualizer`, `log_processor` and `env_cfg` of a Runner.
 
         Raises:
-            ConfigError: the package of a tracker is not installed.
+            ConfigError: the package of a tracker cannot be imported.
         """
         for backend in dicts(self.visualizer.get("vis_backends", [])):
             package = _TRACKERS.get(str(backend["type"]).rpartition(".")[2])
-            if package and importlib.util.find_spec(package) is None:
+            if package is None:
+                continue
+            try:
+                importlib.import_module(package)
+            except ImportError as error:
                 raise ConfigError(
-                    f"visualizer.vis_backends has {backend['type']}, and {package} is not installed; install it with: "
-                    f"pip install {package}"
-                )
+                    f"visualizer.vis_backends has {backend['type']}, and {package} cannot be imported ({error}); "
+                    f"install it with: pip install {package}"
+                ) from None
         merged = dict(arguments)
         merged["custom_hooks"] = [*arguments["custom_hooks"], *self.custom_hooks]
         for name, hook in self.default_hooks.items():
