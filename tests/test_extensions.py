@@ -85,7 +85,12 @@ class OwnHook(Hook):
 
 @VISBACKENDS.register_module()
 class OwnTracker(LocalVisBackend):
-    pass
+    def add_config(self, config, **others):
+        self.config = config
+
+    def close(self):  # as MLflow's, which uploads files of the work directory
+        with open(f"{self.config.work_dir}/uploaded", "w") as file:
+            file.write(self.config.pretty_text)
 """
 
 CONFIG = """
@@ -151,6 +156,8 @@ def test_a_config_brings_a_hook_a_loss_a_network_and_a_dataset(trained):
 def test_settings_reach_the_runner(trained):
     """The tracker of the config alone writes scalars, of every second step, without a mean over steps."""
     assert not list(trained.glob("work/*/vis_data/events.*"))
+    assert "OwnTracker" in (trained / "work" / "uploaded").read_text()
+    assert load_config(trained / "work" / "own.py").runner == load_config(trained / "own.py").runner  # the copy there
     (file,) = trained.glob("work/*/vis_data/own.json")
     logged = [line for line in map(json.loads, file.read_text().splitlines()) if "loss" in line]
     steps = json.loads((trained / "hook.json").read_text())["steps"]

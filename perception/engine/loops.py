@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Any, NamedTuple, NoReturn
 
 import torch
+from mmengine.config import Config
 from mmengine.dist import (
     all_gather_object,
     all_reduce,
@@ -344,13 +345,26 @@ class TrainingRunner(Runner):
     Args:
         continuation: the work directory and what it holds.
         stop: tells whether a signal asks to stop.
+        cfg: the config, of which a copy is written into the work directory.
         arguments: of Runner.
     """
 
-    def __init__(self, continuation: Continuation, stop: StopRequest, **arguments: Any) -> None:
+    def __init__(self, continuation: Continuation, stop: StopRequest, cfg: Config, **arguments: Any) -> None:
         self.folder, self.settings, self.checkpoint, self.changed = continuation
         self.stop = stop
-        super().__init__(**arguments, work_dir=str(self.folder.path), resume=self.checkpoint is not None)
+        work_dir = str(self.folder.path)
+        with_folder = copy.deepcopy(cfg)
+        with_folder.work_dir = work_dir  # trackers look there for what they upload at the end
+        resume = self.checkpoint is not None
+        super().__init__(**arguments, cfg=with_folder, work_dir=work_dir, resume=resume)
+
+    def dump_config(self) -> None:
+        """Writes the config into the work directory as it was given."""
+        with_folder: Config = self.cfg
+        self.cfg: Config = copy.deepcopy(with_folder)
+        self.cfg.pop("work_dir")
+        super().dump_config()
+        self.cfg = with_folder
 
     def load_or_resume(self) -> None:
         """Continues from the checkpoint, if there is one."""
