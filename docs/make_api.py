@@ -11,7 +11,8 @@ from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
 MODULES = (
-    "__init__", "types", "geometry", "cameras", "grid", "errors", "inference.predictor", "inference.sequence",
+    "__init__", "types", "geometry", "cameras", "grid", "errors", "extensions", "inference.predictor",
+    "inference.sequence", "inference.shared",
     "inference.ego_motion", "inference.images", "inference.result",
     "rigs.rig", "rigs.importers", "rigs.virtual", "rigs.coverage",
     "models.__init__", "models.base", "models.checkpoint", "models.provenance", "models.bev_transformer.config",
@@ -20,7 +21,8 @@ MODULES = (
     "data.leakage", "data.geographic_split", "data.augment", "synthetic.writer", "evaluation.dataset",
     "evaluation.detection",
     "evaluation.lanes", "evaluation.lane_report", "evaluation.stability", "evaluation.confidence",
-    "evaluation.robustness", "evaluation.submission", "engine.config", "engine.training", "engine.weights",
+    "evaluation.robustness", "evaluation.submission", "engine.config", "engine.training", "engine.launchers",
+    "engine.weights",
     "export.onnx", "export.contract", "export.dialect", "export.parity", "export.runtime", "export.tensorrt",
     "visualization.pictures", "visualization.live",
 )  # fmt: skip

@@ -73,7 +73,7 @@ def arm(moment: str) -> None:
         case "removal":
             kill_at(Path, "unlink", int(count), before)
         case "stream":
-            kill_at(loops, "predict_stream", int(count), before)
+            kill_at(loops, "predict_shared", int(count), before)
         case "evaluation":
             kill_at(loops, "evaluate_predictions", int(count), before)
         case "checkpoint":

@@ -178,7 +178,7 @@ def test_a_published_network_trains_on_lines_of_its_own_range():
     assert wide.lane_range == LaneRange(100.0, 50.0)
 
 
-def test_configs_as_data_have_the_same_keys_and_run_nothing(tmp_path):
+def test_configs_as_data_have_the_same_keys_and_run_nothing(tmp_path, monkeypatch):
     """YAML and JSON, for configs that people take from others; a base may be one of the library, never a program."""
     (tmp_path / "below.yaml").write_text("_base_: synthetic/nano\nmodel: {image_size: [96, 160]}\n")
     (tmp_path / "mine.json").write_text('{"_base_": ["below.yaml"], "train": {"epochs": 3}}')
@@ -193,10 +193,25 @@ def test_configs_as_data_have_the_same_keys_and_run_nothing(tmp_path):
     program = f"open({str(canary)!r}, 'w').write('run')"
     (tmp_path / "program.py").write_text(program)
     (tmp_path / "canary_module.py").write_text(program)
+    monkeypatch.syspath_prepend(tmp_path)
     for text, message in (
         ("_base_: program.py\n", "_base_ program.py is neither a file nor a config of the library"),
         (f"_base_: {tmp_path}/program.py\n", "is neither a file nor a config of the library"),
-        ("_base_: synthetic/nano\ncustom_imports: {imports: [canary_module]}\n", "unknown key custom_imports"),
+        (
+            "_base_: synthetic/nano\ncustom_imports: {imports: [canary_module]}\n",
+            "custom_imports runs code, and a .yaml",
+        ),
+        ("_base_: synthetic/nano\ncustom_hooks: [{type: canary_module}]\n", "not registered in MMEngine"),
+        ("_base_: synthetic/nano\ncustom_hooks: [{type: canary_module.Hook}]\n", "not registered in MMEngine"),
+        (
+            f"_base_: synthetic/nano\nlog_processor: {{type: builtins.open, file: {canary}, mode: w}}\n",
+            "not registered",
+        ),
+        ("_base_: synthetic/nano\nvisualizer: {vis_backends: [{type: canary_module}]}\n", "not registered"),
+        (
+            "_base_: synthetic/nano\ncustom_hooks: [{type: ProfilerHook, on_trace_ready: {type: canary_module.f}}]\n",
+            "has a `type` or `_scope_` inside",
+        ),
         (f"model: !!python/object/apply:builtins.open [{canary}, w]\n", "cannot be read"),
         ("_base_: evil.yaml\n", "leads back to itself"),
         ("_base_: none.yaml\n", "is not a file"),

@@ -305,7 +305,7 @@ def test_two_processes_train_one_network(config_path, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of processes without a GPU each")
 @pytest.mark.parametrize(
-    ("launcher", "message"), [("pytorch", "start them with: torchrun"), ("slurm", "needs one GPU")]
+    ("launcher", "message"), [("pytorch", "start them with: torchrun"), ("slurm", "start them with: srun")]
 )
 def test_a_launcher_that_did_not_start_this_process(config_path, tmp_path, launcher, message):
     with pytest.raises(ConfigError, match=f"--launcher {launcher} .*{message}"):

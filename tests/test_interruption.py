@@ -285,7 +285,7 @@ def test_long_epochs_have_checkpoints_inside(config_path, whole, tmp_path, monke
 
 
 def test_a_signal_in_a_validation_ends_at_once(config_path, tmp_path, monkeypatch):
-    monkeypatch.setattr(loops, "predict_stream", lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(loops, "predict_shared", lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Interrupted, match="SIGTERM with its last checkpoint"):
         train(load_config(config_path), tmp_path / "work", seed=5)
     assert (tmp_path / "work" / "epoch_2.pth").exists()

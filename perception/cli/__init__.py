@@ -13,7 +13,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from perception.commands import COMMANDS, as_called, command
 from perception.errors import run_script
@@ -93,6 +93,38 @@ def add_precision(parser: argparse.ArgumentParser, default: str) -> None:
         choices=("auto", "float32", "bfloat16", "float16"),
         default=default,
         help="of the network; auto is the fastest one of this device (default: %(default)s)",
+    )
+
+
+class _Import(argparse.Action):
+    """Imports the modules while the arguments are read, before anything looks for what they register."""
+
+    def __call__(self, parser: object, arguments: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        from perception.extensions import import_modules
+
+        import_modules(values, "--import", Path())
+        setattr(arguments, self.dest, values)
+
+
+def add_import(parser: argparse.ArgumentParser) -> None:
+    """Adds the option `--import`, for networks, losses, datasets and hooks from outside the package."""
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        nargs="+",
+        action=_Import,
+        metavar="MODULE",
+        help="modules of your own that register a network, loss, dataset or hook, as custom_imports of a config does",
+    )
+
+
+def add_launcher(parser: argparse.ArgumentParser) -> None:
+    """Adds the option `--launcher`, see `perception.engine.launchers`."""
+    parser.add_argument(
+        "--launcher",
+        choices=("none", "pytorch", "slurm", "mpi"),
+        default="none",
+        help="what started the processes that share the work: torchrun, srun or mpirun (default: %(default)s)",
     )
 
 

@@ -7,7 +7,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from perception.cli import SEED, add_precision, command_parser, number, output_file, output_folder
+from perception.cli import (
+    SEED,
+    add_import,
+    add_launcher,
+    add_precision,
+    command_parser,
+    number,
+    output_file,
+    output_folder,
+)
 
 EXAMPLE = """examples:
   perception evaluate configs/synthetic/nano.py out/nano/nano.safetensors --json out/nano/evaluation.json
@@ -15,6 +24,7 @@ EXAMPLE = """examples:
       --lanes-protocol streammapnet --range 100x50 --save-submission out/nano/submission
   perception evaluate --submission out/nano/submission/lanes.json --dataroot out/other_town \\
       --version v1.0-synthetic --split val
+  torchrun --nproc_per_node 2 -m perception evaluate configs/synthetic/nano.py nano --launcher pytorch
   perception evaluate configs/synthetic/nano.py nano --drop-camera each --extrinsics-noise-deg 1 \\
       --corrupt each --no-memory --json out/nano/robustness.json
 
@@ -34,7 +44,7 @@ def lane_options(arguments) -> dict:
 
 
 def evaluate_weights(arguments) -> tuple[str, dict, dict]:
-    """The tables, the headline and all numbers of a network."""
+    """The tables, the headline and all numbers of a network. The processes of a launcher share the scenes."""
     from perception.engine.config_file import check_datasets
 
     options = {
@@ -45,19 +55,23 @@ def evaluate_weights(arguments) -> tuple[str, dict, dict]:
     import torch  # takes seconds to load
 
     from perception.engine.config import build_dataset, load_config
+    from perception.engine.launchers import join_processes
     from perception.engine.weights import load_weights
     from perception.errors import ConfigError
     from perception.evaluation.dataset import check_evaluable, evaluate_predictions, save_submissions
     from perception.evaluation.robustness import evaluate_robustness, plan_trials
     from perception.inference.acceleration import accelerated
-    from perception.inference.sequence import predict_stream
+    from perception.inference.shared import from_first, predict_shared, rank_and_size
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch finds no GPU here; use --device cpu")
+    join_processes(arguments.launcher)
+    first = rank_and_size()[0] == 0
     config = load_config(arguments.config, options)
     network = load_weights(arguments.checkpoint, config.model).to(arguments.device)
     model = accelerated(network, precision=arguments.precision)
-    print(f"precision: {model.choice}", file=sys.stderr)
+    if first:
+        print(f"precision: {model.choice}", file=sys.stderr)
     dataset = build_dataset(config.val_data, config.model)
     check_evaluable(dataset)
     trials = plan_trials(
@@ -68,10 +82,10 @@ def evaluate_weights(arguments) -> tuple[str, dict, dict]:
         no_memory=arguments.no_memory,
         seed=arguments.seed,
     )
-    stream = predict_stream(model, dataset, workers=arguments.workers, progress=True)
-    if arguments.save_submission:
+    stream = predict_shared(model, dataset, workers=arguments.workers, progress=True)
+    if arguments.save_submission and first:
         save_submissions(arguments.save_submission, dataset, stream.objects)
-    evaluation = evaluate_predictions(dataset, stream.objects, **lane_options(arguments))
+    evaluation = from_first(lambda: evaluate_predictions(dataset, stream.objects, **lane_options(arguments)))
     metrics = evaluation.as_dict() | {
         "precision": model.precision,
         "fps": 1 / stream.seconds_per_frame,
@@ -151,6 +165,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     add_precision(parser, default="float32")
+    add_import(parser)
+    add_launcher(parser)
     parser.add_argument(
         "--workers", type=number(int, 0, 1024), default=0, help="processes that load images and match lines (default 0)"
     )
@@ -186,10 +202,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ConfigError("--submission has no inputs to disturb; give config and checkpoint instead")
         if missing := [name for name in ("dataroot", "version", "split") if not getattr(arguments, name)]:
             raise ConfigError(f"--{missing[0]} is missing: with --submission give --dataroot, --version and --split")
+        if arguments.launcher != "none":
+            raise ConfigError("--submission has no scenes to predict that processes could share; leave out --launcher")
     elif not (arguments.config and arguments.checkpoint):
         raise ConfigError("config and checkpoint are missing; give both, or a file with --submission")
 
     table, headline, metrics = (evaluate_file if arguments.submission else evaluate_weights)(arguments)
+    if arguments.launcher != "none":
+        from perception.inference.shared import rank_and_size
+
+        if rank_and_size()[0] != 0:
+            return
     print(table)
     if "lane_mAP" in headline:
         lanes = metrics["lanes"]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from perception.cli import SEED, command_parser, number, output_folder
+from perception.cli import SEED, add_import, command_parser, number, output_folder
 
 EXAMPLE = """examples:
   perception export nano --out out/nano_onnx
@@ -86,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--drift", type=number(int, 0), default=0, help="frames of a further drive without a reset (default: 0)"
     )
     parser.add_argument("--seed", type=SEED, default=0, help="of generated scenes (default: %(default)s)")
+    add_import(parser)
     arguments = parser.parse_args(argv)
 
     from perception.errors import ConfigError

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from perception.cli import add_precision, command_parser, number, output_file
+from perception.cli import add_import, add_launcher, add_precision, command_parser, number, output_file
 
 EXAMPLE = """examples:
   perception predict --images drive.mcap --out out/drive --write jsonl,mp4,rrd
@@ -265,6 +265,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--out", type=Path, required=True, help="folder to create, with --images; else the picture to write, .png"
     )
     add_precision(parser, default="auto")
+    add_import(parser)
+    add_launcher(parser)
     recorded = parser.add_argument_group("with --images")
     recorded.add_argument(
         "--rig", help="rig file, or the name of a rig of the library (default: that of the recording)"
@@ -321,6 +323,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     kind = check_options(arguments)
     check_writable("--out", arguments.out, folder=kind == "images")
+    if arguments.launcher != "none":
+        from perception.engine.launchers import join_processes
+        from perception.inference.shared import rank_and_size
+
+        join_processes(arguments.launcher)
+        if rank_and_size()[0] != 0:  # frames follow one another with memory: there is nothing to share
+            return
     if kind == "images":
         predict_recording(arguments)
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from perception.cli import SEED, command_parser, output_file, output_folder
+from perception.cli import SEED, add_import, add_launcher, command_parser, output_file, output_folder
 
 EXAMPLE = """example:
   perception train configs/synthetic/nano.py --work-dir out/nano
@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="override the config, e.g. train.lr=1e-4"
     )
-    parser.add_argument("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none")
+    add_import(parser)
+    add_launcher(parser)
     arguments = parser.parse_args(argv)
 
     from perception.engine.config_file import check_datasets, parse_options

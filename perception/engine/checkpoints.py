@@ -36,7 +36,7 @@ FREE = (
 # Settings that another value may follow in the middle of a training, if the user says so.
 CHANGEABLE = (
     "train.epochs", "train.lr", "train.weight_decay", "train.grad_clip", "train.disabled_losses", "train.val_every",
-    "train_data.dataroot", "train_data.samples", "val_data.dataroot", "amp",
+    "train.extra_losses", "train_data.dataroot", "train_data.samples", "val_data.dataroot", "custom_hooks", "amp",
 )  # fmt: skip
 
 
@@ -152,7 +152,8 @@ def settings_of(config: TrainConfig, **others: Any) -> dict[str, Any]:
     sections = {name: getattr(config, name) for name in ("model", "train_data", "val_data", "train")}
     nested = {name: dataclasses.asdict(section) for name, section in sections.items()}
     flat = {f"{name}.{key}": value for name, section in nested.items() for key, value in section.items()}
-    return json.loads(json.dumps({key: value for key, value in flat.items() if key not in FREE} | others))
+    flat["custom_hooks"] = config.runner.custom_hooks  # they may change what is learned; logs and trackers do not
+    return json.loads(json.dumps({key: value for key, value in flat.items() if key not in FREE} | others, default=str))
 
 
 def changed_settings(
@@ -171,6 +172,8 @@ def changed_settings(
     Raises:
         ConfigError: a setting has changed and may not.
     """
+    # A list or dict that is empty equals a setting that an earlier version did not have.
+    before, now = ({key: value for key, value in x.items() if value not in ([], {})} for x in (before, now))
     keys = sorted(before.keys() | now.keys())
     changed = {key: (before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)}
     refused = [key for key in changed if not (allow_change and key in CHANGEABLE)]

@@ -2,13 +2,15 @@
 
 A config is a plain MMEngine Python config (`_base_` inheritance and `--cfg-options` work as usual) with four sections:
 `model`, `train_data`, `val_data` and `train`. Each section is parsed into a frozen dataclass. An unknown key, a missing
-key or a value of the wrong type is an error before anything runs.
+key or a value of the wrong type is an error before anything runs. `custom_imports` and the settings of MMEngine's
+Runner that `perception.engine.extensions` lists may stand next to the sections.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import types
 import typing
@@ -20,8 +22,10 @@ from mmengine.config import Config
 
 from perception.data.augment import Augment
 from perception.data.nuscenes import NuScenesDataset
-from perception.engine.config_file import read_config
+from perception.engine.config_file import import_extensions, read_config
+from perception.engine.extensions import KEYS, RunnerSettings, check_refused
 from perception.errors import ConfigError
+from perception.extensions import DATASETS, LOSSES, TRAINING_PARTS, check_arguments, check_parts, registered
 from perception.files import check_dataset
 from perception.models import NetworkConfig, network_class, preset_config
 from perception.models.base import dataclass_for
@@ -38,6 +42,14 @@ class DataSection:
     split: str  # an official split, or one from splits.json of the dataset
     augment: Augment | None = None  # in a config: dict() with the fields of Augment that differ from the defaults
     make_with: dict[str, str] = field(default_factory=dict)  # by root the command that creates it, for error messages
+
+
+@dataclass(frozen=True)
+class CustomDataSection:
+    """A dataset of a class from outside the package: `train_data` or `val_data` of a config with the key `type`."""
+
+    type: str  # name by which `perception.extensions.register_dataset` registered it
+    options: dict[str, Any]  # the other keys of the section, its arguments
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,8 @@ class TrainSection:
     backbone_weights: str = ""  # initial weights of the backbone: published ones, or a network of the library
     gradient_checkpointing: bool = False  # less memory, more time: the backward pass computes activations again
     init_from: str = ""  # initial weights, .safetensors or .pth of the same network for images of any size
+    # Weight by name of losses that `perception.extensions.register_loss` registered; added to the network's own.
+    extra_losses: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,23 +86,26 @@ class TrainConfig:
 
     name: str  # of the file without .py, also of the exported weights
     model: NetworkConfig
-    train_data: DataSection | None  # None, as `train`, for a config that is for evaluation only
-    val_data: DataSection
+    train_data: DataSection | CustomDataSection | None  # None, as `train`, for a config that is for evaluation only
+    val_data: DataSection | CustomDataSection
     train: TrainSection | None
     source: Config  # unparsed, for the copy in the work directory
+    runner: RunnerSettings = field(default_factory=RunnerSettings)
 
 
 def load_config(name_or_path: str | Path, options: dict | None = None) -> TrainConfig:
-    """Reads a config file.
+    """Reads a config file and imports the modules that it names in `custom_imports`.
 
     Args:
         name_or_path: a Python file, or the name of a config that came with the library, such as `synthetic/nano`.
         options: overrides by dotted key, e.g. `{"train.lr": 1e-3}`.
 
     Raises:
-        ConfigError: the file is missing or broken, a key is unknown or missing, or a value has the wrong type.
+        ConfigError: the file is missing or broken, a key is unknown or missing, a value has the wrong type, or a module
+            cannot be imported.
     """
     path, source = read_config(name_or_path, options)
+    import_extensions(path, source)
     sections: dict[str, Any] = {
         "model": None,
         "train_data": DataSection,
@@ -96,14 +113,48 @@ def load_config(name_or_path: str | Path, options: dict | None = None) -> TrainC
         "train": TrainSection,
     }
     source_dict = source.to_dict()
-    _check_keys(path, "", source_dict, set(sections), {"model", "val_data"})
+    check_refused(path, source_dict)
+    _check_keys(path, "", source_dict, {*sections, *KEYS, "custom_imports", "load_from"}, {"model", "val_data"})
     parsed: dict[str, Any] = {
-        name: _parse(path, name, source_dict[name], kind) if name in source_dict else None
+        name: _parse_section(path, name, source_dict[name], kind) if name in source_dict else None
         for name, kind in sections.items()
         if kind
     }
+    if (start := source_dict.get("load_from")) is not None:
+        parsed["train"] = _load_from(path, start, parsed["train"])
     model = model_config(source_dict["model"], str(path))
+    if any(key in source_dict for key in KEYS):
+        from perception.engine.extension_checks import parse_runner  # MMEngine's Runner, which takes seconds to load
+
+        parsed["runner"] = parse_runner(path, source_dict)
     return TrainConfig(name=path.stem, model=model, source=source, **parsed)
+
+
+def _parse_section(path: Path, name: str, section: Any, kind: type[Any]) -> Any:
+    if kind is DataSection and isinstance(section, dict) and "type" in section:
+        registered(DATASETS, f"{path}: {name}.type", section["type"])
+        options = {key: value for key, value in section.items() if key != "type"}
+        try:
+            json.dumps(options)  # they are compared when a training goes on
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{path}: {name} holds more than plain values ({error}); use numbers and text") from None
+        return CustomDataSection(section["type"], options)
+    parsed = _parse(path, name, section, kind)
+    if isinstance(parsed, TrainSection):
+        for loss in parsed.extra_losses:
+            registered(LOSSES, f"{path}: train.extra_losses", loss)
+    return parsed
+
+
+def _load_from(path: Path, start: Any, section: TrainSection | None) -> TrainSection:
+    """MMEngine's name for initial weights, `train.init_from`."""
+    if not isinstance(start, str):
+        raise ConfigError(f"{path}: load_from is {short(start)}; give the path of a .safetensors or .pth file")
+    if section is None:
+        raise ConfigError(f"{path}: load_from is for training, and the config has no section train; remove load_from")
+    if section.init_from and section.init_from != start:
+        raise ConfigError(f"{path}: load_from and train.init_from name different weights; give one of them")
+    return dataclasses.replace(section, init_from=start)
 
 
 def model_config(section: dict, where: str) -> NetworkConfig:
@@ -142,12 +193,28 @@ def _changed(path: str, where: str, config: Any, section: dict) -> Any:
     return dataclasses.replace(config, **changes)
 
 
-def build_dataset(section: DataSection, model: NetworkConfig) -> NuScenesDataset:
+def build_dataset(section: DataSection | CustomDataSection, model: NetworkConfig) -> NuScenesDataset:
     """Opens the dataset of a section, with the image size, the points per line and the lane range of a network.
 
+    A dataset of another class has what training reads of NuScenesDataset.
+
     Raises:
+        ConfigError: the class of a section with `type` does not take its keys, or lacks what training reads.
         DataError: the root or one of its files is missing or malformed.
     """
+    if isinstance(section, CustomDataSection):
+        where = f"the dataset {section.type}"
+        build = registered(DATASETS, where, section.type)
+        network = {
+            "image_size": model.image_size, "points_per_line": model.line_points, "lane_range": model.lane_range,
+        }  # fmt: skip
+        check_arguments(where, build, section.options | network)
+        try:
+            dataset = build(**section.options, **network)
+        except TypeError as error:  # of arguments that it passes on
+            raise ConfigError(f"{where} cannot be made with the keys of its section: {error}; correct them") from error
+        check_parts(where, dataset, TRAINING_PARTS)
+        return dataset
     check_dataset(section.dataroot, section.version, section.make_with)
     return NuScenesDataset(
         section.dataroot,
@@ -160,7 +227,7 @@ def build_dataset(section: DataSection, model: NetworkConfig) -> NuScenesDataset
     )
 
 
-def check_trainable(config: TrainConfig) -> tuple[TrainSection, DataSection]:
+def check_trainable(config: TrainConfig) -> tuple[TrainSection, DataSection | CustomDataSection]:
     """Checks that a config is for training, and returns its sections `train` and `train_data`.
 
     Raises:

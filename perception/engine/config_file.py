@@ -10,7 +10,7 @@ import ast
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import yaml
 from mmengine.config import Config
 
 from perception.errors import ConfigError
+from perception.extensions import import_modules
 from perception.files import check_dataset
 from perception.reading import short
 
@@ -83,7 +84,7 @@ def read_config(name_or_path: str | Path, options: dict | None = None) -> tuple[
 
 def _run_program(path: Path) -> Config:
     try:
-        return Config.fromfile(path)
+        return Config.fromfile(path, import_custom_modules=False)  # `load_config` imports them
     except Exception as error:  # a config is a Python program and may raise anything
         reason = (str(error).splitlines() or [""])[0]
         raise ConfigError(f"{path}: {type(error).__name__}: {reason}; fix the config file") from None
@@ -139,6 +140,29 @@ def parse_options(pairs: list[str]) -> dict:
     return options
 
 
+def import_extensions(path: Path, source: Mapping[str, Any]) -> None:
+    """Imports the modules that a config names in `custom_imports`, from PYTHONPATH or beside the config.
+
+    Raises:
+        ConfigError: the config is a YAML or JSON file, the setting has the wrong form, or a module cannot be imported.
+    """
+    setting = source.get("custom_imports")
+    if setting is None:
+        return
+    if path.suffix in DATA_SUFFIXES:
+        raise ConfigError(
+            f"{path}: custom_imports runs code, and a {path.suffix} config is only read; write a .py config, or add "
+            "--import MODULE to the command"
+        )
+    names = setting.get("imports") if isinstance(setting, dict) else None
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list | tuple) or setting.keys() - {"imports", "allow_failed_imports"}:
+        raise ConfigError(f"{path}: custom_imports is {short(setting)}; write dict(imports=['my_package.networks'])")
+    if setting.get("allow_failed_imports"):
+        raise ConfigError(f"{path}: custom_imports.allow_failed_imports would hide a missing module; remove it")
+    import_modules(names, f"{path}: custom_imports.imports", path.parent)
+
+
 def check_datasets(name_or_path: str | Path, options: dict | None, sections: Sequence[str]) -> None:
     """Checks that the datasets of a config exist. It imports nothing heavy; call it at the start of a command.
 
@@ -154,7 +178,7 @@ def check_datasets(name_or_path: str | Path, options: dict | None, sections: Seq
     _, source = read_config(name_or_path, options)
     for name in sections:
         section = source.get(name)
-        if not isinstance(section, dict):
+        if not isinstance(section, dict) or "type" in section:  # a dataset of another class
             continue
         dataroot, version, make_with = (section.get(key) for key in ("dataroot", "version", "make_with"))
         make_with = {} if make_with is None else make_with

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from perception.data.loader import TrainSampler, collate
-from perception.engine.config import DataSection, TrainConfig, build_dataset, check_trainable
+from perception.engine.config import CustomDataSection, DataSection, TrainConfig, build_dataset, check_trainable
 from perception.engine.training import TrainingModel, build_optimizer
 from perception.files import scratch_folder
 from perception.models import Network, build_network
@@ -88,7 +88,7 @@ def dry_run(config: TrainConfig, *, seed: int = 0, amp: bool = False) -> DryRun:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     core = build_network(config.model)  # random weights: initial weights do not change the cost
     core.image_encoder.backbone.freeze(section.frozen_stages)
-    model = TrainingModel(core, section.disabled_losses, section.gradient_checkpointing)
+    model = TrainingModel(core, section.disabled_losses, section.extra_losses, section.gradient_checkpointing)
     model = model.to(device, memory_format=torch.channels_last).train()
     optimizer = build_optimizer(model, section)
     with scratch_folder("dry-run") as folder:
@@ -97,7 +97,8 @@ def dry_run(config: TrainConfig, *, seed: int = 0, amp: bool = False) -> DryRun:
             root, scenes=section.batch_size, seed=seed, keyframes=STEPS * section.frames_per_clip, split="dry",
             image_size=config.model.image_size,
         )  # fmt: skip
-        data = DataSection(str(root), VERSION, "dry", train_data.augment)
+        augment = train_data.augment if isinstance(train_data, DataSection) else None
+        data = DataSection(str(root), VERSION, "dry", augment)
         dataset = build_dataset(data, config.model)
         sampler = TrainSampler(
             dataset.scene_of_sample.tolist(), section.batch_size, 1, section.frames_per_clip, 0.0, seed
@@ -137,8 +138,7 @@ def forward_gflops(core: Network, frame: Frame) -> float:
 def _steps(config: TrainConfig) -> int | None:
     """Returns the number of steps of the whole training in one process, None if unknown."""
     section, data = check_trainable(config)
-    roots = (data.dataroot,) if isinstance(data.dataroot, str) else data.dataroot
-    if all(Path(root, data.version).is_dir() for root in roots):
+    if isinstance(data, CustomDataSection) or _is_there(data):
         samples = len(build_dataset(data, config.model))
     elif (data.version, data.split) == ("v1.0-trainval", "train"):
         samples = NUSCENES_TRAIN_SAMPLES
@@ -146,6 +146,11 @@ def _steps(config: TrainConfig) -> int | None:
         return None
     per_epoch = round(samples * (1 - section.drop_frames) / (section.batch_size * section.frames_per_clip))
     return (section.image_epochs + section.epochs) * per_epoch
+
+
+def _is_there(data: DataSection) -> bool:
+    roots = (data.dataroot,) if isinstance(data.dataroot, str) else data.dataroot
+    return all(Path(root, data.version).is_dir() for root in roots)
 
 
 def _now(device: torch.device) -> float:

@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Any, NamedTuple, NoReturn
 
 import torch
+from mmengine.config import Config
 from mmengine.dist import (
     all_gather_object,
     all_reduce,
@@ -36,12 +37,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from perception import __version__
+from perception.data.nuscenes import NuScenesDataset
 from perception.engine.checkpoints import WorkDir, plain
 from perception.engine.step_times import StepFlop, StepTimes
 from perception.errors import Interrupted, TrainingError
 from perception.evaluation.dataset import evaluate_predictions
 from perception.inference.acceleration import accelerated
-from perception.inference.sequence import predict_stream
+from perception.inference.shared import from_first, predict_shared
 from perception.models import Network
 from perception.models.checkpoint import halve, read_metrics, save_checkpoint
 from perception.models.provenance import provenance_of
@@ -355,13 +357,26 @@ class TrainingRunner(Runner):
     Args:
         continuation: the work directory and what it holds.
         stop: tells whether a signal asks to stop.
+        cfg: the config, of which a copy is written into the work directory.
         arguments: of Runner.
     """
 
-    def __init__(self, continuation: Continuation, stop: StopRequest, **arguments: Any) -> None:
+    def __init__(self, continuation: Continuation, stop: StopRequest, cfg: Config, **arguments: Any) -> None:
         self.folder, self.settings, self.checkpoint, self.changed = continuation
         self.stop = stop
-        super().__init__(**arguments, work_dir=str(self.folder.path), resume=self.checkpoint is not None)
+        work_dir = str(self.folder.path)
+        with_folder = copy.deepcopy(cfg)
+        with_folder.work_dir = work_dir  # trackers look there for what they upload at the end
+        resume = self.checkpoint is not None
+        super().__init__(**arguments, cfg=with_folder, work_dir=work_dir, resume=resume)
+
+    def dump_config(self) -> None:
+        """Writes the config into the work directory as it was given."""
+        with_folder: Config = self.cfg
+        self.cfg: Config = copy.deepcopy(with_folder)
+        self.cfg.pop("work_dir")
+        super().dump_config()
+        self.cfg = with_folder
 
     def load_or_resume(self) -> None:
         """Continues from the checkpoint, if there is one."""
@@ -387,17 +402,14 @@ class StreamValLoop(BaseLoop):
         runner, dataset = self.runner, self.dataloader.dataset
         runner.call_hook("before_val")
         runner.call_hook("before_val_epoch")
-        rank, world = get_dist_info()
         random_states = _random_states()
         core = copy.deepcopy(core_of(runner)).eval()
         core.load_state_dict(halve(core.state_dict()))  # evaluates the weights that `ExportHook` writes
         # Float32, as `perception evaluate` runs by default: both give the same numbers for the same weights.
         network = accelerated(core, precision="float32")
-        stream = predict_stream(network, dataset, rank=rank, world_size=world, workers=self.dataloader.num_workers)
-        predictions = {token: objects for part in all_gather_object(stream.objects) for token, objects in part.items()}
-        results = [evaluate_predictions(dataset, predictions).metrics() if rank == 0 else {}]
-        broadcast_object_list(results)
-        metrics = results[0] | {"fps": 1 / stream.seconds_per_frame}
+        stream = predict_shared(network, dataset, workers=self.dataloader.num_workers)
+        metrics = from_first(lambda: evaluate_predictions(dataset, stream.objects).metrics())
+        metrics |= {"fps": 1 / stream.seconds_per_frame}
         _set_random_states(random_states)
         runner.call_hook("after_val_epoch", metrics=metrics)
         runner.call_hook("after_val")
@@ -438,7 +450,8 @@ class ExportHook(Hook):
         if get_dist_info()[0] != 0 or metrics is None:
             return
         core, report = core_of(runner), metrics | {"epoch": runner.epoch}
-        provenance = provenance_of(runner.train_dataloader.dataset)
+        dataset = runner.train_dataloader.dataset
+        provenance = provenance_of(dataset) if isinstance(dataset, NuScenesDataset) else None
         best = read_metrics(runner.folder.best)["score"] if runner.folder.best.exists() else -math.inf
         if metrics["score"] > best:
             save_checkpoint(runner.folder.best, core, report, half=True, provenance=provenance)

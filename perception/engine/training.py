@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 from mmengine.device import get_device
-from mmengine.dist import barrier, get_dist_info, init_dist, is_distributed
+from mmengine.dist import barrier, get_dist_info
 from mmengine.model import BaseModel, MMDistributedDataParallel
 from mmengine.runner import set_random_seed
 from torch import Tensor
@@ -28,6 +27,7 @@ from perception.data.nuscenes import NuScenesDataset
 from perception.engine.checkpoints import KEPT, WorkDir, changed_settings, settings_of
 from perception.engine.config import TrainConfig, TrainSection, build_dataset, check_trainable
 from perception.engine.gradient_checkpointing import gradient_checkpointing, recomputable_modules
+from perception.engine.launchers import join_processes
 from perception.engine.loops import (
     CheckedOptimWrapper,
     Continuation,
@@ -42,8 +42,10 @@ from perception.engine.step_times import ThroughputHook
 from perception.engine.weights import make_core
 from perception.errors import ConfigError
 from perception.evaluation.dataset import check_evaluable
+from perception.extensions import LOSSES, registered
 from perception.files import check_space
 from perception.models import Network
+from perception.reading import short
 from perception.types import Clip, Memory, map_tensors
 
 
@@ -53,6 +55,7 @@ class TrainingModel(BaseModel):
     Args:
         core: the network.
         disabled_losses: names of losses that are not used.
+        extra_losses: weight by name of registered losses, see `perception.extensions.register_loss`.
         gradient_checkpointing: see `perception.engine.gradient_checkpointing`.
 
     Raises:
@@ -60,11 +63,19 @@ class TrainingModel(BaseModel):
     """
 
     def __init__(
-        self, core: Network, disabled_losses: tuple[str, ...] = (), gradient_checkpointing: bool = False
+        self,
+        core: Network,
+        disabled_losses: tuple[str, ...] = (),
+        extra_losses: Mapping[str, float] | None = None,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.core, self.disabled_losses = core, disabled_losses
         self.recomputes = gradient_checkpointing
+        self.extra_losses = [
+            (name, registered(LOSSES, "train.extra_losses", name), weight)
+            for name, weight in (extra_losses or {}).items()
+        ]
         weights = core.loss_weights
         if unknown := sorted(set(disabled_losses) - set(weights)):
             raise ConfigError(f"train.disabled_losses names {unknown[0]!r}; the losses are {', '.join(weights)}")
@@ -114,7 +125,10 @@ class TrainingModel(BaseModel):
             # Matching and losses always run in float32.
             with torch.autocast(clip.sample_index.device.type, enabled=False):
                 prediction = map_tensors(lambda x: x.float() if x.is_floating_point() else x, prediction)
-                for name, loss in self.core.loss(prediction, step.gt, step.frames).items():
+                of_frame = self.core.loss(prediction, step.gt, step.frames)
+                for name, function, weight in self.extra_losses:
+                    of_frame |= _extra_losses(name, function(prediction, step.gt, step.frames), weight, of_frame)
+                for name, loss in of_frame.items():
                     losses[name] = losses[name] + loss / T if name in losses else loss / T
             ended("matching")
         return self._checked(losses), map_tensors(Tensor.detach, state)
@@ -125,6 +139,15 @@ class TrainingModel(BaseModel):
             if not ok:
                 raise FloatingPointError(f"loss {name} is {losses[name].item()}")
         return {name: loss for name, loss in losses.items() if name not in self.disabled_losses}
+
+
+def _extra_losses(name: str, found: Any, weight: float, others: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Checks and weights what a registered loss function returned."""
+    if not isinstance(found, dict) or not all(isinstance(x, Tensor) and x.numel() == 1 for x in found.values()):
+        raise ConfigError(f"the loss {name} of train.extra_losses returns {short(found)}; return scalars by name")
+    if taken := sorted(found.keys() & others.keys()):
+        raise ConfigError(f"the loss {name} of train.extra_losses returns {taken[0]!r}, which exists; rename it")
+    return {key: weight * loss.reshape(()) for key, loss in found.items()}
 
 
 def train(
@@ -156,7 +179,7 @@ def train(
         overwrite: delete the checkpoints and weights in the work directory and start.
         amp: run the network in bfloat16; losses and weights stay in float32.
         launcher: "none", or the launcher of the processes: "pytorch" (torchrun), "slurm" or "mpi", one process per GPU.
-            Processes of torchrun share the CPU if there is no GPU.
+            Without a GPU they share the CPUs.
 
     Returns:
         The network after the last epoch, with raw weights instead of averaged ones.
@@ -205,7 +228,7 @@ def train(
             numbers = 4 * sum(parameter.numel() for parameter in core.parameters())
             check_space(f"a training in {folder.path}", folder.path, (KEPT + 2) * 4 * numbers)
         # Convolutions are fastest in channels-last, on CPU and GPU.
-        model = TrainingModel(core, section.disabled_losses, section.gradient_checkpointing)
+        model = TrainingModel(core, section.disabled_losses, section.extra_losses, section.gradient_checkpointing)
         model = model.to(memory_format=torch.channels_last)
         continuation = Continuation(folder, settings, checkpoint, changed)
         runner = _build_runner(
@@ -215,27 +238,6 @@ def train(
         if writes:
             folder.prune()  # an interruption may have come before the deletion of the oldest checkpoint
     return model.core
-
-
-def join_processes(launcher: str) -> None:
-    """Initialises distributed training in this process.
-
-    Raises:
-        ConfigError: the launcher did not start this process, or it needs GPUs and there is none.
-    """
-    if launcher == "none" or is_distributed():
-        return
-    if launcher == "pytorch" and "RANK" not in os.environ:
-        raise ConfigError(
-            "--launcher pytorch is for processes of torchrun; start them with: torchrun --nproc_per_node N "
-            "-m perception train CONFIG --work-dir DIR --launcher pytorch"
-        )
-    if torch.cuda.is_available():
-        init_dist(launcher)
-    elif launcher == "pytorch":
-        torch.distributed.init_process_group("gloo")
-    else:
-        raise ConfigError(f"--launcher {launcher} needs one GPU per process and finds none; use torchrun for CPUs")
 
 
 def _build_runner(
@@ -301,6 +303,20 @@ def _build_runner(
         hooks.append({"type": SharedStatisticsHook})
     if section.ema_momentum > 0:
         hooks.append({"type": "EMAHook", "momentum": section.ema_momentum, "strict_load": True})
+    settings = {
+        "default_hooks": {
+            "logger": {"type": "LoggerHook", "interval": section.log_every},
+            "checkpoint": None,  # `StreamTrainLoop` saves
+        },
+        "custom_hooks": hooks,
+        "visualizer": {
+            "type": "Visualizer",
+            "vis_backends": [{"type": "TensorboardVisBackend"}, {"type": "LocalVisBackend"}],
+        },
+        "log_processor": {"window_size": section.log_every},
+        # All batches have the same shapes, so cuDNN searches the fastest convolutions once.
+        "env_cfg": {"cudnn_benchmark": cuda},
+    }
     return TrainingRunner(
         continuation,
         stop,
@@ -335,23 +351,12 @@ def _build_runner(
                 "end": iterations,
             },
         ],
-        default_hooks={
-            "logger": {"type": "LoggerHook", "interval": section.log_every},
-            "checkpoint": None,  # `StreamTrainLoop` saves
-        },
-        custom_hooks=hooks,
-        visualizer={
-            "type": "Visualizer",
-            "vis_backends": [{"type": "TensorboardVisBackend"}, {"type": "LocalVisBackend"}],
-        },
-        log_processor={"window_size": section.log_every},
         randomness={"seed": seed},
-        # All batches have the same shapes, so cuDNN searches the fastest convolutions once.
-        env_cfg={"cudnn_benchmark": cuda, "dist_cfg": {"backend": "nccl"}},
         launcher=launcher,
         # MMEngine looks up logs and message hubs by this name; two trainings in one process must have different names.
         experiment_name=f"{config.name} {continuation.folder.path.resolve()}",
         cfg=config.source,
+        **config.runner.over(settings),
     )
 
 

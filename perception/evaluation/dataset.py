@@ -28,6 +28,7 @@ from perception.evaluation.lane_report import LaneResult
 from perception.evaluation.lanes import STRICT_THRESHOLDS, evaluate_lanes, lane_rules
 from perception.evaluation.stability import StabilityResult, evaluate_stability
 from perception.evaluation.submission import map_lines, write_lanes
+from perception.extensions import VALIDATION_PARTS, check_parts
 from perception.files import write_json
 from perception.inference.sequence import Stream, predict_stream
 from perception.models.base import InferenceNetwork
@@ -236,9 +237,11 @@ def check_evaluable(dataset: NuScenesDataset) -> None:
     """Checks that predictions of a dataset can be evaluated. Call it before long work.
 
     Raises:
-        ConfigError: the dataset has several roots, and the official evaluation takes one.
+        ConfigError: the dataset has several roots, and the official evaluation takes one; or it is of a class from
+            outside the package and lacks something.
         DataError: the split has no box, or every box has 0 LiDAR and radar points.
     """
+    check_parts("the validation dataset", dataset, VALIDATION_PARTS)
     if len(dataset.roots) != 1:
         raise ConfigError(f"the dataset has {len(dataset.roots)} roots; evaluate one root at a time")
     valid = [ok for i in range(len(dataset)) for ok in dataset.gt_boxes(i).valid.int().tolist()]

@@ -8,7 +8,9 @@ of accuracy that is left; this card reports the share that is lost.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,9 +30,10 @@ from perception.evaluation.dataset import all_gt_lines, ego_poses
 from perception.evaluation.detection import evaluate_boxes, load_tables
 from perception.evaluation.lanes import evaluate_lanes
 from perception.evaluation.submission import map_lines
-from perception.inference.sequence import Disturbance, predict_stream
+from perception.inference.sequence import Disturbance
+from perception.inference.shared import from_first, predict_shared, rank_and_size
 from perception.models.base import InferenceNetwork
-from perception.types import Frame, LaneRange
+from perception.types import Frame, FrameObjects, LaneRange
 
 DEFAULT_SEVERITY = 2
 SCORES = {"nds": "NDS", "mAP": "mAP", "lane_mAP": "lane mAP"}  # higher is better
@@ -246,6 +249,8 @@ def evaluate_robustness(
 ) -> RobustnessCard:
     """Runs a network on a dataset once per trial and compares with its clean evaluation.
 
+    Processes of a launcher share the scenes, and all of them return the card.
+
     Args:
         model: in evaluation mode.
         dataset: of one root.
@@ -261,13 +266,18 @@ def evaluate_robustness(
     wanted = (*SCORES, *ERRORS)
     lane_range = lane_range or dataset.lane_range
     poses, results = ego_poses(dataset), []
-    tables = load_tables(dataset.roots[0], dataset.version)
-    gt = all_gt_lines(dataset, protocol=protocol, lane_range=lane_range, progress=progress)
-    for name, group, disturb in tqdm(trials, desc="disturbances", unit="trial", disable=not progress):
-        predictions = predict_stream(model, dataset, disturb=disturb, workers=workers, progress=progress).objects
+    first = rank_and_size()[0] == 0  # the process that evaluates
+    tables = load_tables(dataset.roots[0], dataset.version) if first else None
+    gt = all_gt_lines(dataset, protocol=protocol, lane_range=lane_range, progress=progress) if first else {}
+
+    def evaluated(predictions: Mapping[str, FrameObjects]) -> dict[str, float]:
         boxes = evaluate_boxes(predictions, poses, dataset.roots[0], dataset.version, dataset.split, nusc=tables)
         lines = {token: map_lines(objects.lines) for token, objects in predictions.items()}
         lanes = evaluate_lanes(lines, gt, protocol=protocol, lane_range=lane_range, workers=workers, progress=progress)
         found = {"nds": boxes.nds, "mAP": boxes.mean_ap, "lane_mAP": lanes.mean_ap, **boxes.errors}
-        results.append(TrialResult(name, group, {name: float(found[name]) for name in wanted}))
+        return {name: float(found[name]) for name in wanted}
+
+    for name, group, disturb in tqdm(trials, desc="disturbances", unit="trial", disable=not (progress and first)):
+        stream = predict_shared(model, dataset, disturb=disturb, workers=workers, progress=progress)
+        results.append(TrialResult(name, group, from_first(partial(evaluated, stream.objects))))
     return RobustnessCard({name: float(clean[name]) for name in wanted}, tuple(results))

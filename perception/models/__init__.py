@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from perception.errors import ConfigError
+from perception.extensions import check_free
 from perception.models.base import Network, NetworkConfig
 from perception.models.bev_transformer.config import BEVTransformerConfig
 from perception.models.bev_transformer.model import BEVTransformer
@@ -42,7 +43,35 @@ __all__ = [
     "network_name",
     "preset_config",
     "preset_name",
+    "register_network",
 ]
+
+
+def register_network(name: str, config_class: type[Any], network_class: type[Any]) -> None:
+    """Adds a network from outside the package to `NETWORKS`, under the name that its weights files hold.
+
+    Args:
+        name: of the network.
+        config_class: see `perception.models.base.NetworkConfig`.
+        network_class: see `perception.models.base.Network`.
+
+    Raises:
+        ConfigError: another network has this name or one of its presets, or the class lacks a part of the protocol.
+    """
+    present = NETWORKS.get(name, (None, None))
+    check_free(present[0], config_class, f"the network {name!r}")
+    check_free(present[1], network_class, f"the network {name!r}")
+    wanted = {part for part in (*Network.__annotations__, *vars(Network)) if not part.startswith("_")}
+    wanted -= {"config", "image_encoder"}  # of instances
+    if missing := sorted(part for part in wanted if not hasattr(network_class, part)):
+        raise ConfigError(
+            f"the network {name!r}: {network_class.__name__} lacks {', '.join(missing)}; docs/add-a-network.md tells "
+            "what they are"
+        )
+    others = {preset for kind, _ in NETWORKS.values() if kind is not present[0] for preset in kind.presets()}
+    if taken := sorted(others & config_class.presets().keys()):
+        raise ConfigError(f"the network {name!r} has a preset {taken[0]!r}, as another network has; rename it")
+    NETWORKS[name] = config_class, network_class
 
 
 def network_name(config: NetworkConfig) -> str:

@@ -60,6 +60,8 @@ def save_checkpoint(
         "config": json.dumps(asdict(model.config)),
         "metrics": json.dumps(metrics),
     }
+    if not (module := type(model).__module__).startswith("perception."):
+        metadata["module"] = module  # of a network from outside the package, for the message that it is unknown
     if provenance is not None:
         metadata["provenance"] = provenance.to_json()
     with replacing(path) as temporary:
@@ -122,8 +124,12 @@ def load_model(name_or_path: str | Path, device: str | torch.device = "cpu") -> 
     tensors = {name: t.float() if t.dtype == torch.float16 else t for name, t in tensors.items()}
     architecture = metadata.get("architecture", "bev_transformer")
     if architecture not in NETWORKS:
+        module = metadata.get("module", "")
+        outside = all(part.isidentifier() for part in module.split("."))
+        fix = f"add --import {module}" if outside else "use a newer version, or add --import MODULE"
         raise CheckpointError(
-            f"{path}: architecture {short(architecture)} is unknown to this version; use a newer version"
+            f"{path}: architecture {short(architecture)} is unknown here; {fix}, or name the module that registers it "
+            "in custom_imports of the config"
         )
     try:
         config = _config(NETWORKS[architecture][0], _json(path, metadata, "config"))
