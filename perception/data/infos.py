@@ -19,7 +19,7 @@ from perception.data.loader import decode_image, pad_boxes, pad_lines
 from perception.data.nuscenes import NUSCENES_CAMERAS
 from perception.data.plain_pickle import read_plain_pickle
 from perception.errors import DataError, PerceptionWarning
-from perception.geometry import invert_rigid, rigid_from_yaw, transform_points, wrap_angle, yaw_from_rotation
+from perception.geometry import invert_rigid, rigid_from_yaw, transform_points
 from perception.inference.checks import check_intrinsics, checked_pose, checked_rig, checked_rigid
 from perception.inference.crop import fitted_rig
 from perception.inference.plausibility import implausible_rig
@@ -35,6 +35,7 @@ from perception.types import (
     Frame,
     FrameObjects,
     NumpyCameraRig,
+    map_tensors,
 )
 
 _FARTHEST = 1000.0  # metres from the car, and metres or metres per second of a box
@@ -160,47 +161,38 @@ class InfoSample(NamedTuple):
             PerceptionWarning: the boxes cannot be used, or the calibration is implausible.
         """
         cameras = self.cameras if cameras is None else tuple(cameras)
-        N = len(cameras)
-        given = set(self.cameras)
-        ego_from_lidar = self.ego_from_lidar()
+        rig, ego_from_exposure = self.rig(cameras)
+        paths = {int(n): self.image_path(cameras[n], data_prefix) for n in np.flatnonzero(rig.present)}
+        sizes = {n: self.stored_size(cameras[n], path) for n, path in paths.items()}
+        for n, size in sizes.items():
+            check_intrinsics(f"{self.name}: images.{cameras[n]}.cam2img", rig.img_from_cam[n], size)
+        fitted = fitted_rig(rig, sizes, image_size)
+        for sentence in implausible_rig(rig, sizes, sees_ground(fitted, image_size)).values():
+            _warn(f"{self.name}: {_in_words_of(_fields(cameras), sentence)}")
+        if finding := fitted_coverage(cameras, rig, sizes, image_size).finding(CUT_FIRST):
+            _warn(f"{self.name}: {finding}")
+        frame = load_frame(rig, ego_from_exposure, self.ego_from_lidar(), paths, image_size)
+        gt = FrameObjects(pad_boxes([self.boxes()]), pad_lines([[]], points_per_line))
+        frames = map_tensors(lambda tensor: tensor[None], frame)
+        return Clip(frames, gt, torch.zeros(1, dtype=torch.int64))
+
+    def rig(self, cameras: Sequence[str]) -> tuple[NumpyCameraRig, np.ndarray]:
+        """Reads the calibration of cameras, in pixels of the stored images, and their `ego_from_exposure` [N, 4, 4].
+
+        Args:
+            cameras: names, in order; one that the entry lacks is marked as not present.
+
+        Raises:
+            DataError: a field is missing or malformed.
+        """
+        N, given, ego_from_lidar = len(cameras), set(self.cameras), self.ego_from_lidar()
         rig = NumpyCameraRig(
             np.tile(np.eye(3), (N, 1, 1)), np.tile(np.eye(4), (N, 1, 1)), np.array([name in given for name in cameras])
         )
         ego_from_exposure = np.tile(np.eye(4), (N, 1, 1))
         for n in np.flatnonzero(rig.present):
             rig.img_from_cam[n], rig.ego_from_cam[n], ego_from_exposure[n] = self._camera(cameras[n], ego_from_lidar)
-        fields = {f"rig.img_from_cam[{n}]": f"images.{name}.cam2img" for n, name in enumerate(cameras)}
-        fields |= {f"rig.ego_from_cam[{n}]": f"the pose of images.{name}" for n, name in enumerate(cameras)}
-        rig = _renamed(f"{self.name}: ", fields, checked_rig, rig, N)
-        paths = {int(n): self._image_path(cameras[n], data_prefix) for n in np.flatnonzero(rig.present)}
-        sizes = {n: self._stored_size(cameras[n], path) for n, path in paths.items()}
-        for n, size in sizes.items():
-            check_intrinsics(f"{self.name}: images.{cameras[n]}.cam2img", rig.img_from_cam[n], size)
-        fitted = fitted_rig(rig, sizes, image_size)
-        for sentence in implausible_rig(rig, sizes, sees_ground(fitted, image_size)).values():
-            _warn(f"{self.name}: {_in_words_of(fields, sentence)}")
-        if finding := fitted_coverage(cameras, rig, sizes, image_size).finding(CUT_FIRST):
-            _warn(f"{self.name}: {finding}")
-        images = torch.zeros(1, N, 3, *image_size, dtype=torch.uint8)  # [T, N, 3, H, W]
-        for n, path in paths.items():
-            images[0, n], rig.img_from_cam[n] = decode_image(path, rig.img_from_cam[n], image_size)
-        frames = Frame(
-            images=images,
-            rig=CameraRig(
-                torch.from_numpy(rig.img_from_cam).float()[None],
-                torch.from_numpy(rig.ego_from_cam).float()[None],
-                torch.from_numpy(rig.present)[None],
-            ),
-            ego_from_prev=torch.eye(4)[None],
-            seconds_since_prev=torch.zeros(1),
-            is_first=torch.ones(1, dtype=torch.bool),
-            ego_from_lidar=torch.from_numpy(
-                np.array(NUSCENES_EGO_FROM_LIDAR) if ego_from_lidar is None else ego_from_lidar
-            ).float()[None],
-            ego_from_exposure=torch.from_numpy(ego_from_exposure).float()[None],
-        )
-        gt = FrameObjects(pad_boxes([self._boxes(ego_from_lidar)]), pad_lines([[]], points_per_line))
-        return Clip(frames, gt, torch.zeros(1, dtype=torch.int64))
+        return _renamed(f"{self.name}: ", _fields(cameras), checked_rig, rig, N), ego_from_exposure
 
     def _camera(self, name: str, ego_from_lidar: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns img_from_cam [3, 3] of the stored image, ego_from_cam [4, 4] and ego_from_exposure [4, 4]."""
@@ -229,8 +221,12 @@ class InfoSample(NamedTuple):
             raise DataError(f"{where} has no pose; give cam2ego, or lidar2cam and lidar_points.lidar2ego")
         return img_from_cam, pose, moved
 
-    def _image_path(self, name: str, data_prefix: Mapping[str, str] | None) -> Path:
-        """Returns the path of the image of a camera."""
+    def image_path(self, name: str, data_prefix: Mapping[str, str] | None) -> Path:
+        """Returns the path of the image of a camera; `data_prefix` as in `clip`.
+
+        Raises:
+            DataError: there is no such file, or the name leads out of the folder.
+        """
         where = f"{self.name}: images.{name}.img_path"
         image = typed(self.entry["images"][name]["img_path"], str, where, "the path of an image")
         parts = PurePath(image.replace("\\", "/"))
@@ -259,8 +255,12 @@ class InfoSample(NamedTuple):
             )
         return found
 
-    def _stored_size(self, name: str, path: Path) -> tuple[int, int]:
-        """Returns height and width of an image file, after comparing them with those of the entry."""
+    def stored_size(self, name: str, path: Path) -> tuple[int, int]:
+        """Returns height and width of an image file, after comparing them with those of the entry.
+
+        Raises:
+            DataError: the file is no image, or has another size.
+        """
         try:
             with Image.open(path) as image:
                 size = image.size[1], image.size[0]
@@ -275,8 +275,16 @@ class InfoSample(NamedTuple):
             )
         return size
 
-    def _boxes(self, ego_from_lidar: np.ndarray | None) -> Boxes:
-        """Reads the boxes of the entry and transforms them to the ego frame."""
+    def boxes(self) -> Boxes:
+        """Reads the boxes [M] of the entry and transforms them to the ego frame; see `clip`.
+
+        Raises:
+            DataError: a box is malformed.
+
+        Warns:
+            PerceptionWarning: the file does not hold what is needed to use them.
+        """
+        ego_from_lidar = self.ego_from_lidar()
         found = self.entry.get("instances")
         instances = [] if found is None else typed(found, list, f"{self.name}: instances", "a list of boxes")
         layout = _LAYOUTS.get(self.dataset)
@@ -321,12 +329,14 @@ class InfoSample(NamedTuple):
             heading = np.stack([np.cos(yaw), np.zeros_like(yaw), -np.sin(yaw)], 1) @ lidar_from_cam[:3, :3].T
             center = transform_points(lidar_from_cam, center - np.pad(size[:, 2:] / 2, ((0, 0), (1, 1))))
             yaw = np.arctan2(heading[:, 1], heading[:, 0])
-        flat_velocity = np.concatenate([velocity, np.zeros((len(box), 1))], axis=1)  # [M, 3]
+        # Heading and velocity are level, and mmdet3d writes their projections onto the plane of the LiDAR's x and y.
+        ego_from_plane = np.linalg.inv(ego_from_box[:2, :2].T)
+        heading = np.stack([np.cos(yaw), np.sin(yaw)], 1) @ ego_from_plane.T  # [M, 2]
         return Boxes(
             center=torch.from_numpy(transform_points(ego_from_box, center)).float(),
             size=torch.from_numpy(size).float(),
-            yaw=torch.from_numpy(wrap_angle(yaw + yaw_from_rotation(ego_from_box))).float(),
-            velocity=torch.from_numpy((flat_velocity @ ego_from_box[:3, :3].T)[:, :2]).float(),
+            yaw=torch.from_numpy(np.arctan2(heading[:, 1], heading[:, 0])).float(),
+            velocity=torch.from_numpy(velocity @ ego_from_plane.T).float(),
             label=torch.from_numpy(label),
             attribute=torch.full((len(box),), -1),
             score=torch.ones(len(box)),
@@ -385,6 +395,50 @@ def read_info(path: str | Path, sample: int | str = 0) -> InfoSample:
         _categories(path, metainfo),
         dataset.lower() if isinstance(dataset, str) else "",
     )
+
+
+def load_frame(
+    rig: NumpyCameraRig,
+    ego_from_exposure: np.ndarray,
+    ego_from_lidar: np.ndarray | None,
+    paths: Mapping[int, Path],
+    image_size: tuple[int, int],
+) -> Frame:
+    """Decodes the images of a frame and fits them to the network; the frame is a first frame, without leading [T].
+
+    Args:
+        rig: calibration [N, ...] of the stored images; that of the frame is in pixels of the fitted ones.
+        ego_from_exposure: [N, 4, 4].
+        ego_from_lidar: [4, 4], None for that of nuScenes' cars.
+        paths: of the images by number of the camera.
+        image_size: height and width, see `fit_image`.
+
+    Raises:
+        DataError: an image is missing or damaged.
+    """
+    images = torch.zeros(len(rig.present), 3, *image_size, dtype=torch.uint8)  # [N, 3, H, W]
+    img_from_cam = rig.img_from_cam.copy()
+    for n, path in paths.items():
+        images[n], img_from_cam[n] = decode_image(path, img_from_cam[n], image_size)
+    lidar = np.array(NUSCENES_EGO_FROM_LIDAR) if ego_from_lidar is None else ego_from_lidar
+    return Frame(
+        images=images,
+        rig=CameraRig(
+            torch.from_numpy(img_from_cam).float(), torch.from_numpy(rig.ego_from_cam).float(),
+            torch.from_numpy(rig.present),
+        ),
+        ego_from_prev=torch.eye(4),
+        seconds_since_prev=torch.zeros(()),
+        is_first=torch.ones((), dtype=torch.bool),
+        ego_from_lidar=torch.from_numpy(lidar).float(),
+        ego_from_exposure=torch.from_numpy(ego_from_exposure).float(),
+    )  # fmt: skip
+
+
+def _fields(cameras: Sequence[str]) -> dict[str, str]:
+    """Names of the fields of a rig in the words of an info file."""
+    fields = {f"rig.img_from_cam[{n}]": f"images.{name}.cam2img" for n, name in enumerate(cameras)}
+    return fields | {f"rig.ego_from_cam[{n}]": f"the pose of images.{name}" for n, name in enumerate(cameras)}
 
 
 def _index(path: Path, entries: list, sample: int | str) -> int:
