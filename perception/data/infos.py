@@ -19,7 +19,7 @@ from perception.data.loader import decode_image, pad_boxes, pad_lines
 from perception.data.nuscenes import NUSCENES_CAMERAS
 from perception.data.plain_pickle import read_plain_pickle
 from perception.errors import DataError, PerceptionWarning
-from perception.geometry import invert_rigid, rigid_from_yaw, transform_points
+from perception.geometry import invert_rigid, rigid_from_yaw, transform_points, wrap_angle, yaw_from_rotation
 from perception.inference.checks import check_intrinsics, checked_pose, checked_rig, checked_rigid
 from perception.inference.crop import fitted_rig
 from perception.inference.plausibility import implausible_rig
@@ -329,13 +329,13 @@ class InfoSample(NamedTuple):
             heading = np.stack([np.cos(yaw), np.zeros_like(yaw), -np.sin(yaw)], 1) @ lidar_from_cam[:3, :3].T
             center = transform_points(lidar_from_cam, center - np.pad(size[:, 2:] / 2, ((0, 0), (1, 1))))
             yaw = np.arctan2(heading[:, 1], heading[:, 0])
-        # Heading and velocity are level, and mmdet3d writes their projections onto the plane of the LiDAR's x and y.
+        # Velocities are level, and mmdet3d writes their projections onto the plane of the LiDAR's x and y. Its yaws are
+        # angles about z against the LiDAR's x axis.
         ego_from_plane = np.linalg.inv(ego_from_box[:2, :2].T)
-        heading = np.stack([np.cos(yaw), np.sin(yaw)], 1) @ ego_from_plane.T  # [M, 2]
         return Boxes(
             center=torch.from_numpy(transform_points(ego_from_box, center)).float(),
             size=torch.from_numpy(size).float(),
-            yaw=torch.from_numpy(np.arctan2(heading[:, 1], heading[:, 0])).float(),
+            yaw=torch.from_numpy(wrap_angle(yaw + yaw_from_rotation(ego_from_box))).float(),
             velocity=torch.from_numpy(velocity @ ego_from_plane.T).float(),
             label=torch.from_numpy(label),
             attribute=torch.full((len(box),), -1),
@@ -363,8 +363,30 @@ def read_info(path: str | Path, sample: int | str = 0) -> InfoSample:
         DataError: the file is missing, is no info file, or has no such entry.
     """
     path = Path(path)
+    metainfo, entries = _content(path)
+    return _sample(path, metainfo, entries, _index(path, entries, sample))
+
+
+def read_infos(path: str | Path) -> tuple[Mapping[str, Any], list[InfoSample]]:
+    """Reads all entries of an info file.
+
+    Returns:
+        `metainfo`, empty if the file has none, and the entries in the file's order.
+
+    Raises:
+        DataError: the file is missing, is no info file, or has no entry.
+    """
+    path = Path(path)
+    metainfo, entries = _content(path)
+    if not entries:
+        raise DataError(f"{path} has no entry in data_list; give a file with samples")
+    return metainfo, [_sample(path, metainfo, entries, index) for index in range(len(entries))]
+
+
+def _content(path: Path) -> tuple[Mapping[str, Any], list]:
+    """Returns `metainfo` and the entries of a file."""
     content = _read(path)
-    metainfo: object = {}
+    metainfo: Any = {}
     if isinstance(content, Mapping) and "infos" in content:
         raise DataError(
             f"{path} is an info file of mmdet3d before v1.1; convert it with tools/dataset_converters/"
@@ -382,18 +404,15 @@ def read_info(path: str | Path, sample: int | str = 0) -> InfoSample:
             f"{path} is no info file of mmdet3d v1.1; give an object with data_list, a list of samples, or one sample "
             "with images"
         )
-    index = _index(path, entries, sample)
-    name = f"{path}, entry {index}"
+    return metainfo, entries
+
+
+def _sample(path: Path, metainfo: Mapping[str, Any], entries: list, index: int) -> InfoSample:
+    name, dataset = f"{path}, entry {index}", metainfo.get("dataset", "")
     if not isinstance(entries[index], Mapping):
         raise DataError(f"{name} is {short(entries[index])}; it must be an object with images")
-    assert isinstance(metainfo, Mapping)
-    dataset = metainfo.get("dataset", "")
     return InfoSample(
-        path,
-        name,
-        entries[index],
-        _categories(path, metainfo),
-        dataset.lower() if isinstance(dataset, str) else "",
+        path, name, entries[index], _categories(path, metainfo), dataset.lower() if isinstance(dataset, str) else ""
     )
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from mmengine.config import Config
 
 from perception.data.augment import Augment
+from perception.data.info_dataset import open_infos
 from perception.data.nuscenes import NuScenesDataset
 from perception.engine.config_file import read_config
 from perception.errors import ConfigError
@@ -38,6 +39,16 @@ class DataSection:
     split: str  # an official split, or one from splits.json of the dataset
     augment: Augment | None = None  # in a config: dict() with the fields of Augment that differ from the defaults
     make_with: dict[str, str] = field(default_factory=dict)  # by root the command that creates it, for error messages
+
+
+@dataclass(frozen=True)
+class InfosSection:
+    """A dataset of mmdet3d: `train_data` or `val_data` of a config, in place of a `DataSection`."""
+
+    infos: str  # info file of mmdet3d v1.1, e.g. data/nuscenes/nuscenes_infos_train.pkl
+    data_prefix: dict[str, str] = field(default_factory=dict)  # folders of the images, see `open_infos`
+    dataroot: str = ""  # folder of nuScenes' tables and maps; that of the info file by default
+    augment: Augment | None = None  # as for `DataSection`
 
 
 @dataclass(frozen=True)
@@ -71,8 +82,8 @@ class TrainConfig:
 
     name: str  # of the file without .py, also of the exported weights
     model: NetworkConfig
-    train_data: DataSection | None  # None, as `train`, for a config that is for evaluation only
-    val_data: DataSection
+    train_data: DataSection | InfosSection | None  # None, as `train`, for a config that is for evaluation only
+    val_data: DataSection | InfosSection
     train: TrainSection | None
     source: Config  # unparsed, for the copy in the work directory
 
@@ -97,7 +108,7 @@ def load_config(name_or_path: str | Path, options: dict | None = None) -> TrainC
     source_dict = source.to_dict()
     _check_keys(path, "", source_dict, set(sections), {"model", "val_data"})
     parsed: dict[str, Any] = {
-        name: _parse(path, name, source_dict[name], kind) if name in source_dict else None
+        name: _parse(path, name, source_dict[name], _kind(source_dict[name], kind)) if name in source_dict else None
         for name, kind in sections.items()
         if kind
     }
@@ -141,25 +152,30 @@ def _changed(path: str, where: str, config: Any, section: dict) -> Any:
     return dataclasses.replace(config, **changes)
 
 
-def build_dataset(section: DataSection, model: NetworkConfig) -> NuScenesDataset:
+def _kind(section: object, kind: type[Any]) -> type[Any]:
+    """Returns the dataclass of a section; a dataset with the key `infos` is an `InfosSection`."""
+    return InfosSection if kind is DataSection and isinstance(section, dict) and "infos" in section else kind
+
+
+def build_dataset(section: DataSection | InfosSection, model: NetworkConfig) -> NuScenesDataset:
     """Opens the dataset of a section, with the image size, the points per line and the lane range of a network.
 
     Raises:
         DataError: the root or one of its files is missing or malformed.
     """
+    shared: dict[str, Any] = {
+        "image_size": model.image_size, "points_per_line": model.line_points, "lane_range": model.lane_range,
+        "augment": section.augment,
+    }  # fmt: skip
+    if isinstance(section, InfosSection):
+        return open_infos(
+            section.infos, data_prefix=section.data_prefix or None, dataroot=section.dataroot or None, **shared
+        )
     check_dataset(section.dataroot, section.version, section.make_with)
-    return NuScenesDataset(
-        section.dataroot,
-        section.version,
-        section.split,
-        image_size=model.image_size,
-        points_per_line=model.line_points,
-        lane_range=model.lane_range,
-        augment=section.augment,
-    )
+    return NuScenesDataset(section.dataroot, section.version, section.split, **shared)
 
 
-def check_trainable(config: TrainConfig) -> tuple[TrainSection, DataSection]:
+def check_trainable(config: TrainConfig) -> tuple[TrainSection, DataSection | InfosSection]:
     """Checks that a config is for training, and returns its sections `train` and `train_data`.
 
     Raises:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from perception.data.loader import TrainSampler, collate
-from perception.engine.config import DataSection, TrainConfig, build_dataset, check_trainable
+from perception.engine.config import DataSection, InfosSection, TrainConfig, build_dataset, check_trainable
 from perception.engine.training import TrainingModel, build_optimizer
 from perception.files import scratch_folder
 from perception.models import Network, build_network
@@ -136,10 +136,15 @@ def forward_gflops(core: Network, frame: Frame) -> float:
 def _steps(config: TrainConfig) -> int | None:
     """Returns the number of steps of the whole training in one process, None if unknown."""
     section, data = check_trainable(config)
-    roots = (data.dataroot,) if isinstance(data.dataroot, str) else data.dataroot
-    if all(Path(root, data.version).is_dir() for root in roots):
+    if isinstance(data, InfosSection):
+        found, is_nuscenes = Path(data.infos).is_file(), False
+    else:
+        roots = (data.dataroot,) if isinstance(data.dataroot, str) else data.dataroot
+        found = all(Path(root, data.version).is_dir() for root in roots)
+        is_nuscenes = (data.version, data.split) == ("v1.0-trainval", "train")
+    if found:
         samples = len(build_dataset(data, config.model))
-    elif (data.version, data.split) == ("v1.0-trainval", "train"):
+    elif is_nuscenes:
         samples = NUSCENES_TRAIN_SAMPLES
     else:
         return None

@@ -74,9 +74,7 @@ def sensor_boxes(boxes: Boxes, ego_from_sensor: Tensor, kind: type[SensorBoxes])
     return kind(box.float(), box_dim=9, origin=(0.5, 0.5, 0.5))
 
 
-def ego_boxes(
-    boxes: BaseInstance3DBoxes, label: Tensor, ego_from_sensor: Tensor, score: Tensor | None = None
-) -> Boxes:
+def ego_boxes(boxes: BaseInstance3DBoxes, label: Tensor, ego_from_sensor: Tensor, score: Tensor | None = None) -> Boxes:
     """Converts boxes of a sensor to the ego frame.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,9 +24,10 @@ from perception.inference.ego_motion import interrupted
 from perception.mmdet3d.boxes import ego_boxes, sensor_boxes
 from perception.mmdet3d.frames import FrameInput
 from perception.models import build_network
-from perception.types import Boxes, Clip, Frame, FrameObjects, Memory, map_tensors
+from perception.types import Boxes, Clip, Frame, FrameObjects, Memory, Polylines, map_tensors
 
 MODELS = Registry("model", parent=MMENGINE_MODELS, scope="perception", locations=["perception.mmdet3d"])
+Found = TypeVar("Found", Boxes, Polylines)
 
 
 class _Stream:
@@ -157,9 +158,7 @@ class Detector(Base3DDetector):
         objects = self.core.decode(prediction)
         found = []
         for b, sample in enumerate(batch_data_samples):
-            boxes, lines = (
-                map_tensors(lambda tensor, b=b, valid=part.valid[b]: tensor[b, valid], part) for part in objects[:2]
-            )
+            boxes, lines = _valid(objects.boxes, b), _valid(objects.lines, b)
             converted = sensor_boxes(boxes, inputs.frame.ego_from_lidar[b], LiDARInstance3DBoxes)
             found.append(InstanceData(bboxes_3d=converted, labels_3d=boxes.label, scores_3d=boxes.score))
             if "line" in self.core.finds:
@@ -182,6 +181,12 @@ def _stacked(inputs: Any) -> Any:
     if hasattr(inputs, "_fields"):
         return type(inputs)(*(_stacked(part) for part in inputs))
     return torch.stack(list(inputs))
+
+
+def _valid(found: Found, b: int) -> Found:
+    """Returns the valid boxes or lines of one element of a batch."""
+    valid = found.valid[b]
+    return map_tensors(lambda tensor: tensor[b, valid], found)
 
 
 def _ground_truth(sample: Det3DDataSample, ego_from_lidar: Tensor) -> Boxes:

@@ -64,9 +64,7 @@ class PackFrame(BaseTransform):
         name = f"sample {short(results.get('token', results.get('sample_idx')))} of mmdet3d"
         sample = InfoSample(Path(), name, results, None, "")
         rig, ego_from_exposure = sample.rig(self.cameras)
-        paths = {
-            int(n): Path(str(results["images"][self.cameras[n]]["img_path"])) for n in np.flatnonzero(rig.present)
-        }
+        paths = {int(n): Path(str(results["images"][self.cameras[n]]["img_path"])) for n in np.flatnonzero(rig.present)}
         time = number(results.get("timestamp"))
         if not np.isfinite(time):
             raise DataError(f"{name}: timestamp is {short(results.get('timestamp'))}; give seconds")

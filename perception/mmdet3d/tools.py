@@ -1,4 +1,4 @@
-"""Runs mmdet3d's own tools, `train.py`, `test.py` and `create_data.py`, with the networks of this library registered."""
+"""Runs mmdet3d's own tools, `train.py`, `test.py` and `create_data.py`, which find the library's networks by name."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import mmdet3d
-import numpy as np
 import torch
-from mmengine.logging import HistoryBuffer
 
+from perception.engine.weights import MMENGINE_CLASSES
 from perception.errors import ConfigError
 
 TOOLS = ("train", "test", "create_data")
@@ -40,14 +39,11 @@ def run_tool(name: str, arguments: Sequence[str]) -> None:
             f"{_NUSCENES} is no folder here, and create_data of mmdet3d reads the tables from it whatever --root-path "
             "says; start the command where the dataset, or a link to it, is data/nuscenes"
         )
-    # mmdet3d 1.4 is older than torch 2.6, whose `torch.load` takes tensors and listed classes only.
-    scalar, reconstruct = np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]
-    torch.serialization.add_safe_globals(
-        [HistoryBuffer, np.ndarray, np.dtype, scalar, reconstruct, *{type(np.dtype(kind)) for kind in "bilfd"}]
-    )
     before = sys.argv, sys.path
     sys.argv, sys.path = [str(path), *arguments], [str(root), *sys.path]  # the tools import each other from there
     try:
-        runpy.run_path(str(path), run_name="__main__")
+        # mmdet3d 1.4 is older than torch 2.6, whose `torch.load` takes tensors and listed classes only.
+        with torch.serialization.safe_globals(MMENGINE_CLASSES):
+            runpy.run_path(str(path), run_name="__main__")
     finally:
         sys.argv, sys.path = before
