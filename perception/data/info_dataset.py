@@ -26,7 +26,7 @@ from perception.errors import DataError, PerceptionWarning
 from perception.geometry import invert_rigid
 from perception.inference.ego_motion import interrupted
 from perception.reading import number, parse_json, read_bytes, short, typed
-from perception.types import ATTRIBUTES, DEFAULT_LANE_RANGE, LaneRange
+from perception.types import ATTRIBUTES, DEFAULT_LANE_RANGE, LaneRange, NumpyCameraRig
 
 _TABLES = ("sample", "scene", "log")
 _MOST_POINTS = 10**9
@@ -148,7 +148,7 @@ def _build(
         scene_name=np.array([name.encode() for name in names]),
         scene_map=np.array([os.fsencode(root / place) for place in maps] or [b""] * len(names)),
         image_path=np.array(paths),
-        image_size=_image_sizes(samples, cameras, paths),
+        image_size=_image_sizes(samples, rigs, cameras, paths),
         img_from_cam=np.stack([rig.img_from_cam for rig in rigs]),
         ego_from_cam=np.stack([rig.ego_from_cam for rig in rigs]),
         ego_from_exposure=np.stack(from_exposure),
@@ -224,16 +224,21 @@ def _ego_from_lidar(sample: InfoSample) -> np.ndarray:
     return pose
 
 
-def _image_sizes(samples: list[InfoSample], cameras: tuple[str, ...], paths: list[list[bytes]]) -> np.ndarray:
-    """Returns height and width [S, N, 2] of the images, read from the file for the sample with most cameras.
+def _image_sizes(
+    samples: list[InfoSample], rigs: Sequence[NumpyCameraRig], cameras: tuple[str, ...], paths: list[list[bytes]]
+) -> np.ndarray:
+    """Returns height and width [S, N, 2] of the images.
 
-    Infos of mmdet3d do not hold them, and 0 leaves them open: opening every image would take long.
+    Infos of mmdet3d do not hold them. Opening every image would take long, so one is opened for each calibration.
     """
     sizes = np.zeros((len(samples), len(cameras), 2), dtype=np.int32)
-    first = int(np.argmax([sum(map(bool, row)) for row in paths]))
-    for n, (camera, image) in enumerate(zip(cameras, paths[first], strict=True)):
-        if image:
-            sizes[first, n] = samples[first].stored_size(camera, Path(os.fsdecode(image)))
+    known: dict[tuple[int, bytes], tuple[int, int]] = {}
+    for i, (sample, rig) in enumerate(zip(samples, rigs, strict=True)):
+        for n in np.flatnonzero(rig.present):
+            calibration = int(n), rig.img_from_cam[n].tobytes()
+            if calibration not in known:
+                known[calibration] = sample.stored_size(cameras[n], Path(os.fsdecode(paths[i][n])))
+            sizes[i, n] = known[calibration]
     return sizes
 
 

@@ -327,9 +327,8 @@ class NuScenesDataset(Dataset):
         for camera, path in enumerate(index.image_path[i]):
             if path:
                 height, width = index.image_size[i, camera]
-                stored = (height, width) if height else None  # infos do not hold the sizes
                 images[camera], img_from_cam[camera] = decode_image(
-                    os.fsdecode(path), img_from_cam[camera], self.image_size, stored
+                    os.fsdecode(path), img_from_cam[camera], self.image_size, (height, width)
                 )
         return images, img_from_cam
 
