@@ -17,10 +17,18 @@ from perception.models import Network, NetworkConfig, build_network
 from perception.models.backbone import load_backbone
 from perception.models.checkpoint import check_fits, load_model, mismatched_keys
 
+
+def _statistic(owner: object, name: str) -> Any:
+    """Returns a method of HistoryBuffer, which its pickles name through `getattr`; no other attribute of anything."""
+    if owner is not HistoryBuffer or name not in ("min", "max", "current", "mean"):
+        raise ValueError(f"a checkpoint asks for the attribute {name}")
+    return getattr(HistoryBuffer, name)
+
+
 # What MMEngine's own checkpoints hold besides tensors and plain values: histories of scalars, as numpy arrays.
 MMENGINE_CLASSES: list[Any] = [
-    HistoryBuffer, np.ndarray, np.dtype, np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0],
-    *(type(np.dtype(kind)) for kind in "bilfd"),
+    HistoryBuffer, (_statistic, "builtins.getattr"), np.ndarray, np.dtype, np.float64(0).__reduce__()[0],
+    np.zeros(0).__reduce__()[0], *(type(np.dtype(kind)) for kind in "bilfd"),
 ]  # fmt: skip
 
 
