@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT
 
-from perception.engine.mmdet_backbone import MMDetBackbone
+from perception.engine.mmdet_parts import MMDetBackbone
 from perception.errors import EXTRAS as EXTRAS_BY_PACKAGE
 from perception.errors import ConfigError, run_script
 from perception.ros2.__main__ import ROS
@@ -110,7 +110,7 @@ def test_a_package_of_an_extra_that_is_absent_is_named_with_the_extra(monkeypatc
         run_script(lambda: importlib.import_module("no_such_package"))
     monkeypatch.setitem(sys.modules, "mmdet", None)
     with pytest.raises(ConfigError, match=r"mm(cv|det) is not installed; .* the extra \[mmdet3d\]"):
-        MMDetBackbone("ResNeXt", 4, {})
+        MMDetBackbone("mmdet", "ResNeXt", 4, {})
 
 
 def test_versions_of_python():
