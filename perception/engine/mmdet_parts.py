@@ -37,25 +37,29 @@ class MMDetBackbone(nn.Module):
     def __init__(self, library: str, name: str, count: int, options: dict) -> None:
         super().__init__()
         kind = _kind(library, "backbones", name, "model.backbone")
-        self.network = _built(
-            kind, {"out_indices": tuple(range(count)), **options}, f"model.backbone: {library}'s {name}"
-        )
+        where = f"model.backbone: {library}'s {name}"
+        self.network = _built(kind, {"out_indices": tuple(range(count))}, options, where)
         self.network.eval()  # not chained, because eval() of some backbones returns None
         try:
-            with torch.no_grad():
-                maps, odd = (self.network(torch.zeros(1, 3, side, side)) for side in (_SIDE, _ODD_SIDE))
+            maps = self._maps(_SIDE)
         except Exception as error:  # a network for points, or one whose operators are missing
-            raise ConfigError(
-                f"model.backbone: {library}'s {name} does not take images ({error}); use another"
-            ) from error
+            raise ConfigError(f"{where} does not take images ({error}); use another one") from error
+        try:
+            odd = self._maps(_ODD_SIDE)
+        except RuntimeError:  # its maps do not fit each other
+            odd = []
         self.network.train()
         if [_SIDE // x.shape[-1] for x in maps] != [*_STRIDES[:count]]:
             raise ConfigError(
-                f"model.backbone: the maps of {library}'s {name} do not have strides 4, 8, 16 and 32; give the "
-                "out_indices of those that have"
+                f"{where} gives no maps at strides 4, 8, 16 and 32; give the out_indices of those that do"
             )
         self.channels = [x.shape[1] for x in maps]
         self.rounds_down = [x.shape[-1] for x in odd] == [_ODD_SIDE // stride for stride in _STRIDES[:count]]
+        self.multiples_only = not odd
+
+    def _maps(self, side: int) -> list[Tensor]:
+        with torch.no_grad():
+            return list(self.network(torch.zeros(1, 3, side, side)))
 
     def freeze(self, stages: int) -> None:
         """Does nothing, because backbones of mmdet have their own option `frozen_stages`.
@@ -111,28 +115,31 @@ class MMDetNeck(nn.Module):
         kind, where = _kind(library, "necks", name, "model.neck"), f"model.neck: {library}'s {name}"
         known = inspect.signature(kind).parameters
         given = {"in_channels": list(in_channels), "out_channels": channels, "num_outs": len(in_channels)}
-        self.network = _built(kind, {key: value for key, value in given.items() if key in known} | options, where)
+        self.network = _built(kind, {key: value for key, value in given.items() if key in known}, options, where)
         self.network.eval()
         try:
-            with torch.no_grad():
-                maps = self._maps([torch.zeros(1, c, _SIDE >> n, _SIDE >> n) for n, c in enumerate(in_channels)])
+            maps = self._maps(in_channels, _SIDE)
         except Exception as error:  # options that do not fit the maps, or missing operators
             raise ConfigError(f"{where} fails on {len(in_channels)} maps ({error}); change its options") from error
+        try:
+            self.multiples_only = not self._maps(in_channels, _SIDE + 1)
+        except RuntimeError:
+            self.multiples_only = True
         self.network.train()
         fitting = [n for n, x in enumerate(maps) if x.shape[1:] == (channels, _SIDE, _SIDE)]
         if not fitting:
             found = ", ".join(f"{x.shape[1]} channels at 1/{_SIDE // x.shape[-1]}" for x in maps)
-            raise ConfigError(
-                f"{where} gives maps of {found} of the first one's size; give it {channels} channels at 1/1"
-            )
+            raise ConfigError(f"{where} gives {found} of the resolution of its first map; give it {channels} at 1/1")
         self.index = fitting[0]
 
-    def _maps(self, maps: list[Tensor]) -> list[Tensor]:
-        return list(self.network(maps))
+    def _maps(self, in_channels: Sequence[int], side: int) -> list[Tensor]:
+        with torch.no_grad():
+            return list(self.network([torch.zeros(1, c, *[-(-side // 2**n)] * 2) for n, c in enumerate(in_channels)]))
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         """Merges maps [B, C, h, w], finest first, into one of the size of the first."""
-        return self._maps(maps)[self.index]
+        merged: Tensor = self.network(maps)[self.index]
+        return merged
 
 
 def _kind(library: str, part: str, name: str, where: str) -> Any:
@@ -148,8 +155,8 @@ def _kind(library: str, part: str, name: str, where: str) -> Any:
     return kind
 
 
-def _built(kind: Any, options: dict, where: str) -> Any:
+def _built(kind: Any, given: dict[str, Any], options: dict[str, Any], where: str) -> Any:
     try:
-        return kind(**options)
+        return kind(**(given | options))
     except Exception as error:  # constructors raise many types
         raise ConfigError(f"{where} rejects {options} ({error}); change them") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 from urllib.parse import parse_qsl
 
 import torch
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from perception.errors import CheckpointError, ConfigError
 from perception.models.foreign import read_state_dict
 from perception.models.resnet import resnet
+
+if TYPE_CHECKING:
+    from perception.engine.mmdet_parts import MMDetNeck
 
 RESNETS = {"resnet18": 64, "resnet34": 64, "resnet50": 256, "resnet101": 256, "resnet152": 256}
 CONVNEXTS = {"convnext_tiny": 96, "convnext_small": 96, "convnext_base": 128, "convnext_large": 192}
@@ -31,6 +34,8 @@ class Backbone(Protocol):
     rounds_down: (
         bool  # sides of the maps of images whose sides are no multiples of the stride; else they are rounded up
     )
+
+    multiples_only: bool  # images need sides that are multiples of the largest stride
 
     def __call__(self, images: Tensor) -> list[Tensor]:
         """Extracts feature maps [B, C, h, w] at strides 4, 8, 16, 32 from normalised images [B, 3, H, W]."""
@@ -81,6 +86,7 @@ class TorchvisionBackbone(nn.Module):
             )
         self.name = name
         self.rounds_down = name in CONVNEXTS  # its strided convolutions have no padding
+        self.multiples_only = False
         self.stages = nn.ModuleList(stages[:count])
         width = (RESNETS | CONVNEXTS)[name]
         self.channels = [width * 2**stage for stage in range(count)]
@@ -176,7 +182,7 @@ class FPNEncoder(nn.Module):
                 raise ConfigError(f"model.neck is {neck!r}; write mmdet:NAME?OPTIONS or mmdet3d:NAME?OPTIONS")
             from perception.engine.mmdet_parts import MMDetNeck
 
-            self.neck: nn.Module | None = MMDetNeck(library, name, widths, channels, options)
+            self.neck: MMDetNeck | None = MMDetNeck(library, name, widths, channels, options)
         else:
             self.neck = None
             self.laterals = nn.ModuleList([nn.Conv2d(width, channels, 1) for width in widths])
@@ -188,8 +194,18 @@ class FPNEncoder(nn.Module):
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
 
     def feature_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """Returns height and width of the feature map of images of this height and width."""
+        """Returns height and width of the feature map of images of this height and width.
+
+        Raises:
+            ConfigError: the backbone or the neck takes other sizes only.
+        """
         H, W = image_size
+        needed = 4 * 2 ** (len(self.backbone.channels) - 1)
+        if self.backbone.multiples_only or (self.neck is not None and self.neck.multiples_only):
+            if H % needed or W % needed:
+                raise ConfigError(
+                    f"model.image_size is {H} x {W}; this backbone and neck take sides that are multiples of {needed}"
+                )
         if self.backbone.rounds_down:
             return H // self.stride, W // self.stride
         return -(-H // self.stride), -(-W // self.stride)
@@ -198,8 +214,8 @@ class FPNEncoder(nn.Module):
         """Encodes images [B, 3, H, W] (RGB 0..255, uint8 or float) to features [B, C, H / stride, W / stride]."""
         maps = self.backbone((images.float() - self.mean) / self.std)[self.first :]
         if self.neck is not None:
-            merged: Tensor = self.neck(maps)
-            return merged
+            of_neck: Tensor = self.neck(maps)
+            return of_neck
         laterals = [lateral(x) for lateral, x in zip(self.laterals, maps, strict=True)]
         merged = laterals[-1]
         for x in reversed(laterals[:-1]):

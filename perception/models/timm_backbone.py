@@ -53,6 +53,7 @@ class TimmBackbone(nn.Module):
         if [x.shape[1] for x in maps] != self.channels:
             raise ConfigError(f"{where} gives maps with the channels last; use another")
         self.rounds_down = [x.shape[-1] for x in maps] == [_ODD_SIDE // stride for stride in wanted]
+        self.multiples_only = False  # others do not take the odd side
         self.network = network.train()
 
     def freeze(self, stages: int) -> None:
