@@ -34,7 +34,7 @@ FREE = ("train.workers", "train.log_every", "train_data.make_with", "val_data.ma
 # Settings that another value may follow in the middle of a training, if the user says so.
 CHANGEABLE = (
     "train.epochs", "train.lr", "train.weight_decay", "train.grad_clip", "train.disabled_losses", "train.val_every",
-    "train_data.dataroot", "train_data.infos", "train_data.samples", "val_data.dataroot", "val_data.infos", "amp",
+    "train_data.dataroot", "train_data.samples", "val_data.dataroot", "amp",
 )  # fmt: skip
 
 
