@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from perception.data import infos, plain_pickle
+from perception.data import info_fields, infos, plain_pickle
 from perception.data.augment import Augment
 from perception.data.index import Index, cached_index, map_files
 from perception.data.infos import InfoSample, read_infos
@@ -74,7 +74,7 @@ def open_infos(
     names = tuple(cameras)
     prefix = None if data_prefix is None else dict(data_prefix)
     table_files = [] if tables is None else [tables / f"{table}.json" for table in _TABLES]
-    code = [Path(str(module.__file__)) for module in (infos, plain_pickle)]
+    code = [Path(str(module.__file__)) for module in (infos, info_fields, plain_pickle)]
     index = cached_index(
         [path, *table_files, *map_files(root), *code, Path(__file__)],
         ["infos", str(path.resolve()), str(root.resolve()), prefix, *names, str(lane_range)],

@@ -15,16 +15,17 @@ import numpy as np
 import torch
 from PIL import Image
 
+from perception.data.info_fields import read_flag, read_matrix, read_pinhole, read_rigid
 from perception.data.loader import decode_image, pad_boxes, pad_lines
 from perception.data.nuscenes import NUSCENES_CAMERAS
 from perception.data.plain_pickle import read_plain_pickle
 from perception.errors import DataError, PerceptionWarning
 from perception.geometry import invert_rigid, rigid_from_yaw, transform_points, wrap_angle, yaw_from_rotation
-from perception.inference.checks import check_intrinsics, checked_pose, checked_rig, checked_rigid
+from perception.inference.checks import check_intrinsics, checked_pose, checked_rig
 from perception.inference.crop import fitted_rig
 from perception.inference.plausibility import implausible_rig
 from perception.inference.visibility import sees_ground
-from perception.reading import number, numbers, parse_json, read_bytes, short, typed
+from perception.reading import numbers, parse_json, read_bytes, short, typed
 from perception.rigs.coverage import CUT_FIRST, fitted_coverage
 from perception.types import (
     BOX_CLASSES,
@@ -111,7 +112,7 @@ class InfoSample(NamedTuple):
         Raises:
             DataError: `ego2global` is missing or not a pose.
         """
-        matrix = _matrix(self.entry.get("ego2global"), f"{self.name}: ego2global", (4, 4))
+        matrix = read_matrix(self.entry.get("ego2global"), f"{self.name}: ego2global", (4, 4))
         return _renamed(f"{self.name}: ", {"global_from_ego": "ego2global"}, checked_pose, matrix)
 
     def ego_from_lidar(self) -> np.ndarray | None:
@@ -126,7 +127,7 @@ class InfoSample(NamedTuple):
         if points is not None:
             points = typed(points, Mapping, f"{self.name}: lidar_points", "an object")
             if points.get("lidar2ego") is not None:
-                return _rigid(points["lidar2ego"], f"{self.name}: lidar_points.lidar2ego")
+                return read_rigid(points["lidar2ego"], f"{self.name}: lidar_points.lidar2ego")
         layout = _LAYOUTS.get(self.dataset)
         return None if layout is None else rigid_from_yaw(0.0, layout.ego_from_lidar)
 
@@ -197,14 +198,14 @@ class InfoSample(NamedTuple):
     def _camera(self, name: str, ego_from_lidar: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns img_from_cam [3, 3] of the stored image, ego_from_cam [4, 4] and ego_from_exposure [4, 4]."""
         camera, where = self.entry["images"][name], f"{self.name}: images.{name}"
-        img_from_cam, cam_from_rig = _pinhole(camera.get("cam2img"), f"{where}.cam2img")
+        img_from_cam, cam_from_rig = read_pinhole(camera.get("cam2img"), f"{where}.cam2img")
         by_lidar = by_ego = None
         moved = np.eye(4)
         if camera.get("lidar2cam") is not None and ego_from_lidar is not None:
-            cam_from_lidar = cam_from_rig @ _rigid(camera["lidar2cam"], f"{where}.lidar2cam")
+            cam_from_lidar = cam_from_rig @ read_rigid(camera["lidar2cam"], f"{where}.lidar2cam")
             by_lidar = ego_from_lidar @ invert_rigid(cam_from_lidar)
         if camera.get("cam2ego") is not None:
-            by_ego = _rigid(camera["cam2ego"], f"{where}.cam2ego") @ invert_rigid(cam_from_rig)
+            by_ego = read_rigid(camera["cam2ego"], f"{where}.cam2ego") @ invert_rigid(cam_from_rig)
         if by_lidar is not None and by_ego is not None:
             moved = by_lidar @ invert_rigid(by_ego)
             apart = float(np.linalg.norm(by_lidar[:3, 3] - by_ego[:3, 3]))
@@ -306,7 +307,7 @@ class InfoSample(NamedTuple):
             if item.get("velocity") is not None:
                 velocity[row] = numbers(item["velocity"], f"{where}.velocity", 2, allow_nan=True)
             label[row] = self._label(item.get("bbox_label_3d"), f"{where}.bbox_label_3d")
-            valid[row] = _flag(item.get("bbox_3d_isvalid", True), f"{where}.bbox_3d_isvalid")
+            valid[row] = read_flag(item.get("bbox_3d_isvalid", True), f"{where}.bbox_3d_isvalid")
             if np.abs(box[row, :6]).max() > _FARTHEST or abs(box[row, 6]) > _LARGEST_ANGLE:
                 raise DataError(
                     f"{where}.bbox_3d is {short(box[row].tolist())}; give metres from the LiDAR and radians"
@@ -323,7 +324,7 @@ class InfoSample(NamedTuple):
                 "the camera in whose axes the boxes are",
             )  # fmt: skip
             where = f"{self.name}: images.{layout.box_camera}.lidar2cam"
-            lidar_from_cam = invert_rigid(_rigid(camera.get("lidar2cam"), where))
+            lidar_from_cam = invert_rigid(read_rigid(camera.get("lidar2cam"), where))
             # Camera axes: x right, y down, z forward. The yaw is about y, from x towards -z.
             size = size[:, [0, 2, 1]]
             heading = np.stack([np.cos(yaw), np.zeros_like(yaw), -np.sin(yaw)], 1) @ lidar_from_cam[:3, :3].T
@@ -503,49 +504,6 @@ def _read(path: Path) -> Any:
         return read_plain_pickle(data)
     except ValueError as error:
         raise DataError(f"{path} is not a pickle of plain data ({error}): give {kind}") from None
-
-
-def _flag(value: object, where: str) -> bool:
-    if not isinstance(value, bool | np.bool_) and not (isinstance(value, int | np.integer) and value in (0, 1)):
-        raise DataError(f"{where} is {short(value)}; it must be true or false")
-    return bool(value)
-
-
-def _matrix(value: object, where: str, *shapes: tuple[int, int]) -> np.ndarray:
-    """Reads a matrix of finite numbers of one of several shapes."""
-    rows = value if isinstance(value, list | tuple | np.ndarray) else ()
-    for height, width in shapes:
-        # Lengths are compared before anything is converted: a pickle can nest lists without end in few bytes.
-        if len(rows) == height and all(isinstance(r, list | tuple | np.ndarray) and np.ndim(r[:0]) == 1 for r in rows):
-            if all(len(row) == width for row in rows):
-                matrix = np.array([[number(x) for x in row] for row in rows])
-                if np.isfinite(matrix).all():
-                    return matrix
-    wanted = " or ".join(f"{height} x {width}" for height, width in shapes)
-    raise DataError(f"{where} must be {wanted} finite numbers; it is {short(value)}")
-
-
-def _rigid(value: object, where: str) -> np.ndarray:
-    """Reads a rigid transform [4, 4]."""
-    return checked_rigid(where, _matrix(value, where, (4, 4)))
-
-
-def _pinhole(value: object, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """Reads a projection [3, 3], [3, 4] or [4, 4].
-
-    Returns:
-        img_from_cam [3, 3], and the offset [4, 4] of the camera's axes that KITTI puts into the last column.
-    """
-    matrix = _matrix(value, where, (3, 3), (3, 4), (4, 4))
-    if len(matrix) == 4 and (matrix[3] != (0, 0, 0, 1)).any():
-        raise DataError(f"{where} has {short(matrix[3].tolist())} as its last row; give 0 0 0 1")
-    img_from_cam, offset = matrix[:3, :3], np.eye(4)
-    if matrix.shape[1] == 4 and matrix[:3, 3].any():
-        try:
-            offset[:3, 3] = np.linalg.solve(img_from_cam, matrix[:3, 3])
-        except np.linalg.LinAlgError:
-            raise DataError(f"{where} is not a pinhole calibration; give fx 0 cx, 0 fy cy, 0 0 1") from None
-    return img_from_cam, offset
 
 
 def _renamed(prefix: str, names: Mapping[str, str], check: Any, *arguments: object) -> Any:
