@@ -62,6 +62,7 @@ def _sentence(error: PerceptionError) -> str:
 # The extras of the distribution, and the packages that each brings.
 EXTRAS = {
     "mmdet3d": ("mmcv", "mmdet", "mmdet3d"),
+    "timm": ("timm",),
     "export": ("ml_dtypes", "onnx", "onnxruntime", "onnxscript"),
     "openvino": ("openvino",),
     "tensorrt": ("tensorrt_rtx", "cuda"),

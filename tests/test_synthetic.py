@@ -644,3 +644,29 @@ def test_a_longer_focal_length_magnifies_the_centre():
     matrix = np.array([[2, 0, -2 * left], [0, 2, -2 * top]])
     enlarged = cv2.warpAffine(images[0], matrix, (160, 96))
     assert np.corrcoef(enlarged[8:-8, 8:-8].ravel(), images[1][8:-8, 8:-8].ravel())[0, 1] > 0.9
+
+
+def test_a_town_under_an_official_version_has_the_splits_of_the_devkit(tmp_path):
+    from nuscenes.utils.splits import create_splits_scenes
+
+    from perception.data.nuscenes import NuScenesDataset
+
+    common = {"seed": 3, "keyframes": 1, "image_size": (16, 28), "workers": 1}
+    simulate(tmp_path / "own", scenes=2, **common)
+    simulate(tmp_path / "mini", scenes=2, version="v1.0-mini", **common)
+    official = create_splits_scenes()
+    for split, count in (("mini_train", 1), ("mini_val", 1)):
+        dataset = NuScenesDataset(tmp_path / "mini", "v1.0-mini", split, image_size=(16, 28))
+        assert len(dataset.scene_names) == count and set(dataset.scene_names) <= set(official[split])
+    own, mini = (path.read_bytes() for path in sorted(tmp_path.glob("*/*/sample_annotation.json"))[::-1])
+    assert own == mini  # the scenes are the same, their names are others
+    for arguments, sentence in (
+        ({"scenes": 2, "version": "v2"}, r"version is 'v2'; give v1\.0-mini, v1\.0-trainval"),
+        ({"scenes": 1, "version": "v1.0-mini"}, r"scenes is 1, .* give 2 to 10"),
+        (
+            {"scenes": 2, "version": "v1.0-mini", "split": "a"},
+            "has the splits mini_train and mini_val; leave split out",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            simulate(tmp_path / "none", **common, **arguments)

@@ -1,4 +1,4 @@
-"""Splits of a nuScenes-format dataset: how far a pair of them leaks, and one that does not leak.
+"""Splits of a nuScenes-format dataset: how far a pair of them leaks, one that does not leak, and info files of mmdet3d.
 
 A split is one of the devkit's names, one of the dataset's splits.json, or a file of scene names.
 """
@@ -17,6 +17,8 @@ EXAMPLE = """examples:
       --min-distance 60 --seed 0 --out out/far_apart
   perception prepare-nuscenes leakage --dataroot data/nuscenes --version v1.0-trainval \\
       --train out/far_apart/train.txt --val out/far_apart/val.txt
+  perception prepare-nuscenes infos --dataroot out/town_val --version v1.0-synthetic --split town_val \\
+      --out out/town_val/infos_val.pkl
 """
 
 
@@ -81,12 +83,29 @@ def split(arguments, keyframes, tables: Path) -> None:
         write_json(arguments.json, settings | summary | {"groups": made.groups, "leakage": result.as_dict()})
 
 
+def infos(arguments) -> None:
+    """Writes an info file of mmdet3d v1.1 of a split."""
+    from perception.data.info_writer import write_infos
+    from perception.data.nuscenes import NuScenesDataset
+
+    # Images are not read, so their size does not matter.
+    dataset = NuScenesDataset(arguments.dataroot, arguments.version, arguments.split, image_size=(90, 160))
+    write_infos(dataset, arguments.out)
+    boxes = int(dataset.index.box_offset[-1])
+    print(f"{arguments.out}: {len(dataset)} samples of {len(dataset.scene_names)} scenes, {boxes} boxes")
+    if arguments.json:
+        from perception.files import write_json
+
+        write_json(arguments.json, {"samples": len(dataset), "scenes": len(dataset.scene_names), "boxes": boxes})
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = command_parser("prepare-nuscenes", __doc__, EXAMPLE)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     measure = commands.add_parser("leakage", help="how near validation lies to training")
     make = commands.add_parser("split", help="make a split that keeps a distance")
-    for command, function in ((measure, leakage), (make, split)):
+    write = commands.add_parser("infos", help="write an info file of mmdet3d v1.1")
+    for command, function in ((measure, leakage), (make, split), (write, infos)):
         command.set_defaults(function=function)
         command.formatter_class, command.epilog = parser.formatter_class, parser.epilog
         command.add_argument("--dataroot", type=Path, required=True, help="root of a nuScenes-format dataset")
@@ -111,6 +130,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     make.add_argument(
         "--out", type=output_folder("--out"), required=True, help="folder for train.txt, val.txt and left_out.txt"
     )
+    write.add_argument("--split", required=True, help="name of a split, or a file of scene names")
+    write.add_argument("--out", type=output_file("--out"), required=True, help="the info file, .pkl; best in the root")
     arguments = parser.parse_args(argv)
 
     from perception.errors import ConfigError
@@ -119,6 +140,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.function is leakage and arguments.out and arguments.out.suffix.lower() != ".png":
         raise ConfigError(f"--out {arguments.out}: the picture is a PNG; give a name that ends in .png")
     check_dataset(arguments.dataroot, arguments.version)
+    if arguments.function is infos:
+        infos(arguments)
+        return
 
     from perception.data.leakage import read_keyframes  # the devkit, which takes seconds to load
     from perception.evaluation.detection import load_tables

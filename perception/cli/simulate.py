@@ -16,6 +16,7 @@ EXAMPLE = """examples:
   perception simulate --out data/town --scenes 20 --seed 7 --image-size 256x448
   perception simulate --out data/fisheye --scenes 4 --seed 7 --rig surround_fisheye --scale 0.5
   perception simulate --out data/bags --scenes 2 --seed 7 --sweeps --format bag
+  perception simulate --out data/nuscenes --scenes 10 --version v1.0-mini
 """
 FORMATS = ("nuscenes", "bag", "sqlite-bag", "ros1-bag", "video", "folder")
 
@@ -29,14 +30,12 @@ def image_size(text: str) -> tuple[int, int]:
     return height, width
 
 
-def summarise(root: Path, seconds: float) -> dict:
+def summarise(tables: Path, seconds: float) -> dict:
     """Numbers of the finished dataset: scenes, keyframes, pictures, and boxes with LiDAR points per class."""
     from nuscenes.eval.detection.utils import category_to_detection_name
 
-    from perception.synthetic import VERSION
-
     def table(name: str) -> list[dict]:
-        return json.loads((root / VERSION / f"{name}.json").read_text(encoding="utf-8"))
+        return json.loads((tables / f"{name}.json").read_text(encoding="utf-8"))
 
     categories = {row["token"]: row["name"] for row in table("category")}
     names = {row["token"]: categories[row["category_token"]] for row in table("instance")}
@@ -69,7 +68,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--scale", type=number(float, 0.01, 4), help="with --rig: factor of the image sizes that it names (default: 1)"
     )
-    parser.add_argument("--split", default="town_val", help="name of the split in splits.json (default: %(default)s)")
+    parser.add_argument("--split", help="name of the split in splits.json (default: town_val)")
+    parser.add_argument(
+        "--version",
+        help="folder of the tables, v1.0-mini or v1.0-trainval, with the scene names of the devkit's splits of that "
+        "version, for tools that take no other (default: v1.0-synthetic)",
+    )
     parser.add_argument("--workers", type=int, default=None, help="processes (default: all CPU cores)")
     parser.add_argument("--sweeps", action="store_true", help="camera pictures between keyframes too, 10 Hz in all")
     parser.add_argument(
@@ -104,20 +108,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.json:
         check_writable("--json", args.json)
     start = time.perf_counter()
+    version = args.version or VERSION
     settings = {
         "scenes": args.scenes, "seed": args.seed, "keyframes": args.keyframes, "rate": args.rate,
         "image_size": args.image_size or (256, 448), "split": args.split, "workers": args.workers,
-        "sweeps": args.sweeps, "rare": args.rare, "rig": rig,
+        "sweeps": args.sweeps, "rare": args.rare, "rig": rig, "version": version,
     }  # fmt: skip
     if args.format == "nuscenes":
         simulate(args.out, **settings)
-        summary = summarise(args.out, time.perf_counter() - start)
+        summary = summarise(args.out / version, time.perf_counter() - start)
     else:
         check_convertible(args.format, args.out)
         with scratch_folder("town") as scratch:
             simulate(scratch / "town", **settings)
-            convert_dataset(scratch / "town", VERSION, args.out, args.format)
-            summary = summarise(scratch / "town", time.perf_counter() - start)
+            convert_dataset(scratch / "town", version, args.out, args.format)
+            summary = summarise(scratch / "town" / version, time.perf_counter() - start)
     for name in ("scenes", "keyframes", "pictures"):
         print(f"{name:24s}{summary[name]:>10d}")
     for name, count in summary["boxes"].items():

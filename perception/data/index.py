@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable, Sequence
 from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,29 +121,43 @@ def load_index(
     for table in TABLES:
         if not (tables / f"{table}.json").is_file():
             raise DataError(f"{tables / f'{table}.json'} is missing: unpack the dataset's metadata again")
+    # The content of a split file counts, not its path: files of the same scenes share an index.
+    wanted = sorted(read_split_file(split)) if is_split_file(split) else split
+    facts = [version, wanted, *cameras, str(lane_range)]
+    files = [tables / f"{table}.json" for table in TABLES]
+    files += [path for name in ("splits.json", RIG_FILE) if (path := tables / name).is_file()]
+    return cached_index(
+        [*files, *map_files(dataroot)], facts, lambda: _build(dataroot, version, split, cameras, lane_range), cache_dir
+    )
+
+
+def map_files(dataroot: Path) -> list[Path]:
+    """Lists the files of the map expansion."""
+    return sorted(path for path in (dataroot / "maps" / "expansion").glob("*.json") if path.is_file())
+
+
+def cached_index(
+    files: Sequence[Path], facts: Sequence[object], build: Callable[[], Index], cache_dir: Path | None
+) -> Index:
+    """Returns an index from the cache, or builds and stores it.
+
+    Args:
+        files: whose bytes decide what is in the index.
+        facts: what else decides, as JSON values.
+        build: makes the index.
+        cache_dir: folder of the cache, see `load_index`.
+    """
     folder = cache_dir or user_cache()
-    cache = folder / f"index-{_inputs_hash(dataroot, version, split, cameras, lane_range, folder)}.bin"
+    versions = [package_version("nuscenes-devkit"), package_version("shapely")]
+    code = [Path(__file__), *(Path(str(module.__file__)) for module in _CODE)]
+    cache = folder / f"index-{index_files.content_hash([*facts, *versions], [*files, *code], folder)}.bin"
     with _building:  # threads of one process wait for each other; processes may build the same index and both store it
         arrays = index_files.read(cache, _array_names())
         if arrays is not None:
             return _from_arrays(arrays)
-        index = _build(dataroot, version, split, cameras, lane_range)
+        index = build()
         index_files.write(cache, _arrays(index))
     return index
-
-
-def _inputs_hash(
-    dataroot: Path, version: str, split: str | Path, cameras: tuple[str, ...], lane_range: LaneRange, cache: Path
-) -> str:
-    """Returns a hash of everything the index depends on."""
-    # The content of a split file counts, not its path: files of the same scenes share an index.
-    wanted = sorted(read_split_file(split)) if is_split_file(split) else split
-    facts = [version, wanted, *cameras, str(lane_range), package_version("nuscenes-devkit"), package_version("shapely")]
-    files = [dataroot / version / f"{table}.json" for table in TABLES]
-    files += [path for name in ("splits.json", RIG_FILE) if (path := dataroot / version / name).is_file()]
-    files += sorted(path for path in (dataroot / "maps" / "expansion").glob("*.json") if path.is_file())
-    files += [Path(__file__), *(Path(str(module.__file__)) for module in _CODE)]
-    return index_files.content_hash(facts, files, cache)
 
 
 def _arrays(index: Index) -> dict[str, np.ndarray]:

@@ -15,16 +15,17 @@ import numpy as np
 import torch
 from PIL import Image
 
+from perception.data.info_fields import read_flag, read_matrix, read_pinhole, read_rigid
 from perception.data.loader import decode_image, pad_boxes, pad_lines
 from perception.data.nuscenes import NUSCENES_CAMERAS
 from perception.data.plain_pickle import read_plain_pickle
 from perception.errors import DataError, PerceptionWarning
 from perception.geometry import invert_rigid, rigid_from_yaw, transform_points, wrap_angle, yaw_from_rotation
-from perception.inference.checks import check_intrinsics, checked_pose, checked_rig, checked_rigid
+from perception.inference.checks import check_intrinsics, checked_pose, checked_rig
 from perception.inference.crop import fitted_rig
 from perception.inference.plausibility import implausible_rig
 from perception.inference.visibility import sees_ground
-from perception.reading import number, numbers, parse_json, read_bytes, short, typed
+from perception.reading import numbers, parse_json, read_bytes, short, typed
 from perception.rigs.coverage import CUT_FIRST, fitted_coverage
 from perception.types import (
     BOX_CLASSES,
@@ -35,6 +36,7 @@ from perception.types import (
     Frame,
     FrameObjects,
     NumpyCameraRig,
+    map_tensors,
 )
 
 _FARTHEST = 1000.0  # metres from the car, and metres or metres per second of a box
@@ -110,7 +112,7 @@ class InfoSample(NamedTuple):
         Raises:
             DataError: `ego2global` is missing or not a pose.
         """
-        matrix = _matrix(self.entry.get("ego2global"), f"{self.name}: ego2global", (4, 4))
+        matrix = read_matrix(self.entry.get("ego2global"), f"{self.name}: ego2global", (4, 4))
         return _renamed(f"{self.name}: ", {"global_from_ego": "ego2global"}, checked_pose, matrix)
 
     def ego_from_lidar(self) -> np.ndarray | None:
@@ -125,7 +127,7 @@ class InfoSample(NamedTuple):
         if points is not None:
             points = typed(points, Mapping, f"{self.name}: lidar_points", "an object")
             if points.get("lidar2ego") is not None:
-                return _rigid(points["lidar2ego"], f"{self.name}: lidar_points.lidar2ego")
+                return read_rigid(points["lidar2ego"], f"{self.name}: lidar_points.lidar2ego")
         layout = _LAYOUTS.get(self.dataset)
         return None if layout is None else rigid_from_yaw(0.0, layout.ego_from_lidar)
 
@@ -160,59 +162,50 @@ class InfoSample(NamedTuple):
             PerceptionWarning: the boxes cannot be used, or the calibration is implausible.
         """
         cameras = self.cameras if cameras is None else tuple(cameras)
-        N = len(cameras)
-        given = set(self.cameras)
-        ego_from_lidar = self.ego_from_lidar()
+        rig, ego_from_exposure = self.rig(cameras)
+        paths = {int(n): self.image_path(cameras[n], data_prefix) for n in np.flatnonzero(rig.present)}
+        sizes = {n: self.stored_size(cameras[n], path) for n, path in paths.items()}
+        for n, size in sizes.items():
+            check_intrinsics(f"{self.name}: images.{cameras[n]}.cam2img", rig.img_from_cam[n], size)
+        fitted = fitted_rig(rig, sizes, image_size)
+        for sentence in implausible_rig(rig, sizes, sees_ground(fitted, image_size)).values():
+            _warn(f"{self.name}: {_in_words_of(_fields(cameras), sentence)}")
+        if finding := fitted_coverage(cameras, rig, sizes, image_size).finding(CUT_FIRST):
+            _warn(f"{self.name}: {finding}")
+        frame = load_frame(rig, ego_from_exposure, self.ego_from_lidar(), paths, image_size)
+        gt = FrameObjects(pad_boxes([self.boxes()]), pad_lines([[]], points_per_line))
+        frames = map_tensors(lambda tensor: tensor[None], frame)
+        return Clip(frames, gt, torch.zeros(1, dtype=torch.int64))
+
+    def rig(self, cameras: Sequence[str]) -> tuple[NumpyCameraRig, np.ndarray]:
+        """Reads the calibration of cameras, in pixels of the stored images, and their `ego_from_exposure` [N, 4, 4].
+
+        Args:
+            cameras: names, in order; one that the entry lacks is marked as not present.
+
+        Raises:
+            DataError: a field is missing or malformed.
+        """
+        N, given, ego_from_lidar = len(cameras), set(self.cameras), self.ego_from_lidar()
         rig = NumpyCameraRig(
             np.tile(np.eye(3), (N, 1, 1)), np.tile(np.eye(4), (N, 1, 1)), np.array([name in given for name in cameras])
         )
         ego_from_exposure = np.tile(np.eye(4), (N, 1, 1))
         for n in np.flatnonzero(rig.present):
             rig.img_from_cam[n], rig.ego_from_cam[n], ego_from_exposure[n] = self._camera(cameras[n], ego_from_lidar)
-        fields = {f"rig.img_from_cam[{n}]": f"images.{name}.cam2img" for n, name in enumerate(cameras)}
-        fields |= {f"rig.ego_from_cam[{n}]": f"the pose of images.{name}" for n, name in enumerate(cameras)}
-        rig = _renamed(f"{self.name}: ", fields, checked_rig, rig, N)
-        paths = {int(n): self._image_path(cameras[n], data_prefix) for n in np.flatnonzero(rig.present)}
-        sizes = {n: self._stored_size(cameras[n], path) for n, path in paths.items()}
-        for n, size in sizes.items():
-            check_intrinsics(f"{self.name}: images.{cameras[n]}.cam2img", rig.img_from_cam[n], size)
-        fitted = fitted_rig(rig, sizes, image_size)
-        for sentence in implausible_rig(rig, sizes, sees_ground(fitted, image_size)).values():
-            _warn(f"{self.name}: {_in_words_of(fields, sentence)}")
-        if finding := fitted_coverage(cameras, rig, sizes, image_size).finding(CUT_FIRST):
-            _warn(f"{self.name}: {finding}")
-        images = torch.zeros(1, N, 3, *image_size, dtype=torch.uint8)  # [T, N, 3, H, W]
-        for n, path in paths.items():
-            images[0, n], rig.img_from_cam[n] = decode_image(path, rig.img_from_cam[n], image_size)
-        frames = Frame(
-            images=images,
-            rig=CameraRig(
-                torch.from_numpy(rig.img_from_cam).float()[None],
-                torch.from_numpy(rig.ego_from_cam).float()[None],
-                torch.from_numpy(rig.present)[None],
-            ),
-            ego_from_prev=torch.eye(4)[None],
-            seconds_since_prev=torch.zeros(1),
-            is_first=torch.ones(1, dtype=torch.bool),
-            ego_from_lidar=torch.from_numpy(
-                np.array(NUSCENES_EGO_FROM_LIDAR) if ego_from_lidar is None else ego_from_lidar
-            ).float()[None],
-            ego_from_exposure=torch.from_numpy(ego_from_exposure).float()[None],
-        )
-        gt = FrameObjects(pad_boxes([self._boxes(ego_from_lidar)]), pad_lines([[]], points_per_line))
-        return Clip(frames, gt, torch.zeros(1, dtype=torch.int64))
+        return _renamed(f"{self.name}: ", _fields(cameras), checked_rig, rig, N), ego_from_exposure
 
     def _camera(self, name: str, ego_from_lidar: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns img_from_cam [3, 3] of the stored image, ego_from_cam [4, 4] and ego_from_exposure [4, 4]."""
         camera, where = self.entry["images"][name], f"{self.name}: images.{name}"
-        img_from_cam, cam_from_rig = _pinhole(camera.get("cam2img"), f"{where}.cam2img")
+        img_from_cam, cam_from_rig = read_pinhole(camera.get("cam2img"), f"{where}.cam2img")
         by_lidar = by_ego = None
         moved = np.eye(4)
         if camera.get("lidar2cam") is not None and ego_from_lidar is not None:
-            cam_from_lidar = cam_from_rig @ _rigid(camera["lidar2cam"], f"{where}.lidar2cam")
+            cam_from_lidar = cam_from_rig @ read_rigid(camera["lidar2cam"], f"{where}.lidar2cam")
             by_lidar = ego_from_lidar @ invert_rigid(cam_from_lidar)
         if camera.get("cam2ego") is not None:
-            by_ego = _rigid(camera["cam2ego"], f"{where}.cam2ego") @ invert_rigid(cam_from_rig)
+            by_ego = read_rigid(camera["cam2ego"], f"{where}.cam2ego") @ invert_rigid(cam_from_rig)
         if by_lidar is not None and by_ego is not None:
             moved = by_lidar @ invert_rigid(by_ego)
             apart = float(np.linalg.norm(by_lidar[:3, 3] - by_ego[:3, 3]))
@@ -229,8 +222,12 @@ class InfoSample(NamedTuple):
             raise DataError(f"{where} has no pose; give cam2ego, or lidar2cam and lidar_points.lidar2ego")
         return img_from_cam, pose, moved
 
-    def _image_path(self, name: str, data_prefix: Mapping[str, str] | None) -> Path:
-        """Returns the path of the image of a camera."""
+    def image_path(self, name: str, data_prefix: Mapping[str, str] | None) -> Path:
+        """Returns the path of the image of a camera; `data_prefix` as in `clip`.
+
+        Raises:
+            DataError: there is no such file, or the name leads out of the folder.
+        """
         where = f"{self.name}: images.{name}.img_path"
         image = typed(self.entry["images"][name]["img_path"], str, where, "the path of an image")
         parts = PurePath(image.replace("\\", "/"))
@@ -259,8 +256,12 @@ class InfoSample(NamedTuple):
             )
         return found
 
-    def _stored_size(self, name: str, path: Path) -> tuple[int, int]:
-        """Returns height and width of an image file, after comparing them with those of the entry."""
+    def stored_size(self, name: str, path: Path) -> tuple[int, int]:
+        """Returns height and width of an image file, after comparing them with those of the entry.
+
+        Raises:
+            DataError: the file is no image, or has another size.
+        """
         try:
             with Image.open(path) as image:
                 size = image.size[1], image.size[0]
@@ -275,8 +276,16 @@ class InfoSample(NamedTuple):
             )
         return size
 
-    def _boxes(self, ego_from_lidar: np.ndarray | None) -> Boxes:
-        """Reads the boxes of the entry and transforms them to the ego frame."""
+    def boxes(self) -> Boxes:
+        """Reads the boxes [M] of the entry and transforms them to the ego frame; see `clip`.
+
+        Raises:
+            DataError: a box is malformed.
+
+        Warns:
+            PerceptionWarning: the file does not hold what is needed to use them.
+        """
+        ego_from_lidar = self.ego_from_lidar()
         found = self.entry.get("instances")
         instances = [] if found is None else typed(found, list, f"{self.name}: instances", "a list of boxes")
         layout = _LAYOUTS.get(self.dataset)
@@ -298,7 +307,7 @@ class InfoSample(NamedTuple):
             if item.get("velocity") is not None:
                 velocity[row] = numbers(item["velocity"], f"{where}.velocity", 2, allow_nan=True)
             label[row] = self._label(item.get("bbox_label_3d"), f"{where}.bbox_label_3d")
-            valid[row] = _flag(item.get("bbox_3d_isvalid", True), f"{where}.bbox_3d_isvalid")
+            valid[row] = read_flag(item.get("bbox_3d_isvalid", True), f"{where}.bbox_3d_isvalid")
             if np.abs(box[row, :6]).max() > _FARTHEST or abs(box[row, 6]) > _LARGEST_ANGLE:
                 raise DataError(
                     f"{where}.bbox_3d is {short(box[row].tolist())}; give metres from the LiDAR and radians"
@@ -315,18 +324,20 @@ class InfoSample(NamedTuple):
                 "the camera in whose axes the boxes are",
             )  # fmt: skip
             where = f"{self.name}: images.{layout.box_camera}.lidar2cam"
-            lidar_from_cam = invert_rigid(_rigid(camera.get("lidar2cam"), where))
+            lidar_from_cam = invert_rigid(read_rigid(camera.get("lidar2cam"), where))
             # Camera axes: x right, y down, z forward. The yaw is about y, from x towards -z.
             size = size[:, [0, 2, 1]]
             heading = np.stack([np.cos(yaw), np.zeros_like(yaw), -np.sin(yaw)], 1) @ lidar_from_cam[:3, :3].T
             center = transform_points(lidar_from_cam, center - np.pad(size[:, 2:] / 2, ((0, 0), (1, 1))))
             yaw = np.arctan2(heading[:, 1], heading[:, 0])
-        flat_velocity = np.concatenate([velocity, np.zeros((len(box), 1))], axis=1)  # [M, 3]
+        # Velocities are level, and mmdet3d writes their projections onto the plane of the LiDAR's x and y. Its yaws are
+        # angles about z against the LiDAR's x axis.
+        ego_from_plane = np.linalg.inv(ego_from_box[:2, :2].T)
         return Boxes(
             center=torch.from_numpy(transform_points(ego_from_box, center)).float(),
             size=torch.from_numpy(size).float(),
             yaw=torch.from_numpy(wrap_angle(yaw + yaw_from_rotation(ego_from_box))).float(),
-            velocity=torch.from_numpy((flat_velocity @ ego_from_box[:3, :3].T)[:, :2]).float(),
+            velocity=torch.from_numpy(velocity @ ego_from_plane.T).float(),
             label=torch.from_numpy(label),
             attribute=torch.full((len(box),), -1),
             score=torch.ones(len(box)),
@@ -353,8 +364,30 @@ def read_info(path: str | Path, sample: int | str = 0) -> InfoSample:
         DataError: the file is missing, is no info file, or has no such entry.
     """
     path = Path(path)
+    metainfo, entries = _content(path)
+    return _sample(path, metainfo, entries, _index(path, entries, sample))
+
+
+def read_infos(path: str | Path) -> tuple[Mapping[str, Any], list[InfoSample]]:
+    """Reads all entries of an info file.
+
+    Returns:
+        `metainfo`, empty if the file has none, and the entries in the file's order.
+
+    Raises:
+        DataError: the file is missing, is no info file, or has no entry.
+    """
+    path = Path(path)
+    metainfo, entries = _content(path)
+    if not entries:
+        raise DataError(f"{path} has no entry in data_list; give a file with samples")
+    return metainfo, [_sample(path, metainfo, entries, index) for index in range(len(entries))]
+
+
+def _content(path: Path) -> tuple[Mapping[str, Any], list]:
+    """Returns `metainfo` and the entries of a file."""
     content = _read(path)
-    metainfo: object = {}
+    metainfo: Any = {}
     if isinstance(content, Mapping) and "infos" in content:
         raise DataError(
             f"{path} is an info file of mmdet3d before v1.1; convert it with tools/dataset_converters/"
@@ -372,19 +405,60 @@ def read_info(path: str | Path, sample: int | str = 0) -> InfoSample:
             f"{path} is no info file of mmdet3d v1.1; give an object with data_list, a list of samples, or one sample "
             "with images"
         )
-    index = _index(path, entries, sample)
-    name = f"{path}, entry {index}"
+    return metainfo, entries
+
+
+def _sample(path: Path, metainfo: Mapping[str, Any], entries: list, index: int) -> InfoSample:
+    name, dataset = f"{path}, entry {index}", metainfo.get("dataset", "")
     if not isinstance(entries[index], Mapping):
         raise DataError(f"{name} is {short(entries[index])}; it must be an object with images")
-    assert isinstance(metainfo, Mapping)
-    dataset = metainfo.get("dataset", "")
     return InfoSample(
-        path,
-        name,
-        entries[index],
-        _categories(path, metainfo),
-        dataset.lower() if isinstance(dataset, str) else "",
+        path, name, entries[index], _categories(path, metainfo), dataset.lower() if isinstance(dataset, str) else ""
     )
+
+
+def load_frame(
+    rig: NumpyCameraRig,
+    ego_from_exposure: np.ndarray,
+    ego_from_lidar: np.ndarray | None,
+    paths: Mapping[int, Path],
+    image_size: tuple[int, int],
+) -> Frame:
+    """Decodes the images of a frame and fits them to the network; the frame is a first frame, without leading [T].
+
+    Args:
+        rig: calibration [N, ...] of the stored images; that of the frame is in pixels of the fitted ones.
+        ego_from_exposure: [N, 4, 4].
+        ego_from_lidar: [4, 4], None for that of nuScenes' cars.
+        paths: of the images by number of the camera.
+        image_size: height and width, see `fit_image`.
+
+    Raises:
+        DataError: an image is missing or damaged.
+    """
+    images = torch.zeros(len(rig.present), 3, *image_size, dtype=torch.uint8)  # [N, 3, H, W]
+    img_from_cam = rig.img_from_cam.copy()
+    for n, path in paths.items():
+        images[n], img_from_cam[n] = decode_image(path, img_from_cam[n], image_size)
+    lidar = np.array(NUSCENES_EGO_FROM_LIDAR) if ego_from_lidar is None else ego_from_lidar
+    return Frame(
+        images=images,
+        rig=CameraRig(
+            torch.from_numpy(img_from_cam).float(), torch.from_numpy(rig.ego_from_cam).float(),
+            torch.from_numpy(rig.present),
+        ),
+        ego_from_prev=torch.eye(4),
+        seconds_since_prev=torch.zeros(()),
+        is_first=torch.ones((), dtype=torch.bool),
+        ego_from_lidar=torch.from_numpy(lidar).float(),
+        ego_from_exposure=torch.from_numpy(ego_from_exposure).float(),
+    )  # fmt: skip
+
+
+def _fields(cameras: Sequence[str]) -> dict[str, str]:
+    """Names of the fields of a rig in the words of an info file."""
+    fields = {f"rig.img_from_cam[{n}]": f"images.{name}.cam2img" for n, name in enumerate(cameras)}
+    return fields | {f"rig.ego_from_cam[{n}]": f"the pose of images.{name}" for n, name in enumerate(cameras)}
 
 
 def _index(path: Path, entries: list, sample: int | str) -> int:
@@ -430,49 +504,6 @@ def _read(path: Path) -> Any:
         return read_plain_pickle(data)
     except ValueError as error:
         raise DataError(f"{path} is not a pickle of plain data ({error}): give {kind}") from None
-
-
-def _flag(value: object, where: str) -> bool:
-    if not isinstance(value, bool | np.bool_) and not (isinstance(value, int | np.integer) and value in (0, 1)):
-        raise DataError(f"{where} is {short(value)}; it must be true or false")
-    return bool(value)
-
-
-def _matrix(value: object, where: str, *shapes: tuple[int, int]) -> np.ndarray:
-    """Reads a matrix of finite numbers of one of several shapes."""
-    rows = value if isinstance(value, list | tuple | np.ndarray) else ()
-    for height, width in shapes:
-        # Lengths are compared before anything is converted: a pickle can nest lists without end in few bytes.
-        if len(rows) == height and all(isinstance(r, list | tuple | np.ndarray) and np.ndim(r[:0]) == 1 for r in rows):
-            if all(len(row) == width for row in rows):
-                matrix = np.array([[number(x) for x in row] for row in rows])
-                if np.isfinite(matrix).all():
-                    return matrix
-    wanted = " or ".join(f"{height} x {width}" for height, width in shapes)
-    raise DataError(f"{where} must be {wanted} finite numbers; it is {short(value)}")
-
-
-def _rigid(value: object, where: str) -> np.ndarray:
-    """Reads a rigid transform [4, 4]."""
-    return checked_rigid(where, _matrix(value, where, (4, 4)))
-
-
-def _pinhole(value: object, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """Reads a projection [3, 3], [3, 4] or [4, 4].
-
-    Returns:
-        img_from_cam [3, 3], and the offset [4, 4] of the camera's axes that KITTI puts into the last column.
-    """
-    matrix = _matrix(value, where, (3, 3), (3, 4), (4, 4))
-    if len(matrix) == 4 and (matrix[3] != (0, 0, 0, 1)).any():
-        raise DataError(f"{where} has {short(matrix[3].tolist())} as its last row; give 0 0 0 1")
-    img_from_cam, offset = matrix[:3, :3], np.eye(4)
-    if matrix.shape[1] == 4 and matrix[:3, 3].any():
-        try:
-            offset[:3, 3] = np.linalg.solve(img_from_cam, matrix[:3, 3])
-        except np.linalg.LinAlgError:
-            raise DataError(f"{where} is not a pinhole calibration; give fx 0 cx, 0 fy cy, 0 0 1") from None
-    return img_from_cam, offset
 
 
 def _renamed(prefix: str, names: Mapping[str, str], check: Any, *arguments: object) -> Any:

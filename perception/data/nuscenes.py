@@ -18,6 +18,7 @@ from perception.data.lane_map import LaneMap
 from perception.data.lane_topology import Centerlines
 from perception.data.loader import ClipRequest, decode_image, open_image, pad_boxes, pad_lines
 from perception.data.sample_lines import ego_from_patch, lines_around
+from perception.data.splits import Split
 from perception.data.table_files import read_rig
 from perception.errors import DataError, PerceptionWarning
 from perception.geometry import invert_rigid, yaw_from_rotation
@@ -101,19 +102,60 @@ class NuScenesDataset(Dataset):
         channels = tuple(cameras or (rig.names if rig else NUSCENES_CAMERAS))
         indices = [load_index(root, version, split, channels, lane_range, cache) for root in roots]
         size = (image_size[0], image_size[1])
+        self.roots: tuple[Path, ...]
+        self.split: Split
+        self.cameras: tuple[str, ...]
         self.virtual_rig = chosen_pinholes(Rig([rig[name] for name in channels]), size) if rig else None
         for root, part in zip(roots, indices, strict=True):
             _warn_if_implausible(part, root / version)
-            _warn_of_lost_views(part, root / version, channels, self.virtual_rig or size)
-        self._index = index = concatenate(indices, roots)
+            warn_of_lost_views(part, root / version, channels, self.virtual_rig or size)
         self.roots, self.version, self.split = tuple(roots), version, split
-        self.image_size = size
-        self.points_per_line = points_per_line
-        self.lane_range = lane_range
+        self.cameras = self.virtual_rig.names if self.virtual_rig else channels
+        self._keep(concatenate(indices, roots), size, points_per_line, lane_range, augment)
+
+    @classmethod
+    def from_index(
+        cls,
+        index: Index,
+        root: Path,
+        version: str,
+        split: Split,
+        *,
+        image_size: tuple[int, int],
+        cameras: Sequence[str],
+        points_per_line: int = 20,
+        lane_range: LaneRange = DEFAULT_LANE_RANGE,
+        augment: Augment | None = None,
+    ) -> NuScenesDataset:
+        """Makes a dataset of an index that was read from other files than the tables.
+
+        Args:
+            index: with paths of images and maps as they are opened.
+            root, version, split: of the tables that the evaluation reads; `version` is empty without any.
+            image_size, cameras, points_per_line, lane_range, augment: as for the constructor.
+
+        Raises:
+            ConfigError: as for the constructor.
+        """
+        dataset = cls.__new__(cls)
+        dataset.roots, dataset.version, dataset.split = (root,), version, split
+        dataset.virtual_rig, dataset.cameras = None, tuple(cameras)
+        dataset._keep(index, (image_size[0], image_size[1]), points_per_line, lane_range, augment)
+        return dataset
+
+    def _keep(
+        self,
+        index: Index,
+        image_size: tuple[int, int],
+        points_per_line: int,
+        lane_range: LaneRange,
+        augment: Augment | None,
+    ) -> None:
+        self._index, self.image_size = index, image_size
+        self.points_per_line, self.lane_range = points_per_line, lane_range
         if augment is not None:
             augment.check_reach(lane_range)
         self.augment = augment
-        self.cameras = self.virtual_rig.names if self.virtual_rig else channels
         self._lane_maps: dict[bytes, LaneMap] = {}  # by file, read on first use
         self.max_boxes = int(np.diff(index.box_offset).max())
         self.max_lines = int(np.diff(index.lines.sample_offset).max())
@@ -358,7 +400,7 @@ def _warn_if_implausible(index: Index, tables: Path) -> None:
         )
 
 
-def _warn_of_lost_views(
+def warn_of_lost_views(
     index: Index, tables: Path, cameras: tuple[str, ...], network: tuple[int, int] | VirtualRig
 ) -> None:
     """Warns if fitting the images cuts off the horizon or most of the ground, in the first sample with all cameras.

@@ -1,8 +1,8 @@
 """Reads splits: which scenes of a dataset belong to a named split or to a split file.
 
-A split is a name or a file. A file is a JSON list of scene names (`.json`), or text with one name a line, where empty
-lines and lines that start with `#` are ignored. A name is one of `<version>/splits.json` or of the nuScenes devkit.
-Training, inference and evaluation all resolve a split with `split_scenes`.
+A split is a name, a file, or a tuple of scene names. A file is a JSON list of scene names (`.json`), or text with one
+name a line, where empty lines and lines that start with `#` are ignored. A name is one of `<version>/splits.json` or of
+the nuScenes devkit. Training, inference and evaluation all resolve a split with `split_scenes`.
 """
 
 from __future__ import annotations
@@ -11,18 +11,23 @@ import json
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from perception.errors import DataError
 from perception.files import replacing
 from perception.reading import short
 
+Split: TypeAlias = str | Path | tuple[str, ...]
 
-def is_split_file(split: str | Path) -> bool:
+
+def is_split_file(split: Split) -> bool:
     """Returns whether a split is a file: a Path always is, text is if it ends in .json or .txt or contains a folder.
 
     The text alone decides, so that a file called `val` in the working directory does not change the meaning of `val`.
     """
-    return isinstance(split, Path) or split.endswith((".json", ".txt")) or "/" in split or os.sep in split
+    if isinstance(split, str):
+        return split.endswith((".json", ".txt")) or "/" in split or os.sep in split
+    return isinstance(split, Path)
 
 
 def read_split_file(path: str | Path) -> list[str]:
@@ -58,14 +63,14 @@ def write_split_file(path: str | Path, names: Sequence[str], comment: str) -> No
         temporary.write_text("".join(f"{line}\n" for line in (f"# {comment}", *names)), encoding="utf-8")
 
 
-def is_official(split: str | Path) -> bool:
+def is_official(split: Split) -> bool:
     """Returns whether a split is one of the names that the nuScenes devkit reserves."""
     from nuscenes.utils.splits import is_predefined_split  # the devkit is slow to import
 
-    return not is_split_file(split) and bool(is_predefined_split(split))
+    return isinstance(split, str) and not is_split_file(split) and bool(is_predefined_split(split))
 
 
-def split_scenes(split: str | Path, tables: Path, known: Collection[str]) -> list[str]:
+def split_scenes(split: Split, tables: Path, known: Collection[str]) -> list[str]:
     """Lists the scenes of a split that a dataset contains, in the dataset's order.
 
     A named split may list scenes that the dataset lacks. A file may not: it is written for one dataset, and a missing
@@ -73,7 +78,7 @@ def split_scenes(split: str | Path, tables: Path, known: Collection[str]) -> lis
     evaluation, which takes `val` for a version that ends in `trainval` only, and ignores a `val` in `splits.json`.
 
     Args:
-        split: a file (see `is_split_file`), or a name.
+        split: a file (see `is_split_file`), a name, or scene names.
         tables: folder of the tables, for its name, its `splits.json` and error messages.
         known: names of all scenes of the tables.
 
@@ -81,7 +86,9 @@ def split_scenes(split: str | Path, tables: Path, known: Collection[str]) -> lis
         DataError: the file or `splits.json` is malformed, a scene of the file is unknown, or the split is unknown,
             empty, or an official one of another version.
     """
-    if is_split_file(split):
+    if isinstance(split, tuple):
+        names = list(split)
+    elif is_split_file(split):
         names = read_split_file(split)
         if unknown := [name for name in names if name not in known]:
             raise DataError(

@@ -21,6 +21,7 @@ from typing import Any
 from mmengine.config import Config
 
 from perception.data.augment import Augment
+from perception.data.info_dataset import open_infos
 from perception.data.nuscenes import NuScenesDataset
 from perception.engine.config_file import import_extensions, read_config
 from perception.engine.extensions import KEYS, RunnerSettings, check_refused
@@ -50,6 +51,19 @@ class CustomDataSection:
 
     type: str  # name by which `perception.extensions.register_dataset` registered it
     options: dict[str, Any]  # the other keys of the section, its arguments
+
+
+@dataclass(frozen=True)
+class InfosSection:
+    """A dataset of mmdet3d: `train_data` or `val_data` of a config, in place of a `DataSection`."""
+
+    infos: str  # info file of mmdet3d v1.1, e.g. data/nuscenes/nuscenes_infos_train.pkl
+    data_prefix: dict[str, str] = field(default_factory=dict)  # folders of the images, see `open_infos`
+    dataroot: str = ""  # folder of nuScenes' tables and maps; that of the info file by default
+    augment: Augment | None = None  # as for `DataSection`
+
+
+AnyDataSection = DataSection | InfosSection | CustomDataSection
 
 
 @dataclass(frozen=True)
@@ -86,8 +100,8 @@ class TrainConfig:
 
     name: str  # of the file without .py, also of the exported weights
     model: NetworkConfig
-    train_data: DataSection | CustomDataSection | None  # None, as `train`, for a config that is for evaluation only
-    val_data: DataSection | CustomDataSection
+    train_data: AnyDataSection | None  # None, as `train`, for a config that is for evaluation only
+    val_data: AnyDataSection
     train: TrainSection | None
     source: Config  # unparsed, for the copy in the work directory
     runner: RunnerSettings = field(default_factory=RunnerSettings)
@@ -139,6 +153,8 @@ def _parse_section(path: Path, name: str, section: Any, kind: type[Any]) -> Any:
         except (TypeError, ValueError) as error:
             raise ConfigError(f"{path}: {name} holds more than plain values ({error}); use numbers and text") from None
         return CustomDataSection(section["type"], options)
+    if kind is DataSection and isinstance(section, dict) and "infos" in section:
+        return _parse(path, name, section, InfosSection)
     parsed = _parse(path, name, section, kind)
     if isinstance(parsed, TrainSection):
         for loss in parsed.extra_losses:
@@ -193,7 +209,7 @@ def _changed(path: str, where: str, config: Any, section: dict) -> Any:
     return dataclasses.replace(config, **changes)
 
 
-def build_dataset(section: DataSection | CustomDataSection, model: NetworkConfig) -> NuScenesDataset:
+def build_dataset(section: AnyDataSection, model: NetworkConfig) -> NuScenesDataset:
     """Opens the dataset of a section, with the image size, the points per line and the lane range of a network.
 
     A dataset of another class has what training reads of NuScenesDataset.
@@ -202,32 +218,29 @@ def build_dataset(section: DataSection | CustomDataSection, model: NetworkConfig
         ConfigError: the class of a section with `type` does not take its keys, or lacks what training reads.
         DataError: the root or one of its files is missing or malformed.
     """
+    shared: dict[str, Any] = {
+        "image_size": model.image_size, "points_per_line": model.line_points, "lane_range": model.lane_range,
+    }  # fmt: skip
     if isinstance(section, CustomDataSection):
         where = f"the dataset {section.type}"
         build = registered(DATASETS, where, section.type)
-        network = {
-            "image_size": model.image_size, "points_per_line": model.line_points, "lane_range": model.lane_range,
-        }  # fmt: skip
-        check_arguments(where, build, section.options | network)
+        check_arguments(where, build, section.options | shared)
         try:
-            dataset = build(**section.options, **network)
+            dataset = build(**section.options, **shared)
         except TypeError as error:  # of arguments that it passes on
             raise ConfigError(f"{where} cannot be made with the keys of its section: {error}; correct them") from error
         check_parts(where, dataset, TRAINING_PARTS)
         return dataset
+    shared["augment"] = section.augment
+    if isinstance(section, InfosSection):
+        return open_infos(
+            section.infos, data_prefix=section.data_prefix or None, dataroot=section.dataroot or None, **shared
+        )
     check_dataset(section.dataroot, section.version, section.make_with)
-    return NuScenesDataset(
-        section.dataroot,
-        section.version,
-        section.split,
-        image_size=model.image_size,
-        points_per_line=model.line_points,
-        lane_range=model.lane_range,
-        augment=section.augment,
-    )
+    return NuScenesDataset(section.dataroot, section.version, section.split, **shared)
 
 
-def check_trainable(config: TrainConfig) -> tuple[TrainSection, DataSection | CustomDataSection]:
+def check_trainable(config: TrainConfig) -> tuple[TrainSection, AnyDataSection]:
     """Checks that a config is for training, and returns its sections `train` and `train_data`.
 
     Raises:

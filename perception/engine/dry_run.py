@@ -14,7 +14,15 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from perception.data.loader import TrainSampler, collate
-from perception.engine.config import CustomDataSection, DataSection, TrainConfig, build_dataset, check_trainable
+from perception.engine.config import (
+    AnyDataSection,
+    CustomDataSection,
+    DataSection,
+    InfosSection,
+    TrainConfig,
+    build_dataset,
+    check_trainable,
+)
 from perception.engine.training import TrainingModel, build_optimizer
 from perception.files import scratch_folder
 from perception.models import Network, build_network
@@ -138,9 +146,9 @@ def forward_gflops(core: Network, frame: Frame) -> float:
 def _steps(config: TrainConfig) -> int | None:
     """Returns the number of steps of the whole training in one process, None if unknown."""
     section, data = check_trainable(config)
-    if isinstance(data, CustomDataSection) or _is_there(data):
+    if _is_there(data):
         samples = len(build_dataset(data, config.model))
-    elif (data.version, data.split) == ("v1.0-trainval", "train"):
+    elif isinstance(data, DataSection) and (data.version, data.split) == ("v1.0-trainval", "train"):
         samples = NUSCENES_TRAIN_SAMPLES
     else:
         return None
@@ -148,7 +156,11 @@ def _steps(config: TrainConfig) -> int | None:
     return (section.image_epochs + section.epochs) * per_epoch
 
 
-def _is_there(data: DataSection) -> bool:
+def _is_there(data: AnyDataSection) -> bool:
+    if isinstance(data, CustomDataSection):
+        return True
+    if isinstance(data, InfosSection):
+        return Path(data.infos).is_file()
     roots = (data.dataroot,) if isinstance(data.dataroot, str) else data.dataroot
     return all(Path(root, data.version).is_dir() for root in roots)
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from mmengine.logging import HistoryBuffer
 
 from perception.commands import command
 from perception.engine.config import TrainConfig, check_trainable
@@ -13,6 +16,20 @@ from perception.errors import CheckpointError, ConfigError
 from perception.models import Network, NetworkConfig, build_network
 from perception.models.backbone import load_backbone
 from perception.models.checkpoint import check_fits, load_model, mismatched_keys
+
+
+def _statistic(owner: object, name: str) -> Any:
+    """Returns a method of HistoryBuffer, which its pickles name through `getattr`; no other attribute of anything."""
+    if owner is not HistoryBuffer or name not in ("min", "max", "current", "mean"):
+        raise ValueError(f"a checkpoint asks for the attribute {name}")
+    return getattr(HistoryBuffer, name)
+
+
+# What MMEngine's own checkpoints hold besides tensors and plain values: histories of scalars, as numpy arrays.
+MMENGINE_CLASSES: list[Any] = [
+    HistoryBuffer, (_statistic, "builtins.getattr"), np.ndarray, np.dtype, np.float64(0).__reduce__()[0],
+    np.zeros(0).__reduce__()[0], *(type(np.dtype(kind)) for kind in "bilfd"),
+]  # fmt: skip
 
 
 def make_core(config: TrainConfig, *, initial_weights: bool = True) -> Network:
@@ -46,8 +63,8 @@ def load_weights(name_or_path: str | Path, model_config: NetworkConfig, *, any_s
     """Loads a network in evaluation mode with the weights of a file.
 
     Args:
-        name_or_path: weights exported by training (`.safetensors`), a training checkpoint (`.pth`), or the name of
-            shipped weights.
+        name_or_path: weights exported by training (`.safetensors`), a training checkpoint (`.pth`), also one of
+            `perception.mmdet3d`, or the name of shipped weights.
         model_config: config of the network.
         any_size: accept weights of a network with another image size; no weight depends on it.
 
@@ -73,7 +90,8 @@ def load_weights(name_or_path: str | Path, model_config: NetworkConfig, *, any_s
         raise CheckpointError(f"{path}: no such checkpoint; give a .safetensors or .pth file that training wrote")
     model = build_network(model_config)
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        with torch.serialization.safe_globals(MMENGINE_CLASSES):
+            weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     except Exception as error:  # unpickling a broken file may raise anything
         raise CheckpointError(
             f"{path}: not a readable training checkpoint ({type(error).__name__}); give a file that training wrote, "

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from perception.data.loader import pad_boxes, pad_lines
 from perception.data.nuscenes import NuScenesDataset
-from perception.errors import ConfigError
+from perception.errors import ConfigError, DataError
 from perception.evaluation.confidence import ConfidenceResult, evaluate_confidence
 from perception.evaluation.detection import (
     DetectionResult,
@@ -239,11 +239,17 @@ def check_evaluable(dataset: NuScenesDataset) -> None:
     Raises:
         ConfigError: the dataset has several roots, and the official evaluation takes one; or it is of a class from
             outside the package and lacks something.
-        DataError: the split has no box, or every box has 0 LiDAR and radar points.
+        DataError: the split has no box, or every box has 0 LiDAR and radar points; or the dataset is made of infos
+            without tables.
     """
     check_parts("the validation dataset", dataset, VALIDATION_PARTS)
     if len(dataset.roots) != 1:
         raise ConfigError(f"the dataset has {len(dataset.roots)} roots; evaluate one root at a time")
+    if not dataset.version:
+        raise DataError(
+            f"the infos in {dataset.roots[0]} have no tables beside them, which the official evaluation reads; put the "
+            "folder that metainfo.version names there, or give its root as val_data.dataroot"
+        )
     valid = [ok for i in range(len(dataset)) for ok in dataset.gt_boxes(i).valid.int().tolist()]
     check_counted(valid, dataset.roots[0] / dataset.version, dataset.split)
 

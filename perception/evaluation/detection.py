@@ -29,7 +29,7 @@ from nuscenes.eval.detection.utils import category_to_detection_name
 from pyquaternion import Quaternion
 
 from perception.data.checked_tables import open_tables
-from perception.data.splits import is_official, split_scenes
+from perception.data.splits import Split, is_official, split_scenes
 from perception.errors import DataError
 from perception.evaluation.submission import CAMERA_ONLY
 from perception.files import check_dataset, write_json
@@ -102,7 +102,7 @@ def evaluate_boxes(
     ego_poses: Mapping[str, Array],
     dataroot: str | os.PathLike[str],
     version: str,
-    split: str | Path,
+    split: Split,
     *,
     nusc: NuScenes | None = None,
     out_dir: str | os.PathLike[str] | None = None,
@@ -134,7 +134,7 @@ def evaluate_boxes(
 
 
 def evaluate_submission(
-    nusc: NuScenes, split: str | Path, submission: Mapping[str, Any], *, workers: int | None = None
+    nusc: NuScenes, split: Split, submission: Mapping[str, Any], *, workers: int | None = None
 ) -> DetectionResult:
     """Runs the official nuScenes detection evaluation on a submission.
 
@@ -234,7 +234,7 @@ def _evaluate_unit(
     return metrics.get_label_ap(name, distance), {error: metrics.get_label_tp(name, error) for error in _ERRORS}
 
 
-def check_counted(points: Collection[int], tables: str | os.PathLike[str], split: str | Path) -> None:
+def check_counted(points: Collection[int], tables: str | os.PathLike[str], split: Split) -> None:
     """Checks that the evaluation counts a box of a split. It drops those whose LiDAR and radar points add up to 0.
 
     Args:
@@ -380,11 +380,11 @@ def _never_empty(submission: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**submission, "results": {**results, token: [far_box]}}
 
 
-def _scenes(nusc: NuScenes, split: str | Path) -> list[str]:
+def _scenes(nusc: NuScenes, split: Split) -> list[str]:
     return split_scenes(split, Path(nusc.table_root), [scene["name"] for scene in nusc.scene])
 
 
-def _named_split(nusc: NuScenes, split: str | Path, folder: Path) -> tuple[NuScenes, str]:
+def _named_split(nusc: NuScenes, split: Split, folder: Path) -> tuple[NuScenes, str]:
     """Returns the same tables with the scenes of a split under a name, and that name.
 
     The devkit takes its own splits and those of `splits.json` in the dataset, which must not be changed. It finds that
@@ -397,7 +397,7 @@ def _named_split(nusc: NuScenes, split: str | Path, folder: Path) -> tuple[NuSce
     return tables, name
 
 
-def split_tokens(nusc: NuScenes, split: str | Path) -> list[str]:
+def split_tokens(nusc: NuScenes, split: Split) -> list[str]:
     """Returns the sample tokens of a split, see `split_scenes`.
 
     Raises:
@@ -406,7 +406,7 @@ def split_tokens(nusc: NuScenes, split: str | Path) -> list[str]:
     return list(get_samples_of_scenes(_scenes(nusc, split), nusc))
 
 
-def _check_tokens(results: Mapping[str, object], tokens: list[str], split: str | Path) -> None:
+def _check_tokens(results: Mapping[str, object], tokens: list[str], split: Split) -> None:
     missing, extra = set(tokens) - results.keys(), results.keys() - set(tokens)
     if missing:
         raise DataError(

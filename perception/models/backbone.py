@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 from urllib.parse import parse_qsl
 
 import torch
@@ -16,8 +16,12 @@ from perception.errors import CheckpointError, ConfigError
 from perception.models.foreign import read_state_dict
 from perception.models.resnet import resnet
 
+if TYPE_CHECKING:
+    from perception.engine.mmdet_parts import MMDetNeck
+
 RESNETS = {"resnet18": 64, "resnet34": 64, "resnet50": 256, "resnet101": 256, "resnet152": 256}
 CONVNEXTS = {"convnext_tiny": 96, "convnext_small": 96, "convnext_base": 128, "convnext_large": 192}
+MM_LIBRARIES = ("mmdet", "mmdet3d")  # see `perception.engine.mmdet_parts`
 # RGB 0..255 of ImageNet; the published weights of backbones expect images normalised with it.
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
@@ -27,6 +31,11 @@ class Backbone(Protocol):
     """A convolutional network without its head, an `nn.Module`: images to one feature map per stage."""
 
     channels: list[int]  # of the stages
+    rounds_down: (
+        bool  # sides of the maps of images whose sides are no multiples of the stride; else they are rounded up
+    )
+
+    multiples_only: bool  # images need sides that are multiples of the largest stride
 
     def __call__(self, images: Tensor) -> list[Tensor]:
         """Extracts feature maps [B, C, h, w] at strides 4, 8, 16, 32 from normalised images [B, 3, H, W]."""
@@ -72,9 +81,12 @@ class TorchvisionBackbone(nn.Module):
             stages = [parts[1], *(nn.Sequential(*parts[i : i + 2]) for i in (2, 4, 6))]
         else:
             raise ConfigError(
-                f"model.backbone is {name!r}; use one of {', '.join((*RESNETS, *CONVNEXTS))}, or mmdet:NAME?OPTIONS"
+                f"model.backbone is {name!r}; use one of {', '.join((*RESNETS, *CONVNEXTS))}, or mmdet:NAME?OPTIONS, "
+                "mmdet3d:NAME?OPTIONS, timm:NAME?OPTIONS"
             )
         self.name = name
+        self.rounds_down = name in CONVNEXTS  # its strided convolutions have no padding
+        self.multiples_only = False
         self.stages = nn.ModuleList(stages[:count])
         width = (RESNETS | CONVNEXTS)[name]
         self.channels = [width * 2**stage for stage in range(count)]
@@ -138,58 +150,98 @@ class FPNEncoder(nn.Module):
     """A backbone and the top-down pathway of an FPN (https://arxiv.org/abs/1612.03144) down to one level.
 
     Args:
-        backbone: name of a torchvision network ("resnet50", "convnext_base"), or of an mmdet backbone with its options
-            ("mmdet:ResNeXt?depth=101&groups=32"). Its feature maps must have strides 4, 8, 16 and 32.
+        backbone: name of a torchvision network ("resnet50", "convnext_base"), or a backbone of mmdet, mmdet3d or timm
+            with its options ("mmdet:ResNeXt?depth=101&groups=32", "timm:regnety_008"). Its feature maps must have
+            strides 4, 8, 16 and 32.
         stages: number of stages to keep (3: down to stride 16, 4: down to stride 32).
         stride: stride of the returned feature map, 4, 8, 16 or 32.
         channels: channels of the returned feature map.
+        neck: a neck of mmdet or mmdet3d with its options instead of the FPN ("mmdet:PAFPN?num_outs=3"); it gets the
+            maps from this stride on.
 
     Raises:
-        ConfigError: the backbone is unknown, or no kept stage has this stride.
+        ConfigError: the backbone or the neck is unknown, or no kept stage has this stride.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, backbone: str, stages: int, stride: int, channels: int) -> None:
+    def __init__(self, backbone: str, stages: int, stride: int, channels: int, neck: str = "") -> None:
         super().__init__()
         strides = [4, 8, 16, 32][:stages]
         if stages not in (1, 2, 3, 4) or stride not in strides:
             raise ConfigError(
                 f"feature_stride {stride} does not exist with backbone_stages {stages}; use one of {strides}"
             )
-        if backbone.startswith("mmdet:"):
-            name, _, options = backbone.removeprefix("mmdet:").partition("?")
-            # Imported here because mmdet is optional and a vehicle has none.
-            from perception.engine.mmdet_backbone import MMDetBackbone
-
-            self.backbone: Backbone = MMDetBackbone(name, stages, {k: _literal(v) for k, v in parse_qsl(options)})
-        else:
-            self.backbone = TorchvisionBackbone(backbone, stages)
+        self.backbone = _backbone(backbone, stages)
         self.first = strides.index(stride)
-        self.laterals = nn.ModuleList([nn.Conv2d(width, channels, 1) for width in self.backbone.channels[self.first :]])
-        self.smooth = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)
-        )
+        widths = self.backbone.channels[self.first :]
+        if neck:
+            library, name, options = named_part(neck)
+            if library not in MM_LIBRARIES:
+                raise ConfigError(f"model.neck is {neck!r}; write mmdet:NAME?OPTIONS or mmdet3d:NAME?OPTIONS")
+            from perception.engine.mmdet_parts import MMDetNeck
+
+            self.neck: MMDetNeck | None = MMDetNeck(library, name, widths, channels, options)
+        else:
+            self.neck = None
+            self.laterals = nn.ModuleList([nn.Conv2d(width, channels, 1) for width in widths])
+            self.smooth = nn.Sequential(
+                nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)
+            )
         self.channels, self.stride = channels, stride
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
 
     def feature_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """Returns height and width of the feature map of images of this height and width."""
+        """Returns height and width of the feature map of images of this height and width.
+
+        Raises:
+            ConfigError: the backbone or the neck takes other sizes only.
+        """
         H, W = image_size
-        if getattr(self.backbone, "name", "") in CONVNEXTS:  # its strided convolutions have no padding
+        needed = 4 * 2 ** (len(self.backbone.channels) - 1)
+        if self.backbone.multiples_only or (self.neck is not None and self.neck.multiples_only):
+            if H % needed or W % needed:
+                raise ConfigError(
+                    f"model.image_size is {H} x {W}; this backbone and neck take sides that are multiples of {needed}"
+                )
+        if self.backbone.rounds_down:
             return H // self.stride, W // self.stride
         return -(-H // self.stride), -(-W // self.stride)
 
     def forward(self, images: Tensor) -> Tensor:
         """Encodes images [B, 3, H, W] (RGB 0..255, uint8 or float) to features [B, C, H / stride, W / stride]."""
         maps = self.backbone((images.float() - self.mean) / self.std)[self.first :]
+        if self.neck is not None:
+            of_neck: Tensor = self.neck(maps)
+            return of_neck
         laterals = [lateral(x) for lateral, x in zip(self.laterals, maps, strict=True)]
         merged = laterals[-1]
         for x in reversed(laterals[:-1]):
             merged = x + F.interpolate(merged, size=x.shape[-2:], mode="nearest")
         return self.smooth(merged)  # [B, C, h, w]
+
+
+def named_part(text: str) -> tuple[str, str, dict[str, Any]]:
+    """Splits a name such as "mmdet:ResNeXt?depth=101&groups=32" into library, name and options."""
+    library, _, rest = text.partition(":")
+    name, _, options = rest.partition("?")
+    return library, name, {key: _literal(value) for key, value in parse_qsl(options)}
+
+
+def _backbone(text: str, stages: int) -> Backbone:
+    """Builds a backbone; those of other libraries are imported here, because a vehicle has none of them."""
+    library, name, options = named_part(text)
+    if library in MM_LIBRARIES and name:
+        from perception.engine.mmdet_parts import MMDetBackbone
+
+        return MMDetBackbone(library, name, stages, options)
+    if library == "timm" and name:
+        from perception.models.timm_backbone import TimmBackbone
+
+        return TimmBackbone(name, stages, options)
+    return TorchvisionBackbone(text, stages)
 
 
 def weight_of_shape(weights: Mapping[str, Tensor], name: str, shape: torch.Size, path: Path, fix: str) -> Tensor:

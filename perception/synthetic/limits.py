@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from nuscenes.utils.splits import is_predefined_split
+from nuscenes.utils.splits import create_splits_scenes, is_predefined_split
 
 from perception.errors import ConfigError, DataError
 from perception.rigs.rig import Rig
@@ -19,6 +19,7 @@ RATES = (1, 2, 5, 10, 20)  # supported keyframes per second; nuScenes has 2
 MAX_SCENES, MAX_SIDE = 100_000, 4096
 LOWEST = 0.1  # metres of a camera above the ground
 LONGEST_SCENE = 59  # seconds; scenes start a minute apart
+OFFICIAL = {"v1.0-mini": ("mini_train", "mini_val"), "v1.0-trainval": ("train", "val")}  # splits of a version
 KEYFRAME_BYTES = 700_000  # of one keyframe without its images: a LiDAR sweep and its rows of the tables
 
 
@@ -54,6 +55,33 @@ def check_request(
         raise ConfigError(
             f"simulate: split {split!r} is reserved by the nuScenes devkit; give another name, such as town_{split}"
         )
+
+
+def official_names(version: str, scenes: int, split: str | None) -> list[str]:
+    """Returns names of the devkit's official splits of a version, for training and then for validation.
+
+    Raises:
+        ConfigError: the devkit has no such version, or not so many scenes, or a split is given besides.
+    """
+    if version not in OFFICIAL:
+        raise ConfigError(
+            f"simulate: version is {version!r}; give {', '.join(OFFICIAL)}, or leave it out for a dataset of our own"
+        )
+    if split is not None:
+        raise ConfigError(
+            f"simulate: split is {split!r}, and version {version} has the splits {' and '.join(OFFICIAL[version])}; "
+            "leave split out"
+        )
+    official = create_splits_scenes()
+    training, validation = (official[name] for name in OFFICIAL[version])
+    most = len(training) + len(validation)
+    if not 2 <= scenes <= most:
+        raise ConfigError(
+            f"simulate: scenes is {scenes}, and version {version} has a scene for training, one for validation, and "
+            f"{most} in all; give 2 to {most}"
+        )
+    held_out = max(1, scenes * len(validation) // most)
+    return [*training[: scenes - held_out], *validation[:held_out]]
 
 
 def check_rig(rig: Rig) -> None:

@@ -31,7 +31,7 @@ from perception.files import check_writable, new_folder
 from perception.rigs.models import Pinhole
 from perception.rigs.rig import RIG_FILE, Rig
 from perception.synthetic.district import District
-from perception.synthetic.limits import SWEEP_US, check_request, check_rig, check_space
+from perception.synthetic.limits import SWEEP_US, check_request, check_rig, check_space, official_names
 from perception.synthetic.map_expansion import write_map_expansion
 from perception.synthetic.render import TownRenderer
 from perception.synthetic.sensors import (
@@ -70,6 +70,7 @@ class _Job:
     """All inputs of one scene, or of some of its sensors, for a worker process."""
 
     root: Path
+    name: str  # of the scene
     seed: int
     index: int
     keyframes: int
@@ -79,11 +80,6 @@ class _Job:
     rare: float
     rig: Rig | tuple[Mounting, ...]
     sensors: range  # cameras, in the order of the rig, and after them the LiDAR, with which the labels are made
-
-    @property
-    def name(self) -> str:
-        """Name of the scene."""
-        return f"scene-{self.seed:04d}-{self.index:04d}"
 
     @property
     def log(self) -> str:
@@ -113,13 +109,14 @@ def simulate(
     keyframes: int = 10,
     rate: int = 2,
     image_size: tuple[int, int] = (256, 448),
-    split: str = "town_val",
+    split: str | None = None,
     workers: int | None = None,
     sweeps: bool = False,
     rare: float = 0.0,
     rig: Rig | Sequence[Mounting] = SIX_CAMERAS,
+    version: str = VERSION,
 ) -> None:
-    """Generates a dataset in nuScenes format (version `v1.0-synthetic`).
+    """Generates a dataset in nuScenes format.
 
     Scene i of seed S depends only on `numpy.random.SeedSequence([S, i])` and the arguments. The same arguments give the
     same bytes with any number of workers. The folder appears only when it is complete. The next run with the same `out`
@@ -132,8 +129,8 @@ def simulate(
         keyframes: annotated samples per scene, for up to 59 s.
         rate: annotated samples per second, one of 1, 2 (as nuScenes), 5, 10 and 20.
         image_size: height and width of the images in pixels, 16 to 4096; a `Rig` has its own sizes.
-        split: name under which `splits.json` lists the scenes. The devkit reserves its names (`train`, `val`, `test`,
-            ...) for the scenes of nuScenes, so they cannot be used.
+        split: name under which `splits.json` lists the scenes, `town_val` by default. The devkit reserves its names
+            (`train`, `val`, `test`, ...) for the scenes of nuScenes, so they cannot be used.
         workers: number of processes; None uses all CPU cores, 1 works in this process.
         sweeps: also write camera images between keyframes, 10 Hz in total; for rates of 1 to 5.
         rare: frequency of rare classes, from 0 (as in usual streets) to 1, see `make_district`.
@@ -141,13 +138,20 @@ def simulate(
             size and mounting, which are rendered exactly, all at the LiDAR's time. Such a rig is written as
             `<version>/rig.yaml`, because the tables can hold pinholes only: `camera_intrinsic` of other cameras is
             empty, as that of a LiDAR. `NuScenesDataset` reads both.
+        version: folder of the tables, `v1.0-synthetic`; or `v1.0-mini` or `v1.0-trainval`, for tools that take no other
+            version. The scenes then have the names of the devkit's official splits, `mini_train` and `mini_val` or
+            `train` and `val`: the first ones train, and about as large a share as in nuScenes, at least one scene,
+            validates.
 
     Raises:
         ConfigError: an argument is out of its range, or the rig has too many cameras, or names that are no folders.
         DataError: `out` is not empty, another run is writing it, or the disk is full or about to be.
     """
     out = Path(out)
+    official = official_names(version, scenes, split) if version != VERSION else None
+    split = split or "town_val"
     check_request(scenes, seed, keyframes, rate, image_size, split, workers, sweeps, rare)
+    names = official or [f"scene-{seed:04d}-{i:04d}" for i in range(scenes)]
     if isinstance(rig, Rig):
         check_rig(rig)
         sizes = [camera.image_size for camera in rig]
@@ -162,7 +166,7 @@ def simulate(
                 (root / "sweeps" / channel).mkdir(parents=True)
         workers = workers or os.cpu_count() or 1
         jobs = [
-            _Job(root, seed, i, keyframes, rate, (image_size[0], image_size[1]), sweeps, rare, rig, sensors)
+            _Job(root, names[i], seed, i, keyframes, rate, (image_size[0], image_size[1]), sweeps, rare, rig, sensors)
             for i, parts in enumerate(_parts_of_scenes(scenes, workers, len(rig) + 1))
             for sensors in parts
         ]
@@ -170,9 +174,11 @@ def simulate(
         for tables, district in tqdm(_whole_scenes(jobs, _run(jobs, workers)), total=scenes, desc="scenes"):
             written.append(tables)
             districts.append(district)
-        _write_tables(root, seed, written, split, [camera.name for camera in rig])
+        _write_tables(root / version, seed, written, [camera.name for camera in rig])
+        if not official:  # the devkit knows its own splits, and reads no others of these versions
+            (root / version / "splits.json").write_text(json.dumps({split: names}, indent=0), encoding="utf-8")
         if isinstance(rig, Rig):
-            rig.save(root / VERSION / RIG_FILE)
+            rig.save(root / version / RIG_FILE)
         for location in LOCATIONS:
             here = [d for d in districts if d.location == location]
             if here:
@@ -418,10 +424,9 @@ def _link_instances(job: _Job, district: District, annotations: list[dict]) -> l
     return instances
 
 
-def _write_tables(
-    root: Path, seed: int, parts: list[dict[str, list[dict]]], split: str, cameras: Sequence[str]
-) -> None:
-    """Writes the thirteen tables, `splits.json` and the map images that the devkit requires."""
+def _write_tables(folder: Path, seed: int, parts: list[dict[str, list[dict]]], cameras: Sequence[str]) -> None:
+    """Writes the thirteen tables to a folder, and the map images that the devkit requires beside it."""
+    root = folder.parent
     tables = {name: [row for part in parts for row in part[name]] for name in parts[0]}
     tables["category"] = [
         {"token": _token("category", name), "name": name, "description": "", "index": i + 1}
@@ -451,9 +456,6 @@ def _write_tables(
         # The devkit requires that the file exists; the content of the map is in the expansion.
         Image.new("L", (1, 1)).save(root / file)
         tables["map"].append({"category": "semantic_prior", "token": token, "filename": file, "log_tokens": logs})
-    folder = root / VERSION
     folder.mkdir()
     for name, rows in tables.items():
         (folder / f"{name}.json").write_text(json.dumps(rows, indent=0), encoding="utf-8")
-    names = [row["name"] for row in tables["scene"]]
-    (folder / "splits.json").write_text(json.dumps({split: names}, indent=0), encoding="utf-8")

@@ -17,6 +17,7 @@ class BEVTransformerConfig:
     image_size: tuple[int, int] = (160, 288)  # height and width of the input
     backbone: str = "resnet18"
     backbone_stages: int = 3
+    neck: str = ""  # of mmdet or mmdet3d, instead of the feature pyramid
     feature_stride: int = 8
     channels: int = 64
     x_range: tuple[float, float] = (-51.2, 51.2)

@@ -68,7 +68,7 @@ class BEVTransformer(nn.Module):
         self.config = config
         C, classes, line_classes = config.channels, len(BOX_CLASSES), len(LINE_CLASSES)
         self.grid = BEVGrid(config.x_range, config.y_range, config.grid)
-        self.image_encoder = FPNEncoder(config.backbone, config.backbone_stages, config.feature_stride, C)
+        self.image_encoder = FPNEncoder(config.backbone, config.backbone_stages, config.feature_stride, C, config.neck)
         # Per pixel: classes, depth bins, heading as sin and cos, bypass of the depth gate.
         self.image_head = CameraAwareHead(C, classes + config.depth_bins + 2 + 1)
         assert self.image_head.head.bias is not None
