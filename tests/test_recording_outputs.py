@@ -288,7 +288,7 @@ def test_simulate_writes_recordings(tmp_path, capsys):
     assert [line.split() for line in capsys.readouterr().out.splitlines()][1] == ["keyframes", "2"]
     (bag,) = (tmp_path / "bags").iterdir()
     recording = open_recording(bag)
-    assert bag.name == "scene-0005-0000" and len(recording.plan()) == 2 and len(recording.trajectory) == 14
+    assert bag.name == "scene-0001" and len(recording.plan()) == 2 and len(recording.trajectory) == 14
     with pytest.raises(DataError, match="bags: exists and is not empty"):
         main(["simulate", "--out", str(tmp_path / "bags"), "--format", "folder", *small])
 

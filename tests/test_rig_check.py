@@ -17,8 +17,8 @@ from perception.rigs.models import Pinhole
 from perception.rigs.rig import BODY_FROM_OPTICAL, SHIPPED, read_cameras, rigid_from_rpy
 from perception.rigs.vanishing import LEAST_IMAGES, find_lines, measure_tilt
 from perception.synthetic.render import TownRenderer
+from perception.synthetic.scene import scene_district
 from perception.synthetic.sensors import cameras_of
-from perception.synthetic.writer import scene_district
 from perception.visualization.rig_check import draw_camera, draw_coverage
 
 NUSCENES = yaml.safe_load((SHIPPED / "nuscenes.yaml").read_text())

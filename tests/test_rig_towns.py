@@ -28,8 +28,8 @@ from perception.synthetic import VERSION, simulate
 from perception.synthetic.actors import actor_mesh
 from perception.synthetic.mesh import Material
 from perception.synthetic.render import TownRenderer
+from perception.synthetic.scene import scene_district
 from perception.synthetic.sensors import cameras_of, make_cameras
-from perception.synthetic.writer import scene_district
 
 SIZE = (240, 320)  # height and width
 TIME = 1.1

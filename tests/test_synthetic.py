@@ -33,9 +33,10 @@ from perception.synthetic.district import Actor, Building, District, Light, Mark
 from perception.synthetic.ground import Ground
 from perception.synthetic.mesh import Material
 from perception.synthetic.render import TownRenderer
+from perception.synthetic.scene import scene_district, scene_renderer
 from perception.synthetic.sensors import EIGHT_CAMERAS, FIVE_CAMERAS, SIX_CAMERAS, make_cameras, make_lidar
 from perception.synthetic.tracing import embree_scene
-from perception.synthetic.writer import VERSION, _parts_of_scenes, scene_district, scene_renderer
+from perception.synthetic.writer import VERSION, _parts_of_scenes
 
 SEED, KEYFRAMES, IMAGE_SIZE = 11, 4, (128, 224)  # of the fixture town_root
 KEYFRAME = 2

@@ -160,6 +160,23 @@ class Light:
 
 
 @dataclass(frozen=True, eq=False)
+class LanePath:
+    """Centre of a lane or a lane connector, in driving direction, with its tangents."""
+
+    points: np.ndarray  # [P, 2] metres, about 1 m apart
+    yaw: np.ndarray  # [P] radians, unwrapped
+
+
+@dataclass(frozen=True, eq=False)
+class LaneGraph:
+    """Lanes and the connectors between them, which cross junctions."""
+
+    lanes: tuple[LanePath, ...] = ()  # one per polygon of layers["lane"]
+    connectors: tuple[LanePath, ...] = ()  # one per polygon of layers["lane_connector"]
+    links: tuple[tuple[int, int], ...] = ()  # one per connector: the lanes before and after it
+
+
+@dataclass(frozen=True, eq=False)
 class District:
     """World of one scene. `layers` holds the shapely geometries of the nuScenes map layers by layer name."""
 
@@ -178,3 +195,4 @@ class District:
     ego: Trajectory
     light: Light
     duration: float
+    lane_graph: LaneGraph = LaneGraph()

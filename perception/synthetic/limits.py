@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
+from itertools import count, islice
 from pathlib import Path
 
 from nuscenes.utils.splits import create_splits_scenes, is_predefined_split
@@ -20,6 +21,8 @@ MAX_SCENES, MAX_SIDE = 100_000, 4096
 LOWEST = 0.1  # metres of a camera above the ground
 LONGEST_SCENE = 59  # seconds; scenes start a minute apart
 OFFICIAL = {"v1.0-mini": ("mini_train", "mini_val"), "v1.0-trainval": ("train", "val")}  # splits of a version
+# Numbers of scenes whose CAN bus messages the devkit refuses to read, because nuScenes has none for them.
+_WITHOUT_CAN_BUS = frozenset((*range(161, 169), *range(170, 177), *range(309, 315)))
 KEYFRAME_BYTES = 700_000  # of one keyframe without its images: a LiDAR sweep and its rows of the tables
 
 
@@ -55,6 +58,12 @@ def check_request(
         raise ConfigError(
             f"simulate: split {split!r} is reserved by the nuScenes devkit; give another name, such as town_{split}"
         )
+
+
+def scene_names(scenes: int) -> list[str]:
+    """Returns the names of the scenes of a version of our own: scene-0001, scene-0002, ..."""
+    numbers = (number for number in count(1) if number not in _WITHOUT_CAN_BUS)
+    return [f"scene-{number:04d}" for number in islice(numbers, scenes)]
 
 
 def official_names(version: str, scenes: int, split: str | None) -> list[str]:

@@ -19,12 +19,14 @@ from shapely.geometry import LineString, Polygon
 from perception.errors import ConfigError
 from perception.files import write_json
 from perception.synthetic.district import District
+from perception.synthetic.lane_graph import arcline_path
 
 # Fields that the devkit or its users expect in addition to the geometry, by layer.
 _POLYGON_LAYERS: dict[str, dict[str, Any]] = {
     "road_segment": {"drivable_area_token": ""},
     "lane": {"lane_type": "CAR", "from_edge_line_token": "", "to_edge_line_token": "",
              "left_lane_divider_segments": [], "right_lane_divider_segments": []},
+    "lane_connector": {},
     "ped_crossing": {"road_segment_token": ""},
     "walkway": {},
     "stop_line": {"stop_line_type": "STOP_SIGN", "ped_crossing_tokens": [], "traffic_light_tokens": [],
@@ -35,7 +37,7 @@ _LINE_LAYERS: dict[str, dict[str, Any]] = {
     "road_divider": {"road_segment_token": None},
     "lane_divider": {"lane_divider_segments": []},
 }
-_EMPTY_LAYERS = ("road_block", "traffic_light", "lane_connector")
+_EMPTY_LAYERS = ("road_block", "traffic_light")
 
 
 class _Records:
@@ -74,15 +76,18 @@ class _Records:
         return token
 
 
-def write_map_expansion(districts: Sequence[District], path: str | Path) -> None:
+def write_map_expansion(districts: Sequence[District], path: str | Path) -> list[float]:
     """Writes the map of one location: the union of its districts.
 
-    There is no lane graph: `arcline_path_3`, `connectivity` and `lane_connector` are empty. Road segments of junctions
-    have `is_intersection`.
+    `arcline_path_3` follows the centres of lanes and connectors to 2 cm. `connectivity` leads from lanes to connectors
+    and from connectors to lanes. Road segments of junctions have `is_intersection`.
 
     Args:
         districts: all districts of one location, at least one, with different names and positive coordinates.
         path: `<dataroot>/maps/expansion/<location>.json`; missing folders are made, an existing file is replaced.
+
+    Returns:
+        Width and height of the map, metres.
 
     Raises:
         ConfigError: there is no district, locations differ, names are equal, or coordinates are negative.
@@ -117,11 +122,34 @@ def write_map_expansion(districts: Sequence[District], path: str | Path) -> None
     xy = np.array(list(records.nodes))  # [P, 2]
     if xy.min() < 0:
         raise ConfigError(f"{path}: a district reaches negative map coordinates; move its origin_xy into the canvas")
+    canvas: list[float] = (np.ceil(xy.max(axis=0) / 10.0) * 10.0).tolist()
+    arclines, connectivity = _lane_graph(districts, records)
     document = {
         "version": "1.3",
-        "canvas_edge": (np.ceil(xy.max(axis=0) / 10.0) * 10.0).tolist(),
-        "arcline_path_3": {},
-        "connectivity": {},
+        "canvas_edge": canvas,
+        "arcline_path_3": arclines,
+        "connectivity": connectivity,
         **layers,
     }
     write_json(path, document, indent=None)
+    return canvas
+
+
+def _lane_graph(districts: Sequence[District], records: _Records) -> tuple[dict[str, list], dict[str, dict]]:
+    """Returns `arcline_path_3` and `connectivity`: path, and lanes before and after, of each lane and connector."""
+    arclines: dict[str, list] = {}
+    connectivity: dict[str, dict[str, list[str]]] = {}
+    for district in districts:
+        graph = district.lane_graph
+        lanes, connectors = (
+            [records.token(district.name, layer, index) for index in range(len(paths))]
+            for layer, paths in (("lane", graph.lanes), ("lane_connector", graph.connectors))
+        )
+        for token, path in zip([*lanes, *connectors], [*graph.lanes, *graph.connectors], strict=True):
+            arclines[token] = arcline_path(path)
+            connectivity[token] = {"incoming": [], "outgoing": []}
+        for connector, (before, after) in zip(connectors, graph.links, strict=True):
+            for one, other in ((lanes[before], connector), (connector, lanes[after])):
+                connectivity[one]["outgoing"].append(other)
+                connectivity[other]["incoming"].append(one)
+    return arclines, connectivity

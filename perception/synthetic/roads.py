@@ -133,6 +133,17 @@ class Section:
     runs: tuple[tuple[float, float], ...]
 
 
+@dataclass(frozen=True)
+class Lane:
+    """A lane of a section; lane 0 is the innermost of its direction."""
+
+    road: int
+    start: float  # station of the section's start
+    stop: float
+    direction: int  # +1 along the road's line, -1 against it
+    number: int
+
+
 @dataclass(frozen=True, eq=False)
 class Crossing:
     """A pedestrian crossing between two stations of a road."""
@@ -159,6 +170,7 @@ class Network:
     markings: list[tuple[Polygon, str]]
     layers: dict[str, list]
     intersections: tuple[bool, ...]
+    lanes: tuple[Lane, ...]  # one per polygon of layers["lane"]
 
 
 def _centre_line(rng: np.random.Generator, kind: str, back: float, ahead: float) -> np.ndarray:
@@ -279,6 +291,7 @@ class _Painter:
         self.bays: list[Polygon] = []
         self.parking: list[Polygon] = []
         self.sections: list[Section] = []
+        self.lanes: list[Lane] = []  # one per polygon of layers["lane"]
         self.layers: dict[str, list] = {
             name: [] for name in ("lane", "ped_crossing", "road_divider", "lane_divider", "stop_line", "carpark_area")
         }
@@ -343,6 +356,7 @@ class _Painter:
             for lane in range(road.lanes(direction)):
                 o, half = road.lane_center(direction, lane), road.lane_width / 2
                 self.layers["lane"].append(road.strip(start, stop, o - half, o + half))
+                self.lanes.append(Lane(index, start, stop, direction, lane))
         lane_dash = (3.0, float(rng.uniform(3, 6)))
         for run in runs:
             if run[1] - run[0] > 3:
@@ -462,13 +476,13 @@ def make_network(rng: np.random.Generator, tile: Polygon, paint: Polygon) -> Net
         for arm in junction.arms
     ]
     walkways = [piece for piece in _polygons(walkable.difference(outline)) if piece.area > 2]
-    layers = _clip_layers(painter.layers, surface, walkways, cut_lines, tile)
+    layers, sources = _clip_layers(painter.layers, surface, walkways, cut_lines, tile)
     flags = tuple(any(piece.contains(Point(center)) for center in centers) for piece in layers["road_segment"])
     return Network(
         roads, junctions, painter.sections, painter.crossings, surface, painter.islands, walkways, walkway_width,
         [piece for area in painter.parking for piece in _polygons(area.intersection(paint))],
         [(p, color) for marking, color in painter.markings for p in _polygons(marking.intersection(paint))],
-        layers, flags,
+        layers, flags, tuple(painter.lanes[source] for source in sources),
     )  # fmt: skip
 
 
@@ -477,17 +491,27 @@ def _polygons(geometry: BaseGeometry) -> list[Polygon]:
     return [part for part in getattr(geometry, "geoms", [geometry]) if isinstance(part, Polygon) and not part.is_empty]
 
 
-def _clip_layers(layers: dict, surface: Polygon, walkways: list, cut_lines: list, tile: Polygon) -> dict:
-    """Clips all layers to the tile and makes the road segments by one noding of outline and cut lines."""
+def _clip_layers(
+    layers: dict, surface: Polygon, walkways: list, cut_lines: list, tile: Polygon
+) -> tuple[dict[str, list], list[int]]:
+    """Clips all layers to the tile and makes the road segments by one noding of outline and cut lines.
+
+    Returns:
+        The clipped layers, and for each clipped lane the index of the lane before clipping.
+    """
     linework = unary_union([surface.boundary, tile.boundary, *cut_lines])
     within = surface.intersection(tile)
     pieces = [piece for piece in polygonize(linework) if within.contains(piece.representative_point())]
     # Lanes stay a centimetre inside their road segment, so that they do not change the road's outline.
     inside = unary_union([piece.buffer(-0.01, join_style="mitre") for piece in pieces])
     clipped: dict[str, list] = {"road_segment": pieces, "drivable_area": _polygons(unary_union(pieces))}
+    sources: list[int] = []
     for name, geometries in {**layers, "walkway": walkways}.items():
         region = inside if name == "lane" else tile
         cut = [geometry.intersection(region) for geometry in geometries]
-        parts = [part for geometry in cut for part in getattr(geometry, "geoms", [geometry])]
-        clipped[name] = [part for part in parts if part.area > 0.05 or (part.length > 1 and part.area == 0)]
-    return clipped
+        parts = [(k, part) for k, geometry in enumerate(cut) for part in getattr(geometry, "geoms", [geometry])]
+        kept = [(k, part) for k, part in parts if part.area > 0.05 or (part.length > 1 and part.area == 0)]
+        clipped[name] = [part for _, part in kept]
+        if name == "lane":
+            sources = [k for k, _ in kept]
+    return clipped, sources

@@ -16,6 +16,8 @@ from perception.synthetic.district import (
     Building,
     District,
     Kerb,
+    LaneGraph,
+    LanePath,
     Light,
     Marking,
     Pole,
@@ -23,6 +25,7 @@ from perception.synthetic.district import (
     Trajectory,
     Tree,
 )
+from perception.synthetic.lane_graph import make_lane_graph
 from perception.synthetic.population import Population, mix_frequencies
 from perception.synthetic.roads import PAINT_HALF, TILE_HALF, Network, make_network
 from perception.synthetic.surroundings import make_buildings, make_greenery, make_light
@@ -73,6 +76,14 @@ class _Placement:
         """Transforms a shapely geometry; polygons get counter-clockwise exteriors."""
         moved = shapely.transform(geometry, self.points)
         return shapely.geometry.polygon.orient(moved) if isinstance(moved, Polygon) else moved
+
+    def graph(self, graph: LaneGraph) -> LaneGraph:
+        """Transforms a lane graph."""
+        lanes, connectors = (
+            tuple(LanePath(self.points(path.points), self.flip * path.yaw + self.angle) for path in paths)
+            for paths in (graph.lanes, graph.connectors)
+        )
+        return LaneGraph(lanes, connectors, graph.links)
 
     def trajectory(self, trajectory: Trajectory) -> Trajectory:
         """Transforms a trajectory."""
@@ -237,7 +248,8 @@ def make_district(
     surfaces += [(part, "asphalt") for part in getattr(network.surface, "geoms", [network.surface])]
     surfaces += [(p, "parking") for p in network.parking]
     surfaces += [(island, str(rng.choice(["grass", "concrete"]))) for island in network.islands]
-    layers = {**network.layers, "carpark_area": network.layers["carpark_area"] + yards}
+    graph, connectors = make_lane_graph(network)
+    layers = {**network.layers, "lane_connector": connectors, "carpark_area": network.layers["carpark_area"] + yards}
     border = turned[1].boundary.buffer(0.05)
     kerbs = network.surface.boundary.difference(border)
     kerbs = shapely.line_merge(kerbs) if kerbs.geom_type == "MultiLineString" else kerbs
@@ -261,4 +273,5 @@ def make_district(
         ego=placement.trajectory(tracks[0]),
         light=light,
         duration=duration,
+        lane_graph=placement.graph(graph),
     )

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import shapely
-from shapely.geometry import LineString, MultiPolygon, Polygon
+from shapely.geometry import LineString
 
 from perception.synthetic.district import Actor, Trajectory
-from perception.synthetic.roads import Arm, Network
+from perception.synthetic.roads import Arm, Network, Road
 
 STEP = 0.1  # s between samples of moving trajectories
 # The ego vehicle: its origin is the rear axle; its body reaches from EGO_BACK behind the axle to EGO_FRONT ahead of it.
@@ -152,22 +152,14 @@ def route(
         line_at = section.runs[-1][1] if direction > 0 else section.runs[0][0]
         stop_lines.append((total - abs(cut - line_at), index, road))
         entry, heading = line.point(cut, offset), line.heading(cut) + (0 if direction > 0 else np.pi)
-        exits: list[tuple[int, Arm]] = []
-        for arm in network.junctions[index].arms:
-            if not network.roads[arm.road].lanes(arm.sign) or (arm.road == road and arm.sign == -direction):
-                continue
-            away = network.roads[arm.road].heading(arm.cut) + (0 if arm.sign > 0 else np.pi)
-            angle = (away - heading + np.pi) % (2 * np.pi) - np.pi
-            exits.append((0 if arm.road == road else int(np.sign(angle)), arm))
+        exits = exits_of(network, index, road, direction, cut)
         if not exits:
             break
         turn, arm = exits[pick_turn([option for option, _ in exits])]
-        new = network.roads[arm.road]
         if turn:
-            # Right turns enter the outermost lane, left turns the innermost one.
-            offset = new.lane_center(arm.sign, new.lanes(arm.sign) - 1 if turn < 0 else 0)
-            leave, away = new.point(arm.cut, offset), new.heading(arm.cut) + (0 if arm.sign > 0 else np.pi)
-            points.append(_turn(entry, heading, leave, away, network.surface))
+            lane = lane_after(network.roads[arm.road], arm.sign, turn)
+            offset = network.roads[arm.road].lane_center(arm.sign, lane)
+            points.append(turn_curve(network, entry, heading, arm, offset))
         else:
             points.append(line.along(cut, arm.cut, offset))
         total += np.linalg.norm(np.diff(points[-1], axis=0), axis=1).sum()
@@ -177,10 +169,41 @@ def route(
     return path[keep], stop_lines
 
 
-def _turn(
-    entry: np.ndarray, heading: float, leave: np.ndarray, away: float, surface: Polygon | MultiPolygon
-) -> np.ndarray:
-    """Makes a cubic curve [P, 2] from one heading to another: the roundest one with a car's width of clearance."""
+def exits_of(network: Network, junction: int, road: int, direction: int, cut: float) -> list[tuple[int, Arm]]:
+    """Lists the arms by which traffic may leave a junction, each after its turn: -1 right, 0 straight, 1 left.
+
+    Args:
+        network: the road network.
+        junction: index of the junction.
+        road, direction: where the traffic comes from.
+        cut: station at which it enters the junction.
+    """
+    heading = network.roads[road].heading(cut) + (0 if direction > 0 else np.pi)
+    exits: list[tuple[int, Arm]] = []
+    for arm in network.junctions[junction].arms:
+        if not network.roads[arm.road].lanes(arm.sign) or (arm.road == road and arm.sign == -direction):
+            continue
+        away = network.roads[arm.road].heading(arm.cut) + (0 if arm.sign > 0 else np.pi)
+        angle = (away - heading + np.pi) % (2 * np.pi) - np.pi
+        exits.append((0 if arm.road == road else int(np.sign(angle)), arm))
+    return exits
+
+
+def lane_after(road: Road, direction: int, turn: int) -> int:
+    """Returns the lane that a turn enters: right turns the outermost, left turns the innermost one."""
+    return road.lanes(direction) - 1 if turn < 0 else 0
+
+
+def turn_curve(network: Network, entry: np.ndarray, heading: float, arm: Arm, offset: float) -> np.ndarray:
+    """Makes the path of a turn [P, 2]: the roundest cubic curve with a car's width of clearance.
+
+    Args:
+        network: the road network.
+        entry, heading: where and in which direction the path enters the junction.
+        arm, offset: the arm by which it leaves, and its offset there.
+    """
+    road = network.roads[arm.road]
+    leave, away = road.point(arm.cut, offset), road.heading(arm.cut) + (0 if arm.sign > 0 else np.pi)
     first, last = (np.array([np.cos(a), np.sin(a)]) for a in (heading, away))
     # Distances to the intersection of the tangents. Handles of 0.58 of them give nearly an arc, longer ones cut less.
     solved = np.linalg.solve(np.stack([first, last], axis=1), leave - entry)
@@ -190,7 +213,7 @@ def _turn(
         handles = np.clip(share * solved, 0.25 * chord, chord)
         a, b = entry + handles[0] * first, leave - handles[1] * last
         curve = (1 - u) ** 3 * entry + 3 * u * (1 - u) ** 2 * a + 3 * u**2 * (1 - u) * b + u**3 * leave  # [P, 2]
-        if surface.contains(LineString(curve).buffer(1.15)):
+        if network.surface.contains(LineString(curve).buffer(1.15)):
             break
     return curve
 
