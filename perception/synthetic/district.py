@@ -165,6 +165,12 @@ class LanePath:
 
     points: np.ndarray  # [P, 2] metres, about 1 m apart
     yaw: np.ndarray  # [P] radians, unwrapped
+    width: float  # metres
+
+    def edge(self, row: int) -> np.ndarray:
+        """Returns the line [2, 2] across the path at one of its points, from its left to its right side."""
+        left = np.array([-np.sin(self.yaw[row]), np.cos(self.yaw[row])]) * self.width / 2
+        return np.round([self.points[row] + left, self.points[row] - left], 4)
 
 
 @dataclass(frozen=True, eq=False)

@@ -54,13 +54,12 @@ def make_lane_graph(network: Network) -> tuple[LaneGraph, list[Polygon]]:
                     points = turn_curve(network, road.point(cut, offset), heading, arm, away)
                     yaw = np.arctan2(*np.gradient(points, axis=0).T[::-1])
                     yaw[0], yaw[-1] = heading, leaving.heading(arm.cut) + (0 if arm.sign > 0 else np.pi)
-                    path = LanePath(points, np.unwrap(yaw))
+                    path = LanePath(points, np.unwrap(yaw), min(road.lane_width, leaving.lane_width))
                 else:
                     path = _along(road, cut, arm.cut, offset)
-                width = min(road.lane_width, leaving.lane_width)
                 connectors.append(path)
                 links.append((before, after))
-                areas.append(LineString(path.points).buffer(width / 2, cap_style="flat"))
+                areas.append(LineString(path.points).buffer(path.width / 2, cap_style="flat"))
     return LaneGraph(tuple(lanes), tuple(connectors), tuple(links)), areas
 
 
@@ -70,7 +69,7 @@ def _along(road: Road, first: float, last: float, offset: float) -> LanePath:
     points = road.point(stations, offset)  # [P, 2]
     normal = road.point(stations, 1.0) - road.point(stations, 0.0)
     yaw = np.unwrap(np.arctan2(-normal[:, 0], normal[:, 1]))
-    return LanePath(points, yaw if last > first else yaw + np.pi)
+    return LanePath(points, yaw if last > first else yaw + np.pi, road.lane_width)
 
 
 def _extent(road: Road, lane: Lane, polygon: Polygon) -> tuple[float, float]:

@@ -24,8 +24,7 @@ from perception.synthetic.lane_graph import arcline_path
 # Fields that the devkit or its users expect in addition to the geometry, by layer.
 _POLYGON_LAYERS: dict[str, dict[str, Any]] = {
     "road_segment": {"drivable_area_token": ""},
-    "lane": {"lane_type": "CAR", "from_edge_line_token": "", "to_edge_line_token": "",
-             "left_lane_divider_segments": [], "right_lane_divider_segments": []},
+    "lane": {"lane_type": "CAR", "left_lane_divider_segments": [], "right_lane_divider_segments": []},
     "lane_connector": {},
     "ped_crossing": {"road_segment_token": ""},
     "walkway": {},
@@ -109,6 +108,10 @@ def write_map_expansion(districts: Sequence[District], path: str | Path) -> list
                 record = {"token": records.token(*key), "polygon_token": records.polygon(key, polygon), **fields}
                 if layer == "road_segment":
                     record["is_intersection"] = district.intersections[index]
+                elif layer == "lane":
+                    centre = district.lane_graph.lanes[index]
+                    for edge, row in (("from_edge_line", 0), ("to_edge_line", -1)):
+                        record[f"{edge}_token"] = records.line((*key, edge), LineString(centre.edge(row)))
                 layers[layer].append(record)
         for layer, fields in _LINE_LAYERS.items():
             for index, line in enumerate(district.layers[layer]):

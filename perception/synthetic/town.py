@@ -80,7 +80,7 @@ class _Placement:
     def graph(self, graph: LaneGraph) -> LaneGraph:
         """Transforms a lane graph."""
         lanes, connectors = (
-            tuple(LanePath(self.points(path.points), self.flip * path.yaw + self.angle) for path in paths)
+            tuple(LanePath(self.points(p.points), self.flip * p.yaw + self.angle, p.width) for p in paths)
             for paths in (graph.lanes, graph.connectors)
         )
         return LaneGraph(lanes, connectors, graph.links)
