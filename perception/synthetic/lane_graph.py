@@ -59,7 +59,7 @@ def make_lane_graph(network: Network) -> tuple[LaneGraph, list[Polygon]]:
                     path = _along(road, cut, arm.cut, offset)
                 connectors.append(path)
                 links.append((before, after))
-                areas.append(LineString(path.points).buffer(path.width / 2, cap_style="flat"))
+                areas.append(LineString(path.points).simplify(0.01).buffer(path.width / 2, cap_style="flat"))
     return LaneGraph(tuple(lanes), tuple(connectors), tuple(links)), areas
 
 
@@ -122,9 +122,11 @@ def _biarc(path: LanePath, first: int, last: int) -> tuple[list[tuple[np.ndarray
     turned = path.yaw[first] + curvature * length
     rest = _arc(joint, turned, stop)
     arcs = [(np.array([*start, path.yaw[first]]), curvature, length), (np.array([*joint, turned]), *rest)]
+    if abs(rest[0] - curvature) < _STRAIGHT:  # one arc
+        arcs = [(arcs[0][0], curvature, length + rest[1])]
     points = path.points[first + 1 : last]
     on_first = (points - joint) @ [np.cos(turned), np.sin(turned)] < 0
-    apart = np.where(on_first, _distance(points, *arcs[0][:2]), _distance(points, *arcs[1][:2]))
+    apart = np.where(on_first, _distance(points, *arcs[0][:2]), _distance(points, *arcs[-1][:2]))
     return arcs, float(apart.max(initial=0.0))
 
 
@@ -154,11 +156,14 @@ def _record(pose: np.ndarray, curvature: float, length: float) -> dict[str, Any]
     turn = curvature * length
     chord = length * np.sinc(turn / (2 * np.pi))
     end = pose + np.array([chord * np.cos(pose[2] + turn / 2), chord * np.sin(pose[2] + turn / 2), turn])
-    start_pose, end_pose = ([*p[:2].tolist(), float((p[2] + np.pi) % (2 * np.pi) - np.pi)] for p in (pose, end))
+    start_pose, end_pose = (
+        [*np.round(p[:2], 6).tolist(), round(float((p[2] + np.pi) % (2 * np.pi) - np.pi), 9)] for p in (pose, end)
+    )
+    length = round(length, 6)
     return {
         "start_pose": start_pose,
         "end_pose": end_pose,
         "shape": "RSR" if curvature < 0 else "LSL",
-        "radius": 1 / abs(curvature) if curvature else 1e3,  # a straight line has none
+        "radius": round(1 / abs(curvature), 6) if curvature else 1e3,  # a straight line has none
         "segment_length": [length, 0.0, 0.0] if curvature else [0.0, length, 0.0],
     }
