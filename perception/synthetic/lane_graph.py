@@ -59,7 +59,9 @@ def make_lane_graph(network: Network) -> tuple[LaneGraph, list[Polygon]]:
                     path = _along(road, cut, arm.cut, offset)
                 connectors.append(path)
                 links.append((before, after))
-                areas.append(LineString(path.points).simplify(0.01).buffer(path.width / 2, cap_style="flat"))
+                areas.append(
+                    LineString(path.points).simplify(0.01).buffer(path.width / 2, cap_style="flat", join_style="mitre")
+                )
     return LaneGraph(tuple(lanes), tuple(connectors), tuple(links)), areas
 
 
