@@ -21,7 +21,7 @@ from pyquaternion import Quaternion
 from shapely.geometry import LineString, Point
 
 from perception.data.lane_topology import lane_points
-from perception.synthetic import VERSION, simulate
+from perception.synthetic import VERSION, map_images, simulate
 from perception.synthetic.can_bus import RATES, STEERING_RATIO, TRACK_WIDTH, WHEEL_RADIUS, WHEELBASE, ego_motion
 from perception.synthetic.district import LanePath, Trajectory
 from perception.synthetic.lane_graph import arcline_path
@@ -242,6 +242,16 @@ def test_map_images_show_the_layers(districts, tmp_path):
     row, column = int(basemap.image.shape[0] - 10 * zebra.y), int(10 * zebra.x)
     assert basemap.image[row, column] > 200
     assert 30 < np.median(basemap.image) < 120
+
+
+def test_a_large_map_gets_a_coarse_basemap(districts, tmp_path, monkeypatch):
+    monkeypatch.setattr(map_images, "_MOST_PIXELS", 1_000_000)
+    write_map_images(districts[:1], [380.0, 420.0], tmp_path / "maps", districts[0].location)
+    prior, basemap = (BitMap(str(tmp_path), districts[0].location, name) for name in ("semantic_prior", "basemap"))
+    assert prior.image.shape == (1, 1)
+    rows, columns = basemap.image.shape
+    assert 0.99e6 < rows * columns < 1.01e6 and rows / columns == pytest.approx(420 / 380, rel=0.01)
+    assert len(np.unique(basemap.image)) > 3
 
 
 def test_scene_names_are_those_that_the_can_bus_reader_takes(tmp_path):

@@ -15,7 +15,8 @@ from shapely.ops import unary_union
 
 from perception.errors import ConfigError
 from perception.synthetic.map_expansion import write_map_expansion
-from perception.synthetic.roads import Road, make_network
+from perception.synthetic.network import make_network
+from perception.synthetic.roads import Road
 from perception.synthetic.town import LOCATIONS, Actor, Trajectory, make_district
 from perception.synthetic.traffic import EGO_BACK, EGO_FRONT, EGO_WIDTH
 

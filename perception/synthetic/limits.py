@@ -23,6 +23,7 @@ LONGEST_SCENE = 59  # seconds; scenes start a minute apart
 OFFICIAL = {"v1.0-mini": ("mini_train", "mini_val"), "v1.0-trainval": ("train", "val")}  # splits of a version
 # Numbers of scenes whose CAN bus messages the devkit refuses to read, because nuScenes has none for them.
 _WITHOUT_CAN_BUS = frozenset((*range(161, 169), *range(170, 177), *range(309, 315)))
+SCENE_BYTES, SECOND_BYTES = 600_000, 110_000  # of a scene's map and its images; of CAN bus messages
 KEYFRAME_BYTES = 700_000  # of one keyframe without its images: a LiDAR sweep and its rows of the tables
 
 
@@ -123,7 +124,8 @@ def check_space(
     """Checks that the dataset will fit on the disk. The estimate is about right for images of 256 x 448 pixels."""
     images = 1 + (keyframes - 1) * (1_000_000 // rate // SWEEP_US if sweeps else 1)  # per camera and scene
     pixels = sum(700 + 0.2 * height * width for height, width in sizes)  # bytes of one image of every camera
-    expected = scenes * (images * pixels + keyframes * KEYFRAME_BYTES)
+    seconds = (keyframes - 1) / rate
+    expected = scenes * (images * pixels + keyframes * KEYFRAME_BYTES + seconds * SECOND_BYTES + SCENE_BYTES)
     free = shutil.disk_usage(out.parent).free
     if expected > free:
         raise DataError(

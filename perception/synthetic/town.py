@@ -26,8 +26,9 @@ from perception.synthetic.district import (
     Tree,
 )
 from perception.synthetic.lane_graph import make_lane_graph
+from perception.synthetic.network import make_network
 from perception.synthetic.population import Population, mix_frequencies
-from perception.synthetic.roads import PAINT_HALF, TILE_HALF, Network, make_network
+from perception.synthetic.roads import PAINT_HALF, TILE_HALF, Network
 from perception.synthetic.surroundings import make_buildings, make_greenery, make_light
 from perception.synthetic.traffic import (
     EGO_BACK,
