@@ -21,6 +21,7 @@ from pyquaternion import Quaternion
 from shapely.geometry import LineString, Point
 
 from perception.data.lane_topology import lane_points
+from perception.data.nuscenes import NuScenesDataset
 from perception.synthetic import VERSION, map_images, simulate
 from perception.synthetic.can_bus import RATES, STEERING_RATIO, TRACK_WIDTH, WHEEL_RADIUS, WHEELBASE, ego_motion
 from perception.synthetic.district import LanePath, Trajectory
@@ -142,6 +143,16 @@ def test_the_car_drives_on_the_graph(districts, maps):
             closest = nusc_map.get_closest_lane(x, y, radius=3)
             # The devkit measures to points of the path half a metre apart.
             assert LineString(paths[closest]).distance(Point(x, y)) < 0.3
+
+
+def test_the_dataset_returns_the_centre_line_under_the_car(town_root):
+    dataset = NuScenesDataset(town_root, VERSION, "town_val", image_size=(64, 112))
+    for k in range(len(dataset)):
+        lines = dataset.gt_centerlines(k)
+        under = [line for line in map(LineString, lines.points) if line.distance(Point(0, 0)) < 0.1]
+        assert under  # the car drives on a centre line, along +x
+        ahead = [shapely.get_coordinates(line.interpolate(line.project(Point(0, 0)) + 0.5))[0] for line in under]
+        assert max(x for x, _ in ahead) > 0.4
 
 
 def test_motion_on_a_circle():
