@@ -1,7 +1,8 @@
 """Writes generated districts as a dataset in nuScenes format, which nuscenes-devkit 1.2.0 reads unchanged.
 
 Format: the thirteen tables of https://www.nuscenes.org/nuscenes#data-format, JPEGs, LiDAR sweeps as `.pcd.bin`, a map
-expansion 1.3 per location, and `<version>/splits.json` for the devkit's evaluation.
+expansion 1.3 and its images per location, CAN bus messages per scene, and `<version>/splits.json` for the devkit's
+evaluation. Scenes take the four locations in turn.
 """
 
 from __future__ import annotations
