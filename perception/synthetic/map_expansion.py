@@ -3,7 +3,7 @@
 Files that nuscenes-devkit 1.2.0 opens: `NuScenesMap(dataroot, map_name)` reads only `maps/expansion/<map_name>.json`;
 `map_name` must be one of four known names. `NuScenes(version, dataroot)` needs `<version>/map.json` with `log_tokens`,
 and the file `filename` (a PNG) of each of its records must exist. Its pixels are read only when a map is drawn, as a
-mask with 0.1 m per pixel whose last row is y = 0. The PNGs under `maps/basemap` are not needed.
+mask with 0.1 m per pixel whose last row is y = 0. `map_images` writes these images.
 """
 
 from __future__ import annotations
