@@ -99,9 +99,10 @@ def test_a_package_of_an_extra_that_is_absent_is_named_with_the_extra(monkeypatc
     for extra, packages in brought.items():
         assert packages <= EXTRAS[extra], extra
 
-    for name in [name for name in sys.modules if name.partition(".")[0] == "onnx"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "onnx", None)
+    for package in ("onnx", "mmdet"):
+        for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SystemExit) as stop:
         run_script(lambda: importlib.import_module("onnx.checker"))
     assert stop.value.code == 2
@@ -109,7 +110,6 @@ def test_a_package_of_an_extra_that_is_absent_is_named_with_the_extra(monkeypatc
     assert capsys.readouterr().err == sentence
     with pytest.raises(ModuleNotFoundError):
         run_script(lambda: importlib.import_module("no_such_package"))
-    monkeypatch.setitem(sys.modules, "mmdet", None)
     with pytest.raises(ConfigError, match=r"mm(cv|det) is not installed; .* the extra \[mmdet3d\]"):
         MMDetBackbone("mmdet", "ResNeXt", 4, {})
 

@@ -21,7 +21,7 @@ from nuscenes.eval.detection.data_classes import DetectionBox
 from PIL import Image
 from pyquaternion import Quaternion
 
-from perception.data.infos import read_info
+from perception.data.info_files import read_info
 from perception.data.map_vectors import load_map_vectors
 from perception.data.plain_pickle import read_plain_pickle
 from perception.data.splits import read_split_file, split_scenes

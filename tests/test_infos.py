@@ -13,7 +13,7 @@ from PIL import Image
 from test_bevformer import SMALL as SMALL_BEVFORMER
 
 from perception.cli.predict import main as predict
-from perception.data.infos import read_info
+from perception.data.info_files import read_info
 from perception.data.map_vectors import load_map_vectors
 from perception.data.nuscenes import NUSCENES_CAMERAS
 from perception.errors import DataError, PerceptionError, PerceptionWarning

@@ -9,7 +9,7 @@ import shapely
 import torch
 from douglas_peucker import decided_by_rounding
 
-from perception.data.infos import read_info
+from perception.data.info_files import read_info
 from perception.data.lane_map import LANE_PROTOCOLS, LaneMap
 from perception.data.nuscenes import NuScenesDataset
 from perception.errors import ConfigError, DataError

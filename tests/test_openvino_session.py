@@ -132,6 +132,7 @@ def test_types_are_those_of_the_graph(with_bfloat16, fp32_export, small_town):
     assert 1e-3 < relative_change(wanted, found) < 0.03
 
 
+@pytest.mark.slow
 def test_exports_for_cpus_sample_in_one_operator(with_bfloat16, small_network, exports, small_town, tmp_path):
     """The answers are those of the usual graph, whose features GridSample reads."""
     folder = export_onnx(small_network, tmp_path / "cpu", raw_size=RAW, for_cpu=True)

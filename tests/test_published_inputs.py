@@ -14,7 +14,7 @@ import torch
 from pyquaternion import Quaternion
 
 from perception.data.augment import move_frames
-from perception.data.infos import read_info
+from perception.data.info_files import read_info
 from perception.data.loader import collate
 from perception.data.nuscenes import NUSCENES_CAMERAS, NuScenesDataset
 from perception.errors import DataError

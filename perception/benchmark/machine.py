@@ -135,18 +135,16 @@ def measure_peaks(device: torch.device) -> Peaks:
     """Measures the peaks of a device with the threads that are set; takes a few seconds."""
     gemm, convolution = {}, {}
     for precision in DTYPES:
-        gemm[precision], convolution[precision] = measure_arithmetic(device, precision)
+        gemm[precision], convolution[precision] = measure_arithmetic(device, precision, TRIES, SECONDS)
     with torch.inference_mode():
         source = torch.zeros(COPIED_BYTES[device.type], dtype=torch.uint8, device=device)
         target = torch.empty_like(source).fill_(1)
-        bandwidth = 2e-9 * source.numel() / _shortest(partial(target.copy_, source), device)
+        bandwidth = 2e-9 * source.numel() / _shortest(partial(target.copy_, source), device, TRIES, SECONDS)
     return Peaks(gemm, convolution, bandwidth)
 
 
 @torch.inference_mode()
-def measure_arithmetic(
-    device: torch.device, precision: str, tries: int = TRIES, seconds: float = SECONDS
-) -> tuple[float, float]:
+def measure_arithmetic(device: torch.device, precision: str, tries: int, seconds: float) -> tuple[float, float]:
     """Measures 10^9 operations per second of a large matrix product and of a 3x3 convolution, see `Peaks`.
 
     Args:
@@ -173,7 +171,7 @@ def read_gpu_utilization(device: torch.device) -> float | None:
         return None
 
 
-def _shortest(run: Callable[[], object], device: torch.device, tries: int = TRIES, seconds: float = SECONDS) -> float:
+def _shortest(run: Callable[[], object], device: torch.device, tries: int, seconds: float) -> float:
     """Returns the seconds of the fastest try: other load of the machine only makes tries slower."""
     now = clock(device)
     run()

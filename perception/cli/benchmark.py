@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     latency.add_argument(
         "--backends", nargs="+", default=["pytorch", "ort"], metavar="BACKEND",
         help="of baseline, which is always measured, pytorch, bf16, compile, compile-bf16, ort, ort-int8, openvino, "
-        "openvino-bf16, openvino-int8, tensorrt (default: pytorch ort)",
+        "openvino-bf16, openvino-int8, openvino-int8-bf16, tensorrt (default: pytorch ort)",
     )  # fmt: skip
     latency.add_argument(
         "--exports", type=output_folder("--exports"), metavar="DIR",

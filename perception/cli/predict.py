@@ -61,7 +61,7 @@ def predict_sample(model, arguments):
 
 def predict_info(model, arguments):
     """As `predict_sample`, of an entry of an info file."""
-    from perception.data.infos import read_info
+    from perception.data.info_files import read_info
     from perception.data.loader import collate, pad_lines
     from perception.data.map_vectors import load_map_vectors
     from perception.errors import DataError

@@ -18,7 +18,8 @@ import numpy as np
 from perception.data import info_fields, infos, plain_pickle
 from perception.data.augment import Augment
 from perception.data.index import Index, cached_index, map_files
-from perception.data.infos import InfoSample, read_infos
+from perception.data.info_files import read_infos
+from perception.data.infos import InfoSample
 from perception.data.lane_map import Lines
 from perception.data.nuscenes import NUSCENES_CAMERAS, NuScenesDataset, warn_of_lost_views
 from perception.data.sample_lines import lines_of_samples, wide_range

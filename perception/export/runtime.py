@@ -186,7 +186,8 @@ class Runtime:
     Args:
         folder: written by `perception export`.
         backend: one of `BACKENDS`. "onnxruntime" runs the graph; "openvino" runs it on the CPU; "openvino-bf16" does so
-            with convolutions and products with weights in bfloat16; "tensorrt" runs an engine of the folder on a GPU.
+            with convolutions and products with weights in bfloat16, if not in INT8; "tensorrt" runs an engine of the
+            folder on a GPU.
         providers: execution providers of ONNX Runtime in order of preference, such as "CUDAExecutionProvider".
         threads: number of CPU threads for ONNX Runtime and OpenVINO, 0 for one per core.
         rig: the cameras of the vehicle, as for `Predictor`. Their images are remapped on the CPU before the graph,
