@@ -328,7 +328,7 @@ def test_misread_nodes_are_found_in_every_precision(exports, precision, small_to
     )
     assert len(every.read_otherwise) == 10 and len(every.failures(precision)) > 1
     if precision != "fp32":
-        assert good.share < SHARES[precision] / 2 and every.share > 2 * SHARES[precision]
+        assert good.share < SHARES[precision] < every.share / 2
 
 
 def test_axes_as_an_input_are_found(fp32_export, small_town, tmp_path, monkeypatch):

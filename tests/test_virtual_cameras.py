@@ -333,7 +333,7 @@ def test_the_predictor_gives_the_network_the_pinholes(small_network, mixed_rig):
 @pytest.mark.filterwarnings("ignore::perception.errors.PerceptionWarning")
 def test_predictor_and_runtime_give_the_network_the_same_inputs(small_network, mixed_rig, tmp_path):
     rig, images = mixed_rig
-    predictor = Predictor(small_network, rig=rig)
+    predictor = Predictor(small_network, rig=rig, precision="float32")
     runtime = Runtime(export_onnx(small_network, tmp_path, cameras=4), rig=virtual_rig(rig, SMALL))
     frames = []
     hook = predictor.model.register_forward_pre_hook(lambda _, given: frames.append(given[0]))
