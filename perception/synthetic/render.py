@@ -22,7 +22,7 @@ from perception.synthetic.shading import Shader, expose
 from perception.synthetic.tracing import RayCaster, embree_scene
 
 _TILE = 16  # pixels along the sides of the tiles of an image for which objects are looked up
-_BAND = 16384  # pixels that are rendered at once: their arrays fit into the cache of a core
+_BAND = 32000  # pixels that are rendered at once, in arrays that fit into a cache; OpenCV's remap takes up to 32,766
 _INTENSITY = np.array([0, 12, 14, 8, 8, 16, 45, 18, 22, 14, 10, 12, 30, 34, 4, 60, 6, 14], np.float32)
 
 
