@@ -162,7 +162,7 @@ def measure_arithmetic(device: torch.device, precision: str, tries: int, seconds
 
 
 def read_gpu_utilization(device: torch.device) -> float | None:
-    """Reads from NVML in which share of the last moments a GPU was busy, 0..1; None without a GPU or without NVML."""
+    """Reads from NVML which share of its last sampling period a GPU was busy, 0..1; None without GPU or NVML."""
     if device.type != "cuda":
         return None
     try:

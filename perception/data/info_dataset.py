@@ -117,11 +117,12 @@ def _build(
         twice = next(token for token in tokens if tokens.count(token) > 1)
         raise DataError(f"{path} has token {short(twice)} twice in data_list; remove one of the entries")
     times = np.array([_time_us(sample) for sample in samples])
-    scene_of, names, maps = _drives(samples, times) if tables is None else _scenes(path, tokens, root, tables)
-    order = np.lexsort((times, scene_of))  # one scene after the other, as the tables have them
-    samples, scene, times = [samples[i] for i in order], scene_of[order], times[order]
-    previous = np.where(np.diff(scene, prepend=-1) == 0, np.arange(len(scene)) - 1, -1)
     poses = np.stack([sample.global_from_ego() for sample in samples])
+    scene_of, names, maps = _drives(poses, times) if tables is None else _scenes(path, tokens, root, tables)
+    order = np.lexsort((times, scene_of))  # one scene after the other, as the tables have them
+    samples, tokens = [samples[i] for i in order], [tokens[i] for i in order]
+    scene, times, poses = scene_of[order], times[order], poses[order]
+    previous = np.where(np.diff(scene, prepend=-1) == 0, np.arange(len(scene)) - 1, -1)
     lidar = np.stack([_ego_from_lidar(sample) for sample in samples])
     rigs, from_exposure = zip(*(sample.rig(cameras) for sample in samples), strict=True)
     paths = [
@@ -140,7 +141,7 @@ def _build(
         title = f"indexing {path.name}"
         lines = lines_of_samples(root, [os.fsencode(place) for place in maps], scene, poses, lidar, ranges, title)
     return Index(
-        token=np.array([_token(sample).encode() for sample in samples]),
+        token=np.array([token.encode() for token in tokens]),
         timestamp_us=times,
         global_from_ego=poses,
         ego_from_lidar=lidar,
@@ -191,9 +192,8 @@ def _field(rows: Mapping[str, Mapping[str, Any]], token: str, field: str, path: 
     return str(typed(rows.get(token, {}).get(field), str, f"{path}: {field} of {short(token)}", "text"))
 
 
-def _drives(samples: list[InfoSample], times: np.ndarray) -> tuple[np.ndarray, list[str], list[str]]:
+def _drives(poses: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, list[str], list[str]]:
     """Divides samples without tables into drives, as `_scenes` does: a gap or a jump in the file's order begins one."""
-    poses = np.stack([sample.global_from_ego() for sample in samples])
     seconds = np.diff(times) * 1e-6
     motion = invert_rigid(poses[1:]) @ poses[:-1]
     begins = (seconds <= 0) | interrupted(motion, np.maximum(seconds, 0))

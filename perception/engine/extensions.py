@@ -99,7 +99,7 @@ def check_refused(path: Path, source: Mapping[str, Any]) -> None:
     """Checks that a config has no setting of MMEngine that has another place here.
 
     Raises:
-        ConfigError: it has one; the message tells the place.
+        ConfigError: it has one; the message names the place.
     """
     for key in source:
         if key in REFUSED:

@@ -13,8 +13,6 @@ from torch import distributed
 from perception.errors import ConfigError
 from perception.reading import short
 
-LAUNCHERS = ("none", "pytorch", "slurm", "mpi")
-
 
 class Place(NamedTuple):
     """The place of this process among all processes."""
@@ -32,7 +30,7 @@ def join_processes(launcher: str) -> None:
     Does nothing for the launcher "none", or if the process has joined already.
 
     Args:
-        launcher: one of `LAUNCHERS`.
+        launcher: "none", "pytorch", "slurm" or "mpi".
 
     Raises:
         ConfigError: the launcher did not start this process, there are fewer GPUs than processes, or process 0 cannot

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from perception.engine.mmcv_ops import install_stub
-from perception.errors import CheckpointError, ConfigError, not_installed
+from perception.errors import ConfigError, not_installed
+from perception.models.backbone import load_fitting
 
 _STRIDES = (4, 8, 16, 32)
 _SIDE = 64  # pixels of the image by which strides are found
@@ -82,12 +83,8 @@ class MMDetBackbone(nn.Module):
         Raises:
             CheckpointError: a weight of the backbone is missing or has another shape.
         """
-        weights = {name.removeprefix("backbone."): tensor for name, tensor in weights.items()}
-        expected = self.network.state_dict()
-        for name, tensor in expected.items():
-            if name not in weights or weights[name].shape != tensor.shape:
-                raise CheckpointError(f"{path}: {name} is missing or has another shape; it belongs to another backbone")
-        self.network.load_state_dict({name: weights[name] for name in expected})
+        by_name = {name.removeprefix("backbone."): tensor for name, tensor in weights.items()}
+        load_fitting(self.network, by_name, path)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Computes the feature maps of images [B, 3, H, W]."""

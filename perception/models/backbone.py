@@ -263,6 +263,24 @@ def weight_of_shape(weights: Mapping[str, Tensor], name: str, shape: torch.Size,
     return weights[name]
 
 
+def load_fitting(network: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Loads those of the weights that a backbone of another library needs.
+
+    Args:
+        network: of the other library.
+        weights: by the names in `network`; others are ignored.
+        path: of their file, for messages.
+
+    Raises:
+        CheckpointError: a weight is missing or has another shape.
+    """
+    expected = network.state_dict()
+    for name, tensor in expected.items():
+        if name not in weights or weights[name].shape != tensor.shape:
+            raise CheckpointError(f"{path}: {name} is missing or has another shape; it belongs to another backbone")
+    network.load_state_dict({name: weights[name] for name in expected})
+
+
 def load_backbone(backbone: nn.Module, path: str | Path) -> None:
     """Loads published weights of an image network into a backbone, or those of a checkpoint with the same backbone.
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perception.errors import CheckpointError, ConfigError, not_installed
+from perception.errors import ConfigError, not_installed
+from perception.models.backbone import load_fitting
 
 _STRIDES = (4, 8, 16, 32)
 _ODD_SIDE = 68  # pixels: a map at stride 8 has 8 columns if sides are rounded down, and 9 if they are rounded up
@@ -77,15 +78,11 @@ class TimmBackbone(nn.Module):
         Raises:
             CheckpointError: a weight of the backbone is missing or has another shape.
         """
-        expected = self.network.state_dict()
         # Networks that timm wraps stage by stage have names such as `stages_0` for `stages.0`.
         by_flat_name = {name.replace(".", "_"): tensor for name, tensor in weights.items()}
-        found = {name: by_flat_name.get(name.replace(".", "_")) for name in expected}
-        for name, tensor in expected.items():
-            weight = found[name]
-            if weight is None or weight.shape != tensor.shape:
-                raise CheckpointError(f"{path}: {name} is missing or has another shape; it belongs to another backbone")
-        self.network.load_state_dict(found)
+        names = {name: name.replace(".", "_") for name in self.network.state_dict()}
+        found = {name: by_flat_name[flat] for name, flat in names.items() if flat in by_flat_name}
+        load_fitting(self.network, found, path)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Computes the feature maps of images [B, 3, H, W]."""

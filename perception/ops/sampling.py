@@ -4,8 +4,8 @@ As in Deformable DETR (https://arxiv.org/abs/2010.04159), a query predicts a few
 weighted sum of the features there. The locations are in several cameras, or on the BEV grid.
 
 The plain implementations have static shapes and use only 4-D grid_sample, so that they can be exported. They are used
-for export and in float64; `perception.ops.bilinear` has faster ones for other cases. Give `implementation="plain"`,
-"embedding_bag" or "triton" to select one.
+for export and in float64; `perception.ops.bilinear` has faster ones for other cases. Give one of its `IMPLEMENTATIONS`
+to select one.
 """
 
 from __future__ import annotations
