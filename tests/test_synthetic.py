@@ -161,6 +161,7 @@ def test_few_rays_are_cast_in_large_batches_and_none_is_missing(monkeypatch):
     assert pixels <= counts["static", "rays"] < 1.9 * pixels and counts["moving", "rays"] < 0.6 * pixels
 
     monkeypatch.setattr(render, "_BAND", 1500)
+    monkeypatch.setattr(TownRenderer, "_needed", lambda self, *_: np.arange(len(self._moving)))
     monkeypatch.setattr(TownRenderer, "_crowded", lambda self, view, *_: np.ones_like(view.angles, bool))
     monkeypatch.setattr(tracing._ShadowMap, "covers", lambda self, points: np.ones(points.shape[1], bool))
     for picture, camera, time_s in list(zip(pictures, cameras, times, strict=True))[::-1]:

@@ -40,11 +40,19 @@ def smooth_noise(rng: np.random.Generator, side: int, octaves: tuple[float, ...]
     for sigma in octaves:
         noise = rng.standard_normal((side, side), dtype=np.float32)
         if sigma > 0:
-            pad = min(side, int(4 * sigma) + 1)
-            wrapped = cv2.copyMakeBorder(noise, pad, pad, pad, pad, cv2.BORDER_WRAP)
-            noise = np.asarray(cv2.GaussianBlur(wrapped, (0, 0), sigma))[pad:-pad, pad:-pad].astype(np.float32)
+            noise = _blur_tile(noise, sigma)
         total += noise / noise.std()
     return total / total.std()
+
+
+def _blur_tile(tile: np.ndarray, sigma: float) -> np.ndarray:
+    """Blurs a square that continues at its opposite sides: along rows and then along columns, each as far as needed."""
+    pad = min(len(tile), int(4 * sigma) + 1)
+    kernel, none = cv2.getGaussianKernel(round(8 * sigma + 1) | 1, sigma, cv2.CV_32F), np.ones(1, np.float32)
+    wide = cv2.copyMakeBorder(tile, 0, 0, pad, pad, cv2.BORDER_WRAP)
+    tile = np.ascontiguousarray(cv2.sepFilter2D(wide, -1, kernel, none)[:, pad:-pad])
+    high = cv2.copyMakeBorder(tile, pad, pad, 0, 0, cv2.BORDER_WRAP)
+    return np.ascontiguousarray(cv2.sepFilter2D(high, -1, none, kernel)[pad:-pad], np.float32)
 
 
 def _polygons(geometry: BaseGeometry) -> list[Polygon]:
@@ -118,9 +126,12 @@ class Ground:
             kind = material[part]  # [strip, columns]
             shade = 1 + grain.take(kind) * self._tiled(fine, top, kind.shape)
             shade += blotch.take(kind) * self._tiled(coarse, top, kind.shape)
-            shade *= np.where(kind == Material.WALKWAY, self._tiled(joints, top, kind.shape), 1)
-            shade *= np.where(kind == Material.CONCRETE, self._tiled(slabs, top, kind.shape), 1)
-            shade *= np.where((kind == Material.ASPHALT) | (kind == Material.PARKING), factors.take(patches[part]), 1)
+            for paved, pattern in ((Material.WALKWAY, joints), (Material.CONCRETE, slabs)):
+                there = np.flatnonzero(kind == paved)
+                if len(there):
+                    shade.ravel()[there] *= self._tiled(pattern, top, kind.shape).ravel().take(there)
+            there = np.flatnonzero((kind == Material.ASPHALT) | (kind == Material.PARKING))
+            shade.ravel()[there] *= factors.take(patches[part].ravel().take(there))
             strip = [base[:, c].take(kind) * shade for c in range(3)]  # [strip, columns] each
             for name, mask in paint.items():
                 there = np.flatnonzero(mask[part])

@@ -19,7 +19,7 @@ from perception.synthetic.mesh import Material, MeshBuilder
 from perception.synthetic.scenery import add_scenery
 from perception.synthetic.sensors import Camera, Lidar
 from perception.synthetic.shading import Shader, expose
-from perception.synthetic.tracing import RayCaster, embree_scene
+from perception.synthetic.tracing import RayCaster, cones, embree_scene, shadows_on_ground
 
 _TILE = 16  # pixels along the sides of the tiles of an image for which objects are looked up
 _BAND = 32000  # pixels that are rendered at once, in arrays that fit into a cache; OpenCV's remap takes up to 32,766
@@ -74,15 +74,17 @@ class TownRenderer:
         self._sizes = np.array([actor.size for actor in district.actors]).reshape(-1, 3)
         self._single_scenes: dict[int, EmbreeScene] = {}  # each actor alone, in the actor's frame
         static = [builder.build()]
-        self._moving: list[int] = []
+        moving = []
         for k, actor in enumerate(district.actors):
             if actor.trajectory.static:
-                static.append(self._actor_meshes[k]._replace(vertices=self._placed(k)))
+                static.append(self._actor_meshes[k]._replace(vertices=self._at_pose(k)))
             else:
-                self._moving.append(k)
-        self._caster = RayCaster(static, [self._actor_meshes[k] for k in self._moving], self._shader.sun)
+                moving.append(k)
+        self._moving = np.array(moving, int)
+        self._caster = RayCaster(static, [self._actor_meshes[k] for k in moving], self._shader.sun)
         self._view: tuple[Camera, _View] | None = None  # of the last camera
         self._time = np.nan
+        self._placed: np.ndarray | None = None  # indices into `_moving` of what the caster has at `_time`
 
     def global_from_ego(self, time: float) -> np.ndarray:
         """Returns the pose of the car at `time` seconds, [4, 4] float64."""
@@ -97,6 +99,7 @@ class TownRenderer:
         view = self._view[1]
         self._move_to(time)
         origin, rotation = self._mount(camera.ego_from_cam, time)
+        self._place(self._needed(view, origin, rotation))
         crowded = np.repeat(self._crowded(view, origin, rotation), _TILE, axis=1)[:, :W]  # [h, W]
         light = np.empty((H, W, 3), np.float32)
         distance = np.empty((H, W), np.float32)
@@ -115,12 +118,17 @@ class TownRenderer:
         depth = np.where(np.isinf(distance), np.inf, distance * view.rays[..., 2])
         return Picture(expose(light, view.factors, camera.noise, rng), depth, distance, actor, material)
 
+    def _needed(self, view: _View, origin: np.ndarray, rotation: np.ndarray) -> np.ndarray:
+        """Returns the moving actors that an image may show, or whose shadows it may show: indices into `_moving`."""
+        boxes = self._boxes[self._moving]
+        shadows = shadows_on_ground(boxes, self._shader.sun)
+        if shadows is None:
+            return np.arange(len(boxes))
+        return np.flatnonzero(_tiles_near(view, origin, rotation, np.concatenate([boxes, shadows], 1)).any(0))
+
     def _crowded(self, view: _View, origin: np.ndarray, rotation: np.ndarray) -> np.ndarray:
         """Returns the tiles of an image in which moving actors may be seen, [h, w] bool."""
-        axes, angles = self._caster.cones(origin)
-        tiles = view.axes @ rotation.T.astype(np.float64)  # [T, 3]
-        between = np.arccos(np.clip(tiles @ axes.T, -1, 1))  # [T, M]
-        near = between <= angles + view.angles.reshape(-1, 1) + 0.003  # more than all rounding
+        near = _tiles_near(view, origin, rotation, self._boxes[self._moving])
         return near.any(1).reshape(view.angles.shape)
 
     def _render(
@@ -175,7 +183,7 @@ class TownRenderer:
             owner, kind = caster.owners.take(face), caster.materials.take(face)
             seen = rays.take(mesh, axis=1), hits.distance.take(mesh)
             surface = caster.colors.take(face, axis=1), kind, -2 - owner[: len(walls)]
-            normal = np.ascontiguousarray(hits.normal[mesh].T)
+            normal = np.ascontiguousarray(hits.normal.take(mesh, axis=0).T)
             paint(mesh, self._shader.mesh(*surface, *seen, normal, origin, pixel, caster.sunlit))
             material[mesh], actor[mesh] = kind, np.maximum(owner, -1)
         light[:] = color.T
@@ -183,6 +191,7 @@ class TownRenderer:
     def lidar(self, lidar: Lidar, time: float, rng: np.random.Generator) -> Sweep:
         """Simulates one revolution of the LiDAR at `time` seconds; `rng` draws range noise and lost returns."""
         self._move_to(time)
+        self._place(np.arange(len(self._moving)))
         origin, rotation = self._mount(lidar.ego_from_spin, time)
         rays_spin = lidar.rays()
         ring = np.repeat(np.arange(len(rays_spin)), rays_spin.shape[1])
@@ -215,6 +224,7 @@ class TownRenderer:
             [A] float in 0..1, one per actor; 0 if an actor is outside all images.
         """
         self._move_to(time)
+        self._place(np.arange(len(self._moving)))
         A = len(self.district.actors)
         # The same points in the unit cube for every actor: an R3 low-discrepancy sequence.
         steps = np.arange(1, rays_per_actor + 1)[:, None] * np.array([0.8191725, 0.6710436, 0.5497005])
@@ -257,25 +267,24 @@ class TownRenderer:
         pose[:2, 3] -= self._low
         return pose[:3, 3].astype(np.float32), pose[:3, :3].astype(np.float32)
 
-    def _placed(self, k: int) -> np.ndarray:
+    def _at_pose(self, k: int) -> np.ndarray:
         """Returns the vertices of actor k at the current time, in the renderer's frame, [V, 3] float32."""
         xy, yaw = self._poses[k]
         pose = rigid_from_yaw(yaw, (*(xy - self._low), 0.0))
         return (self._actor_meshes[k].vertices @ pose[:3, :3].T + pose[:3, 3]).astype(np.float32)
 
     def _move_to(self, time: float) -> None:
-        """Places all moving actors and their contact shadows at `time`."""
+        """Moves the boxes of all actors and their contact shadows to where they are at `time`."""
         if time == self._time:
             return
-        self._time = time
+        self._time, self._placed = time, None
         actors = self.district.actors
         for k in self._moving:
             self._poses[k] = actors[k].trajectory.at(time)
         centers = np.array([[*(xy - self._low), 0.0] for xy, _ in self._poses]).reshape(-1, 3)
         yaws = np.array([yaw for _, yaw in self._poses])
         lifted = centers + self._sizes * [0, 0, 0.5]
-        boxes = box_corners(lifted, self._sizes + 0.02, yaws)  # [A, 8, 3], a little larger than the meshes
-        self._caster.place([self._placed(k) for k in self._moving], boxes[self._moving])
+        self._boxes = box_corners(lifted, self._sizes + 0.02, yaws)  # [A, 8, 3], a little larger than the meshes
         # Contact shadows: a blurred image of all footprints near the car, 0.25 m per pixel.
         self._contact_low = (self.district.ego.at(time)[0] - self._low - 64).astype(np.float32)
         contact = np.zeros((512, 512), np.uint8)
@@ -287,10 +296,27 @@ class TownRenderer:
                 cv2.fillPoly(contact, [outline], (255,), cv2.LINE_8, 4)
         self._contact = cv2.GaussianBlur(contact, (9, 9), 1.5)
 
+    def _place(self, needed: np.ndarray) -> None:
+        """Places the meshes of moving actors, given as indices into `_moving`, where they are at the current time."""
+        if self._placed is None or not np.array_equal(needed, self._placed):
+            actors = self._moving[needed]
+            self._caster.place(needed, [self._at_pose(k) for k in actors], self._boxes[actors])
+            self._placed = needed
+
     def _contact_at(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         """Returns the strength of contact shadows at points [R] of the ground, 0..255."""
         u, v = (x - self._contact_low[0]) * 4 - 0.5, (y - self._contact_low[1]) * 4 - 0.5
         return np.asarray(cv2.remap(self._contact, u[None], v[None], cv2.INTER_LINEAR))[0]
+
+
+def _tiles_near(view: _View, origin: np.ndarray, rotation: np.ndarray, corners: np.ndarray) -> np.ndarray:
+    """Returns which tiles of an image may show which of the boxes with corners [M, P, 3], [T, M] bool."""
+    axes, angles = cones(origin, corners)
+    tiles = view.axes @ rotation.T.astype(np.float64)  # [T, 3]
+    between = np.arccos(np.clip(tiles @ axes.T, -1, 1))  # [T, M]
+    # Points that receive a shadow are moved off their surface by 3 cm; the rest is more than all rounding.
+    margin = 0.003 + 0.04 / np.maximum(np.linalg.norm(corners - origin, axis=-1).min(1), 0.01)  # [M]
+    return between <= angles + margin + view.angles.reshape(-1, 1)
 
 
 def _view(camera: Camera) -> _View:

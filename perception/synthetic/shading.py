@@ -236,7 +236,10 @@ class Shader:
         mirrored = rays - 2 * facing * normal
         shine = None
         if toward is not None:
-            shine = 0.6 * ((dot(mirrored, self.sun).clip(0, 1) ** 40) * (toward > 0))
+            near = dot(mirrored, self.sun)
+            bright = np.flatnonzero((toward > 0) & (near > 0.3))  # elsewhere it is below 1e-20
+            shine = np.zeros_like(near)
+            shine[bright] = np.float32(0.6) * near.take(bright).clip(0, 1) ** 40
         rise, lower = np.sqrt(mirrored[2].clip(0, 1)), (0.5 + 6 * mirrored[2]).clip(0, 1)
         grazing = (1 - np.abs(facing)) ** 3
         share = np.where(glass, 0.18 + 0.6 * grazing, 0.04 + 0.25 * grazing)

@@ -26,7 +26,7 @@ class Hits(NamedTuple):
 class RayCaster:
     """Static meshes, and moving meshes placed at one time, in the light of one sun.
 
-    What stands still is built once, what moves for each time. Embree looks at each ray alone, so rays that can hit no
+    What stands still is built once, what moves for each picture. Embree looks at each ray alone, so rays that hit no
     moving mesh are not cast at them: those outside `may_hit`, and those to the sun from where no shadow may fall.
 
     Args:
@@ -36,42 +36,38 @@ class RayCaster:
     """
 
     def __init__(self, static: list[Mesh], moving: list[Mesh], sun: np.ndarray) -> None:
-        meshes = _join(static), _join(moving)
-        self._static = embree_scene(meshes[0].vertices, meshes[0].faces)
-        self._static_count = len(meshes[0].faces)
-        self._moving_faces = np.empty(len(meshes[1].faces), object)
-        self._moving_faces[:] = meshes[1].faces.tolist()
+        still = _join(static)
+        self._static = embree_scene(still.vertices, still.faces)
+        self._moving_faces = [mesh.faces for mesh in moving]
+        self._first_faces = len(still.faces) + np.cumsum([0] + [len(faces) for faces in self._moving_faces[:-1]])
+        meshes = [still, *moving]
         self.colors = np.ascontiguousarray(np.concatenate([mesh.colors for mesh in meshes]).T) ** 2  # [3, F] linear
         self.materials = np.concatenate([mesh.materials for mesh in meshes])  # [F]
         self.walls = self.materials == Material.FACADE  # [F]
         self.owners = np.concatenate([mesh.owners for mesh in meshes])  # [F]
         self._sun = np.asarray(sun, np.float32)
-        self._corners = np.zeros((0, 8, 3))
         self._scene: EmbreeScene | None = None
 
-    def place(self, vertices: list[np.ndarray], corners: np.ndarray) -> None:
-        """Places the moving meshes in the renderer's frame.
+    def place(self, moving: np.ndarray, vertices: list[np.ndarray], corners: np.ndarray) -> None:
+        """Places moving meshes in the renderer's frame; the others are nowhere.
 
         Args:
-            vertices: [V, 3] of each mesh.
-            corners: [M, 8, 3] of boxes in which the meshes lie.
+            moving: [M] indices of the meshes.
+            vertices: [V, 3] of each of them.
+            corners: [M, 8, 3] of boxes in which they lie.
         """
-        self._corners = corners
-        if vertices:
+        self._scene = None
+        if len(moving):
             # One mesh of all: where faces coincide, the order in which Embree finds them decides on the picture.
-            # Embree's wrapper reads lists and Python's numbers twice as fast as arrays.
-            self._scene = embree_scene(np.concatenate(vertices).astype(object), self._moving_faces)
+            # Embree's wrapper reads Python's numbers faster than numpy's.
+            own = [self._moving_faces[k] for k in moving]
+            starts = np.cumsum([0] + [len(v) for v in vertices[:-1]])
+            faces = np.concatenate([f + start for f, start in zip(own, starts, strict=True)])
+            self._scene = embree_scene(np.concatenate(vertices), faces.astype(object))
+            self._placed_faces = np.concatenate(
+                [np.arange(first, first + len(f)) for f, first in zip(own, self._first_faces[moving], strict=True)]
+            ).astype(np.int32)
             self._shadows = _ShadowMap(corners, self._sun)
-
-    def cones(self, origin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns cones from a point [3] around the placed meshes: axes [M, 3] and half angles [M], radians."""
-        points = self._corners - origin  # [M, 8, 3]
-        axes = points.mean(1)
-        axes /= np.maximum(np.linalg.norm(axes, axis=-1, keepdims=True), 1e-9)
-        cosines = (points * axes[:, None]).sum(-1) / np.linalg.norm(points, axis=-1)
-        angles = np.arccos(np.clip(cosines.min(1), -1, 1))
-        # A cone of nearly half of all directions or more does not hold the whole box.
-        return axes, np.where(angles < 1.4, angles, np.pi)
 
     def first_hits(self, origin: np.ndarray, rays: np.ndarray, may_hit: np.ndarray | None = None) -> Hits:
         """Finds the first hits of rays [R, 3] with unit directions, float32, from `origin` [3].
@@ -88,7 +84,7 @@ class RayCaster:
             nearer = np.flatnonzero((found["primID"] >= 0) & (found["tfar"] < before))
             rows = nearer if may_hit is None else may_hit[nearer]
             distance[rows], normal[rows] = found["tfar"][nearer], found["Ng"][nearer]
-            face[rows] = found["primID"][nearer] + self._static_count
+            face[rows] = self._placed_faces.take(found["primID"][nearer])
         return Hits(distance, face, normal)
 
     def sunlit(self, points: np.ndarray) -> np.ndarray:
@@ -112,10 +108,11 @@ class _ShadowMap:
     """
 
     def __init__(self, corners: np.ndarray, sun: np.ndarray) -> None:
-        self._slope = sun[:2] / sun[2] if sun[2] > LOWEST_SUN else None
-        if self._slope is None:
+        ground = shadows_on_ground(corners, sun)
+        self._slope = None if ground is None else sun[:2] / sun[2]
+        if ground is None:
             return
-        shadows = corners[..., :2] - corners[..., 2:] * self._slope  # [M, 8, 2]
+        shadows = ground[..., :2]  # [M, 8, 2]
         margin = 3 * CELL  # what rounding and the outline of a polygon may miss, and an empty frame around the shadows
         self._low = (shadows.min((0, 1)) - margin).astype(np.float32)
         columns, rows = np.ceil((shadows.max((0, 1)) + margin - self._low) / CELL).astype(int) + 1
@@ -133,6 +130,22 @@ class _ShadowMap:
             cell = ((points[d] - self._slope[d] * points[2] - self._low[d]) * np.float32(1 / CELL)).astype(np.int32)
             index.append(np.clip(cell, 0, side - 1, out=cell))
         return self._cells.ravel().take(index[1] * self._cells.shape[1] + index[0]) > 0
+
+
+def shadows_on_ground(corners: np.ndarray, sun: np.ndarray) -> np.ndarray | None:
+    """Projects points [..., 3] to the ground along the light of the sun [3]; None if the sun is too low for that."""
+    return corners - corners[..., 2:] * (sun / sun[2]) if sun[2] > LOWEST_SUN else None
+
+
+def cones(origin: np.ndarray, corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns cones from a point [3] around boxes with corners [M, P, 3]: axes [M, 3] and half angles [M], radians."""
+    points = corners - origin  # [M, P, 3]
+    axes = points.mean(1)
+    axes /= np.maximum(np.linalg.norm(axes, axis=-1, keepdims=True), 1e-9)
+    cosines = (points * axes[:, None]).sum(-1) / np.linalg.norm(points, axis=-1)
+    angles = np.arccos(np.clip(cosines.min(1), -1, 1))
+    # A cone of nearly half of all directions or more does not hold the whole box.
+    return axes, np.where(angles < 1.4, angles, np.pi)
 
 
 def embree_scene(vertices: np.ndarray, faces: np.ndarray) -> EmbreeScene:

@@ -218,12 +218,6 @@ def turn_curve(network: Network, entry: np.ndarray, heading: float, arm: Arm, of
     return curve
 
 
-def _spine(xy: np.ndarray, yaw: float, back: float, front: float) -> np.ndarray:
-    """Returns points [P, 2] along the centre line of a vehicle, at most 2 m apart."""
-    reach = np.linspace(-back, front, int((front + back) / 2) + 2)
-    return xy + reach[:, None] * np.array([np.cos(yaw), np.sin(yaw)])
-
-
 def simulate_movers(
     movers: list[Mover], pedestrians: list[Actor], green: Callable[[int, int, float], bool], duration: float
 ) -> list[Trajectory]:
@@ -240,15 +234,20 @@ def simulate_movers(
     """
     steps = int(np.ceil(duration / STEP)) + 1
     records = np.zeros((len(movers), steps, 3))  # x, y, yaw of each reference point
+    # Obstacles are points: along the centre line of each vehicle, at most 2 m apart, and one per pedestrian.
+    reaches = [np.linspace(-m.back, m.front, int((m.front + m.back) / 2) + 2) for m in movers]
+    counts = [len(reach) for reach in reaches] + [len(pedestrians)]
+    owner = np.repeat([*range(len(movers)), -1], counts)  # [Q]
+    half = np.repeat([*(m.width / 2 for m in movers), 0.5], counts)  # [Q] half widths
     for step in range(steps):
         t = step * STEP
         poses = [mover.pose() for mover in movers]
-        spines = [_spine(xy, yaw, m.back, m.front) for (xy, yaw), m in zip(poses, movers, strict=True)]
+        spines = [
+            xy + reach[:, None] * np.array([np.cos(yaw), np.sin(yaw)])
+            for (xy, yaw), reach in zip(poses, reaches, strict=True)
+        ]
         on_foot = [pedestrian.trajectory.at(t)[0] for pedestrian in pedestrians]
-        others = np.concatenate([*spines, np.array(on_foot).reshape(-1, 2)])  # [Q, 2]
-        owner = np.concatenate([np.full(len(s), i) for i, s in enumerate(spines)] + [np.full(len(on_foot), -1)])
-        half = np.concatenate([np.full(len(s), m.width / 2) for s, m in zip(spines, movers, strict=True)]
-                              + [np.full(len(on_foot), 0.5)])  # fmt: skip
+        others = np.concatenate([*spines, np.array(on_foot).reshape(-1, 2)]).T.copy()  # [2, Q]
         drive = np.array([[m.speed * np.cos(p[1]), m.speed * np.sin(p[1])] for m, p in zip(movers, poses, strict=True)])
         for i, mover in enumerate(movers):
             records[i, step] = (*poses[i][0], poses[i][1])
@@ -257,9 +256,9 @@ def simulate_movers(
             window = slice(*np.searchsorted(mover.stations, [nose - 1.0, nose + 4 + 3 * mover.speed]))
             way, stations = mover.path[window][::2], mover.stations[window][::2]
             if len(way):
-                distance = np.linalg.norm(way[:, None] - others[None], axis=-1)  # [P, Q]
-                hit = (distance < half + mover.width / 2 + 0.15) & (owner != i)
-                for q in np.unique(np.nonzero(hit)[1]):
+                dx, dy = (way[:, d, None] - others[d] for d in (0, 1))  # [P, Q]
+                hit = (np.sqrt(dx * dx + dy * dy) < half + mover.width / 2 + 0.15) & (owner != i)
+                for q in np.flatnonzero(hit.any(0)):
                     p = int(np.argmax(hit[:, q]))
                     yaw = np.interp(stations[p], mover.stations, mover.heading)
                     along = drive[owner[q]] @ [np.cos(yaw), np.sin(yaw)] if owner[q] >= 0 else 0.0
