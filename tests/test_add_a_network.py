@@ -33,6 +33,7 @@ def registered(monkeypatch):
     monkeypatch.setitem(NETWORKS, "toy", (ToyConfig, ToyNetwork))
 
 
+@pytest.mark.slow
 def test_a_network_in_one_file_goes_the_whole_way(town_root, small_town, tmp_path):
     path = tmp_path / "toy.py"
     path.write_text(CONFIG.format(root=str(town_root), version=VERSION))

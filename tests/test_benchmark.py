@@ -267,6 +267,7 @@ def test_steps_learn(weights, monkeypatch):
     assert sum(changed) > 0.9 * len(changed)
 
 
+@pytest.mark.slow
 def test_training_is_measured_until_batches_do_not_fit(weights, monkeypatch):
     rows = []
     step = Step.__call__
@@ -338,6 +339,7 @@ def test_a_deployed_network_continues_from_its_memory(small_network, small_town)
 # ------------------------------------------------------------------------------------------------------------ one call
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_passes")
 def test_results_are_written_after_every_measurement(weights, tmp_path):
     path, seen = tmp_path / "gpu.json", []

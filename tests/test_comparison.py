@@ -51,6 +51,7 @@ def test_costs_are_those_of_the_networks(tmp_path, town_root):
     assert costs["wide"].share == pytest.approx(costs["wide"].seconds / costs["small"].seconds)  # of one pass
 
 
+@pytest.mark.slow
 def test_variants_are_trained_once(tmp_path, town_root):
     path = tmp_path / "small.py"
     path.write_text(CONFIG.format(root=str(town_root), version=VERSION))

@@ -248,6 +248,7 @@ def test_systems_without_affinity_refuse_cpus(monkeypatch):
     assert cpu_name()
 
 
+@pytest.mark.slow
 def test_the_command(weights, stored, tmp_path, monkeypatch, capsys):
     out = tmp_path / "latency.json"
 

@@ -116,11 +116,12 @@ os._exit(0)
 """
 
 
+@pytest.mark.slow
 def test_types_are_those_of_the_graph(with_bfloat16, fp32_export, small_town):
     """By default OpenVINO would compute everything in bfloat16 on this CPU, also projection and sampling.
 
-    The types are read in a separate process. Read in this one, by OpenVINO 2026.4, they made a later test end with a
-    segmentation fault: a dict of an unrelated module was damaged.
+    The types are read in a separate process, which has a `Core` of its own: two of them in one process would leave it
+    without a stack for signals.
     """
     for backend, of_weights in ((FLOAT32, "f32"), (BFLOAT16, "bf16")):
         command = [sys.executable, "-c", TYPES, str(fp32_export), backend]

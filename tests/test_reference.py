@@ -290,6 +290,7 @@ def test_the_certificate_uses_the_second_executor(small_network, fp32_export, sm
     ]
 
 
+@pytest.mark.slow
 def test_misread_modes_of_opset_20_are_found(small_network, fp32_export, small_town, tmp_path):
     """ONNX Runtime computes the outputs of the network, and the certificate still fails."""
     folder = rewritten(fp32_export, tmp_path, to_opset_20, {"TensorRT 8.6": []})

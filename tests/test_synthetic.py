@@ -648,6 +648,7 @@ def test_a_longer_focal_length_magnifies_the_centre():
     assert np.corrcoef(enlarged[8:-8, 8:-8].ravel(), images[1][8:-8, 8:-8].ravel())[0, 1] > 0.9
 
 
+@pytest.mark.slow
 def test_a_town_under_an_official_version_has_the_splits_of_the_devkit(tmp_path):
     from nuscenes.utils.splits import create_splits_scenes
 

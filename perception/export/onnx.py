@@ -33,6 +33,7 @@ from perception.export.images import ImagePreprocessing
 from perception.export.lowering import OPSET, OPSET_FP8, TRACED, lower_graph
 from perception.export.progress import stage
 from perception.export.quantize import KINDS, FrameInputs, quantize_all, quantize_graph, quiet, record_frames
+from perception.export.simplify import simplify
 from perception.files import replacing
 from perception.inference.crop import fitted_rig
 from perception.models import Network
@@ -332,10 +333,11 @@ def trace(
     with warnings.catch_warnings(), quiet(), torch.no_grad(), sampling:
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            model, inputs, dynamo=True, opset_version=TRACED, verbose=False, optimize=True,
+            model, inputs, dynamo=True, opset_version=TRACED, verbose=False, optimize=False,
             input_names=list(model.input_names), output_names=list(model.output_names),
         )  # fmt: skip
-    assert program is not None  # None without dynamo
+        assert program is not None  # None without dynamo
+        simplify(program.model)
     graph = program.model_proto
     _name_weights(graph)
     # The metadata names source files and lines, which do not belong into a vehicle.
