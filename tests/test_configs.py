@@ -8,7 +8,7 @@ import pytest
 
 from perception.data.augment import Augment
 from perception.data.loader import ClipRequest
-from perception.engine.config import build_dataset, load_config
+from perception.engine.config import build_dataset, load_config, model_config
 from perception.engine.config_file import parse_options
 from perception.errors import ConfigError, DataError
 from perception.evaluation.dataset import all_gt_lines
@@ -179,6 +179,14 @@ def test_a_published_network_trains_on_lines_of_its_own_range():
         preset_config("maptrv2_nusc_r50_24ep"), point_cloud_range=(-25.0, -50.0, -3.0, 25.0, 50.0, 3.0)
     )
     assert wide.lane_range == LaneRange(100.0, 50.0)
+
+
+def test_none_is_a_value_where_a_field_may_have_none():
+    preset = "sparse4dv3_temporal_r50_1x8_bs6_256x704"
+    assert model_config(dict(preset=preset, best_cameras=2), "a.py").best_cameras == 2
+    assert model_config(dict(preset=preset, best_cameras=None), "a.py").best_cameras is None
+    with pytest.raises(ConfigError, match=r"a\.py: model\.anchors is null or missing; it must be of type int"):
+        model_config(dict(preset=preset, anchors=None), "a.py")
 
 
 def test_configs_as_data_have_the_same_keys_and_run_nothing(tmp_path, monkeypatch):

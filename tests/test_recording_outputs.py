@@ -337,6 +337,8 @@ def test_the_viewer_serves_a_page(written):
     finally:
         viewer.send_signal(signal.SIGINT)
         viewer.wait(20)
+    with pytest.raises(OSError, match="refused"):  # no process is left behind
+        urllib.request.urlopen("http://127.0.0.1:9090", timeout=10)
 
 
 @pytest.mark.slow

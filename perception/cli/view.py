@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,4 +56,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"there is no display to show {path} on; add --web, and open the address that it prints")
     # The default address of its servers is that of all networks.
     web = ["--web-viewer", "--bind", "127.0.0.1"] if arguments.web else []
-    return subprocess.call([sys.executable, "-m", "rerun", *web, str(path)])
+    sys.stdout.flush()
+    # This process becomes the viewer: signals that end it reach the viewer, which would else be left behind.
+    os.execv(sys.executable, [sys.executable, "-m", "rerun", *web, str(path)])

@@ -289,9 +289,11 @@ def _lane_range(where: str, value: object) -> LaneRange:
 
 def _typed(where: str, value: Any, kind: Any) -> Any:
     """Converts a value to a type: int to float, list to tuple, dict to dataclass. Raises a ConfigError otherwise."""
+    if value is None and types.NoneType in typing.get_args(kind):
+        return None
     if kind == Augment | None:
         path, _, key = where.partition(": ")
-        return None if value is None else _parse(path, key, value, Augment)
+        return _parse(path, key, value, Augment)
     kinds: list[Any] = [k for k in typing.get_args(kind) if dataclasses.is_dataclass(k)]
     if isinstance(value, dict) and kinds:
         path, _, key = where.partition(": ")

@@ -13,6 +13,7 @@ from mmengine.runner import set_random_seed
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
+from perception.benchmark.machine import wait
 from perception.data.loader import TrainSampler, collate
 from perception.engine.config import (
     AnyDataSection,
@@ -114,13 +115,15 @@ def dry_run(config: TrainConfig, *, seed: int = 0, amp: bool = False) -> DryRun:
         state = None
         for clip in DataLoader(dataset, section.batch_size, sampler=sampler, collate_fn=collate):
             clip = map_tensors(lambda tensor: tensor.to(device), clip)
-            start = _now(device)
+            wait(device)
+            start = time.perf_counter()
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 losses, state = model(clip, state)
             sum(losses.values()).backward()
             optimizer.step()
             optimizer.zero_grad()
-            seconds = _now(device) - start
+            wait(device)
+            seconds = time.perf_counter() - start
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _highest_resident()
         frame = map_tensors(lambda tensor: tensor[:1, 0], clip.frames)
     return DryRun(
@@ -163,12 +166,6 @@ def _is_there(data: AnyDataSection) -> bool:
         return Path(data.infos).is_file()
     roots = (data.dataroot,) if isinstance(data.dataroot, str) else data.dataroot
     return all(Path(root, data.version).is_dir() for root in roots)
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _highest_resident() -> int:

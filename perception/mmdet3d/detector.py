@@ -133,6 +133,7 @@ class Detector(Base3DDetector):
         gt = map_tensors(lambda tensor: tensor.to(frame.images.device), FrameObjects(boxes, lines))
         first = torch.zeros(len(poses), dtype=torch.int64, device=frame.images.device)
         clip = map_tensors(lambda tensor: tensor[:, None], Clip(frame, gt, first))  # [B, T=1]
+        # Not kept: the state dict would hold the weights twice.
         model = TrainingModel(self.core, self.disabled_losses).train(self.training)
         losses, memory = model(clip, memory)
         self._streams[True].keep(memory)
