@@ -1,8 +1,10 @@
 """Fixtures that several test files share."""
 
+import hashlib
 import json
 import os
 import re
+import shutil
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -153,6 +155,21 @@ def mixed_export(small_network, tmp_path_factory) -> Path:
     from perception.export.onnx import export_onnx
 
     return export_onnx(small_network, tmp_path_factory.mktemp("mixed"), raw_size=MIXED, image_format="nv12")
+
+
+def broken_export(folder, tmp_path, change):
+    """Returns a copy of an export whose graph `change` has changed, with a matching contract."""
+    import onnx
+
+    shutil.copytree(folder, tmp_path / "broken")
+    graph = onnx.load(folder / "model.onnx")
+    change(graph.graph)
+    content = graph.SerializeToString()
+    (tmp_path / "broken" / "model.onnx").write_bytes(content)
+    contract = json.loads((folder / "contract.json").read_text())
+    contract["sha256"]["model.onnx"] = hashlib.sha256(content).hexdigest()
+    (tmp_path / "broken" / "contract.json").write_text(json.dumps(contract))
+    return tmp_path / "broken"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -185,8 +185,8 @@ def test_none_is_a_value_where_a_field_may_have_none():
     preset = "sparse4dv3_temporal_r50_1x8_bs6_256x704"
     assert model_config(dict(preset=preset, best_cameras=2), "a.py").best_cameras == 2
     assert model_config(dict(preset=preset, best_cameras=None), "a.py").best_cameras is None
-    with pytest.raises(ConfigError, match=r"a\.py: model\.anchors is null or missing; it must be of type int"):
-        model_config(dict(preset=preset, anchors=None), "a.py")
+    with pytest.raises(ConfigError, match=r"a\.py: model\.groups is null or missing; it must be of type int"):
+        model_config(dict(preset=preset, groups=None), "a.py")
 
 
 def test_configs_as_data_have_the_same_keys_and_run_nothing(tmp_path, monkeypatch):

@@ -2,8 +2,6 @@
 
 import copy
 import json
-import shutil
-import warnings
 from collections import Counter
 from dataclasses import replace
 
@@ -11,50 +9,29 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import MIXED, RAW
+from conftest import MIXED, RAW, broken_export
 from onnx import numpy_helper
 
 from perception.cli.export import drawn_size, main, read_sizes
 from perception.data.nuscenes import NuScenesDataset
-from perception.errors import ConfigError, DataError, PerceptionWarning, run_script
+from perception.errors import ConfigError, DataError, run_script
 from perception.export import parity
 from perception.export.certificate import GATES, Gate
-from perception.export.contract import ImageInputs, read_contract
+from perception.export.contract import read_contract
 from perception.export.export_rig import ExportRig
-from perception.export.half import WEIGHTED, convert_to_half
 from perception.export.headroom import Saturation
-from perception.export.onnx import DeployedNetwork, _for_rig, example_inputs, export_onnx, trace
+from perception.export.onnx import export_onnx
 from perception.export.parity import certify
-from perception.export.quantize import (
-    BLINDED_EVERY,
-    CALIBRATION_FRAMES,
-    EVALUATION_FRAMES,
-    KINDS,
-    MAX_CHANGE,
-    Quantizer,
-    record_frames,
-    relative_change,
-    run_frames,
-)  # fmt: skip
-from perception.export.replay import camera_frame, frame_inputs, pad_cameras, replay_frames
-from perception.export.runtime import Runtime
-from perception.export.tensorrt import parse_graph
-from perception.geometry import rigid_from_yaw
-from perception.inference.predictor import Predictor
-from perception.models import build_network
+from perception.export.replay import frame_inputs, pad_cameras, replay_frames
 from perception.models.bevformer.config import BEVFormerConfig
 from perception.models.bevformer.model import BEVFormer
-from perception.models.checkpoint import load_model, save_checkpoint
-from perception.models.mapqr.config import MapQRConfig
-from perception.models.maptr.config import MapTRConfig
+from perception.models.checkpoint import save_checkpoint
 from perception.models.maptrv2.config import MapTRv2Config
 from perception.models.maptrv2.model import MapTRv2
 from perception.models.published.backbone import FPNConfig
-from perception.rigs.importers import import_rig
 from perception.rigs.rig import Rig
 from perception.synthetic import VERSION, simulate
-from perception.synthetic.sensors import EIGHT_CAMERAS, FIVE_CAMERAS, SIX_CAMERAS
-from perception.types import NUSCENES_EGO_FROM_LIDAR
+from perception.synthetic.sensors import EIGHT_CAMERAS
 
 
 @pytest.fixture(scope="module")
@@ -115,27 +92,12 @@ def test_a_mixed_rig_is_certified(small_network, mixed_export, small_town):
     assert max(largest for largest, _ in found.replays[0].raw.values()) < 1e-3
 
 
-def broken(folder, tmp_path, change):
-    """A copy of an export with one of its weights changed, with a matching contract."""
-    import hashlib
-
-    shutil.copytree(folder, tmp_path / "broken")
-    graph = onnx.load(folder / "model.onnx")
-    change(graph.graph)
-    content = graph.SerializeToString()
-    (tmp_path / "broken" / "model.onnx").write_bytes(content)
-    contract = json.loads((folder / "contract.json").read_text())
-    contract["sha256"]["model.onnx"] = hashlib.sha256(content).hexdigest()
-    (tmp_path / "broken" / "contract.json").write_text(json.dumps(contract))
-    return tmp_path / "broken"
-
-
 def test_the_gate_sees_a_broken_weight(small_network, fp32_export, small_town, tmp_path):
     def change(graph):
         weight = next(x for x in graph.initializer if "smooth" in x.name and len(x.dims) == 4)
         weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * 1.02, weight.name))
 
-    found = certify(small_network, broken(fp32_export, tmp_path, change), small_town)
+    found = certify(small_network, broken_export(fp32_export, tmp_path, change), small_town)
     assert any(text.startswith("raw_box differs by") for text in found.failures)
     assert "Gate: **failed**" in found.markdown()
 
@@ -147,7 +109,7 @@ def test_the_gate_sees_numbers_that_are_not_finite(small_network, fp32_export, s
         weight = next(x for x in graph.initializer if "smooth" in x.name and len(x.dims) == 4)
         weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(np.inf), weight.name))
 
-    found = certify(small_network, broken(fp32_export, tmp_path, change), small_town)
+    found = certify(small_network, broken_export(fp32_export, tmp_path, change), small_town)
     assert "outputs are not finite in 40 of 40 frames" in found.failures
     assert not found.replays[0].raw and not found.second_reading
     assert json.loads(json.dumps(found.as_dict(), allow_nan=False))["replays"][0]["not_finite"] == 40
@@ -273,44 +235,6 @@ def test_the_gate_sees_overflow_and_saturation(certificate):
     assert json.loads(json.dumps(found.as_dict()))["saturation"]["one (a)"]["worst"] == 1.0
 
 
-def blinded(frames, grey):
-    """Returns by frame the present cameras whose image has one constant grey value."""
-    cameras = [[n for n in range(6) if m["present"][n] and (m[f"image_{n}"] == grey).all()] for m in frames]
-    return {number: found for number, found in enumerate(cameras) if found}
-
-
-def test_bad_images_of_a_replay(small_town, other_rig_town):
-    """With `bad_images`, each scene has one black and one white image, and nothing else changes."""
-    images = ImageInputs((RAW,) * 6)
-
-    def replayed(town, bad_images):
-        return [frame_inputs(camera_frame(x, images)) for _, x in replay_frames(town, 6, bad_images=bad_images)]
-
-    usual, bad = (replayed(small_town, bad_images) for bad_images in (False, True))
-    assert not blinded(usual, 0) and not blinded(usual, 255)
-    black, white = blinded(bad, 0), blinded(bad, 255)
-    assert list(black) == [4, 24] and list(white) == [8, 28]
-    assert {len(cameras) for cameras in (*black.values(), *white.values())} == {1}
-    for number, (one, other) in enumerate(zip(usual, bad, strict=True)):
-        gone = {f"image_{n}" for n in (black | white).get(number, [])}
-        assert {name for name in one if not np.array_equal(one[name], other[name])} == gone
-    five = replayed(other_rig_town, True)
-    assert not any(inputs["present"][5] for inputs in five)
-    assert len(blinded(five, 0)) == len(blinded(five, 255)) == 2
-
-
-def test_calibration_data_has_blinded_cameras(small_graph, small_town):
-    frames = record_frames(small_graph, small_town, ImageInputs((RAW,) * 6))
-    assert len(frames) == CALIBRATION_FRAMES + 2 * CALIBRATION_FRAMES // BLINDED_EVERY + EVALUATION_FRAMES
-    black, white = blinded(frames, 0), blinded(frames, 255)
-    assert len(black) == len(white) == CALIBRATION_FRAMES // BLINDED_EVERY
-    assert max(*black, *white) < len(frames) - EVALUATION_FRAMES
-    for number in black:  # a repeated frame
-        assert np.array_equal(frames[number]["memory"], frames[number - 1]["memory"])
-        assert np.array_equal(frames[number]["ego_from_prev"], frames[number - 1]["ego_from_prev"])
-    assert len({camera for found in (*black.values(), *white.values()) for camera in found}) > 2
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("cameras", [5, 8])
 def test_other_numbers_of_cameras(small_network, small_town, other_rig_town, tmp_path, cameras):
@@ -327,235 +251,6 @@ def test_other_numbers_of_cameras(small_network, small_town, other_rig_town, tmp
     assert first.cameras == min(6, cameras) and second.cameras == cameras and not first.bad_images
     assert second.focal_lengths[0] != pytest.approx(first.focal_lengths[0], rel=0.1)
     assert f"{cameras} cameras, focal lengths in image widths: " in found.markdown()
-
-
-def small_published(network: str):
-    """A published network at its smallest size, with random weights that all have an effect."""
-    torch.manual_seed(0)
-    small = {
-        "image_size": RAW, "backbone": FPNConfig(stages=2), "channels": 16, "feed_forward": 24, "heads": 2,
-        "encoder_layers": 1, "decoder_layers": 2,
-    }  # fmt: skip
-    if network == "bevformer":
-        config = BEVFormerConfig(**small, bev=(10, 10), rotate_center=(5, 5), queries=15, max_boxes=10)
-    elif network == "mapqr":
-        small["encoder_layers"] = 2  # the heights of the first layer reach the second
-        config = MapQRConfig(**small, bev=(10, 6), lines=6, line_points=5, max_lines=5)
-    elif network == "maptr":
-        config = MapTRConfig(**small, bev=(10, 6), lines=6, line_points=5, max_lines=5, gkt_kernel=(3, 5))
-    else:
-        config = MapTRv2Config(**small, bev=(20, 10), lines=6, line_points=5, max_lines=5, one_to_many_queries=0,
-                               depth_range=(1.0, 30.0, 1.0), aspp_channels=4)  # fmt: skip
-    model = build_network(config)
-    with torch.no_grad():
-        for parameter in model.head.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    return model.eval()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("network", "precisions"), [("maptrv2", ("fp16", "int8")), ("mapqr", ("int8",))])
-def test_published_line_networks_in_fewer_bits(network, precisions, small_town, tmp_path):
-    """They pass the dialect and the certificate in fp16 and INT8 too, MapTRv2 for one rig."""
-    model, fixed, sizes = small_published(network), None, RAW
-    if network == "maptrv2":
-        fixed, sizes = ExportRig.of_rig(import_rig(small_town.roots[0] / small_town.version, "nuscenes"), RAW)
-    images = ImageInputs.of_rig(6, RAW, sizes)
-    traced = model if fixed is None else _for_rig(model, fixed, images)
-    graph = trace(DeployedNetwork(traced, images).eval(), example_inputs(model, images))
-    for precision in precisions:
-        folder = export_onnx(
-            model, tmp_path / precision, raw_size=sizes, precision=precision, calibration=small_town, graph=graph,
-            export_rig=fixed,
-        )  # fmt: skip
-        contract = read_contract(folder)
-        assert all(contract["checked"].values())
-        if precision == "fp16":
-            assert "float16" in contract["layers"]["MatMul"]
-        else:
-            report = contract["quantization"]
-            assert report["together"] <= MAX_CHANGE and "image_encoder.encoder" in report["groups"]
-            assert contract["layers"]["QuantizeLinear"]["int8"] > len(report["groups"])
-        found = certify(model, folder, small_town)
-        assert found.failures == [] and 0 < found.replays[0].raw["raw_line"][1] < 0.02
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("network", ["bevformer", "maptr", "maptrv2", "mapqr"])
-def test_published_networks_are_exported(network, small_town, tmp_path):
-    """They have static shapes, run in single precision, and have or do not have a memory."""
-    model = small_published(network)
-    rig, fixed, sizes = import_rig(small_town.roots[0] / small_town.version, "nuscenes"), None, None
-    if network == "maptrv2":
-        fixed, sizes = ExportRig.of_rig(rig, RAW)
-    folder = export_onnx(model, tmp_path, raw_size=sizes, export_rig=fixed)
-    graph = onnx.load(folder / "model.onnx").graph
-    assert "ego_from_lidar" in {value.name for value in graph.input}
-    kinds = {v.type.tensor_type.elem_type for v in graph.value_info} | {x.data_type for x in graph.initializer}
-    assert onnx.TensorProto.DOUBLE not in kinds
-    assert not {node.op_type for node in graph.node} & {"NonZero", "ScatterND", "Loop", "If"}
-    found = certify(model, folder, small_town)
-    assert found.failures == []
-    assert set(found.replays[0].raw) == ({"memory", "raw_box"} if network == "bevformer" else {"raw_line"})
-    runtime = Runtime(folder, rig=rig)
-    assert len(runtime.objects().boxes.score) == (10 if network == "bevformer" else 0)
-    images = {camera.name: np.random.default_rng(0).integers(0, 256, (*RAW, 3), np.uint8) for camera in rig}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PerceptionWarning)  # noise for images, of cameras of random order
-        live, original = (made.step(images, np.eye(4), 0.0) for made in (runtime, Predictor(model, rig=rig)))
-    np.testing.assert_array_equal(runtime.inputs["ego_from_lidar"], rig.ego_from_lidar.astype(np.float32))
-    np.testing.assert_allclose(live.lines.score, original.lines.score, atol=1e-3)
-    np.testing.assert_allclose(live.boxes.score, original.boxes.score, atol=1e-3)
-    if network == "maptrv2":
-        turned = rig.camera_rig()
-        turned.ego_from_cam[2] = rigid_from_yaw(0.001) @ turned.ego_from_cam[2]
-        with pytest.raises(DataError, match=r"rig.ego_from_cam\[2\] differs by up to .* exported for; export it again"):
-            Runtime(folder).step([*images.values()], turned)
-        other = Rig(rig.cameras, NUSCENES_EGO_FROM_LIDAR)
-        with pytest.raises(ConfigError, match="ego_from_lidar of the rig differs by up to"):
-            Runtime(folder, rig=other)
-    assert all(read_contract(folder)["checked"].values())  # every runtime reads it as ONNX defines it
-    trt = pytest.importorskip("tensorrt_rtx")
-    logger = trt.Logger(trt.Logger.ERROR)
-    parse_graph(trt, trt.Builder(logger), logger, folder / "model.onnx", "tensorrt-rtx")
-
-
-def test_relative_change_weights_queries_by_score_and_ignores_their_order():
-    generator = np.random.default_rng(0)
-    wanted = {
-        "raw_box_logits": generator.normal(-6, 0.1, (2, 5, 3)),
-        "raw_box_params": generator.normal(0, 10, (2, 5, 4)),
-    }
-    wanted["raw_box_logits"][:, 0] = 4.0  # one box with a high score
-    other_order = {name: values[:, ::-1] for name, values in wanted.items()}
-    assert relative_change(wanted, other_order) == pytest.approx(0)
-    sure, unsure = ({name: values.copy() for name, values in wanted.items()} for _ in range(2))
-    sure["raw_box_params"][:, 0] += 1.0
-    unsure["raw_box_params"][:, 1] += 1.0
-    spread = wanted["raw_box_params"].std()
-    weights = 1 / (1 + np.exp(-wanted["raw_box_logits"].max(-1)))
-    assert relative_change(wanted, sure) == pytest.approx(weights[:, 0].sum() / weights.sum() / spread / 2)
-    assert relative_change(wanted, unsure) < 0.02 * relative_change(wanted, sure)
-
-
-@pytest.mark.slow
-def test_int8_where_it_changes_little(small_network, small_town, exports, tmp_path):
-    """Q/DQ nodes with real ranges except in the most sensitive layers, float16 around them, and the certificate."""
-    with pytest.raises(ConfigError, match="int8 needs a dataset"):
-        export_onnx(small_network, tmp_path, raw_size=RAW, precision="int8")
-    folder = exports("int8")
-    report = read_contract(folder)["quantization"]
-    assert report["together"] <= MAX_CHANGE and set(report["groups"]) < set(report["sensitivities"])
-    assert sum(report["work"].values()) == pytest.approx(1)
-    price = {name: report["sensitivities"][name] / report["work"][name] for name in report["work"]}
-    left_out = set(price) - set(report["groups"])
-    assert min(price[name] for name in left_out) >= max(price[name] for name in report["groups"])
-    graph = onnx.load(folder / "model.onnx").graph
-    int8 = onnx.TensorProto.INT8
-    weights = {x.name: x for x in graph.initializer if x.data_type == int8 and len(x.dims) > 1}
-    made_by = {name: node for node in graph.node for name in node.output}
-    quantized = [node for node in graph.node if node.op_type in WEIGHTED and node.input[1] in made_by]
-    quantized = [node for node in quantized if made_by[node.input[1]].op_type == "DequantizeLinear"]
-    assert {made_by[node.input[1]].input[0] for node in quantized} == set(weights) and len(weights) > 3
-    assert all(made_by[node.input[0]].op_type == "DequantizeLinear" for node in quantized)
-    scales = {x.name: x for x in graph.initializer}
-    for node in quantized:  # one float32 scale per channel, as opset 17 requires
-        scale = scales[made_by[node.input[1]].input[1]]
-        channels = 0 if node.op_type == "Conv" else 1
-        assert list(scale.dims) == [weights[made_by[node.input[1]].input[0]].dims[channels]]
-        assert scale.data_type == onnx.TensorProto.FLOAT
-    found = certify(small_network, folder, small_town)
-    assert found.precision == "int8" and found.quantization == report and 1e-4 < found.replays[0].boxes[1] < 1
-    assert "| all layers in eight bits |" in found.markdown()
-
-
-@pytest.mark.slow
-def test_eight_bits_of_the_trained_network(tmp_path):
-    """The shipped network in INT8 passes the gates on both rigs with blinded cameras; one narrowed range fails."""
-    network = load_model("nano")
-
-    def town(seed, rig):
-        root, size = tmp_path / f"town{seed}", network.config.image_size
-        simulate(root, scenes=2, seed=seed, keyframes=20, split="export", image_size=size, rig=rig)
-        return NuScenesDataset(root, VERSION, "export", image_size=size, cameras=[camera.name for camera in rig])
-
-    judge, calibration, other_rig = town(0, SIX_CAMERAS), town(1, SIX_CAMERAS), town(2, FIVE_CAMERAS)
-    folder = export_onnx(network, tmp_path / "int8", precision="int8", calibration=calibration)
-    found = certify(network, folder, judge, other_rig=other_rig)
-    assert found.failures == []
-    assert found.replays[0].metrics["nds"][0] > 0.4 and found.replays[1].metrics["nds"][0] > 0.1
-    assert len(found.saturation) > 20 and max(found.peaks.values()) < 1000
-
-    def change(graph):
-        first = next(node for node in graph.node if node.op_type == "QuantizeLinear")
-        scale = next(x for x in graph.initializer if x.name == first.input[1])
-        scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) / np.float32(20), scale.name))
-
-    found = certify(network, broken(folder, tmp_path, change), judge)
-    assert any(text.startswith("nds is") for text in found.failures)
-    assert any("are outside their range: input of image_encoder" in text for text in found.failures)
-
-
-@pytest.mark.slow
-def test_int8_for_cpus(small_network, small_town, exports, tmp_path):
-    """Activations in UINT8, biases in INT32 and float32 elsewhere, for the INT8 kernels of CPUs."""
-    with pytest.raises(ConfigError, match="fp16 is slow on CPUs; use fp32 or int8"):
-        export_onnx(small_network, tmp_path, raw_size=RAW, precision="fp16", for_cpu=True)
-    folder = exports("int8", for_cpu=True)
-    graph = onnx.load(folder / "model.onnx").graph
-    kinds = Counter(tensor.data_type for tensor in graph.initializer)
-    assert onnx.TensorProto.FLOAT16 not in kinds
-    weights = {x.name for x in graph.initializer if x.data_type == onnx.TensorProto.INT8 and len(x.dims) > 1}
-    zeros = {x.name: x.data_type for x in graph.initializer}
-    into = {zeros[node.input[2]] for node in graph.node if node.op_type == "QuantizeLinear"}
-    assert into == {onnx.TensorProto.UINT8} and len(weights) > 3
-    found = certify(small_network, folder, small_town)
-    assert found.precision == "int8" and 1e-4 < found.replays[0].raw["memory"][1] < 0.05
-
-
-@pytest.mark.slow
-def test_fp8_rounds_weights_to_three_bits(small_graph, small_town):
-    """Weights in FP8 have an error of at most half of their last bit."""
-    images = ImageInputs.of_rig(6, (40, 80), RAW)
-    quantizer = Quantizer(small_graph, record_frames(small_graph, small_town, images)[:4], "fp8")
-    marked = convert_to_half(quantizer.quantized(quantizer.groups)).graph
-    fp8 = {x.name: x for x in marked.initializer if x.data_type == onnx.TensorProto.FLOAT8E4M3FN and len(x.dims) > 1}
-    original = {x.name: numpy_helper.to_array(x) for x in small_graph.graph.initializer}
-    scales = {x.name: numpy_helper.to_array(x).astype(np.float64) for x in marked.initializer}
-    compared = 0
-    for node in marked.node:
-        name = node.input[0].removesuffix("_quantized")
-        if node.op_type != "DequantizeLinear" or name not in original:
-            continue
-        wanted, axis = original[name], node.attribute[0].i
-        scale = scales[node.input[1]].reshape([-1 if k == axis else 1 for k in range(wanted.ndim)])
-        found = numpy_helper.to_array(fp8[node.input[0]]).astype(np.float64) * scale
-        # Half a unit of three bits, half of the smallest step, and up to 2^-11 for a scale in float16.
-        bound = np.abs(wanted) * (2**-4 + 2**-11) + scale * 2**-10
-        assert (np.abs(found - wanted) <= bound).all()
-        compared += 1
-    assert compared > 3
-
-
-@pytest.mark.slow
-def test_graph_optimisations_keep_a_relu_before_a_quantized_layer(small_graph, small_town):
-    """Graph optimisations of ONNX Runtime do not change the outputs, for every kind of quantization."""
-    import onnxruntime
-
-    frames = record_frames(small_graph, small_town, ImageInputs((RAW,) * 6))
-    for kind in KINDS:
-        marked = Quantizer(small_graph, frames[:4], kind).quantized(
-            ["image_encoder.backbone.stages.1", "line_decoder.layers.0"]
-        )
-        made_by = {name: node.op_type for node in marked.graph.node for name in node.output}
-        from_marks = [n for n in marked.graph.node if made_by.get((*n.input, "", "")[1]) == "DequantizeLinear"]
-        assert {"Conv", "MatMul"} <= {node.op_type for node in from_marks}
-        found = run_frames(marked, frames[-1:], kind)["new_memory"][0]
-        plain = onnxruntime.SessionOptions()
-        plain.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        session = onnxruntime.InferenceSession(marked.SerializeToString(), plain, providers=["CPUExecutionProvider"])
-        expected = session.run(["new_memory"], dict(frames[-1]))[0]
-        assert np.abs(found - expected).mean() < 0.01 * expected.std(), kind
 
 
 @pytest.mark.slow
@@ -667,29 +362,3 @@ def test_what_cannot_be_exported(small_network, small_graph, fp32_export, small_
         certify(small_network, fp32_export, short)
     with pytest.raises(DataError, match="the dataset for calibration has 7 frames; give at least 22"):
         export_onnx(small_network, tmp_path, raw_size=RAW, precision="int8", calibration=short, graph=small_graph)
-
-
-def test_a_rig_is_for_networks_whose_export_holds_the_calibration(tmp_path):
-    out = ["--out", str(tmp_path / "out"), "--rig", "nuscenes"]
-    with pytest.raises(ConfigError, match="--rig and --raw-size were given; leave --raw-size out"):
-        main(["nano", *out, "--raw-size", "90x160"])
-    with pytest.raises(ConfigError, match="a BEVTransformer takes any calibration as an input"):
-        main(["nano", *out])
-
-
-@pytest.mark.slow
-def test_the_command_exports_maptrv2_for_a_rig(tmp_path):
-    """From a rig file to a folder that passes its gates and runs with that rig."""
-    torch.manual_seed(0)
-    config = MapTRv2Config(
-        image_size=RAW, backbone=FPNConfig(stages=2), channels=16, feed_forward=24, heads=2, decoder_layers=1,
-        bev=(20, 10), lines=6, line_points=5, max_lines=5, one_to_many_queries=0, depth_range=(1.0, 30.0, 1.0),
-        aspp_channels=4,
-    )  # fmt: skip
-    save_checkpoint(tmp_path / "w.safetensors", build_network(config), {})
-    Rig.load("nuscenes").scaled(0.07).save(tmp_path / "rig.yaml")
-    main([str(tmp_path / "w.safetensors"), "--out", str(tmp_path / "out"), "--rig", str(tmp_path / "rig.yaml")])
-    contract = read_contract(tmp_path / "out")
-    assert contract["raw_size"] == [[63, 112]] * 6 and len(contract["calibration"]["img_from_cam"]) == 6
-    assert {x["name"]: x["meaning"] for x in contract["inputs"]}["ego_from_cam"].startswith("not read: fixed in the")
-    Runtime(tmp_path / "out", rig=Rig.load(tmp_path / "rig.yaml"))
