@@ -122,6 +122,23 @@ def test_few_rays_are_cast_in_large_batches_and_none_is_missing(monkeypatch):
     assert CountedScene.counts["moving", "rays"] - counts["moving", "rays"] > pixels
 
 
+def test_an_image_has_shadows_of_actors_outside_it(monkeypatch):
+    renderer, cameras, _ = scene_renderer(13, 2, scene_district(13, 2, KEYFRAMES), IMAGE_SIZE)
+    camera, time_s = cameras[2], 0.6  # the shadow of an actor beside the image falls into it
+    found = renderer.camera(camera, time_s, np.random.default_rng(0))
+    assert len(renderer._placed) < len(renderer._moving)
+    needed = {
+        "all": lambda self, *_: np.arange(len(self._moving)),
+        "seen": lambda self, *_: np.flatnonzero(np.isin(self._moving, found.actor)),
+    }
+    rgb = {}
+    for name, function in needed.items():
+        monkeypatch.setattr(TownRenderer, "_needed", function)
+        rgb[name] = renderer.camera(camera, time_s, np.random.default_rng(0)).rgb
+    np.testing.assert_array_equal(found.rgb, rgb["all"])
+    assert (found.rgb != rgb["seen"]).sum() > 500
+
+
 @pytest.mark.slow
 def test_rare_classes_become_frequent():
     def count(rare):
