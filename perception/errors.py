@@ -63,7 +63,7 @@ def _sentence(error: PerceptionError) -> str:
 EXTRAS = {
     "mmdet3d": ("mmcv", "mmdet", "mmdet3d"),
     "timm": ("timm",),
-    "export": ("ml_dtypes", "onnx", "onnxruntime", "onnxscript"),
+    "export": ("ml_dtypes", "onnx", "onnx_ir", "onnxruntime", "onnxscript"),
     "openvino": ("openvino",),
     "tensorrt": ("tensorrt_rtx", "cuda"),
     "viewer": ("matplotlib",),

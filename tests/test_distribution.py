@@ -23,7 +23,7 @@ DISTRIBUTION = {
     "PIL": "pillow", "cv2": "opencv-python-headless", "mmengine": "mmengine-lite", "nuscenes": "nuscenes-devkit",
     "yaml": "pyyaml", "mmcv": "mmcv-lite", "cuda": "cuda-bindings", "tensorrt_rtx": "tensorrt-rtx",
     "mcap_protobuf": "mcap-protobuf-support", "foxglove_schemas_protobuf": "foxglove-schemas-protobuf",
-    "rerun": "rerun-sdk",
+    "rerun": "rerun-sdk", "onnx_ir": "onnx-ir",
 }  # fmt: skip
 BROUGHT = {"triton"}  # by torch, where there is a GPU to use it on
 # Loaded by others: TensorBoard by MMEngine's visualizer.
