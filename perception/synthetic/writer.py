@@ -164,8 +164,8 @@ def _run(jobs: list[SceneJob], workers: int) -> Iterator[tuple[dict[str, list[di
                 yield future.result()
         except BrokenProcessPool:
             raise DataError(
-                f"{jobs[0].root}: a worker process was killed, probably because memory ran out; give fewer workers or "
-                "smaller images"
+                f"{jobs[0].root}: a worker process ended early. If memory ran out, give fewer workers or smaller "
+                'images; a script needs if __name__ == "__main__": around its call of simulate, or workers=1'
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
