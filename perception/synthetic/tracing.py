@@ -149,7 +149,7 @@ def cones(origin: np.ndarray, corners: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def embree_scene(vertices: np.ndarray, faces: np.ndarray) -> EmbreeScene:
-    """Builds an Embree scene of vertices [V, 3] and faces [F, 3], or [F] lists of three."""
+    """Builds an Embree scene of vertices [V, 3] and faces [F, 3]."""
     scene = EmbreeScene()
     TriangleMesh(scene, vertices, faces)
     return scene
