@@ -1,4 +1,4 @@
-"""The simplified graph is that of onnxscript's own optimizer, which takes twice as long."""
+"""The simplified graph is that of onnxscript's own optimizer, which is slower."""
 
 import warnings
 

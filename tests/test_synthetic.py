@@ -124,7 +124,7 @@ def test_few_rays_are_cast_in_large_batches_and_none_is_missing(monkeypatch):
 
 def test_an_image_has_shadows_of_actors_outside_it(monkeypatch):
     renderer, cameras, _ = scene_renderer(13, 2, scene_district(13, 2, KEYFRAMES), IMAGE_SIZE)
-    camera, time_s = cameras[2], 0.6  # the shadow of an actor beside the image falls into it
+    camera, time_s = cameras[2], 0.6  # the shadow of an actor outside the image falls into it
     found = renderer.camera(camera, time_s, np.random.default_rng(0))
     assert len(renderer._placed) < len(renderer._moving)
     needed = {

@@ -1,7 +1,8 @@
 """Simplifies a traced graph: folds constants and batch norms, and joins or removes steps that have no effect.
 
 These are the passes of `onnxscript.optimizer.optimize` in the same order, with those of its rules that apply to graphs
-of networks. It has one more that searches the whole graph from each node, which takes half of the time of an export.
+of networks. It has one more that searches the whole graph from each node: with it, tracing `nano` took 25 s, without it
+15 s.
 """
 
 from __future__ import annotations
