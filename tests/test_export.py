@@ -360,5 +360,5 @@ def test_what_cannot_be_exported(small_network, small_graph, fp32_export, small_
     short = few(small_town)
     with pytest.raises(DataError, match="has 7 frames of 2 scenes; give at least 40 frames of 2 scenes"):
         certify(small_network, fp32_export, short)
-    with pytest.raises(DataError, match="the dataset for calibration has 7 frames; give at least 22"):
+    with pytest.raises(DataError, match="the dataset for calibration has 7 frames; give at least 28"):
         export_onnx(small_network, tmp_path, raw_size=RAW, precision="int8", calibration=short, graph=small_graph)
