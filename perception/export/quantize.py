@@ -113,7 +113,7 @@ class Quantizer:
 
     def sensitivities(
         self,
-        groups: Iterable[str],
+        groups: Sequence[str],
         frames: Sequence[FrameInputs],
         reference: Mapping[str, np.ndarray],
         progress: bool = False,
@@ -131,7 +131,7 @@ class Quantizer:
         """
         found = {
             group: relative_change(reference, run_frames(self.quantized([group]), frames, self.kind))
-            for group in tqdm(list(groups), desc="sensitivities", unit="group", disable=not progress)
+            for group in tqdm(groups, desc="sensitivities", unit="group", disable=not progress)
         }
         return dict(sorted(found.items(), key=lambda pair: -pair[1]))
 
